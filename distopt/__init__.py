@@ -1,0 +1,29 @@
+"""distopt: distributed training for probabilistic models written in Pyro.
+
+Importing this package is cheap: torch and pyro are imported when a name that needs them is first used, so that the
+launcher starts at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distopt.backends import Backend, init
+
+__version__ = version("distopt")
+__all__ = ["Backend", "init", "__version__"]
+
+_HOME = {"Backend": "distopt.backends", "init": "distopt.backends"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'distopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""What one worker can say to the others."""

@@ -1,0 +1,1 @@
+"""Real models on real data, used by `configs/`, the README and the tests."""

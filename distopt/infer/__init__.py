@@ -1,0 +1,1 @@
+"""What distribution changes in inference."""

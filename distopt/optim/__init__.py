@@ -1,0 +1,1 @@
+"""Per-parameter optimizers, drop-in for `pyro.optim`."""

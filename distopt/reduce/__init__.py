@@ -1,0 +1,1 @@
+"""Gradients of many workers become one gradient."""

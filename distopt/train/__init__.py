@@ -1,0 +1,1 @@
+"""The loop that a YAML config runs, its progress and its metrics."""

@@ -1,0 +1,1 @@
+"""Starting runs: one YAML for every platform. Imports neither torch nor pyro."""
