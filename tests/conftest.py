@@ -1,0 +1,50 @@
+"""What holds for every test: one thread, a fresh parameter store, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+# Set before torch is imported, and inherited by every process a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Threads that a library keeps for the whole process, so that no test is to blame for them.
+LASTING_THREADS = ("tqdm_monitor", "fsspecIO", "ThreadPoolExecutor", "asyncio_", "pydevd")
+
+
+@pytest.fixture(autouse=True)
+def fresh_pyro() -> Iterator[None]:
+    """Starts each test with an empty parameter store and known noise, and ends it without validation settings."""
+    import pyro
+
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    yield
+    pyro.clear_param_store()
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """Fails a test that leaves environment variables, threads or a process group to the next one."""
+    import torch.distributed
+
+    environment = dict(os.environ)
+    threads = set(threading.enumerate())
+    yield
+    changed = {name for name in environment.keys() | os.environ.keys() if environment.get(name) != os.environ.get(name)}
+    changed -= {"PYTEST_CURRENT_TEST"}
+    os.environ.clear()
+    os.environ.update(environment)
+    assert not changed, f"the test left these environment variables changed: {sorted(changed)}"
+    left = [
+        thread
+        for thread in threading.enumerate()
+        if thread not in threads and not thread.name.startswith(LASTING_THREADS)
+    ]
+    for thread in left:
+        thread.join(timeout=5)
+    assert not any(thread.is_alive() for thread in left), f"the test left threads running: {left}"
+    assert not torch.distributed.is_initialized(), "the test left torch.distributed initialised"
