@@ -83,10 +83,11 @@ def _refuse_joint(guide: AutoGuide, local: Mapping[str, tuple[PlateShard, int]])
     for name, (plate, _) in local.items():
         kind = type(guide).__name__
         raise LocalParameterError(
-            f"{kind} keeps all its variables in one joint parameter, and {name!r} is in the sharded plate {plate.name!r}, "
-            "whose datapoints are on different ranks. Use AutoNormal, or a guide per part: guide = AutoGuideList(model); "
-            f"guide.append(AutoNormal(poutine.block(model, expose=[{', '.join(map(repr, local))}]))); "
-            f"guide.append({kind}(poutine.block(model, hide=[{', '.join(map(repr, local))}])))"
+            f"{kind} keeps all its variables in one joint parameter, and {name!r} is in the sharded plate "
+            f"{plate.name!r}, whose datapoints are on different ranks. Use AutoNormal, or a guide per part: guide = "
+            "AutoGuideList(model); guide.append(AutoNormal(poutine.block(model, "
+            f"expose=[{', '.join(map(repr, local))}]))); guide.append({kind}(poutine.block(model, "
+            f"hide=[{', '.join(map(repr, local))}])))"
         )
 
 
@@ -98,16 +99,16 @@ def _plan_structured(guide: Any, plates: Mapping[str, PlateShard], plan: Plan) -
         for upstream, kind in upstreams.items():
             if upstream in local or (name in local and kind != "linear"):
                 raise LocalParameterError(
-                    f"AutoStructured: {name!r} depends on {upstream!r} by {kind!r}, which ties together datapoints of the "
-                    f"sharded plate {(local.get(upstream) or local[name])[0].name!r} that are on different ranks. "
+                    f"AutoStructured: {name!r} depends on {upstream!r} by {kind!r}, which ties together datapoints of "
+                    f"the sharded plate {(local.get(upstream) or local[name])[0].name!r} that are on different ranks. "
                     "Give dependencies={...} in which sites of the plate depend on global sites alone, by 'linear'"
                 )
     for name, (plate, dim) in local.items():
         conditional = guide.conditionals[name]
         if conditional not in ("normal", "delta"):
             raise LocalParameterError(
-                f"AutoStructured: the conditional of {name!r} is {conditional!r}, over all datapoints of the sharded plate "
-                f"{plate.name!r} together. Give conditionals={{{name!r}: 'normal', ...}} ('normal' or 'delta')"
+                f"AutoStructured: the conditional of {name!r} is {conditional!r}, over all datapoints of the sharded "
+                f"plate {plate.name!r} together. Give conditionals={{{name!r}: 'normal', ...}} ('normal' or 'delta')"
             )
         batch, event = guide._batch_shapes[name], guide._unconstrained_event_shapes[name]
         shape, row_dim = tuple(batch + event), len(batch) + dim

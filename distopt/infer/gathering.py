@@ -1,4 +1,4 @@
-"""The posterior of the datapoints' own variables, brought together from the ranks that hold them, or written to disk."""
+"""The posterior of the datapoints' own variables, brought together from the ranks that hold them, or written down."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def gather(name: str, rows: ArrayLike | None = None, *, backend: Backend | None 
     support). Values of your own, such as `guide.median(...)["z"]`, go through `gather_rows`.
 
     Args:
-        name: A local parameter, or a site whose name ends theirs: `"z"` for `AutoNormal.locs.z` and `AutoNormal.scales.z`.
+        name: A local parameter, or a site whose name ends theirs: `"z"` for `AutoNormal.locs.z` and
+            `AutoNormal.scales.z`.
         rows: (num_rows,) global indices, in any order; None for all datapoints of all ranks.
         backend: The world; None for the current one.
 
@@ -89,8 +90,8 @@ def write_local(directory: str | Path, names: Iterable[str] = (), *, backend: Ba
         backend: As in `gather`.
 
     Returns:
-        This rank's file: `local-00000-of-00004.safetensors`, in which `NAME` is (size, ...), rows first, constrained, and
-        `rows.NAME` is (size,) int64, their global index.
+        This rank's file: `local-00000-of-00004.safetensors`, in which `NAME` is (size, ...), rows first, constrained,
+        and `rows.NAME` is (size,) int64, their global index.
 
     Raises:
         LocalParameterError: No local parameter of that name.
@@ -180,7 +181,8 @@ def _collect(values: Tensor, plate: PlateShard, rows: ArrayLike | None, backend:
         total, end = sum(size for size, _ in ends), max(last for _, last in ends)
         if total != end:
             raise LocalParameterError(
-                f"plate {plate.name!r}: the ranks hold {total:,} datapoints, numbered up to {end - 1:,}; say which with rows="
+                f"plate {plate.name!r}: the ranks hold {total:,} datapoints, numbered up to {end - 1:,}; say which "
+                "with rows="
             )
         rows = np.arange(total)
     wanted = np.asarray(rows, dtype=np.int64)
@@ -194,8 +196,8 @@ def _collect(values: Tensor, plate: PlateShard, rows: ArrayLike | None, backend:
     if bool((holders != 1).any()):
         wrong = wanted[(holders != 1).cpu().numpy()]
         raise LocalParameterError(
-            f"plate {plate.name!r}: {_some(wrong)} held by {int(holders[holders != 1][0])} of {backend.world_size} ranks; "
-            "each datapoint belongs to one"
+            f"plate {plate.name!r}: {_some(wrong)} held by {int(holders[holders != 1][0])} of {backend.world_size} "
+            "ranks; each datapoint belongs to one"
         )
     return gathered
 
@@ -232,7 +234,7 @@ def _complete(directory: Path) -> list[Path]:
     counts = {int(_match(path)[2]) for path in files}
     if len(counts) != 1 or len(files) != next(iter(counts)):
         raise LocalParameterError(
-            f"{directory}: found {len(files)} shards of a writing by {' and by '.join(map(str, sorted(counts))) or 'no'} "
-            "ranks: the set is not complete"
+            f"{directory}: found {len(files)} shards of a writing by "
+            f"{' and by '.join(map(str, sorted(counts))) or 'no'} ranks: the set is not complete"
         )
     return files

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distopt.infer.autoguides import Plan, plan_autoguide
 from distopt.infer.splitting import (
+    Unsplit,
     check_guide,
     check_replicated,
     keep_local,
@@ -31,13 +32,13 @@ from distopt.reduce.local import LocalParameterError, PlateShard, mark_local
 class sharded_plate(pyro.plate):  # type: ignore[misc]  # noqa: N801  # reads like pyro.plate, which it is
     """A `pyro.plate` over the datapoints that this rank holds, of more that are on the other ranks.
 
-    Inside it everything is as in `pyro.plate`, but the density of every site is multiplied by the number of ranks `W`, so
-    that the mean of the ranks' losses, and of their gradients, is that of one process with all the data, whatever the
-    sizes of the shards: `mean_r [global + W sum_(n in r) local_n] = global + sum_n local_n`. A `pyro.param` with
+    Inside it everything is as in `pyro.plate`, but the density of every site is multiplied by the number of ranks `W`,
+    so that the mean of the ranks' losses, and of their gradients, is that of one process with all the data, whatever
+    the sizes of the shards: `mean_r [global + W sum_(n in r) local_n] = global + sum_n local_n`. A `pyro.param` with
     `event_dim` that has a row per datapoint stays on its rank, and its optimizer state too.
 
-    Use it in the model and in a hand-written guide. An autoguide makes plates of its own, so give model and autoguide to
-    `distopt.infer.SVI`, or the guide through `shard`.
+    Use it in the model and in a hand-written guide. An autoguide makes plates of its own, so give model and autoguide
+    to `distopt.infer.SVI`, or the guide through `shard`.
 
     Args:
         name: Name of the plate.
@@ -45,8 +46,8 @@ class sharded_plate(pyro.plate):  # type: ignore[misc]  # noqa: N801  # reads li
         subsample_size: Size of a minibatch of this rank's datapoints; None for all.
         subsample: (batch,) int64 indices into this rank's datapoints, in [0, size), as in `pyro.plate`.
         dim: As in `pyro.plate`.
-        rows: (size,) the global index of each datapoint, for `gather` and checkpoints. None: rank 0 holds the first ones,
-            rank 1 the next ones, and so on.
+        rows: (size,) the global index of each datapoint, for `gather` and checkpoints. None: rank 0 holds the first
+            ones, rank 1 the next ones, and so on.
         replicated: Names (or patterns, as in `fnmatch`) of parameters that have this rank's `size` in their shape by
             chance.
         num_shards: Over how many ranks the plate is split. None: all of the world.
@@ -80,7 +81,7 @@ class sharded_plate(pyro.plate):  # type: ignore[misc]  # noqa: N801  # reads li
         super().__init__(name, size, subsample_size, subsample, dim, device=device)
         self._shard = plate_shard(name, num_shards, rows, replicated=replicated)
         self._shard.resize(size)
-        self._unsplit: dict[str, Tensor] = {}
+        self._unsplit: dict[str, Unsplit] = {}
         for handler in _PYRO_STACK:
             if isinstance(handler, Sharding):
                 handler.plates[name] = self._shard
@@ -118,16 +119,17 @@ def shard(
     """Makes named plates of a model (or guide) that is not ours to edit behave as `sharded_plate`.
 
     Each rank calls it with its own datapoints, so the plates' sizes are numbers of datapoints of this rank, and index
-    arguments (`pyro.plate(name, size=n, subsample=index)`) count within them. A site inside several of the plates, nested
-    ones, is one rank's, as in a single plate. An untouched autoguide goes on top: `AutoNormal(shard(model, "cells"))`.
+    arguments (`pyro.plate(name, size=n, subsample=index)`) count within them. A site inside several of the plates,
+    nested ones, is one rank's, as in a single plate. An untouched autoguide goes on top: `AutoNormal(shard(model,
+    "cells"))`.
 
     Args:
         fn: Model or guide.
         plates: Names of its plates that are split over the ranks.
         rows: By plate, (size,) global index of each datapoint; see `sharded_plate`.
         local: Parameters of model or guide with a row per datapoint that are stated without `event_dim`, or outside the
-            plate: by name (or pattern, as in `fnmatch`), which dimension runs over the datapoints, or (plate, dimension)
-            where there are several plates.
+            plate: by name (or pattern, as in `fnmatch`), which dimension runs over the datapoints, or (plate,
+            dimension) where there are several plates.
         replicated: Names (or patterns) of parameters that have the shard's size in their shape by chance.
         num_shards: Over how many ranks the plates are split. None: all of the world.
 
@@ -155,8 +157,8 @@ def shard(
         if isinstance(where, int):
             if len(names) != 1:
                 raise LocalParameterError(
-                    f"local={{{pattern!r}: {where}}}: there are several sharded plates ({', '.join(names)}), so say which, "
-                    f"as local={{{pattern!r}: ({names[0]!r}, {where})}}"
+                    f"local={{{pattern!r}: {where}}}: there are several sharded plates ({', '.join(names)}), so say "
+                    f"which, as local={{{pattern!r}: ({names[0]!r}, {where})}}"
                 )
             where = (names[0], where)
         shards[where[0]].local[pattern] = where[1]
@@ -166,7 +168,8 @@ def shard(
 class Sharded(partial[Any]):
     """A model or guide that runs inside `Sharding`; what `shard` returns.
 
-    It is a `partial` of the form that `pyro.poutine.unwrap` sees through, for Pyro's losses look for messenger guides so.
+    It is a `partial` of the form that `pyro.poutine.unwrap` sees through, for Pyro's losses look for messenger guides
+    so.
 
     Args:
         fn: Model or guide.
@@ -176,9 +179,7 @@ class Sharded(partial[Any]):
 
     plates: dict[str, PlateShard]
 
-    def __new__(
-        cls, fn: Callable[..., Any], plates: dict[str, PlateShard], required: tuple[str, ...] = ()
-    ) -> Self:
+    def __new__(cls, fn: Callable[..., Any], plates: dict[str, PlateShard], required: tuple[str, ...] = ()) -> Self:
         """Binds `fn` to the plates."""
         run = _Run(plates, () if isinstance(fn, AutoGuide) else required)
         self = super().__new__(cls, _Run.__call__, run, fn)
@@ -220,7 +221,7 @@ class _Run:
 
 
 class Sharding(Messenger):  # type: ignore[misc]
-    """The effect handler behind `shard`: scales sites of its plates, keeps their parameters on this rank, checks the rest.
+    """The effect handler behind `shard`: scales sites of its plates, keeps their parameters here, checks the rest.
 
     Args:
         plates: By name. `sharded_plate`s and the plates of handlers that run inside it are added.
@@ -234,7 +235,7 @@ class Sharding(Messenger):  # type: ignore[misc]
         self.seen: set[str] = set()
         self._plan = plan or Plan(set())
         self._check = check
-        self._unsplit: dict[str, Tensor] = {}
+        self._unsplit: dict[str, Unsplit] = {}
 
     def __enter__(self) -> Sharding:
         for handler in _PYRO_STACK:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +39,8 @@ def split_site(msg: Any, plates: Mapping[str, PlateShard]) -> None:
             continue
         if frame.dim is None:
             raise LocalParameterError(
-                f"plate {frame.name!r} is iterated over; a sharded plate must be vectorized: with pyro.plate(...) as index:"
+                f"plate {frame.name!r} is iterated over; a sharded plate must be vectorized: with pyro.plate(...) as "
+                "index:"
             )
         plate.resize(int(frame.full_size or frame.size))
         inside = inside or plate
@@ -62,36 +63,53 @@ def check_guide(msg: Any, plates: Mapping[str, PlateShard]) -> None:
     name = next((frame.name for frame in msg["cond_indep_stack"] if frame.name in plates), None)
     if name is not None and msg["mask"] is not False:
         raise LocalParameterError(
-            f"site {msg['name']!r} is in the sharded plate {name!r}, but the guide that drew it has an ordinary plate of "
-            f"that name, so their densities differ by a factor of {plates[name].num_shards}. Use distopt.infer.SVI, or "
-            f"give SVI shard(guide, plates={name!r}) in place of guide; in a hand-written guide use sharded_plate"
+            f"site {msg['name']!r} is in the sharded plate {name!r}, but the guide that drew it has an ordinary plate "
+            f"of that name, so their densities differ by a factor of {plates[name].num_shards}. Use "
+            f"distopt.infer.SVI, or give SVI shard(guide, plates={name!r}) in place of guide; in a hand-written guide "
+            "use sharded_plate"
         )
 
 
-def keep_local(msg: Any, plates: Mapping[str, PlateShard], unsplit: dict[str, Tensor]) -> None:
+class Unsplit(NamedTuple):
+    """A parameter that is not split, and the dimensions that neither `event_dim` nor a plate explains."""
+
+    leaf: Tensor
+    shape: tuple[int, ...]
+    dims: tuple[int, ...]
+
+
+def keep_local(msg: Any, plates: Mapping[str, PlateShard], unsplit: dict[str, Unsplit]) -> None:
     """Marks a parameter with a row per datapoint of a sharded plate as local; notes any other in `unsplit`."""
     where = _rows_of(msg, plates)
     leaf = msg["value"].unconstrained()
     if where is None:
-        unsplit[msg["name"]] = leaf
+        shape, event_dim = tuple(msg["value"].shape), msg["kwargs"].get("event_dim")
+        dims: Sequence[int] = range(len(shape))
+        if event_dim is not None:
+            explained = {len(shape) - event_dim + frame.dim for frame in msg["cond_indep_stack"] if frame.vectorized}
+            dims = [dim for dim in dims[: len(shape) - event_dim] if dim not in explained]
+        unsplit[msg["name"]] = Unsplit(leaf, shape, tuple(dims))
         return
     plate, dim = where
     if plate.size and leaf.shape[dim] != plate.size:
         raise LocalParameterError(
-            f"parameter {msg['name']!r} of shape {tuple(leaf.shape)} has {leaf.shape[dim]} rows, but plate {plate.name!r} "
-            f"has {plate.size} datapoints on this rank. Was it made for another shard, or restored without its rows?"
+            f"parameter {msg['name']!r} of shape {tuple(leaf.shape)} has {leaf.shape[dim]} rows, but plate "
+            f"{plate.name!r} has {plate.size} datapoints on this rank. Was it made for another shard, or restored "
+            "without its rows?"
         )
     mark_local(leaf, LocalParameter(plate, tuple(leaf.shape), dim))
     unsplit.pop(msg["name"], None)
 
 
-def check_replicated(unsplit: Mapping[str, Tensor], plates: Iterable[PlateShard]) -> None:
-    """Raises when a parameter that is not local has a dimension of a shard's size."""
+def check_replicated(unsplit: Mapping[str, Unsplit], plates: Iterable[PlateShard]) -> None:
+    """Raises when a parameter that is not local has a dimension of a shard's size that nothing else explains."""
     for plate in plates:
-        for name, leaf in unsplit.items():
-            if 1 < plate.size and plate.size in leaf.shape and local_parameter(leaf) is None:
-                if not any(fnmatchcase(name, pattern) for pattern in plate.replicated):
-                    raise LocalParameterError(_follows(name, tuple(leaf.shape), plate))
+        for name, (leaf, shape, dims) in unsplit.items():
+            dim = next((dim for dim in dims if shape[dim] == plate.size > 1), None)
+            if dim is None or local_parameter(leaf) is not None:
+                continue
+            if not any(fnmatchcase(name, pattern) for pattern in plate.replicated):
+                raise LocalParameterError(_follows(name, shape, dim, plate))
 
 
 def _rows_of(msg: Any, plates: Mapping[str, PlateShard]) -> tuple[PlateShard, int] | None:
@@ -115,12 +133,12 @@ def _rows_of(msg: Any, plates: Mapping[str, PlateShard]) -> tuple[PlateShard, in
     return None
 
 
-def _follows(name: str, shape: tuple[int, ...], plate: PlateShard) -> str:
+def _follows(name: str, shape: tuple[int, ...], dim: int, plate: PlateShard) -> str:
     """The message for a replicated parameter that has the shard's size in its shape."""
     return (
-        f"parameter {name!r} has shape {shape}, and sharded plate {plate.name!r} has {plate.size} datapoints on this rank: "
-        "if it has a row per datapoint, it would be averaged with other ranks' rows. State it inside the plate with "
-        f"event_dim, as pyro.param({name!r}, ..., event_dim={len(shape) - 1 - shape.index(plate.size)}), or give "
-        f"shard(..., local={{{name!r}: {shape.index(plate.size)}}}). If the sizes agree by chance, give "
+        f"parameter {name!r} has shape {shape}, and sharded plate {plate.name!r} has {plate.size} datapoints on this "
+        "rank: if it has a row per datapoint, it would be averaged with other ranks' rows. State it inside the plate "
+        f"with event_dim, as pyro.param({name!r}, ..., event_dim={len(shape) - 1 - dim}), or give "
+        f"shard(..., local={{{name!r}: {dim}}}). If the sizes agree by chance, give "
         f"shard or sharded_plate replicated=[{name!r}]"
     )

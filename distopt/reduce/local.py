@@ -26,7 +26,8 @@ class PlateShard:
         name: The plate's name.
         num_shards: Over how many ranks the plate is split; the density of its sites is multiplied by this.
         size: Number of datapoints this rank holds, 0 until the plate was first entered.
-        rows: (size,) int64, the global index of each datapoint, or None: ranks hold consecutive blocks in order of rank.
+        rows: (size,) int64, the global index of each datapoint, or None: ranks hold consecutive blocks in order of
+            rank.
         local: Parameters with a row per datapoint that their statement does not tell: by name (or pattern, as in
             `fnmatch`), which dimension runs over the datapoints.
         replicated: Names (or patterns) of parameters that have the shard's size in their shape by chance.
@@ -44,8 +45,9 @@ class PlateShard:
         """Takes note of this rank's number of datapoints, seen when the plate is entered."""
         if self.rows is not None and self.rows.shape != (size,):
             raise LocalParameterError(
-                f"plate {self.name!r} has {size} datapoints on this rank, but its rows have shape {self.rows.shape}: give "
-                "the global index of each datapoint this rank holds, and this rank's number of datapoints as the size"
+                f"plate {self.name!r} has {size} datapoints on this rank, but its rows have shape {self.rows.shape}: "
+                "give the global index of each datapoint this rank holds, and this rank's number of datapoints as the "
+                "size"
             )
         self.size = size
 
@@ -90,7 +92,7 @@ class LocalParameter:
         return rows.movedim(0, self.dim).reshape(like.shape)
 
 
-# By tensor, weakly: the mark goes with the parameter when the store is cleared, and a new parameter of an old name has none.
+# By tensor, weakly: the mark goes with the parameter when the store is cleared, and a new one of an old name has none.
 _LOCAL: Any = WeakTensorKeyDictionary()
 
 
@@ -102,9 +104,9 @@ def mark_local(param: Tensor, entry: LocalParameter) -> None:
 def local_parameter(param: Tensor) -> LocalParameter | None:
     """Returns how `param` is split, or None for a replicated one.
 
-    Local parameters are left out of agreement, exchange and drift watch, and before clipping and stepping their gradient
-    is divided by `plate.num_shards`: the density of the plate was multiplied by it, so that the mean over ranks of
-    the replicated gradients is that of all the data.
+    Local parameters are left out of agreement, exchange and drift watch, and before clipping and stepping their
+    gradient is divided by `plate.num_shards`: the density of the plate was multiplied by it, so that the mean over
+    ranks of the replicated gradients is that of all the data.
     """
     found: LocalParameter | None = _LOCAL.get(param)
     return found
