@@ -52,7 +52,7 @@ def encode(value: Any, put: Put, where: str) -> Json:
         return put(value, where)
     if kind is list:
         return [encode(item, put, f"{where}/{index}") for index, item in enumerate(value)]
-    if kind in (tuple, torch.Size):
+    if kind is tuple:
         return {"$tuple": encode(list(value), put, where)}
     return _encode_rare(value, put, where)
 
@@ -76,11 +76,14 @@ def _encode_rare(value: Any, put: Put, where: str) -> Json:
         return {"$complex": [repr(value.real), repr(value.imag)]}
     if isinstance(value, torch.dtype):
         return {"$dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.Size):
+        return {"$size": list(value)}
     if isinstance(value, torch.device):
         return {"$device": str(value)}
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
     raise CheckpointError(
-        f"{where}: a {type(value).__module__}.{type(value).__qualname__} cannot be saved. Checkpoints hold tensors, numbers, "
-        "strings, lists, tuples, dicts and sets; let its state_dict() return these."
+        f"{where}: a {name} cannot be saved. Checkpoints hold tensors, numbers, strings, lists, tuples, dicts and "
+        "sets: let its state_dict() return these."
     )
 
 
@@ -95,6 +98,7 @@ _DECODERS: dict[str, Callable[[Any, Get], Any]] = {
     "$bytes": lambda value, get: base64.b64decode(value, validate=True),
     "$complex": lambda value, get: complex(float(value[0]), float(value[1])),
     "$dtype": lambda value, get: DTYPES[value],
+    "$size": lambda value, get: torch.Size(value),
     "$device": lambda value, get: torch.device(value),
     "$array": lambda value, get: get(value).numpy(),
 }

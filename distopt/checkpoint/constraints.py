@@ -1,7 +1,7 @@
 """Constraints of parameters as descriptions, since a pickled constraint would be code.
 
-Every constraint class of `torch.distributions.constraints` and `pyro.distributions.constraints` is known by its name, with
-the arguments of its constructor, which these classes keep under the same names.
+Every constraint class of `torch.distributions.constraints` and `pyro.distributions.constraints` is known by its name,
+with the arguments of its constructor, which these classes keep under the same names.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def _describe_argument(value: Any, where: str) -> Any:
         return [_describe_argument(item, where) for item in value]
     if value is None or isinstance(value, (bool, int, float, Tensor)):
         return value.detach() if isinstance(value, Tensor) else value
-    raise CheckpointError(f"{where}: a constraint's argument is {value!r}; numbers, tensors and constraints can be saved.")
+    raise CheckpointError(
+        f"{where}: a constraint's argument is {value!r}; numbers, tensors and constraints can be saved."
+    )
 
 
 def _build_argument(value: Any, where: str) -> Any:

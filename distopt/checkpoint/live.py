@@ -110,7 +110,9 @@ def apply_modules(saved: Mapping[str, Any], modules: Mapping[str, nn.Module]) ->
     """
     for prefix, state in saved.items():
         if prefix not in modules:
-            raise CheckpointError(f"the checkpoint has a module {prefix!r}; give it in modules, there are {[*modules]}.")
+            raise CheckpointError(
+                f"the checkpoint has a module {prefix!r}; give it in modules, there are {[*modules]}."
+            )
         try:
             unexpected = modules[prefix].load_state_dict(state, strict=False).unexpected_keys
         except RuntimeError as error:
@@ -123,7 +125,7 @@ def apply_modules(saved: Mapping[str, Any], modules: Mapping[str, nn.Module]) ->
 
 
 def capture_optimizer(optimizer: PyroOptim) -> dict[str, Any]:
-    """Returns the optimizer's state by parameter name, also of parameters that have not been seen since it was loaded."""
+    """Returns the optimizer's state by parameter name, that of parameters not seen since it was loaded included."""
     state = dict(getattr(optimizer, "_state_waiting_to_be_consumed", {}))
     state.update(optimizer.get_state())
     if None in state:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from distopt.backends.base import Backend
 from distopt.checkpoint.errors import CheckpointError, ConfigMismatchError
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.noise import restore_noise, seed_noise
@@ -103,27 +102,29 @@ def check_config(manifest: Manifest, config: Any, where: str) -> None:
         )
 
 
-def read_for_rank(storage: Storage, folder: str, attempt: str, rank: int, world_size: int, device: Any) -> Loaded:
+def read_for_rank(storage: Storage, folder: str, attempt: str, backend: Backend) -> Loaded:
     """Reads and checks what one rank needs; all ranks together read every file.
 
     Raises:
         CorruptCheckpointError: naming the file that is not what was written.
         CheckpointError: when the folder changed since rank 0 has chosen it.
     """
+    rank, world_size = backend.rank, backend.world_size
     manifest = read_manifest(storage, folder)
     if manifest.attempt != attempt:
         raise CheckpointError(f"{storage.root}/{folder} is another on rank {rank} than on rank 0: is the disk shared?")
     check_files(storage, folder, manifest)
-    accelerator = device if device.type != "cpu" else None
+    accelerator = backend.device if backend.device.type != "cpu" else None
 
     def load(name: str) -> Any:
         return StateReader(storage, folder, manifest, name).load(accelerator)
 
     own_buffers = buffers_name(rank) if f"{buffers_name(rank)}.json.gz" in manifest.files else buffers_name(0)
+    own = 0 if rank >= manifest.world_size and _noise_is_shared(manifest) else rank
     loaded = Loaded(
         manifest,
         load(REPLICATED),
-        load(rank_name(rank)) if rank < manifest.world_size else {},
+        load(rank_name(own)) if own < manifest.world_size else {},
         load(own_buffers) if f"{own_buffers}.json.gz" in manifest.files else {},
     )
     orphans = range(rank + world_size, manifest.world_size, world_size)
@@ -132,20 +133,26 @@ def read_for_rank(storage: Storage, folder: str, attempt: str, rank: int, world_
     return loaded
 
 
-def apply_noise(loaded: Loaded, rank: int, world_size: int, device: torch.device) -> str:
+def _noise_is_shared(manifest: Manifest) -> bool:
+    noise = manifest.about.get("noise")
+    return isinstance(noise, list) and len(noise) > 1 and len(set(map(str, noise))) == 1
+
+
+def apply_noise(loaded: Loaded, backend: Backend) -> str:
     """Sets this rank's generators; returns a line for the log when it cannot simply go on with its own.
 
     A rank that had none gets a stream of its own, the same at each resume from this checkpoint; when all ranks drew the
     same noise, it joins them.
     """
-    manifest = loaded.manifest
-    if rank < manifest.world_size:
-        restore_noise(loaded.own["noise"], device)
+    manifest, rank = loaded.manifest, backend.rank
+    if loaded.own:
+        restore_noise(loaded.own["noise"], backend.device)
     else:
-        seed_noise(f"{manifest.attempt}:{manifest.step}:{rank}", device)
-    if world_size == manifest.world_size:
+        seed_noise(f"{manifest.attempt}:{manifest.step}:{rank}", backend.device)
+    if backend.world_size == manifest.world_size:
         return ""
     return (
-        f"resumed on {world_size} rank(s) from a checkpoint of {manifest.world_size}: ranks that were there go on with "
-        "their noise, others start streams derived from the checkpoint and their rank"
+        f"resumed on {backend.world_size} rank(s) from a checkpoint of {manifest.world_size}: ranks that were there go "
+        "on with their noise, others "
+        + ("share it, since all drew the same" if _noise_is_shared(manifest) else "start new streams of their own")
     )

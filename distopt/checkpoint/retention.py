@@ -36,7 +36,7 @@ def surplus(newest_first: Sequence[Candidate], keep_last: int, keep_every_steps:
 
 
 def retain(storage: Storage, keep_last: int, keep_every_steps: int | None) -> None:
-    """Deletes what is not kept, after it has read the newest back: nothing goes before its successor is known to be whole.
+    """Deletes what is not kept, once the newest has been read back: nothing goes before its successor is proven.
 
     Raises:
         CheckpointError: when the newest checkpoint does not read as it was written; nothing is deleted then.

@@ -1,8 +1,8 @@
 """Nested state in two files: `NAME.json.gz` for its shape and numbers, `NAME.safetensors` for its tensors.
 
-A tensor of 64 KiB or more has an entry of its own, named by its path, and goes to the disk straight from its copy. Smaller
-ones lie packed in one entry per dtype, in the order of the JSON, so that a thousand of them cost a few bytes each and not
-a hundred.
+A tensor of 64 KiB or more has an entry of its own, named by its path, and goes to the disk straight from its copy.
+Smaller ones lie packed in one entry per dtype, in the order of the JSON, so that a thousand of them cost a few bytes
+each and not a hundred.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -110,7 +110,12 @@ def _as_stored(tensor: Tensor) -> Tensor:
         tensor = torch.view_as_real(tensor.resolve_conj())
     flat = tensor.resolve_neg().reshape(-1)
     plain = _STORED[tensor.dtype][1]
-    return flat if flat.dtype == plain else flat.view(plain)
+    return flat if flat.dtype == plain else _reinterpret(flat, plain)
+
+
+def _reinterpret(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    viewed: Tensor = tensor.view(dtype)
+    return viewed
 
 
 def _copy_own(
@@ -121,7 +126,7 @@ def _copy_own(
     plain = _STORED[tensor.dtype][1]
     count = math.prod(shape)
     block = memory.take(f"{name}:{entry}", count * plain.itemsize)
-    target = block.view(plain)
+    target = _reinterpret(block, plain)
     if flat is None and not tensor.is_complex() and tensor.dtype == plain:
         target.view(shape).copy_(tensor, non_blocking=True)  # in the order of the memory, without a temporary copy
     else:
@@ -139,13 +144,13 @@ def _copy_pack(
             parts += members
         elif kind == stored:
             gathered = torch.cat([flat for _, flat in members]).cpu()
-            pieces = gathered.split([flat.numel() for _, flat in members])
+            pieces = torch.split(gathered, [flat.numel() for _, flat in members])
             parts += [(index, piece) for (index, _), piece in zip(members, pieces, strict=True)]
     parts.sort(key=lambda part: part[0])
     flats = [flat for _, flat in parts]
     count = sum(flat.numel() for flat in flats)
     block = memory.take(f"{name}:packed/{stored}", count * flats[0].element_size())
-    torch.cat(flats, out=block.view(flats[0].dtype))
+    torch.cat(flats, out=_reinterpret(block, flats[0].dtype))
     return f"packed/{stored}", stored, (count,), block
 
 
@@ -161,14 +166,14 @@ def _unused(entry: str, taken: Mapping[str, object]) -> str:
 
 
 def _bytes_of(block: Tensor) -> memoryview:
-    return memoryview(block.numpy())
+    return memoryview(cast(Any, block.numpy()))
 
 
 class StateReader:
     """Reads what `Snapshot.files` wrote; every byte that it returns has been checked."""
 
     def __init__(self, storage: Storage, folder: str, manifest: Manifest, name: str) -> None:
-        self._open = lambda file: CheckedFile(storage, folder, file, manifest.files[file], manifest)
+        self._place = (storage, folder, manifest)
         self._where = f"{storage.root}/{folder}/{name}"
         self._file = f"{name}.safetensors"
         if f"{name}.json.gz" not in manifest.files:
@@ -179,6 +184,10 @@ class StateReader:
         if self._file in manifest.files:
             with self._open(self._file) as file:
                 self._entries, _ = file.header()
+
+    def _open(self, file: str) -> CheckedFile:
+        storage, folder, manifest = self._place
+        return CheckedFile(storage, folder, file, manifest.files[file], manifest)
 
     def load(self, accelerator: torch.device | None = None) -> Any:
         """Returns all of the state, tensors on the CPU or on `accelerator` when they came from one.
@@ -207,7 +216,7 @@ class StateReader:
         return state
 
     def visit(self, read: Callable[[TensorNote, RowReader], Any]) -> Any:
-        """Returns the state with `read(note, rows)` in the place of each tensor: for reading some rows of some of them."""
+        """Returns the state with `read(note, rows)` in the place of each tensor: to read some rows of some of them."""
         used = dict.fromkeys(self._entries, 0)
 
         def get(note: Json) -> Tensor:
@@ -259,7 +268,7 @@ def _as_dtype(block: Tensor, wanted: TensorNote) -> Tensor:
         return torch.empty(wanted.shape, dtype=wanted.dtype)
     if block.storage_offset() % wanted.dtype.itemsize:
         block = block.clone()
-    return block.view(wanted.dtype).view(wanted.shape)
+    return _reinterpret(block, wanted.dtype).view(wanted.shape)
 
 
 def _parse(raw: bytes, where: str) -> Json:

@@ -1,7 +1,7 @@
 """The layout of a safetensors file: a JSON header, then the tensors' bytes without a gap.
 
-Written and read here byte by byte, so that tensors go straight from and to their memory while they are hashed, and a few
-rows can be read alone. The files are what the safetensors library reads.
+Written and read here byte by byte, so that tensors go straight from and to their memory while they are hashed, and a
+few rows can be read alone. The files are what the safetensors library reads.
 
 References:
     https://github.com/huggingface/safetensors#format

@@ -11,8 +11,8 @@
 The notes go through the checkpoint's own file system and not through the process group, since a save runs beside
 training: collectives of two threads would interleave, and gloo pairs them by order alone.
 
-This module imports no torch, so that a process which only writes starts in a tenth of a second: the tests that end it at
-every system call are that quick.
+This module imports no torch, so that a process which only writes starts in a tenth of a second: the tests that end it
+at every system call are that quick.
 """
 
 from __future__ import annotations
@@ -250,7 +250,9 @@ def read_small(storage: Storage, folder: str, name: str, most_bytes: int) -> byt
     source = storage.open(folder, name)
     try:
         if source.size > most_bytes:
-            raise CorruptCheckpointError(f"{storage.root}/{folder}/{name}: {source.size:,} bytes, limit {most_bytes:,}.")
+            raise CorruptCheckpointError(
+                f"{storage.root}/{folder}/{name}: {source.size:,} bytes, limit {most_bytes:,}."
+            )
         raw = bytearray(source.size)
         source.read_into(0, [memoryview(raw)])
         return bytes(raw)
