@@ -29,8 +29,8 @@ class Components:
         z[i]     ~ Normal(0, 1)                       num_components numbers, of picture i alone
         x[i, p]  ~ Normal(mean[p] + z[i] . W[:, p], sigma)
 
-    The pictures, and with them the z, are split over the ranks; `mean`, `W` and `sigma` are everybody's. So a step sends
-    as many numbers for a thousand pictures as for a billion.
+    The pictures, and with them the z, are split over the ranks; `mean`, `W` and `sigma` are everybody's. So a step
+    sends as many numbers for a thousand pictures as for a billion.
 
     Args:
         num_components: numbers per picture.
@@ -82,7 +82,8 @@ class Components:
         note = "Explained: part of the variance of all pixels that lies in the components' directions."
         report.table(f"{self.num_components} components", ["", "explained", "noise"], rows, note)
         figure = Figure(figsize=(9, 1.8))
-        for axes, direction in zip(np.ravel(figure.subplots(1, self.num_components)), self.guide.median()["W"]):
+        for column, direction in enumerate(self.guide.median()["W"], start=1):
+            axes = figure.add_subplot(1, self.num_components, column)
             axes.imshow(direction.reshape(8, 8), cmap="PuOr")
             axes.set_axis_off()
         report.figure(figure, "The directions: what one unit of each component adds to a picture.")
