@@ -28,7 +28,7 @@ from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.failpoint import failpoint
 from distopt.checkpoint.manifest import FileRecord, Manifest
 from distopt.checkpoint.memory import HostMemory
-from distopt.checkpoint.noise import capture_noise, digest_noise
+from distopt.checkpoint.noise import capture_noise, digest_noise, set_up_quietly
 from distopt.checkpoint.ranks import agree_no_error, agree_to_save, claim, gather
 from distopt.checkpoint.reader import candidates
 from distopt.checkpoint.resume import (
@@ -334,6 +334,7 @@ class Checkpointer:
             unused += live.apply_extras(loaded.own["extras"], self._rank_extras)
         if unused:
             logger.warning("the checkpoint also has the state of %s, which nothing here takes up", ", ".join(unused))
+        set_up_quietly(self._modules.values(), self._backend.device)
         remark = apply_noise(loaded, self._backend)
         if remark:
             logger.warning("%s", remark)

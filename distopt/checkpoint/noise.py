@@ -6,10 +6,13 @@ import base64
 import hashlib
 import json
 import random
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
+from pyro.infer.autoguide import AutoGuide
+from torch import nn
 
 from distopt.checkpoint.errors import CorruptCheckpointError
 
@@ -68,6 +71,30 @@ def seed_noise(stream: str, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+
+
+def set_up_quietly(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Keeps the noise as it is while guides set themselves up at their first call.
+
+    An autoguide draws a prototype trace then. The run that was saved had drawn it long before, so a resumed run that
+    drew it again after its noise was restored would go on with other numbers.
+    """
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, AutoGuide) and part.prototype_trace is None and "_setup_prototype" not in vars(part):
+                object.__setattr__(part, "_setup_prototype", _quiet(part, device))
+
+
+def _quiet(guide: AutoGuide, device: torch.device) -> Callable[..., Any]:
+    def set_up(*args: Any, **kwargs: Any) -> Any:
+        noise = capture_noise(device)
+        vars(guide).pop("_setup_prototype", None)  # the class's own method is next in line
+        try:
+            return guide._setup_prototype(*args, **kwargs)
+        finally:
+            restore_noise(noise, device)
+
+    return set_up
 
 
 def digest_noise(noise: dict[str, Any]) -> str:

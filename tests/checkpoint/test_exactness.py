@@ -55,7 +55,7 @@ OPTIMIZERS = {maker.__name__: maker for maker in (adam, clipped_adam, momentum, 
 
 
 class Averaged(pyro.optim.PyroOptim):
-    """Averages gradients over ranks before the step: as plain as can be, so that the test depends on the checkpoint alone."""
+    """Averages gradients over ranks, as plainly as can be, so that the test depends on the checkpoint alone."""
 
     def __init__(self, inner):
         super().__init__(torch.optim.SGD, {})
@@ -70,6 +70,19 @@ class Averaged(pyro.optim.PyroOptim):
         self.inner(params, *args, **kwargs)
 
 
+class Losses:
+    """What each rank has for itself."""
+
+    def __init__(self):
+        self.values = []
+
+    def state_dict(self):
+        return {"values": list(self.values)}
+
+    def load_state_dict(self, state):
+        self.values[:] = state["values"]
+
+
 def train(name, directory, *, stop=STEPS, saves=(), resume=False, rank=0, world_size=1):
     """Trains from a fresh start or a checkpoint up to step `stop`; returns a digest of all state and the losses."""
     pyro.clear_param_store()
@@ -77,12 +90,11 @@ def train(name, directory, *, stop=STEPS, saves=(), resume=False, rank=0, world_
     optimizer = OPTIMIZERS[name]()
     guide = (AutoNormal if name != "momentum" else AutoLowRankMultivariateNormal)(model)
     svi = SVI(model, guide, Averaged(optimizer) if world_size > 1 else optimizer, Trace_ELBO(num_particles=2))
-    losses = []
-    with Checkpointer(directory, optimizer=optimizer, modules={"guide": guide}, keep_last=100) as checkpointer:
-        step, losses = 0, []
-        if resume:
-            restored = checkpointer.restore()
-            step, losses = restored.step, restored.progress["losses"]
+    history = Losses()
+    losses = history.values
+    keep = {"modules": {"guide": guide}, "rank_extras": {"losses": history}, "keep_last": 100}
+    with Checkpointer(directory, optimizer=optimizer, **keep) as checkpointer:
+        step = checkpointer.restore().step if resume else 0
         while step < stop:
             rows = torch.randperm(ROWS)[:20]
             losses.append(svi.step(X[rows], Y[rows]))
@@ -90,7 +102,7 @@ def train(name, directory, *, stop=STEPS, saves=(), resume=False, rank=0, world_
             if step % 3 == 0 and hasattr(optimizer, "step"):
                 optimizer.step(losses[-1]) if name == "plateau" else optimizer.step()
             if step in saves:
-                checkpointer.save(step, progress={"losses": losses})
+                checkpointer.save(step)
         checkpointer.wait()
     return losses, digest(optimizer)
 
