@@ -16,15 +16,15 @@ Op: TypeAlias = Literal["sum", "min", "max"]
 DEFAULT_TIMEOUT = timedelta(minutes=5)
 
 
+class BackendError(RuntimeError):
+    """A collective that failed or never finished; the message names rank, world size and what to check."""
+
+
 class Handle(Protocol):
     """A collective that has been started."""
 
     def wait(self, timeout: timedelta | None = None) -> None:
         """Returns when the result is in the tensor; raises `BackendError` when `timeout` passes first."""
-
-
-class BackendError(RuntimeError):
-    """A collective that failed or never finished; the message names rank, world size and what to check."""
 
 
 @runtime_checkable
@@ -49,11 +49,23 @@ class Backend(Protocol):
     def broadcast(self, tensor: Tensor, root: int = 0) -> Handle:
         """Starts overwriting `tensor` in place with rank `root`'s."""
 
+    def all_gather(self, tensor: Tensor, timeout: timedelta | None = None) -> Tensor:
+        """Returns every rank's `tensor` (one shape on all), stacked in the order of ranks: (world_size, *shape)."""
+
+    def exchange(self, tensor: Tensor, peer: int | None, timeout: timedelta | None = None) -> Tensor | None:
+        """Swaps `tensor` with rank `peer`'s of the same shape and returns that; None takes part without a partner."""
+
     def all_gather_json(self, value: Json, timeout: timedelta | None = None) -> list[Json]:
         """Returns every rank's `value`, in the order of ranks."""
 
     def barrier(self, timeout: timedelta | None = None) -> None:
         """Returns when all ranks have called it."""
+
+    def note(self, step: int, phase: str) -> None:
+        """Tells the heartbeat where this rank is, for the others' error messages; costs two assignments."""
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the others why this rank stops, so that they raise this cause and do not wait for their timeout."""
 
     def close(self) -> None:
         """Leaves the world; calling it twice does nothing."""

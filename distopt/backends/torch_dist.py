@@ -1,0 +1,157 @@
+"""torch.distributed as a backend: gloo on CPUs, NCCL on GPUs, whatever a script's own process group uses."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, Store
+
+from distopt.backends.base import DEFAULT_TIMEOUT, BackendError, Op
+from distopt.backends.environment import Place, find_rendezvous
+from distopt.backends.world import Pending, World
+
+_OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+_FIRST_LOOK_S = 2e-4
+
+
+class TorchDist(World):
+    """A `torch.distributed` process group: the default backend.
+
+    Args:
+        place: This process's rank and world size.
+        group: Process group to use; the default one when None.
+        device: Where parameters live by default; chosen by local rank when None.
+        timeout: For every wait.
+        own: Whether `close` destroys the process group.
+    """
+
+    name: ClassVar[str] = "torch_dist"
+
+    def __init__(
+        self,
+        place: Place,
+        *,
+        group: Any = None,
+        device: torch.device | None = None,
+        timeout: timedelta = DEFAULT_TIMEOUT,
+        own: bool = False,
+    ) -> None:
+        super().__init__(place, device or choose_device(place), timeout)
+        self._group, self._own = group, own
+        self._has_gloo = "gloo" in str(dist.get_backend_config(group))
+        self.open()
+
+    @classmethod
+    def start(cls, place: Place, *, device: torch.device | None = None, timeout: timedelta = DEFAULT_TIMEOUT) -> TorchDist:
+        """Meets the other ranks at MASTER_ADDR:MASTER_PORT and returns the backend.
+
+        Raises:
+            BackendError: The address cannot be reached or not all ranks came within the timeout.
+        """
+        address, port = find_rendezvous(place)
+        device = device or choose_device(place)
+        engine = "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        try:
+            # The launcher's agent may hold the store (torchrun does); then no rank opens it, and env:// knows that.
+            method = f"tcp://{address}:{port}" if place.starter == "srun" else "env://"
+            dist.init_process_group(
+                engine, init_method=method, rank=place.rank, world_size=place.world_size, timeout=timeout
+            )
+        except (RuntimeError, OSError, ValueError) as error:
+            raise BackendError(
+                f"rank {place.rank} of {place.world_size}, started by {place.starter}: not all ranks met at "
+                f"{address}:{port} within {timeout.total_seconds():g} s. Check that MASTER_ADDR is the host of rank 0 and "
+                f"can be reached from here, that MASTER_PORT is free there, and that {place.world_size} processes were "
+                f"started. torch says: {str(error).splitlines()[0]}"
+            ) from error
+        return cls(place, device=device, timeout=timeout, own=True)
+
+    @classmethod
+    def adopt(cls, group: Any = None, *, timeout: timedelta = DEFAULT_TIMEOUT) -> TorchDist:
+        """Uses a process group that the script made itself, which stays the script's to destroy."""
+        return cls(Place("the script", dist.get_rank(group), dist.get_world_size(group)), group=group, timeout=timeout)
+
+    @property
+    def json_device(self) -> torch.device:
+        """The CPU where gloo serves it, else the GPU."""
+        return torch.device("cpu") if self._has_gloo else self.device
+
+    def _start_all_reduce(self, tensor: Tensor, op: Op) -> Pending:
+        return _pend(dist.all_reduce(tensor, _OPS[op], group=self._group, async_op=True))
+
+    def _start_broadcast(self, tensor: Tensor, root: int) -> Pending:
+        return _pend(dist.broadcast(tensor, group=self._group, async_op=True, group_src=root))
+
+    def _start_all_gather(self, tensor: Tensor, gathered: Tensor) -> Pending:
+        return _pend(dist.all_gather(list(gathered.unbind()), tensor, group=self._group, async_op=True))
+
+    def _start_exchange(self, tensor: Tensor, peer: int | None, received: Tensor) -> Pending:
+        if peer is None:
+            return _Works([])
+        ops = [
+            dist.P2POp(dist.isend, tensor, group=self._group, group_peer=peer),
+            dist.P2POp(dist.irecv, received, group=self._group, group_peer=peer),
+        ]
+        return _Works(dist.batch_isend_irecv(ops))
+
+    def _make_store(self) -> Store:
+        ranks = dist.get_process_group_ranks(self._group if self._group is not None else dist.group.WORLD)
+        whole = len(ranks) == dist.get_world_size()
+        # A clone has its own connection: a hung read of ours never holds up torch's own use of the store.
+        store = dist.distributed_c10d._get_default_store().clone()
+        return PrefixStore("distopt" if whole else f"distopt/{ranks}", store)
+
+    def _leave(self) -> None:
+        if self._own and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class _Works:
+    """Works of torch.distributed, waited for in slices."""
+
+    def __init__(self, works: list[Any]) -> None:
+        self._works = works
+
+    def poll(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while self._works:
+            if not _poll_work(self._works[0], max(_FIRST_LOOK_S, deadline - time.monotonic())):
+                return False
+            self._works.pop(0)
+        return True
+
+
+def _pend(work: Any) -> Pending:
+    return _Works([work])
+
+
+def _poll_work(work: Any, seconds: float) -> bool:
+    if type(work).__name__ == "WorkNCCL":  # its wait() only orders streams, so the host has to look by itself
+        deadline = time.monotonic() + seconds
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(2e-5)
+    try:
+        work.wait(timedelta(seconds=seconds))
+    except RuntimeError:
+        if work.is_completed():  # it failed; a wait that only timed out leaves it running
+            raise
+        return False
+    return True
+
+
+def choose_device(place: Place) -> torch.device:
+    """Returns this process's GPU when the machine has one for each of its processes, else the CPU."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local_rank = place.local_rank or 0
+    if gpus and gpus >= (place.local_size or local_rank + 1):
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")

@@ -1,0 +1,272 @@
+"""Real worlds for tests: processes started by the real launchers, that stay up and run many bodies.
+
+A start costs 3 to 5 s on a small machine, so `world(kind, size)` keeps one world of each kind alive and hands it to every
+test that asks; `World.run(body, *args)` calls a module-level function on all its ranks and returns their results in the
+order of ranks. A body uses `distopt.backends.current()`. `run_script` starts processes that may die.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO, Any
+
+ROOT = Path(__file__).parent.parent
+KINDS = ("torch_dist", "horovod", "horovod-mpi", "mpirun-horovod", "mpi")
+START_S = 60.0
+_ADDRESS = "DISTOPT_TEST_ADDRESS"
+_KIND = "DISTOPT_TEST_KIND"
+
+
+class RankFailed(AssertionError):
+    """A body raised on some rank; the message holds that rank's traceback."""
+
+
+class World:
+    """`size` processes started by the launcher of `kind`, each with a distopt backend.
+
+    Args:
+        kind: `torch_dist` (plain processes), `horovod` (horovodrun --gloo), `horovod-mpi` (horovodrun --mpi),
+            `mpirun-horovod` (mpirun, Horovod inside), `mpi` (mpirun, mpi4py inside).
+        size: Number of ranks.
+    """
+
+    def __init__(self, kind: str, size: int) -> None:
+        self.kind, self.size, self.broken = kind, size, False
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.settimeout(START_S)
+            variables = {_ADDRESS: str(listener.getsockname()[1]), _KIND: kind}
+            self._started = start(kind, size, [sys.executable, "-m", "tests.workers"], variables)
+            self._connections = self._accept(listener)
+
+    def run(self, body: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+        """Calls `body(*args)` on every rank, each with an empty parameter store and the noise of seed 0.
+
+        Raises:
+            RankFailed: It raised on a rank or did not end in time; the world is ended then.
+        """
+        assert not self.broken, "this world has ended"
+        for connection in self._connections:
+            connection.send((body.__module__, body.__qualname__, args))
+        deadline, replies = time.monotonic() + timeout_s, {}
+        waiting = dict(enumerate(self._connections))
+        while waiting and time.monotonic() < deadline:
+            ready = wait(list(waiting.values()), timeout=deadline - time.monotonic())
+            for rank, connection in list(waiting.items()):
+                if connection in ready:
+                    del waiting[rank]
+                    replies[rank] = _receive(connection)
+            if any(not succeeded for succeeded, _ in replies.values()):
+                # The others may wait for this one for ever; give them a moment to fail by themselves.
+                deadline = min(deadline, time.monotonic() + 5)
+        failed = {rank: told for rank, (succeeded, told) in replies.items() if not succeeded}
+        if failed or waiting:
+            self.close(kill=True)
+            message = "\n".join(f"--- rank {rank} of {self.size}, {self.kind}\n{told}" for rank, told in failed.items())
+            late = f"ranks {sorted(waiting)} had not ended after {timeout_s} s" if waiting else ""
+            raise RankFailed(f"{body.__qualname__}: {late}\n{message}\n{self._started.output()[-4000:]}")
+        return [replies[rank][1] for rank in range(self.size)]
+
+    def close(self, kill: bool = False) -> None:
+        """Ends the processes."""
+        self.broken = True
+        for connection in self._connections:
+            connection.close()
+        self._started.end(0 if kill else 15)
+
+    def _accept(self, listener: socket.socket) -> list[Connection]:
+        connections: dict[int, Connection] = {}
+        try:
+            while len(connections) < self.size:
+                accepted, _ = listener.accept()
+                connection = Connection(accepted.detach())
+                connections[connection.recv()] = connection
+        except TimeoutError:
+            self._started.end(0)
+            raise RankFailed(
+                f"{self.kind}: {len(connections)} of {self.size} ranks came up\n{self._started.output()}"
+            ) from None
+        return [connections[rank] for rank in range(self.size)]
+
+
+@dataclass
+class Started:
+    """Processes that a launcher of a kind has started: one per rank, or the launcher's own."""
+
+    processes: list[subprocess.Popen[bytes]]
+    outputs: list[IO[bytes]]
+
+    def wait(self, timeout_s: float) -> list[int | None]:
+        """Returns the exit statuses; None for a process that had to be killed when the time was up."""
+        deadline, statuses = time.monotonic() + timeout_s, []
+        for process in self.processes:
+            try:
+                statuses.append(process.wait(max(0.1, deadline - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                statuses.append(None)
+        self.end(0)
+        return statuses
+
+    def end(self, patience_s: float) -> None:
+        """Ends all processes: by themselves within `patience_s`, else by SIGKILL."""
+        deadline = time.monotonic() + patience_s
+        for process in self.processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                pass
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            process.wait()
+
+    def output(self, rank: int | None = None) -> str:
+        """What one rank, or all, wrote to stdout and stderr."""
+        texts = []
+        for output in self.outputs if rank is None else [self.outputs[rank]]:
+            output.seek(0)
+            texts.append(output.read().decode(errors="replace"))
+        return "\n".join(texts)
+
+
+def start(kind: str, size: int, argv: Sequence[str], variables: Mapping[str, str] | None = None) -> Started:
+    """Starts `argv` on `size` ranks by the launcher of `kind`."""
+    binaries = Path(sys.executable).parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    environment["PATH"] = f"{binaries}{os.pathsep}{environment.get('PATH', '')}"
+    environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", **(variables or {})}
+    mpirun = [str(binaries / "mpirun"), "-n", str(size), "--oversubscribe", "--bind-to", "none"]
+    horovodrun = [str(binaries / "horovodrun"), "-np", str(size)]
+    commands: dict[str, list[str]] = {
+        "horovod": [*horovodrun, "--gloo"],
+        "horovod-mpi": [*horovodrun, "--mpi", "--binding-args=--bind-to none --map-by slot:OVERSUBSCRIBE"],
+        "mpirun-horovod": mpirun,
+        "mpi": mpirun,
+    }
+    if kind in commands:
+        return Started(*_popen([(*commands[kind], *argv)], [environment]))
+    port = str(free_port())
+    environments = [
+        environment
+        | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
+        | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size), "GLOO_SOCKET_IFNAME": "lo"}
+        for rank in range(size)
+    ]
+    return Started(*_popen([argv] * size, environments))
+
+
+def run_script(
+    kind: str, size: int, body: Callable[..., Any], *args: str, timeout_s: float = 60.0, **variables: str
+) -> tuple[list[int | None], Started]:
+    """Runs `body(*args)` (strings) once per rank in fresh processes that may die; returns their exit statuses.
+
+    Only `torch_dist` has one status and one output per rank; launchers have one for all.
+    """
+    script = f"import {body.__module__} as m, sys; m.{body.__qualname__}(*sys.argv[1:])"
+    started = start(kind, size, [sys.executable, "-c", script, *args], variables | {_KIND: kind})
+    return started.wait(timeout_s), started
+
+
+def backend_name(kind: str | None = None) -> str:
+    """The name to give `distopt.init` in a process of `kind`; of this process when None."""
+    kind = kind or os.environ[_KIND]
+    return "horovod" if "horovod" in kind else kind
+
+
+_worlds: dict[tuple[str, int], World] = {}
+
+
+def world(kind: str, size: int) -> World:
+    """Returns a running world, started anew when a test has broken it.
+
+    Of the kinds that poll while they are idle (Horovod, MPI) one world lives at a time.
+    """
+    for (other, other_size), each in _worlds.items():
+        if kind != "torch_dist" and other != "torch_dist" and (other, other_size) != (kind, size) and not each.broken:
+            each.close()
+    found = _worlds.get((kind, size))
+    if found is None or found.broken:
+        found = _worlds[kind, size] = World(kind, size)
+    return found
+
+
+@atexit.register
+def close_worlds() -> None:
+    """Ends all worlds."""
+    for each in _worlds.values():
+        if not each.broken:
+            each.close()
+
+
+def free_port() -> int:
+    """Returns a port of the loopback interface that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def _popen(
+    commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]]
+) -> tuple[list[subprocess.Popen[bytes]], list[IO[bytes]]]:
+    outputs: list[IO[bytes]] = [TemporaryFile() for _ in commands]
+    processes = [
+        subprocess.Popen(
+            list(command),
+            env=dict(environment),
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        for command, environment, output in zip(commands, environments, outputs, strict=True)
+    ]
+    return processes, outputs
+
+
+def _receive(connection: Connection) -> tuple[bool, Any]:
+    try:
+        return connection.recv()
+    except (EOFError, OSError):
+        return False, "the process ended"
+
+
+def _serve() -> None:
+    """One rank: runs what the test process sends until that hangs up."""
+    import pyro
+
+    import distopt
+
+    backend = distopt.init(backend_name())
+    with socket.create_connection(("127.0.0.1", int(os.environ[_ADDRESS]))) as link:
+        connection = Connection(link.detach())
+    connection.send(backend.rank)
+    while True:
+        try:
+            module, name, args = connection.recv()
+        except (EOFError, OSError):
+            backend.close()
+            return
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        try:
+            reply = (True, getattr(importlib.import_module(module), name)(*args))
+        except Exception:
+            reply = (False, traceback.format_exc())
+        connection.send(reply)
+
+
+if __name__ == "__main__":
+    _serve()
