@@ -105,7 +105,8 @@ def build(wheels: Path, env: dict[str, str], *, with_mpi: bool, cuda: bool) -> P
         download = [*pip, "download", "-q", "--no-deps", "--no-build-isolation", "--no-binary", "horovod"]
         subprocess.run([*download, "-d", folder, f"horovod=={HOROVOD}"], check=True, env=env)
         with tarfile.open(next(Path(folder).glob("horovod-*.tar.gz"))) as archive:
-            archive.extractall(folder, filter="data")
+            # Python before 3.11.4 knows no filters.
+            archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         source = next(path for path in Path(folder).iterdir() if path.is_dir())
         for name in CMAKE_FILES:
             set_cxx_standard(source / name)
