@@ -55,6 +55,7 @@ class DistributedOptimizer(PyroOptim):
 
     Attributes:
         local_loss: Set it before a call, and its mean over the active ranks is in `mean_loss` after it.
+        local_step: Set it before a call to the step of your own loop, and a rank that has left out one is found.
         local_flag: Set it before a call, and `any_flag` says after it whether any rank has (to stop, to save).
         num_active: Ranks whose gradients went into the last step.
 
@@ -116,6 +117,7 @@ class DistributedOptimizer(PyroOptim):
         self.is_local = is_local
         self.local_loss: float | None = None
         self.mean_loss: float | None = None
+        self.local_step: int | None = None
         self.local_flag = self.any_flag = False
         self.num_active = 0
         self._backend = backend
@@ -158,6 +160,8 @@ class DistributedOptimizer(PyroOptim):
         if gathered is None:
             return
         reducer = self.reducer
+        if self.local_step is not None:
+            reducer.step, self.local_step = self.local_step, None
         reducer.backend.note(reducer.step, "reduce")
         brought = reducer.look(gathered)
         reduced = reducer.reduce(brought, self._say(Kind.GRADIENT))
