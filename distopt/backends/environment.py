@@ -142,7 +142,9 @@ def find_rendezvous(place: Place, environment: Mapping[str, str] | None = None) 
         # Below the ephemeral ports; the step keeps two steps of a job apart.
         port = str(15000 + (int(job) * 16 + int(environment.get("SLURM_STEP_ID", "0")) % 16) % 15000)
     if address is None or port is None:
-        missing = " and ".join(name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if value is None)
+        missing = " and ".join(
+            name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if value is None
+        )
         raise BackendError(
             f"rank {place.rank} of {place.world_size}, started by {place.starter}: {missing} not set, so the ranks do not "
             "know where to meet. Set MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port there, the same "

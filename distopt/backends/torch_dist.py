@@ -47,7 +47,9 @@ class TorchDist(World):
         self.open()
 
     @classmethod
-    def start(cls, place: Place, *, device: torch.device | None = None, timeout: timedelta = DEFAULT_TIMEOUT) -> TorchDist:
+    def start(
+        cls, place: Place, *, device: torch.device | None = None, timeout: timedelta = DEFAULT_TIMEOUT
+    ) -> TorchDist:
         """Meets the other ranks at MASTER_ADDR:MASTER_PORT and returns the backend.
 
         Raises:
