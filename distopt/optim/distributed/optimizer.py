@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,6 @@ class DistributedOptimizer(PyroOptim):
         sparse_as_dense: Whether sparse gradients are made dense before they cross.
         power_sgd_rank: Rank of PowerSGD's approximation.
         drift_every_steps: Every so many steps a checksum of parameters and optimizer state rides along; 0: never.
-        is_local: Given a name, whether that parameter belongs to this rank alone: stepped here, never exchanged.
 
     Attributes:
         local_loss: Set it before a call, and its mean over the active ranks is in `mean_loss` after it.
@@ -96,7 +95,6 @@ class DistributedOptimizer(PyroOptim):
         sparse_as_dense: bool = False,
         power_sgd_rank: int = 2,
         drift_every_steps: int = 0,
-        is_local: Callable[[str], bool] | None = None,
     ) -> None:
         if isinstance(pyro_optim, DistributedOptimizer):
             raise TypeError(f"{type(pyro_optim).__name__} is distributed already; give the optimizer that it wraps.")
@@ -114,7 +112,6 @@ class DistributedOptimizer(PyroOptim):
             passes_per_step=backward_passes_per_step,
             drift_every_steps=drift_every_steps,
         )
-        self.is_local = is_local
         self.local_loss: float | None = None
         self.mean_loss: float | None = None
         self.local_step: int | None = None
@@ -142,7 +139,7 @@ class DistributedOptimizer(PyroOptim):
     def reducer(self) -> Reducer:
         """What reduces the gradients; made when it is first needed, so that `init` may come after the optimizer."""
         if self._made is None:
-            self._made = Reducer(self._backend or current(), self.settings, self.optim.get_state, self.is_local)
+            self._made = Reducer(self._backend or current(), self.settings, self.optim.get_state)
         return self._made
 
     # One step.
@@ -164,6 +161,8 @@ class DistributedOptimizer(PyroOptim):
             reducer.step, self.local_step = self.local_step, None
         reducer.backend.note(reducer.step, "reduce")
         brought = reducer.look(gathered)
+        if brought.own:
+            self._check_clip(brought.own[0][0])
         reduced = reducer.reduce(brought, self._say(Kind.GRADIENT))
         self._apply_reduced(reduced, args, kwargs)
 
@@ -286,6 +285,14 @@ class DistributedOptimizer(PyroOptim):
         self.optim.load(filename, map_location)
 
     # Inside.
+
+    def _check_clip(self, own: str) -> None:
+        args = self.optim.pt_clip_args
+        if not callable(args) and args.get("global_norm") is not None and self.reducer.backend.world_size > 1:
+            raise ValueError(
+                f"clip_args has global_norm, but parameter {own!r} is this rank's own, so the ranks would find "
+                "different norms. Give clip_norm or clip_value, which look at each parameter by itself."
+            )
 
     def _say(self, kind: Kind | None) -> Control:
         losses = self._losses
