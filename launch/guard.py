@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import select
 import signal
 import socket
@@ -117,8 +116,7 @@ class Guard:
     def _start(self, screen: IO[bytes] | None) -> tuple[subprocess.Popen[bytes], int]:
         env = {**os.environ, "PYTHONUNBUFFERED": "1", **self._secrets()}
         if screen is not None:
-            ours, theirs = pty.openpty()
-            terminal.same_size(screen, theirs)
+            ours, theirs = terminal.imitation(screen)
         else:
             ours, theirs = os.pipe()
         # A session of its own, so that nothing else signals the worker, and a death that follows this process's.

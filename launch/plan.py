@@ -12,7 +12,6 @@ from distopt.config import RunConfig, dump_yaml
 from .plan_files import CONFIG_FILE
 
 
-
 @dataclass(frozen=True)
 class Command:
     """One process that the launcher starts.

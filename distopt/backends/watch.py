@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
 
@@ -69,8 +69,8 @@ class Watch:
     def describe_missing(self, ranks: list[int] | None = None) -> str:
         """Says which ranks are behind this one or silent, and where each was last seen.
 
-        Two readings, a little more than a heartbeat apart, tell a living rank from one that stopped: clocks of different
-        machines are never compared.
+        Two readings, a little more than a heartbeat apart, tell a living rank from one that stopped: clocks of
+        different machines are never compared.
         """
         first = within(5.0, self._read_all)
         time.sleep(2.5 * BEAT_S)

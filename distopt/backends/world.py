@@ -18,7 +18,7 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 from distopt.backends.base import BackendError, Handle, Json, Op
 from distopt.backends.environment import Place
@@ -70,9 +70,10 @@ class World(ABC):
         timeout: What a wait without a timeout of its own waits for.
     """
 
-    name: ClassVar[str]
+    library: ClassVar[str]
 
     def __init__(self, place: Place, device: torch.device, timeout: timedelta) -> None:
+        self.name = self.library
         self.rank, self.world_size = place.rank, place.world_size
         self.device, self.timeout = device, timeout
         self.waiting = 0  # collectives started and not yet seen to be done

@@ -52,7 +52,7 @@ class Platform:
             "horovodrun",
             (Command(tuple(argv), env_of_workers(config, [launch.workers]), hidden),),
             run_files(config),
-            stop_by_file=True,  # horovodrun kills workers 5 s after a signal, which may be in the middle of a checkpoint
+            stop_by_file=True,  # horovodrun kills workers 5 s after a signal, perhaps in the middle of a checkpoint
         )
 
     def world_sizes(self, config: RunConfig) -> range:

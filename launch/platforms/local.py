@@ -18,8 +18,8 @@ class Platform:
         problems = []
         if config.launch.hosts:
             problems.append(
-                "launch.hosts: found hosts, but launch.platform is local; set launch.platform to torchrun or horovodrun, "
-                "or remove the hosts"
+                "launch.hosts: found hosts, but launch.platform is local, which is this machine; "
+                "set launch.platform to torchrun or horovodrun, or remove the hosts"
             )
         if config.reduce.backend == "single" and config.launch.workers != 1:
             problems.append(

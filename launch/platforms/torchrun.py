@@ -8,8 +8,8 @@ from distopt.config import RunConfig
 
 from ..plan import Command, Plan, env_of_workers, run_files, worker_argv
 
-# With the agent's store shared over restarts, new workers read the addresses of dead ones: torch 2.13 failed half of its
-# restarts on one node, and none with a store per restart.
+# With the agent's store shared over restarts, new workers read the addresses of dead ones: half of the restarts of
+# torch 2.13 on one node failed, and none with a store per restart.
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
