@@ -16,6 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # plain help: rich alone would take half of the start-up time
 )
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
 Overrides = Annotated[
@@ -28,7 +29,9 @@ USAGE_ERROR = 2
 def launch(
     config: Config,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every command and file, and touch nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print every command and file, and touch nothing.")
+    ] = False,
 ) -> None:
     """Check a run, start it on its platform and follow it to its end; its exit status is the run's."""
     from . import checks

@@ -52,11 +52,15 @@ def append(run_dir: Path, event: Event) -> None:
 
 
 class Reader:
-    """Reads what has been appended since it last looked, over all ranks, in the order of time."""
+    """Reads what has been appended since it last looked, over all ranks, in the order of time.
 
-    def __init__(self, run_dir: Path) -> None:
+    It begins with what is new after its own creation, or with everything where `from_start` is set.
+    """
+
+    def __init__(self, run_dir: Path, *, from_start: bool = False) -> None:
         self._logs = run_dir / LOGS
-        self._offsets = {path: path.stat().st_size for path in self._logs.glob("rank-*.jsonl")}
+        existing = [] if from_start else self._logs.glob("rank-*.jsonl")
+        self._offsets = {path: path.stat().st_size for path in existing}
         self.seen: list[Event] = []
 
     def new(self) -> list[Event]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import select
 import signal
 import socket
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from . import events, terminal
+from .agent import interface_env
 from .plan_files import LOGS, SECRETS_FILE, STOP_FILE
 from .processes import die_with_parent
 
@@ -115,10 +115,9 @@ class Guard:
         return worker.wait()
 
     def _start(self, screen: IO[bytes] | None) -> tuple[subprocess.Popen[bytes], int]:
-        env = {**os.environ, "PYTHONUNBUFFERED": "1", **self._secrets()}
+        env = {**os.environ, **interface_env(os.environ), "PYTHONUNBUFFERED": "1", **self._secrets()}
         if screen is not None:
-            ours, theirs = pty.openpty()
-            terminal.same_size(screen, theirs)
+            ours, theirs = terminal.imitation(screen)
         else:
             ours, theirs = os.pipe()
         # A session of its own, so that nothing else signals the worker, and a death that follows this process's.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import pty
 import re
 import socket
 import sys
@@ -32,6 +33,16 @@ def open_for(rank: int) -> IO[bytes] | None:
     except OSError:
         return None
     return screen if screen.isatty() else None
+
+
+def imitation(screen: IO[bytes]) -> tuple[int, int]:
+    """Opens a pseudo-terminal of the screen's size: our end and the worker's. It changes no byte on the way."""
+    ours, theirs = pty.openpty()
+    modes = termios.tcgetattr(theirs)
+    modes[1] &= ~termios.OPOST  # the real terminal turns line feeds into new lines
+    termios.tcsetattr(theirs, termios.TCSANOW, modes)
+    same_size(screen, theirs)
+    return ours, theirs
 
 
 def same_size(screen: IO[bytes], other: int) -> None:
