@@ -172,6 +172,7 @@ class World(ABC):
             return
         self.closed = True
         if self._watch is not None:
+            self._watch.end()
             self._watch.close()
         if self._way_out is not None:
             self._way_out.remove(stuck=self.waiting > 0)
@@ -239,10 +240,8 @@ class World(ABC):
         return f"rank {self.rank} of {self.world_size}{place}: {self.name} {what}"
 
     def _second(self, failure: Failure) -> str:
-        return (
-            f"{failure}. Rank {self.rank} of {self.world_size} stops because of it.\n"
-            f"--- traceback of rank {failure.rank}\n{failure.traceback.rstrip()}"
-        )
+        said = f"{failure}. Rank {self.rank} of {self.world_size} stops because of it."
+        return said if failure.ended else f"{said}\n--- traceback of rank {failure.rank}\n{failure.traceback.rstrip()}"
 
 
 class WayOut:
@@ -275,6 +274,7 @@ class WayOut:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
+        self._world.close()
 
 
 def _bytes(data: bytes, length: int) -> Tensor:

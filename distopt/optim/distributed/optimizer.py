@@ -54,6 +54,7 @@ class DistributedOptimizer(PyroOptim):
 
     Attributes:
         local_loss: Set it before a call, and its mean over the active ranks is in `mean_loss` after it.
+        local_step: Set it before a call to the step of your own loop, and a rank that has left out one is found.
         local_flag: Set it before a call, and `any_flag` says after it whether any rank has (to stop, to save).
         num_active: Ranks whose gradients went into the last step.
 
@@ -113,6 +114,7 @@ class DistributedOptimizer(PyroOptim):
         )
         self.local_loss: float | None = None
         self.mean_loss: float | None = None
+        self.local_step: int | None = None
         self.local_flag = self.any_flag = False
         self.num_active = 0
         self._backend = backend
@@ -155,6 +157,8 @@ class DistributedOptimizer(PyroOptim):
         if gathered is None:
             return
         reducer = self.reducer
+        if self.local_step is not None:
+            reducer.step, self.local_step = self.local_step, None
         reducer.backend.note(reducer.step, "reduce")
         brought = reducer.look(gathered)
         if brought.own:
