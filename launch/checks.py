@@ -29,7 +29,7 @@ def problems(config: RunConfig, platform: Platform) -> list[str]:
     return [
         *platform.problems(config),
         *_code(config),
-        *_global_batch(config, platform.world_sizes(config)),
+        *_global_batch(config, config.launch.world_sizes),
         *_port(config),
         *_run_directory(config),
     ]

@@ -8,17 +8,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from . import events, report, terminal
+from . import agent, events, report, terminal
 from .plan import Command, Plan
 from .plan_files import LOGS, STOP_FILE
 from .processes import adopt_orphans, die_with_parent, kill_descendants
 
 POLL_S = 0.1
 ENGINE_LOG = "engine.log"
+HEARTBEAT_S = 2.0
+REJOIN_S = 5.0
+FINISH_S = 20.0  # for the other hosts, once one has finished
 KILL_MARGIN_S = 7.0  # guards kill at the end of the grace time, engines 5 s after them
 
 
@@ -47,6 +50,8 @@ def follow(plan: Plan, run_dir: Path, grace_s: float) -> int:
             run.look()
     finally:
         kill_descendants(os.getpid())
+        if plan.stop_by_file:
+            (run_dir / STOP_FILE).touch()  # for guards on hosts that the engine lost
     return run.result()
 
 
@@ -65,23 +70,49 @@ class _Run:
         self._late = False
         self._events = events.Reader(run_dir)
         self._lent = terminal.lend()
+        self._log: TextIO | None = None
+        self._beat_at = 0.0
+        self._rejoin_at: dict[int, float] = {}
         self._output = _Tail(run_dir / LOGS / "rank-0.log")
 
     def start(self, log: TextIO) -> None:
-        for command in self.plan.commands:
-            self.processes.append(_start(command, self._lent, log, watch_stop=self.plan.stop_by_file))
+        self._log = log
+        self.processes = [_start(command, self._lent, log, self.plan.heartbeat) for command in self.plan.commands]
 
     def alive(self) -> bool:
-        """Whether something runs; one engine that failed takes the others with it."""
+        """Whether something runs; engines that are too few to go on are asked to end."""
         states = [process.poll() for process in self.processes]
-        if any(states) and None in states and self.signal is None:
-            self.ask_to_stop()
-        return None in states
+        if None not in states or self._signalled:
+            return None in states
+        if 0 in states:
+            self._kill_at = min(self._kill_at, time.monotonic() + FINISH_S)
+        elif any(states):
+            lost = [index for index, state in enumerate(states) if state]
+            if states.count(None) < (self.plan.least or len(states)):
+                self.ask_to_stop()
+            else:
+                self._rejoin(lost)
+        return True
+
+    def _rejoin(self, lost: list[int]) -> None:
+        """Starts the engines of lost hosts of an elastic run again; where a host is still out of reach, ssh says so."""
+        assert self._log is not None
+        for index in lost:
+            command = self.plan.commands[index]
+            if index not in self._rejoin_at:
+                say(f"{command.host} was lost; the run goes on, and the host may join again")
+            due = self._rejoin_at.setdefault(index, time.monotonic() + REJOIN_S)
+            if time.monotonic() >= due:
+                self._rejoin_at[index] = time.monotonic() + REJOIN_S + self.grace_s
+                self.processes[index] = _start(command, self._lent, self._log, self.plan.heartbeat)
 
     def look(self) -> None:
         """Shows what is new and ends what is late."""
         if not self._lent:
             self._output.show()
+        if self.plan.heartbeat and time.monotonic() >= self._beat_at:
+            self._beat_at = time.monotonic() + HEARTBEAT_S
+            self._tell(agent.ALIVE)
         for event in self._events.new():
             if isinstance(event, events.End) and event.failed:
                 say(f"{report.name(event)} {report.cause(event)}")
@@ -104,14 +135,24 @@ class _Run:
         self._kill_at = min(self._kill_at, time.monotonic() + self.grace_s + KILL_MARGIN_S)
         if self.plan.stop_by_file:
             (self.run_dir / STOP_FILE).touch()
-            return
+        elif self.plan.heartbeat:
+            self._tell(agent.STOP)
+        else:
+            for process in self.processes:
+                if process.poll() is None:
+                    process.terminate()
+
+    def _tell(self, line: bytes) -> None:
+        """Sends a line to the agents on all hosts; one that has gone is noticed by its exit status."""
         for process in self.processes:
-            if process.poll() is None:
-                process.terminate()
+            if process.stdin is not None and process.poll() is None:
+                with suppress(BrokenPipeError):
+                    process.stdin.write(line)
+                    process.stdin.flush()
 
     def result(self) -> int:
         statuses = [process.wait() for process in self.processes]
-        if not any(statuses):
+        if not any(statuses) or (self.plan.least is not None and 0 in statuses):
             return 0
         last = report.last_attempt(self._events.seen)
         if self.signal is not None and not self._late and report.stopped_well(last):
@@ -119,6 +160,9 @@ class _Run:
             return 130 if self.signal == signal.SIGINT else 143
         seconds = time.monotonic() - self.started
         engine = next(status for status in statuses if status)
+        for command, status in zip(self.plan.commands, statuses, strict=True):
+            if command.host is not None and status:
+                say(f"{command.host}: " + ("the connection was lost" if status == 255 else f"exit status {status}"))
         sys.stdout.flush()
         print(report.failure(self.run_dir, last, engine, seconds, ENGINE_LOG), file=sys.stderr)
         return 1
@@ -143,15 +187,13 @@ class _Tail:
         sys.stdout.flush()
 
 
-def _start(command: Command, lent: Mapping[str, str], log: TextIO, *, watch_stop: bool) -> subprocess.Popen[bytes]:
+def _start(command: Command, lent: Mapping[str, str], log: TextIO, heartbeat: bool) -> subprocess.Popen[bytes]:
     env = {name: value for name, value in os.environ.items() if name not in command.hidden}
-    env |= {**command.env, **lent, "DISTOPT_CWD": os.getcwd()}
-    if watch_stop:
-        env["DISTOPT_WATCH_STOP"] = "1"
+    env |= {**command.env, **lent}
     # Its own session: Ctrl-C on the terminal reaches the launcher alone, which then asks once.
     return subprocess.Popen(
-        command.argv, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-        preexec_fn=die_with_parent,
+        command.argv, env=env, stdin=subprocess.PIPE if heartbeat else subprocess.DEVNULL, stdout=log, stderr=log,
+        start_new_session=True, preexec_fn=die_with_parent,
     )  # fmt: skip
 
 

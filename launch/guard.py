@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from . import events, terminal
+from .agent import interface_env
 from .plan_files import LOGS, SECRETS_FILE, STOP_FILE
 from .processes import die_with_parent
 
@@ -94,7 +95,7 @@ class Guard:
             signal.signal(number, lambda *_: None)  # the number arrives through the pipe
         screen = terminal.open_for(self.rank)
         worker, output = self._start(screen)
-        sink = terminal.Tee(log, screen)
+        sink = terminal.Tee(log, screen, echo="DISTOPT_ECHO" in os.environ)
         watched = [output, wake_read]
         try:
             while watched != [wake_read] or worker.poll() is None:
@@ -114,7 +115,7 @@ class Guard:
         return worker.wait()
 
     def _start(self, screen: IO[bytes] | None) -> tuple[subprocess.Popen[bytes], int]:
-        env = {**os.environ, "PYTHONUNBUFFERED": "1", **self._secrets()}
+        env = {**os.environ, **interface_env(os.environ), "PYTHONUNBUFFERED": "1", **self._secrets()}
         if screen is not None:
             ours, theirs = terminal.imitation(screen)
         else:

@@ -39,14 +39,13 @@ def submission(config: RunConfig, plan: Plan) -> Iterator[Path]:
         lock.flush()
         (run_dir / STOP_FILE).unlink(missing_ok=True)
         for path, text in plan.files.items():
-            write(path, text)
+            write(path, text, mode=0o777 if text.startswith("#!") else 0o666)
         _write_secrets(config, plan)
         record(run_dir, plan)
         try:
             yield run_dir
         finally:
             (run_dir / SECRETS_FILE).unlink(missing_ok=True)
-            (run_dir / STOP_FILE).unlink(missing_ok=True)
 
 
 def _acquire(lock: int, run_dir: Path) -> None:

@@ -17,6 +17,3 @@ class Platform(Protocol):
 
     def plan(self, config: RunConfig) -> Plan:
         """Returns the commands and files that start the run."""
-
-    def world_sizes(self, config: RunConfig) -> range:
-        """Returns the numbers of workers that the run may have; more than one where it is elastic."""

@@ -36,21 +36,19 @@ class Platform:
             return engine.plan(config)
         return Plan(
             "local",
-            (Command(tuple(worker_argv(config, sys.executable)), env_of_workers(config, [1])),),
+            (Command(tuple(worker_argv(config, sys.executable)), env_of_workers(config)),),
             run_files(config),
         )
 
-    def world_sizes(self, config: RunConfig) -> range:
-        """Returns the one number of workers."""
-        return range(config.launch.workers, config.launch.workers + 1)
-
     def _engine(self, config: RunConfig) -> base.Platform | None:
-        from . import horovodrun, torchrun
+        from . import horovodrun, mpirun, torchrun
 
         match config.reduce.backend:
             case "single":
                 return None
             case "horovod":
                 return horovodrun.Platform()
+            case "mpi":
+                return mpirun.Platform()
             case _:
                 return torchrun.Platform()

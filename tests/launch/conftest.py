@@ -22,7 +22,9 @@ def golden(request) -> Callable[[str, str], None]:
     """Compares a text with a file in tests/launch/golden, or writes that file anew with --update-golden."""
 
     def compare(name: str, text: str) -> None:
-        text = text.replace(sys.executable, "PYTHON").replace(str(Path(sys.executable).parent), "BIN")
+        program = Path(sys.executable)
+        for place, word in ((program, "PYTHON"), (program.parent, "BIN"), (Path.cwd(), "FOLDER")):
+            text = text.replace(str(place), word)
         path = GOLDEN / name
         if request.config.getoption("--update-golden", default=False):
             path.parent.mkdir(exist_ok=True)

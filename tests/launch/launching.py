@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
 
 SCRIPT = Path(__file__).with_name("worker_script.py")
-TIMEOUT_S = 90.0
+TIMEOUT_S = 40.0
 
 
 def write_config(folder: Path, *script_args: str, name: str = "run", launch: str = "", more: str = "") -> Path:
@@ -37,13 +37,13 @@ def wait_until(condition: Callable[[], object], what: str, timeout_s: float = TI
 class Launched:
     """A running launcher. Workers are recognised by the run's folder in their environment, wherever they hang."""
 
-    def __init__(self, folder: Path, *args: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, *args: str, env: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> None:
         self.folder = folder
         self.run_dir = folder / "runs" / "run"
         self._out = (folder / "out").open("w")
         self._err = (folder / "err").open("w")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "distopt.launch", "launch", "run.yaml", *args],
+            [*prefix, sys.executable, "-m", "distopt.launch", "launch", "run.yaml", *args],
             cwd=folder, stdout=self._out, stderr=self._err, stdin=subprocess.DEVNULL,
             env={**os.environ, **(env or {}), "LAUNCH_TEST": str(folder)},
         )  # fmt: skip
@@ -64,7 +64,7 @@ class Launched:
         try:
             return self.process.wait(TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"the launcher still runs\n{self.out}\n{self.err}") from None
+            raise AssertionError(f"the launcher still runs\n{self.everything()}") from None
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -74,11 +74,17 @@ class Launched:
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get("LAUNCH_TEST") == str(self.folder) and process.status() != "zombie":
+                ours = process.environ().get("LAUNCH_TEST") == str(self.folder) or process.cwd() == str(self.folder)
+                if ours and process.status() != "zombie":
                     found.append(process)
             except psutil.Error:
                 continue
         return found
+
+    def everything(self) -> str:
+        """All that was printed and logged, for a failed test's message."""
+        logs = [f"== {path.name}\n{path.read_text()}" for path in sorted(self.run_dir.glob("logs/*.log"))]
+        return "\n".join([self.out, self.err, *logs])
 
     def workers(self) -> list[psutil.Process]:
         """The processes that run the script itself."""

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -16,15 +17,24 @@ from distopt.config import parse_config
 from distopt.config.platforms import SECRET_NAME
 from distopt.launch.cli import app
 from distopt.launch.plan import Command, Plan
-from distopt.launch.platforms import platform
+from distopt.launch.platforms import mpirun, platform
 
 BASE = "name: flights\ntask: distopt.examples.flights:Flights\ndata: {global_batch: 4096}\n"
+# Addresses that documentation may use (RFC 5737), so that no host here has one and no name is looked up.
+HOSTS = "launch.hosts=[203.0.113.1,203.0.113.2]"
 PLANS = {
     "local": ["launch.workers=2"],
     "local-single": ["reduce.backend=single"],
     "local-horovod": ["reduce.backend=horovod", "launch.workers=2", "launch.secrets=[HUB_TOKEN]"],
     "torchrun": ["launch.platform=torchrun", "launch.workers=2", "launch.port=29400"],
     "horovodrun": ["launch.platform=horovodrun", "launch.workers=2"],
+    "mpirun": ["launch.platform=mpirun", "launch.workers=2"],
+    "torchrun-hosts": ["launch.platform=torchrun", HOSTS, "launch.workers=2"],
+    "torchrun-elastic": ["launch.platform=torchrun", HOSTS, "launch.min_hosts=1"],
+    "horovodrun-hosts": ["launch.platform=horovodrun", HOSTS, "launch.workers=2"],
+    "horovodrun-elastic": ["launch.platform=horovodrun", HOSTS, "launch.min_hosts=1"],
+    "mpirun-hosts": ["launch.platform=mpirun", HOSTS, "launch.workers=2"],
+    "mpirun-mpich": ["launch.platform=mpirun", HOSTS, "launch.workers=2"],
 }
 TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=200)
 
@@ -33,8 +43,14 @@ TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters=
 def test_plan_is_the_golden_one(name, golden, monkeypatch):
     for secret in filter(SECRET_NAME.search, list(os.environ)):
         monkeypatch.delenv(secret)
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.setattr(mpirun, "is_mpich", lambda program: name.endswith("mpich"))
+    monkeypatch.setattr(mpirun.os, "geteuid", lambda: 1000)
     config = parse_config(BASE, PLANS[name])
-    golden(f"{name}.txt", str(platform(config.launch.platform).plan(config)))
+    plan = platform(config.launch.platform).plan(config)
+    if name != "local":  # one file shows the configuration
+        plan = replace(plan, files={path: text for path, text in plan.files.items() if path.name != "config.yaml"})
+    golden(f"{name}.txt", str(plan))
 
 
 def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path, monkeypatch):
