@@ -78,9 +78,13 @@ def _has_engine() -> bool:
 
 
 def _load(path: str, overrides: list[str] | None) -> RunConfig:
-    from distopt.config import ConfigError, load_config
+    import os
+
+    from distopt.config import ConfigError, load_config, parse_config
 
     try:
+        if path.startswith("@"):  # a pod gets its configuration in a variable
+            return parse_config(os.environ.get(path[1:], ""), overrides or (), source=path)
         return load_config(path, overrides or ())
     except ConfigError as error:
         _refuse(error.problems)

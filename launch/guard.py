@@ -95,7 +95,7 @@ class Guard:
             signal.signal(number, lambda *_: None)  # the number arrives through the pipe
         screen = terminal.open_for(self.rank)
         worker, output = self._start(screen)
-        sink = terminal.Tee(log, screen)
+        sink = terminal.Tee(log, screen, echo="DISTOPT_ECHO" in os.environ)
         watched = [output, wake_read]
         try:
             while watched != [wake_read] or worker.poll() is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -60,6 +61,15 @@ class Reduced:
     heard: Heard
     dense: list[Part] = field(default_factory=list)
     loose: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+    num_own: int = 0  # the last ones of `loose`: of this rank alone
+
+    def norm(self) -> float:
+        """Returns the 2-norm of the gradients that are equal on all ranks."""
+        shared = [gradient for _, _, gradient in self.loose[: len(self.loose) - self.num_own]]
+        parts = [part.buffer for part in self.dense] + [
+            each.coalesce().values() if each.is_sparse else each for each in shared
+        ]
+        return math.sqrt(sum(float(part.abs().square().sum(dtype=torch.float64)) for part in parts))
 
 
 class Reducer:
@@ -318,6 +328,7 @@ class Reducer:
             if entry is not None and entry.plate.num_shards > 1:
                 gradient.div_(entry.plate.num_shards)  # the plate's density was multiplied by it
             reduced.loose.append((name, param, gradient))
+            reduced.num_own += 1
         return reduced
 
     def _collect_touched(self, reduced: Reduced, brought: Brought | None, scale: float) -> None:
