@@ -35,10 +35,7 @@ def no_leaks() -> Iterator[None]:
     threads = set(threading.enumerate())
     yield
     changed = {name for name in environment.keys() | os.environ.keys() if environment.get(name) != os.environ.get(name)}
-    changed -= {
-        "PYTEST_CURRENT_TEST",
-        "TORCHINDUCTOR_CACHE_DIR",
-    }  # the latter is torch's own, set when it is first needed
+    changed -= {"PYTEST_CURRENT_TEST"}
     os.environ.clear()
     os.environ.update(environment)
     assert not changed, f"the test left these environment variables changed: {sorted(changed)}"
