@@ -7,23 +7,28 @@ launcher starts at once.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distopt.backends import Backend, init
 
-__version__ = version("distopt")
 __all__ = ["Backend", "init", "__version__"]
 
 _HOME = {"Backend": "distopt.backends", "init": "distopt.backends"}
+_PACKAGES = ("backends", "checkpoint", "config", "data", "infer", "optim", "reduce", "train")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version  # costs more than everything else here
+
+        return version("distopt")
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
+    if name in _PACKAGES:
+        return import_module(f"distopt.{name}")
     raise AttributeError(f"module 'distopt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_PACKAGES])

@@ -62,6 +62,8 @@ def missing_tools(path: str) -> str | None:
     """Says in one line what the build needs and did not find."""
     if not (shutil.which("c++", path=path) or shutil.which("g++", path=path)):
         return "no C++ compiler (c++ or g++) on PATH; install one, for example the package g++"
+    if not shutil.which("make", path=path):
+        return "no make on PATH; install one, for example the package make"
     for package in ("torch", "cmake", "wheel", "setuptools", "cffi", "cloudpickle", "psutil", "pyyaml"):
         try:
             version(package)
@@ -105,7 +107,8 @@ def build(wheels: Path, env: dict[str, str], *, with_mpi: bool, cuda: bool) -> P
         download = [*pip, "download", "-q", "--no-deps", "--no-build-isolation", "--no-binary", "horovod"]
         subprocess.run([*download, "-d", folder, f"horovod=={HOROVOD}"], check=True, env=env)
         with tarfile.open(next(Path(folder).glob("horovod-*.tar.gz"))) as archive:
-            archive.extractall(folder, filter="data")
+            # Python before 3.11.4 knows no filters.
+            archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         source = next(path for path in Path(folder).iterdir() if path.is_dir())
         for name in CMAKE_FILES:
             set_cxx_standard(source / name)
@@ -139,7 +142,9 @@ def run_with_progress(command: list[str], env: dict[str, str], out: object, log:
         except subprocess.TimeoutExpired:
             print(f"build_horovod: still building, {time.monotonic() - start:.0f} s (log: {log})", flush=True)
     if code:
-        sys.stderr.write("".join(log.read_text(errors="replace").splitlines(keepends=True)[-30:]))
+        lines = log.read_text(errors="replace").splitlines(keepends=True)
+        errors = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
+        sys.stderr.write("".join([*errors[:20], *lines[-10:]]))
         sys.exit(f"build_horovod: the build failed with status {code}; its log is {log}")
 
 

@@ -43,9 +43,8 @@ class Plan:
     def fits(self, tensors: tuple[Tensor, ...]) -> bool:
         """Returns whether this is still the plan for `tensors`: the same ones, where they were, with gradients."""
         # An address in an arena stands for its parameter alone, for as long as the group lives.
-        return (
-            list(map(_address, tensors)) == self.pointers
-            and (self._only_packed or (all(map(is_, tensors, self.tensors)) and all(p.grad is None for p in self.missing)))
+        return list(map(_address, tensors)) == self.pointers and (
+            self._only_packed or (all(map(is_, tensors, self.tensors)) and all(p.grad is None for p in self.missing))
         )
 
     def gradients(self, buffers: Sequence[Tensor], global_norm: float | None = None) -> list[Tensor]:

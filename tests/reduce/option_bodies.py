@@ -10,6 +10,7 @@ from torch import Tensor
 from distopt.backends import current
 from distopt.optim import SGD, Adam, DistributedOptimizer, HorovodOptimizer, PyroLRScheduler, SparseAdam
 from distopt.reduce import DriftError
+from distopt.reduce.local import LocalParameter, PlateShard, mark_local
 from tests.reduce.bodies import Values, noise, step_with, store_values, unconstrained
 
 
@@ -246,12 +247,13 @@ def drift_is_found_and_named() -> list[str]:
 
 
 def own_parameters_are_never_exchanged() -> None:
-    """Parameters that `is_local` names have other shapes and values on each rank, and skip together with the rest."""
+    """Parameters of one rank's own datapoints have other shapes and values on each, and skip together with the rest."""
     rank = current().rank
-    optim = DistributedOptimizer(SGD({"lr": 1.0}), is_local=lambda name: name.startswith("local"))
+    optim = DistributedOptimizer(SGD({"lr": 1.0}))
     optim.optim.nonfinite = "skip"
     pyro.param("x", torch.zeros(2))
-    pyro.param("local", torch.zeros(rank + 1))
+    own = pyro.param("local", torch.zeros(rank + 1)).unconstrained()
+    mark_local(own, LocalParameter(PlateShard("rows", num_shards=1), (rank + 1,), 0))
     for step in range(3):
         bad = step == 1 and rank == 0
         step_with(optim, {"x": torch.ones(2), "local": torch.full((rank + 1,), float("nan") if bad else rank + 1.0)})

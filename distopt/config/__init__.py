@@ -1,0 +1,37 @@
+"""The YAML of a run: every key typed and documented, read safely, wrong input answered with the right one.
+
+Imports neither torch nor pyro, so that a bad configuration is refused before any worker starts.
+"""
+
+from distopt.config.load import ConfigError, dump_yaml, load_config, parse_config
+from distopt.config.platforms import LaunchConfig
+from distopt.config.schema import (
+    CheckpointConfig,
+    ClipConfig,
+    DataConfig,
+    LogConfig,
+    OptimConfig,
+    ReduceConfig,
+    RunConfig,
+    SchedulerConfig,
+    ServeConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "ClipConfig",
+    "ConfigError",
+    "DataConfig",
+    "LaunchConfig",
+    "LogConfig",
+    "OptimConfig",
+    "ReduceConfig",
+    "RunConfig",
+    "SchedulerConfig",
+    "ServeConfig",
+    "TrainConfig",
+    "dump_yaml",
+    "load_config",
+    "parse_config",
+]

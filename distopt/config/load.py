@@ -1,0 +1,261 @@
+"""From a YAML file and `key=value` overrides to a `RunConfig`, or to one error that names everything wrong."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from distopt.config.platforms import SECRET_NAME
+from distopt.config.schema import RunConfig
+from distopt.config.yaml_source import MAX_BYTES, UnsafeYAML, parse_yaml
+
+_OVERRIDE = re.compile(r"^([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*)=(.*)$", re.DOTALL)
+_SECRET_REFERENCE = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([A-Za-z0-9_]+)")
+_EXPECTED = {
+    "missing": "expected a value, found none",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "path_type": "a path",
+    "finite_number": "a finite number",
+}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message has one line per mistake, each with its file and key."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    r"""Reads a run's YAML, replaces keys by `overrides`, resolves `${...}` and checks the result.
+
+    Args:
+        path: The YAML file.
+        overrides: `key=value` with dotted keys and YAML values, such as `train.num_steps=10` or `launch.hosts=[a,b]`.
+
+    Returns:
+        The checked configuration, with all defaults filled in.
+
+    Raises:
+        ConfigError: Naming every mistake, the place of each, and the nearest known key.
+
+    Example:
+        >>> from tempfile import NamedTemporaryFile
+        >>> with NamedTemporaryFile("w", suffix=".yaml") as file:
+        ...     _ = file.write("name: demo\nscript: train.py")
+        ...     file.flush()
+        ...     config = load_config(file.name, ["launch.workers=2"])
+        >>> config.launch.workers, str(config.run_dir)
+        (2, 'runs/demo')
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1).decode("utf-8")
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: no such file{_files_nearby(path)}"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read: {error}"]) from error
+    return parse_config(text, overrides, source=str(path))
+
+
+def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "configuration") -> RunConfig:
+    """Does what `load_config` does to YAML that is at hand; `source` stands for the file's name in errors."""
+    try:
+        raw = parse_yaml(text)
+    except (UnsafeYAML, yaml.YAMLError) as error:
+        raise ConfigError([f"{source}: {_yaml_problem(error)}"]) from error
+    if not isinstance(raw, dict):
+        raise ConfigError([f"{source}: found {_shown(raw)}, expected a mapping that starts with `name:`"])
+    resolved, overridden = _resolve(raw, overrides, source)
+    try:
+        return RunConfig.model_validate(resolved)
+    except ValidationError as error:
+        raise ConfigError(list(_problems(error, source, overridden))) from error
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """Returns the configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _resolve(raw: dict[str, Any], overrides: Sequence[str], source: str) -> tuple[dict[str, Any], list[str]]:
+    """Applies the overrides and OmegaConf's interpolation; returns plain data and the overridden keys."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    parsed = [_parse_override(text) for text in overrides]
+    problems = [problem for _, _, problem in parsed if problem]
+    if problems:
+        raise ConfigError(problems)
+    for value in _strings([raw, [value for _, value, _ in parsed]]):
+        for variable in _SECRET_REFERENCE.findall(value):
+            if SECRET_NAME.search(variable):
+                raise ConfigError(
+                    [f"{source}: ${{oc.env:{variable}}} would write a secret into the run directory; "
+                     f"name it in launch.secrets: [{variable}]"]
+                )  # fmt: skip
+    try:
+        default = {"run_dir": "runs/${name}"} if "name" in raw else {}
+        tree = OmegaConf.create({**default, **raw})
+        for key, value, _ in parsed:
+            OmegaConf.update(tree, key, value, merge=False)
+        resolved = OmegaConf.to_container(tree, resolve=True)
+    except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
+        key = str(getattr(error, "full_key", None) or "")
+        raise ConfigError([f"{source}: {key and key + ': '}{str(error).splitlines()[0]}"]) from error
+    assert isinstance(resolved, dict)
+    return typing.cast("dict[str, Any]", resolved), [key for key, _, _ in parsed]
+
+
+def _parse_override(text: str) -> tuple[str, Any, str | None]:
+    match = _OVERRIDE.match(text)
+    if match is None:
+        return "", None, f"{text!r} on the command line: expected key=value, such as train.num_steps=10"
+    try:
+        return match[1], parse_yaml(match[2]) if match[2] else "", None
+    except (UnsafeYAML, yaml.YAMLError) as error:
+        return "", None, f"{text!r} on the command line: {_yaml_problem(error)}"
+
+
+def _problems(error: ValidationError, source: str, overridden: Sequence[str]) -> Iterator[str]:
+    for key, found in _by_key(error):
+        given = any(key == name or name.startswith(key + ".") or key.startswith(name + ".") for name in overridden)
+        yield f"{'command line' if given else source}: {key + ': ' if key else ''}{_said(key, found)}"
+
+
+def _by_key(error: ValidationError) -> Iterator[tuple[str, list[ErrorDetails]]]:
+    """Gathers what the members of a union complain about (`int | str`) under the one key that the user wrote."""
+    found: dict[str, list[ErrorDetails]] = {}
+    for detail in error.errors(include_url=False):
+        keys: list[str] = []
+        for part in detail["loc"]:
+            if isinstance(part, str) and not _is_key(keys, part) and detail["type"] not in ("extra_forbidden",):
+                break  # the name of a union's member, not a key
+            keys.append(str(part))
+        found.setdefault(".".join(keys), []).append(detail)
+    yield from found.items()
+
+
+def _said(key: str, details: Sequence[ErrorDetails]) -> str:
+    first = details[0]
+    kind, value = first["type"], first["input"]
+    if kind == "extra_forbidden":
+        return _unknown(key)
+    if kind == "missing":
+        return "missing, and it has no default"
+    if kind == "value_error":
+        return first["msg"].removeprefix("Value error, ")
+    expected = " or ".join(dict.fromkeys(_expectation(detail) for detail in details))
+    hint = ""
+    if kind == "literal_error" and isinstance(value, str):
+        names = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+        hint = "".join(f" Did you mean {near}?" for near in difflib.get_close_matches(value, names, 1, 0.5))
+    return f"found {_shown(value)}, expected {expected}.{hint}"
+
+
+def _expectation(detail: ErrorDetails) -> str:
+    kind = detail["type"]
+    if kind == "literal_error":
+        return "one of " + str(detail["ctx"]["expected"]).replace("'", "").replace(" or ", ", ")
+    if kind == "string_pattern_mismatch":
+        return f"a string like {detail['ctx']['pattern']}"
+    return _EXPECTED.get(kind) or detail["msg"].removeprefix("Input should be ").removeprefix("String should ")
+
+
+def _unknown(key: str) -> str:
+    """Names the nearest known key: among its neighbours first, then by the same last part anywhere."""
+    parent, _, leaf = key.rpartition(".")
+    known = sorted(_fields(parent.split(".") if parent else []))
+    prefix = parent + "." if parent else ""
+    near = [prefix + name for name in difflib.get_close_matches(leaf, known, 1, 0.6)]
+    near = near or [path for path in _all_keys(RunConfig) if path.rpartition(".")[2] == leaf][:1]
+    meant = f" Did you mean {near[0]}?" if near else ""
+    return f"unknown key.{meant} Known: {', '.join(known)}."
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """Returns the section that a field holds, also where it may be null."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+        return next(filter(None, map(_section, typing.get_args(annotation))), None)
+    return None
+
+
+def _fields(keys: Sequence[str]) -> dict[str, Any]:
+    """Returns the fields of the section at `keys`, or none where there is no section."""
+    model: type[BaseModel] | None = RunConfig
+    for key in keys:
+        field = model.model_fields.get(key) if model else None
+        model = _section(field.annotation) if field else None
+    return dict(model.model_fields) if model else {}
+
+
+def _is_key(keys: Sequence[str], part: str) -> bool:
+    """Whether `part` below `keys` is something a user can write: a field, or anything inside a free mapping."""
+    if part in _fields(keys):
+        return True
+    field = _fields(keys[:-1]).get(keys[-1]) if keys else None
+    return field is not None and _section(field.annotation) is None and "dict" in str(field.annotation)
+
+
+def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        section = _section(field.annotation)
+        if section is not None:
+            yield from _all_keys(section, f"{prefix}{name}.")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "nothing (null)"
+    text = repr(value)
+    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+
+
+def _yaml_problem(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return str(error).splitlines()[0]
+
+
+def _files_nearby(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; {path.parent} does not exist either, the command was given in {Path.cwd()}"
+    names = sorted(file.name for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml"))
+    near = difflib.get_close_matches(path.name, names, 1, 0.5)
+    if near:
+        return f". Did you mean {path.parent / near[0]}?"
+    return f". Known in {path.parent}: {', '.join(names)}." if names else ""

@@ -1,0 +1,97 @@
+"""Reading YAML that may be hostile: no objects, no bombs, no duplicate keys."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 1 << 20
+MAX_ALIASES = 100
+MAX_DEPTH = 32
+MAX_NODES = 100_000
+
+
+class UnsafeYAML(ValueError):
+    """A document that no configuration looks like."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with YAML 1.2's floats (`1e-3`) and without its dates."""
+
+    # Own copies: the class attribute is shared with yaml.SafeLoader.
+    yaml_implicit_resolvers = {
+        char: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:timestamp",)]
+        for char, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Returns what `text` says, as plain dicts, lists and scalars.
+
+    Raises:
+        UnsafeYAML: The document is too large, too deep, or has too many, recursive or exploding aliases.
+        yaml.YAMLError: It is not YAML, has a tag other than YAML's own, or a key twice.
+    """
+    if len(text.encode("utf-8", "replace")) > MAX_BYTES:
+        raise UnsafeYAML(f"more than {MAX_BYTES:,} bytes, no configuration is that long")
+    _check_events(text)
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _expanded_size(node, {})
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _check_events(text: str) -> None:
+    """Refuses depth and aliases before anything recursive runs over the document."""
+    depth = aliases = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            aliases += 1
+        elif isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if aliases > MAX_ALIASES:
+            raise UnsafeYAML(f"more than {MAX_ALIASES} aliases")
+        if depth > MAX_DEPTH:
+            raise UnsafeYAML(f"nested more than {MAX_DEPTH} levels deep")
+
+
+def _expanded_size(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """Counts nodes as if each alias were written out, refusing cycles, bombs and duplicate keys."""
+    if id(node) in known:
+        size = known[id(node)]
+        if size is None:
+            raise UnsafeYAML(f"line {node.start_mark.line + 1}: an alias refers to what contains it")
+        return size
+    known[id(node)] = None
+    size = 1
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} appears twice", key.start_mark
+                )
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+            size += 1 + _expanded_size(value, known)
+    elif isinstance(node, yaml.SequenceNode):
+        size += sum(_expanded_size(item, known) for item in node.value)
+    if size > MAX_NODES:
+        raise UnsafeYAML(f"more than {MAX_NODES:,} values once its aliases are written out")
+    known[id(node)] = size
+    return size

@@ -1,0 +1,73 @@
+"""Stands on each host between ssh and an engine: `python -m distopt.launch.agent -- ENGINE…`.
+
+The launcher writes a line every few seconds to its standard input. When the lines stop, because the launcher was killed
+or the link is down, the agent ends the engine: engines that are cut off wait for minutes and ignore SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from .network import interface_among
+from .processes import adopt_orphans, die_with_parent, kill_descendants
+
+SILENCE_S = 25.0  # longer than ssh takes to give up (ServerAliveInterval times ServerAliveCountMax)
+POLL_S = 0.5
+STOP = b"stop\n"
+ALIVE = b"alive\n"
+
+
+def interface_env(env: dict[str, str] | os._Environ[str]) -> dict[str, str]:
+    """Returns the variables that tell gloo, NCCL and Horovod which interface has this host's address."""
+    hosts = env.get("DISTOPT_HOSTS", "").split(",")
+    name = env.get("DISTOPT_INTERFACE") or (interface_among(hosts) if hosts != [""] else None)
+    variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE")
+    return {variable: name for variable in variables if variable not in env} if name else {}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the engine until it ends, or is told to, or no word comes from the launcher any more."""
+    die_with_parent()
+    if len(argv) < 2 or argv[0] != "--":
+        print("usage: python -m distopt.launch.agent -- COMMAND [ARGUMENT …]", file=sys.stderr)
+        return 2
+    grace_s = float(os.environ.get("DISTOPT_GRACE_S", "30"))
+    adopt_orphans()
+    engine = subprocess.Popen(
+        list(argv[1:]), stdin=subprocess.DEVNULL, env={**os.environ, **interface_env(os.environ)},
+        start_new_session=True, preexec_fn=die_with_parent,
+    )  # fmt: skip
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda got, _: asked.append(got))
+    heard, kill_at = time.monotonic(), float("inf")
+    try:
+        while engine.poll() is None and time.monotonic() < kill_at:
+            if select.select([0], [], [], POLL_S)[0]:
+                data = os.read(0, 4096)
+                heard = time.monotonic()
+                if not data:
+                    print("agent: the launcher has gone", file=sys.stderr)
+                    return 1
+                if STOP in data:
+                    asked.append(signal.SIGTERM)
+            if time.monotonic() - heard > SILENCE_S:
+                print(f"agent: no word from the launcher for {SILENCE_S:g} s", file=sys.stderr)
+                return 1
+            if asked and kill_at == float("inf"):
+                kill_at = time.monotonic() + grace_s + 6
+                engine.terminate()
+    finally:
+        kill_descendants(os.getpid())
+    return engine.wait()
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.exit(status if status >= 0 else 128 - status)

@@ -1,0 +1,192 @@
+"""Everything wrong with a run that can be seen before any process starts; nothing here imports torch or the task."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distopt.config import RunConfig
+
+from .plan_files import CONFIG_FILE
+from .platforms.base import Platform
+
+# What a run may change when it goes on: where it runs and what it writes, not what it computes.
+MAY_CHANGE = ("launch", "log", "checkpoint", "train.num_steps", "run_dir", "reduce")
+
+
+def problems(config: RunConfig, platform: Platform) -> list[str]:
+    """Returns every reason not to start, each with what was found, expected, and the mend."""
+    return [
+        *platform.problems(config),
+        *_code(config),
+        *_global_batch(config, config.launch.world_sizes),
+        *_port(config),
+        *_run_directory(config),
+    ]
+
+
+def _code(config: RunConfig) -> Iterator[str]:
+    if config.script is not None:
+        path = Path(config.script)
+        if not path.is_file():
+            yield f"script: {path}: no such file in {Path.cwd()}"
+        else:
+            yield from _syntax(path, "script")
+    if config.task is not None:
+        yield from task_problems(config.task)
+
+
+def task_problems(task: str) -> Iterator[str]:
+    """Finds out whether `module:Name` is there by reading the file, since importing it could take seconds.
+
+    Example:
+        >>> list(task_problems("distopt.config.schema:RunConfg"))  # doctest: +ELLIPSIS
+        ["task: distopt.config.schema has no 'RunConfg'. Did you mean distopt.config.schema:RunConfig? (.../schema.py)"]
+    """
+    module, _, name = task.partition(":")
+    spec = _find_module(module)
+    if isinstance(spec, str):
+        yield f"task: {spec}"
+        return
+    origin = Path(spec.origin or "")
+    if origin.suffix != ".py":
+        return  # compiled: only the import can tell
+    found = list(_syntax(origin, "task"))
+    yield from found
+    names = None if found else _names(ast.parse(origin.read_bytes()))
+    if names is not None and name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        meant = f"Did you mean {module}:{near[0]}?" if near else f"It has: {', '.join(sorted(names)[:20])}."
+        yield f"task: {module} has no {name!r}. {meant} ({origin})"
+
+
+def _find_module(module: str) -> ModuleSpec | str:
+    """Returns where a module is, without running its parents, or what is wrong."""
+    first, *rest = module.split(".")
+    sys.path.insert(0, os.getcwd())  # where `python -m` starts its search in each worker
+    try:
+        spec = importlib.util.find_spec(first)
+    except (ImportError, ValueError):
+        spec = None
+    finally:
+        sys.path.pop(0)
+    so_far = first
+    for part in rest:
+        if spec is None:
+            break
+        if spec.submodule_search_locations is None:
+            return f"{module}: {so_far} is a module and no package, so it holds no {part}"
+        so_far += f".{part}"
+        spec = PathFinder.find_spec(so_far, list(spec.submodule_search_locations))
+    if spec is None:
+        return (
+            f"no module {so_far!r} for {sys.executable} in {Path.cwd()}; "
+            "is it spelt right, installed here, or below the folder where the command is given?"
+        )
+    return spec
+
+
+def _syntax(path: Path, key: str) -> Iterator[str]:
+    try:
+        ast.parse(path.read_bytes(), str(path))
+    except (SyntaxError, ValueError) as error:
+        where = f"{path}:{error.lineno}" if isinstance(error, SyntaxError) else str(path)
+        yield f"{key}: {where}: {error.msg if isinstance(error, SyntaxError) else error}"
+
+
+def _names(tree: ast.Module) -> set[str] | None:
+    """Returns the names that a module binds; None where that cannot be told without running it."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    return None if {"*", "__getattr__"} & names else names
+
+
+def _global_batch(config: RunConfig, world_sizes: range) -> Iterator[str]:
+    batch = config.data.global_batch
+    if batch is None or config.script is not None:
+        return
+    uneven = [size for size in world_sizes if batch % size]
+    if uneven:
+        size = uneven[0]
+        below, above = batch - batch % size, batch + size - batch % size
+        near = f"{below} or {above}" if below else str(above)
+        yield (
+            f"data.global_batch: {batch} rows cannot be divided evenly among {size} workers; "
+            f"take data.global_batch={near}, or another number of workers"
+        )
+
+
+def _port(config: RunConfig) -> Iterator[str]:
+    port = config.launch.port
+    if port is None or config.launch.hosts:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            yield (
+                f"launch.port: {port} cannot be used on this machine: {error.strerror}; "
+                f"`ss -ltnp sport = :{port}` shows by whom it is in use, launch.port=null takes a free one"
+            )
+
+
+def _run_directory(config: RunConfig) -> Iterator[str]:
+    """Refuses to go on from the checkpoints of another configuration, whose parameters would silently be taken over."""
+    recorded = config.run_dir / CONFIG_FILE
+    for parent in (config.run_dir, *config.run_dir.parents):
+        if parent.exists():
+            if not parent.is_dir():
+                yield f"run_dir: {parent} is a file; choose another run_dir"
+            elif not os.access(parent, os.W_OK | os.X_OK):
+                yield f"run_dir: {parent} cannot be written to; choose another run_dir, or change its permissions"
+            break
+    if not recorded.is_file() or not any((config.run_dir / "checkpoints").glob("step-*")):
+        return
+    try:
+        before = yaml.safe_load(recorded.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        yield f"run_dir: {recorded} cannot be read ({error}); choose another run_dir"
+        return
+    changes = [
+        f"{key}: {old!r} there, {new!r} now"
+        for key, old, new in differences(before, config.model_dump(mode="json"))
+        if not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
+    ]
+    if changes:
+        yield (
+            f"run_dir: {config.run_dir} holds checkpoints of another configuration:\n    "
+            + "\n    ".join(changes)
+            + f"\n  To start anew, choose another run_dir (run_dir={config.run_dir}-2) or move this one away; "
+            "to go on with it, take back the changes."
+        )
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yields the dotted keys at which two configurations differ, with both values; None stands for an absent one.
+
+    Example:
+        >>> list(differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}))
+        [('a.c', 2, 3)]
+    """
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+    elif old != new:
+        yield prefix, old, new

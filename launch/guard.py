@@ -1,0 +1,185 @@
+"""Stands between an engine and one worker: `python -m distopt.launch.guard RUN_DIR -- COMMAND…`.
+
+It keeps the worker's log, passes one signal on and kills what has not ended in time, takes the worker with it when the
+engine dies, and writes down when, how and of what the worker ended (`events.Ending`). It imports the standard library
+alone, since every worker waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from . import events, terminal
+from .agent import interface_env
+from .plan_files import LOGS, SECRETS_FILE, STOP_FILE
+from .processes import die_with_parent
+
+# What each engine calls the rank and the number of workers; the first pair that is set counts.
+ENGINES = (
+    ("RANK", "WORLD_SIZE"),  # torchrun
+    ("HOROVOD_RANK", "HOROVOD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),  # MPICH
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+)
+POLL_S = 0.5
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+
+def place(env: os._Environ[str] | dict[str, str]) -> tuple[int, int]:
+    """Returns this worker's rank and the number of workers, whichever engine started it; a lone process is 0 of 1.
+
+    Example:
+        >>> place({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"})
+        (3, 4)
+    """
+    for rank, world_size in ENGINES:
+        if rank in env and world_size in env:
+            return int(env[rank]), int(env[world_size])
+    return 0, 1
+
+
+class Guard:
+    """One worker's keeper, from its start to its end."""
+
+    def __init__(self, run_dir: Path, command: Sequence[str]) -> None:
+        self.rank, self.world_size = place(os.environ)
+        self.command = list(command)
+        self.run_dir = run_dir
+        self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        self.grace_s = float(os.environ.get("DISTOPT_GRACE_S", "30"))
+        self.stop_file = run_dir / STOP_FILE if "DISTOPT_WATCH_STOP" in os.environ else None
+        self.asked_to_stop = False
+        self._kill_at = float("inf")
+        self._oom_kills = events.oom_kills()
+
+    def run(self) -> int:
+        """Runs the worker to its end and returns its exit status, negative for a signal."""
+        logs = self.run_dir / LOGS
+        logs.mkdir(parents=True, exist_ok=True)
+        with (logs / f"rank-{self.rank}.log").open("ab", buffering=0) as log:
+            log.write(f"--- {events.now()} rank {self.rank} of {self.world_size}, attempt {self.attempt}\n".encode())
+            status = self._refused(log)
+            if status is None:
+                self._record(events.Start)
+                status = self._watch(log)
+        self._record(events.End, status)
+        return status
+
+    def _refused(self, log: IO[bytes]) -> int | None:
+        """Refuses a world that is not the one asked for: an engine may go on with fewer workers, and exit 0."""
+        smallest, _, largest = os.environ.get("DISTOPT_WORLD_SIZE", "").partition(":")
+        if not smallest or int(smallest) <= self.world_size <= int(largest or smallest):
+            return None
+        log.write(
+            f"distopt: the engine started {self.world_size} workers, {smallest} were asked for. Did a host not join? "
+            "A world of changing size must be allowed in the configuration.\n".encode()
+        )
+        self._record(events.Start)
+        return 3
+
+    def _watch(self, log: IO[bytes]) -> int:
+        wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        for number in (*SIGNALS, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)  # the number arrives through the pipe
+        screen = terminal.open_for(self.rank)
+        worker, output = self._start(screen)
+        sink = terminal.Tee(log, screen)
+        watched = [output, wake_read]
+        try:
+            while watched != [wake_read] or worker.poll() is None:
+                ready, _, _ = select.select(watched, [], [], POLL_S)
+                if wake_read in ready and set(os.read(wake_read, 512)) & set(SIGNALS):
+                    self._ask_to_stop(worker)
+                if output in ready and not sink.copy(output):
+                    watched.remove(output)
+                self._check_time(worker)
+                if worker.poll() is not None:
+                    _signal_group(worker.pid, signal.SIGKILL)  # what it left behind
+                    if not ready:
+                        break
+        finally:
+            _signal_group(worker.pid, signal.SIGKILL)
+            sink.close()
+        return worker.wait()
+
+    def _start(self, screen: IO[bytes] | None) -> tuple[subprocess.Popen[bytes], int]:
+        env = {**os.environ, **interface_env(os.environ), "PYTHONUNBUFFERED": "1", **self._secrets()}
+        if screen is not None:
+            ours, theirs = terminal.imitation(screen)
+        else:
+            ours, theirs = os.pipe()
+        # A session of its own, so that nothing else signals the worker, and a death that follows this process's.
+        worker = subprocess.Popen(
+            self.command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=env, start_new_session=True,
+            preexec_fn=die_with_parent,
+        )  # fmt: skip
+        os.close(theirs)
+        return worker, ours
+
+    def _secrets(self) -> dict[str, str]:
+        try:
+            secrets = json.loads((self.run_dir / SECRETS_FILE).read_text())
+        except FileNotFoundError:
+            return {}
+        return {str(name): str(value) for name, value in secrets.items()}
+
+    def _ask_to_stop(self, worker: subprocess.Popen[bytes]) -> None:
+        if not self.asked_to_stop:
+            self.asked_to_stop = True
+            self._kill_at = time.monotonic() + self.grace_s
+            if worker.poll() is None:
+                worker.send_signal(signal.SIGTERM)
+
+    def _check_time(self, worker: subprocess.Popen[bytes]) -> None:
+        if self.stop_file is not None and not self.asked_to_stop and self.stop_file.exists():
+            self._ask_to_stop(worker)
+        if time.monotonic() > self._kill_at:
+            _signal_group(worker.pid, signal.SIGKILL)
+
+    def _record(self, kind: type[events.Event], status: int | None = None) -> None:
+        event = kind(
+            rank=self.rank,
+            attempt=self.attempt,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            time=time.time(),
+            status=status,
+            stopped=self.asked_to_stop,
+            out_of_memory=status == -signal.SIGKILL and events.oom_kills() > self._oom_kills,
+        )
+        events.append(self.run_dir, event)
+
+
+def _signal_group(pid: int, number: signal.Signals) -> None:
+    try:
+        os.killpg(pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the guard; its exit status is the worker's, 128 + n for signal n as a shell would say it."""
+    die_with_parent()
+    if len(argv) < 3 or argv[1] != "--":
+        print("usage: python -m distopt.launch.guard RUN_DIR -- COMMAND [ARGUMENT …]", file=sys.stderr)
+        return 2
+    if directory := os.environ.get("DISTOPT_CWD"):
+        os.chdir(directory)
+    status = Guard(Path(argv[0]), argv[2:]).run()
+    return status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,104 @@
+"""What a platform is going to do: commands and files, printable, and nothing done yet."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from distopt.config import RunConfig, dump_yaml
+
+from . import network
+from .plan_files import CONFIG_FILE
+
+# Tells guards to watch for the stop file.
+STOP_BY_FILE = {"DISTOPT_WATCH_STOP": "1"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One process that the launcher starts.
+
+    `env` is added to the launcher's own environment. `hidden` names variables that the process must not inherit: the
+    engine would write their values on command lines. `host` is where it runs, for messages; none is this machine.
+    """
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    hidden: frozenset[str] = frozenset()
+    host: str | None = None
+
+    def __str__(self) -> str:
+        words = [f"{key}={shlex.quote(value)}" for key, value in sorted(self.env.items())]
+        unset = ["env", *(word for name in sorted(self.hidden) for word in ("-u", name))] if self.hidden else []
+        return " ".join([*unset, *words, *map(shlex.quote, self.argv)])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that starting a run does: first the files are written, then the commands are run.
+
+    `stop_by_file` tells how workers are asked to end: by the stop file that their guards watch, where the engine would
+    leave them too little time for a last checkpoint, else by a signal to the engine. With `heartbeat` each command is
+    an agent (`distopt.launch.agent`) on a host of its own; the run goes on while `least` of them do, by default all.
+    """
+
+    platform: str
+    commands: tuple[Command, ...]
+    files: Mapping[Path, str] = field(default_factory=dict)
+    stop_by_file: bool = False
+    heartbeat: bool = False
+    least: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"# {note}\n" for note in self.notes]
+        for path, text in self.files.items():
+            end = _delimiter(text)
+            parts.append(f"cat > {shlex.quote(str(path))} <<'{end}'\n{text.rstrip()}\n{end}\n")
+        parts += [f"{command}\n" for command in self.commands]
+        return "\n".join(parts)
+
+
+def _delimiter(text: str) -> str:
+    """Returns a here-document's end that the text does not contain."""
+    end = "END"
+    while end in text.splitlines():
+        end += "_"
+    return end
+
+
+def run_files(config: RunConfig) -> dict[Path, str]:
+    """Returns the files that every platform writes: the resolved configuration that workers read."""
+    return {config.run_dir / CONFIG_FILE: dump_yaml(config)}
+
+
+def worker_argv(config: RunConfig, python: str) -> list[str]:
+    """Returns the command of one worker: the training loop, or the user's script, watched by a guard."""
+    guard = [python, "-m", "distopt.launch.guard", str(config.run_dir), "--"]
+    if config.script is not None:
+        return [*guard, python, _operand(config.script), *config.script_args]
+    return [*guard, python, "-m", "distopt.launch", "train", _operand(str(config.run_dir / CONFIG_FILE))]
+
+
+def _operand(path: str) -> str:
+    """Keeps a path that starts with a dash from being read as an option."""
+    return f"./{path}" if path.startswith("-") else path
+
+
+def env_of_workers(config: RunConfig, **more: str) -> dict[str, str]:
+    """Returns the variables that guards and workers need, the numbers of workers that are allowed among them."""
+    sizes = config.launch.world_sizes
+    interface = {"DISTOPT_INTERFACE": config.launch.interface} if config.launch.interface else {}
+    hosts = [network.resolve(host) or host for host in config.launch.hosts]
+    elsewhere = {"DISTOPT_HOSTS": ",".join(hosts), "DISTOPT_CWD": os.getcwd()} if hosts else {}
+    return {
+        "DISTOPT_WORLD_SIZE": ":".join(map(str, dict.fromkeys((sizes[0], sizes[-1])))),
+        **interface,
+        **elsewhere,
+        "DISTOPT_GRACE_S": f"{config.launch.grace_s:g}",
+        **more,
+        **config.launch.env,
+    }

@@ -1,0 +1,86 @@
+"""horovodrun, Horovod's launcher, with its Gloo controller."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from distopt.config import RunConfig
+from distopt.config.platforms import SECRET_NAME
+
+from .. import network, ssh
+from ..plan import STOP_BY_FILE, Command, Plan, env_of_workers, run_files, worker_argv
+
+
+class Platform:
+    """horovodrun on this machine, or from this machine over several hosts, which it reaches by ssh."""
+
+    def problems(self, config: RunConfig) -> list[str]:
+        """Returns what keeps horovodrun from starting."""
+        hosts = config.launch.hosts
+        problems = []
+        if config.reduce.backend not in ("auto", "horovod"):
+            problems.append(
+                f"reduce.backend: found {config.reduce.backend}, but horovodrun starts workers of horovod; "
+                "set reduce.backend=auto or another launch.platform"
+            )
+        if find_spec("horovod") is None or not beside_python("horovodrun").exists():
+            problems.append(
+                "reduce.backend: Horovod was chosen, and it is not installed for "
+                f"{sys.executable}; `make setup-dev` in a checkout of distopt builds it for the installed torch, "
+                "or set reduce.backend=torch_dist"
+            )
+        if len(hosts) == 1 and config.launch.min_hosts:
+            problems.append("launch.min_hosts: elastic Horovod cannot survive a death on a single host; name two")
+        if unresolved := network.host_problems(hosts):
+            return problems + unresolved
+        return problems + ssh.unreachable(config, [host for host in hosts if not network.is_here(host)])
+
+    def plan(self, config: RunConfig) -> Plan:
+        """Renders one horovodrun.
+
+        horovodrun puts the whole environment on command lines, so what looks like a secret is kept from it, and guards
+        read it from a file of mode 0600 instead. It kills workers 5 s after a signal, perhaps in the middle of a
+        checkpoint, so they are stopped by a file.
+        """
+        launch = config.launch
+        hosts = launch.hosts or ["localhost"]
+        env = env_of_workers(config, **STOP_BY_FILE)
+        interface = launch.interface or (network.interface_among(hosts) if launch.hosts else "lo")
+        files = run_files(config)
+        if launch.hosts:
+            files |= ssh.wrapper(config)
+            env["PATH"] = f"{(config.run_dir / ssh.FOLDER).resolve()}:{os.environ.get('PATH', os.defpath)}"
+        argv = [
+            str(beside_python("horovodrun")),
+            "--gloo",
+            *(["--network-interfaces", interface] if interface else []),
+            *self._world(config, files),
+            *worker_argv(config, sys.executable),
+        ]
+        command = Command(tuple(argv), env, secret_variables(config))
+        return Plan("horovodrun", (command,), files, stop_by_file=True)
+
+    def _world(self, config: RunConfig, files: dict[Path, str]) -> list[str]:
+        launch = config.launch
+        slots = [f"{host}:{launch.workers}" for host in launch.hosts or ["localhost"]]
+        sizes = launch.world_sizes
+        if len(sizes) == 1:
+            return ["-np", str(sizes[0]), "-H", ",".join(slots)]
+        script = config.run_dir / "hosts.sh"
+        files[script] = "#!/bin/sh\n" + "".join(f"echo {shlex.quote(slot)}\n" for slot in slots)
+        limits = ["-np", str(sizes[0]), "--min-np", str(sizes[0]), "--max-np", str(sizes[-1])]
+        return [*limits, "--host-discovery-script", str(script.resolve()), "--reset-limit", str(launch.max_restarts)]
+
+
+def beside_python(program: str) -> Path:
+    """Returns where a program of this Python's environment is; it need not exist."""
+    return Path(sys.executable).with_name(program)
+
+
+def secret_variables(config: RunConfig) -> frozenset[str]:
+    """Returns the names of variables that an engine must not put on command lines."""
+    return frozenset(name for name in os.environ if SECRET_NAME.search(name)) | set(config.launch.secrets)

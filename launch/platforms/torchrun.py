@@ -1,0 +1,78 @@
+"""torchrun, PyTorch's own launcher: one on each host; starts workers, restarts them all when one dies."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from distopt.config import RunConfig
+
+from .. import network, ssh
+from ..plan import Command, Plan, env_of_workers, run_files, worker_argv
+
+# With the agent's store shared over restarts, new workers read the addresses of dead ones: half of the restarts of
+# torch 2.13 on one node failed, and none with a store per restart.
+FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+DEFAULT_PORT = 29400
+
+
+class Platform:
+    """torchrun on this machine, or on each of several hosts, reached by ssh."""
+
+    def problems(self, config: RunConfig) -> list[str]:
+        """Returns what keeps torchrun from starting."""
+        hosts = config.launch.hosts
+        problems = []
+        if config.reduce.backend in ("horovod", "mpi"):
+            problems.append(
+                f"reduce.backend: found {config.reduce.backend}, but torchrun starts workers of torch_dist; "
+                "set reduce.backend=auto or another launch.platform"
+            )
+        if unresolved := network.host_problems(hosts):
+            return problems + unresolved
+        return problems + ssh.unreachable(config, [host for host in hosts if not network.is_here(host)])
+
+    def plan(self, config: RunConfig) -> Plan:
+        """Renders one torchrun on the loopback interface, or one on each host, the first one holding the rendezvous."""
+        launch = config.launch
+        if launch.hosts:
+            commands = tuple(self._on_host(config, index) for index in range(len(launch.hosts)))
+            return Plan("torchrun", commands, run_files(config), heartbeat=True, least=launch.min_hosts)
+        place = ["--standalone"] if launch.port is None else _rendezvous("127.0.0.1", launch.port, 0)
+        argv = torchrun_argv(config, [*place, "--local-addr=127.0.0.1"])
+        env = env_of_workers(config, **FRESH_STORE, GLOO_SOCKET_IFNAME="lo")
+        return Plan("torchrun", (Command(tuple(argv), env),), run_files(config))
+
+    def _on_host(self, config: RunConfig, index: int) -> Command:
+        launch = config.launch
+        host = launch.hosts[index]
+        addresses = [network.resolve(name) or name for name in launch.hosts]
+        least = launch.min_hosts or len(launch.hosts)
+        nodes = str(least) if least == len(launch.hosts) else f"{least}:{len(launch.hosts)}"
+        place = [f"--nnodes={nodes}", *_rendezvous(addresses[0], launch.port or DEFAULT_PORT, index)]
+        engine = torchrun_argv(config, [*place, f"--rdzv-id={config.name}", f"--local-addr={addresses[index]}"])
+        agent = [sys.executable, "-m", "distopt.launch.agent", "--", *engine]
+        env = env_of_workers(config, **FRESH_STORE)
+        if network.is_here(host):
+            return Command(tuple(agent), env, host=host)
+        words = ["env", "-C", os.getcwd(), *(f"{key}={value}" for key, value in sorted(env.items())), *agent]
+        return Command(tuple(ssh.remote(config, host, words)), host=host)
+
+
+def torchrun_argv(config: RunConfig, place: list[str], python: str = sys.executable) -> list[str]:
+    """Returns torchrun's command line; `place` are the options that differ between hosts."""
+    launch = config.launch
+    return [
+        *(python, "-m", "torch.distributed.run"),
+        *place,
+        f"--nproc-per-node={launch.workers}",
+        f"--max-restarts={launch.max_restarts}",
+        f"--shutdown-timeout={round(launch.grace_s) + 5}",  # guards kill what is late, and write it down
+        "--no-python",
+        "--",
+        *worker_argv(config, python),
+    ]
+
+
+def _rendezvous(address: str, port: int, index: int) -> list[str]:
+    return ["--rdzv-backend=c10d", f"--rdzv-endpoint={address}:{port}", f"--rdzv-conf=is_host={int(index == 0)}"]

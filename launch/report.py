@@ -1,0 +1,116 @@
+"""Who died first, of what, and who was merely waiting."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+from .events import End, Event, Start
+from .plan_files import LOGS
+
+# How a rank that did nothing wrong ends when another has gone; seen with gloo, NCCL, Horovod and MPI.
+_BEREFT = re.compile(
+    r"Connection (closed by peer|reset by peer|refused)|Broken pipe|[Tt]imed out|HorovodInternalError|"
+    r"connectFullMesh|has been shut down|remote process exited|DistNetworkError|DistBackendError"
+)
+MAX_TRACEBACK_LINES = 30
+
+
+def name(event: Event) -> str:
+    """Says which worker, and where."""
+    return f"rank {event.rank} on {event.host}"
+
+
+def cause(event: Event) -> str:
+    """Says how a worker ended, in words that name a signal."""
+    status = event.status or 0
+    if event.out_of_memory:
+        return "was killed, out of memory: give the run more, or take a smaller batch"
+    if status >= 0:
+        return f"ended with exit status {status}"
+    number = signal.Signals(-status)
+    if number == signal.SIGKILL:
+        return "was killed (SIGKILL): by someone, or out of memory? `dmesg -T | grep -i oom` tells on its host"
+    return f"died of {number.name} ({signal.strsignal(number)})"
+
+
+def last_attempt(seen: Sequence[Event]) -> list[Event]:
+    """Returns the events of the last time that the engine started workers."""
+    newest = max((event.attempt for event in seen), default=0)
+    return [event for event in seen if event.attempt == newest]
+
+
+def stopped_well(seen: Sequence[Event]) -> bool:
+    """Whether all workers that were started ended in time after they had been asked to."""
+    ended = {event.rank: event for event in seen if isinstance(event, End)}
+    started = {event.rank for event in seen if isinstance(event, Start)}
+    well = (0, 143, 130, -signal.SIGTERM, -signal.SIGINT)
+    return started == set(ended) and all(event.status in well for event in ended.values())
+
+
+def failure(run_dir: Path, seen: Sequence[Event], status: int, seconds: float, engine_log: str) -> str:
+    """Returns the report of a run that died.
+
+    Args:
+        run_dir: Where the logs are.
+        seen: The events of the last attempt.
+        status: The engine's exit status.
+        seconds: How long the run took.
+        engine_log: The name of the engine's own log.
+    """
+    lines = [f"distopt: the run failed after {timedelta(seconds=round(seconds))} (exit status {status} of the engine)."]
+    culprits = [event for event in seen if isinstance(event, End) and event.failed]
+    culprits.sort(key=lambda event: (bool(_BEREFT.search(_last_line(run_dir, event.rank))), event.time))
+    ended = {event.rank for event in seen if isinstance(event, End)}
+    silent = [event for event in seen if isinstance(event, Start) and event.rank not in ended]
+    if culprits:
+        first = culprits[0]
+        lines.append(f"  {name(first)} died first: it {cause(first)}.")
+        lines += [f"  After it: {name(event)} {cause(event)}{_why(run_dir, event.rank)}." for event in culprits[1:]]
+    waiting = [event for event in seen if isinstance(event, End) and event.stopped]
+    if waiting:
+        lines.append(f"  Merely waiting, ended by the engine: {', '.join(map(name, waiting))}.")
+    if silent:
+        lines.append(f"  Without a word: {', '.join(map(name, silent))}: its host or its guard has gone.")
+    if culprits and (text := traceback_of(run_dir, culprits[0].rank)):
+        lines += [f"  {log_of(run_dir, culprits[0].rank)} ends with:", *(f"    {line}" for line in text)]
+    if not culprits:
+        lines += [f"  {run_dir / LOGS / engine_log} ends with:"]
+        lines += [f"    {line}" for line in _tail(run_dir / LOGS / engine_log)]
+    lines.append("  The same command goes on from the last good checkpoint.")
+    return "\n".join(lines)
+
+
+def log_of(run_dir: Path, rank: int) -> Path:
+    """Returns where a rank's output is kept."""
+    return run_dir / LOGS / f"rank-{rank}.log"
+
+
+def traceback_of(run_dir: Path, rank: int) -> list[str]:
+    """Returns the last traceback in a rank's log of its last attempt, else its last lines."""
+    lines = _tail(log_of(run_dir, rank), 2000)
+    header = max((number for number, line in enumerate(lines) if line.startswith("--- ")), default=-1)
+    lines = lines[header + 1 :]
+    starts = [number for number, line in enumerate(lines) if "Traceback (most recent call last)" in line]
+    return lines[starts[-1] :][-MAX_TRACEBACK_LINES:] if starts else lines[-10:]
+
+
+def _last_line(run_dir: Path, rank: int) -> str:
+    return next((line for line in reversed(traceback_of(run_dir, rank)) if line.strip()), "")
+
+
+def _why(run_dir: Path, rank: int) -> str:
+    line = _last_line(run_dir, rank)
+    return f" ({line.strip()[:200]})" if line else ""
+
+
+def _tail(path: Path, count: int = 20) -> list[str]:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 256 * 1024))
+            return file.read().decode("utf-8", "replace").splitlines()[-count:]
+    except OSError:
+        return []

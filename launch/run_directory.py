@@ -1,0 +1,92 @@
+"""The folder of a run as the launcher keeps it: one launcher at a time, and a record of what was submitted."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from distopt.config import RunConfig
+
+from .plan import Plan
+from .plan_files import LAUNCH_FILE, LOCK_FILE, LOGS, SECRETS_FILE, STOP_FILE
+
+
+class RunDirectoryBusy(RuntimeError):
+    """Another launcher holds the run directory."""
+
+
+@contextmanager
+def submission(config: RunConfig, plan: Plan) -> Iterator[Path]:
+    """Holds the run directory, with the plan's files and secrets written, until the run has ended.
+
+    Raises:
+        RunDirectoryBusy: Another launcher is running there; nothing has been changed.
+    """
+    run_dir = config.run_dir
+    (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
+    with (run_dir / LOCK_FILE).open("a+") as lock:
+        _acquire(lock.fileno(), run_dir)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
+        (run_dir / STOP_FILE).unlink(missing_ok=True)
+        for path, text in plan.files.items():
+            write(path, text, mode=0o777 if text.startswith("#!") else 0o666)
+        _write_secrets(config, plan)
+        record(run_dir, plan)
+        try:
+            yield run_dir
+        finally:
+            (run_dir / SECRETS_FILE).unlink(missing_ok=True)
+
+
+def _acquire(lock: int, run_dir: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = (run_dir / LOCK_FILE).read_text().strip() or "another process"
+        raise RunDirectoryBusy(
+            f"run_dir: {run_dir} is in use by {holder}; wait for it, stop it, or choose another run_dir"
+        ) from None
+
+
+def write(path: Path, text: str, mode: int = 0o666) -> None:
+    """Puts a whole file in place at once; a reader sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode), "w") as file:
+        file.write(text)
+    temporary.replace(path)
+
+
+def _write_secrets(config: RunConfig, plan: Plan) -> None:
+    """Hands secrets over by a file that only the user can read, to guards and never to a command line."""
+    (config.run_dir / SECRETS_FILE).unlink(missing_ok=True)
+    names = set(config.launch.secrets).union(*(command.hidden for command in plan.commands))
+    secrets = {name: os.environ[name] for name in sorted(names) if name in os.environ}
+    if secrets:
+        write(config.run_dir / SECRETS_FILE, json.dumps(secrets), mode=0o600)
+
+
+def record(run_dir: Path, plan: Plan, **more: Any) -> None:
+    """Writes down what was submitted, when, and from where."""
+    entry = {
+        "platform": plan.platform,
+        "submitted": time.time(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "directory": os.getcwd(),
+        "command": sys.argv,
+        "plan": {"commands": [str(command) for command in plan.commands], "files": [str(path) for path in plan.files]},
+        **more,
+    }
+    write(run_dir / LAUNCH_FILE, json.dumps(entry, indent=2) + "\n")

@@ -1,0 +1,69 @@
+"""Reaching other hosts: options that notice a dead link, accept no changed host key, and never ask for a password."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from distopt.config import RunConfig
+
+SSH = "/usr/bin/ssh"
+# Without keepalives, engines wait for ever for the session of a host that has gone.
+ALIVE = ("ServerAliveInterval=5", "ServerAliveCountMax=3")
+FOLDER = "ssh"
+
+
+def options(config: RunConfig) -> list[str]:
+    """Returns ssh's options; the first value that ssh reads counts, so these go before an engine's own."""
+    ssh = config.launch.ssh
+    if ssh.known_hosts is None:
+        keys = ["StrictHostKeyChecking=accept-new"]
+    else:
+        keys = ["StrictHostKeyChecking=yes", f"UserKnownHostsFile={_quoted(ssh.known_hosts)}"]
+    settings = ["BatchMode=yes", *keys, f"ConnectTimeout={ssh.connect_timeout_s}", *ALIVE, "LogLevel=ERROR"]
+    config_file = ["-F", ssh.config] if ssh.config is not None else []
+    return [*config_file, *(word for setting in settings for word in ("-o", setting))]
+
+
+def _quoted(path: str) -> str:
+    """Quotes a path for an ssh option, where spaces separate and % starts a token."""
+    return '"' + path.replace("%", "%%") + '"' if set(path) & set(" %\t") else path
+
+
+def remote(config: RunConfig, host: str, argv: Sequence[str]) -> list[str]:
+    """Returns the command that runs `argv` on `host`; the words arrive there as they are."""
+    return [SSH, *options(config), "-T", "--", host, shlex.join(argv)]
+
+
+def wrapper(config: RunConfig) -> dict[Path, str]:
+    """Returns a program named `ssh` for engines that know no options of ssh: put its folder first on PATH."""
+    text = "#!/bin/sh\n# distopt: the engine's ssh, with the options of the run; the first value of an option counts.\n"
+    return {config.run_dir / FOLDER / "ssh": f'{text}exec {shlex.join([SSH, *options(config)])} "$@"\n'}
+
+
+def unreachable(config: RunConfig, hosts: Sequence[str]) -> list[str]:
+    """Tries every host at once and returns what keeps the launcher out, each within the connection's timeout."""
+    with ThreadPoolExecutor(max(1, len(hosts))) as pool:
+        return [problem for problem in pool.map(lambda host: _try(config, host), hosts) if problem]
+
+
+def _try(config: RunConfig, host: str) -> str | None:
+    here = str(Path.cwd())
+    limit_s = config.launch.ssh.connect_timeout_s + 15
+    argv = remote(config, host, ["test", "-d", here])
+    by_hand = shlex.join([*argv[:-3], "--", host, "true"])
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL)
+    except FileNotFoundError:
+        return f"launch.hosts: there is no {SSH} here; install openssh-client"
+    except subprocess.TimeoutExpired:
+        return f"launch.hosts: {host} answered nothing within {limit_s} s; try `{by_hand}`"
+    if done.returncode == 255:
+        said = " ".join(done.stderr.split())[:300]
+        return f"launch.hosts: {host} cannot be reached: {said}; try `{by_hand}`"
+    if done.returncode:
+        return f"launch.hosts: {host} has no folder {here}; the command must be given in a folder that all hosts share"
+    return None

@@ -1,0 +1,99 @@
+"""The launcher's terminal, lent to rank 0 so that its progress bar works; its log gets plain lines."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import socket
+import sys
+import termios
+from typing import IO
+
+VARIABLE = "DISTOPT_TERMINAL"
+_ESCAPE = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+
+
+def lend() -> dict[str, str]:
+    """Returns the variable that tells rank 0's guard where this process's terminal is; empty without one."""
+    try:
+        return {VARIABLE: f"{socket.gethostname()}:{os.ttyname(sys.stdout.fileno())}"}
+    except (OSError, ValueError):
+        return {}
+
+
+def open_for(rank: int) -> IO[bytes] | None:
+    """Returns the terminal that was lent, for rank 0 on the terminal's own machine."""
+    host, _, device = os.environ.get(VARIABLE, "").partition(":")
+    if rank != 0 or not device or host != socket.gethostname():
+        return None
+    try:
+        screen = os.fdopen(os.open(device, os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC), "wb", buffering=0)
+    except OSError:
+        return None
+    return screen if screen.isatty() else None
+
+
+def imitation(screen: IO[bytes]) -> tuple[int, int]:
+    """Opens a pseudo-terminal of the screen's size: our end and the worker's. It changes no byte on the way."""
+    ours, theirs = pty.openpty()
+    modes = termios.tcgetattr(theirs)
+    modes[1] &= ~termios.OPOST  # the real terminal turns line feeds into new lines
+    termios.tcsetattr(theirs, termios.TCSANOW, modes)
+    same_size(screen, theirs)
+    return ours, theirs
+
+
+def same_size(screen: IO[bytes], other: int) -> None:
+    """Gives the terminal `other` as many rows and columns as `screen` has."""
+    fcntl.ioctl(other, termios.TIOCSWINSZ, fcntl.ioctl(screen, termios.TIOCGWINSZ, b"\0" * 8))
+
+
+class Tee:
+    """Copies a worker's output to its log, and to the terminal where there is one.
+
+    A terminal's frames are drawn over one another; of each line the log gets the last one, without colours.
+    """
+
+    def __init__(self, log: IO[bytes], screen: IO[bytes] | None) -> None:
+        self._log = log
+        self._screen = screen
+        self._line = b""
+
+    def copy(self, source: int) -> bool:
+        """Copies what can be read now; false at the end of the output."""
+        try:
+            data = os.read(source, 65536)
+        except OSError:  # EIO: the other end of the pseudo-terminal has been closed
+            data = b""
+        if not data:
+            return False
+        if self._screen is None:
+            self._log.write(data)
+            return True
+        try:
+            same_size(self._screen, source)
+            self._screen.write(data)
+        except OSError:
+            pass  # the terminal has gone; the run goes on
+        *lines, self._line = (self._line + data).split(b"\n")
+        for line in lines:
+            self._log.write(plain(line) + b"\n")
+        return True
+
+    def close(self) -> None:
+        """Writes what stands on the last, unfinished line."""
+        if plain(self._line):
+            self._log.write(plain(self._line) + b"\n")
+
+
+def plain(line: bytes) -> bytes:
+    r"""Returns what is left of a terminal's line: its last frame, without escape sequences.
+
+    Example:
+        >>> plain(b"step 1\r\x1b[2K\x1b[32mstep 2\x1b[0m\r")
+        b'step 2'
+    """
+    frames = [frame for frame in _ESCAPE.sub(b"", line).split(b"\r") if frame.strip()]
+    return frames[-1] if frames else b""

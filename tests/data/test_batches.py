@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distopt.data import GlobalBatches
+
+
+@st.composite
+def sizes(draw):
+    """(rows, global batch, ranks, seed) with at least one row per rank and batch."""
+    num_rows = draw(st.integers(1, 60))
+    global_batch = draw(st.integers(1, num_rows))
+    return num_rows, global_batch, draw(st.integers(1, global_batch)), draw(st.integers(0, 2**63 - 1))
+
+
+@settings(deadline=None)
+@given(sizes(), st.integers(0, 200))
+def test_global_batch_whatever_the_world_size_has_the_same_rows(size, step):
+    num_rows, global_batch, world_size, seed = size
+    alone = GlobalBatches(num_rows, global_batch, seed).rows(step)
+    shared = [GlobalBatches(num_rows, global_batch, seed, rank, world_size).rows(step) for rank in range(world_size)]
+    assert np.array_equal(np.concatenate(shared), alone)
+    assert len(alone) == global_batch
+    assert max(map(len, shared)) - min(map(len, shared)) <= 1
+
+
+@settings(deadline=None)
+@given(sizes(), st.integers(1, 4))
+def test_batches_laid_end_to_end_hold_each_row_once_per_epoch(size, num_epochs):
+    num_rows, global_batch, _, seed = size
+    batches = GlobalBatches(num_rows, global_batch, seed)
+    num_batches = -(-num_rows * num_epochs // global_batch)
+    laid = np.concatenate([batches.rows(step) for step in range(num_batches)])
+    for epoch in range(num_epochs):
+        assert sorted(laid[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(num_rows))
+
+
+@settings(deadline=None)
+@given(sizes())
+def test_weights_make_the_mean_over_ranks_the_loss_of_the_global_batch(size):
+    num_rows, global_batch, world_size, seed = size
+    loss = np.random.default_rng(0).normal(size=num_rows)  # of each row
+    ranks = [GlobalBatches(num_rows, global_batch, seed, rank, world_size) for rank in range(world_size)]
+    parts = [batches.weight * num_rows * loss[batches.rows(3)].mean() for batches in ranks]
+    whole = num_rows * loss[GlobalBatches(num_rows, global_batch, seed).rows(3)].mean()
+    assert np.mean(parts) == pytest.approx(whole)
+
+
+def test_order_depends_on_seed_and_step_and_not_on_the_steps_asked_before():
+    batches = GlobalBatches(1000, 64, seed=3)
+    asked_in_order = [batches.rows(step) for step in range(40)]
+    assert np.array_equal(GlobalBatches(1000, 64, seed=3).rows(39), asked_in_order[39])
+    assert np.array_equal(batches.rows(0), asked_in_order[0])
+    assert not np.array_equal(GlobalBatches(1000, 64, seed=4).rows(0), asked_in_order[0])
+    first, second = (np.concatenate(asked_in_order)[i * 1000 : (i + 1) * 1000] for i in (0, 1))
+    assert not np.array_equal(first, second), "each epoch has an order of its own"
+
+
+def test_no_global_batch_takes_all_rows_at_each_step_and_shares_them():
+    parts = [GlobalBatches(7, None, rank=rank, world_size=3) for rank in range(3)]
+    for step in (0, 5):
+        assert [part.rows(step).tolist() for part in parts] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert [part.weight for part in parts] == [pytest.approx(6 / 7), pytest.approx(6 / 7), pytest.approx(9 / 7)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(num_rows=10, global_batch=11), "10 rows: make it smaller, or null"),
+        (dict(num_rows=10, global_batch=2, world_size=3), "cannot be shared by 3 ranks"),
+        (dict(num_rows=10, global_batch=2, rank=2, world_size=2), "rank 2 is not in a world of 2"),
+    ],
+)
+def test_impossible_sizes_are_refused_with_the_edit_that_mends_them(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GlobalBatches(**arguments)

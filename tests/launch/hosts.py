@@ -1,0 +1,110 @@
+"""Several hosts on one machine: network namespaces with own names and addresses, a bridge between, sshd in each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+NETWORK = "10.88.0"
+SWITCH = "dsw-test"
+
+
+def missing() -> str | None:
+    """Returns what keeps this machine from emulating hosts, or None."""
+    programs = [name for name in ("ip", "nsenter", "unshare", "ssh", "ssh-keygen") if shutil.which(name) is None]
+    if programs or not Path("/usr/sbin/sshd").exists():
+        return f"{', '.join(programs) or 'sshd'} is missing (Debian: iproute2, util-linux, openssh-server)"
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    probe = subprocess.run(["ip", "netns", "add", "dn-probe"], capture_output=True, timeout=30)
+    subprocess.run(["ip", "netns", "del", "dn-probe"], capture_output=True, timeout=30)
+    return None if probe.returncode == 0 else f"network namespaces cannot be made: {probe.stderr.decode().strip()}"
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, timeout=30)
+
+
+class Hosts:
+    """Hosts dh1 … dhN; number 1 is where the launcher runs."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder = folder
+        self.count = count
+        self.names = [f"dh{number}" for number in range(1, count + 1)]
+        self.addresses = [f"{NETWORK}.{number}" for number in range(1, count + 1)]
+        self._sshds: list[subprocess.Popen] = []
+
+    def __enter__(self) -> Hosts:
+        self._remove()
+        ip("netns", "add", SWITCH)
+        ip("-n", SWITCH, "link", "add", "br0", "type", "bridge")
+        ip("-n", SWITCH, "link", "set", "br0", "up")
+        lines = [f"{address} {name}" for name, address in zip(self.names, self.addresses, strict=True)]
+        (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+        for name, address in zip(self.names, self.addresses, strict=True):
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("link", "add", "veth0", "netns", name, "type", "veth", "peer", "name", name, "netns", SWITCH)
+            ip("-n", SWITCH, "link", "set", name, "master", "br0", "up")
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", "veth0")
+            ip("-n", name, "link", "set", "veth0", "up")
+            ip("-n", name, "route", "add", "default", "via", f"{NETWORK}.254")
+        self._start_ssh()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sshd in self._sshds:
+            sshd.kill()
+            sshd.wait(30)
+        self._remove()
+
+    def run(self, number: int, *words: str) -> list[str]:
+        """Returns a command line that runs `words` on a host. Not `ip netns exec`, which hides /sys/fs/cgroup."""
+        inside = 'hostname "$0"; mount --bind "$1" /etc/hosts; shift; exec "$@"'
+        name = self.names[number - 1]
+        enter = ["nsenter", f"--net=/run/netns/{name}", "unshare", "--mount", "--uts"]
+        return [*enter, "sh", "-c", inside, name, str(self.folder / "hosts"), *words]
+
+    def link(self, number: int, state: str) -> None:
+        """Takes a host's link `down` or `up`."""
+        ip("-n", SWITCH, "link", "set", self.names[number - 1], state)
+
+    def _start_ssh(self) -> None:
+        Path("/run/sshd").mkdir(exist_ok=True)
+        for key in ("user", "host", "other"):
+            make = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / key)]
+            subprocess.run(make, check=True, timeout=30)
+        shutil.copy(self.folder / "user.pub", self.folder / "authorized_keys")
+        settings = [
+            "Port 22", f"HostKey {self.folder}/host", f"AuthorizedKeysFile {self.folder}/authorized_keys",
+            "PermitRootLogin prohibit-password", "PasswordAuthentication no", "StrictModes no", "UsePAM no",
+            "PrintMotd no", "PidFile none", "MaxStartups 100",
+        ]  # fmt: skip
+        (self.folder / "sshd_config").write_text("\n".join(settings) + "\n")
+        known = [f"{name},{address}" for name, address in zip(self.names, self.addresses, strict=True)]
+        for key in ("host", "other"):
+            public = (self.folder / f"{key}.pub").read_text().rsplit(" ", 1)[0]
+            (self.folder / f"known_{key}").write_text("".join(f"{names} {public}\n" for names in known))
+        config = f"User root\nIdentityFile {self.folder}/user\nIdentitiesOnly yes\n"
+        (self.folder / "ssh_config").write_text(config)
+        daemon = ["/usr/sbin/sshd", "-D", "-e", "-f", str(self.folder / "sshd_config")]
+        with (self.folder / "sshd.log").open("w") as log:
+            for number in range(1, self.count + 1):
+                self._sshds.append(subprocess.Popen(self.run(number, *daemon), stderr=log))
+        end = time.monotonic() + 30
+        while (self.folder / "sshd.log").read_text().count("listening on 0.0.0.0") < self.count:
+            assert time.monotonic() < end, (self.folder / "sshd.log").read_text()
+            time.sleep(0.05)
+
+    def _remove(self) -> None:
+        there = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, timeout=30).stdout.split()
+        for name in [*self.names, SWITCH]:
+            if name in there:
+                found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, timeout=30)
+                for pid in found.stdout.split():
+                    subprocess.run(["kill", "-9", pid], capture_output=True, timeout=30)
+                ip("netns", "del", name)

@@ -1,0 +1,27 @@
+"""A user's script that sums over all workers, with whichever library its launcher belongs to."""
+
+import json
+import socket
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import distopt
+
+if __name__ == "__main__":
+    seconds = float(sys.argv[1])
+    backend = distopt.init()
+    end = time.monotonic() + seconds
+    going_on = torch.ones(1)
+    while going_on.item():
+        total = torch.ones(1)
+        backend.all_reduce(total).wait()
+        going_on.fill_(float(time.monotonic() < end))
+        backend.all_reduce(going_on, "min").wait()
+        Path(f"summed-{backend.world_size}-{backend.rank}").touch()
+        time.sleep(0.05)
+    found = {"total": total.item(), "host": socket.gethostname(), "library": backend.name}
+    Path(f"sum-{backend.rank}.json").write_text(json.dumps(found))
+    backend.close()

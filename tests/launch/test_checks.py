@@ -1,0 +1,121 @@
+"""Bad input is refused with exit status 2 before any process starts, naming what was found and the mend."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from distopt.config import parse_config
+from distopt.launch import checks
+from distopt.launch.cli import app
+
+TASK = "name: run\ntask: mytasks.house:House\n"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a package whose import would fail the test, and no way to start a process."""
+    (tmp_path / "mytasks").mkdir()
+    (tmp_path / "mytasks" / "__init__.py").write_text("raise SystemExit('imported')\n")
+    (tmp_path / "mytasks" / "house.py").write_text("raise SystemExit('imported')\nclass House: ...\n")
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    return tmp_path
+
+
+def refusal(folder, text: str, *args: str) -> str:
+    (folder / "run.yaml").write_text(text)
+    before = sorted(folder.rglob("*"))
+    result = CliRunner().invoke(app, ["launch", "run.yaml", *args])
+    assert result.exit_code == 2, result.output
+    assert sorted(folder.rglob("*")) == before
+    return result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (TASK + "sed: 1", "run.yaml: sed: unknown key. Did you mean seed?"),
+        (TASK + "seed: many", "run.yaml: seed: found 'many' (str), expected an integer."),
+        (TASK + "launch: {platform: slurmm}", "expected one of local"),
+        ("name: ../run\nscript: x.py", "run.yaml: name: found '../run' (str)"),
+        ("name: run\nscript: nosuch.py", "run.yaml: script: nosuch.py: no such file in "),
+        ("name: run\ntask: nosuch.house:House", "no module 'nosuch' for "),
+        ("name: run\ntask: mytasks.hose:House", "no module 'mytasks.hose' for "),
+        ("name: run\ntask: mytasks.house.room:House", "mytasks.house is a module and no package"),
+        ("name: run\ntask: mytasks.house:Hose", "mytasks.house has no 'Hose'. Did you mean mytasks.house:House?"),
+        (TASK + "data: {global_batch: 100}\nlaunch: {workers: 3}",
+         "data.global_batch: 100 rows cannot be divided evenly among 3 workers; take data.global_batch=99 or 102"),
+        (TASK + "reduce: {backend: single}\nlaunch: {workers: 2}", "set launch.workers=1 or reduce.backend=auto"),
+        (TASK + "reduce: {backend: horovod}\nlaunch: {platform: torchrun}", "torchrun starts workers of torch_dist"),
+        (TASK + "reduce: {backend: mpi}\nlaunch: {platform: horovodrun}", "horovodrun starts workers of horovod"),
+        (TASK + "run_dir: mytasks/house.py/run", "run_dir: mytasks/house.py is a file"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_with_its_mend(folder, text, said):
+    assert said in refusal(folder, text)
+
+
+def test_config_file_that_is_missing_is_refused(folder):
+    result = CliRunner().invoke(app, ["launch", "nosuch.yaml"])
+    assert (result.exit_code, "nosuch.yaml: no such file" in result.output) == (2, True)
+
+
+def test_script_with_a_syntax_error_is_refused_with_its_line(folder):
+    (folder / "train.py").write_text("x = 1\nif x\n    pass\n")
+    assert "script: train.py:2: expected ':'" in refusal(folder, "name: run\nscript: train.py")
+
+
+def test_task_is_found_in_the_folder_of_the_command_without_being_imported(folder):
+    assert list(checks.task_problems("mytasks.house:House")) == []
+    assert "mytasks" not in sys.modules
+
+
+def test_task_of_a_module_that_makes_its_names_is_left_to_the_import(folder):
+    (folder / "mytasks" / "made.py").write_text("from os.path import *\n")
+    assert list(checks.task_problems("mytasks.made:Anything")) == []
+
+
+def test_port_in_use_is_refused(folder):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = refusal(folder, TASK, f"launch.port={port}")
+    assert f"launch.port: {port} cannot be used on this machine: Address already in use" in said
+
+
+def test_horovod_that_is_not_installed_is_refused(folder, monkeypatch):
+    from distopt.launch.platforms import horovodrun
+
+    monkeypatch.setattr(horovodrun, "find_spec", lambda name: None)
+    assert "Horovod was chosen, and it is not installed for " in refusal(folder, TASK + "reduce: {backend: horovod}")
+
+
+def test_run_directory_with_checkpoints_of_another_config_is_refused_with_the_differences(folder):
+    (folder / "runs/run/checkpoints/step-00000010").mkdir(parents=True)
+    before = parse_config(TASK, ["optim.args={lr: 0.02}", "train.num_steps=10", "seed=3"])
+    (folder / "runs/run/config.yaml").write_text(json.dumps(before.model_dump(mode="json")))
+    said = refusal(folder, TASK + "optim: {args: {lr: 0.01}}\nseed: 3\ntrain: {num_steps: 20}")
+    assert "run_dir: runs/run holds checkpoints of another configuration:" in said
+    assert "optim.args.lr: 0.02 there, 0.01 now" in said
+    assert "choose another run_dir (run_dir=runs/run-2)" in said
+    assert "num_steps" not in said and "seed" not in said
+
+
+def test_run_directory_of_the_same_run_on_other_machines_is_gone_on_with(folder):
+    (folder / "runs/run/checkpoints/step-00000010").mkdir(parents=True)
+    before = parse_config(TASK, ["launch.workers=4", "train.num_steps=10"])
+    (folder / "runs/run/config.yaml").write_text(json.dumps(before.model_dump(mode="json")))
+    (folder / "run.yaml").write_text(TASK)
+    result = CliRunner().invoke(app, ["launch", "run.yaml", "--dry-run"])
+    assert result.exit_code == 0, result.output

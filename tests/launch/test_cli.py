@@ -1,0 +1,37 @@
+"""The command line: quick, and free of torch until a worker needs it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from typer.testing import CliRunner
+
+from distopt.launch.cli import app
+
+RUN = [sys.executable, "-X", "importtime", "-m", "distopt.launch"]
+
+
+def test_launcher_imports_neither_torch_nor_pyro_nor_the_config_for_its_help():
+    done = subprocess.run([*RUN, "launch", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert not imported & {"torch", "pyro", "numpy", "omegaconf", "yaml", "distopt.config"}
+
+
+def test_dry_run_imports_neither_torch_nor_pyro(tmp_path):
+    (tmp_path / "run.yaml").write_text("name: run\nscript: train.py\n")
+    (tmp_path / "train.py").write_text("")
+    done = subprocess.run(
+        [*RUN, "launch", "run.yaml", "--dry-run"], capture_output=True, text=True, timeout=60, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert not imported & {"torch", "pyro", "numpy", "horovod"}
+
+
+def test_train_refuses_a_bad_config_before_it_imports_torch(tmp_path):
+    (tmp_path / "run.yaml").write_text("name: run\n")
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml")])
+    assert result.exit_code == 2
+    assert "found neither of task and script" in result.output

@@ -1,0 +1,124 @@
+"""The process between an engine and a worker, alone: no engine, no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from distopt.launch import events, report, terminal
+from distopt.launch.guard import place
+from tests.launch.launching import wait_until
+
+TIMEOUT_S = 30
+
+
+def guard(folder: Path, code: str, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "distopt.launch.guard", "run", "--", sys.executable, "-c", code],
+        cwd=folder, env={**os.environ, **(env or {})}, **options,
+    )  # fmt: skip
+
+
+def endings(folder: Path) -> list[dict]:
+    lines = [line for path in (folder / "run/logs").glob("*.jsonl") for line in path.read_text().splitlines()]
+    return [event for event in map(json.loads, lines) if event["event"] == "end"]
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "4", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, (1, 4)),
+        ({"HOROVOD_RANK": "2", "HOROVOD_SIZE": "3"}, (2, 3)),
+        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3"}, (2, 3)),
+        ({"PMI_RANK": "5", "PMI_SIZE": "6"}, (5, 6)),
+        ({"SLURM_PROCID": "7", "SLURM_NTASKS": "8"}, (7, 8)),
+    ],
+)
+def test_place_is_read_from_whichever_engine_started_the_worker(env, expected):
+    assert place(env) == expected
+
+
+def test_output_of_every_kind_is_in_the_log_and_the_exit_status_is_the_workers(tmp_path):
+    code = "import sys, os; print('out'); print('err', file=sys.stderr); os.write(1, b'\\xff no newline'); sys.exit(7)"
+    assert guard(tmp_path, code).wait(TIMEOUT_S) == 7
+    assert (tmp_path / "run/logs/rank-0.log").read_bytes().split(b"\n", 1)[1] == b"out\nerr\n\xff no newline"
+    assert [event["status"] for event in endings(tmp_path)] == [7]
+
+
+def test_death_by_signal_is_written_down_and_told_as_a_shell_does(tmp_path):
+    assert guard(tmp_path, "import os; os.kill(os.getpid(), 11)").wait(TIMEOUT_S) == 128 + 11
+    assert [event["status"] for event in endings(tmp_path)] == [-11]
+
+
+def test_world_of_another_size_than_asked_for_is_refused(tmp_path):
+    env = {"DISTOPT_WORLD_SIZE": "2", "RANK": "0", "WORLD_SIZE": "1"}
+    assert guard(tmp_path, "print('trained')", env).wait(TIMEOUT_S) == 3
+    log = (tmp_path / "run/logs/rank-0.log").read_text()
+    assert "the engine started 1 workers, 2 were asked for" in log and "trained" not in log
+
+
+def test_world_of_any_size_that_is_allowed_runs(tmp_path):
+    env = {"DISTOPT_WORLD_SIZE": "1:3", "RANK": "0", "WORLD_SIZE": "2"}
+    assert guard(tmp_path, "").wait(TIMEOUT_S) == 0
+    assert guard(tmp_path, "", env).wait(TIMEOUT_S) == 0
+
+
+def test_processes_that_a_worker_leaves_behind_are_ended(tmp_path):
+    code = (
+        "import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "print(child.pid)"
+    )
+    assert guard(tmp_path, code).wait(TIMEOUT_S) == 0
+    pid = int((tmp_path / "run/logs/rank-0.log").read_text().splitlines()[-1])
+    wait_until(lambda: not psutil.pid_exists(pid), "the child gone", TIMEOUT_S)
+
+
+def test_worker_dies_with_its_guard(tmp_path):
+    running = guard(tmp_path, "import os, time; print(os.getpid()); time.sleep(600)")
+    log = tmp_path / "run/logs/rank-0.log"
+    wait_until(lambda: log.exists() and len(log.read_text().splitlines()) == 2, "a pid in the log", TIMEOUT_S)
+    pid = int(log.read_text().splitlines()[1])
+    running.kill()
+    running.wait(TIMEOUT_S)
+    wait_until(lambda: not psutil.pid_exists(pid), "the worker gone", TIMEOUT_S)
+
+
+def test_rank_0_has_the_terminal_and_its_log_has_plain_lines(tmp_path):
+    ours, theirs = pty.openpty()
+    code = (
+        "import os, sys\n"
+        "print(sys.stdout.isatty(), os.get_terminal_size().columns)\n"
+        "print('\\x1b[32mstep 1\\x1b[0m', end='\\r'); print('\\x1b[2Kstep 2')"
+    )
+    terminal.fcntl.ioctl(theirs, terminal.termios.TIOCSWINSZ, b"\x18\x00\x47\x00" + b"\0" * 4)
+    env = {terminal.VARIABLE: f"{os.uname().nodename}:{os.ttyname(theirs)}"}
+    try:
+        assert guard(tmp_path, code, env).wait(TIMEOUT_S) == 0
+        drawn = os.read(ours, 65536)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert drawn == b"True 71\r\n\x1b[32mstep 1\x1b[0m\r\x1b[2Kstep 2\r\n"
+    assert (tmp_path / "run/logs/rank-0.log").read_text().splitlines()[1:] == ["True 71", "step 2"]
+
+
+def test_report_puts_the_culprit_before_ranks_that_lost_their_connection_earlier(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/rank-0.log").write_text("--- now\nTraceback (most recent call last):\nConnection reset by peer\n")
+    (tmp_path / "logs/rank-1.log").write_text("--- now\nTraceback (most recent call last):\nValueError: no\n")
+    ends = [events.End(rank, 0, "host", 1, time, 1) for rank, time in ((0, 10.0), (1, 11.0))]
+    said = report.failure(tmp_path, ends, 1, 3.0, "engine.log")
+    assert "rank 1 on host died first" in said
+    assert "After it: rank 0 on host ended with exit status 1 (Connection reset by peer)" in said
+
+
+def test_out_of_memory_is_told_as_such():
+    assert "out of memory" in report.cause(events.End(0, 0, "host", 1, 0.0, -9, out_of_memory=True))

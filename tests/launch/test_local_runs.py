@@ -1,0 +1,122 @@
+"""Runs on this machine, through each engine that is there: what every platform must do (one suite for all)."""
+
+from __future__ import annotations
+
+import json
+import signal
+from importlib.util import find_spec
+
+import psutil
+import pytest
+
+from tests.launch.launching import wait_until, write_config
+
+HOROVOD = pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not installed (make setup-dev builds it)")
+ENGINES = [
+    pytest.param("reduce: {backend: auto}", id="torchrun"),
+    pytest.param("reduce: {backend: horovod}", id="horovodrun", marks=HOROVOD),
+]
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request) -> str:
+    return request.param
+
+
+def test_script_gets_its_arguments_environment_and_folder_exactly(engine, start, tmp_path, monkeypatch):
+    odd = ["a b", "'", '"', "$HOME", "; touch canary", "*", "ü", "\\", "-x", "", "`id`", "a\nb"]
+    write_config(tmp_path, "show", "GREETING,MY_API_TOKEN,PYTHONUNBUFFERED", *odd,
+                 launch="env: {GREETING: \"it's; $x\"}, secrets: [MY_API_TOKEN]", more=engine)  # fmt: skip
+    run = start(env={"MY_API_TOKEN": "s3cret"})
+    assert run.wait() == 0, run.err
+    for rank in (0, 1):
+        shown = json.loads((tmp_path / f"shown-{rank}.json").read_text())
+        assert shown["args"] == odd
+        assert shown["env"] == {"GREETING": "it's; $x", "MY_API_TOKEN": "s3cret", "PYTHONUNBUFFERED": "1"}
+        assert shown["cwd"] == str(tmp_path)
+    assert not (tmp_path / "canary").exists()
+    assert run.out == "rank 0 does show\n"
+    assert "rank 1 does show" in run.log(1)
+    assert run.processes() == []
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_reaches_each_worker_once_and_all_save_and_end(engine, start, tmp_path, number, status):
+    write_config(tmp_path, "wait", more=engine, launch="secrets: [MY_API_TOKEN]")
+    run = start(env={"MY_API_TOKEN": "s3cret", "OTHER_SECRET": "s3cret"})
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers ready")
+    assert len(run.workers()) == 2
+    for process in psutil.process_iter():
+        try:
+            assert "s3cret" not in " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+    run.signal(number)
+    assert run.wait() == status, run.err
+    assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+    assert run.processes() == []
+    written = [path for path in run.run_dir.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
+    assert written == []
+
+
+def test_worker_that_ignores_the_signal_is_killed_after_the_grace_time(engine, start, tmp_path):
+    write_config(tmp_path, "ignore", "1", more=engine)
+    run = start("launch.grace_s=1")
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers ready")
+    run.signal(signal.SIGTERM)
+    assert run.wait() == 1
+    assert run.processes() == []
+    assert "rank 1 on" in run.err
+
+
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        (["raise", "1"], "ValueError: the culprit's own words"),
+        (["kill", "1", "9"], "was killed (SIGKILL)"),
+        (["kill", "1", "11"], "died of SIGSEGV"),
+        (["exit", "1", "7"], "ended with exit status 7"),
+    ],
+    ids=["exception", "SIGKILL", "SIGSEGV", "exit"],
+)
+def test_failed_run_names_who_died_first_of_what_and_who_was_waiting(engine, start, tmp_path, action, said):
+    write_config(tmp_path, *action, more=engine)
+    run = start()
+    assert run.wait() == 1
+    report = run.err[run.err.index("the run failed") :]
+    assert "rank 1 on" in report.split("died first")[0]
+    assert said in report
+    assert "Merely waiting, ended by the engine: rank 0 on" in report
+    assert run.processes() == []
+
+
+def test_launcher_killed_with_9_leaves_no_worker(engine, start, tmp_path):
+    write_config(tmp_path, "wait", more=engine)
+    run = start()
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers ready")
+    run.signal(signal.SIGKILL)
+    wait_until(lambda: run.processes() == [], "all processes of the run gone", timeout_s=20)
+
+
+def test_engine_killed_with_9_leaves_no_worker_and_the_launcher_says_so(engine, start, tmp_path):
+    write_config(tmp_path, "wait", more=engine)
+    run = start()
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers ready")
+    psutil.Process(run.process.pid).children()[0].kill()
+    assert run.wait() == 1
+    assert "exit status -9 of the engine" in run.err
+    wait_until(lambda: run.processes() == [], "all processes of the run gone", timeout_s=20)
+
+
+def test_second_launcher_in_the_same_run_directory_is_refused(start, tmp_path):
+    write_config(tmp_path, "wait")
+    first = start()
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers ready")
+    (tmp_path / "second").mkdir()
+    second = start(f"run_dir={first.run_dir}")
+    assert second.wait() == 2
+    assert f"is in use by process {first.process.pid} on" in second.err
+    first.signal(signal.SIGTERM)
+    assert first.wait() == 143

@@ -1,0 +1,79 @@
+"""What each platform would do, held against golden files, and how it is printed."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from distopt.config import parse_config
+from distopt.config.platforms import SECRET_NAME
+from distopt.launch.cli import app
+from distopt.launch.plan import Command, Plan
+from distopt.launch.platforms import mpirun, platform
+
+BASE = "name: flights\ntask: distopt.examples.flights:Flights\ndata: {global_batch: 4096}\n"
+# Addresses that documentation may use (RFC 5737), so that no host here has one and no name is looked up.
+HOSTS = "launch.hosts=[203.0.113.1,203.0.113.2]"
+PLANS = {
+    "local": ["launch.workers=2"],
+    "local-single": ["reduce.backend=single"],
+    "local-horovod": ["reduce.backend=horovod", "launch.workers=2", "launch.secrets=[HUB_TOKEN]"],
+    "torchrun": ["launch.platform=torchrun", "launch.workers=2", "launch.port=29400"],
+    "horovodrun": ["launch.platform=horovodrun", "launch.workers=2"],
+    "mpirun": ["launch.platform=mpirun", "launch.workers=2"],
+    "torchrun-hosts": ["launch.platform=torchrun", HOSTS, "launch.workers=2"],
+    "torchrun-elastic": ["launch.platform=torchrun", HOSTS, "launch.min_hosts=1"],
+    "horovodrun-hosts": ["launch.platform=horovodrun", HOSTS, "launch.workers=2"],
+    "horovodrun-elastic": ["launch.platform=horovodrun", HOSTS, "launch.min_hosts=1"],
+    "mpirun-hosts": ["launch.platform=mpirun", HOSTS, "launch.workers=2"],
+    "mpirun-mpich": ["launch.platform=mpirun", HOSTS, "launch.workers=2"],
+}
+TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=200)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plan_is_the_golden_one(name, golden, monkeypatch):
+    for secret in filter(SECRET_NAME.search, list(os.environ)):
+        monkeypatch.delenv(secret)
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.setattr(mpirun, "is_mpich", lambda program: name.endswith("mpich"))
+    monkeypatch.setattr(mpirun.os, "geteuid", lambda: 1000)
+    config = parse_config(BASE, PLANS[name])
+    plan = platform(config.launch.platform).plan(config)
+    if name != "local":  # one file shows the configuration
+        plan = replace(plan, files={path: text for path, text in plan.files.items() if path.name != "config.yaml"})
+    golden(f"{name}.txt", str(plan))
+
+
+def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("name: run\nscript: run.yaml.py\n")
+    (tmp_path / "run.yaml.py").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    result = CliRunner().invoke(app, ["launch", "run.yaml", "--dry-run", "launch.workers=2"])
+    assert result.exit_code == 0
+    assert "cat > runs/run/config.yaml <<'END'" in result.output
+    assert "--nproc-per-node=2" in result.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@given(st.lists(TEXT, max_size=5), st.dictionaries(st.from_regex(r"\A[A-Z_]{1,8}\Z"), TEXT, max_size=3))
+def test_printed_command_is_read_by_a_shell_as_the_same_words(argv, env):
+    words = shlex.split(str(Command(("prog", *argv), env)))
+    assert words == [*(f"{key}={value}" for key, value in sorted(env.items())), "prog", *argv]
+
+
+@pytest.mark.parametrize("text", ["plain\n", "END\n", "END\nEND_\n$HOME `id` \\ '\n"])
+def test_printed_files_are_written_by_a_shell_as_they_are(text, tmp_path):
+    path = tmp_path / "a file"
+    plan = Plan("local", (Command((sys.executable, "-c", "print('ran')")),), {path: text})
+    done = subprocess.run(["sh", "-c", str(plan)], capture_output=True, text=True, timeout=30)
+    assert (done.stdout, done.stderr, path.read_text()) == ("ran\n", "", text)
