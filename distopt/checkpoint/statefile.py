@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from distopt.checkpoint.codec import DTYPES, Json, Place, TensorNote, decode, encode, path_of
+from distopt.checkpoint.codec import Json, Place, TensorNote, decode, encode, path_of
 from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.memory import HostMemory, host_bytes
@@ -186,7 +186,7 @@ def _copy_own(
 
 
 def _flattened(tensors: list[Tensor]) -> Tensor:
-    """Returns all elements in one row; one call for all tensors, since a thousand calls take longer than the copying."""
+    """Returns all elements in one row: one call, since a thousand calls take longer than the copying."""
     flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
     return flat
 
@@ -335,8 +335,3 @@ def _parse(raw: bytes, where: str) -> Json:
         return json.loads(text)
     except (zlib.error, ValueError, RecursionError) as error:
         raise CorruptCheckpointError(f"{where}: {error}.") from error
-
-
-def known_dtypes() -> tuple[torch.dtype, ...]:
-    """Returns the dtypes that can be saved."""
-    return tuple(DTYPES.values())
