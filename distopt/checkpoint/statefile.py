@@ -28,7 +28,7 @@ from distopt.checkpoint.tensorfile import Entry, encode_header
 from distopt.checkpoint.writer import hash_pool
 
 OWN_ENTRY_BYTES = 64 << 10
-MAX_JSON_BYTES = 256 << 20
+MAX_JSON_BYTES = 64 << 20
 _COMPRESSION = 1  # level 9 takes ten times as long for a tenth less
 
 _STORED: dict[torch.dtype, tuple[str, torch.dtype]] = {
@@ -54,6 +54,10 @@ class Snapshot:
     def files(self, name: str, metadata: Mapping[str, str]) -> dict[str, list[memoryview]]:
         """Returns the bytes of its files by file name; no tensor is copied again."""
         text = json.dumps(self.tree, separators=(",", ":"), allow_nan=False).encode()
+        if len(text) > MAX_JSON_BYTES:
+            raise CheckpointError(
+                f"{name}: {len(text):,} bytes of names and numbers, at most {MAX_JSON_BYTES:,} are kept."
+            )
         files = {f"{name}.json.gz": [memoryview(gzip.compress(text, _COMPRESSION, mtime=0))]}
         if self.tensors:
             header = encode_header([(entry, dtype, shape) for entry, dtype, shape, _ in self.tensors], metadata)

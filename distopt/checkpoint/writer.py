@@ -206,7 +206,7 @@ def _check_sizes(storage: Storage, folder: str, records: Mapping[str, FileRecord
 def _make_room(storage: Storage, attempt: Attempt) -> None:
     """Sets aside a checkpoint of this very step: the run came here again from an older one."""
     final = storage.final_folder(attempt.step, attempt.id)
-    if final in storage.folders():
+    if final != storage.work_folder(attempt.step, attempt.id) and final in storage.folders():
         storage.set_aside(final)
         failpoint("after_set_aside", 0)
 

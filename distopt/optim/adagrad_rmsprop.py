@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
+
+from distopt.optim.fused_adam import is_fusable, scaled_descent_
 
 
 class AdagradRMSProp(Optimizer):
@@ -57,7 +60,7 @@ class AdagradRMSProp(Optimizer):
                 self.state[p]["sum"].share_memory_()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step for every parameter that has a gradient.
 
         Args:
@@ -82,17 +85,30 @@ class AdagradRMSProp(Optimizer):
             raise RuntimeError(
                 "AdagradRMSProp: a gradient is sparse, expected dense ones; make it dense, or use SparseAdam."
             )
-        t, states = group["t"], [self.state[p] for p in params]
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-        weights = []
-        for state in states:
+        by_step: dict[int, list[int]] = defaultdict(list)
+        for i, p in enumerate(params):
+            state = self.state[p]
             state["step"] += 1
-            weights.append(1.0 if state["step"] == 1 else t)
-        sums = [state["sum"] for state in states]
-        torch._foreach_mul_(sums, [1.0 - w for w in weights])
-        scaled = torch._foreach_mul(grads, weights)
-        torch._foreach_addcmul_(sums, scaled, grads)
-        scales = torch._foreach_sqrt(sums)
-        torch._foreach_add_(scales, 1.0)
-        sizes = [-group["eta"] * s["step"] ** (-0.5 + group["delta"]) for s in states]
-        torch._foreach_addcdiv_(params, grads, scales, sizes)
+            by_step[int(state["step"])].append(i)
+        step_each = scaled_descent_ if is_fusable(params + grads) else _scaled_descent_
+        for step, chosen in by_step.items():
+            step_each(
+                [params[i] for i in chosen],
+                [grads[i] for i in chosen],
+                [self.state[params[i]]["sum"] for i in chosen],
+                lr=group["eta"] * step ** (-0.5 + group["delta"]),
+                decay=0.0 if step == 1 else 1.0 - group["t"],
+                eps=1.0,
+            )
+
+
+def _scaled_descent_(
+    params: list[Tensor], grads: list[Tensor], squares: list[Tensor], *, lr: float, decay: float, eps: float
+) -> None:
+    """What `scaled_descent_` does, for tensors that its kernel does not take."""
+    torch._foreach_mul_(squares, decay)
+    torch._foreach_addcmul_(squares, grads, grads, 1.0 - decay)
+    scales = torch._foreach_sqrt(squares)
+    torch._foreach_add_(scales, eps)
+    torch._foreach_addcdiv_(params, grads, scales, -lr)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
+
+from distopt.optim.fused_adam import adam_, is_fusable
 
 
 class ClippedAdam(Optimizer):
@@ -74,7 +77,7 @@ class ClippedAdam(Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step for every parameter that has a gradient, which is clipped in place.
 
         Args:
@@ -102,6 +105,34 @@ class ClippedAdam(Optimizer):
             state["step"] += 1
         torch._foreach_clamp_min_(grads, -group["clip_norm"])
         torch._foreach_clamp_max_(grads, group["clip_norm"])
+        if not group["centered_variance"] and is_fusable(params + grads):
+            self._step_fused(group, params, grads, states)
+        else:
+            self._step_foreach(group, params, grads, states)
+
+    def _step_fused(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[Any]) -> None:
+        """One pass over memory for all parameters of one step count; `eps` is added where the kernel divides by it."""
+        beta1, beta2 = group["betas"]
+        by_step: dict[int, list[int]] = defaultdict(list)
+        for i, state in enumerate(states):
+            by_step[int(state["step"])].append(i)
+        for step, chosen in by_step.items():
+            adam_(
+                [params[i] for i in chosen],
+                [grads[i] for i in chosen],
+                [states[i]["exp_avg"] for i in chosen],
+                [states[i]["exp_avg_sq"] for i in chosen],
+                step=step,
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                eps=group["eps"] / math.sqrt(1 - beta2**step),
+                weight_decay=group["weight_decay"],
+            )
+
+    def _step_foreach(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[Any]
+    ) -> None:
         if group["weight_decay"] != 0:
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
         beta1, beta2 = group["betas"]

@@ -10,6 +10,7 @@ import torch
 
 from distopt.optim.adagrad_rmsprop import AdagradRMSProp
 from distopt.optim.clipped_adam import ClippedAdam
+from distopt.optim.rmsprop import OnePassRMSprop
 
 ELEMENTWISE: frozenset[Any] = frozenset(
     {
@@ -39,10 +40,15 @@ _FOREACH = frozenset(
         torch.optim.Adamax,
         torch.optim.NAdam,
         torch.optim.RAdam,
-        torch.optim.RMSprop,
         torch.optim.Rprop,
     }
 )
+_QUICKER: dict[Any, Any] = {torch.optim.RMSprop: OnePassRMSprop}
+
+
+def quicker(constructor: Any) -> Any:
+    """Returns what computes the same as `constructor` in less time, given memory that it may overwrite."""
+    return _QUICKER.get(constructor, constructor)
 
 
 def shares(constructor: Any, args: Mapping[str, Any]) -> bool:

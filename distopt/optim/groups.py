@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -87,6 +89,16 @@ def restored_switches(group: dict[str, Any], args: dict[str, Any], extra: dict[s
     return entries
 
 
+def direct_step(handle: Any) -> Callable[..., Any]:
+    """Returns the optimizer's step without what torch wraps around it for profiling and compiling.
+
+    The wrappers take longer than a step of small parameters. A scheduler counts calls of the wrapped one, so it stays.
+    """
+    if is_scheduler(handle):
+        return handle.optimizer.step  # type: ignore[no-any-return]
+    return partial(inspect.unwrap(type(handle).step), handle)
+
+
 class PackedGroup:
     """Parameters of one life whose bytes lie side by side: the torch optimizer sees one flat tensor.
 
@@ -110,6 +122,7 @@ class PackedGroup:
         self.handle = reloaded(
             construct([flat], members[0].args | extra), None if states is None else joined(states, flat=True), extra
         )
+        self._step = direct_step(self.handle)
         self.buffer = torch.empty_like(flat)
         self._views = [v.view(p.shape) for v, p in zip(self.buffer.split(self.numels), self.params, strict=True)]
         self._is_1d = all(p.dim() == 1 for p in self.params)
@@ -144,7 +157,7 @@ class PackedGroup:
     def step(self, buffer: Tensor, *args: Any, **kwargs: Any) -> None:
         """Steps all members by the gradients in `buffer`, which may be overwritten."""
         self.arena.flat.grad = buffer
-        optimizer_of(self.handle).step(*args, **kwargs)
+        self._step(*args, **kwargs)
         torch.autograd.graph.increment_version(self.params)
 
     def state_of(self, member: Member) -> State:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distopt.optim.arguments import Args, args_for, check_args, num_arguments
 from distopt.optim.clipping import Clip, clip_by_global_norm_
-from distopt.optim.families import check_arguments, check_constructor, drifts, shares
+from distopt.optim.families import check_arguments, check_constructor, drifts, quicker, shares
 from distopt.optim.finite import all_finite, nonfinite_names
 from distopt.optim.flat import FlatGradients
 from distopt.optim.grouping import Grouping
@@ -199,7 +199,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
 
     def _construct(self, params: list[Any], args: dict[str, Any]) -> Any:
         """Builds the torch optimizer of a group; overridden where a scheduler goes around it."""
-        return self.pt_optim_constructor(params, **args)
+        return quicker(self.pt_optim_constructor)(params, **args)
 
     def _birth(self) -> Hashable:
         """Returns what parameters that are first seen now have in common, beyond their arguments."""
@@ -321,7 +321,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
     def _check(self, m: Member, state: State) -> None:
         handle = m.group.handle if m.group is not None else self._construct([torch.zeros(1)], m.args)
         hyper = set(optimizer_of(handle).param_groups[0])
-        name = type(optimizer_of(handle)).__name__
+        name = self.pt_optim_constructor.__name__
         check_state(
             m.name, state, m.param, hyper, is_scheduler(handle), name, shares(self.pt_optim_constructor, m.args)
         )

@@ -34,6 +34,7 @@ class Plan:
         groups = {id(m.group): m.group for m in members}
         self.packed = [g for g in groups.values() if isinstance(g, PackedGroup)]
         self.listed = [(g, by_group[i]) for i, g in groups.items() if isinstance(g, ListGroup)]
+        self._only_packed = not self.listed and not self.missing
         self.pointers = list(map(_address, tensors))
         clips = [m.clip for m in members]
         self.clips = any(c.per_parameter for c in clips)
@@ -41,11 +42,9 @@ class Plan:
 
     def fits(self, tensors: tuple[Tensor, ...]) -> bool:
         """Returns whether this is still the plan for `tensors`: the same ones, where they were, with gradients."""
-        return (
-            len(tensors) == len(self.tensors)
-            and all(map(is_, tensors, self.tensors))
-            and list(map(_address, tensors)) == self.pointers
-            and all(p.grad is None for p in self.missing)
+        # An address in an arena stands for its parameter alone, for as long as the group lives.
+        return list(map(_address, tensors)) == self.pointers and (
+            self._only_packed or (all(map(is_, tensors, self.tensors)) and all(p.grad is None for p in self.missing))
         )
 
     def gradients(self, buffers: Sequence[Tensor], global_norm: float | None = None) -> list[Tensor]:

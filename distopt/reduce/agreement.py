@@ -21,6 +21,7 @@ from distopt.backends import Backend, Json
 from distopt.reduce.constraints import build_constraint, describe_constraint
 from distopt.reduce.errors import DisagreementError, PeerError
 from distopt.reduce.layout import Entry
+from distopt.reduce.local import local_parameter
 
 
 @dataclass
@@ -137,15 +138,16 @@ class Agreement:
             return None
         constraint = describe_constraint(_constraint_of(name))
         return Entry(name, tuple(tensor.shape), tensor.dtype, tensor.device.type, False, "").describe() | {
-            "constraint": json.dumps(constraint, sort_keys=True)
+            "constraint": json.dumps(constraint, sort_keys=True),
+            "kind": "replicated" if local_parameter(tensor) is None else "local",
         }
 
     def _entry(self, name: str, holders: Mapping[int, Json], owner: int, sparse: bool, step: int) -> Entry:
         given = holders[owner]
-        for key in ("shape", "dtype", "device", "constraint"):
+        for key in ("kind", "shape", "dtype", "device", "constraint"):
             values = {rank: _plain(key, each[key]) for rank, each in holders.items()}
             if len(set(values.values())) > 1:
-                hint = f" Is {name!r} inside a sharded plate?" if key == "shape" else ""
+                hint = f" Is {name!r} inside a sharded plate?" if key in ("shape", "kind") else ""
                 raise DisagreementError(
                     f"{self._here(step)}: parameter {name!r} differs in {key}: {_by_rank(values)}. "
                     f"Replicated parameters must agree.{hint}"

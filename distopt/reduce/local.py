@@ -112,6 +112,11 @@ def local_parameter(param: Tensor) -> LocalParameter | None:
     return found
 
 
+def any_local() -> bool:
+    """Whether there are local parameters at all; a look of no cost."""
+    return len(_LOCAL.data) > 0
+
+
 def is_local(name: str) -> bool:
     """Whether the parameter of that name in Pyro's store is this rank's own."""
     param = pyro.get_param_store()._params.get(name)

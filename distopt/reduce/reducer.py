@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from distopt.reduce.control import NUM_SLOTS, Control, Heard, Kind, read_control
 from distopt.reduce.drift import checksums, explain_drift, fold
 from distopt.reduce.errors import PeerError
 from distopt.reduce.layout import Bucket, Entry, Layout
+from distopt.reduce.local import any_local, local_parameter
 from distopt.reduce.settings import Settings
 from distopt.reduce.sparse import sum_sparse
 
@@ -59,6 +61,15 @@ class Reduced:
     heard: Heard
     dense: list[Part] = field(default_factory=list)
     loose: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+    num_own: int = 0  # the last ones of `loose`: of this rank alone
+
+    def norm(self) -> float:
+        """Returns the 2-norm of the gradients that are equal on all ranks."""
+        shared = [gradient for _, _, gradient in self.loose[: len(self.loose) - self.num_own]]
+        parts = [part.buffer for part in self.dense] + [
+            each.coalesce().values() if each.is_sparse else each for each in shared
+        ]
+        return math.sqrt(sum(float(part.abs().square().sum(dtype=torch.float64)) for part in parts))
 
 
 class Reducer:
@@ -72,7 +83,6 @@ class Reducer:
         backend: Link to the other ranks.
         settings: How to reduce, the same on all ranks.
         state: Returns the optimizer's state by parameter name, for the drift watch.
-        is_local: Whether the parameter of a name belongs to this rank alone and is never exchanged.
     """
 
     def __init__(
@@ -80,14 +90,12 @@ class Reducer:
         backend: Backend,
         settings: Settings,
         state: Callable[[], Mapping[str, Any]] = dict,
-        is_local: Callable[[str], bool] | None = None,
     ) -> None:
-        self.backend, self.settings, self.is_local = backend, settings, is_local
+        self.backend, self.settings = backend, settings
         self.step = 0
         self.num_agreements = 0
         self.entries: dict[str, Entry] = {}
         self._state = state
-        self._own: dict[int, tuple[str, Tensor]] = {}
         self._exchange = settings.make_exchange(backend)
         self._agreement = Agreement(backend, settings.describe(), self.tensor_of)
         self.layout = self._build()
@@ -97,6 +105,15 @@ class Reducer:
     def look(self, params: Iterable[Tensor]) -> Brought:
         """Finds out what this rank brings: which parameters, with which gradients, and what is new about them."""
         params = list(params)
+        if not any_local():
+            return self._look_at_shared(params)
+        brought = self._look_at_shared([param for param in params if local_parameter(param) is None])
+        own = [param for param in params if local_parameter(param) is not None]
+        brought.own = [(self._name(param), param, param.grad) for param in own if param.grad is not None]
+        brought.params = params
+        return brought
+
+    def _look_at_shared(self, params: Sequence[Tensor]) -> Brought:
         layout = self.layout
         places = list(map(layout.index.get, map(id, params)))
         if None in places or not self._is_current(layout):
@@ -112,25 +129,25 @@ class Reducer:
         tensor: Tensor | None = pyro.get_param_store().named_parameters().mapping.get(name)
         return tensor
 
+    def _name(self, param: Tensor) -> str:
+        name: str | None = pyro.get_param_store().param_name(param)
+        if name is None:
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} is not in Pyro's parameter store, so the ranks cannot "
+                "tell which it is. Register it by pyro.param or pyro.module."
+            )
+        return name
+
     def _is_current(self, layout: Layout) -> bool:
         # A cleared or replaced store lets go of all names at once, so one name answers for them all.
         return not layout.params or pyro.get_param_store().param_name(layout.params[0]) == layout.names[0]
 
     def _look_closely(self, params: Sequence[Tensor]) -> Brought:
-        layout, store = self.layout, pyro.get_param_store()
+        layout = self.layout
         brought = Brought(params)
         gradients: list[Tensor | None] = [None] * len(layout.params)
         for param in params:
-            name, gradient = store.param_name(param), param.grad
-            if name is None:
-                raise ValueError(
-                    f"a parameter of shape {tuple(param.shape)} is not in Pyro's parameter store, so the ranks cannot "
-                    "tell which it is. Register it by pyro.param or pyro.module."
-                )
-            if self.is_local is not None and self.is_local(name):
-                if gradient is not None:
-                    brought.own.append((name, param, gradient))
-                continue
+            name, gradient = self._name(param), param.grad
             place = layout.index.get(id(param))
             if place is None or layout.names[place] != name or _is_dense_now(layout.entries[place], gradient):
                 brought.news[name] = (param, gradient)
@@ -159,7 +176,7 @@ class Reducer:
             One all-reduce per bucket. With news, an agreement and the round once more.
         """
         said.news = bool(brought is not None and brought.news)
-        said.nonfinite = any(not torch.isfinite(g).all() for _, _, g in (brought.own if brought is not None else ()))
+        said.nonfinite = brought is not None and not all(_is_finite(gradient) for _, _, gradient in brought.own)
         sums = None
         if self.settings.drift_every_steps and said.step % self.settings.drift_every_steps == 0:
             sums = checksums(zip(self.layout.names, self.layout.params, strict=True), self._state())
@@ -306,8 +323,12 @@ class Reducer:
             reduced.dense = self._dense
         else:
             self._collect_touched(reduced, brought, scale)
-        if brought is not None:
-            reduced.loose += brought.own
+        for name, param, gradient in brought.own if brought is not None else ():
+            entry = local_parameter(param)
+            if entry is not None and entry.plate.num_shards > 1:
+                gradient.div_(entry.plate.num_shards)  # the plate's density was multiplied by it
+            reduced.loose.append((name, param, gradient))
+            reduced.num_own += 1
         return reduced
 
     def _collect_touched(self, reduced: Reduced, brought: Brought | None, scale: float) -> None:
@@ -350,3 +371,9 @@ class Reducer:
 
 def _is_dense_now(entry: Entry, gradient: Tensor | None) -> bool:
     return entry.sparse and gradient is not None and not gradient.is_sparse
+
+
+def _is_finite(gradient: Tensor) -> bool:
+    values = gradient._values() if gradient.is_sparse else gradient
+    # The largest magnitude is NaN or infinite if any number is; unlike isfinite(), it is found without a copy.
+    return values.numel() == 0 or bool(torch.isfinite(torch.linalg.vector_norm(values, ord=torch.inf)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,14 @@ class DistributedOptimizer(PyroOptim):
         sparse_as_dense: Whether sparse gradients are made dense before they cross.
         power_sgd_rank: Rank of PowerSGD's approximation.
         drift_every_steps: Every so many steps a checksum of parameters and optimizer state rides along; 0: never.
-        is_local: Given a name, whether that parameter belongs to this rank alone: stepped here, never exchanged.
 
     Attributes:
         local_loss: Set it before a call, and its mean over the active ranks is in `mean_loss` after it.
+        local_step: Set it before a call to the step of your own loop, and a rank that has left out one is found.
         local_flag: Set it before a call, and `any_flag` says after it whether any rank has (to stop, to save).
         num_active: Ranks whose gradients went into the last step.
+        measure_norm: Set it before a call, and `gradient_norm` holds after it the 2-norm of the gradient that all ranks
+            stepped by, before clipping; parameters of this rank alone are not in it.
 
     Raises:
         PeerError: A rank has raised in its model; the same on all ranks, with its traceback.
@@ -95,7 +97,6 @@ class DistributedOptimizer(PyroOptim):
         sparse_as_dense: bool = False,
         power_sgd_rank: int = 2,
         drift_every_steps: int = 0,
-        is_local: Callable[[str], bool] | None = None,
     ) -> None:
         if isinstance(pyro_optim, DistributedOptimizer):
             raise TypeError(f"{type(pyro_optim).__name__} is distributed already; give the optimizer that it wraps.")
@@ -113,11 +114,13 @@ class DistributedOptimizer(PyroOptim):
             passes_per_step=backward_passes_per_step,
             drift_every_steps=drift_every_steps,
         )
-        self.is_local = is_local
         self.local_loss: float | None = None
         self.mean_loss: float | None = None
+        self.local_step: int | None = None
         self.local_flag = self.any_flag = False
         self.num_active = 0
+        self.measure_norm = False
+        self.gradient_norm: float | None = None
         self._backend = backend
         self._made: Reducer | None = None
         self._passes = 0
@@ -140,7 +143,7 @@ class DistributedOptimizer(PyroOptim):
     def reducer(self) -> Reducer:
         """What reduces the gradients; made when it is first needed, so that `init` may come after the optimizer."""
         if self._made is None:
-            self._made = Reducer(self._backend or current(), self.settings, self.optim.get_state, self.is_local)
+            self._made = Reducer(self._backend or current(), self.settings, self.optim.get_state)
         return self._made
 
     # One step.
@@ -158,8 +161,12 @@ class DistributedOptimizer(PyroOptim):
         if gathered is None:
             return
         reducer = self.reducer
+        if self.local_step is not None:
+            reducer.step, self.local_step = self.local_step, None
         reducer.backend.note(reducer.step, "reduce")
         brought = reducer.look(gathered)
+        if brought.own:
+            self._check_clip(brought.own[0][0])
         reduced = reducer.reduce(brought, self._say(Kind.GRADIENT))
         self._apply_reduced(reduced, args, kwargs)
 
@@ -283,6 +290,14 @@ class DistributedOptimizer(PyroOptim):
 
     # Inside.
 
+    def _check_clip(self, own: str) -> None:
+        args = self.optim.pt_clip_args
+        if not callable(args) and args.get("global_norm") is not None and self.reducer.backend.world_size > 1:
+            raise ValueError(
+                f"clip_args has global_norm, but parameter {own!r} is this rank's own, so the ranks would find "
+                "different norms. Give clip_norm or clip_value, which look at each parameter by itself."
+            )
+
     def _say(self, kind: Kind | None) -> Control:
         losses = self._losses
         value = sum(losses) / len(losses) if losses else None
@@ -329,6 +344,8 @@ class DistributedOptimizer(PyroOptim):
         reducer.backend.note(reducer.step, "optimizer")
         self.mean_loss, self.any_flag, self.num_active = heard.value, heard.num_flags > 0, heard.num_active
         self.local_flag = False
+        if self.measure_norm:
+            self.gradient_norm = reduced.norm()
         num_skipped = self.optim.num_skipped_steps
         if heard.num_nonfinite and self.optim.nonfinite != "step":
             self._refuse_own(heard)
