@@ -24,7 +24,7 @@ from distopt.config import RunConfig
 from distopt.data import GlobalBatches
 from distopt.infer import SVI, seed_noise
 from distopt.optim import DistributedOptimizer, PyroOptim
-from distopt.reduce import DisagreementError, PeerError
+from distopt.reduce import DisagreementError, DriftError, PeerError
 from distopt.train.metrics import Metrics, read_metrics
 from distopt.train.progress import StepProgress, printer
 from distopt.train.report import Report, elbo_figure
@@ -37,7 +37,8 @@ CHECKPOINTS = "checkpoints"
 REPORT = "report.html"
 _INIT_ROWS = 1024
 # What a user mends by reading one line; anything else is a defect and shows where it happened.
-_PLAIN_ERRORS = (TaskError, BackendError, CheckpointError, PeerError, DisagreementError, ServeError)
+_SHARED_ERRORS = (BackendError, PeerError, DisagreementError, DriftError)
+_PLAIN_ERRORS = (*_SHARED_ERRORS, TaskError, CheckpointError, ServeError)
 
 
 def run(config: RunConfig) -> int:
@@ -59,7 +60,11 @@ def run(config: RunConfig) -> int:
             status = Status()
             with serving(config.serve, status, backend.local_rank):
                 return _Worker(config, backend, status, stop).run()
-    except _PLAIN_ERRORS as error:
+    except Exception as error:
+        if backend is not None and not isinstance(error, _SHARED_ERRORS):
+            backend.fail(error)  # the others wait for this rank, and raise this cause instead
+        if not isinstance(error, _PLAIN_ERRORS):
+            raise
         place = f"rank {backend.rank} of {backend.world_size}: " if backend is not None else ""
         print(f"distopt: {place}{error}", file=sys.stderr, flush=True)
         return 1
