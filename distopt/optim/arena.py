@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 from torch.utils.weak import WeakTensorKeyDictionary
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -66,8 +67,8 @@ class Arena:
         self.flat = torch.empty(sum(self.numels), dtype=first.dtype, device=first.device)
         with torch.no_grad():
             torch.cat([p.detach().reshape(-1) for p in params], out=self.flat)
-            for p, segment in zip(params, self.flat.split(self.numels), strict=True):
-                p.data = torch.from_dlpack(segment).view(p.shape)
+            for p, segment in zip(params, torch.split(self.flat, self.numels), strict=True):
+                p.data = from_dlpack(segment).view(p.shape)
         self.pointers = [p.data_ptr() for p in params]
         for p, pointer in zip(params, self.pointers, strict=True):
             _home[p] = pointer

@@ -45,7 +45,7 @@ class Grouping:
             placed: parameters, each with its state; None for one without any.
             packing: whether their bytes may be moved side by side.
         """
-        buckets: dict[Hashable, list[Placed]] = defaultdict(list)
+        buckets: dict[tuple[Hashable, ...], list[Placed]] = defaultdict(list)
         for m, state in placed:
             life = life_of(state, m.param.numel())
             if m.alone:
@@ -70,10 +70,10 @@ class Grouping:
         if packing:
             self._bound()
 
-    def extract(self, members: Iterable[Member]) -> list[Placed]:
+    def extract(self, members: Iterable[Member]) -> list[tuple[Member, State]]:
         """Takes `members` out of their groups and returns them with their states; the others stay together."""
         leaving = {id(m): m for m in members}
-        result: list[Placed] = []
+        result: list[tuple[Member, State]] = []
         for group in {id(m.group): m.group for m in leaving.values()}.values():
             if group is None:
                 continue
@@ -82,9 +82,9 @@ class Grouping:
             if isinstance(group, PackedGroup):
                 self._packed[group.members[0].key].remove(group)
                 self.place((m, s) for m, s in states if id(m) not in leaving)
-            elif all(id(m) in leaving for m in group.members):
+            elif isinstance(group, ListGroup) and all(id(m) in leaving for m in group.members):
                 self._listed[group.members[0].key].remove(group)
-            else:
+            elif isinstance(group, ListGroup):
                 group.remove(set(leaving))
         for m in leaving.values():
             m.group = None

@@ -48,7 +48,10 @@ class Plan:
             len(tensors) == len(self.tensors)
             and (not tensors or tensors[0].data_ptr() == self.pointers[0])
             and list(map(_address, tensors)) == self.pointers
-            and (self._only_packed or (all(map(is_, tensors, self.tensors)) and all(p.grad is None for p in self.missing)))
+            and (
+                self._only_packed
+                or (all(map(is_, tensors, self.tensors)) and all(p.grad is None for p in self.missing))
+            )
         )
 
     def gradients(self, buffers: Sequence[Tensor], global_norm: float | None = None) -> list[Tensor]:
