@@ -185,7 +185,8 @@ def test_state_saved_in_the_middle_goes_on_in_either_module(kind, direction, tmp
     first, second = (modules[m] for m in direction.split(" to "))
     for seed in range(3):
         schedule = Schedule.random(seed, save_at=6)
-        # Loading rounds some state in torch itself, so that pyro.optim is interrupted likewise where it takes over.
+        # Where pyro.optim takes over, it is compared with itself interrupted likewise: torch rounds some state that it
+        # loads, and a schedule that was loaded for a parameter not seen again yet stands still.
         again = (lambda o: handed_over(o, lambda: make(pyro.optim), tmp_path)) if second is pyro.optim else None
         expected, _ = run(lambda: make(pyro.optim), schedule, resume=again)
         found, _ = run(lambda: make(first), schedule, resume=lambda o: handed_over(o, lambda: make(second), tmp_path))

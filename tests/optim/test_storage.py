@@ -118,6 +118,22 @@ def test_memory_that_others_own_is_not_moved():
     torch.testing.assert_close(alias, torch.full((3, 1), -0.1))
 
 
+def test_parameters_of_an_autoguide_are_packed_though_its_first_trace_shares_their_memory():
+    from pyro import distributions as dist
+    from pyro.infer import SVI, Trace_ELBO
+    from pyro.infer.autoguide import AutoNormal
+
+    def model():
+        pyro.sample("x", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        pyro.sample("y", dist.LogNormal(0.0, 1.0))
+
+    guide, optim = AutoNormal(model), Adam({"lr": 0.1})
+    SVI(model, guide, optim, Trace_ELBO()).step()
+    assert [len(g.members) for g in groups(optim, PackedGroup)] == [4]
+    assert not groups(optim, ListGroup)
+    assert guide.locs.x_unconstrained in optim.optim_objs
+
+
 def test_a_second_optimizer_packs_what_a_first_one_packed():
     params = start()
     values = [p.detach().clone() for p in params]
