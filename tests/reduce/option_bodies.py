@@ -172,7 +172,7 @@ def sparse_gradients_cross_as_sparse() -> Values:
             assert table.grad is not None and table.grad.is_sparse
             if densify:
                 step_with(optim, {"table": table.grad, "dense": torch.ones(2)})
-            elif step == 1 and rank == 0:
+            elif step == 1 and rank == 0 and size > 1:
                 step_with(optim, {"table": None})
             else:
                 step_with(optim, {"table": table.grad})
