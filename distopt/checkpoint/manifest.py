@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from distopt.checkpoint.errors import CorruptCheckpointError
+from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 << 20
-MAX_FILES = 100_000
+MAX_FILES = 20_000
 
 CHUNK_BYTES = 8 << 20
 """Each file is hashed in pieces of this size: in parallel when all is read, alone when a few rows are."""
@@ -81,6 +81,8 @@ class Manifest:
             "format": FORMAT,
             "files": {name: record.as_json() for name, record in self.files.items()},
         }
+        if len(self.files) > MAX_FILES:
+            raise CheckpointError(f"step {self.step} has {len(self.files):,} files, a checkpoint holds {MAX_FILES:,}.")
         return seal(body)
 
     @classmethod
@@ -107,8 +109,6 @@ class Manifest:
             raise ValueError(f"attempt is {body['attempt']!r}")
         if not isinstance(body["about"], dict) or not isinstance(body["files"], dict):
             raise ValueError("about or files is no object")
-        if len(body["files"]) > MAX_FILES:
-            raise ValueError(f"{len(body['files'])} files, at most {MAX_FILES} are read")
         files = {file_name(name): FileRecord.from_json(record) for name, record in body.pop("files").items()}
         body.pop("format")
         return cls(files=files, **body)
@@ -136,8 +136,10 @@ def unseal(raw: bytes, where: str) -> dict[str, Any]:
     Raises:
         CorruptCheckpointError: when `raw` is not byte for byte what `seal` returned.
     """
-    if len(raw) > MAX_MANIFEST_BYTES:
-        raise CorruptCheckpointError(f"{where}: {len(raw):,} bytes, at most {MAX_MANIFEST_BYTES:,} are read.")
+    if len(raw) > MAX_MANIFEST_BYTES or raw.count(b'"chunks"') > MAX_FILES:  # before any of it takes shape in memory
+        raise CorruptCheckpointError(
+            f"{where}: more than {MAX_MANIFEST_BYTES:,} bytes or {MAX_FILES:,} files, which is more than is read."
+        )
     try:
         document = json.loads(raw)
         body = document["body"]
@@ -150,4 +152,4 @@ def unseal(raw: bytes, where: str) -> dict[str, Any]:
 
 
 def _canonical(value: Any) -> bytes:
-    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
+    return json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False).encode() + b"\n"

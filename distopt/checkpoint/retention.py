@@ -23,16 +23,20 @@ def surplus(newest_first: Sequence[Candidate], keep_last: int, keep_every_steps:
     whole = [one for one in newest_first if one.manifest is not None]
     if not whole:
         return []
+    whole = [one for one in whole if not _is_abandoned(one, whole)]
     kept = whole[: max(keep_last, MIN_KEPT)]
-    kept_folders = {one.folder for one in kept}
+    oldest = min(one.step for one in kept)
     doomed = []
     for one in newest_first:
-        abandoned = one.manifest is not None and one.age < whole[0].age and one.step >= whole[0].step
-        old = one.step < min(one.step for one in kept)
         milestone = keep_every_steps is not None and one.step % keep_every_steps == 0 and one.manifest is not None
-        if one is not whole[0] and (abandoned or (old and not milestone and one.folder not in kept_folders)):
+        if _is_abandoned(one, whole) or (one.step < oldest and not milestone):
             doomed.append(one.folder)
     return doomed[::-1]
+
+
+def _is_abandoned(one: Candidate, whole: Sequence[Candidate]) -> bool:
+    """Has a later generation saved this step or one before it?"""
+    return any(other.age[0] > one.age[0] and other.step <= one.step for other in whole)
 
 
 def retain(storage: Storage, keep_last: int, keep_every_steps: int | None) -> None:

@@ -44,6 +44,9 @@ def encode_header(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: M
     """Returns the first bytes of the file; the data of all tensors (name, dtype, shape) follow in this order.
 
     Tensors should come with the widest dtype first: then each lies at a multiple of its item's size.
+
+    Raises:
+        ValueError: when there are more of them than `decode_header` reads.
     """
     document: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -53,6 +56,8 @@ def encode_header(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: M
         offset = end
     text = json.dumps(document, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES or len(tensors) > MAX_ENTRIES:
+        raise ValueError(f"{len(tensors):,} tensors of 64 KiB and more; one file holds {MAX_ENTRIES:,}")
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
@@ -75,6 +80,8 @@ def decode_header(raw: bytes, size: int) -> tuple[dict[str, Entry], dict[str, st
         ValueError: for overlapping, missing or surplus bytes, unknown dtypes, repeated names, or anything else that
             is no well-formed header.
     """
+    if raw.count(b":") > 8 * MAX_ENTRIES:  # an entry has four, beside those in its name
+        raise ValueError(f"more than {MAX_ENTRIES:,} tensors, which is more than is read")
     try:
         document = json.loads(raw[_LENGTH_BYTES:], object_pairs_hook=_without_repeats)
     except RecursionError as error:

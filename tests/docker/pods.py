@@ -93,9 +93,7 @@ def _value(entry: Mapping[str, Any], index: int) -> str:
 
 def _fill(word: str, env: Mapping[str, str]) -> str:
     """Fills `$(NAME)` in as Kubernetes does: unknown names stay, `$$(NAME)` is the text `$(NAME)`."""
-    return re.sub(
-        r"\$(\$\([A-Za-z_]\w*\))|\$\(([A-Za-z_]\w*)\)", lambda m: m[1] or env.get(m[2], m[0]), word
-    )
+    return re.sub(r"\$(\$\([A-Za-z_]\w*\))|\$\(([A-Za-z_]\w*)\)", lambda m: m[1] or env.get(m[2], m[0]), word)
 
 
 def _security(pod: Mapping[str, Any], container: Mapping[str, Any]) -> list[str]:
