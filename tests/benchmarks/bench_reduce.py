@@ -223,10 +223,18 @@ def _judge(added: dict[str, dict[str, float]], whole: dict[str, dict[str, float]
     return missed
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["scaling"]:
-        from tests.benchmarks.scaling import main
+def main(words: list[str]) -> int:
+    """Runs the comparison, or with `scaling` the study of how the cost grows."""
+    if words == ["scaling"]:
+        from tests.benchmarks import scaling
 
-        main()
-    else:
-        compare()
+        scaling.main()
+        return 0
+    return compare()
+
+
+if __name__ == "__main__":
+    # By its own name, so that the ranks find what they are sent.
+    from tests.benchmarks import bench_reduce
+
+    bench_reduce.main(sys.argv[1:])
