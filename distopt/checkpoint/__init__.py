@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         DirectoryInUseError,
     )
     from distopt.checkpoint.resume import Restored
+    from distopt.checkpoint.sharded import Shard
 
 __all__ = [
     "CheckpointError",
@@ -23,6 +24,7 @@ __all__ = [
     "CorruptCheckpointError",
     "DirectoryInUseError",
     "Restored",
+    "Shard",
     "register_constraint",
 ]
 
@@ -33,6 +35,7 @@ _HOME = {
     "CorruptCheckpointError": "errors",
     "DirectoryInUseError": "errors",
     "Restored": "resume",
+    "Shard": "sharded",
     "register_constraint": "constraints",
 }
 
