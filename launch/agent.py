@@ -1,7 +1,8 @@
 """Stands on each host between ssh and an engine: `python -m distopt.launch.agent -- ENGINE…`.
 
-The launcher writes a line every few seconds to its standard input. When the lines stop, because the launcher was killed
-or the link is down, the agent ends the engine: engines that are cut off wait for minutes and ignore SIGTERM.
+With `DISTOPT_HEARTBEAT` set, the launcher writes a line every few seconds to its standard input. When the lines stop,
+because the launcher was killed or the link is down, the agent ends the engine: engines that are cut off wait for
+minutes and ignore SIGTERM.
 """
 
 from __future__ import annotations
@@ -46,10 +47,13 @@ def main(argv: Sequence[str]) -> int:
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda got, _: asked.append(got))
+    watched = "DISTOPT_HEARTBEAT" in os.environ
     heard, kill_at = time.monotonic(), float("inf")
     try:
         while engine.poll() is None and time.monotonic() < kill_at:
-            if select.select([0], [], [], POLL_S)[0]:
+            if not watched:
+                time.sleep(POLL_S)
+            elif select.select([0], [], [], POLL_S)[0]:
                 data = os.read(0, 4096)
                 heard = time.monotonic()
                 if not data:
@@ -57,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
                     return 1
                 if STOP in data:
                     asked.append(signal.SIGTERM)
-            if time.monotonic() - heard > SILENCE_S:
+            if watched and time.monotonic() - heard > SILENCE_S:
                 print(f"agent: no word from the launcher for {SILENCE_S:g} s", file=sys.stderr)
                 return 1
             if asked and kill_at == float("inf"):

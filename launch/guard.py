@@ -49,6 +49,11 @@ def place(env: os._Environ[str] | dict[str, str]) -> tuple[int, int]:
     return 0, 1
 
 
+def started_by_engine() -> bool:
+    """Whether an engine has started this process, directly or through a guard."""
+    return any(rank in os.environ and size in os.environ for rank, size in ENGINES)
+
+
 class Guard:
     """One worker's keeper, from its start to its end."""
 
@@ -95,7 +100,7 @@ class Guard:
             signal.signal(number, lambda *_: None)  # the number arrives through the pipe
         screen = terminal.open_for(self.rank)
         worker, output = self._start(screen)
-        sink = terminal.Tee(log, screen)
+        sink = terminal.Tee(log, screen, echo="DISTOPT_ECHO" in os.environ)
         watched = [output, wake_read]
         try:
             while watched != [wake_read] or worker.poll() is None:

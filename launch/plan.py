@@ -11,7 +11,7 @@ from pathlib import Path
 from distopt.config import RunConfig, dump_yaml
 
 from . import network
-from .plan_files import CONFIG_FILE
+from .plan_files import CONFIG_FILE, CONFIG_VARIABLE
 
 # Tells guards to watch for the stop file.
 STOP_BY_FILE = {"DISTOPT_WATCH_STOP": "1"}
@@ -80,7 +80,9 @@ def worker_argv(config: RunConfig, python: str) -> list[str]:
     guard = [python, "-m", "distopt.launch.guard", str(config.run_dir), "--"]
     if config.script is not None:
         return [*guard, python, _operand(config.script), *config.script_args]
-    return [*guard, python, "-m", "distopt.launch", "train", _operand(str(config.run_dir / CONFIG_FILE))]
+    shared = config.launch.platform != "kubernetes"  # pods read it from a variable
+    source = _operand(str(config.run_dir / CONFIG_FILE)) if shared else f"@{CONFIG_VARIABLE}"
+    return [*guard, python, "-m", "distopt.launch", "train", source]
 
 
 def _operand(path: str) -> str:

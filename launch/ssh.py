@@ -62,7 +62,7 @@ def _try(config: RunConfig, host: str) -> str | None:
     except subprocess.TimeoutExpired:
         return f"launch.hosts: {host} answered nothing within {limit_s} s; try `{by_hand}`"
     if done.returncode == 255:
-        said = " ".join(done.stderr.split())[:300]
+        said = " ".join(line for line in done.stderr.splitlines() if line.strip("@ "))[:300]  # without ssh's banner
         return f"launch.hosts: {host} cannot be reached: {said}; try `{by_hand}`"
     if done.returncode:
         return f"launch.hosts: {host} has no folder {here}; the command must be given in a folder that all hosts share"

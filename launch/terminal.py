@@ -56,9 +56,10 @@ class Tee:
     A terminal's frames are drawn over one another; of each line the log gets the last one, without colours.
     """
 
-    def __init__(self, log: IO[bytes], screen: IO[bytes] | None) -> None:
+    def __init__(self, log: IO[bytes], screen: IO[bytes] | None, *, echo: bool = False) -> None:
         self._log = log
         self._screen = screen
+        self._echo = echo
         self._line = b""
 
     def copy(self, source: int) -> bool:
@@ -69,6 +70,8 @@ class Tee:
             data = b""
         if not data:
             return False
+        if self._echo:
+            os.write(sys.stdout.fileno(), data)  # where the engine keeps output itself, as Kubernetes does
         if self._screen is None:
             self._log.write(data)
             return True

@@ -26,6 +26,7 @@ from pathlib import Path
 
 HOROVOD = "0.28.1"
 CMAKE_FILES = ("CMakeLists.txt", "horovod/torch/CMakeLists.txt")
+CUDA_CMAKE_FILES = ("horovod/common/ops/cuda/CMakeLists.txt",)
 
 
 def main() -> None:
@@ -33,7 +34,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheel-dir", type=Path, help="where wheels are kept (default: the user's cache)")
     parser.add_argument("--no-install", action="store_true", help="build the wheel and print its path, no more")
-    parser.add_argument("--cuda", action="store_true", help="with NCCL, for GPUs (needs nvcc and NCCL)")
+    parser.add_argument(
+        "--cuda", action="store_true", help="with NCCL, for GPUs (nvcc: CUDA's, or 'cuda-toolkit[nvcc,cccl]')"
+    )
     args = parser.parse_args()
     bin_dir = Path(sysconfig.get_path("scripts"))
     env = {**os.environ, "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}"}
@@ -100,7 +103,7 @@ def build(wheels: Path, env: dict[str, str], *, with_mpi: bool, cuda: bool) -> P
         "HOROVOD_WITH_MPI" if with_mpi else "HOROVOD_WITHOUT_MPI": "1",
     }
     if cuda:
-        env["HOROVOD_GPU_OPERATIONS"] = "NCCL"
+        env |= {"HOROVOD_GPU_OPERATIONS": "NCCL", **cuda_of_wheels(env["PATH"])}
     wheels.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     with tempfile.TemporaryDirectory(prefix="horovod-") as folder:
@@ -110,7 +113,7 @@ def build(wheels: Path, env: dict[str, str], *, with_mpi: bool, cuda: bool) -> P
             # Python before 3.11.4 knows no filters.
             archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         source = next(path for path in Path(folder).iterdir() if path.is_dir())
-        for name in CMAKE_FILES:
+        for name in (*CMAKE_FILES, *(CUDA_CMAKE_FILES if cuda else ())):
             set_cxx_standard(source / name)
         log = wheels / "build.log"
         built = Path(folder) / "built"
@@ -125,10 +128,37 @@ def build(wheels: Path, env: dict[str, str], *, with_mpi: bool, cuda: bool) -> P
 
 def set_cxx_standard(path: Path) -> None:
     """Sets C++17 where a CMake file asks for less."""
-    text, count = re.subn(r"set\(CMAKE_CXX_STANDARD 1[14]\)", "set(CMAKE_CXX_STANDARD 17)", path.read_text())
+    text, count = re.subn(r"set\(CMAKE_(CXX|CUDA)_STANDARD 1[14]\)", r"set(CMAKE_\1_STANDARD 17)", path.read_text())
     if not count:
         sys.exit(f"build_horovod: {path.name} of Horovod {HOROVOD} sets no C++ standard where it used to")
     path.write_text(text)
+
+
+def cuda_of_wheels(path: str) -> dict[str, str]:
+    """Returns where CUDA's compiler and NCCL are, when they came with torch's wheels and not with the machine.
+
+    The wheels leave out the names that linkers look for (libnccl.so, lib64); those are linked in this environment.
+    """
+    nvidia = Path(sysconfig.get_path("purelib")) / "nvidia"
+    home = next((nvcc.parents[1] for nvcc in nvidia.glob("cu*/bin/nvcc")), None)
+    if shutil.which("nvcc", path=path) or "HOROVOD_CUDA_HOME" in os.environ or home is None:
+        return {}
+    nccl = nvidia / "nccl"
+    for library in (*(home / "lib").glob("lib*.so.*"), *(nccl / "lib").glob("lib*.so.*")):
+        link_to(library.with_name(library.name.partition(".so")[0] + ".so"), library.name)
+    link_to(home / "lib64", "lib")
+    return {
+        "CUDA_HOME": str(home),
+        "HOROVOD_CUDA_HOME": str(home),
+        "HOROVOD_NCCL_HOME": str(nccl),
+        "HOROVOD_NCCL_LINK": "SHARED",
+    }
+
+
+def link_to(link: Path, target: str) -> None:
+    """Makes a symbolic link where nothing is."""
+    if not link.exists():
+        link.symlink_to(target)
 
 
 def run_with_progress(command: list[str], env: dict[str, str], out: object, log: Path) -> None:

@@ -53,6 +53,8 @@ class WorldHandle:
             try:
                 if self._pending.poll(max(0.0, min(left_s, BEAT_S))):
                     world.waiting -= 1
+                    if self._what.startswith("all_reduce"):
+                        world.all_reduce_s += time.monotonic() - started
                     return
             except RuntimeError as error:
                 raise world.lost(self._what, error) from error
@@ -77,6 +79,7 @@ class World(ABC):
         self.rank, self.world_size = place.rank, place.world_size
         self.device, self.timeout = device, timeout
         self.waiting = 0  # collectives started and not yet seen to be done
+        self.all_reduce_s, self.all_reduce_bytes = 0.0, 0
         self.closed = False
         self._watch: Watch | None = None
         self._way_out: WayOut | None = None
@@ -114,6 +117,7 @@ class World(ABC):
 
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
         """Starts combining `tensor` over all ranks, in place."""
+        self.all_reduce_bytes += tensor.nbytes
         return self._start("all_reduce", tensor, lambda: self._start_all_reduce(tensor, op))
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Handle:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
         DirectoryInUseError,
     )
     from distopt.checkpoint.resume import Restored
-    from distopt.checkpoint.sharded import Shard
 
 __all__ = [
     "CheckpointError",
@@ -24,7 +23,6 @@ __all__ = [
     "CorruptCheckpointError",
     "DirectoryInUseError",
     "Restored",
-    "Shard",
     "register_constraint",
 ]
 
@@ -35,7 +33,6 @@ _HOME = {
     "CorruptCheckpointError": "errors",
     "DirectoryInUseError": "errors",
     "Restored": "resume",
-    "Shard": "sharded",
     "register_constraint": "constraints",
 }
 

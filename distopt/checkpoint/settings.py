@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-FREE = ("name", "run_dir", "launch", "log", "reduce", "checkpoint", "train.num_steps")
+FREE = ("name", "run_dir", "launch", "log", "serve", "reduce", "checkpoint", "train.num_steps")
 """Keys that may differ: where and how long a run goes on, not what it computes."""
 
 PRIVATE = ("launch.env",)

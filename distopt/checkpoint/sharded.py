@@ -1,197 +1,201 @@
-"""Parameters of which each rank holds some rows: saved with their global indices, read by whoever holds them next."""
+"""Local parameters in checkpoints: each rank writes its datapoints' rows, and any other number of ranks reads its own.
+
+A rank's file `shard-00000` holds, for each local parameter, its unconstrained value and its optimizer state with the
+datapoints as the first dimension, so that the rows a rank needs are read without the others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import pyro
 import torch
 from numpy.typing import NDArray
+from pyro.optim import PyroOptim
 from torch import Tensor
 
+from distopt.backends.base import Backend, Json
+from distopt.checkpoint import live
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.manifest import Manifest
+from distopt.checkpoint.ranks import gather
 from distopt.checkpoint.statefile import RowReader, StateReader
 from distopt.checkpoint.storage import Storage
+from distopt.reduce.local import LocalParameter, local_parameters
 
-_BY_ROW = "distopt:by_row"
-_MOST_READS = 64
-"""More stretches of rows than this are read as one, with what lies between them."""
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Which rows of a parameter this rank holds."""
-
-    rows: NDArray[np.int64]
-    """(n,) their global indices; each row belongs to one rank."""
-    num_rows: int
-    """Of all ranks together."""
-    dim: int = 0
-    """The dimension of the unconstrained tensor that runs over the rows; of size n."""
-
-
-Sharding: TypeAlias = Callable[[str], Shard | None]
-"""Parameter name → its shard on this rank, as it is now; None for a replicated parameter."""
+_ROWS, _WHOLE = "@rows", "@whole"  # what stands for a tensor with, and without, a row per datapoint
 
 
 def shard_name(rank: int) -> str:
-    """Returns the name of the state that holds one rank's rows."""
+    """Returns the name of the state that one rank has of its datapoints."""
     return f"shard-{rank:05d}"
 
 
-def split_shards(params: dict[str, Any], optimizer: dict[str, Any] | None, sharding: Sharding | None) -> dict[str, Any]:
-    """Takes the sharded parameters out of what was captured, with their optimizer state; returns them to be saved.
-
-    Raises:
-        CheckpointError: when a parameter has not as many rows as its shard says.
-    """
-    shards: dict[str, Any] = {}
-    for name in list(params):
-        shard = sharding(name) if sharding is not None else None
-        if shard is None:
-            continue
-        entry = params.pop(name)
-        shape = entry["value"].shape
-        if len(shard.rows) != shape[shard.dim]:
-            raise CheckpointError(
-                f"params/{name} has shape {tuple(shape)}, its shard {len(shard.rows)} rows in dimension {shard.dim}."
-            )
-        state = (optimizer or {}).pop(name, None)
-        entry["value"] = _rows_first(entry["value"], shard.dim)
-        shards[name] = entry | {
-            "rows": torch.from_numpy(np.ascontiguousarray(shard.rows, dtype=np.int64)),
-            "num_rows": shard.num_rows,
-            "dim": shard.dim,
-            "optimizer": _mark_rows(state, shape, shard.dim),
+def capture_local(optimizer: PyroOptim | None) -> dict[str, Any]:
+    """Returns the local parameters of this rank with their optimizer state, by name; empty when there are none."""
+    entries = local_parameters()
+    if not entries:
+        return {}
+    params = live.capture_params(skip=lambda name: name not in entries)
+    states = {} if optimizer is None else live.capture_optimizer(optimizer)
+    rows = {entry.plate.name: entry.plate.rows for entry in entries.values() if entry.plate.rows is not None}
+    captured = {}
+    for name, entry in entries.items():
+        shape = params[name]["value"].shape
+        captured[name] = params[name] | {
+            "plate": entry.plate.name,
+            "value": _by_row(params[name]["value"], entry, shape),
+            "optimizer": _by_row(states.get(name), entry, shape),
         }
-    return shards
+    return {"params": captured, "rows": {name: torch.from_numpy(index) for name, index in rows.items()}}
 
 
-def read_shards(
-    storage: Storage, folder: str, manifest: Manifest, sharding: Sharding | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns (parameters, optimizer states) by name, with the rows that this rank holds now.
+def plate_sizes() -> dict[str, int]:
+    """Returns how many datapoints this rank has of each sharded plate with local parameters."""
+    return {entry.plate.name: entry.plate.size for entry in local_parameters().values()}
 
-    Reads the rows it needs, and no others, from whichever ranks' files have them.
 
-    Raises:
-        CheckpointError: when a row that is needed was not saved, or nothing says which rows are needed.
+@dataclass
+class LocalState:
+    """What one rank has read of its datapoints, as `capture_params` and `PyroOptim.get_state` return it."""
+
+    params: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    problem: str = ""
+    """What this process lacks to read them; the checkpoint itself is fine."""
+
+
+class ShardedReader:
+    """Reads this rank's rows from the shards of a checkpoint, however many ranks wrote it.
+
+    Args:
+        backend: Link to the other ranks; constructing is collective.
     """
-    readers = [
-        StateReader(storage, folder, manifest, shard_name(rank))
-        for rank in range(manifest.world_size)
-        if f"{shard_name(rank)}.json.gz" in manifest.files
-    ]
-    saved = [reader.visit(lambda note, rows: rows) for reader in readers]
-    params, states = {}, {}
-    try:
-        for name in sorted({name for part in saved for name in part}):
-            shard = sharding(name) if sharding is not None else None
-            if shard is None:
-                raise CheckpointError(
-                    f"{storage.root}/{folder}: {name!r} was saved in shards. Give Checkpointer(sharded=…) a function "
-                    "that says which of its rows this rank holds."
+
+    def __init__(self, backend: Backend) -> None:
+        sizes = gather(backend, plate_sizes())
+        self._entries = local_parameters()
+        self._device = backend.device
+        self._own: dict[str, NDArray[np.int64]] = {}
+        for entry in self._entries.values():
+            start = sum(each.get(entry.plate.name, 0) for each in sizes[: backend.rank])
+            consecutive = np.arange(start, start + entry.plate.size, dtype=np.int64)
+            self._own[entry.plate.name] = consecutive if entry.plate.rows is None else entry.plate.rows
+
+    def read(self, storage: Storage, folder: str, manifest: Manifest) -> LocalState:
+        """Returns this rank's rows.
+
+        Raises:
+            CheckpointError: The checkpoint lacks some of them.
+            CorruptCheckpointError: Naming the file that is not what was written.
+        """
+        sizes: list[dict[str, int]] = manifest.about.get("plates") or []
+        if not any(sizes):
+            return LocalState()
+        shards = [_Shard(storage, folder, manifest, rank, sizes) for rank, size in enumerate(sizes) if size]
+        try:
+            return self._collect(shards)
+        finally:
+            for shard in shards:
+                shard.close()
+
+    def _collect(self, shards: Sequence[_Shard]) -> LocalState:
+        state = LocalState()
+        for name in shards[0].params:
+            if name not in self._entries:
+                return LocalState(
+                    problem=f"it has rows of the local parameter {name!r}, and this process does not know which of the "
+                    "datapoints are here. Run the model once before restoring: svi.init(...)."
                 )
-            parts = [part[name] for part in saved if name in part]
-            params[name], state = _assemble(name, parts, shard)
-            if state is not None:
-                states[name] = state
-    finally:
-        for reader in readers:
-            reader.close()
-    return params, states
+            saved = shards[0].params[name]
+            state.params[name] = {key: saved[key] for key in ("constraint", "frozen") if key in saved}
+            state.params[name]["value"] = self._assemble(
+                name, [shard.params[name]["value"] for shard in shards], shards
+            )
+            states = [shard.params[name]["optimizer"] for shard in shards]
+            if states[0] is not None:
+                state.optimizer[name] = self._assemble(name, states, shards)
+        return state
+
+    def _assemble(self, name: str, parts: Sequence[Any], shards: Sequence[_Shard]) -> Any:
+        """Puts nested state together from the same state of each shard."""
+        first = parts[0]
+        if isinstance(first, dict) and _ROWS in first:
+            return self._rows(name, [part[_ROWS] for part in parts], shards)
+        if isinstance(first, dict) and _WHOLE in first:
+            return first[_WHOLE].read(0, 1).reshape(first["shape"])
+        if isinstance(first, dict):
+            return {key: self._assemble(name, [part[key] for part in parts], shards) for key in first}
+        if isinstance(first, list):
+            return [self._assemble(name, list(items), shards) for items in zip(*parts, strict=True)]
+        return first
+
+    def _rows(self, name: str, readers: Sequence[RowReader], shards: Sequence[_Shard]) -> Tensor:
+        """Reads this rank's rows of one tensor, from each shard the span that holds them."""
+        entry = self._entries[name]
+        own = self._own[entry.plate.name]
+        order = np.argsort(own, kind="stable")
+        found = np.zeros(len(own), bool)
+        result: Tensor | None = None
+        for reader, shard in zip(readers, shards, strict=True):
+            held = shard.rows(entry.plate.name)
+            places = np.flatnonzero(np.isin(held, own))
+            if not len(places):
+                continue
+            span = reader.read(int(places[0]), int(places[-1]) + 1)
+            if result is None:
+                result = span.new_zeros((len(own), *span.shape[1:]))
+            targets = order[np.searchsorted(own[order], held[places])]
+            result[torch.from_numpy(targets)] = span[torch.from_numpy(places - places[0])]
+            found[targets] = True
+        if result is None or not found.all():
+            missing = own[~found]
+            raise CheckpointError(
+                f"the checkpoint has no rows {missing[:5].tolist()} of {name!r} (plate {entry.plate.name!r}): "
+                f"{len(missing):,} of the {len(own):,} datapoints here are not in it. Is it of other data?"
+            )
+        like = pyro.get_param_store().named_parameters().mapping[name]
+        return entry.from_rows(result, like).contiguous().to(like.device)
 
 
-def _assemble(name: str, parts: list[Any], shard: Shard) -> tuple[dict[str, Any], Any]:
-    sources = [(part, part["rows"].read(0, part["rows"].num_rows).numpy()) for part in parts]
-    wanted = np.asarray(shard.rows, dtype=np.int64)
-    found = np.isin(wanted, np.concatenate([rows for _, rows in sources]))
-    if not found.all():
-        raise CheckpointError(
-            f"{name!r}: row {int(wanted[~found][0])} is wanted here and was not saved (of {parts[0]['num_rows']})."
-        )
+class _Shard:
+    """What one rank wrote of its datapoints, its tensors not yet read."""
 
-    def gather(pick: Callable[[Any], RowReader]) -> Tensor:
-        return _rows_back(_gather_rows([(pick(part), rows) for part, rows in sources], wanted), shard.dim)
+    def __init__(
+        self, storage: Storage, folder: str, manifest: Manifest, rank: int, sizes: Sequence[Mapping[str, int]]
+    ) -> None:
+        self._reader = StateReader(storage, folder, manifest, shard_name(rank))
+        state = self._reader.visit(lambda note, rows: rows)
+        self.params: dict[str, Any] = state["params"]
+        self._explicit: dict[str, RowReader] = state["rows"]
+        self._rank, self._sizes = rank, sizes
+        self._index: dict[str, NDArray[np.int64]] = {}
 
-    # What is not by row, such as the number of steps, is that of the rank that had the first of the rows.
-    first = next((part for part, rows in sources if len(wanted) and wanted[0] in rows), parts[0])
-    kept = {key: value for key, value in first.items() if key in ("constraint", "frozen")}
-    param = _read_all(kept) | {"value": gather(lambda part: part["value"])}
-    return param, _fill(first["optimizer"], [part["optimizer"] for part, _ in sources], sources, wanted, shard.dim)
+    def close(self) -> None:
+        """Lets the file go."""
+        self._reader.close()
 
-
-def _fill(template: Any, others: list[Any], sources: list[Any], wanted: NDArray[np.int64], dim: int) -> Any:
-    """Returns the optimizer state with its rows gathered from all ranks and the rest as in `template`."""
-    if isinstance(template, RowReader):
-        return template.read_all()
-    if isinstance(template, dict) and template.keys() == {_BY_ROW}:
-        readers = [(other[_BY_ROW], rows) for other, (_, rows) in zip(others, sources, strict=True)]
-        return _rows_back(_gather_rows(readers, wanted), dim)
-    if isinstance(template, dict):
-        return {
-            key: _fill(value, [other[key] for other in others], sources, wanted, dim) for key, value in template.items()
-        }
-    if isinstance(template, (list, tuple)):
-        return type(template)(
-            _fill(value, [other[index] for other in others], sources, wanted, dim)
-            for index, value in enumerate(template)
-        )
-    return template
+    def rows(self, plate: str) -> NDArray[np.int64]:
+        """Returns the global index of each datapoint in this shard."""
+        if plate not in self._index:
+            size = self._sizes[self._rank][plate]
+            start = sum(each.get(plate, 0) for each in self._sizes[: self._rank])
+            explicit = self._explicit.get(plate)
+            self._index[plate] = np.arange(start, start + size) if explicit is None else explicit.read(0, size).numpy()
+        return self._index[plate]
 
 
-def _gather_rows(sources: list[tuple[RowReader, NDArray[np.int64]]], wanted: NDArray[np.int64]) -> Tensor:
-    out: Tensor | None = None
-    for reader, rows in sources:
-        _, here, there = np.intersect1d(wanted, rows, assume_unique=True, return_indices=True)
-        if out is None:
-            out = torch.empty((len(wanted), *reader.shape[1:]), dtype=reader.dtype)
-        order = np.argsort(there)
-        for places, start, stop in _stretches(here[order], there[order]):
-            block = reader.read(start, stop)
-            out[torch.from_numpy(places[0])] = block[torch.from_numpy(places[1] - start)]
-    assert out is not None
-    return out
-
-
-def _stretches(
-    here: NDArray[np.int64], there: NDArray[np.int64]
-) -> Iterator[tuple[tuple[NDArray[np.int64], NDArray[np.int64]], int, int]]:
-    """Yields ((places here, places there), first, last + 1) for each run of neighbouring places there."""
-    if len(there) == 0:
-        return
-    cuts = np.flatnonzero(np.diff(there) != 1) + 1
-    if len(cuts) > _MOST_READS:
-        cuts = cuts[:0]
-    for mine, theirs in zip(np.split(here, cuts), np.split(there, cuts), strict=True):
-        yield (mine, theirs), int(theirs[0]), int(theirs[-1]) + 1
-
-
-def _mark_rows(value: Any, shape: torch.Size, dim: int) -> Any:
-    """Returns optimizer state in which the tensors of the parameter's own shape are marked as having its rows."""
+def _by_row(value: Any, entry: LocalParameter, shape: torch.Size) -> Json:
+    """Returns nested state with its tensors marked: those in the parameter's shape by row, others whole."""
     if isinstance(value, Tensor):
-        return {_BY_ROW: _rows_first(value, dim)} if value.shape == shape else value
+        if value.shape == shape:
+            return {_ROWS: entry.by_row(value)}
+        return {_WHOLE: value.reshape(1, -1), "shape": list(value.shape)}
     if isinstance(value, Mapping):
-        return {key: _mark_rows(item, shape, dim) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_mark_rows(item, shape, dim) for item in value)
+        return {key: _by_row(item, entry, shape) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_by_row(item, entry, shape) for item in value]
     return value
-
-
-def _read_all(value: Any) -> Any:
-    if isinstance(value, RowReader):
-        return value.read_all()
-    if isinstance(value, dict):
-        return {key: _read_all(item) for key, item in value.items()}
-    return [_read_all(item) for item in value] if isinstance(value, list) else value
-
-
-def _rows_first(tensor: Tensor, dim: int) -> Tensor:
-    return tensor.detach().movedim(dim, 0)
-
-
-def _rows_back(tensor: Tensor, dim: int) -> Tensor:
-    return tensor.movedim(0, dim).contiguous()

@@ -322,27 +322,14 @@ class RowReader:
         self._state = state
         self._note = note
         self._offset = offset
-        self.shape, self.dtype = note.shape, note.dtype
-
-    @property
-    def num_rows(self) -> int:
-        """Length of the first dimension."""
-        return self.shape[0]
-
-    def read_all(self) -> Tensor:
-        """Returns the whole tensor."""
-        return self.read(0, self.num_rows) if self.shape else self._read(0, self.dtype.itemsize, ())
 
     def read(self, start: int, stop: int) -> Tensor:
         """Returns rows `start` to `stop` of the first dimension, shape (stop - start, ...)."""
         shape = (stop - start, *self._note.shape[1:])
         row_bytes = math.prod(self._note.shape[1:]) * self._note.dtype.itemsize
-        return self._read(start * row_bytes, (stop - start) * row_bytes, shape)
-
-    def _read(self, start: int, size: int, shape: tuple[int, ...]) -> Tensor:
-        block = host_bytes(size)
+        block = host_bytes((stop - start) * row_bytes)
         with hash_pool() as pool:
-            self._state.shared_file().read_into(self._offset + start, [_bytes_of(block)], pool)
+            self._state.shared_file().read_into(self._offset + start * row_bytes, [_bytes_of(block)], pool)
         return _as_dtype(block, TensorNote(self._note.dtype, shape))
 
 

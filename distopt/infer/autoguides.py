@@ -33,6 +33,19 @@ class Plan:
     sites: dict[str, PlateShard] = field(default_factory=dict)
 
 
+_PLANNED = (AutoContinuous, AutoGaussian, AutoStructured, AutoDiscreteParallel)
+
+
+def set_up(guide: AutoGuide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Lets an autoguide look at its model, as in its first call; False for one of a kind that needs no plan."""
+    parts = [part for part in _parts(guide) if isinstance(part, _PLANNED)]
+    for part in [guide, *parts] if parts else []:
+        if part.prototype_trace is None:
+            with guide._pyro_context:  # as in a call, so that parameters get their names
+                part._setup_prototype(*args, **kwargs)
+    return bool(parts)
+
+
 def plan_autoguide(guide: AutoGuide, plates: Mapping[str, PlateShard]) -> Plan:
     """Says how an autoguide that has been set up is split over the ranks.
 

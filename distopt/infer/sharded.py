@@ -8,15 +8,15 @@ from types import TracebackType
 from typing import Any, Self
 
 import pyro
-import torch
 from numpy.typing import ArrayLike
+from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from distopt.infer.autoguides import Plan, plan_autoguide
+from distopt.infer.autoguides import Plan, plan_autoguide, set_up
 from distopt.infer.splitting import (
     Unsplit,
     check_guide,
@@ -212,12 +212,21 @@ class _Run:
         return result
 
     def _prepare(self, guide: AutoGuide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Finds out which of an autoguide's parameters belong to datapoints, running it once to have it set up."""
-        if guide.prototype_trace is None:
-            with torch.no_grad(), pyro.poutine.block(), Sharding(self._plates, check=False):
-                guide(*args, **kwargs)
+        """Finds out which of an autoguide's parameters belong to datapoints, setting it up if that takes a plan."""
+        with poutine.block(), Sharding(self._plates, check=False):
+            if not set_up(guide, args, kwargs):
+                return
         if self._plan is None or self._plan.plates != set(self._plates):
             self._plan = plan_autoguide(guide, self._plates)
+
+
+def share_plates(model: Callable[..., Any], guide: Callable[..., Any]) -> tuple[Sharded, Sharded]:
+    """Wraps model and guide so that a plate that is sharded in one is so in the other."""
+    plates: dict[str, PlateShard] = {}
+    for fn in (model, guide):
+        if isinstance(fn, Sharded):
+            plates.update(fn.plates)
+    return Sharded(model, plates), Sharded(guide, plates)
 
 
 class Sharding(Messenger):  # type: ignore[misc]

@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from distopt.optim.fused_adam import adam_, is_fusable
 
+
 class ClippedAdam(Optimizer):
     r"""Adam whose gradient is clipped elementwise and whose learning rate is multiplied by `lrd` at each step.
 

@@ -76,8 +76,8 @@ def _open_mpi(config: RunConfig, env: dict[str, str]) -> list[str]:
         env |= {"PRTE_MCA_plm_ssh_no_tree_spawn": "1", "OMPI_MCA_plm_rsh_no_tree_spawn": "1"}
     else:
         env |= {"PRTE_MCA_prte_if_include": "lo", "OMPI_MCA_btl_tcp_if_include": "lo"}
-    networks = ",".join(f"{network.resolve(host)}/32" for host in hosts)
-    env |= {"OMPI_MCA_btl_tcp_if_include": config.launch.interface or networks} if hosts else {}
+    if config.launch.interface:
+        env["OMPI_MCA_btl_tcp_if_include"] = config.launch.interface
     return [
         *("-n", str(config.launch.world_sizes[0])),
         *("--host", _slots(config)),

@@ -52,7 +52,7 @@ class Platform:
         place = [f"--nnodes={nodes}", *_rendezvous(addresses[0], launch.port or DEFAULT_PORT, index)]
         engine = torchrun_argv(config, [*place, f"--rdzv-id={config.name}", f"--local-addr={addresses[index]}"])
         agent = [sys.executable, "-m", "distopt.launch.agent", "--", *engine]
-        env = env_of_workers(config, **FRESH_STORE)
+        env = env_of_workers(config, **FRESH_STORE, DISTOPT_HEARTBEAT="1")
         if network.is_here(host):
             return Command(tuple(agent), env, host=host)
         words = ["env", "-C", os.getcwd(), *(f"{key}={value}" for key, value in sorted(env.items())), *agent]

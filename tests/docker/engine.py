@@ -1,4 +1,4 @@
-"""Builds and runs images on a machine without a Docker engine or a registry, with buildah, podman, runc and debootstrap.
+"""Builds and runs images without a Docker engine or a registry, with buildah, podman, runc and debootstrap.
 
 What this machine needs to reach its packages (CA bundle, pip's settings, apt's source) is bound into the build's
 containers and stays out of the images.
@@ -13,8 +13,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 TOOLS = ("buildah", "podman", "runc", "catatonit", "debootstrap", "ip")
 BASE = "localhost/python:3.11-slim-bookworm"
@@ -81,13 +82,13 @@ class Engine:
         """Tells whether an image is in storage."""
         return self.call("podman", "image", "exists", image, check=False).returncode == 0
 
-    def inspect(self, image: str) -> dict[str, object]:
-        """Returns what the image's configuration says."""
-        found: dict[str, object] = json.loads(self.call("podman", "image", "inspect", image).stdout)[0]
+    def inspect(self, image: str) -> dict[str, Any]:
+        """Returns what is known of an image: its configuration, size and history."""
+        found: dict[str, Any] = json.loads(self.call("podman", "image", "inspect", image).stdout)[0]
         return found
 
     def make_base(self) -> None:
-        """Makes a stand-in for the official Python image, from Debian's packages alone: same paths, no host's name in it."""
+        """Makes a stand-in for the official Python image from Debian's packages alone, with no host's name in it."""
         if self.has(BASE):
             return
         root = self.folder / "base"
@@ -148,6 +149,16 @@ def pip_settings() -> Mapping[str, str]:
     return {key: value for _, key, value in found}
 
 
-def own_names(extra: Sequence[str] = ()) -> set[str]:
-    """Returns what an image must not hold: this machine's name, its package hosts, the CAs that Debian does not know."""
-    raise NotImplementedError
+def foreign_certificates() -> list[str]:
+    """Returns the certificates that this machine trusts and Debian does not: those of its proxies and mirrors."""
+    settings = pip_settings()
+    bundle = Path(settings.get("cert", "/etc/ssl/certs/ca-certificates.crt"))
+    known = "".join(path.read_text() for path in Path("/usr/share/ca-certificates/mozilla").glob("*.crt"))
+    blocks = re.findall(r"-----BEGIN CERTIFICATE-----\n(.*?)-----END", bundle.read_text(), re.DOTALL)
+    return [block for block in blocks if block not in known]
+
+
+def package_hosts() -> set[str]:
+    """Returns the hosts that packages come from on this machine."""
+    addresses = [mirror(), *pip_settings().values()]
+    return set(re.findall(r"https?://(?:[^@/\s]*@)?([^/\s:]+)", " ".join(addresses)))

@@ -21,7 +21,7 @@ def test_there_is_one_for_cpus_and_one_for_gpus() -> None:
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
 def test_hadolint_finds_nothing(path: Path) -> None:
     hadolint = Path(sysconfig.get_path("scripts")) / "hadolint"
-    done = subprocess.run([hadolint, "--no-color", path], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([hadolint, "--no-color", path], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "")
 
 

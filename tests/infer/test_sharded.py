@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -40,18 +40,7 @@ SHARDS = DATA.split([2, 5, 4])
 W = len(SHARDS)
 
 
-@pytest.fixture(autouse=True)
-def same_noise_in_every_row(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Float64, and 0.3 in place of each standard normal number, so that one process and many draw alike."""
-
-    def constant(shape: Any, dtype: torch.dtype, device: Any) -> Tensor:
-        return torch.full(tuple(shape), 0.3, dtype=dtype, device=device)
-
-    monkeypatch.setattr("torch.distributions.normal._standard_normal", constant)
-    monkeypatch.setattr("torch.distributions.multivariate_normal._standard_normal", constant)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("same_noise_in_every_row")
 
 
 def init(site: dict[str, Any]) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 SCRIPT = Path(__file__).with_name("worker_script.py")
-TIMEOUT_S = 90.0
+TIMEOUT_S = 40.0
 
 
 def write_config(folder: Path, *script_args: str, name: str = "run", launch: str = "", more: str = "") -> Path:
@@ -64,7 +64,7 @@ class Launched:
         try:
             return self.process.wait(TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"the launcher still runs\n{self.out}\n{self.err}") from None
+            raise AssertionError(f"the launcher still runs\n{self.everything()}") from None
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)

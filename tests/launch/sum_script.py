@@ -1,9 +1,11 @@
 """A user's script that sums over all workers, with whichever library its launcher belongs to."""
 
 import json
+import os
 import socket
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -12,7 +14,7 @@ import distopt
 
 if __name__ == "__main__":
     seconds = float(sys.argv[1])
-    backend = distopt.init()
+    backend = distopt.init(timeout=timedelta(seconds=float(os.environ.get("SUM_TIMEOUT_S", "30"))))
     end = time.monotonic() + seconds
     going_on = torch.ones(1)
     while going_on.item():

@@ -57,6 +57,8 @@ class DistributedOptimizer(PyroOptim):
         local_step: Set it before a call to the step of your own loop, and a rank that has left out one is found.
         local_flag: Set it before a call, and `any_flag` says after it whether any rank has (to stop, to save).
         num_active: Ranks whose gradients went into the last step.
+        measure_norm: Set it before a call, and `gradient_norm` holds after it the 2-norm of the gradient that all ranks
+            stepped by, before clipping; parameters of this rank alone are not in it.
 
     Raises:
         PeerError: A rank has raised in its model; the same on all ranks, with its traceback.
@@ -117,6 +119,8 @@ class DistributedOptimizer(PyroOptim):
         self.local_step: int | None = None
         self.local_flag = self.any_flag = False
         self.num_active = 0
+        self.measure_norm = False
+        self.gradient_norm: float | None = None
         self._backend = backend
         self._made: Reducer | None = None
         self._passes = 0
@@ -340,6 +344,8 @@ class DistributedOptimizer(PyroOptim):
         reducer.backend.note(reducer.step, "optimizer")
         self.mean_loss, self.any_flag, self.num_active = heard.value, heard.num_flags > 0, heard.num_active
         self.local_flag = False
+        if self.measure_norm:
+            self.gradient_norm = reduced.norm()
         num_skipped = self.optim.num_skipped_steps
         if heard.num_nonfinite and self.optim.nonfinite != "step":
             self._refuse_own(heard)

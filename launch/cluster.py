@@ -1,0 +1,191 @@
+"""A run on Kubernetes, through its API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from distopt.config import RunConfig
+
+from .jobs import State
+from .manifests import LABEL, Manifest
+
+if TYPE_CHECKING:
+    from kubernetes.client import ApiClient
+
+TIMEOUT_S = 30
+_DONE = {"Complete", "Completed", "Succeeded"}
+_PLURALS = {
+    "Job": "jobs",
+    "JobSet": "jobsets",
+    "TrainJob": "trainjobs",
+    "PyTorchJob": "pytorchjobs",
+    "MPIJob": "mpijobs",
+}
+
+
+class ClusterError(RuntimeError):
+    """The cluster refused something; the message has its own words."""
+
+
+class Cluster:
+    """The objects of one run on a cluster.
+
+    Args:
+        config: The run; its `launch.kubernetes` names context and namespace.
+        objects: What to create, the object that stands for the run last.
+        api: A client, in place of one of the user's kubeconfig.
+    """
+
+    def __init__(self, config: RunConfig, objects: list[Manifest], api: ApiClient | None = None) -> None:
+        self.name = config.name
+        self.context = config.launch.kubernetes.context
+        self.namespace = config.launch.kubernetes.namespace
+        self.objects = objects
+        self._api = api
+
+    @property
+    def api(self) -> ApiClient:
+        """The client, made at first use."""
+        if self._api is None:
+            from kubernetes import config as kubeconfig
+
+            self._api = kubeconfig.new_client_from_config(context=self.context)
+        return self._api
+
+    def submit(self) -> str:
+        """Creates the objects, or none: what has been created is deleted when one is refused."""
+        made: list[Manifest] = []
+        for manifest in self.objects:
+            try:
+                self._create(manifest)
+            except ClusterError:
+                for undone in reversed(made):
+                    self._delete(undone)
+                raise
+            made.append(manifest)
+        main = self.objects[-1]
+        return f"{main['kind']} {self.namespace}/{self.name}"
+
+    def state(self) -> State:
+        """Returns what the run's object says of itself, and of the pod that died first."""
+        from kubernetes import client
+
+        main = self.objects[-1]
+        get = client.CustomObjectsApi(self.api).get_namespaced_custom_object
+        found = self._ask(get, *_place(main, self.namespace), self.name, missing_ok=True)
+        if found is None:
+            return State("unknown", f"there is no {main['kind']} {self.name} in namespace {self.namespace}")
+        status = found.get("status") or {}
+        true = {one["type"]: one for one in status.get("conditions") or [] if one.get("status") == "True"}
+        if _DONE & set(true):
+            return State("done")
+        if "Failed" in true:
+            said = true["Failed"].get("message") or true["Failed"].get("reason") or ""
+            return State("failed", "; ".join(filter(None, [said, self._first_death()])))
+        if found["metadata"].get("deletionTimestamp"):
+            return State("stopped", "it is being deleted")
+        running = (
+            status.get("active") or "Running" in true or any(pod_phase == "Running" for pod_phase in self._phases())
+        )
+        return State("running" if running and "Suspended" not in true else "pending")
+
+    def logs(self, rank: int) -> str:
+        """Returns the output of the pod of the node `rank`, in the order of the pods' names."""
+        pods = sorted(self._pods(), key=lambda pod: (_index(pod), str(pod["metadata"]["name"])))
+        if rank >= len(pods):
+            return ""
+        from kubernetes import client
+
+        read = client.CoreV1Api(self.api).read_namespaced_pod_log
+        return self._ask(read, pods[rank]["metadata"]["name"], self.namespace, missing_ok=True) or ""
+
+    def stop(self) -> None:
+        """Deletes the objects; pods get SIGTERM and their grace time."""
+        for manifest in reversed(self.objects):
+            self._delete(manifest)
+
+    def _create(self, manifest: Manifest) -> None:
+        from kubernetes import client
+
+        if manifest["kind"] == "Service":
+            self._ask(client.CoreV1Api(self.api).create_namespaced_service, self.namespace, manifest)
+        else:
+            create = client.CustomObjectsApi(self.api).create_namespaced_custom_object
+            self._ask(create, *_place(manifest, self.namespace), manifest)
+
+    def _delete(self, manifest: Manifest) -> None:
+        from kubernetes import client
+
+        name = manifest["metadata"]["name"]
+        if manifest["kind"] == "Service":
+            self._ask(client.CoreV1Api(self.api).delete_namespaced_service, name, self.namespace, missing_ok=True)
+        else:
+            delete = client.CustomObjectsApi(self.api).delete_namespaced_custom_object
+            place = _place(manifest, self.namespace)
+            self._ask(delete, *place, name, propagation_policy="Background", missing_ok=True)
+
+    def _pods(self) -> list[dict[str, Any]]:
+        from kubernetes import client
+
+        pods = client.CoreV1Api(self.api).list_namespaced_pod
+        found = self._ask(pods, self.namespace, label_selector=self._selector())
+        return list(self.api.sanitize_for_serialization(found.items))
+
+    def _selector(self) -> str:
+        own = self.objects[-1]["kind"] != "TrainJob"  # whose pods carry the labels of its JobSet
+        return f"{LABEL}={self.name}" if own else f"jobset.sigs.k8s.io/jobset-name={self.name}"
+
+    def _phases(self) -> Iterator[str]:
+        for pod in self._pods():
+            yield (pod.get("status") or {}).get("phase", "")
+
+    def _first_death(self) -> str:
+        """Names the container that ended first, and why, as the kubelet saw it."""
+        deaths = []
+        for pod in self._pods():
+            for container in (pod.get("status") or {}).get("containerStatuses") or []:
+                for state in (container.get("state") or {}, container.get("lastState") or {}):
+                    ended = state.get("terminated")
+                    if ended and ended.get("exitCode"):
+                        deaths.append((ended.get("finishedAt") or "", pod["metadata"]["name"], ended))
+        if not deaths:
+            return ""
+        _, name, ended = min(deaths, key=lambda death: death[:2])
+        why = "out of memory (OOMKilled)" if ended.get("reason") == "OOMKilled" else ended.get("reason") or "an error"
+        return f"pod {name} died first: {why}, exit status {ended['exitCode']}"
+
+    def _ask(self, call: Callable[..., Any], *args: Any, missing_ok: bool = False, **options: Any) -> Any:
+        """Calls the client; None for what is not there, where that is all right."""
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        try:
+            return call(*args, **options, _request_timeout=TIMEOUT_S)
+        except ApiException as error:
+            if missing_ok and error.status == 404:
+                return None
+            said = f"{error.status} {error.reason}: {_message(error.body)}"
+            raise ClusterError(f"the cluster refused {call.__name__.replace('_', ' ')}: {said}") from error
+        except HTTPError as error:
+            raise ClusterError(f"the cluster cannot be reached: {error}; does `kubectl get pods` work?") from error
+
+
+def _place(manifest: Manifest, namespace: str) -> tuple[str, str, str, str]:
+    """Returns group, version, namespace and plural name of an object."""
+    group, _, version = manifest["apiVersion"].partition("/")
+    return group, version, namespace, _PLURALS[manifest["kind"]]
+
+
+def _index(pod: dict[str, Any]) -> int:
+    labels = pod["metadata"].get("labels") or {}
+    return int(labels.get("batch.kubernetes.io/job-completion-index", 0))
+
+
+def _message(body: Any) -> str:
+    import json
+
+    try:
+        return str(json.loads(body)["message"])
+    except (TypeError, ValueError, KeyError):
+        return str(body)[:300]
