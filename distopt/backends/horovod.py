@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 from distopt.backends.base import DEFAULT_TIMEOUT, BackendError, Op
 from distopt.backends.environment import Place
@@ -48,7 +48,7 @@ class Horovod(World):
         own: Whether `close` shuts Horovod down.
     """
 
-    name: ClassVar[str] = "horovod"
+    library = "horovod"
 
     def __init__(
         self,

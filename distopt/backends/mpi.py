@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import time
 from datetime import timedelta
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 from distopt.backends.base import DEFAULT_TIMEOUT, BackendError, Op
 from distopt.backends.environment import Place
@@ -28,13 +28,13 @@ class Mpi(World):
     type, so those are combined by a callback of ours.
 
     Args:
-        communicator: `mpi4py.MPI.Comm` to use; a duplicate of the world's when None, so that a script's own messages and
-            ours never meet.
+        communicator: `mpi4py.MPI.Comm` to use; a duplicate of the world's when None, so that a script's own messages
+            and ours never meet.
         device: Where parameters live by default; chosen by local rank when None.
         timeout: For every wait.
     """
 
-    name: ClassVar[str] = "mpi"
+    library = "mpi"
 
     def __init__(
         self, *, communicator: Any = None, device: torch.device | None = None, timeout: timedelta = DEFAULT_TIMEOUT
@@ -93,7 +93,7 @@ class Mpi(World):
     def _half_op(self, op: Op, dtype: torch.dtype) -> Any:
         key = (op, dtype)
         if key not in self._half_ops:
-            combine = _COMBINE[op]
+            combine: Any = _COMBINE[op]
 
             def function(incoming: Any, combined: Any, datatype: Any) -> None:
                 left, right = torch.frombuffer(incoming, dtype=dtype), torch.frombuffer(combined, dtype=dtype)

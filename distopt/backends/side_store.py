@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable
 from datetime import timedelta
 
-from torch.distributed import Store, TCPStore
+from torch._C._distributed_c10d import Store, TCPStore
 
 from distopt.backends.base import BackendError, Json
 
@@ -16,7 +16,8 @@ CLIENT_TIMEOUT = timedelta(seconds=30)
 def make_side_store(rank: int, gather: Callable[[Json], list[Json]]) -> Store:
     """Returns a client of a new store on rank 0; a collective call.
 
-    The server listens on the loopback address when all ranks share a machine, else on rank 0's own address, never on all
+    The server listens on the loopback address when all ranks share a machine, else on rank 0's own address, never on
+    all
     interfaces: it asks nobody for a password. It holds JSON and is read by nothing that unpickles.
 
     Args:

@@ -33,6 +33,7 @@ class Single:
         self.world_size = 1
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.timeout, self.closed = timeout, False
+        self.all_reduce_s, self.all_reduce_bytes = 0.0, 0
 
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
         """Leaves `tensor` as it is."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from distopt.backends.base import DEFAULT_TIMEOUT, BackendError, Op
 from distopt.backends.environment import Place, find_rendezvous
 from distopt.backends.world import Pending, World
 
 _OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
-_FIRST_LOOK_S = 2e-4
+_SHORTEST_WAIT_S = 2e-3  # torch counts in milliseconds, and takes 0 for no timeout at all
 
 
 class TorchDist(World):
@@ -30,7 +30,7 @@ class TorchDist(World):
         own: Whether `close` destroys the process group.
     """
 
-    name: ClassVar[str] = "torch_dist"
+    library = "torch_dist"
 
     def __init__(
         self,
@@ -69,9 +69,9 @@ class TorchDist(World):
         except (RuntimeError, OSError, ValueError) as error:
             raise BackendError(
                 f"rank {place.rank} of {place.world_size}, started by {place.starter}: not all ranks met at "
-                f"{address}:{port} within {timeout.total_seconds():g} s. Check that MASTER_ADDR is the host of rank 0 and "
-                f"can be reached from here, that MASTER_PORT is free there, and that {place.world_size} processes were "
-                f"started. torch says: {str(error).splitlines()[0]}"
+                f"{address}:{port} within {timeout.total_seconds():g} s. Check that MASTER_ADDR is the host of rank 0 "
+                f"and can be reached from here, that MASTER_PORT is free there, and that {place.world_size} processes "
+                f"were started. torch says: {str(error).splitlines()[0]}"
             ) from error
         return cls(place, device=device, timeout=timeout, own=True)
 
@@ -107,8 +107,8 @@ class TorchDist(World):
         ranks = dist.get_process_group_ranks(self._group if self._group is not None else dist.group.WORLD)
         whole = len(ranks) == dist.get_world_size()
         # A clone has its own connection: a hung read of ours never holds up torch's own use of the store.
-        store = dist.distributed_c10d._get_default_store().clone()
-        return PrefixStore("distopt" if whole else f"distopt/{ranks}", store)
+        store: Any = dist.distributed_c10d._get_default_store()
+        return PrefixStore("distopt" if whole else f"distopt/{ranks}", store.clone())
 
     def _leave(self) -> None:
         if self._own and dist.is_initialized():
@@ -124,7 +124,7 @@ class _Works:
     def poll(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
         while self._works:
-            if not _poll_work(self._works[0], max(_FIRST_LOOK_S, deadline - time.monotonic())):
+            if not _poll_work(self._works[0], max(_SHORTEST_WAIT_S, deadline - time.monotonic())):
                 return False
             self._works.pop(0)
         return True

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
 
@@ -19,15 +19,21 @@ BEAT_S = 0.5
 
 @dataclass(frozen=True)
 class Failure:
-    """What a rank said before it stopped."""
+    """What a rank said before it stopped; one that has `ended` did so by itself, and the others still wait for it."""
 
     rank: int
     step: int
     phase: str
     error: str  # "ValueError: the message"
     traceback: str
+    ended: bool = False
 
     def __str__(self) -> str:
+        if self.ended:
+            return (
+                f"rank {self.rank} has left the run after step {self.step}, and the others still wait for it. Every "
+                "rank must make the same calls; for uneven data use `with optimizer.join():`"
+            )
         return f"rank {self.rank} failed first, at step {self.step} in phase {self.phase!r}: {self.error}"
 
 
@@ -58,6 +64,11 @@ class Watch:
         own = Failure(self.rank, self.step, self.phase, error, traceback)
         within(linger_s, lambda: self._tell(own, linger_s))
 
+    def end(self) -> None:
+        """Publishes that this rank takes part in nothing any more, unless it has failed."""
+        own = Failure(self.rank, self.step, self.phase, "", "", ended=True)
+        within(1.0, lambda: self._store.compare_set("ended", "", json.dumps(vars(own))))
+
     def look(self, patience_s: float) -> Failure | None:
         """Returns the first failure, waiting up to `patience_s` for one to be told."""
         deadline = time.monotonic() + patience_s
@@ -69,8 +80,8 @@ class Watch:
     def describe_missing(self, ranks: list[int] | None = None) -> str:
         """Says which ranks are behind this one or silent, and where each was last seen.
 
-        Two readings, a little more than a heartbeat apart, tell a living rank from one that stopped: clocks of different
-        machines are never compared.
+        Two readings, a little more than a heartbeat apart, tell a living rank from one that stopped: clocks of
+        different machines are never compared.
         """
         first = within(5.0, self._read_all)
         time.sleep(2.5 * BEAT_S)
@@ -112,10 +123,13 @@ class Watch:
 
     def _look(self) -> None:
         with self._lock:
-            if not self._store.check(["failure"]):
+            if self._store.check(["failure"]):
+                told = json.loads(self._store.get("failure"))
+                self._store.set(f"heard/{self.rank}", "1")
+            elif self._store.check(["ended"]):
+                told = json.loads(self._store.get("ended"))
+            else:
                 return
-            told = json.loads(self._store.get("failure"))
-            self._store.set(f"heard/{self.rank}", "1")
         if told["rank"] != self.rank:
             self.failure = Failure(**told)
 

@@ -18,7 +18,7 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 from distopt.backends.base import BackendError, Handle, Json, Op
 from distopt.backends.environment import Place
@@ -53,6 +53,8 @@ class WorldHandle:
             try:
                 if self._pending.poll(max(0.0, min(left_s, BEAT_S))):
                     world.waiting -= 1
+                    if self._what.startswith("all_reduce"):
+                        world.all_reduce_s += time.monotonic() - started
                     return
             except RuntimeError as error:
                 raise world.lost(self._what, error) from error
@@ -70,12 +72,14 @@ class World(ABC):
         timeout: What a wait without a timeout of its own waits for.
     """
 
-    name: ClassVar[str]
+    library: ClassVar[str]
 
     def __init__(self, place: Place, device: torch.device, timeout: timedelta) -> None:
+        self.name = self.library
         self.rank, self.world_size = place.rank, place.world_size
         self.device, self.timeout = device, timeout
         self.waiting = 0  # collectives started and not yet seen to be done
+        self.all_reduce_s, self.all_reduce_bytes = 0.0, 0
         self.closed = False
         self._watch: Watch | None = None
         self._way_out: WayOut | None = None
@@ -113,6 +117,7 @@ class World(ABC):
 
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
         """Starts combining `tensor` over all ranks, in place."""
+        self.all_reduce_bytes += tensor.nbytes
         return self._start("all_reduce", tensor, lambda: self._start_all_reduce(tensor, op))
 
     def broadcast(self, tensor: Tensor, root: int = 0) -> Handle:
@@ -171,6 +176,7 @@ class World(ABC):
             return
         self.closed = True
         if self._watch is not None:
+            self._watch.end()
             self._watch.close()
         if self._way_out is not None:
             self._way_out.remove(stuck=self.waiting > 0)
@@ -238,10 +244,8 @@ class World(ABC):
         return f"rank {self.rank} of {self.world_size}{place}: {self.name} {what}"
 
     def _second(self, failure: Failure) -> str:
-        return (
-            f"{failure}. Rank {self.rank} of {self.world_size} stops because of it.\n"
-            f"--- traceback of rank {failure.rank}\n{failure.traceback.rstrip()}"
-        )
+        said = f"{failure}. Rank {self.rank} of {self.world_size} stops because of it."
+        return said if failure.ended else f"{said}\n--- traceback of rank {failure.rank}\n{failure.traceback.rstrip()}"
 
 
 class WayOut:
@@ -274,6 +278,7 @@ class WayOut:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
+        self._world.close()
 
 
 def _bytes(data: bytes, length: int) -> Tensor:

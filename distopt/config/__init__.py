@@ -14,6 +14,7 @@ from distopt.config.schema import (
     ReduceConfig,
     RunConfig,
     SchedulerConfig,
+    ServeConfig,
     TrainConfig,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "ReduceConfig",
     "RunConfig",
     "SchedulerConfig",
+    "ServeConfig",
     "TrainConfig",
     "dump_yaml",
     "load_config",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import sys
 from pathlib import Path
@@ -128,6 +129,26 @@ class LogConfig(Section):
     """Whether TensorBoard events are written to the run directory too."""
 
 
+class ServeConfig(Section):
+    """Health and metrics over HTTP while the run goes on: `/healthz`, `/readyz`, `/livez`, `/metrics`."""
+
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """TCP port of a host's first rank, the next ranks on that host take the next ports; null serves nothing."""
+    host: str = "127.0.0.1"
+    """IP address to listen on. Whoever reaches it can read, so leave loopback only where the network is trusted."""
+    stall_s: Positive = 600.0
+    """Seconds without a finished step after which `/livez` fails; above `reduce.timeout_s` and any step's duration."""
+
+    @field_validator("host")
+    @classmethod
+    def _is_an_address(cls, host: str) -> str:
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            raise ValueError(f"{host!r} is no IP address; 127.0.0.1 is this machine alone, 0.0.0.0 everyone") from None
+        return host
+
+
 class RunConfig(Section):
     """A run: what is trained, on what, how, and where it is started."""
 
@@ -157,6 +178,8 @@ class RunConfig(Section):
     """Saving and resuming."""
     log: LogConfig = Field(default_factory=LogConfig)
     """What is written on the way."""
+    serve: ServeConfig = Field(default_factory=ServeConfig)
+    """Health and metrics over HTTP."""
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
     """Where and how the run is started."""
 

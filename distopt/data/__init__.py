@@ -1,5 +1,16 @@
-"""Which rows this worker reads next."""
+"""Which rows this worker reads next, and reading them."""
 
 from distopt.data.batches import GlobalBatches
+from distopt.data.loading import Loader, shard_batches, shard_rows
+from distopt.data.sources import ArraySource, DatasetSource, Source, TensorSource
 
-__all__ = ["GlobalBatches"]
+__all__ = [
+    "ArraySource",
+    "DatasetSource",
+    "GlobalBatches",
+    "Loader",
+    "Source",
+    "TensorSource",
+    "shard_batches",
+    "shard_rows",
+]

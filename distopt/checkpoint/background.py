@@ -1,0 +1,110 @@
+"""One save under way: the thread that writes, while training goes on, and what became of it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+
+from distopt.checkpoint.errors import CheckpointError
+from distopt.checkpoint.failpoint import failpoint
+from distopt.checkpoint.manifest import FileRecord, Manifest
+from distopt.checkpoint.retention import remove_leftovers, retain
+from distopt.checkpoint.statefile import Snapshot
+from distopt.checkpoint.storage import Storage
+from distopt.checkpoint.writer import Attempt, describe_error, write_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class BackgroundSave:
+    """Writes snapshots to storage, then deletes what is no longer kept; errors are logged when they happen.
+
+    Args:
+        storage: where to.
+        attempt: which try of which step; rank 0 of it leads.
+        snapshots: what this rank writes, by file name without suffix. They must not change until `over` is set.
+        describe: makes rank 0's manifest of all files.
+        keep: how many of the last checkpoints stay, and of which multiples all.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        attempt: Attempt,
+        snapshots: Mapping[str, Snapshot],
+        describe: Callable[[Mapping[str, FileRecord]], Manifest],
+        keep: tuple[int, int | None],
+    ) -> None:
+        self.step = attempt.step
+        self.over = threading.Event()
+        """Set once the checkpoint is committed or has failed; cleaning up may still go on."""
+        self.error: Exception | None = None
+        self._told = False
+        self._storage, self._attempt, self._keep = storage, attempt, keep
+        self._snapshots, self._describe = snapshots, describe
+        self._thread = threading.Thread(target=self.run, name="distopt-checkpoint")
+
+    def start(self) -> None:
+        """Runs in a thread of its own."""
+        self._thread.start()
+
+    def run(self) -> None:
+        """Writes, commits and cleans up; never raises."""
+        try:
+            self._commit()
+            failpoint("after_acknowledge", self._attempt.rank)
+            if self._attempt.rank == 0 and self.error is None:
+                retain(self._storage, *self._keep)
+        except Exception as error:
+            logger.error("%s: older checkpoints were not cleaned up: %s", self._storage.root, describe_error(error))
+
+    def finish(self) -> None:
+        """Returns when nothing of it runs any more."""
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    @property
+    def running(self) -> bool:
+        """Whether its thread still works."""
+        return self._thread.is_alive()
+
+    def wait(self, patience: timedelta) -> None:
+        """Returns when the checkpoint is committed.
+
+        Raises:
+            CheckpointError: when it has failed (raised once, later calls return), or `patience` has passed.
+        """
+        if not self.over.wait(patience.total_seconds()):
+            raise CheckpointError(f"step {self.step}: still not saved after {patience.total_seconds():g} s.")
+        if self.error is not None and not self._told:
+            self._told = True
+            raise CheckpointError(self._failure()) from self.error
+
+    def _commit(self) -> None:
+        began = time.perf_counter()
+        try:
+            if self._attempt.rank == 0:
+                remove_leftovers(self._storage)
+            metadata = {"step": str(self.step), "attempt": self._attempt.id}
+            files: dict[str, list[memoryview]] = {}
+            for name, snapshot in self._snapshots.items():
+                files |= snapshot.files(name, metadata)
+            write_checkpoint(self._storage, self._attempt, files, self._describe)
+        except Exception as error:
+            self.error = error
+            logger.error("%s", self._failure())
+        else:
+            logger.info("step %d: committed, %.2f s after its copy", self.step, time.perf_counter() - began)
+        finally:
+            self._snapshots = {}
+            self.over.set()
+
+    def _failure(self) -> str:
+        assert self.error is not None
+        return (
+            f"step {self.step} was NOT saved in {self._storage.root}: {describe_error(self.error)}. "
+            "Training goes on; the last good checkpoint stands."
+        )

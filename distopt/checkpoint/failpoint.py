@@ -1,0 +1,48 @@
+"""Named places of the write protocol where a test can end the process or make a step fail.
+
+`DISTOPT_FAILPOINT=after_prepare:rank1:kill` ends rank 1 with SIGKILL when it has announced its files. The second part
+may be left out (any rank), the last is `kill`, `raise` or `hang`. Unset, a failpoint costs one dictionary look-up.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+NAMES = (
+    "after_agreement",
+    "after_snapshot",
+    "after_begin",
+    "after_write",
+    "after_prepare",
+    "after_gather",
+    "after_manifest",
+    "after_publish",
+    "after_acknowledge",
+    "after_set_aside",
+    "after_retention",
+)
+"""Every failpoint, in the order in which one save passes them."""
+
+
+def failpoint(name: str, rank: int) -> None:
+    """Does here what `DISTOPT_FAILPOINT` asks for, if it names this point and this rank.
+
+    Raises:
+        OSError: when the environment asks for `raise`.
+    """
+    wanted = os.environ.get("DISTOPT_FAILPOINT")
+    if not wanted:
+        return
+    point, *ranks, action = wanted.split(":")
+    if point != name or (ranks and ranks != [f"rank{rank}"]):
+        return
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "hang":
+        threading.Event().wait()
+    elif action == "raise":
+        raise OSError(5, f"failpoint {name}")
+    else:
+        raise ValueError(f"DISTOPT_FAILPOINT={wanted}: the action is {action!r}, known are kill, raise, hang")

@@ -1,0 +1,155 @@
+"""The manifest: what a checkpoint consists of, written last, so that its presence says that all the rest is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 16 << 20
+MAX_FILES = 20_000
+
+CHUNK_BYTES = 8 << 20
+"""Each file is hashed in pieces of this size: in parallel when all is read, alone when a few rows are."""
+
+_FILE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+_ATTEMPT = re.compile(r"[0-9a-f]{8,32}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file: its size and the SHA-256 of each `CHUNK_BYTES` of it, in order (an empty file has none)."""
+
+    size: int
+    chunks: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, value: Any) -> FileRecord:
+        """Returns the record that `value` describes.
+
+        Raises:
+            ValueError: for anything that `as_json` cannot have written.
+        """
+        if not isinstance(value, dict) or value.keys() != {"size", "chunks"}:
+            raise ValueError("a file's record is not {size, chunks}")
+        size, chunks = value["size"], value["chunks"]
+        if type(size) is not int or size < 0 or not isinstance(chunks, list):
+            raise ValueError("a file's size is not a natural number, or its digests are no list")
+        if len(chunks) != -(-size // CHUNK_BYTES):
+            raise ValueError(f"a file of {size} bytes has {len(chunks)} digests")
+        if not all(isinstance(chunk, str) and _SHA256.fullmatch(chunk) for chunk in chunks):
+            raise ValueError("a file's digest is not SHA-256 in hexadecimal")
+        return cls(size, tuple(chunks))
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the record as JSON values."""
+        return {"size": self.size, "chunks": list(self.chunks)}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint is: everything here is small and can be read without touching a tensor."""
+
+    step: int
+    attempt: str
+    """Unique for each try at saving; files of another try never mix in."""
+    generation: int
+    """Grows when a run goes back to an older step; the newest checkpoint is the highest (generation, step)."""
+    world_size: int
+    files: Mapping[str, FileRecord]
+    progress: Any = None
+    config: Any = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Versions, backend, device, time of writing, noise digests: for people, and to explain what changed."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all files, without the manifest itself."""
+        return sum(record.size for record in self.files.values())
+
+    def encode(self) -> bytes:
+        """Returns the bytes of `manifest.json`."""
+        body = asdict(self) | {
+            "format": FORMAT,
+            "files": {name: record.as_json() for name, record in self.files.items()},
+        }
+        if len(self.files) > MAX_FILES:
+            raise CheckpointError(f"step {self.step} has {len(self.files):,} files, a checkpoint holds {MAX_FILES:,}.")
+        return seal(body)
+
+    @classmethod
+    def decode(cls, raw: bytes, where: str) -> Manifest:
+        """Returns the manifest whose `encode` gave `raw`.
+
+        Raises:
+            CorruptCheckpointError: when a single bit differs, or a value cannot be what it is said to be.
+        """
+        body = unseal(raw, where)
+        try:
+            return cls._from_body(body)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptCheckpointError(f"{where}: {error}. It was not written by distopt, or was edited.") from error
+
+    @classmethod
+    def _from_body(cls, body: dict[str, Any]) -> Manifest:
+        if body.get("format") != FORMAT:
+            raise ValueError(f"format {body.get('format')!r}, this distopt reads format {FORMAT}")
+        for name in ("step", "generation", "world_size"):
+            if type(body[name]) is not int or body[name] < (name == "world_size"):
+                raise ValueError(f"{name} is {body[name]!r}")
+        if not isinstance(body["attempt"], str) or not _ATTEMPT.fullmatch(body["attempt"]):
+            raise ValueError(f"attempt is {body['attempt']!r}")
+        if not isinstance(body["about"], dict) or not isinstance(body["files"], dict):
+            raise ValueError("about or files is no object")
+        files = {file_name(name): FileRecord.from_json(record) for name, record in body.pop("files").items()}
+        body.pop("format")
+        return cls(files=files, **body)
+
+
+def file_name(name: str) -> str:
+    """Returns `name` if it is one that distopt gives to files: no folder, no leading dot, nothing to escape.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
+        raise ValueError(f"{name!r} is no file of a checkpoint")
+    return name
+
+
+def seal(body: Mapping[str, Any]) -> bytes:
+    """Returns `body` as canonical JSON that carries its own SHA-256."""
+    return _canonical({"body": body, "sha256": hashlib.sha256(_canonical(body)).hexdigest()})
+
+
+def unseal(raw: bytes, where: str) -> dict[str, Any]:
+    """Returns the body that `seal` was given.
+
+    Raises:
+        CorruptCheckpointError: when `raw` is not byte for byte what `seal` returned.
+    """
+    if len(raw) > MAX_MANIFEST_BYTES or raw.count(b'"chunks"') > MAX_FILES:  # before any of it takes shape in memory
+        raise CorruptCheckpointError(
+            f"{where}: more than {MAX_MANIFEST_BYTES:,} bytes or {MAX_FILES:,} files, which is more than is read."
+        )
+    try:
+        document = json.loads(raw)
+        body = document["body"]
+        whole = isinstance(body, dict) and raw == seal(body)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptCheckpointError(f"{where}: not readable ({type(error).__name__}: {error}).") from error
+    if not whole:
+        raise CorruptCheckpointError(f"{where}: its own checksum does not match, so its bytes were changed.")
+    return dict(body)
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False).encode() + b"\n"

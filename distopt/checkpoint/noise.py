@@ -1,0 +1,118 @@
+"""The state of every random number generator that a rank draws from, as JSON."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.infer.autoguide import AutoGuide
+from torch import nn
+
+from distopt.checkpoint.errors import CorruptCheckpointError
+
+
+def capture_noise(device: torch.device) -> dict[str, Any]:
+    """Returns the state of Python's, numpy's and torch's generators; of a GPU's too when `device` is one.
+
+    Cost: about 10 kB of JSON.
+    """
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    noise = {
+        "python": {"version": version, "words": _text(np.array(words, dtype="<u4").tobytes()), "gauss": gauss},
+        "numpy": {
+            "name": str(name),
+            "keys": _text(np.asarray(keys, dtype="<u4").tobytes()),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+        "torch": _text(torch.get_rng_state().numpy().tobytes()),
+    }
+    if device.type == "cuda":
+        noise["cuda"] = _text(torch.cuda.get_rng_state(device).numpy().tobytes())
+    return noise
+
+
+def restore_noise(noise: dict[str, Any], device: torch.device) -> None:
+    """Sets every generator to a captured state; a GPU that had none is seeded from the rest of it.
+
+    Raises:
+        CorruptCheckpointError: when the state is malformed; some generators may be set already.
+    """
+    try:
+        python, of_numpy = noise["python"], noise["numpy"]
+        words = np.frombuffer(_bytes(python["words"]), dtype="<u4").tolist()
+        random.setstate((python["version"], tuple(words), python["gauss"]))
+        keys = np.frombuffer(_bytes(of_numpy["keys"]), dtype="<u4")
+        np.random.set_state(
+            (of_numpy["name"], keys, of_numpy["position"], of_numpy["has_gauss"], of_numpy["cached"]),
+        )
+        torch.set_rng_state(_state(noise["torch"]))
+        if device.type == "cuda" and "cuda" in noise:
+            torch.cuda.set_rng_state(_state(noise["cuda"]), device)
+        elif device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(_seed(digest_noise(noise)))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CorruptCheckpointError(f"noise state is malformed: {error}.") from error
+
+
+def seed_noise(stream: str, device: torch.device) -> None:
+    """Starts all generators of this process on a new stream: the same for the same words, unlike any other."""
+    seed = _seed(stream)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFF_FFFF)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+
+
+def set_up_quietly(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Keeps the noise as it is while guides set themselves up at their first call.
+
+    An autoguide draws a prototype trace then. The run that was saved had drawn it long before, so a resumed run that
+    drew it again after its noise was restored would go on with other numbers.
+    """
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, AutoGuide) and part.prototype_trace is None and "_setup_prototype" not in vars(part):
+                object.__setattr__(part, "_setup_prototype", _quiet(part, device))
+
+
+def _quiet(guide: AutoGuide, device: torch.device) -> Callable[..., Any]:
+    def set_up(*args: Any, **kwargs: Any) -> Any:
+        noise = capture_noise(device)
+        vars(guide).pop("_setup_prototype", None)  # the class's own method is next in line
+        try:
+            return guide._setup_prototype(*args, **kwargs)
+        finally:
+            restore_noise(noise, device)
+
+    return set_up
+
+
+def digest_noise(noise: dict[str, Any]) -> str:
+    """Returns 16 hexadecimal digits: equal when two ranks are at the same place of the same stream."""
+    return hashlib.sha256(json.dumps(noise, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _seed(stream: str) -> int:
+    return int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little") >> 1
+
+
+def _text(raw: bytes) -> str:
+    return base64.b64encode(raw).decode()
+
+
+def _bytes(text: str) -> bytes:
+    return base64.b64decode(text, validate=True)
+
+
+def _state(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(_bytes(text)), dtype=torch.uint8)

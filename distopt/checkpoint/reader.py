@@ -1,0 +1,205 @@
+"""How a checkpoint is found and read: every byte is checked against its digest before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+from distopt.checkpoint import tensorfile
+from distopt.checkpoint.errors import CorruptCheckpointError
+from distopt.checkpoint.manifest import CHUNK_BYTES, MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest
+from distopt.checkpoint.storage import Source, Storage, step_of
+from distopt.checkpoint.writer import by_chunk, chunk_digest, hash_pool, read_small
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A folder that may be a checkpoint: its manifest, or what is wrong with it."""
+
+    folder: str
+    step: int
+    manifest: Manifest | None
+    error: str = ""
+
+    @property
+    def age(self) -> tuple[float, int]:
+        """Sorts by (generation, step); an unreadable one counts as of the newest generation, so that it is named."""
+        return (self.manifest.generation if self.manifest else float("inf"), self.step)
+
+
+def candidates(storage: Storage) -> list[Candidate]:
+    """Returns what may be a checkpoint, newest first."""
+    found = [_candidate(storage, folder) for folder in storage.folders()]
+    return sorted((one for one in found if one is not None), key=lambda one: one.age, reverse=True)
+
+
+def read_manifest(storage: Storage, folder: str) -> Manifest:
+    """Returns the manifest of one folder.
+
+    Raises:
+        CorruptCheckpointError: when it is not whole, or is that of another step.
+        OSError: when it cannot be read.
+    """
+    where = f"{storage.root}/{folder}/{MANIFEST}"
+    manifest = Manifest.decode(read_small(storage, folder, MANIFEST, MAX_MANIFEST_BYTES), where)
+    if manifest.step != step_of(folder) and step_of(folder) is not None:
+        raise CorruptCheckpointError(f"{where} is of step {manifest.step}, the folder's name says {step_of(folder)}.")
+    return manifest
+
+
+def _candidate(storage: Storage, folder: str) -> Candidate | None:
+    step = step_of(folder)
+    assert step is not None
+    try:
+        return Candidate(folder, step, read_manifest(storage, folder))
+    except FileNotFoundError:
+        if not storage.published_is_committed:
+            return None  # an attempt that was never committed
+        return Candidate(folder, step, None, f"{storage.root}/{folder}: {MANIFEST} is missing.")
+    except (OSError, CorruptCheckpointError) as error:
+        return Candidate(folder, step, None, str(error))
+
+
+def check_files(storage: Storage, folder: str, manifest: Manifest) -> None:
+    """Compares the folder's list of files and their sizes with the manifest; reads no data.
+
+    Raises:
+        CorruptCheckpointError: naming the first file that is missing, surplus or of another size.
+    """
+    there = {name for name in storage.files(folder) if not name.startswith(".")} - {MANIFEST}
+    for name in sorted(manifest.files.keys() - there):
+        raise CorruptCheckpointError(f"{storage.root}/{folder}: {name} is missing.")
+    for name in sorted(there - manifest.files.keys()):
+        raise CorruptCheckpointError(f"{storage.root}/{folder}: {name} is not in its manifest.")
+    for name, record in manifest.files.items():
+        CheckedFile(storage, folder, name, record, manifest).close()
+
+
+def verify(storage: Storage, folder: str, names: Iterable[str] | None = None) -> Manifest:
+    """Reads every byte of a checkpoint (or of the files in `names`) and compares it with the manifest.
+
+    Raises:
+        CorruptCheckpointError: naming the first file that differs, and where.
+    """
+    manifest = read_manifest(storage, folder)
+    check_files(storage, folder, manifest)
+    for name in manifest.files if names is None else names:
+        with CheckedFile(storage, folder, name, manifest.files[name], manifest) as file, hash_pool() as pool:
+            file.check_all(pool)
+    return manifest
+
+
+class CheckedFile:
+    """One file of a checkpoint: what is read from it is what was written, or an error is raised."""
+
+    def __init__(self, storage: Storage, folder: str, name: str, record: FileRecord, manifest: Manifest) -> None:
+        self._where = f"{storage.root}/{folder}/{name}"
+        self._record = record
+        self._manifest = manifest
+        self._kept: tuple[int, bytearray] = (-1, bytearray())
+        try:
+            self._source: Source = storage.open(folder, name)
+        except OSError as error:
+            raise CorruptCheckpointError(f"{self._where}: {error}.") from error
+        self.size = record.size
+        if self._source.size != record.size:
+            self._source.close()
+            raise CorruptCheckpointError(
+                f"{self._where} has {self._source.size:,} bytes, its manifest says {record.size:,}."
+            )
+
+    def __enter__(self) -> CheckedFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets the file go."""
+        self._source.close()
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Returns `count` checked bytes from `offset` on."""
+        raw = bytearray(count)
+        with ThreadPoolExecutor(1) as pool:
+            self.read_into(offset, [memoryview(raw)], pool)
+        return bytes(raw)
+
+    def read_into(self, offset: int, pieces: Sequence[memoryview], pool: ThreadPoolExecutor) -> None:
+        """Fills the pieces, in order, with the bytes from `offset` on; chunks are read and hashed in parallel.
+
+        Chunks that lie wholly inside go straight into the pieces; of one at the border all is read, to check it.
+        """
+        whole = []
+        position = offset
+        for index, chunk in by_chunk(pieces, offset):
+            length = sum(map(len, chunk))
+            if length == self._chunk_size(index):
+                whole.append((index, chunk))
+            else:
+                self._copy_from(index, position - index * CHUNK_BYTES, chunk)
+            position += length
+        if len(whole) == 1:
+            self._read_chunk(*whole[0])
+        else:
+            list(pool.map(lambda job: self._read_chunk(*job), whole))
+
+    def check_all(self, pool: ThreadPoolExecutor) -> None:
+        """Reads and checks every byte, holding a few chunks at a time."""
+        if len(self._record.chunks) == 1:
+            self._load_chunk(0)
+        else:
+            list(pool.map(self._load_chunk, range(len(self._record.chunks))))
+
+    def header(self) -> tuple[dict[str, tensorfile.Entry], dict[str, str]]:
+        """Returns the tensors and metadata of a safetensors file."""
+        try:
+            length = tensorfile.header_bytes(self.read(0, min(8, self.size)), self.size)
+            return tensorfile.decode_header(self.read(0, length), self.size)
+        except ValueError as error:
+            raise CorruptCheckpointError(f"{self._where}: {error}.") from error
+
+    def _chunk_size(self, index: int) -> int:
+        return min(CHUNK_BYTES, self.size - index * CHUNK_BYTES)
+
+    def _load_chunk(self, index: int) -> bytearray:
+        raw = bytearray(self._chunk_size(index))
+        self._read_chunk(index, [memoryview(raw)])
+        return raw
+
+    def _copy_from(self, index: int, start: int, pieces: Sequence[memoryview]) -> None:
+        if self._kept[0] != index:
+            self._kept = (index, self._load_chunk(index))
+        view = memoryview(self._kept[1])[start:]
+        for piece in pieces:
+            piece[:] = view[: len(piece)]
+            view = view[len(piece) :]
+
+    def _read_chunk(self, index: int, pieces: Sequence[memoryview]) -> None:
+        try:
+            self._source.read_into(index * CHUNK_BYTES, pieces)
+        except (OSError, EOFError) as error:
+            raise CorruptCheckpointError(f"{self._where}: {error}.") from error
+        if chunk_digest(pieces) != self._record.chunks[index]:
+            start = index * CHUNK_BYTES
+            raise CorruptCheckpointError(
+                f"{self._where}: bytes {start:,} to {start + self._chunk_size(index):,} are not those that were written"
+                f"{self._other_step()}."
+            )
+
+    def _other_step(self) -> str:
+        """Says so when the file is simply another checkpoint's; the unchecked header is trusted for no more."""
+        try:
+            raw = bytearray(min(self.size, 4096))
+            self._source.read_into(0, [memoryview(raw)])
+            start = raw.index(b'{"step":"') + len(b'{"step":"')
+            step = int(raw[start : raw.index(b'"', start)])
+        except (OSError, EOFError, ValueError):
+            return ""
+        return f" (the file is of step {step}, the manifest of step {self._manifest.step})" * (
+            step != self._manifest.step
+        )

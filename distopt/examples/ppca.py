@@ -1,0 +1,117 @@
+"""Which few directions explain handwritten digits? Probabilistic principal components, a latent vector per picture.
+
+The data are the 1,797 pictures of 8 x 8 pixels that scikit-learn ships (from the UCI repository, CC BY 4.0).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from numpy.typing import NDArray
+from pyro.infer.autoguide import AutoNormal, init_to_sample
+from torch import Tensor
+
+from distopt.infer import sharded_plate
+
+if TYPE_CHECKING:
+    from distopt.train.report import Report
+
+
+class Components:
+    """Pictures as few numbers each: the model of Tipping and Bishop, all of it with priors.
+
+    ::
+
+        z[i]     ~ Normal(0, 1)                       num_components numbers, of picture i alone
+        x[i, p]  ~ Normal(mean[p] + z[i] . W[:, p], sigma)
+
+    The pictures, and with them the z, are split over the ranks; `mean`, `W` and `sigma` are everybody's. So a step
+    sends as many numbers for a thousand pictures as for a billion.
+
+    Args:
+        num_components: numbers per picture.
+        seed: of the first values of W, so that all ranks start alike.
+
+    References:
+        Tipping and Bishop, Probabilistic Principal Component Analysis, JRSS B 61 (1999).
+    """
+
+    def __init__(self, num_components: int = 6, seed: int = 0) -> None:
+        self.data = read_digits()
+        self.num_components = num_components
+        self.guide = AutoNormal(self.model, init_loc_fn=_InitialValues(seed), init_scale=0.01)
+
+    def model(self, rows: Tensor, pictures: Tensor) -> None:
+        """The model of the pictures that this rank holds; arguments are their (n,) int64 numbers and (n, 64) pixels."""
+        num_pixels = pictures.shape[1]
+        mean = pyro.sample("mean", dist.Normal(0.0, 1.0).expand([num_pixels]).to_event(1))
+        weight = pyro.sample("W", dist.Normal(0.0, 1.0).expand([self.num_components, num_pixels]).to_event(2))
+        sigma = pyro.sample("sigma", dist.LogNormal(-1.0, 1.0))
+        with sharded_plate("pictures", len(pictures), rows=rows):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([self.num_components]).to_event(1))
+            pyro.sample("x", dist.Normal(mean + z @ weight, sigma).to_event(1), obs=pictures)
+
+    def rows(self) -> int:
+        """Returns the number of pictures."""
+        return len(self.data)
+
+    def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        """Returns the arguments of `model` for these pictures."""
+        index = torch.from_numpy(rows)
+        return index, self.data[index]
+
+    def explained(self) -> float:
+        """Returns the part of the pictures' variance that lies in the directions found, in [0, 1]."""
+        weight = self.guide.median()["W"].double()
+        basis = torch.linalg.qr(weight.T).Q
+        centred = (self.data - self.data.mean(0)).double()
+        return float((centred @ basis).square().sum() / centred.square().sum())
+
+    def report(self, report: Report) -> None:
+        """Shows the directions, and compares them with those of the plain method."""
+        from matplotlib.figure import Figure
+        from sklearn.decomposition import PCA
+
+        plain = PCA(self.num_components).fit(self.data.numpy()).explained_variance_ratio_.sum()
+        sigma = float(self.guide.median()["sigma"])
+        rows = [["this model", f"{self.explained():.4f}", f"{sigma:.4f}"], ["sklearn's PCA", f"{plain:.4f}", ""]]
+        note = "Explained: part of the variance of all pixels that lies in the components' directions."
+        report.table(f"{self.num_components} components", ["", "explained", "noise"], rows, note)
+        figure = Figure(figsize=(9, 1.8))
+        for column, direction in enumerate(self.guide.median()["W"], start=1):
+            axes = figure.add_subplot(1, self.num_components, column)
+            axes.imshow(direction.reshape(8, 8), cmap="PuOr")
+            axes.set_axis_off()
+        report.figure(figure, "The directions: what one unit of each component adds to a picture.")
+
+
+class _InitialValues:
+    """First values: W at random, the same on every rank; the rest where the prior has its middle."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def __call__(self, site: dict[str, object]) -> Tensor:
+        if site["name"] != "W":
+            fn: dist.TorchDistribution = site["fn"]
+            return torch.full(fn.shape(), 0.3) if site["name"] == "sigma" else torch.zeros(fn.shape())
+        with pyro.poutine.block(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            return 0.1 * init_to_sample(site)
+
+
+def read_digits() -> Tensor:
+    """Returns the pictures, (1797, 64) float32 in [0, 1].
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the digits come with scikit-learn: pip install 'distopt[examples]'") from error
+    return torch.from_numpy(load_digits().data.astype(np.float32) / 16.0)

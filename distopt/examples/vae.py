@@ -1,0 +1,106 @@
+"""A map of handwritten digits: a variational autoencoder, whose guide is a network that all ranks share.
+
+Nothing is sharded here: what is known of a picture is computed from it (amortized), so the parameters are the two
+networks, equal on all ranks, and the ranks split each minibatch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from distopt.examples.ppca import read_digits
+
+if TYPE_CHECKING:
+    from distopt.train.report import Report
+
+
+class Autoencoder:
+    """Each picture has a place `z` on a map; a network tells how likely each pixel is inked there.
+
+    ::
+
+        z[i]     ~ Normal(0, 1)                        num_dims numbers
+        x[i, p]  ~ Bernoulli(decoder(z[i])[p])         the ink of a pixel, between 0 and 1
+
+    Args:
+        num_dims: dimensions of the map.
+        num_hidden: width of the networks' hidden layers.
+        held_out: share of the pictures kept out of training.
+        seed: of the networks' first weights and of the split, the same on every rank.
+
+    References:
+        Kingma and Welling, Auto-Encoding Variational Bayes, ICLR 2014.
+    """
+
+    def __init__(self, num_dims: int = 2, num_hidden: int = 128, held_out: float = 0.1, seed: int = 0) -> None:
+        pictures = read_digits()
+        order = torch.from_numpy(np.random.default_rng(seed).permutation(len(pictures)))
+        num_held_out = round(held_out * len(pictures))
+        self.held_out, self.data = pictures[order[:num_held_out]], pictures[order[num_held_out:]]
+        self.num_dims = num_dims
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.encoder = _network(64, num_hidden, 2 * num_dims)
+            self.decoder = _network(num_dims, num_hidden, 64)
+
+    def model(self, pictures: Tensor) -> None:
+        """The model of a minibatch of (n, 64) pixels in [0, 1]."""
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("pictures", self.rows(), subsample=torch.arange(len(pictures))):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([self.num_dims]).to_event(1))
+            ink = dist.Bernoulli(logits=self.decoder(z), validate_args=False)  # pixels are grey, not 0 or 1
+            pyro.sample("x", ink.to_event(1), obs=pictures)
+
+    def guide(self, pictures: Tensor) -> None:
+        """Where the pictures may be on the map."""
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("pictures", self.rows(), subsample=torch.arange(len(pictures))):
+            loc, scale = self.encoder(pictures).chunk(2, dim=-1)
+            pyro.sample("z", dist.Normal(loc, functional.softplus(scale)).to_event(1))
+
+    def rows(self) -> int:
+        """Returns the number of pictures in the training set."""
+        return len(self.data)
+
+    def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        """Returns these pictures."""
+        return (self.data[torch.from_numpy(rows)],)
+
+    def error(self) -> float:
+        """Returns the mean squared error, per pixel, of held-out pictures drawn from their places on the map."""
+        with torch.no_grad():
+            place = self.encoder(self.held_out)[:, : self.num_dims]
+            return float((self.decoder(place).sigmoid() - self.held_out).square().mean())
+
+    def report(self, report: Report) -> None:
+        """Shows held-out pictures beside what the map makes of them, and compares with plain principal components."""
+        from matplotlib.figure import Figure
+        from sklearn.decomposition import PCA
+
+        plain = PCA(self.num_dims).fit(self.data.numpy())
+        rebuilt = plain.inverse_transform(plain.transform(self.held_out.numpy()))
+        pca = float(np.square(rebuilt - self.held_out.numpy()).mean())
+        rows = [["this model", f"{self.error():.4f}"], ["sklearn's PCA", f"{pca:.4f}"]]
+        report.table(f"{len(self.held_out)} held-out pictures from {self.num_dims} numbers each", ["", "error"], rows)
+        with torch.no_grad():
+            drawn = self.decoder(self.encoder(self.held_out[:12])[:, : self.num_dims]).sigmoid()
+        figure = Figure(figsize=(9, 1.8))
+        for column, pair in enumerate(zip(self.held_out[:12], drawn, strict=True)):
+            for row, picture in enumerate(pair):
+                axes = figure.add_subplot(2, 12, 12 * row + column + 1)
+                axes.imshow(picture.reshape(8, 8), cmap="gray_r")
+                axes.set_axis_off()
+        report.figure(figure, "Held-out pictures, and below each what its place on the map looks like.")
+
+
+def _network(num_inputs: int, num_hidden: int, num_outputs: int) -> nn.Sequential:
+    """Two layers."""
+    return nn.Sequential(nn.Linear(num_inputs, num_hidden), nn.Softplus(), nn.Linear(num_hidden, num_outputs))

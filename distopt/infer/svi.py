@@ -1,0 +1,75 @@
+"""Stochastic variational inference on all ranks at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.infer
+from pyro import poutine
+
+from distopt.optim.distributed import DistributedOptimizer
+
+
+class SVI(pyro.infer.SVI):  # type: ignore[misc]
+    r"""Pyro's SVI, whose loss is the mean over ranks and whose errors reach all of them.
+
+    With rank `r` reading its part of the data, all ranks together step on the gradient of
+
+    .. math:: \frac{1}{W} \sum_{r=1}^{W} w_r \, \mathrm{loss}_r
+
+    where each `loss_r` is scaled to the full data by the model's plates, as it is for one worker. The loss travels in
+    the optimizer's control slots, so it costs no collective of its own. With an optimizer that is not distributed, this
+    is Pyro's SVI.
+
+    Args:
+        model: the model, called with the arguments of `step`.
+        guide: the guide, called likewise.
+        optim: a `DistributedOptimizer`, or any optimizer that Pyro's SVI takes.
+        loss: an ELBO.
+        weight: `w_r`; `GlobalBatches.weight` where ranks read unequally many rows. Their mean must be 1.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optim: Any,
+        loss: pyro.infer.ELBO,
+        *,
+        weight: float = 1.0,
+    ) -> None:
+        if weight != 1.0:
+            model, guide = poutine.scale(model, scale=weight), poutine.scale(guide, scale=weight)
+        super().__init__(model, guide, optim, loss)
+
+    def init(self, *args: Any, **kwargs: Any) -> None:
+        """Runs guide and model once, so that their parameters exist before the first step, and changes none.
+
+        A restored checkpoint or the first step of a distributed optimizer then finds them all.
+        """
+        self.loss(self.model, self.guide, *args, **kwargs)
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """Takes one gradient step on the loss and returns its mean over ranks, in nats.
+
+        Raises:
+            Exception: whatever model or guide raised, on this rank or, named as such, on another one; no rank has
+                stepped.
+
+        Cost: the optimizer's collectives and no other.
+        """
+        if not isinstance(self.optim, DistributedOptimizer):
+            return float(super().step(*args, **kwargs))
+        try:
+            with poutine.trace(param_only=True) as capture:
+                loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        except Exception as error:
+            self.optim.abort(error)
+            raise
+        params = {site["value"].unconstrained() for site in capture.trace.nodes.values()}
+        self.optim.local_loss = float(loss)
+        self.optim(params)
+        pyro.infer.util.zero_grads(params)
+        return float(loss if self.optim.mean_loss is None else self.optim.mean_loss)

@@ -1,0 +1,96 @@
+"""Clipping of gradients: per parameter by norm or value, and by one norm over all parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What `clip_args` asks for one parameter; None leaves that kind of clipping out."""
+
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    global_norm: float | None = None
+
+    @classmethod
+    def of(cls, args: Mapping[str, Any], name: str) -> Clip:
+        """Reads the dict a user gave for parameter `name`; raises ValueError on unknown keys or values below zero."""
+        known = {"clip_norm", "clip_value", "global_norm"}
+        if unknown := sorted(set(args) - known):
+            raise ValueError(f"clip_args of parameter {name!r}: unknown key {unknown[0]!r}. Known: {sorted(known)}.")
+        for key, value in args.items():
+            if value is not None and (math.isnan(value) or value < 0):
+                raise ValueError(f"clip_args of parameter {name!r}: {key} is {value}, expected a number >= 0.")
+        return cls(**args)
+
+    @property
+    def per_parameter(self) -> bool:
+        """Whether each parameter's gradient is clipped by itself."""
+        return self.clip_norm is not None or self.clip_value is not None
+
+
+def clip_by_norm_(buffer: Tensor, numels: Sequence[int], max_norm: float) -> None:
+    """Scales each segment of `buffer` down to a 2-norm of at most `max_norm`, in place.
+
+    Args:
+        buffer: shape (sum(numels),).
+        numels: length of each segment.
+        max_norm: as in `torch.nn.utils.clip_grad_norm_`, whose coefficient `max_norm / (norm + 1e-6)` is used.
+    """
+    segments = [s for s in buffer.split(list(numels)) if s.numel()]
+    norms = torch.stack(torch._foreach_norm(segments))
+    coefficients = (max_norm / (norms + _EPS)).clamp_(max=1.0)
+    lengths = torch.tensor([s.numel() for s in segments], device=buffer.device)
+    buffer.mul_(coefficients.repeat_interleave(lengths, output_size=buffer.numel()))
+
+
+def clip_each_(gradients: Iterable[Tensor], clip: Clip) -> None:
+    """Clips each gradient by itself, in place: first its norm, then its elements, as `pyro.optim` does."""
+    for g in gradients:
+        values = g._values() if g.is_sparse else g
+        if clip.clip_norm is not None and values.numel():
+            norm = torch.linalg.vector_norm(values)
+            values.mul_((clip.clip_norm / (norm + _EPS)).clamp(max=1.0).to(values.device))
+        if clip.clip_value is not None:
+            values.clamp_(-clip.clip_value, clip.clip_value)
+
+
+def clip_segments_(buffer: Tensor, numels: Sequence[int], clip: Clip) -> None:
+    """Clips each segment of `buffer` by itself, in place: first its norm, then its elements."""
+    if clip.clip_norm is not None and buffer.numel():
+        clip_by_norm_(buffer, numels, clip.clip_norm)
+    if clip.clip_value is not None:
+        buffer.clamp_(-clip.clip_value, clip.clip_value)
+
+
+def global_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Returns the 2-norm of all `gradients` together, as a float64 scalar on the first one's device."""
+    total: Tensor | None = None
+    for g in gradients:
+        values = (g.coalesce()._values() if g.is_sparse else g).reshape(-1)
+        square = torch.linalg.vector_norm(values, dtype=_wide(values.dtype)).double() ** 2
+        total = square if total is None else total + square.to(total.device)
+    return torch.zeros((), dtype=torch.float64) if total is None else total.sqrt()
+
+
+def clip_by_global_norm_(gradients: Sequence[Tensor], max_norm: float) -> Tensor:
+    """Scales all `gradients` by one factor so that their common 2-norm is at most `max_norm`; returns that norm."""
+    norm = global_norm(gradients)
+    coefficient = (max_norm / (norm + _EPS)).clamp(max=1.0)
+    for g in gradients:
+        g.mul_(coefficient.to(device=g.device, dtype=g.real.dtype if g.is_complex() else g.dtype))
+    return norm
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """float64, or complex128 for complex numbers: the dtype in which squares are summed."""
+    return torch.complex128 if dtype.is_complex else torch.float64

@@ -1,0 +1,40 @@
+"""Optimizers and arguments of other libraries, taken as ours."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import pyro.optim
+from torch import Tensor
+
+from distopt.optim.lr_scheduler import PyroLRScheduler
+from distopt.optim.optim import PyroOptim
+
+
+def as_ours(optim: pyro.optim.PyroOptim) -> PyroOptim:
+    """Returns an optimizer of `pyro.optim` as one of ours, with the state it has loaded or built up."""
+    if isinstance(optim, PyroOptim):
+        return optim
+    if not isinstance(optim, pyro.optim.PyroOptim):
+        raise TypeError(f"{optim!r} is no PyroOptim. Give an optimizer of distopt.optim or pyro.optim.")
+    if isinstance(optim, pyro.optim.PyroLRScheduler):
+        arguments = {"optimizer": optim.pt_optim_constructor, "optim_args": optim.pt_optim_args, **optim.kwargs}
+        ours: PyroOptim = PyroLRScheduler(optim.pt_scheduler_constructor, arguments, optim.pt_clip_args)
+    else:
+        ours = PyroOptim(optim.pt_optim_constructor, optim.pt_optim_args, optim.pt_clip_args)
+    ours.set_state({**optim.get_state(), **optim._state_waiting_to_be_consumed})
+    return ours
+
+
+def takes_metric(scheduler: PyroLRScheduler) -> bool:
+    """Whether its schedules are stepped with a metric, as `ReduceLROnPlateau` is."""
+    return "metrics" in inspect.signature(getattr(scheduler.pt_scheduler_constructor, "step", print)).parameters
+
+
+def names_of(groups: int | Sequence[Sequence[str | Tensor]] | None) -> Sequence[Sequence[str]] | int:
+    """Returns groups with the names of the parameters for their tensors."""
+    if groups is None or isinstance(groups, int):
+        return groups or ()
+    name = pyro.get_param_store().param_name
+    return [[each if isinstance(each, str) else str(name(each)) for each in group] for group in groups]

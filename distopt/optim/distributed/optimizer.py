@@ -1,0 +1,389 @@
+"""Optimizers that average gradients over all workers before they step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyro.optim
+import torch
+from torch import Tensor, nn
+
+from distopt.backends import Backend, BackendError, current
+from distopt.optim.distributed.adopt import as_ours, names_of, takes_metric
+from distopt.optim.flat import FlatGradients
+from distopt.optim.lr_scheduler import PyroLRScheduler
+from distopt.optim.optim import PyroOptim, _evaluated
+from distopt.reduce import DisagreementError, DriftError, PeerError, Reduced, Reducer, Settings
+from distopt.reduce.agreement import share_values_
+from distopt.reduce.control import Control, Heard, Kind
+
+logger = logging.getLogger("distopt.optim")
+
+# Raised on every rank by itself, so there is nobody left to tell.
+_SHARED = (PeerError, DisagreementError, DriftError, BackendError)
+
+
+class DistributedOptimizer(PyroOptim):
+    """Steps by the gradients of all ranks; takes the place of the `PyroOptim` it wraps.
+
+    Gradients are packed into one buffer, which crosses in one all-reduce; the average is clipped and stepped by the
+    wrapped optimizer, equally on all ranks. Parameters may appear on any rank at any step: they take the value of the
+    lowest rank that has them and are created where they are missing. A parameter is stepped when any rank touched it;
+    where a gradient is absent it counts as zero; the mean is over the ranks that are active.
+
+    Args:
+        pyro_optim: The optimizer to wrap: of `distopt.optim` or `pyro.optim`, a scheduler too. State it has loaded is
+            kept.
+        backend: Link to the other ranks; `distopt.backends.current()` at the first step when None.
+        compression: `none`, `fp16`, `bf16` or `powersgd`.
+        op: `average`, `sum` or `adasum`.
+        backward_passes_per_step: Calls whose gradients are added up before one reduction and step. Particles, or
+            several `backward()` before one call, need nothing.
+        bucket_mib: Largest buffer in MiB; larger models cross in several.
+        overlap: Whether buffers start to cross while backward still runs; needs `backward_passes`.
+        backward_passes: How often `backward()` runs before each call, for `overlap`.
+        groups: Parameters (names or tensors) that cross together, by group, or a number of groups.
+        gradient_predivide_factor: Gradients are divided by it before the sum, and multiplied after.
+        sparse_as_dense: Whether sparse gradients are made dense before they cross.
+        power_sgd_rank: Rank of PowerSGD's approximation.
+        drift_every_steps: Every so many steps a checksum of parameters and optimizer state rides along; 0: never.
+
+    Attributes:
+        local_loss: Set it before a call, and its mean over the active ranks is in `mean_loss` after it.
+        local_step: Set it before a call to the step of your own loop, and a rank that has left out one is found.
+        local_flag: Set it before a call, and `any_flag` says after it whether any rank has (to stop, to save).
+        num_active: Ranks whose gradients went into the last step.
+        measure_norm: Set it before a call, and `gradient_norm` holds after it the 2-norm of the gradient that all ranks
+            stepped by, before clipping; parameters of this rank alone are not in it.
+
+    Raises:
+        PeerError: A rank has raised in its model; the same on all ranks, with its traceback.
+        DisagreementError: Ranks differ in shape, dtype or constraint of a parameter, in settings, or in their step.
+        DriftError: Replicas differ.
+        BackendError: A rank is gone or late; names it and where it was last seen. The world is not usable afterwards.
+
+    Cost:
+        In the steady state one all-reduce of the gradients and about 30 numbers plus one for each parameter.
+
+    Example:
+        >>> import pyro
+        >>> from distopt.optim import Adam
+        >>> pyro.clear_param_store()
+        >>> x = pyro.param("x", torch.ones(2))
+        >>> x.square().sum().backward()
+        >>> optim = DistributedOptimizer(Adam({"lr": 0.5}))
+        >>> optim([x.unconstrained()])
+        >>> pyro.param("x").detach()
+        tensor([0.5000, 0.5000])
+    """
+
+    def __init__(
+        self,
+        pyro_optim: pyro.optim.PyroOptim,
+        *,
+        backend: Backend | None = None,
+        compression: str = "none",
+        op: str = "average",
+        backward_passes_per_step: int = 1,
+        bucket_mib: float = 25.0,
+        overlap: bool = False,
+        backward_passes: int = 1,
+        groups: int | Sequence[Sequence[str | Tensor]] | None = None,
+        gradient_predivide_factor: float = 1.0,
+        sparse_as_dense: bool = False,
+        power_sgd_rank: int = 2,
+        drift_every_steps: int = 0,
+    ) -> None:
+        if isinstance(pyro_optim, DistributedOptimizer):
+            raise TypeError(f"{type(pyro_optim).__name__} is distributed already; give the optimizer that it wraps.")
+        self.optim = as_ours(pyro_optim)
+        self.settings = Settings(
+            op=op,  # type: ignore[arg-type]  # checked there
+            compression=compression,  # type: ignore[arg-type]
+            power_sgd_rank=power_sgd_rank,
+            bucket_mib=bucket_mib,
+            groups=names_of(groups),
+            predivide=gradient_predivide_factor,
+            sparse_as_dense=sparse_as_dense,
+            overlap=overlap,
+            backward_passes=backward_passes,
+            passes_per_step=backward_passes_per_step,
+            drift_every_steps=drift_every_steps,
+        )
+        self.local_loss: float | None = None
+        self.mean_loss: float | None = None
+        self.local_step: int | None = None
+        self.local_flag = self.any_flag = False
+        self.num_active = 0
+        self.measure_norm = False
+        self.gradient_norm: float | None = None
+        self._backend = backend
+        self._made: Reducer | None = None
+        self._passes = 0
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._losses: list[float] = []
+        self._has_joins = False
+
+    def __getattr__(self, name: str) -> Any:
+        # What is not said here is the wrapped optimizer's: pt_optim_args, nonfinite, num_skipped_steps …
+        if name == "optim":
+            raise AttributeError(name)
+        return getattr(self.optim, name)
+
+    @property
+    def backend(self) -> Backend:
+        """The link to the other ranks."""
+        return self.reducer.backend
+
+    @property
+    def reducer(self) -> Reducer:
+        """What reduces the gradients; made when it is first needed, so that `init` may come after the optimizer."""
+        if self._made is None:
+            self._made = Reducer(self._backend or current(), self.settings, self.optim.get_state)
+        return self._made
+
+    # One step.
+
+    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        """Reduces the gradients of `params` with those of all ranks and takes one step; a collective call.
+
+        Args:
+            params: This rank's unconstrained parameter tensors; may differ between ranks.
+            *args: Passed on to the torch optimizers' `step`; a closure is called once, before anything is read.
+            **kwargs: Likewise.
+        """
+        args, kwargs = _evaluated(args, kwargs)
+        gathered = self._gather_passes(params)
+        if gathered is None:
+            return
+        reducer = self.reducer
+        if self.local_step is not None:
+            reducer.step, self.local_step = self.local_step, None
+        reducer.backend.note(reducer.step, "reduce")
+        brought = reducer.look(gathered)
+        if brought.own:
+            self._check_clip(brought.own[0][0])
+        reduced = reducer.reduce(brought, self._say(Kind.GRADIENT))
+        self._apply_reduced(reduced, args, kwargs)
+
+    def collect(self, params: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
+        """As the wrapped optimizer's."""
+        return self.optim.collect(params)
+
+    def step_gradients(
+        self,
+        dense: Sequence[FlatGradients],
+        loose: Sequence[tuple[str, Tensor, Tensor]] = (),
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Steps by gradients that are reduced already: the wrapped optimizer's, no collective."""
+        self.optim.step_gradients(dense, loose, *args, **kwargs)
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Steps the wrapped scheduler, for `ReduceLROnPlateau` with its metric averaged over the ranks.
+
+        Cost:
+            One all-reduce of the first bucket when there is a metric or `join` is open, else none.
+        """
+        scheduler = self._scheduler()
+        metric = args[0] if args else kwargs.get("metrics")
+        is_metric = (
+            isinstance(metric, (int, float, Tensor)) and not isinstance(metric, bool) and takes_metric(scheduler)
+        )
+        if is_metric or self._has_joins:
+            said = Control(
+                self.reducer.step, Kind.SCHEDULE, value=float(metric) if is_metric and metric is not None else None
+            )
+            heard = self.reducer.reduce(None, said).heard
+            if is_metric:
+                args, kwargs = (heard.value, *args[1:]), {k: v for k, v in kwargs.items() if k != "metrics"}
+        scheduler.step(*args, **kwargs)
+
+    # Taking part in other ways.
+
+    @contextmanager
+    def join(self) -> Iterator[None]:
+        """Lets ranks with less data finish early: inside, a rank that is done takes part with zeros until all are.
+
+        Every rank must open it. What a done rank steps by is the mean over the ranks still active, so replicas stay
+        equal; calls of `step()` for a scheduler are followed too.
+
+        Example:
+            >>> from distopt.optim import SGD
+            >>> optim = DistributedOptimizer(SGD({"lr": 0.1}))
+            >>> with optim.join():
+            ...     for batch in []:
+            ...         svi.step(batch)
+        """
+        self._has_joins = True
+        try:
+            yield
+        except Exception as error:
+            self.abort(error)
+            raise
+        else:
+            while self._follow():
+                pass
+        finally:
+            self._has_joins = False
+
+    def abort(self, error: BaseException) -> None:
+        """Tells all ranks in their next call that this one has failed, so that all raise this cause.
+
+        The caller then raises `error` itself. Does nothing when the cause came from another rank, or the world is
+        broken.
+        """
+        reducer = self.reducer
+        if isinstance(error, _SHARED) or reducer.backend.world_size == 1:
+            return
+        reducer.backend.note(reducer.step, "abort")
+        try:
+            reducer.abort(error, Control(reducer.step, Kind.ABORT))
+        except RuntimeError as second:
+            logger.warning("rank %d could not tell the others of its error: %s", reducer.backend.rank, second)
+
+    def synchronize(self, params: Iterable[Tensor] | None = None, *, modules: Iterable[nn.Module] = ()) -> None:
+        """Agrees on parameters before the first step, so that all ranks compute it from equal values.
+
+        Args:
+            params: Unconstrained tensors; all of the parameter store when None.
+            modules: Their buffers (batch statistics, say) take rank 0's values, too.
+
+        Cost:
+            One agreement; one broadcast for each dtype of the buffers.
+        """
+        reducer = self.reducer
+        if params is None:
+            params = [param for _, param in pyro.get_param_store().named_parameters()]
+        with torch.no_grad():
+            reducer.settle(reducer.look(list(params)), Control(reducer.step, Kind.GRADIENT))
+        by_dtype: dict[tuple[torch.dtype, str], list[Tensor]] = {}
+        for module in modules:
+            for _, buffer in sorted(module.named_buffers()):
+                by_dtype.setdefault((buffer.dtype, buffer.device.type), []).append(buffer)
+        for (dtype, _), buffers in by_dtype.items():
+            share_values_(reducer.backend, buffers, 0, dtype)
+
+    # State.
+
+    def get_state(self) -> dict[str, Any]:
+        """As the wrapped optimizer's; the same on every rank."""
+        return self.optim.get_state()
+
+    def set_state(self, state_dict: Mapping[str, Any]) -> None:
+        """As the wrapped optimizer's; every rank must call it."""
+        self.optim.set_state(state_dict)
+
+    def save(self, filename: str | Path) -> None:
+        """Writes the state on rank 0; does nothing on the others."""
+        if self.reducer.backend.rank == 0:
+            self.optim.save(filename)
+
+    def load(self, filename: str | Path, map_location: Any = None) -> None:
+        """Reads the state; every rank must call it."""
+        self.optim.load(filename, map_location)
+
+    # Inside.
+
+    def _check_clip(self, own: str) -> None:
+        args = self.optim.pt_clip_args
+        if not callable(args) and args.get("global_norm") is not None and self.reducer.backend.world_size > 1:
+            raise ValueError(
+                f"clip_args has global_norm, but parameter {own!r} is this rank's own, so the ranks would find "
+                "different norms. Give clip_norm or clip_value, which look at each parameter by itself."
+            )
+
+    def _say(self, kind: Kind | None) -> Control:
+        losses = self._losses
+        value = sum(losses) / len(losses) if losses else None
+        self._losses = []
+        return Control(self.reducer.step, kind, flag=self.local_flag, value=value)
+
+    def _gather_passes(self, params: Iterable[Tensor]) -> Iterable[Tensor] | None:
+        """Adds up the gradients of several calls; None until there are enough."""
+        if self.local_loss is not None:
+            self._losses.append(float(self.local_loss))
+            self.local_loss = None
+        if self.settings.passes_per_step == 1:
+            return params
+        params = list(params)
+        self._passes += 1
+        is_last = self._passes == self.settings.passes_per_step
+        for param in params:
+            if param.grad is not None:
+                _, before = self._kept.get(id(param), (param, None))
+                self._kept[id(param)] = (param, param.grad.clone() if before is None else before + param.grad)
+        if not is_last:
+            return None
+        self._passes, kept, self._kept = 0, self._kept, {}
+        for param, gradient in kept.values():
+            param.grad = gradient
+        return {id(param): param for param in (*params, *(param for param, _ in kept.values()))}.values()
+
+    def _follow(self) -> bool:
+        """One round of a rank that has joined; False when no rank is active any more."""
+        reducer = self.reducer
+        reducer.backend.note(reducer.step, "join")
+        reduced = reducer.reduce(None, self._say(None))
+        if reduced.heard.num_active == 0:
+            return False
+        if reduced.heard.kind is Kind.SCHEDULE:
+            value = reduced.heard.value
+            self._scheduler().step(*(() if value is None else (value,)))
+        else:
+            self._apply_reduced(reduced, (), {})
+        return True
+
+    def _apply_reduced(self, reduced: Reduced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        reducer, heard = self.reducer, reduced.heard
+        reducer.backend.note(reducer.step, "optimizer")
+        self.mean_loss, self.any_flag, self.num_active = heard.value, heard.num_flags > 0, heard.num_active
+        self.local_flag = False
+        if self.measure_norm:
+            self.gradient_norm = reduced.norm()
+        num_skipped = self.optim.num_skipped_steps
+        if heard.num_nonfinite and self.optim.nonfinite != "step":
+            self._refuse_own(heard)
+        else:
+            try:
+                flats = [FlatGradients(*part) for part in reduced.dense]
+                self.optim.step_gradients(flats, reduced.loose, *args, **kwargs)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error} {self._tell_nonfinite()}") from None
+        if self.optim.num_skipped_steps > num_skipped:
+            logger.warning(self._tell_nonfinite())
+            reducer.forget_errors()
+        reducer.step += 1
+        reducer.backend.note(reducer.step, "model")
+
+    def _refuse_own(self, heard: Heard) -> None:
+        """Leaves out, on all ranks, a step for which a rank's own parameter has a gradient that is not finite."""
+        if self.optim.nonfinite == "raise":
+            raise FloatingPointError(
+                f"a rank's own parameter has a gradient that is not finite. {self._tell_nonfinite()}"
+            )
+        self.optim.num_skipped_steps += 1
+
+    def _tell_nonfinite(self) -> str:
+        """Names the ranks whose own gradients were not finite; a collective call, made by all since all see the sum."""
+        reducer = self.reducer
+        named = pyro.get_param_store().named_parameters()
+        own = [name for name, param in named if param.grad is not None and not _is_finite(param.grad)]
+        told = reducer.backend.all_gather_json(own)
+        found = [f"rank {rank}: {', '.join(map(repr, names))}" for rank, names in enumerate(told) if names]
+        said = "; ".join(found) or "on no rank by itself, so the sum overflowed"
+        return f"step {reducer.step}: gradients that are not finite: {said}."
+
+    def _scheduler(self) -> PyroLRScheduler:
+        if not isinstance(self.optim, PyroLRScheduler):
+            raise AttributeError(f"step() is for schedulers; this wraps a {type(self.optim).__name__}.")
+        return self.optim
+
+
+def _is_finite(gradient: Tensor) -> bool:
+    return bool(torch.isfinite(gradient.coalesce().values() if gradient.is_sparse else gradient).all())

@@ -1,0 +1,282 @@
+"""Groups of parameters that are stepped together by one torch optimizer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distopt.optim.arena import Arena
+from distopt.optim.clipping import Clip, clip_each_, clip_segments_
+from distopt.optim.state import (
+    State,
+    copied,
+    is_scheduler,
+    joined,
+    load_into,
+    optimizer_of,
+    optimizer_part,
+    state_dict_of,
+)
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One parameter that the optimizer has seen.
+
+    Attributes:
+        param: the user's own tensor.
+        name: its name in the parameter store, kept when the store forgets it.
+        args: arguments of its torch optimizer.
+        clip: how its gradient is clipped.
+        key: what parameters must have in common to share a group: arguments, clip, dtype, device, birth.
+        alone: whether it needs a torch optimizer of its own.
+        named: whether the parameter store has known it.
+        group: where it is stepped; None before its first step.
+    """
+
+    param: Tensor
+    name: str
+    args: dict[str, Any]
+    clip: Clip
+    key: tuple[Any, ...]
+    alone: bool
+    named: bool
+    group: Group | None = field(default=None, repr=False)
+
+
+Construct = Callable[[list[Any], dict[str, Any]], Any]
+"""Builds an optimizer, or a scheduler of one, from torch parameters (or parameter groups) and arguments."""
+
+
+class Group(Protocol):
+    """Parameters behind one torch optimizer or scheduler, the `handle`."""
+
+    handle: Any
+    members: list[Member]
+
+    def state_of(self, member: Member) -> State:
+        """Returns the state of one of its parameters, sharing no memory with it."""
+
+    def states(self) -> list[State]:
+        """Returns the states of all members, as `state_of` does."""
+
+    def has_lost(self, member: Member) -> bool:
+        """Returns whether `member` was moved since it was placed here: to other storage, dtype or device."""
+
+
+def reloaded(handle: Any, state: State | None, extra: dict[str, Any]) -> Any:
+    """Loads `state` into a new `handle` (nothing when None) and sets the fast path's switches `extra` anew."""
+    if state is not None:
+        part = optimizer_part(state)
+        for group in part["param_groups"]:
+            group.update(extra)
+        load_into(handle, state)
+    return handle
+
+
+def restored_switches(group: dict[str, Any], args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """Returns the entries of parameter group `group` as the user's own optimizer would have them."""
+    entries = {k: v for k, v in group.items() if k != "params"}
+    for key in extra:
+        if key in entries:
+            entries[key] = args.get(key)
+    return entries
+
+
+def direct_step(handle: Any) -> Callable[..., Any]:
+    """Returns the optimizer's step without what torch wraps around it for profiling and compiling.
+
+    The wrappers take longer than a step of small parameters. A scheduler counts calls of the wrapped one, so it stays.
+    """
+    if is_scheduler(handle):
+        return handle.optimizer.step  # type: ignore[no-any-return]
+    return partial(inspect.unwrap(type(handle).step), handle)
+
+
+class PackedGroup:
+    """Parameters of one life whose bytes lie side by side: the torch optimizer sees one flat tensor.
+
+    Args:
+        members: with packable parameters, of one dtype and device.
+        construct: see `Construct`.
+        extra: further arguments of the optimizer that make it quick without changing what it computes.
+        states: one per member, equal in all that is not elementwise; None for parameters not stepped yet.
+    """
+
+    def __init__(
+        self, members: Sequence[Member], construct: Construct, extra: dict[str, Any], states: Sequence[State] | None
+    ) -> None:
+        self.members = list(members)
+        self.params = tuple(m.param for m in members)
+        self.names = tuple(m.name for m in members)
+        self.clip = members[0].clip
+        self.extra = extra
+        self.arena = Arena(self.params)
+        flat = self.arena.flat
+        self.handle = reloaded(
+            construct([flat], members[0].args | extra), None if states is None else joined(states, flat=True), extra
+        )
+        self._step = direct_step(self.handle)
+        self.buffer = torch.empty_like(flat)
+        self._views = [v.view(p.shape) for v, p in zip(self.buffer.split(self.numels), self.params, strict=True)]
+        self._is_1d = all(p.dim() == 1 for p in self.params)
+        self._index = {id(m): i for i, m in enumerate(self.members)}
+        for m in self.members:
+            m.group = self
+
+    @property
+    def numels(self) -> list[int]:
+        """Number of elements of each parameter."""
+        return self.arena.numels
+
+    def has_lost(self, member: Member) -> bool:
+        """Returns whether `member` was moved since it was placed here: to other storage, dtype or device."""
+        i = self._index[id(member)]
+        p = member.param
+        return p.data_ptr() != self.arena.pointers[i] or p.numel() != self.numels[i] or not p.is_contiguous()
+
+    def gather_(self, gradients: list[Tensor]) -> Tensor:
+        """Copies the gradients of all members into the group's buffer and returns it."""
+        if self._is_1d:
+            torch.cat(gradients, out=self.buffer)
+        else:
+            torch._foreach_copy_(self._views, gradients)
+        return self.buffer
+
+    def clip_(self, buffer: Tensor) -> None:
+        """Clips the gradient of each member by itself, in place."""
+        if self.clip.per_parameter:
+            clip_segments_(buffer, self.numels, self.clip)
+
+    def step(self, buffer: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Steps all members by the gradients in `buffer`, which may be overwritten."""
+        self.arena.flat.grad = buffer
+        self._step(*args, **kwargs)
+        torch.autograd.graph.increment_version(self.params)
+
+    def state_of(self, member: Member) -> State:
+        """Returns the state of one of its parameters, sharing no memory with it."""
+        optimizer = optimizer_of(self.handle)
+        i = self._index[id(member)]
+        start = sum(self.numels[:i])
+        return self._state(optimizer, member, start)
+
+    def states(self) -> list[State]:
+        """Returns the states of all members, as `state_of` does."""
+        optimizer, start, states = optimizer_of(self.handle), 0, []
+        for member, numel in zip(self.members, self.numels, strict=True):
+            states.append(self._state(optimizer, member, start))
+            start += numel
+        return states
+
+    def _state(self, optimizer: torch.optim.Optimizer, member: Member, start: int) -> State:
+        flat, p = self.arena.flat, member.param
+        end = start + p.numel()
+        state = {
+            key: (value[start:end].clone().view(p.shape) if value.shape == flat.shape else value.clone())
+            if isinstance(value, Tensor)
+            else value
+            for key, value in optimizer.state.get(flat, {}).items()
+        }
+        group = restored_switches(optimizer.param_groups[0], member.args, self.extra) | {"params": [0]}
+        part = {"state": {0: state} if state else {}, "param_groups": [group]}
+        if is_scheduler(self.handle):
+            return {"scheduler": copied(self.handle.state_dict()), "optimizer": part}
+        return part
+
+
+class ListGroup:
+    """Parameters of equal hyper-parameters and any number of steps: torch's list of tensors, a state for each.
+
+    Args:
+        members: parameters of one dtype and device, or a single one of any kind.
+        construct: see `Construct`.
+        extra: further arguments of the optimizer that make it quick without changing what it computes.
+        states: one per member, of equal hyper-parameters; None for parameters not stepped yet.
+    """
+
+    def __init__(
+        self, members: Sequence[Member], construct: Construct, extra: dict[str, Any], states: Sequence[State] | None
+    ) -> None:
+        self.members = list(members)
+        self.extra = extra
+        self.alone = members[0].alone
+        handle = construct([m.param for m in members], members[0].args | extra)
+        if states is not None:
+            handle = reloaded(handle, copied(states[0]) if self.alone else joined(states, flat=False), extra)
+        self.handle = handle
+        for m in self.members:
+            m.group = self
+
+    def absorb(self, other: ListGroup) -> None:
+        """Takes over the members of another group with the same hyper-parameters."""
+        mine, theirs = optimizer_of(self.handle), optimizer_of(other.handle)
+        mine.state.update(theirs.state)
+        self.members.extend(other.members)
+        for m in other.members:
+            m.group = self
+
+    def remove(self, gone: set[int]) -> None:
+        """Forgets the members whose ids are in `gone`."""
+        optimizer = optimizer_of(self.handle)
+        for m in self.members:
+            if id(m) in gone:
+                optimizer.state.pop(m.param, None)
+                m.group = None
+        self.members = [m for m in self.members if id(m) not in gone]
+        optimizer.param_groups[0]["params"] = [m.param for m in self.members]
+
+    def has_lost(self, member: Member) -> bool:
+        """Returns whether `member` was moved since it was placed here: to other storage, dtype or device."""
+        return member.param.dtype is not member.key[2] or member.param.device != member.key[3]
+
+    def clip_(self, members: Sequence[Member]) -> None:
+        """Clips the gradient of each of `members` by itself, in place."""
+        for m in members:
+            if m.clip.per_parameter and m.param.grad is not None:
+                clip_each_([m.param.grad], m.clip)
+
+    def step(self, members: Sequence[Member], *args: Any, **kwargs: Any) -> None:
+        """Steps `members`, which are some or all of its own, by their `.grad`."""
+        optimizer = optimizer_of(self.handle)
+        if self.alone:
+            optimizer.step(*args, **kwargs)
+            return
+        step = direct_step(self.handle)
+        group = optimizer.param_groups[0]
+        params = [m.param for m in members]
+        for part in self._by_momentum(optimizer, params) if self.extra.get("fused") else (params,):
+            group["params"] = part
+            step(*args, **kwargs)
+
+    def _by_momentum(self, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Parts those that have no momentum yet from the others: fused SGD takes either but not both (torch 2.13)."""
+        if not optimizer.param_groups[0].get("momentum"):
+            yield params
+            return
+        first = {id(p) for p in params if optimizer.state.get(p, {}).get("momentum_buffer") is None}
+        for part in ([p for p in params if id(p) in first], [p for p in params if id(p) not in first]):
+            if part:
+                yield part
+
+    def state_of(self, member: Member) -> State:
+        """Returns the state of one of its parameters, sharing no memory with it."""
+        if self.alone:
+            return copied(state_dict_of(self.handle))  # type: ignore[no-any-return]
+        optimizer = optimizer_of(self.handle)
+        state = copied(dict(optimizer.state.get(member.param, {})))
+        group = restored_switches(optimizer.param_groups[0], member.args, self.extra) | {"params": [0]}
+        part = {"state": {0: state} if state else {}, "param_groups": [group]}
+        if is_scheduler(self.handle):
+            return {"scheduler": copied(self.handle.state_dict()), "optimizer": part}
+        return part
+
+    def states(self) -> list[State]:
+        """Returns the states of all members, as `state_of` does."""
+        return [self.state_of(m) for m in self.members]

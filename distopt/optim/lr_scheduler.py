@@ -1,0 +1,83 @@
+"""Learning-rate schedules of parameters that appear as training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from distopt.optim.arguments import Args
+from distopt.optim.composed import composed
+from distopt.optim.optim import PyroOptim
+
+
+class PyroLRScheduler(PyroOptim):
+    """A `PyroOptim` whose torch optimizers have a learning-rate scheduler; drop-in for `pyro.optim.PyroLRScheduler`.
+
+    Args:
+        scheduler_constructor: a class of `torch.optim.lr_scheduler`.
+        optim_args: `"optimizer"`, a torch optimizer class; `"optim_args"`, its arguments (a dict or a callable, see
+            `PyroOptim`); and the scheduler's own arguments. Not changed.
+        clip_args: see `PyroOptim`.
+
+    A parameter's schedule starts when it is first seen.
+
+    Raises:
+        ValueError: when `"optimizer"` or `"optim_args"` is missing.
+
+    Example:
+        >>> import pyro, torch
+        >>> pyro.clear_param_store()
+        >>> x = pyro.param("x", torch.zeros(1))
+        >>> args = {"optimizer": torch.optim.SGD, "optim_args": {"lr": 1.0}, "gamma": 0.5}
+        >>> optim = PyroLRScheduler(torch.optim.lr_scheduler.ExponentialLR, args)
+        >>> for _ in range(3):
+        ...     x.sum().backward()
+        ...     optim([x])
+        ...     x.grad = None
+        ...     optim.step()
+        >>> pyro.param("x").detach()
+        tensor([-1.7500])
+    """
+
+    def __init__(
+        self,
+        scheduler_constructor: Callable[..., Any],
+        optim_args: Mapping[str, Any],
+        clip_args: Args | None = None,
+        **options: Any,
+    ) -> None:
+        kwargs = dict(optim_args) if isinstance(optim_args, Mapping) else {}
+        for key, what in (("optimizer", "a torch optimizer class"), ("optim_args", "its arguments")):
+            if key not in kwargs:
+                raise ValueError(
+                    f"{getattr(scheduler_constructor, '__name__', 'PyroLRScheduler')}: optim_args has no {key!r}, "
+                    f"expected {what}. For example {{'optimizer': torch.optim.Adam, 'optim_args': {{'lr': 1e-3}}}}."
+                )
+        self.pt_scheduler_constructor = scheduler_constructor
+        optimizer, optimizer_args = kwargs.pop("optimizer"), kwargs.pop("optim_args")
+        self.kwargs = kwargs
+        self._num_steps = 0
+        super().__init__(optimizer, optimizer_args, clip_args, **options)
+
+    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        """Takes one step of the optimizer for each of `params`; the schedule goes on with `step` alone."""
+        super().__call__(params, *args, **kwargs)
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Takes one step of every schedule.
+
+        Args:
+            *args: as the torch scheduler takes them, such as the `metrics` of `ReduceLROnPlateau`.
+            **kwargs: likewise.
+        """
+        self._num_steps += 1
+        for group in self._groups:
+            group.handle.step(*args, **kwargs)
+
+    def _construct(self, params: list[Any], args: dict[str, Any]) -> Any:
+        return composed(self.pt_scheduler_constructor, super()._construct(params, args), self.kwargs)
+
+    def _birth(self) -> Hashable:
+        return self._num_steps

@@ -1,0 +1,131 @@
+"""State of one parameter as `pyro.optim` writes it, and what two parameters must share to be stepped as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+State: TypeAlias = dict[str, Any]
+"""A torch state dict of one parameter, or `{"scheduler": ..., "optimizer": ...}` of two."""
+
+SCALARS = frozenset({"step", "mu_product", "eta", "mu"})
+"""Per-parameter state that is one number whatever the shape of the parameter."""
+
+
+def is_scheduler(optimizer: Any) -> bool:
+    """Returns whether `optimizer` is a learning-rate scheduler (it wraps an optimizer) and not an optimizer.
+
+    Example:
+        >>> sgd = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+        >>> is_scheduler(sgd), is_scheduler(torch.optim.lr_scheduler.ConstantLR(sgd))
+        (False, True)
+    """
+    return hasattr(optimizer, "optimizer")
+
+
+def optimizer_of(handle: Any) -> torch.optim.Optimizer:
+    """Returns the torch optimizer behind `handle`, which is one or a scheduler of one."""
+    return handle.optimizer if is_scheduler(handle) else handle  # type: ignore[no-any-return]
+
+
+def state_dict_of(handle: Any) -> State:
+    """Returns the state dict of an optimizer, or of a scheduler and its optimizer."""
+    if is_scheduler(handle):
+        return {"scheduler": handle.state_dict(), "optimizer": handle.optimizer.state_dict()}
+    return handle.state_dict()  # type: ignore[no-any-return]
+
+
+def load_into(handle: Any, state: State) -> None:
+    """Loads what `state_dict_of` returned; the optimizer last, so that its learning rates stand."""
+    if is_scheduler(handle):
+        handle.load_state_dict(copied(state["scheduler"]))
+        handle.optimizer.load_state_dict(state["optimizer"])
+    else:
+        handle.load_state_dict(state)
+
+
+def optimizer_part(state: State) -> State:
+    """Returns the optimizer's part of a parameter's state."""
+    return state["optimizer"] if "optimizer" in state else state
+
+
+def with_optimizer_part(state: State, part: State) -> State:
+    """Returns `state` with its optimizer's part replaced."""
+    return {"scheduler": state["scheduler"], "optimizer": part} if "optimizer" in state else part
+
+
+def copied(value: Any) -> Any:
+    """Returns a copy of nested state that shares no tensor with it."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {k: copied(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(copied(v) for v in value) if type(value) in (list, tuple) else value
+    return value
+
+
+def frozen(value: Any) -> Any:
+    """Returns a hashable stand-in for `value`, equal for equal numbers, strings and containers of them."""
+    if isinstance(value, Tensor):
+        return ("tensor", value.item()) if value.numel() == 1 else ("tensor", id(value))
+    if isinstance(value, Mapping):
+        return tuple(sorted((str(k), frozen(v)) for k, v in value.items()))
+    if isinstance(value, list | tuple):
+        return tuple(frozen(v) for v in value)
+    try:
+        hash(value)
+    except TypeError:
+        return ("object", id(value))
+    return (type(value).__name__, value)
+
+
+def hyper_of(group: Mapping[str, Any]) -> Any:
+    """Returns a hashable stand-in for the hyper-parameters of a torch parameter group."""
+    return tuple((k, frozen(v)) for k, v in sorted(group.items()) if k not in ("params", "fused", "foreach"))
+
+
+def life_of(state: State | None, numel: int) -> Any:
+    """Returns what must be equal for two parameters' states to be packed: all of the state that is not elementwise.
+
+    Returns None when the state cannot be packed at all, being neither elementwise nor one number.
+    """
+    if state is None:
+        return "new"
+    part = optimizer_part(state)
+    scalars = []
+    for key, value in part["state"].get(0, {}).items():
+        if isinstance(value, Tensor) and key not in SCALARS:
+            if value.numel() != numel or value.layout is not torch.strided:
+                return None
+            scalars.append((key, str(value.dtype)))
+        else:
+            scalars.append((key, frozen(value)))
+    return (tuple(scalars), hyper_of(part["param_groups"][0]), frozen(state.get("scheduler")))
+
+
+def joined(states: Sequence[State], flat: bool) -> State:
+    """Returns one state dict for the parameters of all `states`, which are each of one parameter.
+
+    Args:
+        states: of parameters with equal hyper-parameters and schedule.
+        flat: whether the parameters lie packed in one tensor; their lives are then equal.
+    """
+    parts = [optimizer_part(s) for s in states]
+    each = [part["state"].get(0, {}) for part in parts]
+    group = dict(parts[0]["param_groups"][0])
+    if not flat:
+        group["params"] = list(range(len(states)))
+        state = {i: copied(s) for i, s in enumerate(each) if s}
+        return with_optimizer_part(states[0], {"state": state, "param_groups": [group]})
+    group["params"] = [0]
+    merged = {
+        key: torch.cat([s[key].reshape(-1) for s in each])
+        if isinstance(value, Tensor) and key not in SCALARS
+        else copied(value)
+        for key, value in each[0].items()
+    }
+    return with_optimizer_part(states[0], {"state": {0: merged} if merged else {}, "param_groups": [group]})

@@ -1,0 +1,105 @@
+"""The control slots: a few numbers that ride along with the gradients and say what the ranks must know of each other.
+
+They are summed like gradients, in float32 or float64, so what must be exact is a small whole number. Whether all ranks
+hold the same number d follows from two sums: n Σd² = (Σd)² exactly when they do (Cauchy and Schwarz). With d < 64 both
+sums are exact in float32 for up to 4,096 ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+DIGIT = 64
+NUM_CHECKSUM_DIGITS = 8  # 48 bits
+
+_ACTIVE, _NEWS, _ABORT, _FLAG, _NONFINITE, _VALUE, _NUM_VALUES = range(7)
+_STEP, _KIND = 7, 9
+_CHECKSUM = 11
+NUM_SLOTS = _CHECKSUM + 2 * NUM_CHECKSUM_DIGITS
+
+
+class Kind(IntEnum):
+    """What an active rank takes part in a round for."""
+
+    GRADIENT = 1
+    SCHEDULE = 2
+    ABORT = 3
+
+
+@dataclass
+class Control:
+    """What one rank says in a round.
+
+    A joined rank (not active) says nothing of step and kind: it follows.
+    """
+
+    step: int
+    kind: Kind | None  # None: this rank has joined
+    news: bool = False
+    abort: bool = False
+    flag: bool = False
+    nonfinite: bool = False
+    value: float | None = None  # the loss, or a schedule's metric
+    checksum: int = 0
+
+
+@dataclass
+class Heard:
+    """The sums of a round."""
+
+    num_active: int
+    num_news: int
+    num_abort: int
+    num_flags: int
+    num_nonfinite: int
+    value: float | None  # mean over the ranks that gave one
+    kind: Kind | None
+    in_step: bool  # all active ranks are in the same step, for the same kind
+    in_sync: bool  # all ranks have the same checksum
+    touched: list[float]  # per parameter of the layout, how many ranks have a gradient for it
+
+
+def write_control(slots: Tensor, said: Control) -> None:
+    """Writes into the first `NUM_SLOTS` elements of `slots`."""
+    active = said.kind is not None
+    numbers = [0.0] * NUM_SLOTS
+    numbers[_ACTIVE] = float(active)
+    numbers[_NEWS], numbers[_ABORT], numbers[_FLAG] = float(said.news), float(said.abort), float(said.flag)
+    numbers[_NONFINITE] = float(said.nonfinite)
+    if said.value is not None:
+        numbers[_VALUE], numbers[_NUM_VALUES] = said.value, 1.0
+    if said.kind is not None:
+        for at, digit in ((_STEP, said.step % (DIGIT - 3)), (_KIND, int(said.kind))):
+            numbers[at], numbers[at + 1] = float(digit), float(digit**2)
+    checksum = said.checksum
+    for at in range(_CHECKSUM, NUM_SLOTS, 2):
+        checksum, digit = divmod(checksum, DIGIT)
+        numbers[at], numbers[at + 1] = float(digit), float(digit**2)
+    slots[:NUM_SLOTS] = torch.tensor(numbers, dtype=slots.dtype)
+
+
+def read_control(slots: Tensor, world_size: int) -> Heard:
+    """Reads the summed slots."""
+    numbers: list[float] = slots.tolist()
+    num_active, num_values = int(numbers[_ACTIVE]), int(numbers[_NUM_VALUES])
+    in_step = _all_same(numbers, _STEP, num_active) and _all_same(numbers, _KIND, num_active)
+    return Heard(
+        num_active,
+        int(numbers[_NEWS]),
+        int(numbers[_ABORT]),
+        int(numbers[_FLAG]),
+        int(numbers[_NONFINITE]),
+        numbers[_VALUE] / num_values if num_values else None,
+        Kind(round(numbers[_KIND] / num_active)) if num_active and in_step else None,
+        in_step,
+        all(_all_same(numbers, at, world_size) for at in range(_CHECKSUM, NUM_SLOTS, 2)),
+        numbers[NUM_SLOTS:],
+    )
+
+
+def _all_same(numbers: list[float], at: int, count: int) -> bool:
+    return count * int(numbers[at + 1]) == int(numbers[at]) ** 2

@@ -1,0 +1,129 @@
+"""Which parameters belong to one rank alone: those of datapoints that only this rank holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyro
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from distopt.backends.base import Backend
+
+
+class LocalParameterError(ValueError):
+    """A parameter that is replicated where it should be local, or the other way round; the message has the edit."""
+
+
+@dataclass
+class PlateShard:
+    """This rank's part of a plate whose datapoints are split over the ranks.
+
+    Args:
+        name: The plate's name.
+        num_shards: Over how many ranks the plate is split; the density of its sites is multiplied by this.
+        size: Number of datapoints this rank holds, 0 until the plate was first entered.
+        rows: (size,) int64, the global index of each datapoint, or None: ranks hold consecutive blocks in order of
+            rank.
+        local: Parameters with a row per datapoint that their statement does not tell: by name (or pattern, as in
+            `fnmatch`), which dimension runs over the datapoints.
+        replicated: Names (or patterns) of parameters that have the shard's size in their shape by chance.
+    """
+
+    name: str
+    num_shards: int
+    size: int = 0
+    rows: NDArray[np.int64] | None = None
+    local: dict[str, int] = field(default_factory=dict)
+    replicated: tuple[str, ...] = ()
+    _placed: tuple[int, NDArray[np.int64]] | None = field(default=None, repr=False)
+
+    def resize(self, size: int) -> None:
+        """Takes note of this rank's number of datapoints, seen when the plate is entered."""
+        if self.rows is not None and self.rows.shape != (size,):
+            raise LocalParameterError(
+                f"plate {self.name!r} has {size} datapoints on this rank, but its rows have shape {self.rows.shape}: "
+                "give the global index of each datapoint this rank holds, and this rank's number of datapoints as the "
+                "size"
+            )
+        self.size = size
+
+    def global_rows(self, backend: Backend) -> NDArray[np.int64]:
+        """Returns the (size,) int64 global index of each datapoint of this rank, in the order of the plate.
+
+        Cost:
+            One exchange of a number per rank the first time, nothing afterwards. All ranks call it together.
+        """
+        if self.rows is not None:
+            return self.rows
+        if self._placed is None or self._placed[0] != self.size:
+            sizes = backend.all_gather_json(self.size)
+            start = sum(sizes[: backend.rank])
+            self._placed = (self.size, np.arange(start, start + self.size, dtype=np.int64))
+        return self._placed[1]
+
+
+@dataclass(frozen=True)
+class LocalParameter:
+    """How a parameter's numbers belong to the datapoints of a plate.
+
+    Args:
+        plate: The plate, and which of its datapoints are here.
+        shape: Shape of the parameter, unflattened: a guide that keeps one flat vector for a site of 7 datapoints of 2
+            numbers each has shape (7, 2).
+        dim: Which dimension of `shape` runs over the datapoints, counted from the left.
+    """
+
+    plate: PlateShard
+    shape: tuple[int, ...]
+    dim: int
+
+    def by_row(self, values: Tensor) -> Tensor:
+        """Returns `values` (in the parameter's shape, perhaps constrained) as (size, ...): one row per datapoint."""
+        if values.numel() == 0 or values.shape[: self.dim + 1] == self.shape[: self.dim + 1]:
+            return values.movedim(self.dim, 0)
+        return values.reshape(self.shape).movedim(self.dim, 0)
+
+    def from_rows(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Returns (size, ...) `rows` in the shape of `like`, the parameter: undoes `by_row`."""
+        return rows.movedim(0, self.dim).reshape(like.shape)
+
+
+# By tensor, weakly: the mark goes with the parameter when the store is cleared, and a new one of an old name has none.
+_LOCAL: Any = WeakTensorKeyDictionary()
+
+
+def mark_local(param: Tensor, entry: LocalParameter) -> None:
+    """Says that `param`, an unconstrained leaf tensor, is this rank's own."""
+    _LOCAL[param] = entry
+
+
+def local_parameter(param: Tensor) -> LocalParameter | None:
+    """Returns how `param` is split, or None for a replicated one.
+
+    Local parameters are left out of agreement, exchange and drift watch, and before clipping and stepping their
+    gradient is divided by `plate.num_shards`: the density of the plate was multiplied by it, so that the mean over
+    ranks of the replicated gradients is that of all the data.
+    """
+    found: LocalParameter | None = _LOCAL.get(param)
+    return found
+
+
+def any_local() -> bool:
+    """Whether there are local parameters at all; a look of no cost."""
+    return len(_LOCAL.data) > 0
+
+
+def is_local(name: str) -> bool:
+    """Whether the parameter of that name in Pyro's store is this rank's own."""
+    param = pyro.get_param_store()._params.get(name)
+    return param is not None and local_parameter(param) is not None
+
+
+def local_parameters() -> dict[str, LocalParameter]:
+    """Returns the local parameters in Pyro's store, by name, in order of name."""
+    named = sorted(pyro.get_param_store().named_parameters())
+    return {name: entry for name, param in named if (entry := local_parameter(param)) is not None}

@@ -1,0 +1,396 @@
+"""The reducer: gradients of all ranks become one gradient, equal on all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+
+from distopt.backends import Backend
+from distopt.reduce.agreement import Agreement, News
+from distopt.reduce.control import NUM_SLOTS, Control, Heard, Kind, read_control, write_control
+from distopt.reduce.drift import checksums, explain_drift, fold
+from distopt.reduce.errors import PeerError
+from distopt.reduce.layout import Bucket, Entry, Layout
+from distopt.reduce.local import any_local, local_parameter
+from distopt.reduce.overlap import Overlap
+from distopt.reduce.settings import Settings
+from distopt.reduce.sparse import sum_sparse
+
+_MAX_PATTERNS = 64  # of which parameters are touched: enough for a model whose minibatches alternate
+
+
+class Part(NamedTuple):
+    """Reduced gradients of some parameters, side by side.
+
+    In the steady state `names` and `params` are the same tuples at each step.
+    """
+
+    names: tuple[str, ...]
+    params: tuple[Tensor, ...]
+    buffer: Tensor
+
+
+@dataclass
+class Brought:
+    """What one rank brings to a reduction.
+
+    Attributes:
+        params: the unconstrained tensors of this call.
+        gradients: by place in the layout; None where this rank has none.
+        complete: whether no gradient is None and none is sparse.
+        news: parameters that the layout lacks or holds otherwise, with their gradients.
+        own: (name, parameter, gradient) of parameters that belong to this rank alone.
+    """
+
+    params: Sequence[Tensor] = ()
+    gradients: Sequence[Tensor | None] = ()
+    complete: bool = False
+    news: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    own: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+
+
+@dataclass
+class Reduced:
+    """The gradients that every rank steps by, equal on all ranks, and what the ranks have told each other."""
+
+    heard: Heard
+    dense: list[Part] = field(default_factory=list)
+    loose: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+    num_own: int = 0  # the last ones of `loose`: of this rank alone
+
+    def norm(self) -> float:
+        """Returns the 2-norm of the gradients that are equal on all ranks."""
+        shared = [gradient for _, _, gradient in self.loose[: len(self.loose) - self.num_own]]
+        parts = [part.buffer for part in self.dense] + [
+            each.coalesce().values() if each.is_sparse else each for each in shared
+        ]
+        return math.sqrt(sum(float(part.abs().square().sum(dtype=torch.float64)) for part in parts))
+
+
+class Reducer:
+    """Reduces gradients, and keeps the parameters that all ranks know.
+
+    The steady state costs one all-reduce for each bucket and nothing else. Whatever is not steady (a parameter that
+    appears, a rank that raised, ranks at different steps) shows in the control slots of that same all-reduce, to all
+    ranks at once, and is settled in an `Agreement`.
+
+    Args:
+        backend: Link to the other ranks.
+        settings: How to reduce, the same on all ranks.
+        state: Returns the optimizer's state by parameter name, for the drift watch.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        settings: Settings,
+        state: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        self.backend, self.settings = backend, settings
+        self.step = 0
+        self.num_agreements = 0
+        self.entries: dict[str, Entry] = {}
+        self._state = state
+        self._exchange = settings.make_exchange(backend)
+        self._agreement = Agreement(backend, settings.describe(), self.tensor_of)
+        self._overlap: Overlap | None = None
+        self.layout = self._build()
+
+    # What this rank has.
+
+    def look(self, params: Iterable[Tensor]) -> Brought:
+        """Finds out what this rank brings: which parameters, with which gradients, and what is new about them."""
+        params = list(params)
+        if not any_local():
+            return self._look_at_shared(params)
+        brought = self._look_at_shared([param for param in params if local_parameter(param) is None])
+        own = [param for param in params if local_parameter(param) is not None]
+        brought.own = [(self._name(param), param, param.grad) for param in own if param.grad is not None]
+        brought.params = params
+        return brought
+
+    def _look_at_shared(self, params: Sequence[Tensor]) -> Brought:
+        layout = self.layout
+        places = list(map(layout.index.get, map(id, params)))
+        if None in places or not self._is_current(layout):
+            return self._look_closely(params)
+        if len(places) == len(layout.params) and not layout.sparse:
+            gradients = [param.grad for param in layout.params]
+            if not any(gradient is None or gradient.is_sparse for gradient in gradients):
+                return Brought(params, gradients, complete=True)
+        return self._look_closely(params)
+
+    def tensor_of(self, name: str) -> Tensor | None:
+        """Returns this rank's unconstrained tensor of a parameter, None when its store has none."""
+        tensor: Tensor | None = pyro.get_param_store().named_parameters().mapping.get(name)
+        return tensor
+
+    def _name(self, param: Tensor) -> str:
+        name: str | None = pyro.get_param_store().param_name(param)
+        if name is None:
+            raise ValueError(
+                f"a parameter of shape {tuple(param.shape)} is not in Pyro's parameter store, so the ranks cannot "
+                "tell which it is. Register it by pyro.param or pyro.module."
+            )
+        return name
+
+    def _is_current(self, layout: Layout) -> bool:
+        # A cleared or replaced store lets go of all names at once, so one name answers for them all.
+        return not layout.params or pyro.get_param_store().param_name(layout.params[0]) == layout.names[0]
+
+    def _look_closely(self, params: Sequence[Tensor]) -> Brought:
+        layout = self.layout
+        brought = Brought(params)
+        gradients: list[Tensor | None] = [None] * len(layout.params)
+        for param in params:
+            name, gradient = self._name(param), param.grad
+            place = layout.index.get(id(param))
+            if place is None or layout.names[place] != name or _is_dense_now(layout.entries[place], gradient):
+                brought.news[name] = (param, gradient)
+            else:
+                gradients[place] = gradient
+        brought.gradients = gradients
+        brought.complete = not layout.sparse and not any(g is None or g.is_sparse for g in gradients)
+        return brought
+
+    # Rounds.
+
+    def reduce(self, brought: Brought | None, said: Control) -> Reduced:
+        """Takes part in one reduction and returns the gradients to step by.
+
+        Args:
+            brought: This rank's gradients; None when it only takes part (joined, failed, a scheduler's step).
+            said: This rank's control slots; `checksum` and `news` are filled in here.
+
+        Raises:
+            PeerError: Another rank has raised.
+            DisagreementError: Ranks differ in step, settings, shapes, dtypes or constraints.
+            DriftError: Replicas differ.
+            BackendError: A rank did not come in time, or is gone.
+
+        Cost:
+            One all-reduce per bucket. With news, an agreement and the round once more.
+        """
+        said.news = bool(brought is not None and brought.news)
+        said.nonfinite = brought is not None and not all(_is_finite(gradient) for _, _, gradient in brought.own)
+        sums = None
+        if self.settings.drift_every_steps and said.step % self.settings.drift_every_steps == 0:
+            sums = checksums(zip(self.layout.names, self.layout.params, strict=True), self._state())
+            said.checksum = fold(sums)
+        heard = self._round(brought, said)
+        if heard.num_abort or not heard.in_step:
+            self.settle(brought, said)
+        if sums is not None and heard.kind is Kind.GRADIENT and not heard.in_sync:
+            raise explain_drift(self.backend, sums, said.step)
+        if heard.num_news:
+            self.settle(brought, said)
+            brought = self.look(brought.params) if brought is not None else None
+            said.news = False
+            heard = self._round(brought, said)
+        return self._collect(heard, brought)
+
+    def abort(self, error: BaseException, said: Control) -> None:
+        """Takes part in one reduction with an error instead of gradients; the others raise it as `PeerError`."""
+        said.kind, said.abort = Kind.ABORT, True
+        self._round(None, said)
+        try:
+            self.settle(None, said, error)
+        except PeerError:
+            return  # the caller raises its own
+
+    def settle(self, brought: Brought | None, said: Control, error: BaseException | None = None) -> None:
+        """Agrees with all ranks on what is known from now on; a collective call.
+
+        Raises:
+            PeerError, DisagreementError: As `Agreement.settle`.
+        """
+        news = News(said.step, said.kind.name.lower() if said.kind is not None else "joined", error=error)
+        if brought is not None:
+            news.names = set(brought.news)
+            for name, (_, gradient) in brought.news.items():
+                if gradient is not None:
+                    is_sparse = gradient.is_sparse and not self.settings.sparse_as_dense
+                    (news.sparse if is_sparse else news.dense).add(name)
+        self.backend.note(said.step, "agree")
+        self.num_agreements += 1
+        self.entries = self._agreement.settle(news, self.entries)
+        self.layout = self._build()
+
+    def _build(self) -> Layout:
+        tensors = {name: self.tensor_of(name) for name in self.entries}
+        self._dense: list[Part] | None = None
+        self._patterns: dict[tuple[bool, ...], list[tuple[Bucket, list[int], Part]]] = {}
+        layout = Layout(
+            self.entries,
+            {name: tensor for name, tensor in tensors.items() if tensor is not None},
+            bucket_mib=self.settings.bucket_mib,
+            groups=self.settings.groups,
+            rides=self._exchange.rides,
+            control_device=getattr(self.backend, "json_device", torch.device("cpu")),
+        )
+        if self._overlap is not None:
+            self._overlap.close()
+        if self.settings.overlap:
+            self._overlap = Overlap(layout, self.settings.backward_passes, self._start_early)
+        return layout
+
+    @torch.no_grad()
+    def _round(self, brought: Brought | None, said: Control) -> Heard:
+        layout, exchange, overlap = self.layout, self._exchange, self._overlap
+        if brought is not None and brought.news:
+            brought = None  # this round's sums are thrown away
+        carrier, others = layout.buckets[0], layout.buckets[1:]
+        self._fill(carrier, brought)
+        write_control(layout.slots, said)
+        if brought is not None:
+            self._write_touched(layout.slots[NUM_SLOTS:], brought)
+        # A joined rank cannot know whether the others bring gradients or only step a scheduler, which has no use for
+        # the other buckets; it looks first. With overlap the others have started already.
+        looks_first = said.kind in (None, Kind.SCHEDULE) and overlap is None
+        if overlap is not None:
+            self._start(overlap.waiting, brought)
+        exchange.start(carrier)
+        if overlap is None and not looks_first:
+            self._start(others, brought)
+        exchange.finish(carrier)
+        heard = read_control(layout.slots, self.backend.world_size)
+        is_short = heard.num_active == 0 or (heard.kind is Kind.SCHEDULE and not heard.num_news and not heard.num_abort)
+        if is_short and looks_first:
+            return heard
+        if looks_first:
+            self._start(others, brought)
+        for bucket in others:
+            exchange.finish(bucket)
+        if overlap is not None:
+            overlap.reset()
+        return heard
+
+    def _start(self, buckets: Sequence[Bucket], brought: Brought | None) -> None:
+        for bucket in buckets:
+            self._fill(bucket, brought)
+            self._exchange.start(bucket)
+
+    def _start_early(self, bucket: Bucket) -> None:
+        gradients = [param.grad for param in self.layout.params]
+        self._start([bucket], Brought(gradients=gradients))
+
+    def _fill(self, bucket: Bucket, brought: Brought | None) -> None:
+        if brought is None:
+            bucket.buffer.zero_()
+            return
+        gradients = [brought.gradients[index] for index in bucket.indices]
+        if brought.complete and gradients:
+            torch._foreach_copy_(bucket.views, gradients)  # type: ignore[arg-type]  # none is None
+        else:
+            for view, gradient in zip(bucket.views, gradients, strict=True):
+                if gradient is None:
+                    view.zero_()
+                else:
+                    view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
+        scale = self._scale_before()
+        if scale != 1.0 and gradients:
+            bucket.flat.mul_(scale)
+
+    def _scale_before(self) -> float:
+        if self.settings.op != "average":
+            return 1.0
+        by_size = self._exchange.scales_first and self.settings.predivide == 1.0
+        return 1.0 / (self.backend.world_size if by_size else self.settings.predivide)
+
+    def _scale_after(self, num_active: int) -> float:
+        if self.settings.op != "average":
+            return 1.0
+        return 1.0 / (num_active * self._scale_before())
+
+    def _write_touched(self, slots: Tensor, brought: Brought) -> None:
+        if brought.complete:
+            slots.copy_(self.layout.all_touched)
+        else:
+            touched = [0.0 if gradient is None else 1.0 for gradient in brought.gradients]
+            slots.copy_(torch.tensor(touched, dtype=slots.dtype))
+
+    # What comes back.
+
+    @torch.no_grad()
+    def _collect(self, heard: Heard, brought: Brought | None) -> Reduced:
+        reduced = Reduced(heard)
+        if heard.kind is not Kind.GRADIENT:
+            return reduced
+        layout, scale = self.layout, self._scale_after(heard.num_active)
+        for bucket in layout.buckets:
+            if scale != 1.0 and bucket.entries:
+                bucket.flat.mul_(scale)
+        if (
+            not layout.sparse
+            and all(not bucket.is_complex for bucket in layout.buckets)
+            and min(heard.touched, default=0)
+        ):
+            if self._dense is None:
+                self._dense = [
+                    Part(bucket.names, tuple(layout.params[index] for index in bucket.indices), bucket.flat)
+                    for bucket in layout.buckets
+                    if bucket.entries
+                ]
+            reduced.dense = self._dense
+        else:
+            self._collect_touched(reduced, brought, scale)
+        for name, param, gradient in brought.own if brought is not None else ():
+            entry = local_parameter(param)
+            if entry is not None and entry.plate.num_shards > 1:
+                gradient.div_(entry.plate.num_shards)  # the plate's density was multiplied by it
+            reduced.loose.append((name, param, gradient))
+            reduced.num_own += 1
+        return reduced
+
+    def _collect_touched(self, reduced: Reduced, brought: Brought | None, scale: float) -> None:
+        layout, touched = self.layout, [count > 0 for count in reduced.heard.touched]
+        for bucket, places, part in self._pattern(tuple(touched)):
+            views = [bucket.views[place] for place in places]
+            if bucket.is_complex:
+                reduced.loose += zip(part.names, part.params, views, strict=True)
+            elif len(places) == len(bucket.views):
+                reduced.dense.append(Part(part.names, part.params, bucket.flat))
+            else:
+                reduced.dense.append(part._replace(buffer=torch.cat([view.reshape(-1) for view in views])))
+        sparse = [index for index in layout.sparse if touched[index]]
+        if sparse:
+            own = [brought.gradients[index] if brought is not None else None for index in sparse]
+            sums = sum_sparse(self.backend, [layout.entries[index] for index in sparse], own)
+            after = scale * self._scale_before()
+            for index, total in zip(sparse, sums, strict=True):
+                reduced.loose.append((layout.names[index], layout.params[index], total * after))
+
+    def _pattern(self, touched: tuple[bool, ...]) -> list[tuple[Bucket, list[int], Part]]:
+        """For each bucket: which of its parameters are touched, as the same tuples each time."""
+        found = self._patterns.get(touched)
+        if found is None:
+            found = []
+            for bucket in self.layout.buckets:
+                places = [place for place, index in enumerate(bucket.indices) if touched[index]]
+                if places:
+                    params = tuple(self.layout.params[bucket.indices[place]] for place in places)
+                    found.append((bucket, places, Part(tuple(bucket.names[p] for p in places), params, bucket.flat)))
+            if len(self._patterns) >= _MAX_PATTERNS:
+                self._patterns.clear()
+            self._patterns[touched] = found
+        return found
+
+    def forget_errors(self) -> None:
+        """Drops what compression keeps from step to step, as after a gradient that was not finite."""
+        self._exchange.forget(set(self.layout.names))
+
+
+def _is_dense_now(entry: Entry, gradient: Tensor | None) -> bool:
+    return entry.sparse and gradient is not None and not gradient.is_sparse
+
+
+def _is_finite(gradient: Tensor) -> bool:
+    values = gradient._values() if gradient.is_sparse else gradient
+    # The largest magnitude is NaN or infinite if any number is; unlike isfinite(), it is found without a copy.
+    return values.numel() == 0 or bool(torch.isfinite(torch.linalg.vector_norm(values, ord=torch.inf)))

@@ -1,0 +1,306 @@
+"""The training loop: what each worker of a run does, from joining the others to the last checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.infer
+import torch
+from rich.console import Console
+from torch import nn
+
+import distopt.optim
+from distopt.backends import Backend, BackendError, init
+from distopt.checkpoint import Checkpointer, CheckpointError, Restored
+from distopt.config import RunConfig
+from distopt.data import GlobalBatches
+from distopt.infer import SVI, seed_noise
+from distopt.optim import DistributedOptimizer, PyroOptim
+from distopt.reduce import DisagreementError, PeerError
+from distopt.train.metrics import Metrics, read_metrics
+from distopt.train.progress import StepProgress, printer
+from distopt.train.report import Report, elbo_figure
+from distopt.train.serve import ServeError, serving
+from distopt.train.signals import StopSignals
+from distopt.train.status import Status
+from distopt.train.task import Task, TaskError, load_task
+
+CHECKPOINTS = "checkpoints"
+REPORT = "report.html"
+_INIT_ROWS = 1024
+# What a user mends by reading one line; anything else is a defect and shows where it happened.
+_PLAIN_ERRORS = (TaskError, BackendError, CheckpointError, PeerError, DisagreementError, ServeError)
+
+
+def run(config: RunConfig) -> int:
+    """Trains the task of `config` as one of its workers; every rank calls it.
+
+    The run goes on from the newest good checkpoint in `run_dir/checkpoints` unless the config says otherwise. SIGTERM
+    and Ctrl-C let the step end, write a last checkpoint and stop all ranks at the same step.
+
+    Returns:
+        0 when all steps are done, 143 after SIGTERM, 130 after Ctrl-C, 1 on an error, which has been printed.
+
+    Cost:
+        One all-reduce a step.
+    """
+    backend: Backend | None = None
+    try:
+        with StopSignals() as stop:
+            backend = init(config.reduce.backend, timeout=timedelta(seconds=config.reduce.timeout_s))
+            status = Status()
+            with serving(config.serve, status, backend.local_rank):
+                return _Worker(config, backend, status, stop).run()
+    except _PLAIN_ERRORS as error:
+        place = f"rank {backend.rank} of {backend.world_size}: " if backend is not None else ""
+        print(f"distopt: {place}{error}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        if backend is not None:
+            backend.close()
+
+
+class _Worker:
+    """One rank of a run."""
+
+    def __init__(self, config: RunConfig, backend: Backend, status: Status, stop: StopSignals) -> None:
+        self.config, self.backend, self.status, self.stop = config, backend, status, stop
+        self.console = Console() if backend.rank == 0 else None
+        self.say: Callable[[str], None] = printer(self.console)
+        self.task = self._make_task()
+        self.batches = GlobalBatches(
+            self.task.rows(), config.data.global_batch, config.seed, backend.rank, backend.world_size
+        )
+        wrapped, self.step_schedule = make_optimizer(config)
+        self.optimizer = DistributedOptimizer(
+            wrapped,
+            backend=backend,
+            compression=config.reduce.compression,
+            bucket_mib=config.reduce.bucket_mib,
+            overlap=config.reduce.overlap,
+        )
+        loss = getattr(pyro.infer, config.train.loss)(
+            num_particles=config.train.num_particles, **config.train.loss_args
+        )
+        self.svi = SVI(self.task.model, self.task.guide, self.optimizer, loss, weight=self.batches.weight)
+        named = {"model": self.task.model, "guide": self.task.guide}
+        self.modules = {name: module for name, module in named.items() if isinstance(module, nn.Module)}
+
+    def run(self) -> int:
+        config = self.config
+        self._say_what_runs()
+        self._begin()
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        with Checkpointer(
+            config.run_dir / CHECKPOINTS,
+            optimizer=self.optimizer,
+            modules=self.modules,
+            backend=self.backend,
+            config=config.model_dump(mode="json"),
+            keep_last=config.checkpoint.keep_last,
+            keep_every_steps=config.checkpoint.keep_every_steps,
+        ) as checkpointer:
+            restored = checkpointer.restore(_which(config.checkpoint.resume))
+            first = self._after_restore(restored)
+            stopped_at = self._steps(first, checkpointer)
+            checkpointer.wait()
+        if stopped_at < config.train.num_steps:
+            self.say(f"stopped after step {stopped_at:,}; the same command goes on from there")
+            return 128 + (self.stop.received or signal.SIGTERM)
+        if self.backend.rank == 0:
+            self._report()
+        self.backend.barrier()
+        return 0
+
+    def _make_task(self) -> Task:
+        """Builds the task; an error on any rank is told by all of them."""
+        cores = len(os.sched_getaffinity(0))
+        hosts = self.backend.all_gather_json(self.backend.node_rank)
+        torch.set_num_threads(max(1, cores // hosts.count(self.backend.node_rank)))
+        pyro.clear_param_store()
+        seed_noise(self.config.seed)
+        error, task = None, None
+        try:
+            task = load_task(self.config.task or "", self.config.task_args)
+        except TaskError as problem:
+            error = str(problem)
+        errors = self.backend.all_gather_json(error)
+        if any(errors) or task is None:
+            raise TaskError(next(each for each in errors if each))
+        return task
+
+    def _begin(self) -> None:
+        """Makes the parameters, from the same rows and noise on all ranks however many there are."""
+        seed_noise(self.config.seed)
+        rows = GlobalBatches(self.task.rows(), min(_INIT_ROWS, self.task.rows()), self.config.seed).rows(0)
+        try:
+            self.svi.init(*self.task.batch(rows))
+        except Exception as error:
+            self.optimizer.abort(error)
+            raise
+        self.optimizer.synchronize(modules=self.modules.values())
+
+    def _say_what_runs(self) -> None:
+        world, config = self.backend, self.config
+        several = f"{world.world_size} workers over {world.name}" if world.world_size > 1 else "one worker"
+        self.say(
+            f"{config.name}: {config.task} on {several}, {self.batches.num_rows:,} rows, "
+            f"{self.batches.global_batch:,} a step, {config.train.num_steps:,} steps of {config.optim.name}"
+        )
+
+    def _after_restore(self, restored: Restored | None) -> int:
+        first = restored.step if restored is not None else 0
+        if restored is not None:
+            workers = "" if restored.world_size == self.backend.world_size else f", written by {restored.world_size}"
+            self.say(f"going on after step {first:,} from {restored.path}{workers}")
+            self.status.checkpoint_at = time.monotonic()
+        self.status.step, self.status.joined = first, True
+        self.status.progress()
+        return first
+
+    def _steps(self, first: int, checkpointer: Checkpointer) -> int:
+        """Takes the steps from `first` on; returns how many the run has done."""
+        config, status = self.config, self.status
+        num_steps, every = config.train.num_steps, config.checkpoint.every_steps
+        log = _Log(self, first)
+        with log:
+            for step in range(first, num_steps):
+                is_logged = (step + 1) % config.log.every_steps == 0 or step + 1 == num_steps
+                loss = self._step(step, measure=is_logged)
+                log.after(step + 1, loss, is_logged)
+                stopping = self.optimizer.any_flag
+                if stopping or step + 1 == num_steps or (every is not None and (step + 1) % every == 0):
+                    self._save(checkpointer, step + 1)
+                if stopping:
+                    return step + 1
+        if first >= num_steps:
+            self.say(f"all {num_steps:,} steps were done before")
+        status.progress()
+        return max(first, num_steps)
+
+    def _step(self, step: int, *, measure: bool) -> float:
+        config, optimizer = self.config, self.optimizer
+        seed_noise(config.seed, step, self.backend.rank, config.train.noise)
+        optimizer.local_flag = self.stop.received != 0
+        optimizer.measure_norm = measure
+        loss = self.svi.step(*self.task.batch(self.batches.rows(step)))
+        scheduler = config.optim.scheduler
+        if scheduler is not None and (step + 1) % scheduler.every_steps == 0:
+            self.step_schedule(optimizer, loss)
+        self.status.skipped_steps = optimizer.num_skipped_steps
+        self.status.finish_step(step + 1)
+        return loss
+
+    def _save(self, checkpointer: Checkpointer, step: int) -> None:
+        began = time.monotonic()
+        checkpointer.save(step)
+        self.status.checkpoint_at = time.monotonic()
+        self.status.checkpoint_s = self.status.checkpoint_at - began
+
+    def _report(self) -> None:
+        """Writes the report on rank 0: the task's part, the ELBO, the config."""
+        config = self.config
+        history = read_metrics(config.run_dir)
+        report = Report(config.name, self.console, history)
+        seed_noise(config.seed, config.train.num_steps)
+        with torch.no_grad():
+            self.task.report(report)
+        report.heading("How the ELBO rose")
+        report.figure(elbo_figure(history, self.batches.num_rows), "Evidence lower bound per row, mean over the ranks.")
+        from distopt.config import dump_yaml
+
+        report.source("The configuration", dump_yaml(config))
+        path = config.run_dir / REPORT
+        report.write(path)
+        self.say(f"report: {path}")
+
+
+class _Log:
+    """What rank 0 tells of the steps: the bar, `metrics.jsonl`, TensorBoard; and the status that is served."""
+
+    def __init__(self, worker: _Worker, first: int) -> None:
+        self._worker, self._since, self._steps_since = worker, time.monotonic(), 0
+        config, console = worker.config, worker.console
+        self._metrics = self._bar = None
+        if console is not None:
+            self._metrics = Metrics(config.run_dir, first, tensorboard=config.log.tensorboard)
+            self._bar = StepProgress(console, first, config.train.num_steps)
+
+    def __enter__(self) -> _Log:
+        if self._bar is not None:
+            self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._bar is not None and self._metrics is not None:
+            self._bar.__exit__(*error)
+            self._metrics.close()
+
+    def after(self, step: int, loss: float, is_logged: bool) -> None:
+        """Notes that `step` steps are done."""
+        self._steps_since += 1
+        if self._bar is not None:
+            self._bar.advance(step)
+        if is_logged:
+            self._measured(step, loss)
+
+    def _measured(self, step: int, loss: float) -> None:
+        worker, now = self._worker, time.monotonic()
+        steps_per_s = self._steps_since / max(now - self._since, 1e-9)
+        self._since, self._steps_since = now, 0
+        status = worker.status
+        status.loss, status.gradient_norm = loss, worker.optimizer.gradient_norm
+        status.rows_per_s = steps_per_s * worker.batches.global_batch
+        status.all_reduce_s, status.all_reduce_bytes = worker.backend.all_reduce_s, worker.backend.all_reduce_bytes
+        if self._bar is None or self._metrics is None:
+            return
+        self._bar.measured(step, -loss, status.rows_per_s, steps_per_s)
+        self._metrics.write(
+            step,
+            elbo=-loss,
+            rows_per_s=status.rows_per_s,
+            gradient_norm=status.gradient_norm if status.gradient_norm is not None else np.nan,
+            skipped_steps=status.skipped_steps,
+        )
+
+
+def make_optimizer(config: RunConfig) -> tuple[PyroOptim, Callable[[DistributedOptimizer, float], None]]:
+    """Returns the optimizer that the config names, and what steps its schedule with the loss of the step.
+
+    Raises:
+        TaskError: `distopt.optim` has no such optimizer or schedule.
+    """
+    chosen = config.optim
+    clip = chosen.clip.args()
+    if chosen.scheduler is None:
+        return PyroOptim(_torch_class(chosen.name), dict(chosen.args), clip), lambda _optimizer, _loss: None
+    scheduler = chosen.scheduler
+    arguments = {"optimizer": _torch_class(chosen.name), "optim_args": dict(chosen.args), **scheduler.args}
+    optimizer: PyroOptim = _named(scheduler.name, "optim.scheduler.name")(arguments, clip)
+    if scheduler.name == "ReduceLROnPlateau":
+        return optimizer, lambda made, loss: made.step(loss)
+    return optimizer, lambda made, _loss: made.step()
+
+
+def _torch_class(name: str) -> Any:
+    """The torch optimizer class behind a name of `distopt.optim`."""
+    return _named(name, "optim.name")({}).pt_optim_constructor
+
+
+def _named(name: str, key: str) -> Any:
+    found = getattr(distopt.optim, name, None)
+    if found is None:
+        raise TaskError(f"{key}: found {name}, but distopt.optim has none of that name")
+    return found
+
+
+def _which(resume: int | str) -> Any:
+    return int(resume) if isinstance(resume, str) and resume.isdigit() else resume

@@ -1,0 +1,119 @@
+"""What a run found: tables on the terminal, and one HTML page with them and the pictures."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --quiet: #777; --paper: #fff; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem; }
+h1 { margin: 0 0 .3rem; } h2 { margin: 2.6rem 0 .6rem; font-size: 1.25rem; }
+p.quiet, figcaption, caption { color: var(--quiet); font-size: .9rem; text-align: left; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0; }
+th, td { padding: .22rem .9rem .22rem 0; text-align: right; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
+caption { caption-side: bottom; padding-top: .4rem; }
+figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; background: var(--paper); border-radius: 6px; }
+pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--line); border-radius: 6px; font-size: .85rem; }
+"""
+
+
+class Report:
+    """Collects texts, tables and figures in the order they are added; tables are also printed at once.
+
+    Args:
+        title: heading of the page.
+        console: where tables and texts are printed; None prints nothing.
+        history: the rows of `metrics.jsonl`, for a task that wants to show its own curves.
+    """
+
+    def __init__(self, title: str, console: Console | None = None, history: Sequence[dict[str, Any]] = ()) -> None:
+        self.history = list(history)
+        self._title = title
+        self._console = console
+        self._parts: list[str] = []
+
+    def heading(self, text: str) -> None:
+        """Begins a section of the page."""
+        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+
+    def text(self, text: str, *, quiet: bool = False) -> None:
+        """Adds a paragraph; a quiet one is in small print, and not on the terminal."""
+        self._parts.append(f'<p class="quiet">{html.escape(text)}</p>' if quiet else f"<p>{html.escape(text)}</p>")
+        if self._console is not None and not quiet:
+            self._console.print(text, highlight=False, markup=False)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+        """Adds a table of texts; the first column stands left, the others right.
+
+        Args:
+            title: what the table tells, in a few words.
+            columns: their headings.
+            rows: each with one text per column.
+            note: how to read it, below the table.
+        """
+        head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+        caption = f"<caption>{html.escape(note)}</caption>" if note else ""
+        self.heading(title)
+        self._parts.append(f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+        if self._console is not None:
+            printed = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")
+            for index, column in enumerate(columns):
+                printed.add_column(column, justify="left" if index == 0 else "right")
+            for row in rows:
+                printed.add_row(*row)
+            self._console.print(printed, markup=False)
+
+    def figure(self, figure: Any, caption: str = "") -> None:
+        """Adds a matplotlib figure, drawn as SVG inside the page."""
+        drawn = io.BytesIO()
+        # No date, so that the same run gives the same page.
+        figure.savefig(drawn, format="svg", bbox_inches="tight", metadata={"Date": None})
+        source = base64.b64encode(drawn.getvalue()).decode()
+        text = html.escape(caption)
+        self._parts.append(
+            f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{source}">'
+            f"<figcaption>{text}</figcaption></figure>"
+        )
+
+    def source(self, title: str, text: str) -> None:
+        """Adds text to be shown as it is, folded away under its title; not printed."""
+        self._parts.append(f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>")
+
+    def write(self, path: Path) -> None:
+        """Writes the page, which needs no other file."""
+        title = html.escape(self._title)
+        page = (
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style></head>\n'
+            f"<body><h1>{title}</h1>\n" + "\n".join(self._parts) + "\n</body></html>\n"
+        )
+        path.write_text(page, encoding="utf-8")
+
+
+def elbo_figure(history: Sequence[dict[str, Any]], num_rows: int) -> Any:
+    """Draws the ELBO per row against the step; the climb at the beginning runs out of the picture's lower edge."""
+    from matplotlib.figure import Figure
+
+    points = [(row["step"], row["elbo"] / num_rows) for row in history if row.get("elbo") is not None]
+    figure = Figure(figsize=(9, 3))
+    axes = figure.subplots()
+    if points:
+        steps, elbo = zip(*points, strict=True)
+        axes.plot(steps, elbo, linewidth=1.4, color="#2563a8")
+        settled = sorted(elbo[len(elbo) // 4 :])
+        top = max(elbo)
+        axes.set_ylim(top - 4 * max(top - settled[len(settled) // 10], 1e-9), top + 0.3 * (top - settled[0]) + 1e-9)
+    axes.set(xlabel="step", ylabel="ELBO per row (nats)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure

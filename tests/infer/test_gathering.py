@@ -1,0 +1,82 @@
+"""Posteriors of datapoints, by global index, from the ranks that hold them and from the files they wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pytest
+import torch
+
+from distopt import backends
+from distopt.infer.gathering import gather, gather_rows, read_local, write_local
+from distopt.infer.sharded import sharded_plate
+from distopt.reduce.local import LocalParameterError
+from tests.workers import world
+
+SIZES = [3, 1, 4]
+SCATTERED = [[7, 0, 3], [5], [1, 2, 6, 4]]
+
+
+def _state_rows(rows: list[int] | None, indices: list[int]) -> None:
+    """States parameters whose values tell which datapoint they are of: z = index, w = 10 index + column + 0.5."""
+    index = torch.tensor(indices, dtype=torch.float64)
+    with sharded_plate("cells", len(indices), rows=rows, replicated=["*"]):
+        pyro.param("guide.locs.z", index.clone(), event_dim=0)
+        columns = torch.arange(2, dtype=torch.float64)
+        positive = torch.distributions.constraints.positive
+        pyro.param("w", 10 * index[:, None] + columns + 0.5, constraint=positive, event_dim=1)
+
+
+def _error(what: Any) -> str:
+    try:
+        what()
+    except LocalParameterError as error:
+        return str(error)
+    return "no error"
+
+
+def _run_gather(directory: str) -> dict[str, Any]:
+    rank = backends.current().rank
+    start = sum(SIZES[:rank])
+    _state_rows(None, list(range(start, start + SIZES[rank])))
+    found: dict[str, Any] = {
+        "all": gather("z")["guide.locs.z"].tolist(),
+        "some": gather("w", rows=[6, 2])["w"].tolist(),
+        "unknown": _error(lambda: gather("q")),
+        "beyond": _error(lambda: gather("z", rows=[3, 8])),
+    }
+    write_local(directory)
+    pyro.clear_param_store()
+    _state_rows(SCATTERED[rank], SCATTERED[rank])
+    found["scattered"] = gather("w")["w"].tolist()
+    doubled = 2 * torch.tensor(SCATTERED[rank])[None, :]
+    found["values"] = gather_rows(doubled, "cells", rows=np.array([5, 1, 7]), dim=1).tolist()
+    pyro.clear_param_store()
+    _state_rows([0, 1, rank + 2], [0, 1, rank + 2])
+    found["doubly"] = _error(lambda: gather("z", rows=[3, 0]))
+    return found
+
+
+def test_gathered_rows_are_those_asked_for_on_every_rank_and_files_hold_them(tmp_path: Path) -> None:
+    (tmp_path / "local-00004-of-00005.safetensors").write_bytes(b"left by another world")
+    for found in world("torch_dist", 3).run(_run_gather, str(tmp_path)):
+        assert found["all"] == list(range(8))
+        np.testing.assert_allclose(found["some"], [[60.5, 61.5], [20.5, 21.5]])
+        assert "'q'" in found["unknown"] and "guide.locs.z, w" in found["unknown"]
+        assert "rows 8 held by 0 of 3" in found["beyond"]
+        np.testing.assert_allclose(found["scattered"], [[10 * n + 0.5, 10 * n + 1.5] for n in range(8)])
+        assert found["values"] == [[10], [2], [14]]
+        assert "rows 0 held by 3 of 3" in found["doubly"]
+    assert len(list(tmp_path.iterdir())) == 3
+    assert read_local(tmp_path, "guide.locs.z").tolist() == list(range(8))
+    np.testing.assert_allclose(read_local(tmp_path, "w", rows=[7, 3, 0]), [[70.5, 71.5], [30.5, 31.5], [0.5, 1.5]])
+    with pytest.raises(LocalParameterError, match="no shard holds rows 9"):
+        read_local(tmp_path, "w", rows=[1, 9])
+    with pytest.raises(LocalParameterError, match="no parameter 'v'. It has: guide.locs.z, w"):
+        read_local(tmp_path, "v")
+    (tmp_path / "local-00001-of-00003.safetensors").unlink()
+    with pytest.raises(LocalParameterError, match="found 2 shards of a writing by 3 ranks"):
+        read_local(tmp_path, "w")

@@ -1,0 +1,410 @@
+"""The mean of the ranks' losses and gradients is that of Pyro with all the data, for every guide that can be split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoDiscreteParallel,
+    AutoGaussian,
+    AutoGuideList,
+    AutoHierarchicalNormalMessenger,
+    AutoLaplaceApproximation,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalMessenger,
+    AutoRegressiveMessenger,
+    AutoStructured,
+    init_to_median,
+)
+from pyro.infer.autoguide.initialization import InitMessenger
+from torch import Tensor
+from torch.distributions import constraints
+
+from distopt.infer.sharded import shard, sharded_plate
+from distopt.reduce.local import LocalParameterError, is_local, local_parameters
+from tests.infer.one_process import assert_same, gradients_of_all, gradients_of_ranks
+
+DATA = torch.linspace(-2.0, 3.0, 11, dtype=torch.float64)
+SHARDS = DATA.split([2, 5, 4])
+W = len(SHARDS)
+
+
+pytestmark = pytest.mark.usefixtures("same_noise_in_every_row")
+
+
+def init(site: dict[str, Any]) -> Tensor:
+    """Starts every site at a value of its support that does not depend on noise."""
+    shape = site["fn"].shape()
+    if site["fn"].support is constraints.simplex:
+        return torch.arange(1.0, shape[-1] + 1).softmax(-1).expand(shape)
+    if site["fn"].support.is_discrete:
+        return torch.zeros(shape, dtype=torch.int64)
+    return torch.full(shape, 0.4)
+
+
+def normal_normal(x: Tensor) -> None:
+    """Two numbers per datapoint, one mean over all."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(loc, 1.0).expand([2]).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1), 0.5), obs=x)
+
+
+def nested(x: Tensor) -> None:
+    """A sharded plate inside and outside others, positive local variables."""
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    genes, rows = pyro.plate("genes", 3, dim=-2), pyro.plate("rows", len(x), dim=-1)
+    with genes, rows:
+        z = pyro.sample("z", dist.Gamma(2.0, scale))
+    with rows:
+        offset = pyro.sample("offset", dist.Normal(0.0, 1.0))
+        with genes:
+            pyro.sample("x", dist.Normal(z + offset, 1.0), obs=x.expand(3, -1))
+
+
+def two_plates(x: Tensor) -> None:
+    """People, and the ratings each has given: two sharded plates of different sizes."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+    with pyro.plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+    who = torch.arange(len(x)).repeat_interleave(2)
+    with pyro.plate("ratings", 2 * len(x)):
+        bias = pyro.sample("bias", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z[who] + bias, 0.5), obs=x[who])
+
+
+def list_of_guides(model: Callable[..., Any]) -> AutoGuideList:
+    """Full covariance for the global site, one normal per local one."""
+    guide = AutoGuideList(model)
+    guide.append(AutoMultivariateNormal(poutine.block(model, hide=["z"]), init_loc_fn=init))
+    guide.append(AutoNormal(poutine.block(model, expose=["z"]), init_loc_fn=init))
+    return guide
+
+
+GUIDES: dict[str, tuple[Callable[[Tensor], None], Callable[..., Any]]] = {
+    "AutoDelta": (normal_normal, lambda model: AutoDelta(model, init_loc_fn=init)),
+    "AutoNormal": (normal_normal, lambda model: AutoNormal(model, init_loc_fn=init)),
+    "AutoNormal nested": (nested, lambda model: AutoNormal(model, init_loc_fn=init)),
+    "AutoNormal two plates": (two_plates, lambda model: AutoNormal(model, init_loc_fn=init)),
+    "AutoNormalMessenger": (normal_normal, lambda model: AutoNormalMessenger(model, init_loc_fn=init)),
+    "AutoNormalMessenger amortized": (
+        normal_normal,
+        lambda model: AutoNormalMessenger(model, init_loc_fn=init, amortized_plates=("rows",)),
+    ),
+    "AutoHierarchicalNormalMessenger": (
+        normal_normal,
+        lambda model: AutoHierarchicalNormalMessenger(model, init_loc_fn=init),
+    ),
+    "AutoRegressiveMessenger": (normal_normal, lambda model: AutoRegressiveMessenger(model, init_loc_fn=init)),
+    "AutoStructured": (
+        normal_normal,
+        lambda model: AutoStructured(
+            model,
+            conditionals={"loc": "mvn", "z": "normal"},
+            dependencies={"z": {"loc": "linear"}},
+            init_loc_fn=init,
+        ),
+    ),
+    "AutoStructured nested": (
+        nested,
+        lambda model: AutoStructured(
+            model,
+            conditionals={"scale": "normal", "z": "normal", "offset": "delta"},
+            dependencies={"z": {"scale": "linear"}},
+            init_loc_fn=init,
+        ),
+    ),
+    "AutoGuideList": (normal_normal, list_of_guides),
+}
+
+
+@pytest.mark.parametrize("case", GUIDES)
+def test_gradients_of_unequal_shards_are_those_of_one_process_with_all_data(case: str) -> None:
+    model, make_guide = GUIDES[case]
+    plates = ["rows", "ratings"] if model is two_plates else ["rows"]
+    elbo = Trace_ELBO()
+    seen: dict[str, Any] = {}
+
+    def run_shard(x: Tensor) -> float:
+        sharded = shard(model, plates, num_shards=W)
+        loss = elbo.loss_and_grads(sharded, shard(make_guide(sharded), plates, num_shards=W), x)
+        seen.update(local_parameters())
+        return float(loss)
+
+    found = gradients_of_ranks(run_shard, SHARDS)
+    assert bool(seen) == ("amortized" not in case)
+    assert all(any(part in name for part in ("z", "offset", "bias")) for name in seen)
+    expected = gradients_of_all(lambda x: float(elbo.loss_and_grads(model, make_guide(model), x)), DATA, seen)
+    assert_same(found, expected)
+    assert any(grad.abs().max() > 1e-3 for grad in found.by_name.values())
+
+
+@pytest.mark.parametrize("loss", [TraceMeanField_ELBO, TraceGraph_ELBO])
+def test_gradients_agree_under_the_other_losses(loss: type[Trace_ELBO]) -> None:
+    def run_shard(x: Tensor) -> float:
+        sharded = shard(nested, "rows", num_shards=W)
+        guide = shard(AutoNormal(sharded, init_loc_fn=init), "rows", num_shards=W)
+        return float(loss().loss_and_grads(sharded, guide, x))
+
+    found = gradients_of_ranks(run_shard, SHARDS)
+    run_all = loss().loss_and_grads
+    entries = local_parameters()
+    assert_same(
+        found,
+        gradients_of_all(lambda x: float(run_all(nested, AutoNormal(nested, init_loc_fn=init), x)), DATA, entries),
+    )
+
+
+@config_enumerate
+def mixture(x: Tensor) -> None:
+    """Three clusters, a local scale, and a membership that is summed out."""
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+    with pyro.plate("clusters", 3):
+        loc = pyro.sample("loc", dist.Normal(torch.tensor([-2.0, 0.0, 2.0]), 1.0))
+    with pyro.plate("rows", len(x)):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        cluster = pyro.sample("cluster", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(loc[cluster], scale), obs=x)
+
+
+def test_enumeration_inside_a_sharded_plate_gives_the_gradients_of_all_data() -> None:
+    def run(model: Any, plates: list[str], x: Tensor) -> float:
+        guide: Any = AutoNormal(poutine.block(model, hide=["cluster"]), init_loc_fn=init)
+        guide = shard(guide, plates, num_shards=W) if plates else guide
+        return float(TraceEnum_ELBO(max_plate_nesting=1).loss_and_grads(model, guide, x))
+
+    found = gradients_of_ranks(lambda x: run(shard(mixture, "rows", num_shards=W), ["rows"], x), SHARDS)
+    entries = local_parameters()
+    assert_same(found, gradients_of_all(lambda x: run(mixture, [], x), DATA, entries))
+
+
+def test_discrete_guide_keeps_the_probabilities_of_each_datapoint() -> None:
+    def discrete(model: Any) -> AutoGuideList:
+        guide = AutoGuideList(InitMessenger(init)(model))  # it sets the probabilities by a run of its own
+        guide.append(AutoNormal(poutine.block(model, hide=["cluster"]), init_loc_fn=init))
+        guide.append(AutoDiscreteParallel(poutine.block(InitMessenger(init)(model), expose=["cluster"])))
+        return guide
+
+    def run(model: Any, guide: Any, x: Tensor) -> float:
+        return float(TraceEnum_ELBO(max_plate_nesting=1).loss_and_grads(model, guide, x))
+
+    def run_shard(x: Tensor) -> float:
+        sharded = shard(mixture, "rows", num_shards=W)
+        return run(sharded, shard(discrete(sharded), "rows", num_shards=W), x)
+
+    found = gradients_of_ranks(run_shard, SHARDS)
+    entries = local_parameters()
+    assert "AutoGuideList.1.cluster_probs" in entries
+    expected = gradients_of_all(lambda x: run(mixture, discrete(mixture), x), DATA, entries)
+    assert_same(found, expected)
+
+
+def hand_written_guide(x: Tensor, plate: Callable[..., Any]) -> None:
+    """Local parameters by Pyro's own rule: stated inside the plate, with event_dim."""
+    loc = pyro.param("loc_loc", torch.tensor(0.1))
+    pyro.sample("loc", dist.Normal(loc, 0.1))
+    with plate("rows", len(x)):
+        mean = pyro.param("z_loc", lambda: torch.zeros(len(x), 2), event_dim=1)
+        scale = pyro.param("z_scale", lambda: torch.ones(len(x), 2), constraint=constraints.positive, event_dim=1)
+        shift = pyro.param("shift", torch.zeros(2), event_dim=1)
+        pyro.sample("z", dist.Normal(mean + shift, scale).to_event(1))
+
+
+def test_hand_written_guide_with_sharded_plate_keeps_its_rows_and_shares_the_rest() -> None:
+    def model(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+        with sharded_plate("rows", len(x), num_shards=W):
+            z = pyro.sample("z", dist.Normal(loc, 1.0).expand([2]).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1), 0.5), obs=x)
+
+    def guide(x: Tensor) -> None:
+        hand_written_guide(x, lambda name, size: sharded_plate(name, size, num_shards=W))
+
+    found = gradients_of_ranks(lambda x: float(Trace_ELBO().loss_and_grads(model, guide, x)), SHARDS)
+    entries = local_parameters()
+    assert set(entries) == {"z_loc", "z_scale"}
+    expected = gradients_of_all(
+        lambda x: float(Trace_ELBO().loss_and_grads(normal_normal, lambda x: hand_written_guide(x, pyro.plate), x)),
+        DATA,
+        entries,
+    )
+    assert_same(found, expected)
+
+
+def subsampled(x: Tensor, index: Tensor) -> None:
+    """A model that is told its minibatch by an index argument."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+    with pyro.plate("rows", len(x), subsample=index):
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x[index])
+
+
+def test_mean_over_the_minibatches_of_unequal_shards_is_the_full_gradient() -> None:
+    shards = DATA[:10].split([2, 6, 2])
+
+    def plates(x: Tensor, index: Tensor) -> pyro.plate:
+        return pyro.plate("rows", len(x), subsample=index)
+
+    def run_shard(x: Tensor) -> float:
+        model = shard(subsampled, "rows", num_shards=W)
+        guide = shard(AutoNormal(model, init_loc_fn=init, create_plates=plates), "rows", num_shards=W)
+        losses = []
+        for index in torch.arange(len(x)).chunk(2):
+            losses.append(float(Trace_ELBO().loss_and_grads(model, guide, x, index)))
+        for param in dict(pyro.get_param_store().named_parameters()).values():
+            param.grad = param.grad / 2
+        return sum(losses) / 2
+
+    found = gradients_of_ranks(run_shard, shards)
+    entries = local_parameters()
+    assert set(entries) == {"AutoNormal.locs.z", "AutoNormal.scales.z"}
+
+    def run_all(x: Tensor) -> float:
+        guide = AutoNormal(subsampled, init_loc_fn=init, create_plates=plates)
+        return float(Trace_ELBO().loss_and_grads(subsampled, guide, x, torch.arange(len(x))))
+
+    assert_same(found, gradients_of_all(run_all, DATA[:10], entries))
+
+
+def test_subsample_size_draws_a_minibatch_of_the_shard_and_scales_it_to_all_ranks() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("rows", len(x), subsample_size=2) as index:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x[index])
+
+    sharded = shard(model, "rows", num_shards=4)
+    guide = shard(AutoNormal(sharded), "rows", num_shards=4)
+    trace = poutine.trace(guide).get_trace(DATA)
+    trace = poutine.trace(poutine.replay(sharded, trace=trace)).get_trace(DATA)
+    assert trace.nodes["x"]["scale"] == pytest.approx(4 * len(DATA) / 2)
+    assert trace.nodes["z"]["value"].shape == (2,)
+    assert local_parameters()["AutoNormal.locs.z"].shape == (len(DATA),)
+
+
+JOINT = [
+    AutoDiagonalNormal,
+    AutoMultivariateNormal,
+    AutoLowRankMultivariateNormal,
+    AutoLaplaceApproximation,
+    AutoGaussian,
+    AutoStructured,
+]
+
+
+@pytest.mark.parametrize("kind", JOINT)
+def test_guide_of_one_joint_parameter_is_refused_with_the_one_to_use(kind: Any) -> None:
+    model = shard(normal_normal, "rows", num_shards=W)
+    guide = shard(kind(model), "rows", num_shards=W)
+    with pytest.raises(LocalParameterError, match=r"sharded plate 'rows'.*(AutoNormal|conditionals=)"):
+        Trace_ELBO().loss_and_grads(model, guide, DATA)
+
+
+def test_structured_dependency_between_datapoints_is_refused() -> None:
+    model = shard(nested, "rows", num_shards=W)
+    kinds = {"scale": "normal", "z": "normal", "offset": "normal"}
+    guide = AutoStructured(model, conditionals=kinds, dependencies={"z": {"offset": "linear"}})
+    with pytest.raises(LocalParameterError, match="'z' depends on 'offset' by 'linear'"):
+        Trace_ELBO().loss_and_grads(model, shard(guide, "rows", num_shards=W), DATA)
+
+
+def test_guide_that_knows_nothing_of_the_plate_is_noticed_while_training() -> None:
+    model = shard(normal_normal, "rows", num_shards=W)
+    with pytest.raises(LocalParameterError, match="ordinary plate of that name.*factor of 3"):
+        Trace_ELBO().loss_and_grads(model, AutoNormal(model), DATA)
+    with torch.no_grad():
+        Trace_ELBO().loss(model, AutoNormal(model), DATA)
+
+
+def outside(x: Tensor) -> None:
+    """A guide as many are written: rows of parameters, stated outside the plate."""
+    pyro.sample("loc", dist.Normal(pyro.param("loc_loc", torch.tensor(0.1)), 0.1))
+    mean = pyro.param("z_loc", lambda: torch.zeros(len(x), 2))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("z", dist.Normal(mean, 1.0).to_event(1))
+
+
+def inside_without_event_dim(x: Tensor) -> None:
+    """Inside the plate, but without the event_dim that says which dimensions are the plate's."""
+    pyro.sample("loc", dist.Normal(pyro.param("loc_loc", torch.tensor(0.1)), 0.1))
+    with pyro.plate("rows", len(x)):
+        mean = pyro.param("z_loc", lambda: torch.zeros(len(x), 2))
+        pyro.sample("z", dist.Normal(mean, 1.0).to_event(1))
+
+
+@pytest.mark.parametrize("guide", [outside, inside_without_event_dim])
+def test_replicated_parameter_that_follows_the_shard_is_named_with_the_edit(guide: Callable[..., Any]) -> None:
+    model = shard(normal_normal, "rows", num_shards=W)
+    message = r"'z_loc' has shape \(11, 2\).*event_dim=1.*local=\{'z_loc': 0\}.*replicated=\['z_loc'\]"
+    with pytest.raises(LocalParameterError, match=message):
+        Trace_ELBO().loss_and_grads(model, shard(guide, "rows", num_shards=W), DATA)
+    pyro.clear_param_store()
+    named = shard(guide, "rows", local={"z_*": 0}, num_shards=W)
+    Trace_ELBO().loss_and_grads(model, named, DATA)
+    assert is_local("z_loc") and not is_local("loc_loc")
+    pyro.clear_param_store()
+    Trace_ELBO().loss_and_grads(model, shard(guide, "rows", replicated=["z_loc"], num_shards=W), DATA)
+    assert not local_parameters()
+
+
+def test_parameter_inside_sharded_plate_without_event_dim_is_noticed_by_the_plate_itself() -> None:
+    with pytest.raises(LocalParameterError, match=r"'z_loc' has shape \(11,\).*event_dim=0"):
+        with sharded_plate("rows", 11, num_shards=W):
+            pyro.param("z_loc", torch.zeros(11))
+
+
+def test_named_parameters_of_a_guide_outside_plates_get_the_gradient_of_all_data() -> None:
+    def run_shard(x: Tensor) -> float:
+        model = shard(normal_normal, "rows", num_shards=W)
+        return float(Trace_ELBO().loss_and_grads(model, shard(outside, "rows", local={"z_loc": 0}, num_shards=W), x))
+
+    found = gradients_of_ranks(run_shard, SHARDS)
+    entries = local_parameters()
+    run_all = Trace_ELBO().loss_and_grads
+    assert_same(found, gradients_of_all(lambda x: float(run_all(normal_normal, outside, x)), DATA, entries))
+
+
+def test_plate_that_the_model_does_not_have_is_named_with_those_it_has() -> None:
+    with pytest.raises(LocalParameterError, match="'cells'.*no such plate.*genes, rows"):
+        shard(nested, "cells", num_shards=W)(DATA)
+
+
+def test_plate_that_is_iterated_over_is_refused() -> None:
+    def model() -> None:
+        for i in pyro.plate("rows", 3):
+            pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(LocalParameterError, match="must be vectorized"):
+        shard(model, "rows", num_shards=W)()
+
+
+def test_rows_that_do_not_fit_the_plate_are_refused() -> None:
+    with pytest.raises(LocalParameterError, match=r"4 datapoints.*shape \(3,\)"):
+        sharded_plate("rows", 4, rows=[5, 6, 9], num_shards=W)
+
+
+def test_marks_end_with_the_parameters_they_were_made_for() -> None:
+    model = shard(normal_normal, "rows", num_shards=W)
+    Trace_ELBO().loss(model, shard(AutoDelta(model), "rows", num_shards=W), DATA)
+    assert is_local("AutoDelta.z")
+    pyro.clear_param_store()
+    Trace_ELBO().loss(normal_normal, AutoDelta(normal_normal, init_loc_fn=init_to_median), DATA)
+    assert not is_local("AutoDelta.z")
+
+
+def test_prediction_with_an_unsharded_guide_works() -> None:
+    model = shard(normal_normal, "rows", num_shards=W)
+    guide = AutoNormal(model)
+    guide(DATA)
+    samples = pyro.infer.Predictive(model, guide=guide, num_samples=3)(DATA)
+    assert samples["z"].shape == (3, len(DATA), 2)

@@ -1,0 +1,66 @@
+"""What an installed distopt contains, and which way its imports run where import-linter cannot look."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def packages_on_disk() -> set[str]:
+    found = set()
+    for top, name in ((ROOT / "distopt", "distopt"), (ROOT / "launch", "distopt.launch")):
+        for init in top.rglob("__init__.py"):
+            found.add(".".join([name, *init.parent.relative_to(top).parts]))
+    return found
+
+
+def test_every_package_on_disk_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert set(listed) == packages_on_disk()
+
+
+def test_wheel_holds_launcher_stubs_and_type_marker(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    modules = {f"distopt/{path.relative_to(ROOT / 'distopt')}" for path in (ROOT / "distopt").rglob("*.py*")}
+    modules |= {f"distopt/launch/{path.relative_to(ROOT / 'launch')}" for path in (ROOT / "launch").rglob("*.py")}
+    missing = {name for name in modules if "__pycache__" not in name} - names
+    assert not missing
+    assert "distopt/py.typed" in names
+
+
+def test_launcher_imports_only_the_config_at_module_level() -> None:
+    for path in (ROOT / "launch").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                imported = [node.module]
+            for name in imported:
+                assert name.split(".")[0] not in ("torch", "pyro"), f"{path.name} imports {name}"
+                assert not name.startswith("distopt") or name.startswith("distopt.config"), (
+                    f"{path.name} imports {name}"
+                )
+
+
+def test_command_line_starts_without_torch() -> None:
+    code = "import sys, distopt.launch.cli; print([m for m in ('torch', 'pyro') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

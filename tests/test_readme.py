@@ -1,0 +1,76 @@
+"""The README shows what runs: its script under every engine, its YAML through the config."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distopt.config import load_config
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+README = (ROOT / "README.md").read_text()
+ENGINES = {
+    "python": [sys.executable],
+    "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2"],
+    "horovodrun": [str(BIN / "horovodrun"), "--gloo", "-np", "2", sys.executable],
+    "mpirun": [str(BIN / "mpirun"), "-n", "2", "--oversubscribe", "--bind-to", "none", sys.executable],
+}
+
+
+def block(language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert found is not None, f"README.md has no {language} block"
+    return found.group(1)
+
+
+def test_readme_opens_with_the_two_commands() -> None:
+    first = "\n".join(README.splitlines()[:6])
+    assert "make train" in first and "make test" in first
+
+
+def test_script_is_short_and_has_no_branch_for_an_engine() -> None:
+    script = block("python")
+    assert len(script.splitlines()) < 25
+    assert not re.search(r"\bif\b.*(horovod|torchrun|mpi|rank)", script)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_script_runs_unchanged_and_finds_the_mean(engine: str, tmp_path: Path) -> None:
+    if not Path(ENGINES[engine][0]).exists():
+        pytest.skip(f"{engine} is not installed; make setup-dev installs it")
+    # The closed form: with a flat prior and unit noise, the posterior mean is the mean of the data.
+    check = """
+posterior = pyro.param("AutoNormal.locs.mean").item()
+assert abs(posterior - data.mean().item()) < 0.02, (posterior, data.mean().item())
+print(f"rank {worker.rank} of {worker.world_size} through {worker.name}: {posterior!r}", flush=True)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(block("python") + check)
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    env = os.environ | root | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run([*ENGINES[engine], str(script)], env=env, capture_output=True, text=True, timeout=120)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    found = re.findall(r"rank (\d) of (\d) through (\w+): ([-\d.e]+)", output)
+    size = 1 if engine == "python" else 2
+    assert sorted(int(rank) for rank, *_ in found) == list(range(size)), output
+    assert {int(each[1]) for each in found} == {size}
+    assert {each[2] for each in found} == {
+        {"python": "single", "torchrun": "torch_dist"}.get(engine, "horovod"),
+    }
+    assert len({each[3] for each in found}) == 1, f"the replicas differ: {found}"
+
+
+def test_yaml_is_short_and_every_key_is_known(tmp_path: Path) -> None:
+    text = block("yaml")
+    assert text == (ROOT / "configs" / "flights.yaml").read_text()
+    assert len(text.splitlines()) < 30
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert load_config(file).launch.workers == 2
