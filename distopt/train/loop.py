@@ -84,6 +84,11 @@ class _Worker:
         self.batches = GlobalBatches(
             self.task.rows(), config.data.global_batch, config.seed, backend.rank, backend.world_size
         )
+        if getattr(self.task, "sharded", False) and not self.batches.full:
+            raise TaskError(
+                f"data.global_batch is {self.batches.global_batch:,}, but {config.task} keeps its rows on their ranks "
+                "and takes all of them at each step: set it to null"
+            )
         wrapped, self.step_schedule = make_optimizer(config)
         self.optimizer = DistributedOptimizer(
             wrapped,
@@ -120,6 +125,8 @@ class _Worker:
         if stopped_at < config.train.num_steps:
             self.say(f"stopped after step {stopped_at:,}; the same command goes on from there")
             return 128 + (self.stop.received or signal.SIGTERM)
+        if hasattr(self.task, "collect"):
+            self.task.collect()
         if self.backend.rank == 0:
             self._report()
         self.backend.barrier()
@@ -143,9 +150,12 @@ class _Worker:
         return task
 
     def _begin(self) -> None:
-        """Makes the parameters, from the same rows and noise on all ranks however many there are."""
+        """Makes the parameters, from the same rows and noise on all ranks; of a sharded task, from each rank's own."""
         seed_noise(self.config.seed)
-        rows = GlobalBatches(self.task.rows(), min(_INIT_ROWS, self.task.rows()), self.config.seed).rows(0)
+        if getattr(self.task, "sharded", False):
+            rows = self.batches.rows(0)
+        else:
+            rows = GlobalBatches(self.task.rows(), min(_INIT_ROWS, self.task.rows()), self.config.seed).rows(0)
         try:
             self.svi.init(*self.task.batch(rows))
         except Exception as error:
