@@ -19,6 +19,7 @@ from torch import nn
 
 import distopt.optim
 from distopt.backends import Backend, BackendError, init
+from distopt.backends.environment import find_place
 from distopt.checkpoint import Checkpointer, CheckpointError, Restored
 from distopt.config import RunConfig
 from distopt.data import GlobalBatches
@@ -54,11 +55,11 @@ def run(config: RunConfig) -> int:
     """
     backend: Backend | None = None
     try:
-        with StopSignals() as stop:
+        status, place = Status(), find_place()
+        # Served before the ranks have met: waiting for the others is when one wants to ask.
+        with StopSignals() as stop, serving(config.serve, status, (place and place.local_rank) or 0):
             backend = init(config.reduce.backend, timeout=timedelta(seconds=config.reduce.timeout_s))
-            status = Status()
-            with serving(config.serve, status, backend.local_rank):
-                return _Worker(config, backend, status, stop).run()
+            return _Worker(config, backend, status, stop).run()
     except _PLAIN_ERRORS as error:
         place = f"rank {backend.rank} of {backend.world_size}: " if backend is not None else ""
         print(f"distopt: {place}{error}", file=sys.stderr, flush=True)
