@@ -24,14 +24,14 @@ RUN pip wheel --no-deps -w /dist .
 
 FROM ${BASE}
 RUN apt-get update && apt-get install -y --no-install-recommends openssh-client openssh-server tini \
- && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* && useradd --create-home --uid 1000 distopt
+ && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* && useradd --create-home --uid 1000 mpiuser && ln -s /etc/ssh/sshd_config ~mpiuser/.sshd_config
 COPY --from=venv /opt/venv /opt/venv
 COPY docker/ssh /etc/ssh
 RUN --mount=type=bind,from=venv,source=/dist,target=/dist /opt/venv/bin/pip install --no-cache-dir --no-deps /dist/*.whl
-COPY configs /home/distopt/configs
+COPY configs /home/mpiuser/configs
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 MPLCONFIGDIR=/tmp/matplotlib
 USER 1000:1000
-WORKDIR /home/distopt
+WORKDIR /home/mpiuser
 HEALTHCHECK --start-period=60s CMD ["python", "-c", "from urllib.request import urlopen as get; get('http://127.0.0.1:8080/healthz', timeout=9)"]
 ENTRYPOINT ["tini", "--"]
 CMD ["distopt", "--help"]

@@ -1,8 +1,8 @@
 """Stands on each host between ssh and an engine: `python -m distopt.launch.agent -- ENGINE…`.
 
 With `DISTOPT_HEARTBEAT` set, the launcher writes a line every few seconds to its standard input. When the lines stop,
-because the launcher was killed or the link is down, the agent ends the engine: engines that are cut off wait for minutes
-and ignore SIGTERM.
+because the launcher was killed or the link is down, the agent ends the engine: engines that are cut off wait for
+minutes and ignore SIGTERM.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -18,10 +18,16 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # plain help: rich alone would take half of the start-up time
 )
+config_app = typer.Typer(
+    help="The resolved YAML, its schema, and what differs from a run's.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(config_app, name="config")
+
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to replace, such as train.num_steps=10.")
 ]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the name of one in runs/.")]
 USAGE_ERROR = 2
 
 
@@ -32,26 +38,21 @@ def launch(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every command and file, and touch nothing.")
     ] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Start the run and leave it.")] = False,
 ) -> None:
     """Check a run, start it on its platform and follow it to its end; its exit status is the run's."""
-    from . import checks
-    from .follow import follow
-    from .platforms import platform
-    from .run_directory import RunDirectoryBusy, submission
+    from . import starting
 
     run = _load(config, overrides)
-    chosen = platform(run.launch.platform)
-    problems = checks.problems(run, chosen)
+    plan, problems = starting.prepare(run)
     if problems:
         _refuse([f"{config}: {problem}" for problem in problems])
-    plan = chosen.plan(run)
     if dry_run:
         typer.echo(str(plan), nl=False)
         return
     try:
-        with submission(run, plan):
-            status = follow(plan, run.run_dir, run.launch.grace_s)
-    except RunDirectoryBusy as error:
+        status = starting.start(run, plan, detach=detach)
+    except starting.Refused as error:
         _refuse([f"{config}: {error}"])
     raise typer.Exit(status)
 
@@ -59,9 +60,10 @@ def launch(
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
     """Run one worker: what an engine starts once per rank, and a lone process without one."""
+    from .guard import started_by_engine
     from .processes import die_with_parent
 
-    if _has_engine():
+    if started_by_engine():
         die_with_parent()
     run = _load(config, overrides)
     from distopt import train as training  # imports torch
@@ -69,12 +71,94 @@ def train(config: Config, overrides: Overrides = None) -> None:
     raise typer.Exit(training.run(run))
 
 
-def _has_engine() -> bool:
-    import os
+@app.command()
+def status(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run; all in runs/ without one.")] = None,
+) -> None:
+    """Ask each run's engine how it is."""
+    from . import asking
 
-    from .guard import ENGINES
+    runs = [asking.find(run)] if run is not None else asking.all_runs()
+    for directory in runs:
+        try:
+            state = asking.job(directory).state()
+            typer.echo(f"{directory}\t{state.phase}\t{state.detail}")
+        except asking.ERRORS as error:
+            typer.echo(f"{directory}\tunknown\t{error}")
 
-    return any(rank in os.environ and size in os.environ for rank, size in ENGINES)
+
+@app.command()
+def logs(
+    run: Run,
+    rank: Annotated[int, typer.Option(help="Whose output; on Kubernetes the number of a node.", min=0)] = 0,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+) -> None:
+    """Print what a rank has printed."""
+    from . import asking
+
+    try:
+        asking.print_logs(asking.job(asking.find(run)), rank, follow=follow)
+    except asking.ERRORS as error:
+        _refuse([str(error)])
+
+
+@app.command()
+def stop(run: Run) -> None:
+    """Have a run's workers save and end, and wait for it."""
+    from . import asking
+
+    try:
+        state = asking.stop(asking.find(run))
+    except asking.ERRORS as error:
+        _refuse([str(error)])
+    typer.echo(f"{state.phase}\t{state.detail}")
+
+
+@config_app.command()
+def show(config: Config, overrides: Overrides = None) -> None:
+    """Print the resolved configuration, with all defaults."""
+    from distopt.config import dump_yaml
+
+    typer.echo(dump_yaml(_load(config, overrides)), nl=False)
+
+
+@config_app.command()
+def schema() -> None:
+    """Print the JSON schema of the YAML, for editors that check and complete it."""
+    import json
+
+    from distopt.config import RunConfig
+
+    typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+
+
+@config_app.command()
+def diff(config: Config, run: Run, overrides: Overrides = None) -> None:
+    """Print what differs between a run's recorded configuration and this one; exit status 1 when something does."""
+    from . import asking
+    from .checks import differences
+
+    now = _load(config, overrides).model_dump(mode="json")
+    try:
+        before = asking.recorded(asking.find(run)).model_dump(mode="json")
+    except asking.ERRORS as error:
+        _refuse([str(error)])
+    found = list(differences(before, now))
+    for key, old, new in found:
+        typer.echo(f"{key}: {old!r} there, {new!r} now")
+    raise typer.Exit(int(bool(found)))
+
+
+@app.command(
+    "checkpoint",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def checkpoint(context: typer.Context) -> None:
+    """List, verify and inspect the checkpoints of a run."""
+    from importlib import import_module
+
+    subcommands: typer.Typer = import_module("distopt.checkpoint.cli").app
+    subcommands(args=context.args, prog_name="distopt checkpoint")
 
 
 def _load(path: str, overrides: list[str] | None) -> RunConfig:
@@ -88,25 +172,12 @@ def _load(path: str, overrides: list[str] | None) -> RunConfig:
         return load_config(path, overrides or ())
     except ConfigError as error:
         _refuse(error.problems)
-        raise  # not reached
 
 
-def _refuse(problems: list[str]) -> None:
+def _refuse(problems: list[str]) -> NoReturn:
     for problem in problems:
         typer.echo(problem, err=True)
     raise typer.Exit(USAGE_ERROR)
-
-
-@app.command(
-    "checkpoint",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)
-def checkpoint(context: typer.Context) -> None:
-    """List, verify and inspect the checkpoints of a run."""
-    from importlib import import_module
-
-    subcommands: typer.Typer = import_module("distopt.checkpoint.cli").app
-    subcommands(args=context.args, prog_name="distopt checkpoint")
 
 
 def main() -> None:

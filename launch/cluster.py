@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from distopt.config import RunConfig
@@ -58,7 +58,7 @@ class Cluster:
         made: list[Manifest] = []
         for manifest in self.objects:
             try:
-                self._call("POST", _path(manifest, self.namespace), manifest)
+                self._create(manifest)
             except ClusterError:
                 for undone in reversed(made):
                     self._delete(undone)
@@ -69,8 +69,11 @@ class Cluster:
 
     def state(self) -> State:
         """Returns what the run's object says of itself, and of the pod that died first."""
+        from kubernetes import client
+
         main = self.objects[-1]
-        found = self._call("GET", f"{_path(main, self.namespace)}/{self.name}", missing_ok=True)
+        get = client.CustomObjectsApi(self.api).get_namespaced_custom_object
+        found = self._ask(get, *_place(main, self.namespace), self.name, missing_ok=True)
         if found is None:
             return State("unknown", f"there is no {main['kind']} {self.name} in namespace {self.namespace}")
         status = found.get("status") or {}
@@ -92,23 +95,42 @@ class Cluster:
         pods = sorted(self._pods(), key=lambda pod: (_index(pod), str(pod["metadata"]["name"])))
         if rank >= len(pods):
             return ""
-        return self._text(f"/api/v1/namespaces/{self.namespace}/pods/{pods[rank]['metadata']['name']}/log")
+        from kubernetes import client
+
+        read = client.CoreV1Api(self.api).read_namespaced_pod_log
+        return self._ask(read, pods[rank]["metadata"]["name"], self.namespace, missing_ok=True) or ""
 
     def stop(self) -> None:
         """Deletes the objects; pods get SIGTERM and their grace time."""
         for manifest in reversed(self.objects):
             self._delete(manifest)
 
+    def _create(self, manifest: Manifest) -> None:
+        from kubernetes import client
+
+        if manifest["kind"] == "Service":
+            self._ask(client.CoreV1Api(self.api).create_namespaced_service, self.namespace, manifest)
+        else:
+            create = client.CustomObjectsApi(self.api).create_namespaced_custom_object
+            self._ask(create, *_place(manifest, self.namespace), manifest)
+
     def _delete(self, manifest: Manifest) -> None:
-        options = {"propagationPolicy": "Background"}
-        path = f"{_path(manifest, self.namespace)}/{manifest['metadata']['name']}"
-        self._call("DELETE", path, options, missing_ok=True)
+        from kubernetes import client
+
+        name = manifest["metadata"]["name"]
+        if manifest["kind"] == "Service":
+            self._ask(client.CoreV1Api(self.api).delete_namespaced_service, name, self.namespace, missing_ok=True)
+        else:
+            delete = client.CustomObjectsApi(self.api).delete_namespaced_custom_object
+            place = _place(manifest, self.namespace)
+            self._ask(delete, *place, name, propagation_policy="Background", missing_ok=True)
 
     def _pods(self) -> list[dict[str, Any]]:
-        found = self._call(
-            "GET", f"/api/v1/namespaces/{self.namespace}/pods", query={"labelSelector": self._selector()}
-        )
-        return list((found or {}).get("items") or [])
+        from kubernetes import client
+
+        pods = client.CoreV1Api(self.api).list_namespaced_pod
+        found = self._ask(pods, self.namespace, label_selector=self._selector())
+        return list(self.api.sanitize_for_serialization(found.items))
 
     def _selector(self) -> str:
         own = self.objects[-1]["kind"] != "TrainJob"  # whose pods carry the labels of its JobSet
@@ -133,49 +155,26 @@ class Cluster:
         why = "out of memory (OOMKilled)" if ended.get("reason") == "OOMKilled" else ended.get("reason") or "an error"
         return f"pod {name} died first: {why}, exit status {ended['exitCode']}"
 
-    def _call(
-        self, method: str, path: str, body: Any = None, *, query: dict[str, str] | None = None, missing_ok: bool = False
-    ) -> dict[str, Any] | None:
-        import json
-
+    def _ask(self, call: Callable[..., Any], *args: Any, missing_ok: bool = False, **options: Any) -> Any:
+        """Calls the client; None for what is not there, where that is all right."""
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
         try:
-            answer = self.api.call_api(
-                path, method, query_params=list((query or {}).items()), body=body, auth_settings=["BearerToken"],
-                header_params={"Accept": "application/json", "Content-Type": "application/json"},
-                _preload_content=False, _return_http_data_only=True, _request_timeout=TIMEOUT_S,
-            )  # fmt: skip
+            return call(*args, **options, _request_timeout=TIMEOUT_S)
         except ApiException as error:
             if missing_ok and error.status == 404:
                 return None
-            raise ClusterError(f"{method} {path}: {error.status} {error.reason}: {_message(error.body)}") from error
+            said = f"{error.status} {error.reason}: {_message(error.body)}"
+            raise ClusterError(f"the cluster refused {call.__name__.replace('_', ' ')}: {said}") from error
         except HTTPError as error:
             raise ClusterError(f"the cluster cannot be reached: {error}; does `kubectl get pods` work?") from error
-        found: dict[str, Any] = json.loads(answer.data or b"{}")
-        return found
-
-    def _text(self, path: str) -> str:
-        from kubernetes.client import ApiException
-
-        try:
-            answer = self.api.call_api(
-                path, "GET", auth_settings=["BearerToken"], _preload_content=False, _return_http_data_only=True,
-                _request_timeout=TIMEOUT_S,
-            )  # fmt: skip
-        except ApiException as error:
-            if error.status in (400, 404):  # the container has not started yet
-                return ""
-            raise ClusterError(f"GET {path}: {error.status} {error.reason}") from error
-        return bytes(answer.data).decode("utf-8", "replace")
 
 
-def _path(manifest: Manifest, namespace: str) -> str:
-    version = manifest["apiVersion"]
-    root = f"/apis/{version}" if "/" in version else f"/api/{version}"
-    plural = _PLURALS.get(manifest["kind"]) or manifest["kind"].lower() + "s"
-    return f"{root}/namespaces/{namespace}/{plural}"
+def _place(manifest: Manifest, namespace: str) -> tuple[str, str, str, str]:
+    """Returns group, version, namespace and plural name of an object."""
+    group, _, version = manifest["apiVersion"].partition("/")
+    return group, version, namespace, _PLURALS[manifest["kind"]]
 
 
 def _index(pod: dict[str, Any]) -> int:

@@ -49,6 +49,11 @@ def place(env: os._Environ[str] | dict[str, str]) -> tuple[int, int]:
     return 0, 1
 
 
+def started_by_engine() -> bool:
+    """Whether an engine has started this process, directly or through a guard."""
+    return any(rank in os.environ and size in os.environ for rank, size in ENGINES)
+
+
 class Guard:
     """One worker's keeper, from its start to its end."""
 

@@ -1,9 +1,17 @@
-"""Runs that an engine keeps: submitted once, asked about later."""
+"""Runs as their engines keep them: asked about, read and stopped in the same way on every platform."""
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
+import signal
+import socket
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from .plan_files import LAUNCH_FILE, LOCK_FILE
 
 Phase = Literal["unknown", "pending", "running", "stopped", "done", "failed"]
 
@@ -22,16 +30,82 @@ class State:
 
 
 class Job(Protocol):
-    """A run on an engine that outlives the launcher."""
-
-    def submit(self) -> str:
-        """Hands the run over and returns the engine's name for it."""
+    """A run that has been started."""
 
     def state(self) -> State:
         """Asks the engine how the run is."""
 
     def logs(self, rank: int) -> str:
-        """Returns what the worker, or the host of that number, has printed so far."""
+        """Returns what a rank has printed so far; on Kubernetes, what the node of that number has."""
 
     def stop(self) -> None:
         """Asks the engine to end the run; workers write a last checkpoint."""
+
+
+class SubmittedJob(Job, Protocol):
+    """A run that an engine keeps when the launcher has gone."""
+
+    def submit(self) -> str:
+        """Hands the run over and returns the engine's name for it."""
+
+
+class JobError(RuntimeError):
+    """A run that cannot be asked or stopped from here; the message says from where."""
+
+
+class FollowedJob:
+    """A run whose engine is a process below a launcher, which holds the run directory's lock as long as it lives."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+
+    def state(self) -> State:
+        """Running while the lock is held; else what the launcher wrote at its end."""
+        record = read_record(self.run_dir)
+        where = f"process {record.get('pid')} on {record.get('host')}"
+        if self._held():
+            return State("running", where)
+        status = record.get("status")
+        if status is None:
+            return State("failed", f"the launcher, {where}, was killed")
+        phases: dict[int, Phase] = {0: "done", 130: "stopped", 143: "stopped"}
+        return State(phases.get(status, "failed"), f"exit status {status}")
+
+    def _held(self) -> bool:
+        try:
+            with (self.run_dir / LOCK_FILE).open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except FileNotFoundError:
+            pass
+        return False
+
+    def logs(self, rank: int) -> str:
+        """Returns a rank's log."""
+        from .report import log_of
+
+        path = log_of(self.run_dir, rank)
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def stop(self) -> None:
+        """Sends SIGTERM to the launcher, which stops its engine."""
+        record = read_record(self.run_dir)
+        if not self._held():
+            return
+        if record["host"] != socket.gethostname():
+            raise JobError(f"the launcher runs on {record['host']}; give the command there")
+        os.kill(record["pid"], signal.SIGTERM)
+
+
+def read_record(run_dir: Path) -> dict[str, Any]:
+    """Returns what was submitted from a run directory.
+
+    Raises:
+        JobError: Nothing was.
+    """
+    try:
+        record: dict[str, Any] = json.loads((run_dir / LAUNCH_FILE).read_text())
+    except (OSError, ValueError):
+        raise JobError(f"{run_dir}: no run was launched here (there is no {LAUNCH_FILE})") from None
+    return record

@@ -24,13 +24,17 @@ class RunDirectoryBusy(RuntimeError):
 
 
 @contextmanager
-def submission(config: RunConfig, plan: Plan) -> Iterator[Path]:
-    """Holds the run directory, with the plan's files and secrets written, until the run has ended.
+def submission(config: RunConfig, plan: Plan, run_dir: Path) -> Iterator[Path]:
+    """Holds the run directory, with the plan's files and secrets written, until the launcher is done with the run.
+
+    Args:
+        config: The run.
+        plan: What is going to be started.
+        run_dir: Where this machine keeps the run's record: its run directory, where that is not in a cluster.
 
     Raises:
         RunDirectoryBusy: Another launcher is running there; nothing has been changed.
     """
-    run_dir = config.run_dir
     (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
     with (run_dir / LOCK_FILE).open("a+") as lock:
         _acquire(lock.fileno(), run_dir)
@@ -40,7 +44,7 @@ def submission(config: RunConfig, plan: Plan) -> Iterator[Path]:
         (run_dir / STOP_FILE).unlink(missing_ok=True)
         for path, text in plan.files.items():
             write(path, text, mode=0o777 if text.startswith("#!") else 0o666)
-        _write_secrets(config, plan)
+        _write_secrets(config, plan, run_dir)
         record(run_dir, plan)
         try:
             yield run_dir
@@ -68,13 +72,15 @@ def write(path: Path, text: str, mode: int = 0o666) -> None:
     temporary.replace(path)
 
 
-def _write_secrets(config: RunConfig, plan: Plan) -> None:
+def _write_secrets(config: RunConfig, plan: Plan, run_dir: Path) -> None:
     """Hands secrets over by a file that only the user can read, to guards and never to a command line."""
-    (config.run_dir / SECRETS_FILE).unlink(missing_ok=True)
+    (run_dir / SECRETS_FILE).unlink(missing_ok=True)
+    if not any(command.hidden for command in plan.commands):
+        return  # workers inherit them
     names = set(config.launch.secrets).union(*(command.hidden for command in plan.commands))
     secrets = {name: os.environ[name] for name in sorted(names) if name in os.environ}
     if secrets:
-        write(config.run_dir / SECRETS_FILE, json.dumps(secrets), mode=0o600)
+        write(run_dir / SECRETS_FILE, json.dumps(secrets), mode=0o600)
 
 
 def record(run_dir: Path, plan: Plan, **more: Any) -> None:

@@ -35,7 +35,10 @@ def no_leaks() -> Iterator[None]:
     threads = set(threading.enumerate())
     yield
     changed = {name for name in environment.keys() | os.environ.keys() if environment.get(name) != os.environ.get(name)}
-    changed -= {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}  # torch sets the latter when a first optimizer is made
+    changed -= {
+        "PYTEST_CURRENT_TEST",
+        "TORCHINDUCTOR_CACHE_DIR",
+    }  # torch sets the latter when a first optimizer is made
     os.environ.clear()
     os.environ.update(environment)
     assert not changed, f"the test left these environment variables changed: {sorted(changed)}"

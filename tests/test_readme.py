@@ -69,6 +69,7 @@ print(f"rank {worker.rank} of {worker.world_size} through {worker.name}: {poster
 
 def test_yaml_is_short_and_every_key_is_known(tmp_path: Path) -> None:
     text = block("yaml")
+    assert text == (ROOT / "configs" / "flights.yaml").read_text()
     assert len(text.splitlines()) < 30
     file = tmp_path / "run.yaml"
     file.write_text(text)

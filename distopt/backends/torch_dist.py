@@ -16,7 +16,7 @@ from distopt.backends.environment import Place, find_rendezvous
 from distopt.backends.world import Pending, World
 
 _OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
-_FIRST_LOOK_S = 2e-4
+_SHORTEST_WAIT_S = 2e-3  # torch counts in milliseconds, and takes 0 for no timeout at all
 
 
 class TorchDist(World):
@@ -124,7 +124,7 @@ class _Works:
     def poll(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
         while self._works:
-            if not _poll_work(self._works[0], max(_FIRST_LOOK_S, deadline - time.monotonic())):
+            if not _poll_work(self._works[0], max(_SHORTEST_WAIT_S, deadline - time.monotonic())):
                 return False
             self._works.pop(0)
         return True

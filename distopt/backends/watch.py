@@ -31,8 +31,8 @@ class Failure:
     def __str__(self) -> str:
         if self.ended:
             return (
-                f"rank {self.rank} has left the run after step {self.step}, and the others still wait for it. Every rank "
-                "must make the same calls; for uneven data use `with optimizer.join():`"
+                f"rank {self.rank} has left the run after step {self.step}, and the others still wait for it. Every "
+                "rank must make the same calls; for uneven data use `with optimizer.join():`"
             )
         return f"rank {self.rank} failed first, at step {self.step} in phase {self.phase!r}: {self.error}"
 

@@ -43,9 +43,11 @@ from distopt.checkpoint.resume import (
     read_for_rank,
 )
 from distopt.checkpoint.settings import without_private
+from distopt.checkpoint.sharded import ShardedReader, capture_local, plate_sizes, shard_name
 from distopt.checkpoint.statefile import Snapshot, take_snapshot
 from distopt.checkpoint.storage import Storage, open_storage
 from distopt.checkpoint.writer import Attempt, describe_error
+from distopt.reduce.local import local_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +163,7 @@ class Checkpointer:
                 snapshots = self._snapshot()
                 word["buffers"] = _digest(snapshots["buffers"])
                 word["noise"] = digest_noise(snapshots["own"].tree["noise"])
+                word["plates"] = plate_sizes()
         except Exception as error:
             word["error"] = describe_error(error)
         failpoint("after_snapshot", rank)
@@ -206,8 +209,9 @@ class Checkpointer:
         if which == "never":
             return None
         storage, tries = self._choose(which)
+        rows = ShardedReader(self._backend)
         for folder, attempt, problem in tries:
-            loaded, error = (None, problem) if problem else self._read(storage, folder, attempt)
+            loaded, error = (None, problem) if problem else self._read(storage, folder, attempt, rows)
             if loaded is not None:
                 where = f"{storage.root}/{folder}"
                 if not any_config:
@@ -238,10 +242,14 @@ class Checkpointer:
             "extras": {name: extra.state_dict() for name, extra in self._rank_extras.items()},
         }
         states: dict[str, Any] = {"own": own, "buffers": buffers}
+        own_params = local_parameters()
+        if own_params:
+            states["shard"] = capture_local(self._optimizer)
         if self._backend.rank == 0:
+            optimizer = None if self._optimizer is None else live.capture_optimizer(self._optimizer)
             states[REPLICATED] = {
-                "params": live.capture_params(),
-                "optimizer": None if self._optimizer is None else live.capture_optimizer(self._optimizer),
+                "params": live.capture_params(skip=own_params.__contains__),
+                "optimizer": optimizer and {name: optimizer[name] for name in optimizer if name not in own_params},
                 "modules": outside,
                 "extras": {name: extra.state_dict() for name, extra in self._extras.items()},
             }
@@ -259,7 +267,9 @@ class Checkpointer:
             named[REPLICATED] = snapshots[REPLICATED]
         if words[rank]["buffers"] != words[0]["buffers"] or (rank == 0 and self._modules):
             named[buffers_name(rank)] = snapshots["buffers"]
-        about = _about(self._backend) | {"noise": [word["noise"] for word in words]}
+        if "shard" in snapshots:
+            named[shard_name(rank)] = snapshots["shard"]
+        about = _about(self._backend) | {key: [word[key] for word in words] for key in ("noise", "plates")}
         generation, config = self._generation, self._config
 
         def describe(files: Mapping[str, FileRecord]) -> Manifest:
@@ -298,11 +308,11 @@ class Checkpointer:
         root = plan["root"]
         return (self._storage if root == self._storage.root else open_storage(root)), plan["tries"]
 
-    def _read(self, storage: Storage, folder: str, attempt: str) -> tuple[Loaded | None, str]:
+    def _read(self, storage: Storage, folder: str, attempt: str, rows: ShardedReader) -> tuple[Loaded | None, str]:
         """Returns what this rank has read, when every rank could read its part; else the first rank's error."""
         loaded, problem = None, ""
         try:
-            loaded = read_for_rank(storage, folder, attempt, self._backend)
+            loaded = read_for_rank(storage, folder, attempt, self._backend, rows)
         except (CheckpointError, OSError) as error:
             problem = describe_error(error)
         problems = [text for text in gather(self._backend, problem) if text]
@@ -324,11 +334,13 @@ class Checkpointer:
         logger.info("restored %s: step %d", where, manifest.step)
 
     def _apply_state(self, loaded: Loaded) -> None:
-        live.apply_params(loaded.replicated["params"], self._modules)
+        if loaded.local.problem:
+            raise CheckpointError(loaded.local.problem)
+        live.apply_params(loaded.replicated["params"] | loaded.local.params, self._modules)
         live.apply_modules(loaded.replicated["modules"], self._modules)
         live.apply_modules(loaded.buffers, self._modules)
         if self._optimizer is not None and loaded.replicated["optimizer"] is not None:
-            live.apply_optimizer(loaded.replicated["optimizer"], self._optimizer)
+            live.apply_optimizer(loaded.replicated["optimizer"] | loaded.local.optimizer, self._optimizer)
         unused = live.apply_extras(loaded.replicated["extras"], self._extras)
         if loaded.manifest.world_size == self._backend.world_size:
             unused += live.apply_extras(loaded.own["extras"], self._rank_extras)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import base64
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError
 
 Json = Any
-Put = Callable[[Tensor, str], Json]
-"""Keeps a tensor that was found at a path, and returns what stands for it in the JSON."""
+Place: TypeAlias = tuple[Any, Any]
+"""Where in the state a value is: (place of what holds it, its key there); a text is made of it only when needed."""
+Put = Callable[[Tensor, Place], Json]
+"""Keeps a tensor that was found at a place, and returns what stands for it in the JSON."""
 Get = Callable[[Json], Tensor]
 """Returns the tensor that such a stand-in means."""
 
@@ -32,7 +35,18 @@ DTYPES = {
 _PLAIN = (type(None), bool, int, str)
 
 
-def encode(value: Any, put: Put, where: str) -> Json:
+def path_of(where: Place) -> str:
+    """Returns a place as text.
+
+    Example:
+        >>> path_of((((None, "replicated"), "params"), 3))
+        'replicated/params/3'
+    """
+    parent, key = where
+    return str(key) if parent is None else f"{path_of(parent)}/{key}"
+
+
+def encode(value: Any, put: Put, where: Place) -> Json:
     """Returns `value` as JSON; tensors go to `put`.
 
     JSON has no tuples, infinities or dicts with other keys than strings: these become objects with one key that begins
@@ -44,30 +58,44 @@ def encode(value: Any, put: Put, where: str) -> Json:
     kind = type(value)
     if kind in _PLAIN:
         return value
+    if kind is Tensor or kind is nn.Parameter:
+        return put(value, where)
     if kind is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
-    if kind is dict and all(type(key) is str and key[:1] != "$" for key in value):
-        return {key: encode(item, put, f"{where}/{key}") for key, item in value.items()}
-    if isinstance(value, Tensor):
-        return put(value, where)
+    # Most values are plain: not calling for these halves the time.
+    if kind is dict:
+        if _is_object(tuple(value)):
+            return {
+                key: item if type(item) in _PLAIN else encode(item, put, (where, key)) for key, item in value.items()
+            }
+        return {"$dict": _encode_pairs(value, put, where)}
     if kind is list:
-        return [encode(item, put, f"{where}/{index}") for index, item in enumerate(value)]
+        return [item if type(item) in _PLAIN else encode(item, put, (where, index)) for index, item in enumerate(value)]
     if kind is tuple:
         return {"$tuple": encode(list(value), put, where)}
     return _encode_rare(value, put, where)
 
 
-def _encode_rare(value: Any, put: Put, where: str) -> Json:
+@lru_cache(maxsize=1024)
+def _is_object(keys: tuple[Any, ...]) -> bool:
+    """Can JSON's objects have these keys? Optimizers' states have the same ones over and over."""
+    return all(type(key) is str and key[:1] != "$" for key in keys)
+
+
+def _encode_pairs(value: Mapping[Any, Any], put: Put, where: Place) -> Json:
+    return [[encode(key, put, where), encode(item, put, (where, key))] for key, item in value.items()]
+
+
+def _encode_rare(value: Any, put: Put, where: Place) -> Json:
+    if isinstance(value, Tensor):
+        return put(value, where)
     if isinstance(value, np.generic):
         return encode(value.item(), put, where)
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         return {"$array": put(torch.from_numpy(np.ascontiguousarray(value)), where)}
-    for kind, tag in ((dict, "$dict"), (OrderedDict, "$ordered"), (Counter, "$counter")):
+    for kind, tag in ((OrderedDict, "$ordered"), (Counter, "$counter")):
         if type(value) is kind:
-            pairs = value.items()
-            return {
-                tag: [[encode(key, put, where), encode(item, put, f"{where}/{key}")] for key, item in pairs],
-            }
+            return {tag: _encode_pairs(value, put, where)}
     if type(value) in (set, frozenset):
         return {"$set" if type(value) is set else "$frozenset": encode(sorted(value, key=repr), put, where)}
     if isinstance(value, (bytes, bytearray)):
@@ -82,8 +110,8 @@ def _encode_rare(value: Any, put: Put, where: str) -> Json:
         return {"$device": str(value)}
     name = f"{type(value).__module__}.{type(value).__qualname__}"
     raise CheckpointError(
-        f"{where}: a {name} cannot be saved. Checkpoints hold tensors, numbers, strings, lists, tuples, dicts and "
-        "sets: let its state_dict() return these."
+        f"{path_of(where)}: a {name} cannot be saved. Checkpoints hold tensors, numbers, strings, lists, tuples, dicts "
+        "and sets: let its state_dict() return these."
     )
 
 

@@ -39,6 +39,11 @@ def register_constraint(kind: type[Constraint]) -> type[Constraint]:
     return kind
 
 
+def known_constraints() -> list[type[Constraint]]:
+    """Returns the classes that have a description: Pyro's, torch's and the registered ones."""
+    return list(_KNOWN.values())
+
+
 def describe_constraint(constraint: Constraint, where: str) -> dict[str, Any]:
     """Returns the constraint as a nested dict of names, numbers and tensors.
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import pyro
 import torch
 from pyro.optim import PyroOptim
+from pyro.params.param_store import normalize_param_name
 from torch import Tensor, nn
 
 from distopt.checkpoint.constraints import build_constraint, describe_constraint
@@ -63,7 +64,7 @@ def apply_params(saved: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> 
             if "constraint" in entry
             else torch.distributions.constraints.real
         )
-        target = live.get(name, homes.get(name))
+        target = live.get(name, homes.get(normalize_param_name(name)))
         if target is not None and target.shape == value.shape and target.dtype == value.dtype:
             with torch.no_grad():
                 target.copy_(value)
@@ -76,12 +77,12 @@ def apply_params(saved: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> 
 
 
 def _module_parameters(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Returns the modules' parameters under the names `pyro.module` and PyroModule register them by."""
+    """Returns the modules' parameters under the names `pyro.module` and PyroModule register them by, with dots only."""
     found: dict[str, Tensor] = {}
-    for prefix, module in modules.items():
-        for name, parameter in module.named_parameters():
-            found[f"{prefix}$$${name}"] = parameter
-            found[f"{prefix}.{name.removesuffix('_unconstrained')}"] = parameter
+    for key, module in modules.items():
+        for prefix in (key, getattr(module, "_pyro_name", key)):
+            for name, parameter in module.named_parameters():
+                found[f"{prefix}.{name.removesuffix('_unconstrained')}".lstrip(".")] = parameter
     return found
 
 

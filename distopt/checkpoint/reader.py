@@ -143,11 +143,17 @@ class CheckedFile:
             else:
                 self._copy_from(index, position - index * CHUNK_BYTES, chunk)
             position += length
-        list(pool.map(lambda job: self._read_chunk(*job), whole))
+        if len(whole) == 1:
+            self._read_chunk(*whole[0])
+        else:
+            list(pool.map(lambda job: self._read_chunk(*job), whole))
 
     def check_all(self, pool: ThreadPoolExecutor) -> None:
         """Reads and checks every byte, holding a few chunks at a time."""
-        list(pool.map(self._load_chunk, range(len(self._record.chunks))))
+        if len(self._record.chunks) == 1:
+            self._load_chunk(0)
+        else:
+            list(pool.map(self._load_chunk, range(len(self._record.chunks))))
 
     def header(self) -> tuple[dict[str, tensorfile.Entry], dict[str, str]]:
         """Returns the tensors and metadata of a safetensors file."""

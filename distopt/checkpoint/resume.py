@@ -13,6 +13,7 @@ from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.noise import restore_noise, seed_noise
 from distopt.checkpoint.reader import Candidate, candidates, check_files, read_manifest, verify
 from distopt.checkpoint.settings import differences
+from distopt.checkpoint.sharded import LocalState, ShardedReader
 from distopt.checkpoint.statefile import StateReader
 from distopt.checkpoint.storage import Storage, is_url, open_storage, step_of
 
@@ -35,9 +36,10 @@ class Loaded:
     """What one rank has read and checked, and not yet put to use."""
 
     manifest: Manifest
-    replicated: Mapping[str, Any]
+    replicated: dict[str, Any]
     own: Mapping[str, Any]
     buffers: Mapping[str, Any]
+    local: LocalState
 
 
 def rank_name(rank: int) -> str:
@@ -102,7 +104,7 @@ def check_config(manifest: Manifest, config: Any, where: str) -> None:
         )
 
 
-def read_for_rank(storage: Storage, folder: str, attempt: str, backend: Backend) -> Loaded:
+def read_for_rank(storage: Storage, folder: str, attempt: str, backend: Backend, rows: ShardedReader) -> Loaded:
     """Reads and checks what one rank needs; all ranks together read every file.
 
     Raises:
@@ -126,6 +128,7 @@ def read_for_rank(storage: Storage, folder: str, attempt: str, backend: Backend)
         load(REPLICATED),
         load(rank_name(own)) if own < manifest.world_size else {},
         load(own_buffers) if f"{own_buffers}.json.gz" in manifest.files else {},
+        rows.read(storage, folder, manifest),
     )
     orphans = range(rank + world_size, manifest.world_size, world_size)
     names = [rank_name(other) for other in orphans] + [buffers_name(other) for other in orphans]

@@ -12,13 +12,14 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
-from distopt.checkpoint.codec import DTYPES, Json, TensorNote, decode, encode
+from distopt.checkpoint.codec import Json, Place, TensorNote, decode, encode, path_of
 from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.memory import HostMemory, host_bytes
@@ -79,40 +80,86 @@ def take_snapshot(state: Any, memory: HostMemory, name: str, accelerator: torch.
 
     Cost: one copy of the tensors; small ones are gathered on their device first.
     """
-    packs: dict[tuple[str, torch.device], list[tuple[int, Tensor]]] = {}
-    own: dict[str, tuple[str, Tensor]] = {}
-    order: dict[str, int] = {}
-
-    def put(tensor: Tensor, where: str) -> Json:
-        tensor = tensor.detach()
-        if tensor.dtype not in _STORED or tensor.layout != torch.strided or tensor.is_meta:
-            raise CheckpointError(
-                f"{where}: a tensor of {tensor.dtype} and layout {tensor.layout} on {tensor.device} cannot be saved."
-            )
-        on = accelerator is not None and tensor.device == accelerator
-        stored, flat = _STORED[tensor.dtype][0], _as_stored(tensor)
-        if flat.numel() * flat.element_size() >= OWN_ENTRY_BYTES:
-            entry = _unused(where, own)
-            own[entry] = (stored, tensor)
-            return TensorNote(tensor.dtype, tuple(tensor.shape), entry, on).as_json()
-        index = order[stored] = order.get(stored, -1) + 1
-        packs.setdefault((stored, tensor.device), []).append((index, flat))
-        return TensorNote(tensor.dtype, tuple(tensor.shape), None, on).as_json()
-
-    tree = encode(state, put, name)
-    tensors = [_copy_own(entry, stored, tensor, memory, name) for entry, (stored, tensor) in own.items()]
-    tensors += [_copy_pack(stored, packs, memory, name) for stored in order]
+    gathering = _Gathering(accelerator)
+    with torch.no_grad():
+        tree = encode(state, gathering.put, (None, name))
+        tensors = [_copy_own(entry, stored, tensor, memory, name) for entry, (stored, tensor) in gathering.own.items()]
+        tensors += [_copy_pack(pack, memory, name) for pack in gathering.packs.values() if pack.members]
     if accelerator is not None:
         torch.accelerator.synchronize(accelerator)
     tensors.sort(key=lambda tensor: (-_width(tensor[1]), tensor[0]))
     return Snapshot(tree, tuple(tensors))
 
 
+@dataclass
+class _Pack:
+    """The small tensors of one stored dtype."""
+
+    stored: str
+    members: list[tuple[torch.device, Tensor]] = field(default_factory=list)
+
+
+@dataclass
+class _Kind:
+    """What all tensors of one dtype, layout and device have in common."""
+
+    stored: str
+    pack: _Pack
+    device: torch.device
+    on_accelerator: bool
+    item_bytes: int
+    is_plain: bool
+    """Stored as it is, so that it need not be looked at one by one."""
+    notes: dict[torch.Size, Json] = field(default_factory=dict)
+
+
+class _Gathering:
+    """Sorts the tensors that the state holds into large ones and packs."""
+
+    def __init__(self, accelerator: torch.device | None) -> None:
+        self.own: dict[str, tuple[str, Tensor]] = {}
+        self.packs: dict[str, _Pack] = {}
+        self._accelerator = accelerator
+        self._kinds: dict[tuple[torch.dtype, torch.layout, torch.device], _Kind] = {}
+
+    def put(self, tensor: Tensor, where: Place) -> Json:
+        kind = self._kinds.get((tensor.dtype, tensor.layout, tensor.device)) or self._new_kind(tensor, where)
+        if tensor.numel() * kind.item_bytes >= OWN_ENTRY_BYTES:
+            entry = _unused(path_of(where), self.own)
+            self.own[entry] = (kind.stored, tensor)
+            return TensorNote(tensor.dtype, tuple(tensor.shape), entry, kind.on_accelerator).as_json()
+        kind.pack.members.append((kind.device, tensor if kind.is_plain else _as_stored(tensor)))
+        shape = tensor.shape
+        note = kind.notes.get(shape)
+        if note is None:
+            note = kind.notes[shape] = TensorNote(tensor.dtype, tuple(shape), None, kind.on_accelerator).as_json()
+        return note
+
+    def _new_kind(self, tensor: Tensor, where: Place) -> _Kind:
+        if tensor.dtype not in _STORED or tensor.layout != torch.strided or tensor.is_meta:
+            raise CheckpointError(
+                f"{path_of(where)}: a tensor of {tensor.dtype} and layout {tensor.layout} on {tensor.device} cannot be "
+                "saved."
+            )
+        stored, plain = _STORED[tensor.dtype]
+        pack = self.packs.setdefault(stored, _Pack(stored))
+        kind = _Kind(
+            stored,
+            pack,
+            tensor.device,
+            tensor.device == self._accelerator,
+            tensor.dtype.itemsize,
+            tensor.dtype == plain,
+        )
+        self._kinds[tensor.dtype, tensor.layout, tensor.device] = kind
+        return kind
+
+
 def _as_stored(tensor: Tensor) -> Tensor:
     """Returns the elements in one row, of a dtype that every operation knows."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    flat = tensor.resolve_neg().reshape(-1)
+    flat = tensor.reshape(-1) if not tensor.is_neg() else tensor.resolve_neg().reshape(-1)
     plain = _STORED[tensor.dtype][1]
     return flat if flat.dtype == plain else _reinterpret(flat, plain)
 
@@ -138,24 +185,27 @@ def _copy_own(
     return entry, stored, shape, block
 
 
-def _copy_pack(
-    stored: str, packs: Mapping[tuple[str, torch.device], list[tuple[int, Tensor]]], memory: HostMemory, name: str
-) -> tuple[str, str, tuple[int, ...], Tensor]:
+def _flattened(tensors: list[Tensor]) -> Tensor:
+    """Returns all elements in one row: one call, since a thousand calls take longer than the copying."""
+    flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return flat
+
+
+def _copy_pack(pack: _Pack, memory: HostMemory, name: str) -> tuple[str, str, tuple[int, ...], Tensor]:
     """Gathers the small tensors of one dtype: on their device first, so that one transfer moves all of them."""
-    parts: list[tuple[int, Tensor]] = []
-    for (kind, device), members in packs.items():
-        if kind == stored and device.type == "cpu":
-            parts += members
-        elif kind == stored:
-            gathered = torch.cat([flat for _, flat in members]).cpu()
-            pieces = torch.split(gathered, [flat.numel() for _, flat in members])
-            parts += [(index, piece) for (index, _), piece in zip(members, pieces, strict=True)]
-    parts.sort(key=lambda part: part[0])
-    flats = [flat for _, flat in parts]
+    flats = [flat for _, flat in pack.members]
+    for device in {device for device, _ in pack.members} - {torch.device("cpu")}:
+        places = [index for index, (home, _) in enumerate(pack.members) if home == device]
+        gathered = _flattened([flats[index] for index in places]).cpu()
+        for index, piece in zip(places, torch.split(gathered, [flats[index].numel() for index in places]), strict=True):
+            flats[index] = piece
     count = sum(flat.numel() for flat in flats)
-    block = memory.take(f"{name}:packed/{stored}", count * flats[0].element_size())
-    torch.cat(flats, out=_reinterpret(block, flats[0].dtype))
-    return f"packed/{stored}", stored, (count,), block
+    entry = f"packed/{pack.stored}"
+    dtype = next(plain for stored, plain in _STORED.values() if stored == pack.stored)
+    block = memory.take(f"{name}:{entry}", count * dtype.itemsize)
+    if flats:
+        _reinterpret(block, dtype).copy_(_flattened(flats))
+    return entry, pack.stored, (count,), block
 
 
 def _width(stored: str) -> int:
@@ -285,8 +335,3 @@ def _parse(raw: bytes, where: str) -> Json:
         return json.loads(text)
     except (zlib.error, ValueError, RecursionError) as error:
         raise CorruptCheckpointError(f"{where}: {error}.") from error
-
-
-def known_dtypes() -> tuple[torch.dtype, ...]:
-    """Returns the dtypes that can be saved."""
-    return tuple(DTYPES.values())

@@ -44,6 +44,8 @@ Files = Mapping[str, Iterable[memoryview]]
 """File name → its bytes, in pieces that are written one after the other."""
 
 ABORTED = ".aborted.json"
+SMALL_BYTES = 1 << 20
+"""What is hashed at once, since handing it to a thread would take longer."""
 _FIRST_DELAY_S, _LAST_DELAY_S = 0.002, 0.25
 
 
@@ -85,14 +87,21 @@ def write_file(sink: Sink, pieces: Iterable[memoryview], pool: ThreadPoolExecuto
     size = 0
     try:
         for _, chunk in by_chunk(pieces):
-            digests.append(pool.submit(chunk_digest, chunk))
+            length = sum(map(len, chunk))
+            digests.append(pool.submit(chunk_digest, chunk) if length > SMALL_BYTES else _done(chunk_digest(chunk)))
             sink.write(chunk)
-            size += sum(map(len, chunk))
+            size += length
         sink.close()
     except BaseException:
         sink.abandon()
         raise
     return FileRecord(size, tuple(digest.result() for digest in digests))
+
+
+def _done(digest: str) -> Future[str]:
+    future: Future[str] = Future()
+    future.set_result(digest)
+    return future
 
 
 def chunk_digest(pieces: Sequence[memoryview]) -> str:

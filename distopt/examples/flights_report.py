@@ -33,8 +33,8 @@ def write(flights: Flights, report: Report) -> None:
     data = flights.data
     report.text(
         f"{data.num_rows:,} departures of 2013, of which {data.num_cancelled:,} were cancelled and "
-        f"{data.num_diverted:,} have no recorded arrival: these {data.num_cancelled + data.num_diverted:,} rows are left out. Learnt from "
-        f"{flights.rows():,} flights, judged on {len(flights.held_out):,} others."
+        f"{data.num_diverted:,} have no recorded arrival: these {data.num_cancelled + data.num_diverted:,} rows are "
+        f"left out. Learnt from {flights.rows():,} flights, judged on {len(flights.held_out):,} others."
     )
     _carriers(flights, draws, report)
     _hours(flights, draws, report)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from distopt.optim.amp import ScaledELBO
 from distopt.optim.arguments import by_name
 from distopt.optim.flat import FlatGradients, pack
 from distopt.optim.lr_scheduler import PyroLRScheduler
+from distopt.optim.multi import MixedMultiOptimizer, MultiOptimizer, Newton, PyroMultiOptimizer, TorchMultiOptimizer
 from distopt.optim.optim import PyroOptim
 from distopt.optim.pytorch_optimizers import *  # noqa: F403
 from distopt.optim.pytorch_optimizers import __all__ as _generated
@@ -23,8 +25,14 @@ __all__ = [
     "DistributedOptimizer",
     "FlatGradients",
     "HorovodOptimizer",
+    "MixedMultiOptimizer",
+    "MultiOptimizer",
+    "Newton",
     "PyroLRScheduler",
+    "PyroMultiOptimizer",
     "PyroOptim",
+    "ScaledELBO",
+    "TorchMultiOptimizer",
     "by_name",
     "is_scheduler",
     "pack",

@@ -14,6 +14,8 @@ from distopt.optim.state import State, frozen, hyper_of, life_of, optimizer_of, 
 MAX_PACKED = 8
 """Packed groups of one key before the smaller ones are listed together, so that groups do not multiply."""
 
+_SPLINTER = 16
+
 Placed = tuple[Member, State | None]
 
 
@@ -59,7 +61,9 @@ class Grouping:
         for (kind, *_), bucket in buckets.items():
             members = [m for m, _ in bucket]
             states = [s for _, s in bucket if s is not None] or None
-            if kind == "packed":
+            # Where lives have long parted, splinters of groups are not worth a call each.
+            splinter = states and len(members) < _SPLINTER and self._listed.get(members[0].key)
+            if kind == "packed" and not (splinter and not drifts(members[0].args)):
                 self._packed[members[0].key].append(self._pack(members, states))
             else:
                 self._list(members, states)
@@ -105,8 +109,10 @@ class Grouping:
         for key, groups in list(self._packed.items()):
             if len(groups) > MAX_PACKED:
                 groups.sort(key=lambda g: -len(g.members))
-                small = groups[MAX_PACKED // 2 :]
-                del groups[MAX_PACKED // 2 :]
+                least = sum(len(g.members) for g in groups) // (2 * MAX_PACKED)
+                kept = sum(len(g.members) > least for g in groups[: MAX_PACKED // 2])
+                small = groups[kept:]
+                del groups[kept:]
                 states = [pair for g in small for pair in zip(g.members, g.states(), strict=True)]
                 self.place(states, packing=False)
             if not groups:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -234,7 +234,7 @@ class ListGroup:
 
     def has_lost(self, member: Member) -> bool:
         """Returns whether `member` was moved since it was placed here: to other storage, dtype or device."""
-        return (member.param.dtype, member.param.device) != (member.key[2], member.key[3])
+        return member.param.dtype is not member.key[2] or member.param.device != member.key[3]
 
     def clip_(self, members: Sequence[Member]) -> None:
         """Clips the gradient of each of `members` by itself, in place."""
@@ -245,9 +245,25 @@ class ListGroup:
     def step(self, members: Sequence[Member], *args: Any, **kwargs: Any) -> None:
         """Steps `members`, which are some or all of its own, by their `.grad`."""
         optimizer = optimizer_of(self.handle)
-        if not self.alone:
-            optimizer.param_groups[0]["params"] = [m.param for m in members]
-        optimizer.step(*args, **kwargs)
+        if self.alone:
+            optimizer.step(*args, **kwargs)
+            return
+        step = direct_step(self.handle)
+        group = optimizer.param_groups[0]
+        params = [m.param for m in members]
+        for part in self._by_momentum(optimizer, params) if self.extra.get("fused") else (params,):
+            group["params"] = part
+            step(*args, **kwargs)
+
+    def _by_momentum(self, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> Iterator[list[Tensor]]:
+        """Parts those that have no momentum yet from the others: fused SGD takes either but not both (torch 2.13)."""
+        if not optimizer.param_groups[0].get("momentum"):
+            yield params
+            return
+        first = {id(p) for p in params if optimizer.state.get(p, {}).get("momentum_buffer") is None}
+        for part in ([p for p in params if id(p) in first], [p for p in params if id(p) not in first]):
+            if part:
+                yield part
 
     def state_of(self, member: Member) -> State:
         """Returns the state of one of its parameters, sharing no memory with it."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from distopt.optim.arguments import Args
+from distopt.optim.composed import composed
 from distopt.optim.optim import PyroOptim
 
 
@@ -76,7 +77,7 @@ class PyroLRScheduler(PyroOptim):
             group.handle.step(*args, **kwargs)
 
     def _construct(self, params: list[Any], args: dict[str, Any]) -> Any:
-        return self.pt_scheduler_constructor(super()._construct(params, args), **self.kwargs)
+        return composed(self.pt_scheduler_constructor, super()._construct(params, args), self.kwargs)
 
     def _birth(self) -> Hashable:
         return self._num_steps

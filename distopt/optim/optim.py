@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
 import pyro.optim
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
+from distopt.optim.amp import scaled_step
 from distopt.optim.arguments import Args, args_for, check_args, num_arguments
 from distopt.optim.clipping import Clip, clip_by_global_norm_
 from distopt.optim.families import check_arguments, check_constructor, drifts, quicker, shares
@@ -42,6 +45,8 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             of a call), or a callable that returns them, given one or two arguments as above.
         nonfinite: what to do with a step whose gradient is NaN or infinite somewhere: "step" regardless, as
             `pyro.optim` does, "skip" the step for all parameters, or "raise" FloatingPointError.
+        scaler: of a loss that is scaled for mixed precision (see `distopt.optim.amp.ScaledELBO`): divides the gradients
+            by its scale, skips the step when one is not finite, and updates the scale.
 
     Attributes:
         num_skipped_steps: how many steps were skipped for a gradient that was not finite.
@@ -68,6 +73,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         clip_args: Args | None = None,
         *,
         nonfinite: Literal["step", "skip", "raise"] = "step",
+        scaler: GradScaler | None = None,
     ) -> None:
         check_constructor(optim_constructor)
         check_args("optim_args", optim_args)
@@ -81,9 +87,9 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             self.pt_optim_args_argc = num_arguments(optim_args)
         else:
             check_arguments(optim_args, "optim_args")
-        if not callable(self.pt_clip_args):
-            Clip.of(self.pt_clip_args, "*")
+        self._clip = None if callable(self.pt_clip_args) else Clip.of(self.pt_clip_args, "*")
         self.nonfinite = nonfinite
+        self.scaler = scaler
         self.num_skipped_steps = 0
         self.nonfinite_names: tuple[str, ...] = ()
         self._roster = Roster()
@@ -116,14 +122,14 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             ValueError: when two tensors have one name.
         """
         named: dict[str, Tensor] = {}
-        for p in params:
-            name, _ = self._roster.name(p)
+        tensors = list(params)
+        for name, p in zip(self._roster.names(tensors), tensors, strict=True):
             if named.setdefault(name, p) is not p:
                 raise ValueError(
                     f"two parameters are called {name!r}: one of shape {tuple(named[name].shape)} and one of shape "
                     f"{tuple(p.shape)}. Was it replaced in the parameter store while an old trace still holds it?"
                 )
-        return sorted(named.items())
+        return sorted(named.items(), key=itemgetter(0))
 
     def step_gradients(
         self,
@@ -246,10 +252,18 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         return plan
 
     def _apply(self, plan: Plan, buffers: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Guards, clips, steps."""
-        if self.nonfinite != "step" and not all_finite(plan.gradients(buffers)):
+        """Unscales, guards, and steps."""
+        if self.scaler is not None:
+            gradients = plan.gradients(buffers)
+            if not scaled_step(self.scaler, gradients, lambda: self._step(plan, buffers, args, kwargs)):
+                self._refuse(nonfinite_names(plan, buffers))
+        elif self.nonfinite != "step" and not all_finite(plan.gradients(buffers)):
             self._refuse(nonfinite_names(plan, buffers))
-            return
+        else:
+            self._step(plan, buffers, args, kwargs)
+
+    def _step(self, plan: Plan, buffers: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Clips and steps."""
         if plan.clips:
             for group, buffer in zip(plan.packed, buffers, strict=True):
                 group.clip_(buffer)
@@ -276,10 +290,10 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         if member is None:
             args = args_for("optim_args", self.pt_optim_args, name)
             check_arguments(args, f"optim_args of parameter {name!r}")
-            clip = Clip.of(args_for("clip_args", self.pt_clip_args, name), name)
+            clip = self._clip or Clip.of(args_for("clip_args", self.pt_clip_args, name), name)
             key = (_by_identity(args), clip, p.dtype, p.device, self._birth())
             alone = not shares(self.pt_optim_constructor, args) or p.is_complex()
-            member = Member(p, name, args, clip, key, alone, self._roster.name(p)[1])
+            member = Member(p, name, args, clip, key, alone, pyro.get_param_store().param_name(p) is not None)
             self._roster.add(member)
         return member
 

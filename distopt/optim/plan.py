@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from operator import attrgetter, is_
 from typing import Any
@@ -28,23 +29,29 @@ class Plan:
     def __init__(self, tensors: tuple[Tensor, ...], members: Sequence[Member], missing: Sequence[Tensor]) -> None:
         self.tensors = tensors
         self.missing = list(missing)
-        by_group: dict[int, list[Member]] = {}
+        by_group: dict[int, list[Member]] = defaultdict(list)
         for m in members:
-            by_group.setdefault(id(m.group), []).append(m)
-        groups = {id(m.group): m.group for m in members}
+            by_group[id(m.group)].append(m)
+        groups = {i: mates[0].group for i, mates in by_group.items()}
         self.packed = [g for g in groups.values() if isinstance(g, PackedGroup)]
         self.listed = [(g, by_group[i]) for i, g in groups.items() if isinstance(g, ListGroup)]
         self._only_packed = not self.listed and not self.missing
         self.pointers = list(map(_address, tensors))
-        clips = [m.clip for m in members]
+        clips = {id(m.clip): m.clip for m in members}.values()
         self.clips = any(c.per_parameter for c in clips)
         self.norms = sorted({c.global_norm for c in clips if c.global_norm is not None})
 
     def fits(self, tensors: tuple[Tensor, ...]) -> bool:
         """Returns whether this is still the plan for `tensors`: the same ones, where they were, with gradients."""
         # An address in an arena stands for its parameter alone, for as long as the group lives.
-        return list(map(_address, tensors)) == self.pointers and (
-            self._only_packed or (all(map(is_, tensors, self.tensors)) and all(p.grad is None for p in self.missing))
+        return (
+            len(tensors) == len(self.tensors)
+            and (not tensors or tensors[0].data_ptr() == self.pointers[0])
+            and list(map(_address, tensors)) == self.pointers
+            and (
+                self._only_packed
+                or (all(map(is_, tensors, self.tensors)) and all(p.grad is None for p in self.missing))
+            )
         )
 
     def gradients(self, buffers: Sequence[Tensor], global_norm: float | None = None) -> list[Tensor]:

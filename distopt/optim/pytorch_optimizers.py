@@ -14,6 +14,7 @@ import torch
 from distopt.optim.adagrad_rmsprop import AdagradRMSProp as _AdagradRMSProp
 from distopt.optim.arguments import Args
 from distopt.optim.clipped_adam import ClippedAdam as _ClippedAdam
+from distopt.optim.dct_adam import DCTAdam as _DCTAdam
 from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.optim import PyroOptim
 
@@ -26,7 +27,7 @@ def _optimizers() -> dict[str, Any]:
     }
     for name in ("Optimizer", "LBFGS"):
         del found[name]
-    return found | {"AdagradRMSProp": _AdagradRMSProp, "ClippedAdam": _ClippedAdam}
+    return found | {"AdagradRMSProp": _AdagradRMSProp, "ClippedAdam": _ClippedAdam, "DCTAdam": _DCTAdam}
 
 
 def _schedulers() -> dict[str, Any]:

@@ -138,6 +138,15 @@ def CyclicLR(
 ) -> PyroLRScheduler:
     """Returns a `PyroLRScheduler` of `torch.optim.lr_scheduler.CyclicLR`."""
 
+def DCTAdam(
+    optim_args: Args,
+    clip_args: Args | None = None,
+    *,
+    nonfinite: Literal["step", "skip", "raise"] = "step",
+    scaler: GradScaler | None = None,
+) -> PyroOptim:
+    """Returns a `PyroOptim` of `distopt.optim.dct_adam.DCTAdam`."""
+
 def ExponentialLR(
     optim_args: Mapping[str, Any],
     clip_args: Args | None = None,
@@ -315,6 +324,7 @@ __all__ = [
     "CosineAnnealingLR",
     "CosineAnnealingWarmRestarts",
     "CyclicLR",
+    "DCTAdam",
     "ExponentialLR",
     "LRScheduler",
     "LambdaLR",

@@ -39,16 +39,18 @@ class Roster:
         """Takes in a new parameter."""
         self._members[id(member.param)] = member
 
-    def name(self, param: Tensor) -> tuple[str, bool]:
-        """Returns the name of `param` and whether the store knows it; names outlive the store, strangers get one."""
-        name = pyro.get_param_store().param_name(param)
-        if name is not None:
-            return name, True
+    def names(self, params: Iterable[Tensor]) -> list[str]:
+        """Returns the name of each of `params`; names outlive the store, strangers get one."""
+        store = pyro.get_param_store()
+        known = {id(p): name for name, p in store.named_parameters()}
+        return [known.get(id(p)) or store.param_name(p) or self._kept_name(p) for p in params]
+
+    def _kept_name(self, param: Tensor) -> str:
         member = self._members.get(id(param))
         if member is not None:
-            return member.name, member.named
+            return member.name
         self._num_unnamed += 1
-        return f"unnamed {self._num_unnamed}", False
+        return f"unnamed {self._num_unnamed}"
 
     def left(self, touched: Iterable[Member]) -> list[Member]:
         """Returns the members that the store has let go and that are not among `touched`."""

@@ -18,6 +18,7 @@ from distopt.reduce.drift import checksums, explain_drift, fold
 from distopt.reduce.errors import PeerError
 from distopt.reduce.layout import Bucket, Entry, Layout
 from distopt.reduce.local import any_local, local_parameter
+from distopt.reduce.overlap import Overlap
 from distopt.reduce.settings import Settings
 from distopt.reduce.sparse import sum_sparse
 
@@ -98,6 +99,7 @@ class Reducer:
         self._state = state
         self._exchange = settings.make_exchange(backend)
         self._agreement = Agreement(backend, settings.describe(), self.tensor_of)
+        self._overlap: Overlap | None = None
         self.layout = self._build()
 
     # What this rank has.
@@ -224,7 +226,7 @@ class Reducer:
         tensors = {name: self.tensor_of(name) for name in self.entries}
         self._dense: list[Part] | None = None
         self._patterns: dict[tuple[bool, ...], list[tuple[Bucket, list[int], Part]]] = {}
-        return Layout(
+        layout = Layout(
             self.entries,
             {name: tensor for name, tensor in tensors.items() if tensor is not None},
             bucket_mib=self.settings.bucket_mib,
@@ -232,43 +234,58 @@ class Reducer:
             rides=self._exchange.rides,
             control_device=getattr(self.backend, "json_device", torch.device("cpu")),
         )
+        if self._overlap is not None:
+            self._overlap.close()
+        if self.settings.overlap:
+            self._overlap = Overlap(layout, self.settings.backward_passes, self._start_early)
+        return layout
 
     @torch.no_grad()
     def _round(self, brought: Brought | None, said: Control) -> Heard:
-        layout, exchange = self.layout, self._exchange
+        layout, exchange, overlap = self.layout, self._exchange, self._overlap
         if brought is not None and brought.news:
             brought = None  # this round's sums are thrown away
-        for bucket in layout.buckets:
-            self._fill(bucket, brought)
+        carrier, others = layout.buckets[0], layout.buckets[1:]
+        self._fill(carrier, brought)
         write_control(layout.slots, said)
         if brought is not None:
             self._write_touched(layout.slots[NUM_SLOTS:], brought)
-        carrier, others = layout.buckets[0], layout.buckets[1:]
         # A joined rank cannot know whether the others bring gradients or only step a scheduler, which has no use for
-        # the other buckets; it looks first.
-        looks_first = said.kind is None or said.kind is Kind.SCHEDULE
+        # the other buckets; it looks first. With overlap the others have started already.
+        looks_first = said.kind in (None, Kind.SCHEDULE) and overlap is None
+        if overlap is not None:
+            self._start(overlap.waiting, brought)
         exchange.start(carrier)
-        if not looks_first:
-            for bucket in others:
-                exchange.start(bucket)
+        if overlap is None and not looks_first:
+            self._start(others, brought)
         exchange.finish(carrier)
         heard = read_control(layout.slots, self.backend.world_size)
         is_short = heard.num_active == 0 or (heard.kind is Kind.SCHEDULE and not heard.num_news and not heard.num_abort)
         if is_short and looks_first:
             return heard
         if looks_first:
-            for bucket in others:
-                exchange.start(bucket)
+            self._start(others, brought)
         for bucket in others:
             exchange.finish(bucket)
+        if overlap is not None:
+            overlap.reset()
         return heard
+
+    def _start(self, buckets: Sequence[Bucket], brought: Brought | None) -> None:
+        for bucket in buckets:
+            self._fill(bucket, brought)
+            self._exchange.start(bucket)
+
+    def _start_early(self, bucket: Bucket) -> None:
+        gradients = [param.grad for param in self.layout.params]
+        self._start([bucket], Brought(gradients=gradients))
 
     def _fill(self, bucket: Bucket, brought: Brought | None) -> None:
         if brought is None:
             bucket.buffer.zero_()
             return
         gradients = [brought.gradients[index] for index in bucket.indices]
-        if brought.complete:
+        if brought.complete and gradients:
             torch._foreach_copy_(bucket.views, gradients)  # type: ignore[arg-type]  # none is None
         else:
             for view, gradient in zip(bucket.views, gradients, strict=True):
@@ -277,7 +294,7 @@ class Reducer:
                 else:
                     view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
         scale = self._scale_before()
-        if scale != 1.0 and bucket.entries:
+        if scale != 1.0 and gradients:
             bucket.flat.mul_(scale)
 
     def _scale_before(self) -> float:

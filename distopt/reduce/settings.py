@@ -62,6 +62,8 @@ class Settings:
             raise ValueError(f"gradient_predivide_factor={self.predivide} is for op='average', not {self.op!r}.")
         if self.op == "adasum" and self.compression != "none":
             raise ValueError(f"op='adasum' sends gradients as they are: compression={self.compression!r} cannot apply.")
+        if self.overlap and self.passes_per_step > 1:
+            raise ValueError("overlap=True reduces at each call: backward_passes_per_step must be 1.")
         if self.overlap and (self.op == "adasum" or self.compression == "powersgd"):
             raise ValueError("overlap=True is for sums; adasum and powersgd cross in several rounds after backward.")
 

@@ -8,12 +8,13 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from distopt.config import RunConfig
+from distopt.config import RunConfig, dump_yaml
 from distopt.config.platforms import DNS_LABEL
 
 from ..cluster import Cluster
 from ..manifests import manifests
 from ..plan import Plan
+from ..plan_files import CONFIG_FILE
 
 MAX_NAME = 50  # operators append roles and indices, and a host name ends at 63
 
@@ -30,9 +31,7 @@ class Platform:
         if wanted.image is None:
             problems.append("launch.kubernetes.image: missing; name an image that has distopt and your code")
         if not re.match(DNS_LABEL, config.name) or len(config.name) > MAX_NAME:
-            problems.append(
-                f"name: found {config.name!r}; Kubernetes takes lower-case letters, digits and dashes, {MAX_NAME} at most"
-            )
+            problems.append(f"name: found {config.name!r}; Kubernetes takes a-z, 0-9 and dashes, at most {MAX_NAME}")
         if config.launch.hosts:
             problems.append("launch.hosts: Kubernetes finds the hosts itself; set launch.nodes to their number")
         if config.launch.secrets:
@@ -80,13 +79,10 @@ class Platform:
         note = "created through the Kubernetes API, as `kubectl create -f` would"
         if config.launch.kubernetes.kind == "trainjob":
             note += "; volumes and the user of its pods are those of the ClusterTrainingRuntime"
-        return Plan("kubernetes", (), {record_dir(config) / "manifest.yaml": text}, notes=(note,))
+        record = Path("runs") / config.name  # the run directory is on a volume of the cluster
+        files = {record / CONFIG_FILE: dump_yaml(config), record / "manifest.yaml": text}
+        return Plan("kubernetes", (), files, notes=(note,))
 
     def job(self, config: RunConfig) -> Cluster:
         """Returns the run on the cluster, whether it has been submitted or not."""
         return Cluster(config, manifests(config))
-
-
-def record_dir(config: RunConfig) -> Path:
-    """Returns where this machine keeps the record of a run whose run directory is on a volume of the cluster."""
-    return Path("runs") / config.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
 
 import pytest
@@ -82,9 +83,10 @@ def collective_left_out() -> str:
         message = str(raised.value)
         handle.wait()
     else:
-        import time
-
         time.sleep(4.0)  # the fault itself: this rank is late by more than the others' patience
         backend.all_reduce(tensor).wait()
     assert tensor.eq(backend.world_size).all()
     return message
+
+
+CONTRACT = [collectives, several_in_flight, exchanges, json_of_all_sizes]

@@ -154,7 +154,9 @@ def state_and_schedule(quick: bool) -> Iterator[Row]:
     found = interleaved(
         {"pyro": lambda: resume("pyro", pyro.optim), "ours": lambda: resume("ours", distopt.optim)}, seconds
     )
-    yield Row("set_state and first step of 1,000", "pyro.optim", found["pyro"] / found["ours"], 1.0, 1e6 * found["ours"])
+    yield Row(
+        "set_state and first step of 1,000", "pyro.optim", found["pyro"] / found["ours"], 1.0, 1e6 * found["ours"]
+    )
     for prefix, module in (("pyro", pyro.optim), ("ours", distopt.optim)):
         args = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 1e-3}, "gamma": 0.9999}
         optims[prefix] = module.ExponentialLR(args)

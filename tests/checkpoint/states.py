@@ -33,7 +33,10 @@ def assert_equal(one, other):
     assert type(one) is type(other), f"{type(one)} is not {type(other)}"
     if isinstance(one, torch.Tensor):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
-        plain = [tensor.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
+        plain = [
+            tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+            for tensor in (one, other)
+        ]
         assert torch.equal(*plain)
     elif isinstance(one, np.ndarray):
         assert one.dtype == other.dtype

@@ -116,6 +116,7 @@ def test_state_of_every_known_type_when_saved_comes_back_equal(tmp_path):
         "transposed": torch.arange(40000.0).reshape(100, 400).T,
         "expanded": torch.ones(1, 1).expand(300, 300),
         "conjugate": torch.randn(5, dtype=torch.complex64).conj(),
+        "negative": torch.randn(5, dtype=torch.complex64).conj().imag,
         "scalar": torch.tensor(3.5),
         "empty": [torch.empty(0), torch.empty(3, 0, 2, dtype=torch.float64)],
         "odd": (1, 2.5, None, True, "text", [], {}, (), -0.0, 10**30),

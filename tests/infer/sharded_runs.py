@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from distopt import backends, optim
+from distopt.checkpoint import Checkpointer, CheckpointError
 from distopt.infer import gather, shard, sharded_plate
 from distopt.reduce.local import local_parameters
 
@@ -171,9 +172,39 @@ def train_shard(case: str, optimizer: str, num_steps: int) -> tuple[dict[str, An
     """One rank's part of `train_in_pyro`; returns the same, as arrays."""
     with float64():
         svi, data = sharded_svi(case, optimizer)
-        loss = 0.0
+        return _go_on(svi, data, num_steps)
+
+
+def train_and_save(case: str, directory: str, num_steps: int, num_more: int) -> tuple[dict[str, Any], float]:
+    """One rank's part of a run that saves after `num_steps` and goes on for `num_more`; returns as `train_shard`."""
+    with float64():
+        svi, data = sharded_svi(case, "Adam")
         for _ in range(num_steps):
-            loss = svi.step(data)
-        losses = backends.current().all_gather_json(loss)
-        found = {name: value.numpy() for name, value in parameters_of_all().items()}
-        return found, sum(losses) / len(losses)
+            svi.step(data)
+        with Checkpointer(directory, optimizer=svi.optim) as checkpointer:
+            checkpointer.save(num_steps)
+            checkpointer.wait()
+        return _go_on(svi, data, num_more)
+
+
+def resume(case: str, directory: str, num_more: int) -> tuple[dict[str, Any], float]:
+    """One rank's part of a run that goes on from there, on any number of ranks."""
+    with float64():
+        svi, data = sharded_svi(case, "Adam")
+        with Checkpointer(directory, optimizer=svi.optim) as checkpointer:
+            try:
+                checkpointer.restore()
+                raise AssertionError("restored before it was known which datapoints are here")
+            except CheckpointError as error:
+                assert "svi.init" in str(error), error
+            svi.loss(svi.model, svi.guide, data)
+            assert checkpointer.restore() is not None
+        return _go_on(svi, data, num_more)
+
+
+def _go_on(svi: SVI, data: Tensor, num_steps: int) -> tuple[dict[str, Any], float]:
+    loss = 0.0
+    for _ in range(num_steps):
+        loss = svi.step(data)
+    losses = backends.current().all_gather_json(loss)
+    return {name: value.numpy() for name, value in parameters_of_all().items()}, sum(losses) / len(losses)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from tests.infer.sharded_costs import NUM_DIMS, train
-from tests.infer.sharded_runs import normal_posterior, train_in_pyro, train_shard
+from tests.infer.sharded_runs import normal_posterior, resume, train_and_save, train_in_pyro, train_shard
 from tests.workers import world
 
 
@@ -26,6 +28,20 @@ def test_training_ends_at_the_closed_form_posterior() -> None:
     found, _ = world("torch_dist", 3).run(train_shard, "normal", "to the end", 700)[1]
     for name, value in normal_posterior().items():
         np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("case", ["normal", "mixture"])
+def test_run_of_four_workers_goes_on_from_its_checkpoint_on_two_and_on_three(case: str, tmp_path: Path) -> None:
+    expected, expected_loss = train_in_pyro(case, "Adam", 60)
+    ways = [
+        world("torch_dist", 4).run(train_and_save, case, str(tmp_path), 40, 20),
+        world("torch_dist", 2).run(resume, case, str(tmp_path), 20),
+        world("torch_dist", 3).run(resume, case, str(tmp_path), 20),
+    ]
+    for found, loss in (each for way in ways for each in way):
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
+        assert loss == pytest.approx(expected_loss, rel=1e-9)
 
 
 def test_memory_falls_with_the_number_of_workers_and_bytes_sent_do_not_grow_with_the_rows() -> None:

@@ -1,0 +1,96 @@
+"""`distopt checkpoint …`: what is in a checkpoint, is it whole, and from and to Pyro's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from distopt.checkpoint.errors import CheckpointError
+
+app = typer.Typer(
+    help="Look at, check, export and import checkpoints.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Place = Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, a run, its checkpoints, or a URL of them.")]
+
+
+@app.command()
+def inspect(path: Place, tensors: Annotated[bool, typer.Option(help="List every tensor.")] = False) -> None:
+    """Print what is in each checkpoint, without reading its numbers."""
+    from distopt.checkpoint.report import describe
+
+    def run() -> None:
+        for line in describe(path, tensors=tensors):
+            typer.echo(line)
+
+    _run(run)
+
+
+@app.command()
+def verify(path: Place) -> None:
+    """Read every byte and compare it with the checksums; exit with 1 when a checkpoint is not whole."""
+    from distopt.checkpoint.report import check
+
+    bad = 0
+
+    def run() -> None:
+        nonlocal bad
+        for line, whole in check(path):
+            typer.echo(line)
+            bad += not whole
+
+    _run(run)
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command("export")
+def export_(
+    path: Place,
+    to: Annotated[Path, typer.Argument(metavar="FILE", help="Written new.")],
+    what: Annotated[
+        Literal["params", "optimizer"],
+        typer.Option(help="For pyro.get_param_store().load, or for the load() of a pyro.optim optimizer."),
+    ] = "params",
+) -> None:
+    """Write the parameters or the optimizer's state of the newest checkpoint as Pyro's own file."""
+    from distopt.checkpoint.exchange import export_optimizer, export_params
+
+    def run() -> None:
+        if to.exists():
+            raise CheckpointError(f"{to} exists; remove it, or name another file.")
+        count = (export_params if what == "params" else export_optimizer)(path, to)
+        typer.echo(f"{to}: {count} parameters")
+
+    _run(run)
+
+
+@app.command("import")
+def import_(
+    params: Annotated[Path, typer.Argument(metavar="FILE", help="Written by pyro.get_param_store().save.")],
+    to: Annotated[str, typer.Option(help="The directory of the run's checkpoints.")],
+    optimizer: Annotated[Path | None, typer.Option(help="Written by the save() of a pyro.optim optimizer.")] = None,
+    step: Annotated[int, typer.Option(help="The step that the run counts on from.")] = 0,
+) -> None:
+    """Make a checkpoint of Pyro's own files; nothing in them is executed."""
+    from distopt.checkpoint.exchange import import_pyro
+
+    _run(lambda: typer.echo(import_pyro(to, params, optimizer, step=step)))
+
+
+def _run(command: Callable[[], None]) -> None:
+    """Calls `command`; an error becomes one line and exit status 1."""
+    try:
+        command()
+    except (CheckpointError, OSError) as error:
+        typer.echo(f"distopt checkpoint: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+if __name__ == "__main__":
+    app(prog_name="distopt checkpoint")

@@ -1,0 +1,152 @@
+"""Checkpoints from and to the files that `pyro.get_param_store().save`, `PyroOptim.save` and `torch.save` write.
+
+Such files are pickles. They are read by torch's restricted unpickler, which builds tensors, plain values and Pyro's
+constraints, and nothing else; what asks for more is refused, never read in another way.
+"""
+
+from __future__ import annotations
+
+import pickle
+import uuid
+import warnings
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distopt.checkpoint.constraints import build_constraint, describe_constraint, known_constraints
+from distopt.checkpoint.errors import CheckpointError
+from distopt.checkpoint.manifest import Manifest
+from distopt.checkpoint.memory import HostMemory
+from distopt.checkpoint.noise import capture_noise
+from distopt.checkpoint.reader import candidates, read_manifest
+from distopt.checkpoint.resume import REPLICATED, choose, rank_name
+from distopt.checkpoint.statefile import StateReader, take_snapshot
+from distopt.checkpoint.storage import open_storage
+from distopt.checkpoint.writer import Attempt, write_checkpoint
+
+
+def read_torch_file(path: str | Path) -> Any:
+    """Returns what a file written by `torch.save` holds, on the CPU.
+
+    Raises:
+        CheckpointError: when it holds anything beside tensors, plain values and constraints; nothing of it is executed.
+    """
+    try:
+        with torch.serialization.safe_globals(list(known_constraints())), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on other pickle protocols: the file is read, or refused
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{path}: not a file of tensors, numbers and constraints ({reason[0] if reason else type(error).__name__})."
+        ) from error
+
+
+def load_state_dict(module: nn.Module, path: str | Path) -> None:
+    """Loads a module's or guide's `state_dict` from a file, by the restricted unpickler.
+
+    A guide makes its parameters at its first call: call it once before.
+
+    Raises:
+        CheckpointError: when the file is something else, or of another module.
+    """
+    try:
+        module.load_state_dict(read_torch_file(path))
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def import_pyro(
+    directory: str | Path, params: str | Path, optimizer: str | Path | None = None, *, step: int = 0
+) -> str:
+    """Makes a checkpoint of Pyro's files, which a run in that directory then goes on from; returns its folder.
+
+    Args:
+        directory: of the run's checkpoints.
+        params: written by `pyro.get_param_store().save`.
+        optimizer: written by the `save` of a `pyro.optim` optimizer.
+        step: that the run counts on from.
+
+    Raises:
+        CheckpointError: when a file is not what it should be.
+        DirectoryInUseError: while a job runs there.
+    """
+    stored = read_torch_file(params)
+    if not isinstance(stored, dict) or stored.keys() != {"params", "constraints"}:
+        raise CheckpointError(f"{params}: not written by `pyro.get_param_store().save`.")
+    state = {
+        "params": {
+            name: {
+                "value": value.detach(),
+                "constraint": describe_constraint(stored["constraints"][name], f"params/{name}"),
+            }
+            for name, value in stored["params"].items()
+        },
+        "optimizer": None if optimizer is None else _optimizer_state(optimizer),
+        "modules": {},
+        "extras": {},
+    }
+    storage = open_storage(directory)
+    storage.lock()
+    try:
+        generation = max((one.manifest.generation for one in candidates(storage) if one.manifest), default=-1) + 1
+        attempt = Attempt(step, uuid.uuid4().hex[:12], 0, 1, timedelta(minutes=5))
+        memory, noise = HostMemory(), {"noise": capture_noise(torch.device("cpu")), "extras": {}}
+        metadata = {"step": str(step), "attempt": attempt.id}
+        files = take_snapshot(state, memory, REPLICATED).files(REPLICATED, metadata)
+        files |= take_snapshot(noise, memory, "own").files(rank_name(0), metadata)
+        about = {"imported_from": [str(path) for path in (params, optimizer) if path is not None]}
+        write_checkpoint(
+            storage, attempt, files, lambda records: Manifest(step, attempt.id, generation, 1, records, about=about)
+        )
+        return f"{storage.root}/{storage.final_folder(step, attempt.id)}"
+    finally:
+        storage.unlock()
+
+
+def _optimizer_state(path: str | Path) -> dict[str, Any]:
+    state = read_torch_file(path)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise CheckpointError(f"{path}: not written by the save() of a pyro.optim optimizer.")
+    return state
+
+
+def export_params(checkpoint: str | Path, path: str | Path) -> int:
+    """Writes a checkpoint's parameters as `pyro.get_param_store().load` reads them; returns how many."""
+    saved = read_replicated(checkpoint)["params"]
+    state: dict[str, dict[str, Any]] = {"params": {}, "constraints": {}}
+    for name, entry in saved.items():
+        state["params"][name] = entry["value"].requires_grad_(not entry.get("frozen", False))
+        state["constraints"][name] = (
+            build_constraint(entry["constraint"], f"params/{name}")
+            if "constraint" in entry
+            else torch.distributions.constraints.real
+        )
+    torch.save(state, path)
+    return len(saved)
+
+
+def export_optimizer(checkpoint: str | Path, path: str | Path) -> int:
+    """Writes a checkpoint's optimizer state as `PyroOptim.load` reads it; returns of how many parameters.
+
+    Raises:
+        CheckpointError: when the checkpoint has none.
+    """
+    state = read_replicated(checkpoint)["optimizer"]
+    if state is None:
+        raise CheckpointError(f"{checkpoint}: it was saved without an optimizer.")
+    torch.save(state, path)
+    return len(state)
+
+
+def read_replicated(checkpoint: str | Path) -> Mapping[str, Any]:
+    """Returns the state that is alike on all ranks, of a checkpoint or of the newest one of a directory; checked."""
+    storage, found = choose(open_storage("."), str(checkpoint))
+    state: Mapping[str, Any] = StateReader(
+        storage, found[0].folder, read_manifest(storage, found[0].folder), REPLICATED
+    ).load()
+    return state

@@ -1,0 +1,81 @@
+"""Mixed precision: gradients of a scaled loss, and a loss that is scaled for `pyro.infer.SVI`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro.poutine as poutine
+import torch
+from pyro.infer import ELBO
+from torch import Tensor
+from torch.amp import GradScaler
+
+
+class _Gradients(torch.optim.Optimizer):
+    """What `GradScaler` needs to see of an optimizer: tensors with gradients, and a step."""
+
+    def __init__(self, gradients: Sequence[Tensor], step: Callable[[], None]) -> None:
+        holders = []
+        for gradient in gradients:
+            holder = torch.empty_like(gradient, layout=torch.strided)
+            holder.grad = gradient
+            holders.append(holder)
+        super().__init__(holders, {})
+        self._apply = step
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Steps the parameters that the gradients belong to."""
+        self._apply()
+
+
+def scaled_step(scaler: GradScaler, gradients: Sequence[Tensor], step: Callable[[], None]) -> bool:
+    """Divides `gradients` by the scale, in place, calls `step` if all are finite, and updates the scale.
+
+    Returns:
+        Whether the step was taken.
+    """
+    view, taken = _Gradients(gradients, lambda: None), []
+    scaler.unscale_(view)
+    view._apply = lambda: taken.append(step())
+    scaler.step(view)
+    scaler.update()
+    return bool(taken)
+
+
+class ScaledELBO(ELBO):  # type: ignore[misc]
+    """An ELBO whose gradients are multiplied by the scale of a `GradScaler`; the loss it returns is not.
+
+    Model and guide run under `poutine.scale`, so that every term of the loss is scaled before it is differentiated.
+    Give the same scaler to the optimizer, which divides the scale out again.
+
+    Args:
+        elbo: the ELBO that is wrapped.
+        scaler: what holds the scale.
+
+    Example:
+        >>> from pyro.infer import Trace_ELBO
+        >>> scaler = GradScaler("cpu", init_scale=8.0)
+        >>> loss = ScaledELBO(Trace_ELBO(), scaler)
+    """
+
+    def __init__(self, elbo: ELBO, scaler: GradScaler) -> None:
+        super().__init__(num_particles=elbo.num_particles)
+        self.elbo = elbo
+        self.scaler = scaler
+
+    def _get_trace(self, *args: Any, **kwargs: Any) -> Any:
+        return self.elbo._get_trace(*args, **kwargs)
+
+    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Returns the loss, not scaled."""
+        return self.elbo.loss(model, guide, *args, **kwargs)
+
+    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Returns the loss, and leaves scaled gradients on the parameters."""
+        # GradScaler makes its scale when it first scales something.
+        scale = float(self.scaler.scale(torch.ones((), device=self.scaler._device)))
+        scaled = self.elbo.loss_and_grads(poutine.scale(model, scale), poutine.scale(guide, scale), *args, **kwargs)
+        if isinstance(scaled, tuple):  # ReweightedWakeSleep returns two losses
+            return type(scaled)(one / scale for one in scaled)
+        return scaled / scale

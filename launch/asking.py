@@ -1,0 +1,150 @@
+"""How a run is, what it prints, and its end: asked of the engine that has it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+from distopt.config import ConfigError, RunConfig, load_config
+
+from .batch import SlurmError
+from .cluster import ClusterError
+from .follow import say
+from .jobs import FollowedJob, Job, JobError, State, SubmittedJob
+from .plan_files import CONFIG_FILE, LAUNCH_FILE
+from .platforms import platform
+from .platforms.base import Platform
+
+ERRORS = (JobError, SlurmError, ClusterError, ConfigError)
+POLL_S = 1.0
+RUNS = Path("runs")
+
+
+def find(run: str) -> Path:
+    """Returns the directory of a run that is named by it, or by its name in runs/.
+
+    Raises:
+        JobError: There is none.
+    """
+    for directory in (Path(run), RUNS / run):
+        if (directory / LAUNCH_FILE).exists():
+            return directory
+    known = ", ".join(path.name for path in all_runs()) or "none"
+    raise JobError(f"{run}: no run was launched there (no {LAUNCH_FILE}). Known in {RUNS}: {known}.")
+
+
+def all_runs() -> list[Path]:
+    """Returns the directories in runs/ from which something was launched."""
+    return sorted(path.parent for path in RUNS.glob(f"*/{LAUNCH_FILE}"))
+
+
+def recorded(directory: Path) -> RunConfig:
+    """Returns the configuration with which a run was launched."""
+    return load_config(directory / CONFIG_FILE)
+
+
+def record_dir(config: RunConfig) -> Path:
+    """Returns where this machine keeps a run's record; on Kubernetes the run directory is on a volume elsewhere."""
+    return RUNS / config.name if config.launch.platform == "kubernetes" else config.run_dir
+
+
+def submitted(chosen: Platform, config: RunConfig) -> SubmittedJob | None:
+    """Returns the run on an engine that keeps it, or None where the launcher itself keeps it."""
+    make = getattr(chosen, "job", None)
+    found: SubmittedJob | None = make(config) if make is not None else None
+    return found
+
+
+def job(directory: Path) -> Job:
+    """Returns the run that was launched from a directory."""
+    config = recorded(directory)
+    return submitted(platform(config.launch.platform), config) or FollowedJob(directory)
+
+
+def print_logs(job: Job, rank: int, *, follow: bool) -> None:
+    """Prints what a rank has printed, once or until the run has ended."""
+    printed = 0
+    while True:
+        ended = not follow or job.state().ended
+        text = job.logs(rank)
+        sys.stdout.write(text[printed:])
+        sys.stdout.flush()
+        printed = len(text)
+        if ended:
+            return
+        time.sleep(POLL_S)
+
+
+def stop(directory: Path) -> State:
+    """Asks a run to end and waits for it; what is still there after the grace time is killed, where it can be."""
+    run = job(directory)
+    run.stop()
+    return _wait_for_end(run, recorded(directory).launch.grace_s + 20)
+
+
+def _wait_for_end(run: Job, limit_s: float) -> State:
+    end = time.monotonic() + limit_s
+    while not (state := run.state()).ended and state.phase != "unknown":
+        if time.monotonic() > end:
+            kill = getattr(run, "kill", None)
+            if kill is None:
+                return state
+            kill()
+            end = float("inf")
+        time.sleep(POLL_S)
+    return state
+
+
+def follow(run: SubmittedJob, directory: Path, grace_s: float, skip: int = 0) -> int:
+    """Shows a submitted run's phases and the output of rank 0 until it ends; Ctrl-C and SIGTERM stop it.
+
+    Args:
+        run: The run.
+        directory: Its record.
+        grace_s: Seconds for the last checkpoint.
+        skip: Characters of output that were there before.
+
+    Returns:
+        0 when it is done, 130 or 143 when it was stopped by a signal, 1 otherwise.
+    """
+    asked: list[int] = []
+    before = {number: signal.signal(number, lambda got, _: asked.append(got)) for number in _SIGNALS}
+    printed, phase = skip, ""
+    try:
+        while True:
+            state = run.state()
+            if state.phase != phase:
+                say(f"{state.phase}: {state.detail}")
+                phase = state.phase
+            text = run.logs(0)
+            sys.stdout.write(text[printed:])
+            sys.stdout.flush()
+            printed = len(text)
+            if asked:
+                say(f"{signal.Signals(asked[0]).name}: a last checkpoint, then the end")
+                run.stop()
+                _wait_for_end(run, grace_s + 20)
+                return 128 + asked[0]
+            if state.ended or state.phase == "unknown":
+                return _report(state, directory)
+            time.sleep(POLL_S)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _report(state: State, directory: Path) -> int:
+    if state.phase == "done":
+        return 0
+    from . import report
+    from .events import Reader
+
+    seen = report.last_attempt(Reader(directory, from_start=True).new())
+    if seen:
+        print(report.failure(directory, seen, 1, 0.0, "slurm.log"), file=sys.stderr)
+    return 1

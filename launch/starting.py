@@ -1,0 +1,99 @@
+"""From a checked configuration to a run that has been started and, unless it is left alone, has ended."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from distopt.config import RunConfig
+
+from . import asking, checks
+from .follow import follow, say
+from .jobs import SubmittedJob
+from .plan import Plan
+from .plan_files import CONFIG_FILE, LAUNCH_FILE, LOGS
+from .platforms import platform
+from .run_directory import RunDirectoryBusy, record, submission
+
+DETACHED_LOG = "launcher.log"
+START_TIMEOUT_S = 60
+
+
+class Refused(RuntimeError):
+    """The run was not started; the message says why."""
+
+
+def prepare(config: RunConfig) -> tuple[Plan | None, list[str]]:
+    """Returns the plan, or the problems that keep the run from being started."""
+    chosen = platform(config.launch.platform)
+    problems = checks.problems(config, chosen)
+    return (None, problems) if problems else (chosen.plan(config), [])
+
+
+def start(config: RunConfig, plan: Plan | None, *, detach: bool) -> int:
+    """Starts a prepared run.
+
+    Returns:
+        The run's exit status; 0 for a run that has been started and left.
+
+    Raises:
+        Refused: Another launcher is in the run directory, or the engine refused the run.
+    """
+    assert plan is not None
+    chosen = platform(config.launch.platform)
+    directory = asking.record_dir(config)
+    try:
+        if (job := asking.submitted(chosen, config)) is not None:
+            return _submit(config, plan, job, directory, detach=detach)
+        if detach:
+            return _leave(config, directory)
+        with submission(config, plan, directory):
+            status = follow(plan, directory, config.launch.grace_s)
+            record(directory, plan, status=status)
+        return status
+    except (RunDirectoryBusy, *asking.ERRORS) as error:
+        raise Refused(str(error)) from error
+
+
+def _submit(config: RunConfig, plan: Plan, job: SubmittedJob, directory: Path, *, detach: bool) -> int:
+    printed_before = len(job.logs(0)) if config.launch.platform == "slurm" else 0
+    with submission(config, plan, directory):
+        reference = job.submit()
+        record(directory, plan, reference=reference)
+    say(f"submitted: {reference}")
+    if detach:
+        say(f"`distopt status {directory}`, `distopt logs {directory}` and `distopt stop {directory}` ask the engine")
+        return 0
+    return asking.follow(job, directory, config.launch.grace_s, printed_before)
+
+
+def _leave(config: RunConfig, directory: Path) -> int:
+    """Starts a launcher of its own for the run, and waits until it has the run directory."""
+    (directory / LOGS).mkdir(parents=True, exist_ok=True)
+    source = directory / f".{CONFIG_FILE}.detached"
+    from distopt.config import dump_yaml
+
+    source.write_text(dump_yaml(config))
+    before = _modified(directory / LAUNCH_FILE)
+    with (directory / LOGS / DETACHED_LOG).open("w") as log:
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "distopt.launch", "launch", "--", str(source)],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    end = time.monotonic() + START_TIMEOUT_S
+    while _modified(directory / LAUNCH_FILE) == before and launcher.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    if launcher.poll() not in (None, 0):
+        raise Refused((directory / LOGS / DETACHED_LOG).read_text().strip())
+    say(f"process {launcher.pid} follows the run; `distopt status {directory}`, `distopt stop {directory}`")
+    return 0
+
+
+def _modified(path: Path) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,124 @@
+"""Pyro's own files come in and go out, what is in a pickle beside them does not; the commands say what is there."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import pyro
+import pyro.distributions.constraints as constraints
+import pyro.optim
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from typer.testing import CliRunner
+
+from distopt.backends.single import Single
+from distopt.checkpoint import Checkpointer, CheckpointError
+from distopt.checkpoint.cli import app
+from distopt.checkpoint.exchange import import_pyro, load_state_dict, read_torch_file
+from tests.checkpoint.states import assert_equal
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Pyro's two files, and the state that they hold."""
+    optimizer = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.9})
+    pyro.param("scale", torch.ones(3), constraint=constraints.independent(constraints.interval(0.0, 5.0), 1))
+    pyro.param("loc", torch.zeros(2))
+    params = [value for _, value in pyro.get_param_store().named_parameters()]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer(params)
+    optimizer.step()
+    pyro.get_param_store().save(tmp_path / "params.pt")
+    optimizer.save(tmp_path / "optim.pt")
+    state = {name: value.detach().clone() for name, value in pyro.get_param_store().named_parameters()}
+    return tmp_path, state, optimizer.get_state()
+
+
+def test_files_of_pyro_when_imported_are_what_a_run_goes_on_from_and_come_out_again(files):
+    root, params, state = files
+    imported = run("import", root / "params.pt", "--optimizer", root / "optim.pt", "--to", root / "run", "--step", "70")
+    assert imported.exit_code == 0, imported.output
+    pyro.clear_param_store()
+    optimizer = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.9})
+    with Checkpointer(root / "run", optimizer=optimizer, backend=Single()) as checkpointer:
+        assert checkpointer.restore().step == 70
+        assert_equal({name: value.detach() for name, value in pyro.get_param_store().named_parameters()}, params)
+        assert isinstance(
+            pyro.get_param_store()._constraints["scale"].base_constraint, type(constraints.interval(0, 1))
+        )
+        checkpointer.save(71)
+    assert run("export", root / "run", root / "again.pt").exit_code == 0
+    assert run("export", root / "run", root / "optim-again.pt", "--what", "optimizer").exit_code == 0
+    pyro.clear_param_store()
+    pyro.get_param_store().load(root / "again.pt")  # Pyro's own reader
+    assert_equal({name: value.detach() for name, value in pyro.get_param_store().named_parameters()}, params)
+    assert_equal(torch.load(root / "optim-again.pt", weights_only=False), state)
+    assert run("export", root / "run", root / "again.pt").exit_code == 1  # never over a file
+
+
+class Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_pickle_that_runs_code_when_imported_is_refused_and_runs_nothing(tmp_path):
+    canary = str(tmp_path / "canary")
+    torch.save({"params": {"x": Canary(canary)}, "constraints": {}}, tmp_path / "evil.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Canary(canary)))
+    (tmp_path / "text.pt").write_text("hello")
+    for name in ("evil.pt", "plain.pt", "text.pt"):
+        result = run("import", tmp_path / name, "--to", tmp_path / "run")
+        assert result.exit_code == 1 and name in result.output
+    assert not os.path.exists(canary)
+    torch.save({"a": 1}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="not written by `pyro.get_param_store"):
+        import_pyro(tmp_path / "run", tmp_path / "other.pt")
+    assert read_torch_file(tmp_path / "other.pt") == {"a": 1}
+
+
+def test_state_dict_of_a_guide_when_loaded_gives_the_same_guide(tmp_path):
+    def model():
+        pyro.sample("z", pyro.distributions.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    guide = AutoNormal(model)
+    guide()
+    with torch.no_grad():
+        guide.locs.z.fill_(2.0)
+    torch.save(guide.state_dict(), tmp_path / "guide.pt")
+    pyro.clear_param_store()
+    other = AutoNormal(model)
+    other()
+    load_state_dict(other, tmp_path / "guide.pt")
+    assert_equal(dict(other.state_dict()), dict(guide.state_dict()))
+    with pytest.raises(CheckpointError, match="guide.pt"):
+        load_state_dict(torch.nn.Linear(1, 1), tmp_path / "guide.pt")
+
+
+def test_inspect_and_verify_tell_what_is_there_and_what_is_broken(tmp_path):
+    pyro.param("weights", torch.zeros(200, 200))
+    config = {"seed": 7}
+    with Checkpointer(tmp_path, backend=Single(), config=config) as checkpointer:
+        checkpointer.save(3, progress={"epoch": 1})
+        checkpointer.save(4)
+    seen = run("inspect", tmp_path, "--tensors").output
+    for words in ("step 4, 1 rank(s)", "step 3", '{"epoch": 1}', '{"seed": 7}', "replicated/params/weights/value: F32"):
+        assert words in seen
+    whole = run("verify", tmp_path)
+    assert whole.exit_code == 0 and whole.output.count("whole") == 2
+    path = tmp_path / "step-00000004" / "replicated.safetensors"
+    os.truncate(path, 100)
+    broken = run("verify", tmp_path)
+    assert broken.exit_code == 1
+    assert "BAD" in broken.output and "replicated.safetensors has 100 bytes, its manifest says" in broken.output
+    missing = run("verify", tmp_path / "nowhere")
+    assert missing.exit_code == 1 and "no checkpoint there" in missing.output

@@ -1,0 +1,290 @@
+"""Kubernetes: manifests held against the published schemas, and the API spoken to a server of the real protocol.
+
+The server is kmock's emulator, since the real one cannot run in every test; no operator and no kubelet stand behind it,
+so a test writes the statuses that these would write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distopt.config import parse_config
+from distopt.launch.cluster import Cluster, ClusterError, _place
+from distopt.launch.manifests import manifests
+from distopt.launch.platforms import platform
+
+CRDS = Path(__file__).parents[3] / "shared" / "crds"
+BASE = """
+name: flights
+task: distopt.examples.flights:Flights
+run_dir: /runs/flights
+data: {global_batch: 4096}
+launch:
+  platform: kubernetes
+  workers: 2
+  nodes: 2
+  env: {GREETING: "it's $(HOSTNAME); $x"}
+  kubernetes:
+    image: registry.example/distopt:1
+    gpus: 2
+    volumes: [{claim: runs, path: /runs}, {claim: data, path: /data, read_only: true}]
+    secrets: {HUB_TOKEN: {secret: hub, key: token}}
+    queue: research
+"""
+MORE = {"job": ["launch.kubernetes.service_account=trainer", "launch.kubernetes.node_selector={pool: gpu, zone: 1}",
+                "launch.kubernetes.time_limit_s=3600", "launch.kubernetes.image_pull_secrets=[registry]"],
+        "mpijob": ["reduce.backend=horovod"]}  # fmt: skip
+CONTAINER = {"name": "worker", "image": "x", "imageID": "x", "ready": False, "restartCount": 0}
+KINDS = ["job", "jobset", "trainjob", "pytorchjob", "mpijob"]
+
+
+def config_of(kind: str, *more: str):
+    return parse_config(BASE, [f"launch.kubernetes.kind={kind}", *MORE.get(kind, []), *more])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_manifest_is_the_golden_one(kind, golden):
+    config = config_of(kind)
+    assert platform("kubernetes").problems(config) == []
+    golden(f"kubernetes-{kind}.txt", str(platform("kubernetes").plan(config)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_built_in_objects_and_pod_templates_keep_to_the_published_schema(kind):
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    version = kubernetes_validate.latest_version()
+    for manifest in manifests(config_of(kind)):
+        if "." not in manifest["apiVersion"].split("/")[0]:
+            kubernetes_validate.validate(manifest, version, strict=True)
+        for template in pod_templates(manifest):
+            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": template["spec"]}
+            kubernetes_validate.validate(pod, version, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [("jobset", "jobset"), ("trainjob", "trainjob"), ("pytorchjob", "pytorchjob"), ("mpijob", "mpijob")],
+)
+def test_custom_resource_keeps_to_its_projects_definition_and_has_no_field_of_its_own(kind, file):
+    jsonschema = pytest.importorskip("jsonschema")
+    path = CRDS / f"{file}.yaml"
+    if not path.exists():
+        pytest.skip(f"the published definitions are not at {CRDS}")
+    (manifest,) = manifests(config_of(kind))
+    schema = definition(path, manifest)
+    jsonschema.validate(manifest, closed(schema))
+    manifest["spec"]["imag"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="imag"):
+        jsonschema.validate(manifest, closed(schema))
+
+
+def definition(path: Path, manifest: dict) -> dict:
+    group, version = manifest["apiVersion"].split("/")
+    for document in yaml.load_all(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        if document and document["kind"] == "CustomResourceDefinition" and document["spec"]["group"] == group:
+            (found,) = [one for one in document["spec"]["versions"] if one["name"] == version]
+            return found["schema"]["openAPIV3Schema"]
+    raise AssertionError(f"no {manifest['apiVersion']} in {path}")
+
+
+def closed(schema: dict) -> dict:
+    """Forbids fields that a definition does not name, which the API server would silently drop."""
+    schema = {key: value for key, value in schema.items() if not key.startswith("x-")}
+    for key in ("properties",):
+        if key in schema and schema.get("properties"):
+            schema[key] = {name: closed(part) for name, part in schema[key].items()}
+            names = set(schema[key]) | ({"apiVersion", "kind", "metadata"} if "spec" in schema[key] else set())
+            open_object = schema[key].keys() == {"apiVersion", "kind", "metadata"}
+            if not open_object and "additionalProperties" not in schema and names:
+                schema["additionalProperties"] = False
+    for key in ("items", "additionalProperties"):
+        if isinstance(schema.get(key), dict):
+            schema[key] = closed(schema[key])
+    return schema
+
+
+def pod_templates(part) -> Iterator[dict]:
+    if isinstance(part, dict):
+        if "containers" in part.get("spec", {}):
+            yield part
+        for value in part.values():
+            yield from pod_templates(value)
+    elif isinstance(part, list):
+        for value in part:
+            yield from pod_templates(value)
+
+
+@pytest.mark.parametrize("kind", ["job", "jobset", "pytorchjob", "mpijob"])
+def test_pods_have_no_privileges_and_no_secret_value(kind):
+    for template in (template for manifest in manifests(config_of(kind)) for template in pod_templates(manifest)):
+        spec = template["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] > 0
+        assert spec["automountServiceAccountToken"] is False
+        for container in spec["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            (token,) = [entry for entry in container["env"] if entry["name"] == "HUB_TOKEN"]
+            assert token == {"name": "HUB_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}}
+            (greeting,) = [entry for entry in container["env"] if entry["name"] == "GREETING"]
+            assert greeting["value"] == "it's $$(HOSTNAME); $x"  # Kubernetes writes $(HOSTNAME) for it
+
+
+def test_trainjob_sets_nothing_that_the_operator_sets():
+    (manifest,) = manifests(config_of("trainjob"))
+    assert set(manifest["spec"]) == {"runtimeRef", "trainer"}
+    assert [entry["name"] for entry in manifest["spec"]["trainer"]["env"] if entry["name"].startswith("PET_")] == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["launch.kubernetes.image=null"], "launch.kubernetes.image: missing"),
+        (["name=Flights_1"], "name: found 'Flights_1'; Kubernetes takes a-z"),
+        (["name=" + "x" * 51], "at most 50"),
+        (["run_dir=runs/flights"], "run_dir: runs/flights lies on no writable volume"),
+        (["run_dir=/data/flights"], "run_dir: /data/flights lies on no writable volume"),
+        (["reduce.backend=horovod"], "horovod needs launch.kubernetes.kind=mpijob"),
+        (["launch.kubernetes.kind=mpijob"], "an mpijob starts workers of horovod or mpi"),
+        (["launch.kubernetes.kind=trainjob", "launch.kubernetes.time_limit_s=5"], "takes it from its Cluster"),
+        (["launch.nodes=null", "launch.hosts=[a,b]"], "launch.hosts: Kubernetes finds the hosts itself"),
+        (["launch.secrets=[HUB_TOKEN]"], "use launch.kubernetes.secrets"),
+    ],
+)
+def test_bad_input_is_refused(overrides, said):
+    found = platform("kubernetes").problems(parse_config(BASE, overrides))
+    assert said in "\n".join(found)
+
+
+class Server:
+    """kmock's API server in a thread, with the resources that runs are made of."""
+
+    RESOURCES = [
+        "v1/services", "v1/pods", "batch/v1/jobs", "jobset.x-k8s.io/v1alpha2/jobsets", "kubeflow.org/v1/pytorchjobs",
+        "kubeflow.org/v2beta1/mpijobs", "trainer.kubeflow.org/v1alpha1/trainjobs",
+    ]  # fmt: skip
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.url = ""
+        self._up = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="api-server")
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_until_complete(self._serve())
+        self.loop.close()
+
+    async def _serve(self) -> None:
+        import kmock
+
+        self._down = asyncio.Event()
+        async with kmock.KubernetesEmulator() as emulator:
+            for resource in self.RESOURCES:
+                emulator.resources[resource] = kmock.ResourceInfo(namespaced=True)
+            async with kmock.Server(emulator, host="127.0.0.1") as server:
+                self.url = str(server.url)
+                self._up.set()
+                await self._down.wait()
+
+    def __enter__(self) -> Server:
+        self._thread.start()
+        assert self._up.wait(30), "the API server did not start"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loop.call_soon_threadsafe(self._down.set)
+        self._thread.join(30)
+
+
+@pytest.fixture
+def api():
+    pytest.importorskip("kmock")
+    client = pytest.importorskip("kubernetes.client")
+    with Server() as server:
+        with client.ApiClient(client.Configuration(host=server.url)) as api:
+            yield api
+
+
+def cluster_of(kind: str, api) -> Cluster:
+    config = config_of(kind)
+    return Cluster(config, manifests(config), api)
+
+
+def write_status(cluster: Cluster, status: dict) -> None:
+    """Does what the controller of the run's kind would do."""
+    from kubernetes.client import CustomObjectsApi
+
+    place = (*_place(cluster.objects[-1], cluster.namespace), cluster.name)
+    CustomObjectsApi(cluster.api).patch_namespaced_custom_object(*place, {"status": status})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_run_is_submitted_asked_about_and_stopped(kind, api):
+    cluster = cluster_of(kind, api)
+    assert cluster.state().phase == "unknown"
+    assert cluster.submit() == f"{cluster.objects[-1]['kind']} default/flights"
+    assert cluster.state().phase == "pending"
+    done = {"job": "Complete", "jobset": "Completed", "trainjob": "Complete"}.get(kind, "Succeeded")
+    write_status(cluster, {"conditions": [{"type": "Running", "status": "True"}]})
+    assert cluster.state().phase == "running"
+    write_status(cluster, {"conditions": [{"type": done, "status": "True"}]})
+    assert cluster.state().phase == "done"
+    cluster.stop()
+    assert cluster.state().phase == "unknown"
+
+
+def test_second_run_of_the_same_name_is_refused_and_the_first_stays(api):
+    cluster = cluster_of("job", api)
+    cluster.submit()
+    with pytest.raises(ClusterError, match="409"):
+        cluster.submit()
+    assert cluster.state().phase == "pending"
+
+
+def test_failed_run_names_the_pod_that_died_first_and_of_what(api):
+    from kubernetes.client import CoreV1Api
+
+    cluster = cluster_of("job", api)
+    cluster.submit()
+    for index, (reason, when) in enumerate([("Error", "2026-01-01T00:00:09Z"), ("OOMKilled", "2026-01-01T00:00:05Z")]):
+        ended = {"terminated": {"exitCode": 137, "reason": reason, "finishedAt": when}}
+        pod = {
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": f"flights-{index}-abc", "labels": {"distopt.run": "flights"}},
+            "status": {"phase": "Failed", "containerStatuses": [{**CONTAINER, "state": ended}]},
+        }  # fmt: skip
+        CoreV1Api(cluster.api).create_namespaced_pod("default", pod)
+    write_status(cluster, {"conditions": [{"type": "Failed", "status": "True", "message": "BackoffLimitExceeded"}]})
+    state = cluster.state()
+    assert state.phase == "failed"
+    assert "pod flights-1-abc died first: out of memory (OOMKilled), exit status 137" in state.detail
+
+
+def test_cluster_that_is_not_there_is_named():
+    client = pytest.importorskip("kubernetes.client")
+    with client.ApiClient(client.Configuration(host="http://127.0.0.1:9")) as api:
+        api.rest_client.pool_manager.connection_pool_kw["retries"] = False
+        with pytest.raises(ClusterError, match="the cluster cannot be reached"):
+            cluster_of("job", api).state()
+
+
+def test_configuration_reaches_the_worker_through_its_variable(monkeypatch):
+    from distopt.launch.cli import _load
+
+    config = config_of("job")
+    (job,) = [one for one in manifests(config) if one["kind"] == "Job"]
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    (value,) = [entry["value"] for entry in container["env"] if entry["name"] == "DISTOPT_CONFIG"]
+    monkeypatch.setenv("DISTOPT_CONFIG", value.replace("$$(", "$("))
+    assert container["command"][-1] == "@DISTOPT_CONFIG"
+    assert json.loads(_load("@DISTOPT_CONFIG", None).model_dump_json()) == json.loads(config.model_dump_json())

@@ -1,0 +1,55 @@
+"""One suite that every backend passes with 1, 2 and 4 ranks: the contract of backends, agreement, options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from distopt.backends import init
+from tests import workers
+from tests.backends.bodies import CONTRACT, collective_left_out
+from tests.reduce.bodies import AGREEMENT, gradients_are_averaged, guide_that_grows_differently_trains
+from tests.reduce.option_bodies import OPTIONS
+
+SIZES = (2, 4, 1)
+WORLDS = [(kind, size) for kind in ("torch_dist", "horovod", "mpi") for size in SIZES]
+OTHER_STARTERS = [("horovod-mpi", 2), ("mpirun-horovod", 2)]
+
+
+@pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world[0]}-{world[1]}")
+def world(request: pytest.FixtureRequest) -> tuple[str, int]:
+    """Tests of one world run one after the other, so that it starts once."""
+    found: tuple[str, int] = request.param
+    return found
+
+
+@pytest.mark.parametrize("body", [*CONTRACT, *AGREEMENT, *OPTIONS], ids=lambda body: body.__name__)
+def test_every_backend_does_the_same(world: tuple[str, int], body: Callable[[], Any]) -> None:
+    results = workers.world(*world).run(body, timeout_s=90)
+    assert all(result == results[0] for result in results)
+
+
+def test_late_rank_is_named_and_the_world_goes_on(world: tuple[str, int]) -> None:
+    if world[1] == 1:
+        return
+    messages = workers.world(*world).run(collective_left_out)
+    for rank, message in enumerate(messages):
+        if rank != 1:
+            assert "not finished after 1.5 s" in message
+            assert "rank 1 (alive, at step 7, phase 'model')" in message
+
+
+@pytest.mark.parametrize("started", OTHER_STARTERS, ids=lambda world: f"{world[0]}-{world[1]}")
+def test_other_launchers_of_horovod_do_the_same(started: tuple[str, int]) -> None:
+    for body in (*CONTRACT, gradients_are_averaged, guide_that_grows_differently_trains):
+        results = workers.world(*started).run(body, timeout_s=90)
+        assert all(result == results[0] for result in results)
+
+
+@pytest.mark.parametrize("body", [*CONTRACT, *AGREEMENT, *OPTIONS], ids=lambda body: body.__name__)
+def test_a_lone_process_does_the_same(body: Callable[[], Any]) -> None:
+    backend = init("single")
+    body()
+    backend.close()

@@ -1,0 +1,40 @@
+"""Ranks that fail for real: the others name the culprit, its step and cause, and end within their timeout."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import workers
+from tests.reduce import faults
+
+TIMEOUT_S = 6.0
+
+# What strikes rank 1 at step 3 -> what rank 0 must say.
+SAID = {
+    "raises": "rank 1 failed first, at step 3 in phase 'model': ValueError: a bad row in the data",
+    "is killed": "Missing: rank 1 (stopped or unreachable; last seen at step",
+    "is stopped": "Missing: rank 1 (stopped or unreachable; last seen at step",
+    "leaves out a call": "rank 1 has left the run after step 5, and the others still wait for it",
+    "exits": "rank 1 has left the run after step 3, and the others still wait for it",
+}
+
+
+@pytest.mark.parametrize("fault", SAID)
+def test_fault_of_one_rank_is_named_by_the_other(fault: str) -> None:
+    statuses, started = workers.run_script("torch_dist", 2, faults.train, fault, str(TIMEOUT_S), timeout_s=35)
+    assert statuses[0] == 1, started.output()
+    assert SAID[fault] in started.output(rank=0)
+    assert "finished" not in started.output(rank=0)
+    if fault == "raises":
+        assert statuses[1] == 1
+        # The culprit's own traceback is in both outputs.
+        assert all('raise ValueError("a bad row in the data")' in started.output(rank) for rank in (0, 1))
+
+
+@pytest.mark.parametrize("kind", ["horovod", "mpi"])
+@pytest.mark.parametrize("fault", ["raises", "is stopped"])
+def test_fault_of_one_rank_is_named_under_every_launcher(kind: str, fault: str) -> None:
+    statuses, started = workers.run_script(kind, 2, faults.train, fault, str(TIMEOUT_S), timeout_s=35)
+    assert SAID[fault] in started.output()
+    assert "finished" not in started.output()
+    assert statuses[0] != 0

@@ -1,0 +1,79 @@
+"""Starting real runs through the launcher, and reading what they left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+import yaml
+from torch import Tensor
+
+from distopt.backends.single import Single
+from distopt.checkpoint import Checkpointer
+from distopt.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+def config(folder: Path, **changed: Any) -> Path:
+    """Writes a YAML for the small task and returns its path."""
+    keys: dict[str, Any] = {
+        "name": "line",
+        "run_dir": str(folder / "run"),
+        "task": "tests.train.tasks:Line",
+        "train": {"num_steps": 60},
+        "data": {"global_batch": 100},
+        "optim": {"name": "Adam", "args": {"lr": 0.05}},
+        "checkpoint": {"every_steps": 10},
+        "log": {"every_steps": 5, "tensorboard": False},
+        "launch": {"workers": 2},
+    } | changed
+    path = folder / "line.yaml"
+    path.write_text(yaml.safe_dump(keys))
+    return path
+
+
+def environment() -> dict[str, str]:
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return os.environ | root | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+def command(path: Path, *overrides: str) -> list[str]:
+    return [str(BIN / "distopt"), "launch", str(path), *overrides]
+
+
+def launch(path: Path, *overrides: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Runs to the end; `returncode`, `stdout` and `stderr` are there to look at."""
+    return subprocess.run(
+        command(path, *overrides), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
+
+
+def launch_well(path: Path, *overrides: str) -> str:
+    done = launch(path, *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def parameters(run_dir: Path) -> dict[str, Tensor]:
+    """Returns the parameters of the newest checkpoint, by name."""
+    pyro.clear_param_store()
+    with Checkpointer(run_dir / "checkpoints", backend=Single(torch.device("cpu"))) as checkpointer:
+        assert checkpointer.restore(any_config=True) is not None
+    return {name: value.detach().clone() for name, value in pyro.get_param_store().named_parameters()}
+
+
+def manifest(run_dir: Path, step: int) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
+    return loaded
+
+
+def steps_logged(run_dir: Path) -> list[int]:
+    return [row["step"] for row in read_metrics(run_dir)]

@@ -1,0 +1,63 @@
+"""A small task for runs of the whole loop: a straight line, with ways to misbehave."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from numpy.typing import NDArray
+from pyro.infer import autoguide
+from torch import Tensor
+
+NUM_ROWS = 1000
+
+
+class Line:
+    """y = slope x + level, with noise.
+
+    Args:
+        guide: name of the autoguide.
+        kill_rank: rank that kills itself, once.
+        kill_at: how many batches it has read when it does.
+        fail_at: likewise for an exception in the model, each time.
+        marker: file that says that it has been done.
+    """
+
+    def __init__(
+        self, guide: str = "AutoNormal", kill_rank: int = -1, kill_at: int = 0, fail_at: int = 0, marker: str = ""
+    ) -> None:
+        noise = torch.Generator().manual_seed(3)
+        self.x = torch.linspace(-1, 1, NUM_ROWS)
+        self.y = 2.0 * self.x + 1.0 + 0.3 * torch.randn(NUM_ROWS, generator=noise)
+        self.guide: Any = getattr(autoguide, guide)(self.model)
+        self._read, self._kill, self._fail_at = 0, (kill_rank, kill_at), fail_at
+        self._marker = Path(marker) if marker else None
+
+    def model(self, x: Tensor, y: Tensor) -> None:
+        slope = pyro.sample("slope", dist.Normal(0.0, 5.0))
+        level = pyro.sample("level", dist.Normal(0.0, 5.0))
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("rows", self.rows(), subsample=torch.arange(len(x))):
+            pyro.sample("y", dist.Normal(slope * x + level, scale), obs=y)
+
+    def rows(self) -> int:
+        return NUM_ROWS
+
+    def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        self._read += 1
+        rank = int(os.environ.get("RANK", "0"))
+        if self._fail_at and self._read == self._fail_at and rank == 1:
+            raise ValueError("these rows are rotten")
+        if (rank, self._read) == self._kill and self._marker is not None and not self._marker.exists():
+            self._marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.x[rows], self.y[rows]
+
+    def report(self, report: Any) -> None:
+        report.text("a line was found")

@@ -1,0 +1,142 @@
+"""The loop in real runs: the same result on any workers, interruptions, and going on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+
+from distopt.config import parse_config
+from distopt.train.loop import make_optimizer
+from distopt.train.task import TaskError
+from tests.train.runs import ROOT, command, config, environment, launch, launch_well, parameters, steps_logged
+
+
+def assert_equal_bits(run_dir: Path, other: Path) -> None:
+    found, expected = parameters(run_dir), parameters(other)
+    assert found.keys() == expected.keys() and len(found) > 0
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def test_same_yaml_gives_the_same_posterior_on_any_workers(tmp_path: Path) -> None:
+    """A Delta guide draws no noise, so only the order of additions differs."""
+    path = config(
+        tmp_path,
+        name="flights",
+        task="distopt.examples.flights:Flights",
+        task_args={"guide": "AutoDelta", "num_flights": 5000},
+        data={"global_batch": 500},
+        train={"num_steps": 40},
+        optim={"name": "Adam", "args": {"lr": 0.02}},
+    )
+    runs = {
+        "one": ["launch.workers=1", "reduce.backend=single"],
+        "gloo": ["launch.workers=2"],
+        "horovod": ["launch.workers=2", "reduce.backend=horovod"],
+    }
+    found = {}
+    for name, overrides in runs.items():
+        launch_well(path, f"run_dir={tmp_path / name}", *overrides)
+        found[name] = parameters(tmp_path / name)
+    for name in ("gloo", "horovod"):
+        assert found[name].keys() == found["one"].keys()
+        for key, expected in found["one"].items():
+            difference = (found[name][key] - expected).norm() / expected.norm().clamp(min=1e-3)
+            assert difference < 1e-4, (name, key, float(difference))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    output = launch_well(config(folder))
+    assert "step 60 of 60" in output and "a line was found" in output
+    return folder / "run"
+
+
+def test_run_writes_metrics_and_a_page_that_needs_no_other_file(undisturbed: Path) -> None:
+    assert steps_logged(undisturbed) == list(range(5, 61, 5))
+    page = (undisturbed / "report.html").read_text()
+    assert "data:image/svg+xml" in page and "a line was found" in page
+    assert "http://" not in page and "https://" not in page
+
+
+def test_worker_killed_once_is_restarted_and_the_result_is_the_same_to_the_bit(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    path = config(tmp_path, task_args={"kill_rank": 1, "kill_at": 37, "marker": str(tmp_path / "killed")})
+    output = launch_well(path)
+    assert (tmp_path / "killed").exists(), "nobody was killed"
+    assert "rank 1" in output and "SIGKILL" in output, output
+    assert "going on after step 30" in output, output
+    assert steps_logged(tmp_path / "run") == list(range(5, 61, 5))
+    assert_equal_bits(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_saves_ends_all_processes_and_the_same_command_goes_on(
+    undisturbed: Path, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    path = config(tmp_path)
+    endless = "train.num_steps=1000000"
+    run = subprocess.Popen(
+        command(path, endless), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    run_dir = tmp_path / "run"
+    try:
+        deadline = time.monotonic() + 90
+        while not steps_logged(run_dir) and run.poll() is None:
+            assert time.monotonic() < deadline, "no step was logged in 90 s"
+            time.sleep(0.1)
+        started = psutil.Process(run.pid).children(recursive=True)
+        assert len(started) >= 3, started
+        asked = time.monotonic()
+        os.kill(run.pid, number)
+        output, _ = run.communicate(timeout=60)
+        assert time.monotonic() - asked < 30
+    finally:
+        run.kill()
+    assert run.returncode == status, output
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert not alive, alive
+    stopped = max(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
+    assert f"stopped after step {stopped:,}" in output, output
+    goal = f"train.num_steps={stopped + 20}"
+    output = launch_well(path, goal)
+    assert f"going on after step {stopped:,}" in output, output
+    launch_well(path, goal, f"run_dir={tmp_path / 'through'}")
+    assert_equal_bits(run_dir, tmp_path / "through")
+
+
+def test_error_in_the_model_of_one_rank_is_told_with_its_cause(tmp_path: Path) -> None:
+    done = launch(config(tmp_path, task_args={"fail_at": 8}), "launch.max_restarts=0")
+    output = done.stdout + done.stderr
+    assert done.returncode == 1, output
+    assert "these rows are rotten" in output and "rank 1" in output, output
+
+
+def test_run_that_is_done_takes_no_more_steps(undisturbed: Path, tmp_path: Path) -> None:
+    path = config(tmp_path, run_dir=str(undisturbed))
+    before = parameters(undisturbed)
+    output = launch_well(path)
+    assert "all 60 steps were done before" in output
+    after = parameters(undisturbed)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def make(**optim: object) -> object:
+    return make_optimizer(parse_config(yaml.safe_dump({"name": "x", "task": "a:B", "optim": optim})))
+
+
+def test_unknown_optimizer_is_refused_by_its_key() -> None:
+    with pytest.raises(TaskError, match=r"optim\.name: found Adamm"):
+        make(name="Adamm")
+    with pytest.raises(TaskError, match=r"optim\.scheduler\.name: found Expo"):
+        make(name="Adam", scheduler={"name": "Expo"})
