@@ -60,7 +60,7 @@ def gradient(rank: int, step: int) -> float:
 
 
 def test_variance_of_the_mean_gradient_over_four_ranks_is_a_quarter_of_one_ranks() -> None:
-    num_steps = 4000
+    num_steps = 500
     ranks = np.array([[gradient(rank, step) for rank in range(4)] for step in range(num_steps)])
     ratio = ranks.mean(1).var() / ranks[:, 0].var()
     # Each variance of n normal draws has a relative standard error of sqrt(2 / n); the two share a part of the draws.
