@@ -19,6 +19,7 @@ from torch import nn
 
 import distopt.optim
 from distopt.backends import Backend, BackendError, init
+from distopt.backends.environment import find_place
 from distopt.checkpoint import Checkpointer, CheckpointError, Restored
 from distopt.config import RunConfig
 from distopt.data import GlobalBatches
@@ -55,11 +56,11 @@ def run(config: RunConfig) -> int:
     """
     backend: Backend | None = None
     try:
-        with StopSignals() as stop:
+        status, place = Status(), find_place()
+        # Served before the ranks have met: waiting for the others is when one wants to ask.
+        with StopSignals() as stop, serving(config.serve, status, (place and place.local_rank) or 0):
             backend = init(config.reduce.backend, timeout=timedelta(seconds=config.reduce.timeout_s))
-            status = Status()
-            with serving(config.serve, status, backend.local_rank):
-                return _Worker(config, backend, status, stop).run()
+            return _Worker(config, backend, status, stop).run()
     except Exception as error:
         if backend is not None and not isinstance(error, _SHARED_ERRORS):
             backend.fail(error)  # the others wait for this rank, and raise this cause instead
