@@ -38,8 +38,8 @@ class Flights:
     Every term is partially pooled: `carrier[k] ~ Normal(0, tau_carrier)`, and so on, with a tau of its own for each, so
     that an aircraft with five flights is drawn towards the others while one with five hundred speaks for itself. Delays
     have a long tail (the latest flight was 21 hours late), which is what the Student-t is for; its location is the
-    typical delay, not the mean. Effects other than the aircraft's are deviations from their own mean, which leaves the
-    overall level to mu alone. Scales and priors are in minutes.
+    typical delay, not the mean. Effects other than the aircraft's are deviations from what they are for the average
+    flight, which leaves the overall level to mu alone. Scales and priors are in minutes.
 
     Args:
         guide: name of the autoguide in `pyro.infer.autoguide`.
@@ -57,6 +57,7 @@ class Flights:
         self.data = data
         self.held_out, self._train = order[:num_held_out], order[num_held_out:]
         self._columns = (*(torch.from_numpy(data.codes[name]) for name in COLUMNS), torch.from_numpy(data.delay))
+        self.shares = {name: self._share(name) for name in COLUMNS}
         init = autoguide.init_to_median(num_samples=15)
         self.guide: Any = getattr(autoguide, guide)(self.model, init_loc_fn=init)
 
@@ -76,8 +77,12 @@ class Flights:
         spread = sigma * self._deviations("hour_spread", prior_scale=1.0)[hour].exp()
         # Juárez and Steel (2010): little weight on a Cauchy, little on a Normal, all between possible.
         nu = pyro.sample("nu", dist.Gamma(2.0, 0.1))
-        with pyro.plate("flights", self.rows(), subsample=torch.arange(len(delay))):
+        with self._plate(len(delay)):
             pyro.sample("delay", dist.StudentT(nu, location, spread), obs=delay)
+
+    def _plate(self, num_flights: int) -> Any:
+        """The plate over a minibatch of flights."""
+        return pyro.plate("flights", self.rows(), subsample=torch.arange(num_flights))
 
     def _effects(self, name: str, prior_scale: float = 10.0) -> Tensor:
         """Partially pooled effects of a group, (levels,)."""
@@ -87,9 +92,18 @@ class Flights:
         return effects
 
     def _deviations(self, name: str, prior_scale: float = 10.0) -> Tensor:
-        """Effects that sum to zero."""
+        """Effects that are zero on average over the training flights.
+
+        Not over the levels: then a carrier with thirty flights would shift all others by a sixteenth of its effect, and
+        a mean-field guide, blind to correlation, would take all flights as evidence on it.
+        """
         effects = self._effects(name, prior_scale)
-        return effects - effects.mean()
+        return effects - self.shares[name.removesuffix("_spread")] @ effects
+
+    def _share(self, name: str) -> Tensor:
+        """Which share of the training flights is at each level of a group, (levels,)."""
+        counts = np.bincount(self.data.codes[name][self._train], minlength=len(self.data.levels[name]))
+        return torch.from_numpy(counts / counts.sum()).to(torch.get_default_dtype())
 
     def rows(self) -> int:
         """Returns the number of flights in the training set."""

@@ -44,12 +44,13 @@ def write(flights: Flights, report: Report) -> None:
 
 @torch.no_grad()
 def posterior_draws(flights: Flights, num_draws: int = NUM_DRAWS) -> Draws:
-    """Returns draws from the guide; effects but the aircraft's are deviations from their mean, as the model has it."""
+    """Returns draws from the guide; effects but the aircraft's are deviations, as the model has them."""
     batch = flights.batch(np.arange(1))
     sampled = [flights.guide(*batch) for _ in range(num_draws)]
     draws = {name: torch.stack([draw[name] for draw in sampled]).cpu() for name in sampled[0]}
     for name in ("carrier", "destination", "hour", "month", "hour_spread"):
-        draws[name] = draws[name] - draws[name].mean(-1, keepdim=True)
+        share = flights.shares[name.removesuffix("_spread")].cpu()
+        draws[name] = draws[name] - (draws[name] @ share)[:, None]
     return draws
 
 
@@ -65,11 +66,11 @@ def _carriers(flights: Flights, draws: Draws, report: Report) -> None:
         "Which carriers are late",
         ["carrier", "flights", "minutes", "90 % interval"],
         rows,
-        "Typical delay against the average carrier, other things (destination, aircraft, hour, month) being equal.",
+        "Typical delay against the average flight, other things (destination, aircraft, hour, month) being equal.",
     )
     report.figure(
         _forest(
-            [row[0] for row in rows], draws["carrier"][:, np.argsort(-middle).copy()], "minutes, average carrier = 0"
+            [row[0] for row in rows], draws["carrier"][:, np.argsort(-middle).copy()], "minutes, average flight = 0"
         ),
         "Carriers: posterior median and 90 % interval.",
     )
@@ -191,7 +192,7 @@ def _fit_student(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     def loss() -> Tensor:
         optimizer.zero_grad()
         nats: Tensor = -dist.StudentT(free[0].exp(), free[1], free[2].exp()).log_prob(values).mean()
-        nats.backward()
+        torch.autograd.backward(nats)
         return nats
 
     optimizer.step(loss)

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --quiet: #777; --paper: #fff; }
@@ -66,12 +67,13 @@ class Report:
         self.heading(title)
         self._parts.append(f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
         if self._console is not None:
-            printed = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")
+            # As Text: rich would take [brackets] in plain strings for its markup.
+            printed = Table(title=Text(title), title_justify="left", caption=Text(note), caption_justify="left")
             for index, column in enumerate(columns):
-                printed.add_column(column, justify="left" if index == 0 else "right")
+                printed.add_column(Text(column), justify="left" if index == 0 else "right")
             for row in rows:
-                printed.add_row(*row)
-            self._console.print(printed, markup=False)
+                printed.add_row(*map(Text, row))
+            self._console.print(printed)
 
     def figure(self, figure: Any, caption: str = "") -> None:
         """Adds a matplotlib figure, drawn as SVG inside the page."""

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+
+from distopt.train.task import Task, TaskError, load_task
+
+
+class Whole:
+    """Has all that a task needs."""
+
+    def __init__(self, size: int = 3) -> None:
+        self.size = size
+        self.model = self.guide = lambda: None
+
+    def rows(self) -> int:
+        return self.size
+
+    def batch(self, rows):
+        return (rows,)
+
+    def report(self, report) -> None:
+        pass
+
+
+class Half:
+    """Lacks a guide and a report."""
+
+    model = batch = staticmethod(lambda: None)
+
+    def rows(self) -> int:
+        return 1
+
+
+def test_task_is_built_with_its_arguments() -> None:
+    task = load_task(f"{__name__}:Whole", {"size": 7})
+    assert isinstance(task, Task) and task.rows() == 7
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments", "message"),
+    [
+        ("no_such_module:Task", {}, "No module named 'no_such_module'; is it installed"),
+        (f"{__name__}:Hole", {}, r"has no Hole\. Classes in it: .*Half.*Whole"),
+        (f"{__name__}:Whole", {"sice": 3}, "task_args: .*unexpected keyword argument 'sice'"),
+        (f"{__name__}:Half", {}, "lacks guide, report"),
+    ],
+)
+def test_task_that_cannot_be_had_is_refused_with_the_reason(path: str, arguments: dict, message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        load_task(path, arguments)
