@@ -19,6 +19,7 @@ from torch.distributions import constraints
 from distopt import backends, optim
 from distopt.checkpoint import Checkpointer, CheckpointError
 from distopt.infer import gather, shard, sharded_plate
+from distopt.reduce import DisagreementError
 from distopt.reduce.local import local_parameters
 
 DATA = torch.linspace(-2.0, 3.0, 23, dtype=torch.float64)
@@ -208,3 +209,27 @@ def _go_on(svi: SVI, data: Tensor, num_steps: int) -> tuple[dict[str, Any], floa
         loss = svi.step(data)
     losses = backends.current().all_gather_json(loss)
     return {name: value.numpy() for name, value in parameters_of_all().items()}, sum(losses) / len(losses)
+
+
+def disagree(kind: str) -> str:
+    """Returns what this rank is told of a parameter that is local on rank 0 alone, or clipped by a global norm."""
+    data = DATA[:4]
+
+    def guide(x: Tensor) -> None:
+        with sharded_plate("rows", len(x), replicated=["z_loc"]):
+            is_local = kind == "clip" or backends.current().rank == 0
+            loc = pyro.param("z_loc", lambda: torch.zeros(len(x)), event_dim=0 if is_local else None)
+            pyro.sample("z", dist.Normal(loc, 1.0))
+
+    def model(x: Tensor) -> None:
+        with sharded_plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    clip = {"global_norm": 1.0} if kind == "clip" else {}
+    svi = SVI(model, guide, optim.DistributedOptimizer(optim.SGD({"lr": 0.1}, clip)), Trace_ELBO())
+    try:
+        svi.step(data.float())
+    except (DisagreementError, ValueError) as error:
+        return str(error)
+    return "no error"

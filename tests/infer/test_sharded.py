@@ -31,7 +31,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 from torch.distributions import constraints
 
-from distopt.infer.sharded import shard, sharded_plate
+from distopt.infer.sharded import shard, sharded_plate, share_plates
 from distopt.reduce.local import LocalParameterError, is_local, local_parameters
 from tests.infer.one_process import assert_same, gradients_of_all, gradients_of_ranks
 
@@ -408,3 +408,26 @@ def test_prediction_with_an_unsharded_guide_works() -> None:
     guide(DATA)
     samples = pyro.infer.Predictive(model, guide=guide, num_samples=3)(DATA)
     assert samples["z"].shape == (3, len(DATA), 2)
+
+
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_weights_of_ranks_fall_on_what_is_not_sharded(is_sharded: bool) -> None:
+    weights = [0.5, 1.4, 1.1]
+
+    def run_shard(rank: int) -> float:
+        model: Any = shard(normal_normal, "rows", num_shards=W) if is_sharded else normal_normal
+        model, guide = share_plates(model, AutoNormal(model, init_loc_fn=init), weights[rank])
+        return float(Trace_ELBO().loss_and_grads(model, guide, SHARDS[rank]))
+
+    if is_sharded:
+        found = gradients_of_ranks(run_shard, range(W))
+        entries = local_parameters()
+        run_all = Trace_ELBO().loss_and_grads
+        expected = gradients_of_all(
+            lambda x: float(run_all(normal_normal, AutoNormal(normal_normal, init_loc_fn=init), x)), DATA, entries
+        )
+        assert_same(found, expected)
+    else:
+        weighted, weights[1] = run_shard(1), 1.0
+        pyro.clear_param_store()
+        assert weighted == pytest.approx(1.4 * run_shard(1))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.infer.sharded_costs import NUM_DIMS, train
-from tests.infer.sharded_runs import normal_posterior, resume, train_and_save, train_in_pyro, train_shard
+from tests.infer.sharded_runs import disagree, normal_posterior, resume, train_and_save, train_in_pyro, train_shard
 from tests.workers import world
 
 
@@ -56,3 +56,13 @@ def test_memory_falls_with_the_number_of_workers_and_bytes_sent_do_not_grow_with
     assert alone["peak"] > 4 * num_rows * NUM_DIMS * 4  # values, gradients, Adam's two moments: the measure sees them
     assert few[0]["calls"] == workers[0]["calls"] == 1
     assert few[0]["bytes"] == workers[0]["bytes"] < 1000
+
+
+def test_parameter_that_is_local_on_one_rank_alone_is_named_on_all() -> None:
+    for told in world("torch_dist", 2).run(disagree, "kind"):
+        assert "'z_loc' differs in kind: rank 0: local; rank 1: replicated" in told
+
+
+def test_global_norm_over_parameters_of_single_ranks_is_refused() -> None:
+    for told in world("torch_dist", 2).run(disagree, "clip"):
+        assert "global_norm" in told and "'z_loc' is this rank's own" in told
