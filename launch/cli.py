@@ -114,6 +114,21 @@ def stop(run: Run) -> None:
     typer.echo(f"{state.phase}\t{state.detail}")
 
 
+@app.command()
+def doctor(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="A run, whose hosts are looked at too.")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+) -> None:
+    """Look at what is installed here and at a run's hosts; exit status 1 when something is broken."""
+    from . import doctor as physician
+
+    run = _load(config, overrides) if config is not None else None
+    raise typer.Exit(physician.print_all(run, as_json=as_json, echo=typer.echo))
+
+
 @config_app.command()
 def show(config: Config, overrides: Overrides = None) -> None:
     """Print the resolved configuration, with all defaults."""

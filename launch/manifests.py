@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -222,6 +223,27 @@ def _resources(config: RunConfig, gpus: bool = True) -> Manifest:
     return {"requests": amounts, "limits": dict(amounts)}
 
 
+def _health(config: RunConfig) -> Manifest:
+    """Returns the port and probes of a worker, where the configuration serves beyond the pod's own loopback."""
+    serve, kind = config.serve, config.launch.kubernetes.kind
+    # An MPIJob's worker is an sshd until the launcher, which waits for workers that are ready, starts ranks in it.
+    if serve.port is None or ipaddress.ip_address(serve.host).is_loopback or kind == "mpijob":
+        return {}
+
+    def probe(path: str, failures: int) -> Manifest:
+        answer = {"httpGet": {"path": path, "port": serve.port}, "periodSeconds": 10, "timeoutSeconds": 5}
+        return {**answer, "failureThreshold": failures}
+
+    found = {
+        "ports": [{"name": "serve", "containerPort": serve.port}],
+        "startupProbe": probe("/healthz", 60),
+        # Workers that torchrun starts again are away for a while, which is no reason to kill the pod.
+        "livenessProbe": probe("/livez", 12),
+    }
+    # A PyTorchJob's pods find each other by a Service that names ready pods alone, and are ready when they have met.
+    return found if kind == "pytorchjob" else {**found, "readinessProbe": probe("/readyz", 3)}
+
+
 def _pod(
     config: RunConfig, command: list[str], container: str = "worker", subdomain: str | None = None, gpus: bool = True
 ) -> Manifest:
@@ -246,6 +268,7 @@ def _pod(
                 "command": command,
                 "env": _env(config),
                 "resources": _resources(config, gpus),
+                **_health(config),
                 "securityContext": {
                     "allowPrivilegeEscalation": False,
                     "readOnlyRootFilesystem": True,

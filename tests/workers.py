@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -107,6 +107,7 @@ class Started:
 
     processes: list[subprocess.Popen[bytes]]
     outputs: list[IO[bytes]]
+    texts: list[str] = field(default_factory=list)  # once they have ended
 
     def wait(self, timeout_s: float) -> list[int | None]:
         """Returns the exit statuses; None for a process that had to be killed when the time was up."""
@@ -132,14 +133,20 @@ class Started:
             except ProcessLookupError:
                 pass
             process.wait()
+        if not self.texts:
+            self.texts = [_read(output) for output in self.outputs]
+            for output in self.outputs:
+                output.close()
 
     def output(self, rank: int | None = None) -> str:
         """What one rank, or all, wrote to stdout and stderr."""
-        texts = []
-        for output in self.outputs if rank is None else [self.outputs[rank]]:
-            output.seek(0)
-            texts.append(output.read().decode(errors="replace"))
-        return "\n".join(texts)
+        texts = self.texts or [_read(output) for output in self.outputs]
+        return "\n".join(texts) if rank is None else texts[rank]
+
+
+def _read(output: IO[bytes]) -> str:
+    output.seek(0)
+    return output.read().decode(errors="replace")
 
 
 def start(kind: str, size: int, argv: Sequence[str], variables: Mapping[str, str] | None = None) -> Started:

@@ -256,7 +256,7 @@ class WayOut:
     """
 
     def __init__(self, world: World) -> None:
-        self._world, self._before = world, sys.excepthook
+        self._world, self._before, self._failed = world, sys.excepthook, False
         sys.excepthook = self._hook
         atexit.register(self._leave)
 
@@ -268,6 +268,7 @@ class WayOut:
             atexit.unregister(self._leave)
 
     def _hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        self._failed = True
         if not issubclass(kind, KeyboardInterrupt) and not isinstance(error, BackendError):
             self._world.fail(error)
         self._before(kind, error, trace)
@@ -278,7 +279,8 @@ class WayOut:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
-        self._world.close()
+        if not self._failed:  # peers that stop because of this rank take no part in an orderly end
+            self._world.close()
 
 
 def _bytes(data: bytes, length: int) -> Tensor:

@@ -96,6 +96,13 @@ class ShardedReader:
         if not any(sizes):
             return LocalState()
         shards = [_Shard(storage, folder, manifest, rank, sizes) for rank, size in enumerate(sizes) if size]
+        try:
+            return self._collect(shards)
+        finally:
+            for shard in shards:
+                shard.close()
+
+    def _collect(self, shards: Sequence[_Shard]) -> LocalState:
         state = LocalState()
         for name in shards[0].params:
             if name not in self._entries:
@@ -160,11 +167,16 @@ class _Shard:
     def __init__(
         self, storage: Storage, folder: str, manifest: Manifest, rank: int, sizes: Sequence[Mapping[str, int]]
     ) -> None:
-        state = StateReader(storage, folder, manifest, shard_name(rank)).visit(lambda note, rows: rows)
+        self._reader = StateReader(storage, folder, manifest, shard_name(rank))
+        state = self._reader.visit(lambda note, rows: rows)
         self.params: dict[str, Any] = state["params"]
         self._explicit: dict[str, RowReader] = state["rows"]
         self._rank, self._sizes = rank, sizes
         self._index: dict[str, NDArray[np.int64]] = {}
+
+    def close(self) -> None:
+        """Lets the file go."""
+        self._reader.close()
 
     def rows(self, plate: str) -> NDArray[np.int64]:
         """Returns the global index of each datapoint in this shard."""

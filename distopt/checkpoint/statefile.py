@@ -228,6 +228,7 @@ class StateReader:
 
     def __init__(self, storage: Storage, folder: str, manifest: Manifest, name: str) -> None:
         self._place = (storage, folder, manifest)
+        self._shared: CheckedFile | None = None
         self._where = f"{storage.root}/{folder}/{name}"
         self._file = f"{name}.safetensors"
         if f"{name}.json.gz" not in manifest.files:
@@ -269,8 +270,23 @@ class StateReader:
         self._check_all_used(used)
         return state
 
+    def shared_file(self) -> CheckedFile:
+        """Returns the tensors' file, opened once: the chunk read last serves its neighbours."""
+        if self._shared is None:
+            self._shared = self._open(self._file)
+        return self._shared
+
+    def close(self) -> None:
+        """Lets go of the file that reading by rows keeps open."""
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
+
     def visit(self, read: Callable[[TensorNote, RowReader], Any]) -> Any:
-        """Returns the state with `read(note, rows)` in the place of each tensor: to read some rows of some of them."""
+        """Returns the state with `read(note, rows)` in the place of each tensor: to read some rows of some of them.
+
+        Call `close` when no more rows are read.
+        """
         used = dict.fromkeys(self._entries, 0)
 
         def get(note: Json) -> Tensor:
@@ -312,8 +328,8 @@ class RowReader:
         shape = (stop - start, *self._note.shape[1:])
         row_bytes = math.prod(self._note.shape[1:]) * self._note.dtype.itemsize
         block = host_bytes((stop - start) * row_bytes)
-        with self._state._open(self._state._file) as file, hash_pool() as pool:
-            file.read_into(self._offset + start * row_bytes, [_bytes_of(block)], pool)
+        with hash_pool() as pool:
+            self._state.shared_file().read_into(self._offset + start * row_bytes, [_bytes_of(block)], pool)
         return _as_dtype(block, TensorNote(self._note.dtype, shape))
 
 

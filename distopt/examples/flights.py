@@ -77,8 +77,12 @@ class Flights:
         spread = sigma * self._deviations("hour_spread", prior_scale=1.0)[hour].exp()
         # Juárez and Steel (2010): little weight on a Cauchy, little on a Normal, all between possible.
         nu = pyro.sample("nu", dist.Gamma(2.0, 0.1))
-        with pyro.plate("flights", self.rows(), subsample=torch.arange(len(delay))):
+        with self._plate(len(delay)):
             pyro.sample("delay", dist.StudentT(nu, location, spread), obs=delay)
+
+    def _plate(self, num_flights: int) -> Any:
+        """The plate over a minibatch of flights."""
+        return pyro.plate("flights", self.rows(), subsample=torch.arange(num_flights))
 
     def _effects(self, name: str, prior_scale: float = 10.0) -> Tensor:
         """Partially pooled effects of a group, (levels,)."""

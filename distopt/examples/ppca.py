@@ -5,7 +5,7 @@ The data are the 1,797 pictures of 8 x 8 pixels that scikit-learn ships (from th
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyro
@@ -39,6 +39,8 @@ class Components:
     References:
         Tipping and Bishop, Probabilistic Principal Component Analysis, JRSS B 61 (1999).
     """
+
+    sharded = True
 
     def __init__(self, num_components: int = 6, seed: int = 0) -> None:
         self.data = read_digits()
@@ -95,13 +97,13 @@ class _InitialValues:
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
-    def __call__(self, site: dict[str, object]) -> Tensor:
+    def __call__(self, site: dict[str, Any]) -> Tensor:
         if site["name"] != "W":
-            fn: dist.TorchDistribution = site["fn"]
-            return torch.full(fn.shape(), 0.3) if site["name"] == "sigma" else torch.zeros(fn.shape())
+            return torch.full(site["fn"].shape(), 0.3 if site["name"] == "sigma" else 0.0)
         with pyro.poutine.block(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            return 0.1 * init_to_sample(site)
+            start: Tensor = 0.1 * init_to_sample(site)
+            return start
 
 
 def read_digits() -> Tensor:

@@ -8,6 +8,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 
+from distopt import backends
+
 NoisePolicy: TypeAlias = Literal["independent", "shared"]
 
 # Odd, so that its multiples reach each of the 2**32 seeds before one comes again; 2**32 over the golden ratio, which
@@ -35,8 +37,15 @@ def noise_seed(seed: int, step: int = 0, rank: int = 0, policy: NoisePolicy = "i
     return (int(base) + (0 if policy == "shared" else rank) * _STRIDE) % 2**32
 
 
+_policy: list[NoisePolicy] = ["independent"]
+
+
 def seed_noise(seed: int, step: int = 0, rank: int = 0, policy: NoisePolicy = "independent") -> None:
-    """Seeds torch, NumPy and Python's `random` for `step`, see `noise_seed`; to draw the same, call it again."""
+    """Seeds torch, NumPy and Python's `random` for `step`, see `noise_seed`.
+
+    Under `shared`, sites in sharded plates still draw a rank's own noise, for their datapoints are its own.
+    """
+    _policy[0] = policy
     number = noise_seed(seed, step, rank, policy)
     random.seed(number)
     np.random.seed(number)
@@ -44,3 +53,32 @@ def seed_noise(seed: int, step: int = 0, rank: int = 0, policy: NoisePolicy = "i
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_available():
         torch.cuda.manual_seed_all(number)
+
+
+class OwnNoise:
+    """A stretch of a shared stream in which a rank draws noise of its own, and after which all are in step again.
+
+    The rank's seed is drawn from the shared stream, so it differs from site to site and is the same at each repetition.
+
+    Args:
+        rank: this rank, which tells its seed from the others'.
+    """
+
+    def __init__(self, rank: int) -> None:
+        drawn = int(torch.randint(2**62, ()))
+        self._cpu = torch.get_rng_state()
+        self._gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        torch.manual_seed(noise_seed(drawn, rank=rank))
+
+    def end(self) -> None:
+        """Goes on with the shared stream."""
+        torch.set_rng_state(self._cpu)
+        if self._gpu is not None:
+            torch.cuda.set_rng_state(self._gpu)
+
+
+def begin_own_noise() -> OwnNoise | None:
+    """Begins a stretch of this rank's own noise where the ranks share theirs; None where they do not."""
+    if _policy[0] == "independent":
+        return None
+    return OwnNoise(backends.current().rank)

@@ -17,10 +17,12 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from distopt.infer.autoguides import Plan, plan_autoguide, set_up
+from distopt.infer.noise import OwnNoise, begin_own_noise
 from distopt.infer.splitting import (
     Unsplit,
     check_guide,
     check_replicated,
+    is_split,
     keep_local,
     plate_shard,
     scale_site,
@@ -175,13 +177,16 @@ class Sharded(partial[Any]):
         fn: Model or guide.
         plates: The sharded plates by name; plates that are found inside are added, and model and guide may share it.
         required: Plates that `fn` must have.
+        weight: By which the density of sites outside sharded plates is multiplied.
     """
 
     plates: dict[str, PlateShard]
 
-    def __new__(cls, fn: Callable[..., Any], plates: dict[str, PlateShard], required: tuple[str, ...] = ()) -> Self:
+    def __new__(
+        cls, fn: Callable[..., Any], plates: dict[str, PlateShard], required: tuple[str, ...] = (), weight: float = 1.0
+    ) -> Self:
         """Binds `fn` to the plates."""
-        run = _Run(plates, () if isinstance(fn, AutoGuide) else required)
+        run = _Run(plates, () if isinstance(fn, AutoGuide) else required, weight)
         self = super().__new__(cls, _Run.__call__, run, fn)
         self.plates = plates
         return self
@@ -193,15 +198,15 @@ class Sharded(partial[Any]):
 class _Run:
     """Runs a model or guide inside `Sharding`, an autoguide with a plan of what it does outside its plates."""
 
-    def __init__(self, plates: dict[str, PlateShard], required: tuple[str, ...]) -> None:
-        self._plates = plates
+    def __init__(self, plates: dict[str, PlateShard], required: tuple[str, ...], weight: float) -> None:
+        self._plates, self._weight = plates, weight
         self._required = required
         self._plan: Plan | None = None
 
     def __call__(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if isinstance(fn, AutoGuide):
             self._prepare(fn, args, kwargs)
-        with Sharding(self._plates, self._plan) as sharding:
+        with Sharding(self._plates, self._plan, weight=self._weight) as sharding:
             result = fn(*args, **kwargs)
         for name in self._required:
             if name not in sharding.seen:
@@ -220,13 +225,16 @@ class _Run:
             self._plan = plan_autoguide(guide, self._plates)
 
 
-def share_plates(model: Callable[..., Any], guide: Callable[..., Any]) -> tuple[Sharded, Sharded]:
-    """Wraps model and guide so that a plate that is sharded in one is so in the other."""
+def share_plates(model: Callable[..., Any], guide: Callable[..., Any], weight: float = 1.0) -> tuple[Sharded, Sharded]:
+    """Wraps model and guide so that a plate that is sharded in one is so in the other.
+
+    Sites outside sharded plates are weighted: with unequal minibatches of replicated plates, by this rank's part.
+    """
     plates: dict[str, PlateShard] = {}
     for fn in (model, guide):
         if isinstance(fn, Sharded):
             plates.update(fn.plates)
-    return Sharded(model, plates), Sharded(guide, plates)
+    return Sharded(model, plates, weight=weight), Sharded(guide, plates, weight=weight)
 
 
 class Sharding(Messenger):  # type: ignore[misc]
@@ -236,15 +244,20 @@ class Sharding(Messenger):  # type: ignore[misc]
         plates: By name. `sharded_plate`s and the plates of handlers that run inside it are added.
         plan: What an autoguide does for datapoints outside its plates.
         check: Whether to check that no replicated parameter follows the shard's size.
+        weight: By which the density of sites outside the plates is multiplied.
     """
 
-    def __init__(self, plates: dict[str, PlateShard], plan: Plan | None = None, *, check: bool = True) -> None:
+    def __init__(
+        self, plates: dict[str, PlateShard], plan: Plan | None = None, *, check: bool = True, weight: float = 1.0
+    ) -> None:
         super().__init__()
+        self._weight = weight
         self.plates = plates
         self.seen: set[str] = set()
         self._plan = plan or Plan(set())
         self._check = check
         self._unsplit: dict[str, Unsplit] = {}
+        self._own_noise: list[tuple[str, OwnNoise | None]] = []
 
     def __enter__(self) -> Sharding:
         for handler in _PYRO_STACK:
@@ -256,6 +269,8 @@ class Sharding(Messenger):  # type: ignore[misc]
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)
+        while self._own_noise:
+            self._end_own_noise()
         if kind is None and self._check:
             check_replicated(self._unsplit, self.plates.values())
 
@@ -267,9 +282,20 @@ class Sharding(Messenger):  # type: ignore[misc]
             scale_site(msg, self._plan.sites[msg["name"]])
         else:
             split_site(msg, self.plates)
+        if self._weight != 1.0 and not is_split(msg):
+            msg["scale"] = msg["scale"] * self._weight
+        if is_split(msg) and not msg["is_observed"] and not msg["done"]:
+            self._own_noise.append((msg["name"], begin_own_noise()))
 
     def _pyro_post_sample(self, msg: Any) -> None:
+        if self._own_noise and self._own_noise[-1][0] == msg["name"]:
+            self._end_own_noise()
         check_guide(msg, self.plates)
+
+    def _end_own_noise(self) -> None:
+        _, noise = self._own_noise.pop()
+        if noise is not None:
+            noise.end()
 
     def _pyro_post_param(self, msg: Any) -> None:
         entry = self._plan.params.get(msg["name"])

@@ -56,6 +56,11 @@ def scale_site(msg: Any, plate: PlateShard) -> None:
         msg[_SPLIT] = True
 
 
+def is_split(msg: Any) -> bool:
+    """Whether a site's scale has been multiplied by the number of ranks."""
+    return bool(msg.get(_SPLIT))
+
+
 def check_guide(msg: Any, plates: Mapping[str, PlateShard]) -> None:
     """Raises when the model's site was drawn by a guide that knows nothing of the sharded plate, while training."""
     if not msg.get(_SPLIT) or msg["is_observed"] or _SPLIT in msg["infer"] or not torch.is_grad_enabled():

@@ -9,6 +9,7 @@ import pyro
 import pyro.infer
 from pyro import poutine
 
+from distopt.infer.sharded import share_plates
 from distopt.optim.distributed import DistributedOptimizer
 
 
@@ -23,12 +24,15 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
     the optimizer's control slots, so it costs no collective of its own. With an optimizer that is not distributed, this
     is Pyro's SVI.
 
+    Plates that are sharded in the model (`sharded_plate`, `shard`) are so in the guide, be it Pyro's own autoguide.
+
     Args:
         model: the model, called with the arguments of `step`.
         guide: the guide, called likewise.
         optim: a `DistributedOptimizer`, or any optimizer that Pyro's SVI takes.
         loss: an ELBO.
-        weight: `w_r`; `GlobalBatches.weight` where ranks read unequally many rows. Their mean must be 1.
+        weight: `w_r`; `GlobalBatches.weight` where ranks read unequally many rows. Their mean must be 1. Sites in
+            sharded plates are not weighted.
     """
 
     def __init__(
@@ -40,9 +44,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         *,
         weight: float = 1.0,
     ) -> None:
-        if weight != 1.0:
-            model, guide = poutine.scale(model, scale=weight), poutine.scale(guide, scale=weight)
-        super().__init__(model, guide, optim, loss)
+        super().__init__(*share_plates(model, guide, weight), optim, loss)
 
     def init(self, *args: Any, **kwargs: Any) -> None:
         """Runs guide and model once, so that their parameters exist before the first step, and changes none.

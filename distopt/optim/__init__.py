@@ -16,12 +16,13 @@ from distopt.optim.pytorch_optimizers import __all__ as _generated
 from distopt.optim.state import is_scheduler
 
 if TYPE_CHECKING:
-    from distopt.optim.distributed import DDPOptimizer, DistributedOptimizer, HorovodOptimizer
+    from distopt.optim.distributed import DDPOptimizer, DistributedMultiOptimizer, DistributedOptimizer, HorovodOptimizer
 
-_DISTRIBUTED = ("DDPOptimizer", "DistributedOptimizer", "HorovodOptimizer")
+_DISTRIBUTED = ("DDPOptimizer", "DistributedMultiOptimizer", "DistributedOptimizer", "HorovodOptimizer")
 
 __all__ = [
     "DDPOptimizer",
+    "DistributedMultiOptimizer",
     "DistributedOptimizer",
     "FlatGradients",
     "HorovodOptimizer",

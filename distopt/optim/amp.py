@@ -35,12 +35,18 @@ def scaled_step(scaler: GradScaler, gradients: Sequence[Tensor], step: Callable[
     Returns:
         Whether the step was taken.
     """
-    view, taken = _Gradients(gradients, lambda: None), []
+    taken = False
+
+    def take() -> None:
+        nonlocal taken
+        step()
+        taken = True
+
+    view = _Gradients(gradients, take)
     scaler.unscale_(view)
-    view._apply = lambda: taken.append(step())
     scaler.step(view)
     scaler.update()
-    return bool(taken)
+    return taken
 
 
 class ScaledELBO(ELBO):  # type: ignore[misc]

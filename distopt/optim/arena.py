@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 from torch.utils.weak import WeakTensorKeyDictionary
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -17,34 +19,29 @@ _use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
 _home: Any = WeakTensorKeyDictionary()  # parameter -> the address that an arena gave it
 
 
-def is_packable(p: Tensor) -> bool:
-    """Returns whether the bytes of `p` may be moved without anybody noticing.
+def num_aliases(p: Tensor) -> float:
+    """Returns how many other tensors use the memory of `p`; infinity when its bytes cannot be packed at all.
 
-    They may when `p` is a small dense tensor that alone uses its storage, and torch allocated that storage (memory of
-    numpy, of a file or of another process has owners that torch does not know).
+    They can when `p` is a small dense tensor that covers its storage, and torch allocated that storage (memory of
+    numpy, of a file or of another process has owners that torch does not know). With no alias nobody can notice.
     """
-    return (
-        type(p) in (Tensor, torch.nn.Parameter)
-        and p.layout is torch.strided
-        and p.dtype in DTYPES
-        and p.device.type in ("cpu", "cuda")
-        and 0 < p.numel() <= MAX_NUMEL
-        and p.is_contiguous()
-        and not p.is_neg()
-        and _is_alone_in_its_storage(p)
-    )
-
-
-def _is_alone_in_its_storage(p: Tensor) -> bool:
+    if (
+        type(p) not in (Tensor, torch.nn.Parameter)
+        or p.layout is not torch.strided
+        or p.dtype not in DTYPES
+        or p.device.type not in ("cpu", "cuda")
+        or not 0 < p.numel() <= MAX_NUMEL
+        or not p.is_contiguous()
+        or p.is_neg()
+        or _use_count is None
+    ):
+        return math.inf
     storage = p.untyped_storage()
     if storage.nbytes() != p.numel() * p.element_size() or (p.device.type == "cpu" and storage.is_shared()):
-        return False
-    # Two uses: the tensor's and that of `storage` here.
-    return (
-        _use_count is not None
-        and _use_count(storage._cdata) <= 2
-        and (storage.resizable() or _home.get(p) == p.data_ptr())
-    )
+        return math.inf
+    if not storage.resizable() and _home.get(p) != p.data_ptr():
+        return math.inf
+    return float(_use_count(storage._cdata) - 2)  # without p itself and `storage` here
 
 
 class Arena:
@@ -66,8 +63,8 @@ class Arena:
         self.flat = torch.empty(sum(self.numels), dtype=first.dtype, device=first.device)
         with torch.no_grad():
             torch.cat([p.detach().reshape(-1) for p in params], out=self.flat)
-            for p, segment in zip(params, self.flat.split(self.numels), strict=True):
-                p.data = torch.from_dlpack(segment).view(p.shape)
+            for p, segment in zip(params, torch.split(self.flat, self.numels), strict=True):
+                p.data = from_dlpack(segment).view(p.shape)
         self.pointers = [p.data_ptr() for p in params]
         for p, pointer in zip(params, self.pointers, strict=True):
             _home[p] = pointer

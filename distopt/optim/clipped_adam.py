@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from distopt.optim.fused_adam import adam_, is_fusable
+
+_CACHED_NUMEL = 65_536  # four float32 arrays of this length fit a second-level cache
 
 
 class ClippedAdam(Optimizer):
@@ -103,8 +105,6 @@ class ClippedAdam(Optimizer):
         states = [self._state(p) for p in params]
         for state in states:
             state["step"] += 1
-        torch._foreach_clamp_min_(grads, -group["clip_norm"])
-        torch._foreach_clamp_max_(grads, group["clip_norm"])
         if not group["centered_variance"] and is_fusable(params + grads):
             self._step_fused(group, params, grads, states)
         else:
@@ -117,22 +117,33 @@ class ClippedAdam(Optimizer):
         for i, state in enumerate(states):
             by_step[int(state["step"])].append(i)
         for step, chosen in by_step.items():
-            adam_(
+            lists = [
                 [params[i] for i in chosen],
                 [grads[i] for i in chosen],
                 [states[i]["exp_avg"] for i in chosen],
                 [states[i]["exp_avg_sq"] for i in chosen],
-                step=step,
-                lr=group["lr"],
-                beta1=beta1,
-                beta2=beta2,
-                eps=group["eps"] / math.sqrt(1 - beta2**step),
-                weight_decay=group["weight_decay"],
-            )
+            ]
+            for part in _cache_sized(lists):
+                if len(part[1]) == 1:
+                    part[1][0].clamp_(-group["clip_norm"], group["clip_norm"])
+                else:
+                    torch._foreach_clamp_min_(part[1], -group["clip_norm"])
+                    torch._foreach_clamp_max_(part[1], group["clip_norm"])
+                adam_(
+                    *part,
+                    step=step,
+                    lr=group["lr"],
+                    beta1=beta1,
+                    beta2=beta2,
+                    eps=group["eps"] / math.sqrt(1 - beta2**step),
+                    weight_decay=group["weight_decay"],
+                )
 
     def _step_foreach(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[Any]
     ) -> None:
+        torch._foreach_clamp_min_(grads, -group["clip_norm"])
+        torch._foreach_clamp_max_(grads, group["clip_norm"])
         if group["weight_decay"] != 0:
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
         beta1, beta2 = group["betas"]
@@ -155,3 +166,16 @@ class ClippedAdam(Optimizer):
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
         return state
+
+
+def _cache_sized(lists: list[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
+    """Parts lists of contiguous tensors, and big tensors among them, so that two passes share a cache."""
+    small: list[int] = []
+    for i, first in enumerate(lists[0]):
+        if first.numel() <= _CACHED_NUMEL:
+            small.append(i)
+            continue
+        for pieces in zip(*(torch.split(tensors[i].view(-1), _CACHED_NUMEL) for tensors in lists), strict=True):
+            yield [[piece] for piece in pieces]
+    if small:
+        yield [[tensors[i] for i in small] for tensors in lists]

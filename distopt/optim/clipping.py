@@ -46,7 +46,7 @@ def clip_by_norm_(buffer: Tensor, numels: Sequence[int], max_norm: float) -> Non
         numels: length of each segment.
         max_norm: as in `torch.nn.utils.clip_grad_norm_`, whose coefficient `max_norm / (norm + 1e-6)` is used.
     """
-    segments = [s for s in buffer.split(list(numels)) if s.numel()]
+    segments = [s for s in torch.split(buffer, list(numels)) if s.numel()]
     norms = torch.stack(torch._foreach_norm(segments))
     coefficients = (max_norm / (norms + _EPS)).clamp_(max=1.0)
     lengths = torch.tensor([s.numel() for s in segments], device=buffer.device)

@@ -133,13 +133,15 @@ def to_frequency(x: Tensor, dim: int) -> Tensor:
     """Returns `x` and behind it, along `dim`, its cosine transform, padded to a length that transforms fast."""
     length = x.size(dim)
     padding = x.new_zeros(x.shape[:dim] + (next_fast_len(length) - length,) + x.shape[x.dim() + dim + 1 :])
-    return torch.cat([x, dct(torch.cat([x, padding], dim), dim)], dim)
+    frequency: Tensor = dct(torch.cat([x, padding], dim), dim)
+    return torch.cat([x, frequency], dim)
 
 
 def from_frequency(y: Tensor, dim: int, length: int) -> Tensor:
     """Returns the part of `y` in time plus the inverse transform of the rest, both of `length` along `dim`."""
     time = y.narrow(dim, 0, length)
-    return time + idct(y.narrow(dim, length, y.size(dim) - length), dim).narrow(dim, 0, length)
+    padded: Tensor = idct(y.narrow(dim, length, y.size(dim) - length), dim)
+    return time + padded.narrow(dim, 0, length)
 
 
 def _moments_(group: dict[str, Any], gradient: Tensor, mean: Tensor, square: Tensor) -> Tensor:
@@ -147,12 +149,14 @@ def _moments_(group: dict[str, Any], gradient: Tensor, mean: Tensor, square: Ten
     beta1, beta2 = group["betas"]
     mean.mul_(beta1).add_(gradient, alpha=1 - beta1)
     square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    return mean / (square.sqrt() + group["eps"])
+    eps: float = group["eps"]
+    return mean / (square.sqrt() + eps)
 
 
 def _step_size(group: dict[str, Any], step: int) -> float:
     beta1, beta2 = group["betas"]
-    return float(group["lr"]) * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+    size: float = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+    return size
 
 
 def _rows(p: Tensor, subsample: Mapping[int, Tensor]) -> tuple[Tensor, ...]:

@@ -38,7 +38,6 @@ _FOREACH = frozenset(
         torch.optim.ASGD,
         torch.optim.Adadelta,
         torch.optim.Adamax,
-        torch.optim.NAdam,
         torch.optim.RAdam,
         torch.optim.Rprop,
     }

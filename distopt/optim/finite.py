@@ -20,7 +20,7 @@ def nonfinite_names(plan: Plan, buffers: Iterable[Tensor]) -> tuple[str, ...]:
     """Returns the names of the parameters whose gradient is not finite, sorted."""
     names = []
     for group, buffer in zip(plan.packed, buffers, strict=True):
-        segments = buffer.split(group.numels)
+        segments = torch.split(buffer, group.numels)
         names += [name for name, s in zip(group.names, segments, strict=True) if not all_finite([s])]
     for _, members in plan.listed:
         names += [m.name for m in members if m.param.grad is not None and not all_finite([m.param.grad])]

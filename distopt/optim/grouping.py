@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
-from distopt.optim.arena import is_packable
+from distopt.optim.aliases import num_forgotten_aliases
+from distopt.optim.arena import num_aliases
 from distopt.optim.families import drifts, switches
 from distopt.optim.groups import Construct, ListGroup, Member, PackedGroup
 from distopt.optim.state import State, frozen, hyper_of, life_of, optimizer_of, optimizer_part
@@ -15,6 +17,7 @@ MAX_PACKED = 8
 """Packed groups of one key before the smaller ones are listed together, so that groups do not multiply."""
 
 _SPLINTER = 16
+_MAX_SEARCHES = 8  # for holders of a parameter's memory: each takes a while
 
 Placed = tuple[Member, State | None]
 
@@ -32,6 +35,7 @@ class Grouping:
         self._construct = construct
         self._packed: dict[Hashable, list[PackedGroup]] = defaultdict(list)
         self._listed: dict[Hashable, list[ListGroup]] = defaultdict(list)
+        self._num_searches = 0
 
     def __iter__(self) -> Iterator[PackedGroup | ListGroup]:
         for groups in (self._packed, self._listed):
@@ -45,12 +49,14 @@ class Grouping:
             placed: parameters, each with its state; None for one without any.
             packing: whether their bytes may be moved side by side.
         """
-        buckets: dict[Hashable, list[Placed]] = defaultdict(list)
+        placed = list(placed)
+        buckets: dict[tuple[Hashable, ...], list[Placed]] = defaultdict(list)
+        movable = self._movable([m for m, _ in placed if packing and not m.alone])
         for m, state in placed:
             life = life_of(state, m.param.numel())
             if m.alone:
                 buckets["alone", id(m)].append((m, state))
-            elif packing and life is not None and is_packable(m.param):
+            elif id(m) in movable and life is not None:
                 buckets["packed", m.key, life].append((m, state))
             elif drifts(m.args):
                 m.alone = True
@@ -70,10 +76,10 @@ class Grouping:
         if packing:
             self._bound()
 
-    def extract(self, members: Iterable[Member]) -> list[Placed]:
+    def extract(self, members: Iterable[Member]) -> list[tuple[Member, State]]:
         """Takes `members` out of their groups and returns them with their states; the others stay together."""
         leaving = {id(m): m for m in members}
-        result: list[Placed] = []
+        result: list[tuple[Member, State]] = []
         for group in {id(m.group): m.group for m in leaving.values()}.values():
             if group is None:
                 continue
@@ -82,9 +88,9 @@ class Grouping:
             if isinstance(group, PackedGroup):
                 self._packed[group.members[0].key].remove(group)
                 self.place((m, s) for m, s in states if id(m) not in leaving)
-            elif all(id(m) in leaving for m in group.members):
+            elif isinstance(group, ListGroup) and all(id(m) in leaving for m in group.members):
                 self._listed[group.members[0].key].remove(group)
-            else:
+            elif isinstance(group, ListGroup):
                 group.remove(set(leaving))
         for m in leaving.values():
             m.group = None
@@ -117,6 +123,16 @@ class Grouping:
                 self.place(states, packing=False)
             if not groups:
                 del self._packed[key]
+
+    def _movable(self, members: Sequence[Member]) -> set[int]:
+        """Returns the ids of those members whose parameters may be packed."""
+        found = {id(m): num_aliases(m.param) for m in members}
+        doubtful = [m for m in members if 0 < found[id(m)] < math.inf]
+        if doubtful and self._num_searches < _MAX_SEARCHES:
+            self._num_searches += 1
+            for m, forgotten in zip(doubtful, num_forgotten_aliases([m.param for m in doubtful]), strict=True):
+                found[id(m)] -= forgotten
+        return {i for i, number in found.items() if number <= 0}
 
     def _extra(self, member: Member, listed: bool) -> dict[str, Any]:
         p = member.param

@@ -14,6 +14,7 @@ from torch import Tensor
 from distopt.optim.arena import Arena
 from distopt.optim.clipping import Clip, clip_each_, clip_segments_
 from distopt.optim.state import (
+    SCALARS,
     State,
     copied,
     is_scheduler,
@@ -77,6 +78,13 @@ def reloaded(handle: Any, state: State | None, extra: dict[str, Any]) -> Any:
         for group in part["param_groups"]:
             group.update(extra)
         load_into(handle, state)
+        optimizer = optimizer_of(handle)
+        if part["state"]:
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # no warning of a scheduler stepped first
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, values in part["state"].items():
+            for key in SCALARS & values.keys() - {"step"}:  # torch casts them to the parameter's dtype, which rounds
+                optimizer.state[params[i]][key] = values[key]
     return handle
 
 
@@ -124,7 +132,7 @@ class PackedGroup:
         )
         self._step = direct_step(self.handle)
         self.buffer = torch.empty_like(flat)
-        self._views = [v.view(p.shape) for v, p in zip(self.buffer.split(self.numels), self.params, strict=True)]
+        self._views = [v.view(p.shape) for v, p in zip(torch.split(self.buffer, self.numels), self.params, strict=True)]
         self._is_1d = all(p.dim() == 1 for p in self.params)
         self._index = {id(m): i for i, m in enumerate(self.members)}
         for m in self.members:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from distopt.optim.arguments import Args
+from distopt.optim.arguments import Args, args_for
 from distopt.optim.composed import composed
 from distopt.optim.optim import PyroOptim
+from distopt.optim.state import State, copied, load_into
 
 
 class PyroLRScheduler(PyroOptim):
@@ -75,6 +77,21 @@ class PyroLRScheduler(PyroOptim):
         self._num_steps += 1
         for group in self._groups:
             group.handle.step(*args, **kwargs)
+        for name, state in self._waiting.items():
+            self._waiting[name] = self._advanced(name, state, args, kwargs)
+
+    def _advanced(self, name: str, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
+        """Returns state that was loaded for a parameter not seen yet, its schedule one step further."""
+        handle = self._construct([torch.zeros(1)], args_for("optim_args", self.pt_optim_args, name))
+        groups = state["optimizer"]["param_groups"]
+        load_into(handle, {"scheduler": state["scheduler"], "optimizer": {"state": {}, "param_groups": groups}})
+        handle.optimizer._opt_called = True
+        handle.step(*args, **kwargs)
+        moments = state["optimizer"]["state"]
+        return {
+            "scheduler": copied(handle.state_dict()),
+            "optimizer": {"state": moments, "param_groups": handle.optimizer.state_dict()["param_groups"]},
+        }
 
     def _construct(self, params: list[Any], args: dict[str, Any]) -> Any:
         return composed(self.pt_scheduler_constructor, super()._construct(params, args), self.kwargs)

@@ -52,10 +52,10 @@ def newton_update(loss: Tensor, x: Tensor, trust_radius: float | None = None, re
         raise ValueError(f"Newton: the loss has shape {tuple(loss.shape)}, expected a scalar.")
     if x.dim() < 1:
         raise ValueError("Newton: a variable has shape (), expected (..., D); reshape it to (1,).")
-    g = reduce(torch.autograd.grad(loss, [x], create_graph=True)[0])  # (..., D)
+    local = torch.autograd.grad(loss, [x], create_graph=True)[0]  # (..., D)
     size = x.shape[-1]
-    rows = [torch.autograd.grad(g[..., i].sum(), [x], create_graph=True)[0] for i in range(size)]
-    hessian = reduce(torch.stack(rows, dim=-1))  # (..., D, D)
+    rows = [torch.autograd.grad(local[..., i].sum(), [x], create_graph=True)[0] for i in range(size)]
+    g, hessian = reduce(local), reduce(torch.stack(rows, dim=-1))  # (..., D), (..., D, D)
     if size == 1:
         step = g / hessian[..., 0].clamp(min=_TINY)
         step = torch.where(step.isnan(), torch.zeros_like(step), step)
@@ -64,4 +64,5 @@ def newton_update(loss: Tensor, x: Tensor, trust_radius: float | None = None, re
         smallest = torch.linalg.eigvalsh(hessian)[..., 0]  # (...)
         shift = (torch.linalg.vector_norm(g, dim=-1) / trust_radius - smallest).clamp(min=_TINY)
         hessian = hessian + shift[..., None, None] * torch.eye(size, dtype=x.dtype, device=x.device)
-    return x.detach() - torch.linalg.solve(hessian, g)
+    solved: Tensor = torch.linalg.solve(hessian, g)
+    return x.detach() - solved

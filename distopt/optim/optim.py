@@ -201,6 +201,11 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         with open(filename, "rb") as file:
             self.set_state(torch.load(file, map_location=map_location, weights_only=True))
 
+    @property
+    def optim_objs(self) -> dict[Tensor, Any]:
+        """The torch optimizer (or scheduler) of each parameter; parameters that are stepped together share one."""
+        return {m.param: m.group.handle for m in self._roster if m.group is not None}
+
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _construct(self, params: list[Any], args: dict[str, Any]) -> Any:

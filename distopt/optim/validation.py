@@ -80,7 +80,7 @@ def check_state(
         )
     if not shaped:
         return
-    values = next(iter(part["state"].values()), {})
+    values: Mapping[str, Any] = next(iter(part["state"].values()), {})
     for key, value in values.items():
         if isinstance(value, Tensor) and key not in SCALARS and value.shape != param.shape:
             raise ValueError(

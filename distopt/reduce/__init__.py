@@ -1,7 +1,8 @@
 """Gradients of many workers become one gradient: agreement on parameters, buckets, compression."""
 
 from distopt.reduce.errors import DisagreementError, DriftError, PeerError
-from distopt.reduce.reducer import Brought, Part, Reduced, Reducer
+from distopt.reduce.parts import Brought, Part, Reduced
+from distopt.reduce.reducer import Reducer
 from distopt.reduce.settings import Settings
 
 __all__ = ["Brought", "DisagreementError", "DriftError", "Part", "PeerError", "Reduced", "Reducer", "Settings"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from operator import attrgetter
+from types import NoneType
+from typing import Any
 
 import pyro
 import torch
@@ -19,58 +19,12 @@ from distopt.reduce.errors import PeerError
 from distopt.reduce.layout import Bucket, Entry, Layout
 from distopt.reduce.local import any_local, local_parameter
 from distopt.reduce.overlap import Overlap
+from distopt.reduce.parts import Brought, Part, Reduced
 from distopt.reduce.settings import Settings
 from distopt.reduce.sparse import sum_sparse
 
+_gradient, _is_sparse = attrgetter("grad"), attrgetter("is_sparse")
 _MAX_PATTERNS = 64  # of which parameters are touched: enough for a model whose minibatches alternate
-
-
-class Part(NamedTuple):
-    """Reduced gradients of some parameters, side by side.
-
-    In the steady state `names` and `params` are the same tuples at each step.
-    """
-
-    names: tuple[str, ...]
-    params: tuple[Tensor, ...]
-    buffer: Tensor
-
-
-@dataclass
-class Brought:
-    """What one rank brings to a reduction.
-
-    Attributes:
-        params: the unconstrained tensors of this call.
-        gradients: by place in the layout; None where this rank has none.
-        complete: whether no gradient is None and none is sparse.
-        news: parameters that the layout lacks or holds otherwise, with their gradients.
-        own: (name, parameter, gradient) of parameters that belong to this rank alone.
-    """
-
-    params: Sequence[Tensor] = ()
-    gradients: Sequence[Tensor | None] = ()
-    complete: bool = False
-    news: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
-    own: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
-
-
-@dataclass
-class Reduced:
-    """The gradients that every rank steps by, equal on all ranks, and what the ranks have told each other."""
-
-    heard: Heard
-    dense: list[Part] = field(default_factory=list)
-    loose: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
-    num_own: int = 0  # the last ones of `loose`: of this rank alone
-
-    def norm(self) -> float:
-        """Returns the 2-norm of the gradients that are equal on all ranks."""
-        shared = [gradient for _, _, gradient in self.loose[: len(self.loose) - self.num_own]]
-        parts = [part.buffer for part in self.dense] + [
-            each.coalesce().values() if each.is_sparse else each for each in shared
-        ]
-        return math.sqrt(sum(float(part.abs().square().sum(dtype=torch.float64)) for part in parts))
 
 
 class Reducer:
@@ -121,8 +75,8 @@ class Reducer:
         if None in places or not self._is_current(layout):
             return self._look_closely(params)
         if len(places) == len(layout.params) and not layout.sparse:
-            gradients = [param.grad for param in layout.params]
-            if not any(gradient is None or gradient.is_sparse for gradient in gradients):
+            gradients = list(map(_gradient, layout.params))
+            if _all_dense(gradients):
                 return Brought(params, gradients, complete=True)
         return self._look_closely(params)
 
@@ -156,7 +110,7 @@ class Reducer:
             else:
                 gradients[place] = gradient
         brought.gradients = gradients
-        brought.complete = not layout.sparse and not any(g is None or g.is_sparse for g in gradients)
+        brought.complete = not layout.sparse and _all_dense(gradients)
         return brought
 
     # Rounds.
@@ -284,7 +238,7 @@ class Reducer:
         if brought is None:
             bucket.buffer.zero_()
             return
-        gradients = [brought.gradients[index] for index in bucket.indices]
+        gradients = list(map(brought.gradients.__getitem__, bucket.indices))
         if brought.complete and gradients:
             torch._foreach_copy_(bucket.views, gradients)  # type: ignore[arg-type]  # none is None
         else:
@@ -384,6 +338,11 @@ class Reducer:
     def forget_errors(self) -> None:
         """Drops what compression keeps from step to step, as after a gradient that was not finite."""
         self._exchange.forget(set(self.layout.names))
+
+
+def _all_dense(gradients: Sequence[Tensor | None]) -> bool:
+    # Loops of the interpreter's own: a thousand parameters are looked at in each step.
+    return NoneType not in set(map(type, gradients)) and not any(map(_is_sparse, gradients))
 
 
 def _is_dense_now(entry: Entry, gradient: Tensor | None) -> bool:

@@ -40,7 +40,7 @@ def sum_sparse(backend: Backend, entries: Sequence[Entry], gradients: Sequence[T
             all_indices, all_values = backend.all_gather(indices), _gather_values(backend, values)
             indices = torch.cat([part[:, :count] for part, count in zip(all_indices, nnz, strict=True)], dim=1)
             values = torch.cat([part[:count] for part, count in zip(all_values, nnz, strict=True)])
-        sums.append(torch.sparse_coo_tensor(indices, values, entry.shape).coalesce())
+        sums.append(torch.sparse_coo_tensor(indices, values, entry.shape, check_invariants=False).coalesce())
     return sums
 
 

@@ -19,12 +19,13 @@ from torch import nn
 
 import distopt.optim
 from distopt.backends import Backend, BackendError, init
+from distopt.backends.environment import find_place
 from distopt.checkpoint import Checkpointer, CheckpointError, Restored
 from distopt.config import RunConfig
 from distopt.data import GlobalBatches
 from distopt.infer import SVI, seed_noise
 from distopt.optim import DistributedOptimizer, PyroOptim
-from distopt.reduce import DisagreementError, PeerError
+from distopt.reduce import DisagreementError, DriftError, PeerError
 from distopt.train.metrics import Metrics, read_metrics
 from distopt.train.progress import StepProgress, printer
 from distopt.train.report import Report, elbo_figure
@@ -37,7 +38,8 @@ CHECKPOINTS = "checkpoints"
 REPORT = "report.html"
 _INIT_ROWS = 1024
 # What a user mends by reading one line; anything else is a defect and shows where it happened.
-_PLAIN_ERRORS = (TaskError, BackendError, CheckpointError, PeerError, DisagreementError, ServeError)
+_SHARED_ERRORS = (BackendError, PeerError, DisagreementError, DriftError)
+_PLAIN_ERRORS = (*_SHARED_ERRORS, TaskError, CheckpointError, ServeError)
 
 
 def run(config: RunConfig) -> int:
@@ -54,12 +56,16 @@ def run(config: RunConfig) -> int:
     """
     backend: Backend | None = None
     try:
-        with StopSignals() as stop:
+        status, place = Status(), find_place()
+        # Served before the ranks have met: waiting for the others is when one wants to ask.
+        with StopSignals() as stop, serving(config.serve, status, (place and place.local_rank) or 0):
             backend = init(config.reduce.backend, timeout=timedelta(seconds=config.reduce.timeout_s))
-            status = Status()
-            with serving(config.serve, status, backend.local_rank):
-                return _Worker(config, backend, status, stop).run()
-    except _PLAIN_ERRORS as error:
+            return _Worker(config, backend, status, stop).run()
+    except Exception as error:
+        if backend is not None and not isinstance(error, _SHARED_ERRORS):
+            backend.fail(error)  # the others wait for this rank, and raise this cause instead
+        if not isinstance(error, _PLAIN_ERRORS):
+            raise
         place = f"rank {backend.rank} of {backend.world_size}: " if backend is not None else ""
         print(f"distopt: {place}{error}", file=sys.stderr, flush=True)
         return 1
@@ -79,6 +85,11 @@ class _Worker:
         self.batches = GlobalBatches(
             self.task.rows(), config.data.global_batch, config.seed, backend.rank, backend.world_size
         )
+        if getattr(self.task, "sharded", False) and not self.batches.full:
+            raise TaskError(
+                f"data.global_batch is {self.batches.global_batch:,}, but {config.task} keeps its rows on their ranks "
+                "and takes all of them at each step: set it to null"
+            )
         wrapped, self.step_schedule = make_optimizer(config)
         self.optimizer = DistributedOptimizer(
             wrapped,
@@ -115,6 +126,8 @@ class _Worker:
         if stopped_at < config.train.num_steps:
             self.say(f"stopped after step {stopped_at:,}; the same command goes on from there")
             return 128 + (self.stop.received or signal.SIGTERM)
+        if hasattr(self.task, "collect"):
+            self.task.collect()
         if self.backend.rank == 0:
             self._report()
         self.backend.barrier()
@@ -138,9 +151,12 @@ class _Worker:
         return task
 
     def _begin(self) -> None:
-        """Makes the parameters, from the same rows and noise on all ranks however many there are."""
+        """Makes the parameters, from the same rows and noise on all ranks; of a sharded task, from each rank's own."""
         seed_noise(self.config.seed)
-        rows = GlobalBatches(self.task.rows(), min(_INIT_ROWS, self.task.rows()), self.config.seed).rows(0)
+        if getattr(self.task, "sharded", False):
+            rows = self.batches.rows(0)
+        else:
+            rows = GlobalBatches(self.task.rows(), min(_INIT_ROWS, self.task.rows()), self.config.seed).rows(0)
         try:
             self.svi.init(*self.task.batch(rows))
         except Exception as error:

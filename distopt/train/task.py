@@ -21,6 +21,10 @@ class Task(Protocol):
     It is built on every rank and must come out the same on all of them. In the model, the plate over rows has the size
     `rows()` whatever the batch, as in `pyro.plate("rows", self.rows(), subsample=torch.arange(len(y)))`: then the
     ranks' mean loss is the loss of all their rows.
+
+    A task whose rows are the datapoints of a sharded plate, with variables of their own, says `sharded = True`: each
+    rank then gets the same rows at every step, all that it holds, and `data.global_batch` must be null. If it has a
+    method `collect()`, that is called on every rank once the run is done, before the report: there it can `gather`.
     """
 
     model: Callable[..., Any]

@@ -56,7 +56,8 @@ class Row:
 
     def __str__(self) -> str:
         verdict = "ok" if self.ratio >= self.needed else "MISSED"
-        return f"{self.what:<44} {self.ratio:8.1f} x {self.against:<12} needed {self.needed:6.1f}  {verdict:<6} ({self.ours_us:,.0f} us)"
+        needed, us = f"needed {self.needed:6.1f}", f"({self.ours_us:,.0f} us)"
+        return f"{self.what:<44} {self.ratio:8.1f} x {self.against:<12} {needed}  {verdict:<6} {us}"
 
 
 def _params(prefix: str, count: int, numel: int) -> list[torch.Tensor]:
@@ -84,7 +85,7 @@ def interleaved(candidates: dict[str, Callable[[], Any]], seconds: float = 1.0, 
     try:
         for _ in range(rounds):
             for name, run in candidates.items():
-                n = max(1, min(200, round(share / once[name])))
+                n = max(3, min(200, round(share / once[name])))
                 start = time.thread_time()
                 for _ in range(n):
                     run()

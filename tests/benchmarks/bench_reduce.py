@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests import workers
 
-ROUNDS, BATCH = 12, 4
+ROUNDS, BATCH = 8, 3
 BIG = "10 M-parameter network"
 SIZES = {"10 × 100": 10, "100 × 100": 100, "1000 × 100": 1000}
 Times = dict[str, dict[str, list[float]]]  # model -> contender -> seconds of a step, one per round
@@ -73,7 +73,7 @@ def time_contenders(kind: str, model: str) -> dict[str, list[float]]:
         steps[name] = make()
         stores[name] = store.get_state()
     times: dict[str, list[float]] = {name: [] for name in steps}
-    rounds = ROUNDS if model != BIG else 6
+    rounds = ROUNDS if model != BIG else 4
     for number in range(rounds + 1):
         for name, step in steps.items():
             # Each contender has parameters of its own, put back before the clock starts.
@@ -168,6 +168,7 @@ def compare() -> int:
     for kind in ("horovod", "torch_dist"):
         world = workers.world(kind, 2)
         for model in models:
+            print(f"timing {model} on {kind}", file=sys.stderr, flush=True)
             told = world.run(time_contenders, kind, model, timeout_s=170)
             for name in told[0]:
                 # A step is done when the slower rank is.
@@ -222,10 +223,18 @@ def _judge(added: dict[str, dict[str, float]], whole: dict[str, dict[str, float]
     return missed
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["scaling"]:
-        from tests.benchmarks.scaling import main
+def main(words: list[str]) -> int:
+    """Runs the comparison, or with `scaling` the study of how the cost grows."""
+    if words == ["scaling"]:
+        from tests.benchmarks import scaling
 
-        main()
-    else:
-        compare()
+        scaling.main()
+        return 0
+    return compare()
+
+
+if __name__ == "__main__":
+    # By its own name, so that the ranks find what they are sent.
+    from tests.benchmarks import bench_reduce
+
+    bench_reduce.main(sys.argv[1:])

@@ -324,18 +324,23 @@ def test_rows_when_read_alone_are_checked_and_equal_those_read_with_the_rest(tmp
     storage, folder = commit_state(tmp_path, state)
     manifest = verify(storage, folder)
     wanted = {"large": (rows // 2, rows // 2 + 7), "small": (2, 5)}
-    spans = iter(wanted.values())
-    found = StateReader(storage, folder, manifest, "replicated").visit(lambda note, rows: rows.read(*next(spans)))
+    found = read_rows(storage, folder, manifest, wanted)
     for name, (start, stop) in wanted.items():
         assert torch.equal(found[name], state[name][start:stop])
     path = tmp_path / folder / "replicated.safetensors"
     raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1  # in a chunk that the rows do not touch
+    raw[-1] ^= 1  # in a chunk that the rows of "large" do not touch
     path.write_bytes(raw)
-    spans = iter(wanted.values())
-    StateReader(storage, folder, manifest, "replicated").visit(lambda note, rows: rows.read(*next(spans)))
+    assert torch.equal(read_rows(storage, folder, manifest, wanted)["large"], found["large"])
     raw[rows // 2 * 400 + 1000] ^= 1
     path.write_bytes(raw)
-    spans = iter(wanted.values())
     with pytest.raises(CorruptCheckpointError):
-        StateReader(storage, folder, manifest, "replicated").visit(lambda note, rows: rows.read(*next(spans)))
+        read_rows(storage, folder, manifest, wanted)
+
+
+def read_rows(storage, folder, manifest, wanted):
+    reader, spans = StateReader(storage, folder, manifest, "replicated"), iter(wanted.values())
+    try:
+        return reader.visit(lambda note, rows: rows.read(*next(spans)))
+    finally:
+        reader.close()

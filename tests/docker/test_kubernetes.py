@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -77,6 +78,45 @@ def test_every_launch_command_of_the_guide_is_a_valid_configuration(command: str
     assert found == []
     (run,) = [manifest for manifest in manifests(config) if manifest["kind"].lower() == config.launch.kubernetes.kind]
     assert run["metadata"]["namespace"] == "distopt"
+
+
+def container(kind: str, *overrides: str) -> dict[str, Any]:
+    """Returns the first worker's container as the launcher renders it."""
+    platform = ["launch.platform=kubernetes", "launch.kubernetes.image=image", f"launch.kubernetes.kind={kind}"]
+    config = load_config(ROOT / "configs/flights.yaml", [*platform, *overrides])
+    spec = manifests(config)[-1]["spec"]
+    template = spec["template"] if kind == "job" else spec["pytorchReplicaSpecs"]["Master"]["template"]
+    (found,) = template["spec"]["containers"]
+    return dict(found)
+
+
+def test_probes_ask_what_the_run_serves_beyond_its_pod() -> None:
+    worker = container("job", "serve.port=8081", "serve.host=0.0.0.0")
+    assert {kind: worker[kind]["httpGet"] for kind in worker if kind.endswith("Probe")} == {
+        "startupProbe": {"path": "/healthz", "port": 8081},
+        "livenessProbe": {"path": "/livez", "port": 8081},
+        "readinessProbe": {"path": "/readyz", "port": 8081},
+    }
+    for overrides in ([], ["serve.port=8081"]):
+        assert not [key for key in container("job", *overrides) if key.endswith("Probe")]
+
+
+def test_no_probe_waits_for_what_waits_for_readiness() -> None:
+    assert "readinessProbe" not in container("pytorchjob", "serve.port=8081", "serve.host=0.0.0.0")
+    worker = manifests(
+        load_config(
+            ROOT / "configs/flights.yaml",
+            [
+                "launch.platform=kubernetes",
+                "launch.kubernetes.image=image",
+                "launch.kubernetes.kind=mpijob",
+                "reduce.backend=horovod",
+                "serve.port=8081",
+                "serve.host=0.0.0.0",
+            ],
+        )
+    )[-1]
+    assert "Probe" not in json.dumps(worker)
 
 
 def test_the_guide_shows_each_kind() -> None:

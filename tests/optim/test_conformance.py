@@ -1,12 +1,13 @@
 """Trajectories equal those of pyro.optim, whatever appears, pauses, is clipped, saved or loaded on the way."""
 
 import io
+import os
 
 import pyro
 import pyro.optim
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import distopt.optim
@@ -27,7 +28,16 @@ SCHEDULERS = {
     "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 3, "cycle_momentum": False},
     "OneCycleLR": {"max_lr": 0.1, "total_steps": 30},
 }
-quick = settings(max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+# A thorough run: DISTOPT_EXAMPLES=1000 pytest tests/optim/test_conformance.py
+NUM_EXAMPLES = int(os.environ.get("DISTOPT_EXAMPLES", "12"))
+quick = settings(
+    max_examples=NUM_EXAMPLES,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
 
 
 def both(name, args, schedule, dtype=torch.float64, clip=None):
@@ -92,7 +102,7 @@ def test_trajectory_equals_pyros_in_lower_precision(name, dtype):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @given(schedule=schedules)
-@settings(parent=quick, max_examples=25)
+@settings(parent=quick, max_examples=max(NUM_EXAMPLES // 2, 1))
 def test_scheduled_trajectory_equals_pyros(name, schedule):
     def args():
         return {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, **SCHEDULERS[name]}
@@ -175,7 +185,10 @@ def test_state_saved_in_the_middle_goes_on_in_either_module(kind, direction, tmp
     first, second = (modules[m] for m in direction.split(" to "))
     for seed in range(3):
         schedule = Schedule.random(seed, save_at=6)
-        expected, _ = run(lambda: make(pyro.optim), schedule)
+        # Where pyro.optim takes over, it is compared with itself interrupted likewise: torch rounds some state that it
+        # loads, and a schedule that was loaded for a parameter not seen again yet stands still.
+        again = (lambda o: handed_over(o, lambda: make(pyro.optim), tmp_path)) if second is pyro.optim else None
+        expected, _ = run(lambda: make(pyro.optim), schedule, resume=again)
         found, _ = run(lambda: make(first), schedule, resume=lambda o: handed_over(o, lambda: make(second), tmp_path))
         assert_close(found, expected)
 

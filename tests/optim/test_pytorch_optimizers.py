@@ -5,10 +5,7 @@
 
 from pathlib import Path
 
-import torch
-
-import distopt.optim
-from distopt.optim import PyroLRScheduler, PyroOptim, pytorch_optimizers
+from distopt.optim import pytorch_optimizers
 
 STUB = Path(pytorch_optimizers.__file__).with_suffix(".pyi")
 

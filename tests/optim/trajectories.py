@@ -47,12 +47,14 @@ class Schedule:
         return cls(calls, [r.random() < 0.4 for _ in calls], seed=seed, **kwargs)
 
 
-def start(dtype=torch.float64, count=len(SHAPES)):
+def start(dtype=torch.float64, count=8):
     """Fills the parameter store anew; returns the unconstrained parameters."""
     pyro.clear_param_store()
     generator = torch.Generator().manual_seed(1)
     for i in range(count):
-        pyro.param(f"net$$$p{i}", torch.randn(SHAPES[i % len(SHAPES)], generator=generator, dtype=torch.float64).to(dtype))
+        pyro.param(
+            f"net$$$p{i}", torch.randn(SHAPES[i % len(SHAPES)], generator=generator, dtype=torch.float64).to(dtype)
+        )
     store = dict(pyro.get_param_store().named_parameters())
     return [store[f"net$$$p{i}"] for i in range(count)]
 

@@ -9,7 +9,7 @@ import pytest
 
 from distopt.backends import init
 from tests import workers
-from tests.backends.bodies import CONTRACT, collective_left_out
+from tests.backends.bodies import CONTRACT, collective_left_out, collectives
 from tests.reduce.bodies import AGREEMENT, gradients_are_averaged, guide_that_grows_differently_trains
 from tests.reduce.option_bodies import OPTIONS
 
@@ -43,7 +43,7 @@ def test_late_rank_is_named_and_the_world_goes_on(world: tuple[str, int]) -> Non
 
 @pytest.mark.parametrize("started", OTHER_STARTERS, ids=lambda world: f"{world[0]}-{world[1]}")
 def test_other_launchers_of_horovod_do_the_same(started: tuple[str, int]) -> None:
-    for body in (*CONTRACT, gradients_are_averaged, guide_that_grows_differently_trains):
+    for body in (collectives, gradients_are_averaged, guide_that_grows_differently_trains):
         results = workers.world(*started).run(body, timeout_s=90)
         assert all(result == results[0] for result in results)
 

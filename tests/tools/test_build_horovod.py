@@ -18,6 +18,33 @@ def test_missing_tools_without_compiler_names_the_compiler(tmp_path: Path) -> No
     assert "C++ compiler" in build_horovod.missing_tools(str(tmp_path))
 
 
+def test_missing_tools_without_make_names_make(tmp_path: Path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.touch(mode=0o755)
+    assert "no make" in build_horovod.missing_tools(str(tmp_path))
+
+
+def test_cuda_that_came_as_wheels_gets_the_names_that_linkers_look_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda, nccl = tmp_path / "nvidia/cu13", tmp_path / "nvidia/nccl"
+    for file in (cuda / "bin/nvcc", cuda / "lib/libcudart.so.13", nccl / "lib/libnccl.so.2"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(file.name)
+    monkeypatch.setattr(build_horovod.sysconfig, "get_path", lambda _name: str(tmp_path))
+    for _ in range(2):  # a second build finds the links in place
+        found = build_horovod.cuda_of_wheels("")
+    assert (cuda / "lib64/libcudart.so").read_text() == "libcudart.so.13"
+    assert (nccl / "lib/libnccl.so").read_text() == "libnccl.so.2"
+    assert (found["HOROVOD_CUDA_HOME"], found["HOROVOD_NCCL_HOME"]) == (str(cuda), str(nccl))
+
+
+def test_cuda_of_the_machine_is_left_to_itself(tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.touch(mode=0o755)
+    assert build_horovod.cuda_of_wheels(str(tmp_path)) == {}
+
+
 def test_missing_tools_without_package_names_it_and_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(package: str) -> str:
         if package == "cmake":
@@ -30,12 +57,14 @@ def test_missing_tools_without_package_names_it_and_the_command(monkeypatch: pyt
     assert "cmake" in message and "pip install" in message and "\n" not in message
 
 
-@pytest.mark.parametrize("line", ["set(CMAKE_CXX_STANDARD 14)", "    set(CMAKE_CXX_STANDARD 11)"])
+@pytest.mark.parametrize(
+    "line", ["set(CMAKE_CXX_STANDARD 14)", "    set(CMAKE_CXX_STANDARD 11)", "set(CMAKE_CUDA_STANDARD 11)"]
+)
 def test_set_cxx_standard_where_older_sets_17(tmp_path: Path, line: str) -> None:
     file = tmp_path / "CMakeLists.txt"
     file.write_text(f"project(x)\n{line}\nadd_library(y)\n")
     build_horovod.set_cxx_standard(file)
-    assert "set(CMAKE_CXX_STANDARD 17)" in file.read_text() and "add_library(y)" in file.read_text()
+    assert file.read_text() == f"project(x)\n{line[:-3]}17)\nadd_library(y)\n"
 
 
 def test_set_cxx_standard_where_none_is_set_refuses(tmp_path: Path) -> None:

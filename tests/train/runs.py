@@ -49,7 +49,7 @@ def command(path: Path, *overrides: str) -> list[str]:
     return [str(BIN / "distopt"), "launch", str(path), *overrides]
 
 
-def launch(path: Path, *overrides: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def launch(path: Path, *overrides: str, timeout: float = 170) -> subprocess.CompletedProcess[str]:
     """Runs to the end; `returncode`, `stdout` and `stderr` are there to look at."""
     return subprocess.run(
         command(path, *overrides), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout

@@ -1,6 +1,7 @@
 """Optimizers that average gradients over all workers before they step."""
 
+from distopt.optim.distributed.multi import DistributedMultiOptimizer
 from distopt.optim.distributed.optimizer import DistributedOptimizer
 from distopt.optim.distributed.wrappers import DDPOptimizer, HorovodOptimizer
 
-__all__ = ["DDPOptimizer", "DistributedOptimizer", "HorovodOptimizer"]
+__all__ = ["DDPOptimizer", "DistributedMultiOptimizer", "DistributedOptimizer", "HorovodOptimizer"]

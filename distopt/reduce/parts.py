@@ -1,0 +1,61 @@
+"""What goes into a reduction and what comes out of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distopt.reduce.control import Heard
+
+
+class Part(NamedTuple):
+    """Reduced gradients of some parameters, side by side.
+
+    In the steady state `names` and `params` are the same tuples at each step.
+    """
+
+    names: tuple[str, ...]
+    params: tuple[Tensor, ...]
+    buffer: Tensor
+
+
+@dataclass
+class Brought:
+    """What one rank brings to a reduction.
+
+    Attributes:
+        params: the unconstrained tensors of this call.
+        gradients: by place in the layout; None where this rank has none.
+        complete: whether no gradient is None and none is sparse.
+        news: parameters that the layout lacks or holds otherwise, with their gradients.
+        own: (name, parameter, gradient) of parameters that belong to this rank alone.
+    """
+
+    params: Sequence[Tensor] = ()
+    gradients: Sequence[Tensor | None] = ()
+    complete: bool = False
+    news: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    own: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+
+
+@dataclass
+class Reduced:
+    """The gradients that every rank steps by, equal on all ranks, and what the ranks have told each other."""
+
+    heard: Heard
+    dense: list[Part] = field(default_factory=list)
+    loose: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+    num_own: int = 0  # the last ones of `loose`: of this rank alone
+
+    def norm(self) -> float:
+        """Returns the 2-norm of the gradients that are equal on all ranks."""
+        shared = [gradient for _, _, gradient in self.loose[: len(self.loose) - self.num_own]]
+        parts = [part.buffer for part in self.dense] + [
+            each.coalesce().values() if each.is_sparse else each for each in shared
+        ]
+        return math.sqrt(sum(float(part.abs().square().sum(dtype=torch.float64)) for part in parts))

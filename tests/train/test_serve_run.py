@@ -1,0 +1,85 @@
+"""Two workers of a real run, asked over HTTP while they train."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_neighbours() -> int:
+    """Returns a port that is free, as the one after it is."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as first:
+            port: int = first.getsockname()[1]
+            try:
+                socket.create_server(("127.0.0.1", port + 1)).close()
+            except OSError:
+                continue
+            return port
+
+
+def ask(port: int, path: str) -> str:
+    try:
+        with urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+            text: str = answer.read().decode()
+            return text
+    except URLError:
+        return ""
+
+
+def metric(port: int, name: str) -> float:
+    found = re.search(rf"^distopt_{name} (\S+)", ask(port, "/metrics"), re.MULTILINE)
+    return float(found[1]) if found else -1.0
+
+
+def wait_for_step(port: int, step: int) -> None:
+    end = time.monotonic() + 90
+    while metric(port, "step") < step:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.timeout(150)
+def test_each_worker_answers_on_its_own_port_and_tells_what_it_does(tmp_path: Path) -> None:
+    port = free_neighbours()
+    config = tmp_path / "served.yaml"
+    config.write_text(
+        f"name: served\nrun_dir: {tmp_path}/run\ntask: tests.train.serve_task:Mean\ntrain: {{num_steps: 100000}}\n"
+        "data: {global_batch: 32}\nlog: {every_steps: 2, tensorboard: false}\ncheckpoint: {every_steps: 10}\n"
+        f"serve: {{port: {port}, stall_s: 60}}\n"
+    )
+    engine = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--local-addr=127.0.0.1"]
+    command = [sys.executable, *engine, "-m", "distopt.launch", "train", str(config)]
+    with (tmp_path / "log").open("wb") as log:
+        run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        for each in (port, port + 1):
+            wait_for_step(each, 12)
+            assert [ask(each, path) for path in ("/healthz", "/readyz")] == ["ok\n", "ok\n"]
+            assert "last progress" in ask(each, "/livez")
+            assert metric(each, "rows_per_second") > 0
+            assert metric(each, "gradient_norm") > 0
+            assert metric(each, "all_reduce_seconds_total") > 0
+            assert metric(each, "all_reduce_bytes_total") > 0
+            assert 0 <= metric(each, "checkpoint_age_seconds") < 60
+            assert metric(each, "checkpoint_seconds") >= 0
+            assert metric(each, "restarts") == metric(each, "skipped_steps_total") == 0
+        seen = metric(port, "steps_total")
+        wait_for_step(port, int(seen) + 1)
+        assert metric(port, "loss_nats") == metric(port + 1, "loss_nats") or metric(port, "steps_total") > seen
+    finally:
+        run.send_signal(signal.SIGTERM)
+        run.wait(timeout=60)
+    assert ask(port, "/healthz") == ""
+    assert list((tmp_path / "run/checkpoints").glob("step-*")), (tmp_path / "log").read_text()
