@@ -67,7 +67,7 @@ class OwnNoise:
     def __init__(self, rank: int) -> None:
         drawn = int(torch.randint(2**62, ()))
         self._cpu = torch.get_rng_state()
-        self._gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        self._gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         torch.manual_seed(noise_seed(drawn, rank=rank))
 
     def end(self) -> None:

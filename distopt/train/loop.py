@@ -66,8 +66,8 @@ def run(config: RunConfig) -> int:
             backend.fail(error)  # the others wait for this rank, and raise this cause instead
         if not isinstance(error, _PLAIN_ERRORS):
             raise
-        place = f"rank {backend.rank} of {backend.world_size}: " if backend is not None else ""
-        print(f"distopt: {place}{error}", file=sys.stderr, flush=True)
+        who = f"rank {backend.rank} of {backend.world_size}: " if backend is not None else ""
+        print(f"distopt: {who}{error}", file=sys.stderr, flush=True)
         return 1
     finally:
         if backend is not None:
