@@ -38,7 +38,7 @@ def guide() -> Any:
 
 
 def parameters() -> dict[str, float]:
-    return {name: float(value) for name, value in pyro.get_param_store().items()}
+    return {name: float(value.detach()) for name, value in pyro.get_param_store().items()}
 
 
 def train(global_batch: int | None, num_steps: int) -> tuple[dict[str, float], list[float]]:
