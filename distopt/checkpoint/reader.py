@@ -153,7 +153,7 @@ class CheckedFile:
         if len(self._record.chunks) == 1:
             self._load_chunk(0)
         else:
-            list(pool.map(self._load_chunk, range(len(self._record.chunks))))
+            list(pool.map(self._check_chunk, range(len(self._record.chunks))))
 
     def header(self) -> tuple[dict[str, tensorfile.Entry], dict[str, str]]:
         """Returns the tensors and metadata of a safetensors file."""
@@ -165,6 +165,9 @@ class CheckedFile:
 
     def _chunk_size(self, index: int) -> int:
         return min(CHUNK_BYTES, self.size - index * CHUNK_BYTES)
+
+    def _check_chunk(self, index: int) -> None:
+        self._load_chunk(index)  # and not its bytes as the result, which would pile up
 
     def _load_chunk(self, index: int) -> bytearray:
         raw = bytearray(self._chunk_size(index))

@@ -87,7 +87,7 @@ class KubernetesConfig(Section):
     """The pods of a run. Their root file system is read-only and their user has no privileges."""
 
     kind: Literal["job", "jobset", "trainjob", "pytorchjob", "mpijob"] = "job"
-    """The resource: `job` needs no operator; the others need JobSet, or Kubeflow's trainer, training or MPI operator."""
+    """The resource: `job` needs no operator, the others JobSet or Kubeflow's trainer, training or MPI operator."""
     image: Annotated[str, Field(pattern=r"^[a-z0-9][A-Za-z0-9._/:@-]*$")] | None = None
     """The image, with distopt installed; required."""
     namespace: DnsLabel = "default"

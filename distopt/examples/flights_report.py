@@ -192,7 +192,7 @@ def _fit_student(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     def loss() -> Tensor:
         optimizer.zero_grad()
         nats: Tensor = -dist.StudentT(free[0].exp(), free[1], free[2].exp()).log_prob(values).mean()
-        nats.backward()
+        torch.autograd.backward(nats)
         return nats
 
     optimizer.step(loss)

@@ -16,7 +16,12 @@ from distopt.optim.pytorch_optimizers import __all__ as _generated
 from distopt.optim.state import is_scheduler
 
 if TYPE_CHECKING:
-    from distopt.optim.distributed import DDPOptimizer, DistributedMultiOptimizer, DistributedOptimizer, HorovodOptimizer
+    from distopt.optim.distributed import (
+        DDPOptimizer,
+        DistributedMultiOptimizer,
+        DistributedOptimizer,
+        HorovodOptimizer,
+    )
 
 _DISTRIBUTED = ("DDPOptimizer", "DistributedMultiOptimizer", "DistributedOptimizer", "HorovodOptimizer")
 

@@ -12,7 +12,7 @@ import pyro
 import torch
 from torch import Tensor
 
-_OWN_REFERENCES = 4  # of `num_forgotten_aliases` itself: a dict, a list, a variable, an argument
+_OWN_REFERENCES = 2  # of `num_forgotten_aliases` itself: a dict and an argument
 _SITE = frozenset({"type", "name", "fn", "value"})
 
 
@@ -25,6 +25,17 @@ def num_forgotten_aliases(params: Sequence[Tensor]) -> list[int]:
 
     Cost: one or two walks over all objects of the garbage collector, about 0.1 s.
     """
+    aliases = _aliases(params)
+    forgotten = _forgotten_references(aliases)
+    counts: dict[int, int] = defaultdict(int)
+    for i in aliases:
+        # All references are accounted for; variables of running functions show in no other way.
+        counts[aliases[i].data_ptr()] += sys.getrefcount(aliases[i]) == forgotten[i] + _OWN_REFERENCES
+    return [counts[p.data_ptr()] for p in params]
+
+
+def _aliases(params: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Returns the tensors that share memory with one of `params`, by id."""
     addresses = {p.data_ptr(): p for p in params}
     aliases: dict[int, Tensor] = {}
     for candidate in gc.get_objects():
@@ -32,20 +43,18 @@ def num_forgotten_aliases(params: Sequence[Tensor]) -> list[int]:
             p = addresses.get(candidate.data_ptr()) if candidate.numel() else None
             if p is not None and p is not candidate:
                 aliases[id(candidate)] = candidate
-        del candidate
-    watched = list(aliases.values())
-    ours = {id(watched), id(aliases)}
+    return aliases
+
+
+def _forgotten_references(aliases: dict[int, Tensor]) -> dict[int, int]:
+    """Counts, by id, the references to each of `aliases` by holders that will not read it."""
     store_index = pyro.get_param_store()._param_to_name
-    forgotten: dict[int, int] = defaultdict(int)  # alias -> references by holders that will not read it
-    for holder in gc.get_referrers(*watched) if watched else ():
-        if id(holder) not in ours and (holder is store_index or _is_site(holder)):
+    forgotten: dict[int, int] = defaultdict(int)
+    for holder in gc.get_referrers(*aliases.values()) if aliases else ():
+        if holder is not aliases and (holder is store_index or _is_site(holder)):
             for x in gc.get_referents(holder):
                 forgotten[id(x)] += id(x) in aliases
-    counts: dict[int, int] = defaultdict(int)
-    for i, alias in aliases.items():
-        # All references are accounted for; variables of running functions show in no other way.
-        counts[alias.data_ptr()] += sys.getrefcount(alias) == forgotten[i] + _OWN_REFERENCES
-    return [counts[p.data_ptr()] for p in params]
+    return forgotten
 
 
 def _is_site(holder: Any) -> bool:

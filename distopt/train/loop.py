@@ -66,8 +66,8 @@ def run(config: RunConfig) -> int:
             backend.fail(error)  # the others wait for this rank, and raise this cause instead
         if not isinstance(error, _PLAIN_ERRORS):
             raise
-        place = f"rank {backend.rank} of {backend.world_size}: " if backend is not None else ""
-        print(f"distopt: {place}{error}", file=sys.stderr, flush=True)
+        who = f"rank {backend.rank} of {backend.world_size}: " if backend is not None else ""
+        print(f"distopt: {who}{error}", file=sys.stderr, flush=True)
         return 1
     finally:
         if backend is not None:
@@ -243,7 +243,8 @@ class _Log:
     """What rank 0 tells of the steps: the bar, `metrics.jsonl`, TensorBoard; and the status that is served."""
 
     def __init__(self, worker: _Worker, first: int) -> None:
-        self._worker, self._since, self._steps_since = worker, time.monotonic(), 0
+        self._worker, self._since = worker, time.monotonic()
+        self._losses: list[float] = []  # since the last row
         config, console = worker.config, worker.console
         self._metrics = self._bar = None
         if console is not None:
@@ -262,16 +263,17 @@ class _Log:
 
     def after(self, step: int, loss: float, is_logged: bool) -> None:
         """Notes that `step` steps are done."""
-        self._steps_since += 1
+        self._losses.append(loss)
         if self._bar is not None:
             self._bar.advance(step)
         if is_logged:
-            self._measured(step, loss)
+            self._measured(step)
 
-    def _measured(self, step: int, loss: float) -> None:
+    def _measured(self, step: int) -> None:
         worker, now = self._worker, time.monotonic()
-        steps_per_s = self._steps_since / max(now - self._since, 1e-9)
-        self._since, self._steps_since = now, 0
+        steps_per_s = len(self._losses) / max(now - self._since, 1e-9)
+        loss = sum(self._losses) / len(self._losses)
+        self._since, self._losses = now, []
         status = worker.status
         status.loss, status.gradient_norm = loss, worker.optimizer.gradient_norm
         status.rows_per_s = steps_per_s * worker.batches.global_batch

@@ -168,12 +168,12 @@ def compare() -> int:
     for kind in ("horovod", "torch_dist"):
         world = workers.world(kind, 2)
         for model in models:
-            print(f"timing {model} on {kind}", file=sys.stderr, flush=True)
             told = world.run(time_contenders, kind, model, timeout_s=170)
             for name in told[0]:
                 # A step is done when the slower rank is.
                 both = [max(pair) for pair in zip(*(each[name] for each in told), strict=True)]
                 times.setdefault(model, {})[f"{name} ({kind})" if name.startswith("bare") else name] = both
+                print(f"{model:24s} {kind:10s} {name:24s} {statistics.median(both) * 1e3:9.2f} ms", flush=True)
     workers.close_worlds()
     added: dict[str, dict[str, float]] = {}
     whole: dict[str, dict[str, float]] = {}

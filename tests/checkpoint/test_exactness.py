@@ -13,6 +13,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
 
+import distopt.optim
 from distopt.backends import current
 from distopt.checkpoint import Checkpointer
 from tests import workers
@@ -51,7 +52,17 @@ def plateau():
     return pyro.optim.ReduceLROnPlateau(args)
 
 
-OPTIMIZERS = {maker.__name__: maker for maker in (adam, clipped_adam, momentum, exponential, plateau)}
+def packed_adam():
+    return distopt.optim.Adam({"lr": 0.05})
+
+
+def packed_exponential():
+    args = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.9}
+    return distopt.optim.ExponentialLR(args, {"clip_norm": 50.0})
+
+
+MAKERS = (adam, clipped_adam, momentum, exponential, plateau, packed_adam, packed_exponential)
+OPTIMIZERS = {maker.__name__: maker for maker in MAKERS}
 
 
 class Averaged(pyro.optim.PyroOptim):
@@ -159,11 +170,12 @@ def test_run_on_two_ranks_when_stopped_and_resumed_equals_the_undisturbed_run(ki
     assert losses[0] != losses[1]  # each rank has noise and rows of its own
 
 
-def test_rolling_back_in_a_running_process_equals_having_gone_on_from_there(tmp_path):
-    reference = train("exponential", tmp_path / "whole")
+@pytest.mark.parametrize("name", ["exponential", "packed_exponential"])
+def test_rolling_back_in_a_running_process_equals_having_gone_on_from_there(name, tmp_path):
+    reference = train(name, tmp_path / "whole")
     pyro.clear_param_store()
     pyro.set_rng_seed(100)
-    optimizer = exponential()
+    optimizer = OPTIMIZERS[name]()
     guide = AutoNormal(model)
     svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=2))
     with Checkpointer(tmp_path / "rolled", optimizer=optimizer, modules={"guide": guide}) as checkpointer:

@@ -17,7 +17,6 @@ from distopt.infer import SVI
 from distopt.optim import Adam, DistributedOptimizer
 
 NUM_ROWS = 11
-START = {"z": torch.tensor(0.3, dtype=torch.float64), "scale": torch.tensor(1.2, dtype=torch.float64)}
 
 
 def data() -> torch.Tensor:
@@ -33,11 +32,13 @@ def model(y: torch.Tensor) -> None:
 
 
 def guide() -> Any:
-    return AutoDelta(model, init_loc_fn=init_to_value(values=START))
+    # New tensors for each guide: AutoDelta makes them its parameters, and the optimizer writes into those.
+    start = {"z": torch.tensor(0.3, dtype=torch.float64), "scale": torch.tensor(1.2, dtype=torch.float64)}
+    return AutoDelta(model, init_loc_fn=init_to_value(values=start))
 
 
 def parameters() -> dict[str, float]:
-    return {name: float(value) for name, value in pyro.get_param_store().items()}
+    return {name: float(value.detach()) for name, value in pyro.get_param_store().items()}
 
 
 def train(global_batch: int | None, num_steps: int) -> tuple[dict[str, float], list[float]]:

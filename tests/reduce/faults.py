@@ -17,7 +17,9 @@ from tests.workers import backend_name
 
 def train(fault: str, timeout_s: str = "8", num_steps: str = "6") -> None:
     """A plain training loop; `fault` strikes rank 1 before its call of step 3."""
-    backend = distopt.init(backend_name(), timeout=timedelta(seconds=float(timeout_s)))
+    backend = distopt.init(backend_name())
+    backend.barrier()
+    backend.timeout = timedelta(seconds=float(timeout_s))  # from here on; processes may start at very different times
     optim = DistributedOptimizer(SGD({"lr": 1.0}))
     for step in range(int(num_steps)):
         param = pyro.param("x", torch.zeros(4)).unconstrained()
@@ -28,7 +30,7 @@ def train(fault: str, timeout_s: str = "8", num_steps: str = "6") -> None:
                 continue
         optim({param})
         param.grad = None
-    print("finished with", pyro.param("x").tolist())
+    print("trained:", pyro.param("x").tolist())
 
 
 def strike(fault: str) -> None:
