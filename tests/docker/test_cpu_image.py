@@ -240,9 +240,12 @@ def test_sigterm_saves_within_the_grace_period_and_ends_the_pods_with_143(
             job.start(index)
         wait_for(lambda: job.step(0) > 0)
         assert job.checkpoints() == []
-        for index in (0, 1):
+        stopping = [
             engine.start("podman", "stop", f"--time={grace_s}", f"flights-{index}", log=tmp_path / f"stop-{index}.log")
+            for index in (0, 1)
+        ]
         assert job.wait(timeout=grace_s + 30) == [143, 143], job.logs()
+        assert [each.wait(timeout=60) for each in stopping] == [0, 0]
     finally:
         job.remove()
     assert len(job.checkpoints()) == 1
