@@ -69,7 +69,9 @@ def main(argv: Sequence[str]) -> int:
                 engine.terminate()
     finally:
         kill_descendants(os.getpid())
-    return engine.wait()
+    status = engine.wait()
+    # In a pod nobody else tells that the run was asked to stop: torchrun ends with 1, whatever its workers end with.
+    return 128 + asked[0] if asked and status and not watched else status
 
 
 if __name__ == "__main__":

@@ -142,6 +142,7 @@ class Job:
         platform = [
             "launch.platform=kubernetes",
             f"launch.nodes={len(hosts)}",
+            "launch.workers=1",
             f"launch.kubernetes.image={IMAGE}",
             "launch.kubernetes.volumes=[{claim: runs, path: /runs}]",
             "run_dir=/runs/flights",
@@ -196,7 +197,7 @@ def hosts() -> Iterator[list[str]]:
         yield names
 
 
-def wait_for(condition: Any, timeout: float = 120) -> None:
+def wait_for(condition: Any, timeout: float = 300) -> None:
     """Asks again and again until the condition holds."""
     end = time.monotonic() + timeout
     while not condition():
@@ -207,12 +208,12 @@ def wait_for(condition: Any, timeout: float = 120) -> None:
 def test_two_pods_train_flights_one_is_killed_and_the_run_resumes_to_its_report(
     engine: Engine, image: dict[str, Any], hosts: list[str], tmp_path: Path
 ) -> None:
-    job = Job(engine, tmp_path, hosts, "train.num_steps=400", "checkpoint.every_steps=50", "log.every_steps=10")
+    job = Job(engine, tmp_path, hosts, "train.num_steps=200", "checkpoint.every_steps=20", "log.every_steps=10")
     try:
         for index in (0, 1):
             job.start(index)
         wait_for(lambda: len(job.checkpoints()) > 0 and job.ask(1, "/readyz") == "ok\n")
-        assert 0 < job.step(0) < 400
+        assert 0 < job.step(0) < 200
         engine.call("podman", "kill", "--signal=KILL", "flights-1")
         assert job.pods[1].wait(timeout=60) == 137
         saved = job.checkpoints()[-1]
@@ -222,10 +223,10 @@ def test_two_pods_train_flights_one_is_killed_and_the_run_resumes_to_its_report(
         print(job.logs()[-4000:])
         job.remove()
     run = job.volume / "flights"
-    assert job.checkpoints()[-1] == 400
+    assert job.checkpoints()[-1] == 200
     assert "flights" in (run / "report.html").read_text()
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(10, 401, 10))
+    assert steps == list(range(10, 201, 10))
     assert re.search(rf"step[ -]0*{saved}\b", job.logs()), "the log says from where the run went on"
 
 
@@ -239,9 +240,12 @@ def test_sigterm_saves_within_the_grace_period_and_ends_the_pods_with_143(
             job.start(index)
         wait_for(lambda: job.step(0) > 0)
         assert job.checkpoints() == []
-        for index in (0, 1):
+        stopping = [
             engine.start("podman", "stop", f"--time={grace_s}", f"flights-{index}", log=tmp_path / f"stop-{index}.log")
+            for index in (0, 1)
+        ]
         assert job.wait(timeout=grace_s + 30) == [143, 143], job.logs()
+        assert [each.wait(timeout=60) for each in stopping] == [0, 0]
     finally:
         job.remove()
     assert len(job.checkpoints()) == 1

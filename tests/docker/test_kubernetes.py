@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,16 @@ def test_no_probe_waits_for_what_waits_for_readiness() -> None:
         )
     )[-1]
     assert "Probe" not in json.dumps(worker)
+
+
+def test_process_1_of_a_pod_that_is_told_to_stop_ends_with_143_as_its_workers_do() -> None:
+    engine = ["sh", "-c", "trap 'exit 1' TERM; echo up; while :; do sleep 0.1; done"]
+    agent = [sys.executable, "-m", "distopt.launch.agent", "--", *engine]
+    with subprocess.Popen(agent, stdout=subprocess.PIPE, text=True) as pod:
+        assert pod.stdout is not None
+        assert pod.stdout.readline() == "up\n"
+        pod.terminate()
+        assert pod.wait(timeout=30) == 143
 
 
 def test_the_guide_shows_each_kind() -> None:
