@@ -15,13 +15,12 @@ from typing import Any
 
 import yaml
 
-from distopt.config import RunConfig
+from distopt.config import MAY_CHANGE, RunConfig
 
 from .plan_files import CONFIG_FILE
 from .platforms.base import Platform
 
 # What a run may change when it goes on: where it runs and what it writes, not what it computes.
-MAY_CHANGE = ("launch", "log", "checkpoint", "train.num_steps", "run_dir", "reduce")
 
 
 def problems(config: RunConfig, platform: Platform) -> list[str]:

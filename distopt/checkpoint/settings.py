@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-FREE = ("name", "run_dir", "launch", "log", "serve", "reduce", "checkpoint", "train.num_steps")
-"""Keys that may differ: where and how long a run goes on, not what it computes."""
+from distopt.config import MAY_CHANGE
 
 PRIVATE = ("launch.env",)
 """Keys that are never written down: environments hold secrets."""
@@ -14,7 +13,7 @@ PRIVATE = ("launch.env",)
 _MISSING = object()
 
 
-def differences(saved: Any, now: Any, free: Iterable[str] = FREE) -> list[str]:
+def differences(saved: Any, now: Any, free: Iterable[str] = MAY_CHANGE) -> list[str]:
     """Returns one line per key that differs, without those at or below a key of `free`.
 
     Example:

@@ -6,6 +6,7 @@ Imports neither torch nor pyro, so that a bad configuration is refused before an
 from distopt.config.load import ConfigError, dump_yaml, load_config, parse_config
 from distopt.config.platforms import LaunchConfig
 from distopt.config.schema import (
+    MAY_CHANGE,
     CheckpointConfig,
     ClipConfig,
     DataConfig,
@@ -19,6 +20,7 @@ from distopt.config.schema import (
 )
 
 __all__ = [
+    "MAY_CHANGE",
     "CheckpointConfig",
     "ClipConfig",
     "ConfigError",

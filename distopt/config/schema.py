@@ -16,6 +16,9 @@ from distopt.config.section import Section
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 TASK_PATTERN = r"^[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z][A-Za-z0-9_]*$"
 
+MAY_CHANGE = ("name", "run_dir", "launch", "log", "serve", "reduce", "checkpoint", "train.num_steps")
+"""Keys that may differ when a run goes on from its checkpoints: where and how long it runs, not what it computes."""
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
