@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import pyro
-import torch
 import yaml
 from torch import Tensor
 
-from distopt.backends.single import Single
-from distopt.checkpoint import Checkpointer
+from distopt.checkpoint.exchange import read_replicated
 from distopt.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -63,16 +59,9 @@ def launch_well(path: Path, *overrides: str) -> str:
 
 
 def parameters(run_dir: Path) -> dict[str, Tensor]:
-    """Returns the parameters of the newest checkpoint, by name."""
-    pyro.clear_param_store()
-    with Checkpointer(run_dir / "checkpoints", backend=Single(torch.device("cpu"))) as checkpointer:
-        assert checkpointer.restore(any_config=True) is not None
-    return {name: value.detach().clone() for name, value in pyro.get_param_store().named_parameters()}
-
-
-def manifest(run_dir: Path, step: int) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
-    return loaded
+    """Returns the unconstrained parameters of the newest checkpoint, by name."""
+    newest = max((run_dir / "checkpoints").glob("step-*"))
+    return {name: entry["value"] for name, entry in read_replicated(newest)["params"].items()}
 
 
 def steps_logged(run_dir: Path) -> list[int]:
