@@ -40,13 +40,13 @@ def main(argv: Sequence[str]) -> int:
         return 2
     grace_s = float(os.environ.get("DISTOPT_GRACE_S", "30"))
     adopt_orphans()
+    asked: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda got, _: asked.append(got))
     engine = subprocess.Popen(
         list(argv[1:]), stdin=subprocess.DEVNULL, env={**os.environ, **interface_env(os.environ)},
         start_new_session=True, preexec_fn=die_with_parent,
     )  # fmt: skip
-    asked: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda got, _: asked.append(got))
     watched = "DISTOPT_HEARTBEAT" in os.environ
     heard, kill_at = time.monotonic(), float("inf")
     try:

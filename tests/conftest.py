@@ -7,9 +7,14 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 # Set before torch is imported, and inherited by every process a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A busy machine is no reason to fail: no test asserts a time.
+settings.register_profile("distopt", deadline=None)
+settings.load_profile("distopt")
 
 # Threads that a library keeps for the whole process, so that no test is to blame for them.
 LASTING_THREADS = ("tqdm_monitor", "fsspecIO", "ThreadPoolExecutor", "asyncio_", "pydevd")

@@ -27,7 +27,10 @@ pytestmark = pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("torchrun", ["launch.nodes=3", "launch.workers=2", "launch.slurm={partition: gpu, gpus_per_node: 2}"]),
+        (
+            "torchrun",
+            ["launch.nodes=3", "launch.workers=2", 'launch.slurm={partition: gpu, time: "8:00:00", gpus_per_node: 2}'],
+        ),
         ("elastic", ["launch.nodes=3", "launch.min_hosts=1"]),
         ("mpi", ["launch.nodes=2", "launch.workers=4", "reduce.backend=horovod"]),
     ],
