@@ -52,7 +52,7 @@ class World:
             self._started = start(kind, size, [sys.executable, "-m", "tests.workers"], variables)
             self._connections = self._accept(listener)
 
-    def run(self, body: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+    def run(self, body: Callable[..., Any], *args: Any, timeout_s: float = 150.0) -> list[Any]:
         """Calls `body(*args)` on every rank, each with an empty parameter store and the noise of seed 0.
 
         Raises:
@@ -179,7 +179,7 @@ def start(kind: str, size: int, argv: Sequence[str], variables: Mapping[str, str
 
 
 def run_script(
-    kind: str, size: int, body: Callable[..., Any], *args: str, timeout_s: float = 60.0, **variables: str
+    kind: str, size: int, body: Callable[..., Any], *args: str, timeout_s: float = 150.0, **variables: str
 ) -> tuple[list[int | None], Started]:
     """Runs `body(*args)` (strings) once per rank in fresh processes that may die; returns their exit statuses.
 
