@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,11 +74,10 @@ class LocalStorage:
             self._lock = None
 
     def check_writable(self) -> None:
-        """Makes and removes a folder."""
+        """Makes a file that nobody else sees: ranks on several hosts may share process ids, and rank 0 clears leftovers."""
         self.path.mkdir(parents=True, exist_ok=True)
-        probe = self.path / f".tmp-probe-{os.getpid()}"
-        probe.mkdir(0o700, exist_ok=True)
-        probe.rmdir()
+        with tempfile.TemporaryFile(prefix=".probe-", dir=self.path):
+            pass
 
     def begin(self, step: int, attempt: str) -> str:
         """Makes the work folder."""

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pyro
@@ -20,6 +21,7 @@ from distopt.backends.single import Single
 from distopt.checkpoint import Checkpointer, CheckpointError, ConfigMismatchError, DirectoryInUseError
 from distopt.checkpoint.local import LocalSink
 from distopt.checkpoint.reader import candidates, verify
+from distopt.checkpoint.retention import remove_leftovers
 from distopt.checkpoint.storage import open_storage
 from tests import workers
 from tests.checkpoint.faults import ROOT
@@ -61,6 +63,25 @@ def test_second_job_on_a_directory_is_refused_and_a_dead_ones_lock_is_free(tmp_p
 def test_two_checkpointers_of_one_process_exclude_each_other(tmp_path):
     with checkpointer(tmp_path), pytest.raises(DirectoryInUseError):
         checkpointer(tmp_path)
+
+
+def test_ranks_may_try_the_directory_while_rank_0_clears_it(tmp_path):
+    storage, done = open_storage(tmp_path), threading.Event()
+
+    def clear():
+        while not done.is_set():
+            remove_leftovers(storage)
+
+    with ThreadPoolExecutor(3) as pool:
+        clearing = pool.submit(clear)
+        trying = [pool.submit(lambda: [storage.check_writable() for _ in range(500)]) for _ in range(2)]
+        try:
+            for one in trying:
+                one.result(60)
+        finally:
+            done.set()
+        clearing.result(60)
+    assert os.listdir(tmp_path) == []
 
 
 def test_full_disk_fails_loudly_frees_its_space_and_the_last_good_one_stands(tmp_path, caplog):
