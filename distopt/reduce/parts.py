@@ -37,7 +37,7 @@ class Brought:
     """
 
     params: Sequence[Tensor] = ()
-    gradients: Sequence[Tensor | None] = ()
+    gradients: list[Tensor | None] = field(default_factory=list)
     complete: bool = False
     news: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     own: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
@@ -48,6 +48,7 @@ class Reduced:
     """The gradients that every rank steps by, equal on all ranks, and what the ranks have told each other."""
 
     heard: Heard
+    brought: Brought | None = None  # what this rank gave
     dense: list[Part] = field(default_factory=list)
     loose: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     num_own: int = 0  # the last ones of `loose`: of this rank alone

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from distopt.backends import current
 from distopt.optim import Adam, DistributedOptimizer
 from tests import workers
-from tests.reduce.bodies import noise, step_with, store_values
+from tests.reduce.steps import noise, step_with, store_values
 
 SIZE = 2
 SHAPES: dict[str, tuple[int, ...]] = {"a": (2, 3), "b": (), "c": (4,), "d": (1, 5)}
