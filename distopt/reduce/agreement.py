@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from distopt.backends import Backend, Json
-from distopt.reduce.constraints import build_constraint, describe_constraint
+from distopt.constraints import ConstraintError, build_constraint, describe_constraint
 from distopt.reduce.errors import DisagreementError, PeerError
 from distopt.reduce.layout import Entry
 from distopt.reduce.local import local_parameter
@@ -142,9 +142,8 @@ class Agreement:
         tensor = self._tensor_of(name)
         if tensor is None:
             return None
-        constraint = describe_constraint(_constraint_of(name))
         return Entry(name, tuple(tensor.shape), tensor.dtype, tensor.device.type, False, "").describe() | {
-            "constraint": json.dumps(constraint, sort_keys=True),
+            "constraint": _as_json(_constraint_of(name)),
             "kind": "replicated" if local_parameter(tensor) is None else "local",
         }
 
@@ -175,12 +174,12 @@ class Agreement:
             if told:
                 name, why = next(iter(told[0].items()))
                 raise DisagreementError(
-                    f"parameter {name!r} cannot be created on a rank that has not seen it: {why}. Import that class "
-                    "on every rank, or touch the parameter on every rank."
+                    f"parameter {name!r} cannot be created on a rank that has not seen it: {why} Or touch it on every "
+                    "rank."
                 )
 
     def _create(self, entry: Entry) -> None:
-        constraint = build_constraint(json.loads(entry.constraint))
+        constraint = build_constraint(json.loads(entry.constraint, object_hook=_tensor_from_json))
         device = torch.device("cpu") if entry.device == "cpu" else self._backend.device
         tensor = torch.zeros(entry.shape, dtype=entry.dtype, device=device).requires_grad_()
         pyro.get_param_store().set_state({"params": {entry.name: tensor}, "constraints": {entry.name: constraint}})
@@ -198,7 +197,24 @@ class Agreement:
         return f"rank {self._backend.rank} of {self._backend.world_size}, step {step}"
 
 
-_CAN_BUILD = {json.dumps(describe_constraint(constraints.real))}
+def _as_json(constraint: constraints.Constraint) -> str:
+    """A constraint as JSON text; of a class that is not registered only the name, which can be compared."""
+    try:
+        described = describe_constraint(constraint)
+    except ConstraintError:
+        described = {"name": f"{type(constraint).__module__}.{type(constraint).__qualname__}"}
+    return json.dumps(described, sort_keys=True, default=_tensor_as_json)
+
+
+def _tensor_as_json(tensor: Tensor) -> Json:
+    return {"tensor": tensor.cpu().tolist(), "dtype": str(tensor.dtype).removeprefix("torch.")}
+
+
+def _tensor_from_json(value: dict[str, Any]) -> Any:
+    return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"])) if "tensor" in value else value
+
+
+_CAN_BUILD = {_as_json(constraints.real)}
 
 
 @torch.no_grad()
