@@ -22,6 +22,7 @@ from distopt.constraints import ConstraintError, build_constraint, describe_cons
 from distopt.reduce.errors import DisagreementError, PeerError
 from distopt.reduce.layout import Entry
 from distopt.reduce.local import local_parameter
+from distopt.reduce.noise import noise_state, set_apart
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Agreement:
         self, backend: Backend, settings: Mapping[str, Json], tensor_of: Callable[[str], Tensor | None]
     ) -> None:
         self._backend, self._settings, self._tensor_of = backend, dict(settings), tensor_of
+        self._is_first = True
 
     def settle(self, news: News, known: Mapping[str, Entry]) -> dict[str, Entry]:
         """Returns the entries that all ranks know from now on; their tensors exist here and are equal on all ranks.
@@ -65,6 +67,9 @@ class Agreement:
         self._check_errors(told)
         self._check_steps(told)
         self._check_settings(told)
+        if self._is_first and self._settings["noise"] == "independent":
+            set_apart([each["noise"] for each in told], self._backend.rank)
+        self._is_first = False
         gone = [set(each["gone"]) for each in told]
         given_up = set.intersection(*gone)
         new = [set(each["news"]) for each in told]
@@ -92,6 +97,7 @@ class Agreement:
             "step": news.step,
             "kind": news.kind,
             "settings": self._settings,
+            "noise": noise_state() if self._is_first else None,
             "news": sorted(news.names),
             "sparse": sorted(news.sparse),
             "dense": sorted(news.dense),

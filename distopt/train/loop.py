@@ -97,6 +97,7 @@ class _Worker:
             compression=config.reduce.compression,
             bucket_mib=config.reduce.bucket_mib,
             overlap=config.reduce.overlap,
+            noise=config.train.noise,
         )
         loss = getattr(pyro.infer, config.train.loss)(
             num_particles=config.train.num_particles, **config.train.loss_args

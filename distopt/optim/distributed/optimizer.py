@@ -21,6 +21,7 @@ from distopt.reduce import DisagreementError, DriftError, PeerError, Reduced, Re
 from distopt.reduce.agreement import share_values_
 from distopt.reduce.control import Control, Kind
 from distopt.reduce.finite import explain_nonfinite
+from distopt.reduce.noise import NoisePolicy
 
 logger = logging.getLogger("distopt.optim")
 
@@ -53,6 +54,8 @@ class DistributedOptimizer(PyroOptim):
         gradient_predivide_factor: Gradients are divided by it before the sum, and multiplied after.
         sparse_as_dense: Whether sparse gradients are made dense before they cross.
         power_sgd_rank: Rank of PowerSGD's approximation.
+        noise: `independent`: ranks that draw the same noise when they first meet here, as they do after the same seed,
+            draw their own from then on, so `W` ranks are `W` particles. `shared`: their noise is left as it is.
         drift_every_steps: Every so many steps a checksum of parameters and optimizer state rides along; 0: never.
 
     Attributes:
@@ -99,6 +102,7 @@ class DistributedOptimizer(PyroOptim):
         gradient_predivide_factor: float = 1.0,
         sparse_as_dense: bool = False,
         power_sgd_rank: int = 2,
+        noise: NoisePolicy = "independent",
         drift_every_steps: int = 0,
     ) -> None:
         if isinstance(pyro_optim, DistributedOptimizer):
@@ -115,6 +119,7 @@ class DistributedOptimizer(PyroOptim):
             overlap=overlap,
             backward_passes=backward_passes,
             passes_per_step=backward_passes_per_step,
+            noise=noise,
             drift_every_steps=drift_every_steps,
         )
         self.local_loss: float | None = None
