@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distopt.backends import Backend, BackendError, current
 from distopt.optim.distributed.adopt import as_ours, names_of, takes_metric
+from distopt.optim.distributed.passes import Passes
 from distopt.optim.flat import FlatGradients
 from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.optim import PyroOptim, _evaluated
@@ -131,8 +132,7 @@ class DistributedOptimizer(PyroOptim):
         self.gradient_norm: float | None = None
         self._backend = backend
         self._made: Reducer | None = None
-        self._passes = 0
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._passes = Passes(backward_passes_per_step)
         self._losses: list[float] = []
         self._has_joins = False
 
@@ -171,7 +171,10 @@ class DistributedOptimizer(PyroOptim):
             **kwargs: Likewise.
         """
         args, kwargs = _evaluated(args, kwargs)
-        gathered = self._gather_passes(params)
+        if self.local_loss is not None:
+            self._losses.append(float(self.local_loss))
+            self.local_loss = None
+        gathered = self._passes.add(params)
         if gathered is None:
             return
         reducer = self.reducer
@@ -324,27 +327,6 @@ class DistributedOptimizer(PyroOptim):
         value = sum(losses) / len(losses) if losses else None
         self._losses = []
         return Control(self.reducer.step, kind, flag=self.local_flag, value=value)
-
-    def _gather_passes(self, params: Iterable[Tensor]) -> Iterable[Tensor] | None:
-        """Adds up the gradients of several calls; None until there are enough."""
-        if self.local_loss is not None:
-            self._losses.append(float(self.local_loss))
-            self.local_loss = None
-        if self.settings.passes_per_step == 1:
-            return params
-        params = list(params)
-        self._passes += 1
-        is_last = self._passes == self.settings.passes_per_step
-        for param in params:
-            if param.grad is not None:
-                _, before = self._kept.get(id(param), (param, None))
-                self._kept[id(param)] = (param, param.grad.clone() if before is None else before + param.grad)
-        if not is_last:
-            return None
-        self._passes, kept, self._kept = 0, self._kept, {}
-        for param, gradient in kept.values():
-            param.grad = gradient
-        return {id(param): param for param in (*params, *(param for param, _ in kept.values()))}.values()
 
     def _follow(self) -> bool:
         """One round of a rank that has joined; False when no rank is active any more."""
