@@ -6,10 +6,13 @@ ratios; `... scaling` times the step on 1 to 8 ranks and on hosts made of networ
 
 from __future__ import annotations
 
+import os
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,10 +20,10 @@ from torch import Tensor
 
 from tests import workers
 
-ROUNDS, BATCH = 8, 3
+ROUNDS, BATCH = 9, 3
+KINDS = ("horovod", "torch_dist")
 BIG = "10 M-parameter network"
 SIZES = {"10 × 100": 10, "100 × 100": 100, "1000 × 100": 1000}
-Times = dict[str, dict[str, list[float]]]  # model -> contender -> seconds of a step, one per round
 
 
 class Small:
@@ -36,7 +39,7 @@ class Small:
         torch.stack(self.params).square().sum().backward()  # type: ignore[no-untyped-call]
 
     def clear(self) -> None:
-        """As SVI does between steps."""
+        """As Pyro's SVI does between steps."""
         for param in self.params:
             param.grad = torch.zeros_like(param)
 
@@ -60,31 +63,72 @@ class Network(Small):
         self.module(self.data).square().sum().backward()
 
 
-def time_contenders(kind: str, model: str) -> dict[str, list[float]]:
-    """Runs in each rank: seconds per step of every contender of this backend, by round."""
+_steps: dict[str, Callable[[], None]] = {}  # in each rank, from `prepare` to the last `time_round`
+_stores: dict[str, Any] = {}
+
+
+def prepare(kind: str, model: str) -> int:
+    """Runs in each rank: makes this backend's contenders; returns the process id."""
+    import pyro
+
+    _steps.clear(), _stores.clear()
+    for name, make in _contenders(kind, model):
+        pyro.clear_param_store()
+        _steps[name] = make()
+        _stores[name] = pyro.get_param_store().get_state()
+    return os.getpid()
+
+
+def time_round(number: int) -> dict[str, float]:
+    """Runs in each rank: seconds of a step of every contender, in an order that changes with each round."""
     import pyro
 
     from distopt.backends import current
 
-    store = pyro.get_param_store()
-    steps, stores = {}, {}
-    for name, make in _contenders(kind, model):
-        pyro.clear_param_store()
-        steps[name] = make()
-        stores[name] = store.get_state()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    rounds = ROUNDS if model != BIG else 4
-    for number in range(rounds + 1):
-        for name, step in steps.items():
-            # Each contender has parameters of its own, put back before the clock starts.
-            store.clear()
-            store.set_state(stores[name])
-            current().barrier()
-            started = time.perf_counter()
-            for _ in range(BATCH):
-                step()
-            if number:  # the first round creates optimizers and connections
-                times[name].append((time.perf_counter() - started) / BATCH)
+    store, times = pyro.get_param_store(), {}
+    for name in [*_steps][number % len(_steps) :] + [*_steps][: number % len(_steps)]:
+        # Each contender has parameters of its own, put back before the clock starts.
+        store.clear()
+        store.set_state(_stores[name])
+        current().barrier()
+        started = time.perf_counter()
+        for _ in range(BATCH):
+            _steps[name]()
+        times[name] = (time.perf_counter() - started) / BATCH
+    return times
+
+
+@contextmanager
+def awake(pids: Sequence[int]) -> Iterator[None]:
+    """Lets a world run; the others' processes are stopped meanwhile, since Horovod's work even while they wait."""
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+
+
+def time_contenders(model: str) -> dict[str, list[float]]:
+    """Returns the seconds of a step of every contender on both backends, by round; a round meets one load of all."""
+    worlds = {kind: workers.world(kind, 2) for kind in KINDS}
+    pids: dict[str, list[int]] = {kind: [] for kind in worlds}
+    times: dict[str, list[float]] = {}
+    try:
+        for kind, world in worlds.items():
+            pids[kind] = world.run(prepare, kind, model)
+        for number in range(ROUNDS + 1):
+            for kind, world in worlds.items():
+                with awake(pids[kind]):
+                    told = world.run(time_round, number, timeout_s=120)
+                for name in told[0] if number else ():  # the first round creates optimizers and connections
+                    # A step is done when the slower rank is.
+                    key = f"{name} ({kind})" if name.startswith("bare") else name
+                    times.setdefault(key, []).append(max(each[name] for each in told))
+    finally:
+        for pid in [pid for each in pids.values() for pid in each]:
+            os.kill(pid, signal.SIGCONT)
     return times
 
 
@@ -100,11 +144,13 @@ def _contenders(kind: str, model: str) -> Iterator[tuple[str, Callable[[], Calla
         yield "DDP, fused Adam", lambda: _ddp(make())
 
 
-def _step(model: Any, finish: Callable[[], None]) -> Callable[[], None]:
+def _step(model: Any, finish: Callable[[], None], clear: Callable[[], None] | None = None) -> Callable[[], None]:
+    clear = clear or model.clear
+
     def step() -> None:
         model.backward()
         finish()
-        model.clear()
+        clear()
 
     return step
 
@@ -124,7 +170,7 @@ def _distopt(model: Any) -> Callable[[], None]:
     from distopt.optim import Adam, DistributedOptimizer
 
     optim, params = DistributedOptimizer(Adam({"lr": 1e-3})), set(model.params)
-    return _step(model, lambda: optim(params))
+    return _step(model, lambda: optim(params), lambda: optim.zero_grad(params))
 
 
 def _pyro_horovod(model: Any) -> Callable[[], None]:
@@ -163,30 +209,23 @@ class _Holder(torch.nn.Module):
 
 def compare() -> int:
     """Prints the table and the requirements; returns how many of these were missed."""
-    models = [*SIZES, BIG]
-    times: Times = {}
-    for kind in ("horovod", "torch_dist"):
-        world = workers.world(kind, 2)
-        for model in models:
-            told = world.run(time_contenders, kind, model, timeout_s=170)
-            for name in told[0]:
-                # A step is done when the slower rank is.
-                both = [max(pair) for pair in zip(*(each[name] for each in told), strict=True)]
-                times.setdefault(model, {})[f"{name} ({kind})" if name.startswith("bare") else name] = both
-                print(f"{model:24s} {kind:10s} {name:24s} {statistics.median(both) * 1e3:9.2f} ms", flush=True)
-    workers.close_worlds()
     added: dict[str, dict[str, float]] = {}
     whole: dict[str, dict[str, float]] = {}
-    for model in models:
-        medians = {name: statistics.median(seconds) for name, seconds in times[model].items()}
-        base = min(medians["bare backward (torch_dist)"], medians["bare backward (horovod)"])
-        print(f"\n{model}: bare backward {base * 1e3:.2f} ms; what is added to it (the whole step), ms")
-        whole[model], added[model] = medians, {name: seconds - base for name, seconds in medians.items()}
-        for name, seconds in medians.items():
+    for model in [*SIZES, BIG]:
+        times = time_contenders(model)
+        bare = [min(pair) for pair in zip(*(times[f"bare backward ({kind})"] for kind in KINDS), strict=True)]
+        whole[model] = {name: statistics.median(seconds) for name, seconds in times.items()}
+        added[model] = {
+            name: statistics.median(each - base for each, base in zip(seconds, bare, strict=True))
+            for name, seconds in times.items()
+        }
+        print(f"\n{model}: bare backward {statistics.median(bare) * 1e3:.2f} ms; what is added to it (whole step), ms")
+        for name, seconds in whole[model].items():
             if name.startswith("bare all"):
-                print(f"  {name:32s} {seconds * 1e3:8.2f}")
+                print(f"  {name:32s} {seconds * 1e3:8.2f}", flush=True)
             elif not name.startswith("bare"):
-                print(f"  {name:32s} {added[model][name] * 1e3:8.2f} ({seconds * 1e3:.2f})")
+                print(f"  {name:32s} {added[model][name] * 1e3:8.2f} ({seconds * 1e3:.2f})", flush=True)
+    workers.close_worlds()
     return _judge(added, whole)
 
 
