@@ -1,7 +1,8 @@
 """What averaging gradients adds to a training step, against Pyro's HorovodOptimizer, DDP and the bare all-reduce.
 
 `python -m tests.benchmarks.bench_reduce` times two ranks on this machine, in interleaved rounds, and prints medians as
-ratios; `... scaling` times the step on 1 to 8 ranks and on hosts made of network namespaces, and fits a model of cost.
+ratios; `... scaling` times the step on 1 to 8 ranks and on hosts made of network namespaces, and fits a model of cost
+(`scaling ranks`, `scaling 1000`, `scaling 100`: one part of it).
 """
 
 from __future__ import annotations
@@ -264,10 +265,10 @@ def _judge(added: dict[str, dict[str, float]], whole: dict[str, dict[str, float]
 
 def main(words: list[str]) -> int:
     """Runs the comparison, or with `scaling` the study of how the cost grows."""
-    if words == ["scaling"]:
+    if words[:1] == ["scaling"]:
         from tests.benchmarks import scaling
 
-        scaling.main()
+        scaling.main(words[1:])
         return 0
     return compare()
 

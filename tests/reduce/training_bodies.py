@@ -14,6 +14,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import constraints
 
+import distopt.infer
 from distopt.backends import current
 from distopt.optim import SGD, Adam, DistributedOptimizer
 from distopt.reduce import DisagreementError, PeerError
@@ -166,6 +167,27 @@ def modules_share_their_parameters() -> Values:
     return values
 
 
+def first_gradient_is_computed_from_the_agreed_values() -> Values:
+    """Guides that start elsewhere on each rank, and ranks without data: steps on x²/2 from the lowest rank's value."""
+    rank, size = current().rank, current().world_size
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Delta(pyro.param("x", torch.tensor(3.0 + rank))))
+
+    for num_idle in (0, size // 2):
+        pyro.clear_param_store()
+        optim = DistributedOptimizer(SGD({"lr": 0.5}))
+        svi = distopt.infer.SVI(model, guide, optim, Trace_ELBO())
+        with optim.join():
+            for _ in range(2 if rank >= num_idle else 0):
+                svi.step()
+        assert unconstrained("x").eq((3.0 + num_idle) / 4).all()
+    return store_values()
+
+
 def guide_that_grows_differently_trains() -> Values:
     """An autoguide, and a guide with a parameter for each group that a rank has met in its data."""
     rank, size = current().rank, current().world_size
@@ -227,6 +249,7 @@ TRAINING = [
     nonfinite_gradient_is_skipped_by_all,
     loss_and_flag_ride_along,
     modules_share_their_parameters,
+    first_gradient_is_computed_from_the_agreed_values,
     guide_that_grows_differently_trains,
     call_left_out_is_found_before_anything_is_stepped,
 ]
