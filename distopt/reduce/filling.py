@@ -49,15 +49,16 @@ def take_out_(layout: Layout, brought: Brought) -> None:
     for param, gradient in brought.news.values():
         if gradient is not None and layout.params:
             param.grad = gradient.clone()
-    addresses = list(map(_address, brought.gradients))
+    gradients = brought.gradients
+    addresses = brought.addresses or list(map(_address, gradients))
     for bucket in layout.buckets:
         own = list(map(addresses.__getitem__, bucket.indices))
         if not any(map(eq, own, bucket.addresses)):
             continue
         for index, address, there in zip(bucket.indices, own, bucket.addresses, strict=True):
-            gradient = brought.gradients[index]
+            gradient = gradients[index]
             if address == there and gradient is not None:
-                brought.gradients[index] = layout.params[index].grad = gradient.clone()
+                gradients[index] = layout.params[index].grad = gradient.clone()
 
 
 def _address(gradient: Tensor | None) -> int:

@@ -32,6 +32,7 @@ class Brought:
         params: the unconstrained tensors of this call.
         gradients: by place in the layout; None where this rank has none.
         complete: whether no gradient is None and none is sparse.
+        addresses: where each gradient lies; None when one is missing or sparse, and when nobody has looked.
         news: parameters that the layout lacks or holds otherwise, with their gradients.
         own: (name, parameter, gradient) of parameters that belong to this rank alone.
     """
@@ -39,6 +40,7 @@ class Brought:
     params: Sequence[Tensor] = ()
     gradients: list[Tensor | None] = field(default_factory=list)
     complete: bool = False
+    addresses: list[int] | None = None
     news: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     own: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
 

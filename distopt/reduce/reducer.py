@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
-from types import NoneType
 from typing import Any
 
 import pyro
@@ -25,7 +24,7 @@ from distopt.reduce.parts import Brought, Part, Reduced
 from distopt.reduce.settings import Settings
 from distopt.reduce.sparse import sum_sparse
 
-_gradient, _is_sparse = attrgetter("grad"), attrgetter("is_sparse")
+_gradient = attrgetter("grad")
 _WITHOUT_GRADIENTS = (Kind.SCHEDULE, Kind.AGREE)
 _MAX_PATTERNS = 64  # of which parameters are touched: enough for a model whose minibatches alternate
 
@@ -79,9 +78,10 @@ class Reducer:
         if None in places or not self._is_current(layout):
             return self._look_closely(params)
         if len(places) == len(layout.params) and not layout.sparse:
-            gradients: list[Tensor | None] = list(map(_gradient, layout.params))
-            if _all_dense(gradients):
-                return Brought(params, gradients, complete=True)
+            gradients = list(map(_gradient, layout.params))
+            addresses = _addresses(gradients)
+            if addresses is not None:
+                return Brought(params, gradients, complete=True, addresses=addresses)
         return self._look_closely(params)
 
     def tensor_of(self, name: str) -> Tensor | None:
@@ -115,7 +115,8 @@ class Reducer:
             else:
                 gradients[place] = gradient
         brought.gradients = gradients
-        brought.complete = not layout.sparse and _all_dense(gradients)
+        addresses = _addresses(gradients)
+        brought.complete, brought.addresses = not layout.sparse and addresses is not None, addresses
         return brought
 
     # Rounds.
@@ -343,9 +344,13 @@ class Reducer:
         self._exchange.forget(set(self.layout.names))
 
 
-def _all_dense(gradients: Sequence[Tensor | None]) -> bool:
-    # Loops of the interpreter's own: a thousand parameters are looked at in each step.
-    return NoneType not in set(map(type, gradients)) and not any(map(_is_sparse, gradients))
+def _addresses(gradients: Sequence[Tensor | None]) -> list[int] | None:
+    """Where each gradient lies; None when one is missing or sparse."""
+    try:
+        # One loop of the interpreter's own: a thousand parameters are looked at in each step.
+        return list(map(Tensor.data_ptr, gradients))  # type: ignore[arg-type]
+    except (TypeError, RuntimeError):  # None has no address, nor has a sparse tensor
+        return None
 
 
 def _is_dense_now(entry: Entry, gradient: Tensor | None) -> bool:

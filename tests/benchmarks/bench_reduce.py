@@ -1,8 +1,8 @@
 """What averaging gradients adds to a training step, against Pyro's HorovodOptimizer, DDP and the bare all-reduce.
 
 `python -m tests.benchmarks.bench_reduce` times two ranks on this machine, in interleaved rounds, and prints medians as
-ratios; `... scaling` times the step on 1 to 8 ranks and on hosts made of network namespaces, and fits a model of cost
-(`scaling ranks`, `scaling 1000`, `scaling 100`: one part of it).
+ratios (`... 10 100 1000 big`: some of the models). `... scaling` times the step on 1 to 8 ranks and on hosts made of
+network namespaces, and fits a model of cost (`... scaling ranks`, `1000`, `100`: one part of it).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ ROUNDS, BATCH = 9, 3
 KINDS = ("horovod", "torch_dist")
 BIG = "10 M-parameter network"
 SIZES = {"10 × 100": 10, "100 × 100": 100, "1000 × 100": 1000}
+WORDS = {"10": "10 × 100", "100": "100 × 100", "1000": "1000 × 100", "big": BIG}
+REQUIRED = {"10 × 100": (1.3, 1.0), "100 × 100": (10.0, 4.0), "1000 × 100": (40.0, 4.0)}  # on torch_dist, on Horovod
 
 
 class Small:
@@ -208,69 +210,56 @@ class _Holder(torch.nn.Module):
         return torch.stack(list(self.held))
 
 
-def compare() -> int:
+def compare(models: Sequence[str]) -> int:
     """Prints the table and the requirements; returns how many of these were missed."""
-    added: dict[str, dict[str, float]] = {}
-    whole: dict[str, dict[str, float]] = {}
-    for model in [*SIZES, BIG]:
+    rows: list[tuple[str, float, float]] = []
+    for model in models:
         times = time_contenders(model)
         bare = [min(pair) for pair in zip(*(times[f"bare backward ({kind})"] for kind in KINDS), strict=True)]
-        whole[model] = {name: statistics.median(seconds) for name, seconds in times.items()}
-        added[model] = {
+        added = {
             name: statistics.median(each - base for each, base in zip(seconds, bare, strict=True))
             for name, seconds in times.items()
         }
         print(f"\n{model}: bare backward {statistics.median(bare) * 1e3:.2f} ms; what is added to it (whole step), ms")
-        for name, seconds in whole[model].items():
+        for name, seconds in times.items():
+            whole = statistics.median(seconds) * 1e3
             if name.startswith("bare all"):
-                print(f"  {name:32s} {seconds * 1e3:8.2f}", flush=True)
+                print(f"  {name:32s} {whole:8.2f}", flush=True)
             elif not name.startswith("bare"):
-                print(f"  {name:32s} {added[model][name] * 1e3:8.2f} ({seconds * 1e3:.2f})", flush=True)
+                print(f"  {name:32s} {added[name] * 1e3:8.2f} ({whole:.2f})", flush=True)
+        rows += _requirements(model, times, added)
     workers.close_worlds()
-    return _judge(added, whole)
-
-
-def _judge(added: dict[str, dict[str, float]], whole: dict[str, dict[str, float]]) -> int:
-    rows = []
-    for (model, least_torch), least_horovod in zip(zip(SIZES, (1.3, 10, 40), strict=True), (1, 4, 4), strict=True):
-        each = {name: max(seconds, 1e-6) for name, seconds in added[model].items()}
-        pyros = each["pyro HorovodOptimizer"]
-        rows.append(
-            (f"added, {model}: Pyro / distopt on torch_dist", pyros / each["distopt on torch_dist"], least_torch)
-        )
-        rows.append((f"added, {model}: Pyro / distopt on horovod", pyros / each["distopt on horovod"], least_horovod))
-    big = whole[BIG]
-    rows.append(
-        (
-            "whole step, big network: DDP / distopt on torch_dist",
-            big["DDP, fused Adam"] / big["distopt on torch_dist"],
-            1 / 1.05,
-        )
-    )
-    rows.append(
-        (
-            "whole step, big network: Pyro / distopt on horovod",
-            big["pyro HorovodOptimizer"] / big["distopt on horovod"],
-            1.0,
-        )
-    )
-    missed = 0
     print()
     for what, ratio, least in rows:
-        is_met = ratio >= least
-        missed += not is_met
-        print(f"{'ok    ' if is_met else 'MISSED'} {ratio:8.2f} (at least {least:.2f})  {what}")
-    return missed
+        print(f"{'ok    ' if ratio >= least else 'MISSED'} {ratio:8.2f} (at least {least:.2f})  {what}")
+    return sum(ratio < least for _, ratio, least in rows)
+
+
+def _requirements(
+    model: str, times: dict[str, list[float]], added: dict[str, float]
+) -> Iterator[tuple[str, float, float]]:
+    """Yields what is compared, the ratio found and the least one required."""
+    pyros = "pyro HorovodOptimizer"
+    if model != BIG:
+        for kind, least in zip(("torch_dist", "horovod"), REQUIRED[model], strict=True):
+            ratio = added[pyros] / max(added[f"distopt on {kind}"], 1e-6)
+            yield f"added, {model}: Pyro / distopt on {kind}", ratio, least
+        return
+    for kind, other, least in (("torch_dist", "DDP, fused Adam", 1 / 1.05), ("horovod", pyros, 1.0)):
+        pairs = zip(times[other], times[f"distopt on {kind}"], strict=True)
+        ratio = statistics.median(theirs / ours for theirs, ours in pairs)
+        yield f"whole step, big network: {other} / distopt on {kind}", ratio, least
 
 
 def main(words: list[str]) -> int:
-    """Runs the comparison, or with `scaling` the study of how the cost grows."""
+    """Runs the comparison, of all models or those named, or with `scaling` the study of how the cost grows."""
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # no rank stays stopped
     if words[:1] == ["scaling"]:
         from tests.benchmarks import scaling
 
         scaling.main(words[1:])
         return 0
-    return compare()
+    return compare([WORDS[word] for word in words or WORDS])
 
 
 if __name__ == "__main__":
