@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from distopt.reduce.layout import Bucket, Layout
+from distopt.reduce.layout import LARGE_NUMEL, Bucket, Layout
 from distopt.reduce.parts import Brought
-
-# From this many elements on a pass over a gradient costs more than a call, and allocating it more than either.
-_LARGE_NUMEL = 2**15
 
 
 @torch.no_grad()
@@ -24,7 +21,7 @@ def fill_bucket_(bucket: Bucket, brought: Brought | None, scale: float) -> None:
         bucket.buffer.zero_()
         return
     gradients = list(map(brought.gradients.__getitem__, bucket.indices))
-    if brought.complete and 0 < bucket.flat.numel() <= _LARGE_NUMEL * len(gradients):
+    if brought.complete and gradients and not bucket.is_large:
         if bucket.is_1d:
             torch.cat(gradients, out=bucket.flat)  # type: ignore[arg-type]  # none is None
         else:
@@ -76,7 +73,7 @@ class Cleared:
         for param in params:
             if param.grad is None:
                 continue
-            if param.numel() < _LARGE_NUMEL:
+            if param.numel() < LARGE_NUMEL:
                 param.grad = torch.zeros_like(param.grad)
             else:
                 param.grad = None

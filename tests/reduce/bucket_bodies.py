@@ -120,7 +120,7 @@ def gradients_survive_a_round_that_is_made_again() -> Values:
 
 
 def large_models_look_before_they_send() -> None:
-    """A small all-reduce and one for each bucket; a round with news and a schedule's step send nothing large."""
+    """A small all-reduce and one for each bucket; a round with news sends nothing large."""
     optim = DistributedOptimizer(SGD({"lr": 1.0}), bucket_mib=3.0)
     gradients: dict[str, Tensor | None] = {}
     for name in ("a", "b", "c"):
@@ -136,7 +136,8 @@ def large_models_look_before_they_send() -> None:
             gradients["late"] = torch.ones(2)
         step_with(optim, gradients)
     assert [numel for method, numel in calls if method == "all_reduce" and numel > 100] == [500_000] * 2 + [500_002]
-    assert unconstrained("a").eq(-3).all()
+    step_with(optim, {"a": torch.ones(500_000), "b": None})
+    assert unconstrained("a").eq(-4).all() and unconstrained("b").eq(-3).all()
 
 
 def dropped_gradients_count_as_zero() -> Values:
