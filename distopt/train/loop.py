@@ -206,7 +206,7 @@ class _Worker:
     def _step(self, step: int, *, measure: bool) -> float:
         config, optimizer = self.config, self.optimizer
         seed_noise(config.seed, step, self.backend.rank, config.train.noise)
-        optimizer.local_flag = self.stop.received != 0
+        optimizer.local_step, optimizer.local_flag = step, self.stop.received != 0
         optimizer.measure_norm = measure
         loss = self.svi.step(*self.task.batch(self.batches.rows(step)))
         scheduler = config.optim.scheduler
