@@ -12,7 +12,10 @@ from torch import Tensor
 
 from distopt.backends import current
 from distopt.optim import SGD, Adam, DistributedOptimizer
+from distopt.reduce import layout
+from tests.reduce.option_bodies import schedules_agree_on_the_averaged_metric, sparse_gradients_cross_as_sparse
 from tests.reduce.steps import Values, by_rank, counting_calls, step_with, store_values, unconstrained
+from tests.reduce.training_bodies import TRAINING
 
 Clear = Callable[[Iterable[Tensor]], None]
 
@@ -154,7 +157,18 @@ def dropped_gradients_count_as_zero() -> Values:
     return {name: unconstrained(name)[:3].tolist() for name in params}
 
 
+def large_models_follow_the_same_rules() -> None:
+    """Bodies of the other suites, with every parameter in a bucket of its own and looked at before it is sent."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "LOOK_FIRST_BYTES", 0)
+        patch.setattr(layout, "MIB", 0)
+        for body in (*TRAINING, schedules_agree_on_the_averaged_metric, sparse_gradients_cross_as_sparse):
+            pyro.clear_param_store()
+            body()
+
+
 BUCKETS = [
+    large_models_follow_the_same_rules,
     buckets_groups_and_factors_change_nothing,
     buckets_start_during_backward,
     gradients_survive_a_round_that_is_made_again,
