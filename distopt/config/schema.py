@@ -53,7 +53,7 @@ class DataConfig(Section):
     """Which rows a step reads."""
 
     global_batch: Annotated[int, Field(ge=1)] | None = None
-    """Rows of a step over all workers together, a multiple of their number; null takes all rows in every step."""
+    """Rows of a step over all workers together, one for each at least; null takes all rows in every step."""
 
 
 class SchedulerConfig(Section):

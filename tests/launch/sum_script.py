@@ -14,7 +14,8 @@ import distopt
 
 if __name__ == "__main__":
     seconds = float(sys.argv[1])
-    backend = distopt.init(timeout=timedelta(seconds=float(os.environ.get("SUM_TIMEOUT_S", "30"))))
+    timeout = timedelta(seconds=float(os.environ.get("SUM_TIMEOUT_S", "30")))
+    backend = distopt.init(os.environ.get("SUM_BACKEND", "auto"), timeout=timeout)
     end = time.monotonic() + seconds
     going_on = torch.ones(1)
     while going_on.item():
