@@ -32,13 +32,15 @@ class Brought:
         params: the unconstrained tensors of this call.
         gradients: by place in the layout; None where this rank has none.
         complete: whether no gradient is None and none is sparse.
+        addresses: where each gradient lies; None when one is missing or sparse, and when nobody has looked.
         news: parameters that the layout lacks or holds otherwise, with their gradients.
         own: (name, parameter, gradient) of parameters that belong to this rank alone.
     """
 
     params: Sequence[Tensor] = ()
-    gradients: Sequence[Tensor | None] = ()
+    gradients: list[Tensor | None] = field(default_factory=list)
     complete: bool = False
+    addresses: list[int] | None = None
     news: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     own: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
 
@@ -48,6 +50,7 @@ class Reduced:
     """The gradients that every rank steps by, equal on all ranks, and what the ranks have told each other."""
 
     heard: Heard
+    brought: Brought | None = None  # what this rank gave
     dense: list[Part] = field(default_factory=list)
     loose: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     num_own: int = 0  # the last ones of `loose`: of this rank alone
