@@ -23,6 +23,8 @@ if __name__ == "__main__":
         backend.all_reduce(total).wait()
         going_on.fill_(float(time.monotonic() < end))
         backend.all_reduce(going_on, "min").wait()
+        if sys.argv[2:] == [str(backend.rank)]:
+            os._exit(0)
         Path(f"summed-{backend.world_size}-{backend.rank}").touch()
         time.sleep(0.05)
     found = {"total": total.item(), "host": socket.gethostname(), "library": backend.name}

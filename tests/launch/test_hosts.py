@@ -29,9 +29,10 @@ def test_one_yaml_runs_on_hosts_through_each_engine(platform, count, hosts, on_h
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("numbers", [[1, 2], [2, 3]], ids=["another", "leading"])
 @pytest.mark.parametrize("platform", ENGINES)
-def test_host_cut_off_ends_the_run_everywhere_and_is_named(platform, hosts, on_hosts, tmp_path):
-    run = on_hosts(platform, [1, 2], "reduce.timeout_s=10", "launch.grace_s=3", seconds=600.0)
+def test_host_cut_off_ends_the_run_everywhere_and_is_named(platform, numbers, hosts, on_hosts, tmp_path):
+    run = on_hosts(platform, numbers, "reduce.timeout_s=10", "launch.grace_s=3", seconds=600.0)
     wait_until(lambda: len(list(tmp_path.glob("summed-2-*"))) == 2, "both ranks at work")
     hosts.link(2, "down")
     try:

@@ -35,10 +35,13 @@ def engine(request) -> str:
     return request.param
 
 
-def test_script_gets_its_arguments_environment_and_folder_exactly(engine, start, tmp_path, monkeypatch):
+def test_script_gets_its_arguments_environment_and_folder_exactly_and_any_run_dir_does(
+    engine, start, tmp_path, monkeypatch
+):
+    run_dir = tmp_path / "runs" / ("a 'b\"; touch canary; $HOME ü" + "x" * 160)
     odd = ["a b", "'", '"', "$HOME", "; touch canary", "*", "ü", "\\", "-x", "", "`id`", "a\nb"]
     write_config(tmp_path, "show", "GREETING,MY_API_TOKEN,PYTHONUNBUFFERED", *odd,
-                 launch="env: {GREETING: \"it's; $x\"}, secrets: [MY_API_TOKEN]", more=engine)  # fmt: skip
+                 launch="env: {GREETING: \"it's; $x\"}, secrets: [MY_API_TOKEN]", more=f"{engine}\nrun_dir: {json.dumps(str(run_dir))}")  # fmt: skip
     run = start(env={"MY_API_TOKEN": "s3cret"})
     assert run.wait() == 0, run.err
     for rank in (0, 1):
@@ -48,7 +51,7 @@ def test_script_gets_its_arguments_environment_and_folder_exactly(engine, start,
         assert shown["cwd"] == str(tmp_path)
     assert not (tmp_path / "canary").exists()
     assert run.out == "rank 0 does show\n"
-    assert "rank 1 does show" in run.log(1)
+    assert "rank 1 does show" in (run_dir / "logs" / "rank-1.log").read_text()
     assert run.processes() == []
 
 
@@ -100,6 +103,24 @@ def test_failed_run_names_who_died_first_of_what_and_who_was_waiting(start, tmp_
     assert said in report
     assert "Merely waiting, ended by the engine: rank 0 on" in report
     assert run.processes() == []
+
+
+def test_worker_that_dies_in_each_attempt_ends_the_run_after_the_last_restart(start, tmp_path):
+    write_config(tmp_path, "exit", "1", "7")
+    run = start("launch.max_restarts=2")
+    assert run.wait() == 1
+    assert run.err.count("ended with exit status 7") == 3 + 1  # in each attempt, and in the report
+    assert [line.rsplit(" ", 1)[1] for line in run.log(1).splitlines() if line.startswith("--- ")] == ["0", "1", "2"]
+    assert run.processes() == []
+
+
+def test_worker_that_leaves_early_with_status_0_is_named(start, tmp_path):
+    write_config(tmp_path)
+    run = start(f"script={SUM}", "script_args=['600', '1']")
+    assert run.wait() == 1
+    report = run.err[run.err.index("the run failed") :]
+    assert "rank 0 on" in report.split("died first")[0]
+    assert "Before it had ended, as if all were done: rank 1 on" in report
 
 
 @pytest.mark.parametrize("engine", ENGINES[1:2], indirect=True)
