@@ -76,6 +76,9 @@ def failure(run_dir: Path, seen: Sequence[Event], status: int, seconds: float, e
         what = next((match["what"] for match in told.values() if int(match["rank"]) == first.rank), "")
         lines.append(f"  {name(first)} died first: it {f'failed at {what}' if what else f'{cause(first)}.'}")
         lines += [f"  After it: {name(end)} {cause(end)}{_why(run_dir, end.rank)}." for end in culprits[1:]]
+        early = [end for end in ends.values() if end.status == 0 and end.time < first.time]
+        if early:
+            lines.append(f"  Before it had ended, as if all were done: {', '.join(map(name, early))}.")
     if told:
         lines.append(f"  Told of its error, and ended by that: {', '.join(name(ends[rank]) for rank in sorted(told))}.")
     waiting = [end for end in ends.values() if end.stopped and end not in culprits and end.rank not in told]
