@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distopt.reduce.control import Heard
+from distopt.reduce.local import num_shards
 
 
 class Part(NamedTuple):
@@ -41,6 +42,24 @@ class Brought:
     complete: bool = False
     news: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     own: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+
+    def own_is_finite(self) -> bool:
+        """Returns whether the gradients of this rank alone are finite."""
+        for _, _, gradient in self.own:
+            values = gradient._values() if gradient.is_sparse else gradient
+            # A finite sum has finite terms, and takes no copy as isfinite() does; the sum alone may overflow.
+            if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
+                return False
+        return True
+
+    def own_square(self) -> float:
+        """Returns the squared 2-norm of the gradients of this rank alone, as they will be stepped by."""
+        total = 0.0
+        for _, param, gradient in self.own:
+            values = gradient.coalesce().values() if gradient.is_sparse else gradient
+            wide = torch.complex128 if values.is_complex() else torch.float64
+            total += (float(torch.linalg.vector_norm(values, dtype=wide)) / num_shards(param)) ** 2
+        return total
 
 
 @dataclass

@@ -17,7 +17,7 @@ from distopt.reduce.control import NUM_SLOTS, Control, Heard, Kind, read_control
 from distopt.reduce.drift import checksums, explain_drift, fold
 from distopt.reduce.errors import PeerError
 from distopt.reduce.layout import Bucket, Entry, Layout
-from distopt.reduce.local import any_local, local_parameter
+from distopt.reduce.local import any_local, local_parameter, num_shards
 from distopt.reduce.overlap import Overlap
 from distopt.reduce.parts import Brought, Part, Reduced
 from distopt.reduce.settings import Settings
@@ -132,7 +132,6 @@ class Reducer:
             One all-reduce per bucket. With news, an agreement and the round once more.
         """
         said.news = bool(brought is not None and brought.news)
-        said.nonfinite = brought is not None and not all(_is_finite(gradient) for _, _, gradient in brought.own)
         sums = None
         if self.settings.drift_every_steps and said.step % self.settings.drift_every_steps == 0:
             sums = checksums(zip(self.layout.names, self.layout.params, strict=True), self._state())
@@ -295,9 +294,8 @@ class Reducer:
         else:
             self._collect_touched(reduced, brought, scale)
         for name, param, gradient in brought.own if brought is not None else ():
-            entry = local_parameter(param)
-            if entry is not None and entry.plate.num_shards > 1:
-                gradient.div_(entry.plate.num_shards)  # the plate's density was multiplied by it
+            if num_shards(param) > 1:
+                gradient.div_(num_shards(param))  # the plate's density was multiplied by it
             reduced.loose.append((name, param, gradient))
             reduced.num_own += 1
         return reduced
@@ -347,9 +345,3 @@ def _all_dense(gradients: Sequence[Tensor | None]) -> bool:
 
 def _is_dense_now(entry: Entry, gradient: Tensor | None) -> bool:
     return entry.sparse and gradient is not None and not gradient.is_sparse
-
-
-def _is_finite(gradient: Tensor) -> bool:
-    values = gradient._values() if gradient.is_sparse else gradient
-    # The largest magnitude is NaN or infinite if any number is; unlike isfinite(), it is found without a copy.
-    return values.numel() == 0 or bool(torch.isfinite(torch.linalg.vector_norm(values, ord=torch.inf)))
