@@ -77,7 +77,16 @@ class TorchDist(World):
 
     @classmethod
     def adopt(cls, group: Any = None, *, timeout: timedelta = DEFAULT_TIMEOUT) -> TorchDist:
-        """Uses a process group that the script made itself, which stays the script's to destroy."""
+        """Uses a process group that the script made itself, which stays the script's to destroy.
+
+        Raises:
+            BackendError: This process is not one of the group's.
+        """
+        if dist.get_rank(group) < 0:
+            raise BackendError(
+                f"rank {dist.get_rank()} of {dist.get_world_size()} is not in the process group that it was given. Use "
+                "it on its own ranks alone (`if torch.distributed.get_rank(group) >= 0:`), and another on the others."
+            )
         return cls(Place("the script", dist.get_rank(group), dist.get_world_size(group)), group=group, timeout=timeout)
 
     @property
@@ -144,9 +153,9 @@ def _poll_work(work: Any, seconds: float) -> bool:
     try:
         work.wait(timedelta(seconds=seconds))
     except RuntimeError:
-        if work.is_completed():  # it failed; a wait that only timed out leaves it running
-            raise
-        return False
+        if not work.is_completed():  # the wait timed out, which leaves it running
+            return False
+        work.wait()  # raises when it has failed; it may also have ended well just after the wait did
     return True
 
 

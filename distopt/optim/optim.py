@@ -166,7 +166,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         states = {id(m): state for g in self._groups for m, state in zip(g.members, g.states(), strict=True)}
         for m in self._roster:
             name = store.param_name(m.param) or m.name
-            if name not in result or m.name in store:
+            if name not in result or store._params.get(m.name) is m.param:
                 result[name] = states[id(m)]
         return result  # type: ignore[no-any-return]
 
@@ -179,7 +179,8 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             ValueError: when a state is of another optimizer or shape; nothing is changed then.
         """
         check_state_dict(state_dict)
-        known = {m.name: m for m in self._roster}
+        in_store = pyro.get_param_store()._params  # a tensor that was replaced there is another parameter's life
+        known = {m.name: m for m in self._roster if in_store.get(m.name, m.param) is m.param}
         live = [(known[name], state) for name, state in state_dict.items() if name in known]
         for m, state in live:
             self._check(m, state)

@@ -28,6 +28,7 @@ class Kind(IntEnum):
     GRADIENT = 1
     SCHEDULE = 2
     ABORT = 3
+    AGREE = 4  # parameters are agreed on, nothing is stepped
 
 
 @dataclass
@@ -77,11 +78,20 @@ def write_control(slots: Tensor, said: Control) -> None:
     if said.kind is not None:
         for at, digit in ((_STEP, said.step % (DIGIT - 3)), (_KIND, int(said.kind))):
             numbers[at], numbers[at + 1] = float(digit), float(digit**2)
-    checksum = said.checksum
-    for at in range(_CHECKSUM, NUM_SLOTS, 2):
+    checksum, at = said.checksum, _CHECKSUM
+    while checksum:
         checksum, digit = divmod(checksum, DIGIT)
         numbers[at], numbers[at + 1] = float(digit), float(digit**2)
-    slots[:NUM_SLOTS] = torch.tensor(numbers, dtype=slots.dtype)
+        at += 2
+    fill_(slots[:NUM_SLOTS], numbers)
+
+
+def fill_(slots: Tensor, numbers: float | list[float]) -> None:
+    """Overwrites 1-D `slots` with numbers."""
+    if slots.device.type == "cpu":
+        slots.numpy()[:] = numbers  # a tenth of the time that a tensor of their own takes
+    else:
+        slots.copy_(torch.tensor(numbers, dtype=slots.dtype))
 
 
 def read_control(slots: Tensor, world_size: int) -> Heard:

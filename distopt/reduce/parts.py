@@ -33,24 +33,17 @@ class Brought:
         params: the unconstrained tensors of this call.
         gradients: by place in the layout; None where this rank has none.
         complete: whether no gradient is None and none is sparse.
+        addresses: where each gradient lies; None when one is missing or sparse, and when nobody has looked.
         news: parameters that the layout lacks or holds otherwise, with their gradients.
         own: (name, parameter, gradient) of parameters that belong to this rank alone.
     """
 
     params: Sequence[Tensor] = ()
-    gradients: Sequence[Tensor | None] = ()
+    gradients: list[Tensor | None] = field(default_factory=list)
     complete: bool = False
+    addresses: list[int] | None = None
     news: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     own: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
-
-    def own_is_finite(self) -> bool:
-        """Returns whether the gradients of this rank alone are finite."""
-        for _, _, gradient in self.own:
-            values = gradient._values() if gradient.is_sparse else gradient
-            # A finite sum has finite terms, and takes no copy as isfinite() does; the sum alone may overflow.
-            if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
-                return False
-        return True
 
     def own_square(self) -> float:
         """Returns the squared 2-norm of the gradients of this rank alone, as they will be stepped by."""
@@ -67,6 +60,7 @@ class Reduced:
     """The gradients that every rank steps by, equal on all ranks, and what the ranks have told each other."""
 
     heard: Heard
+    brought: Brought | None = None  # what this rank gave
     dense: list[Part] = field(default_factory=list)
     loose: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     num_own: int = 0  # the last ones of `loose`: of this rank alone

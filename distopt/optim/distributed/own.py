@@ -9,6 +9,7 @@ from distopt.optim.clipping import global_norm
 from distopt.optim.optim import PyroOptim
 from distopt.reduce import Brought, Reduced
 from distopt.reduce.control import Control
+from distopt.reduce.finite import is_finite
 
 
 def tell_own(optim: PyroOptim, brought: Brought, said: Control) -> None:
@@ -18,7 +19,7 @@ def tell_own(optim: PyroOptim, brought: Brought, said: Control) -> None:
         ValueError: `clip_args` is a callable and wants a global norm for some of them.
     """
     if optim.nonfinite != "step" or optim.scaler is not None:
-        said.nonfinite = not brought.own_is_finite()
+        said.nonfinite = not all(is_finite(gradient) for _, _, gradient in brought.own)
     args = optim.pt_clip_args
     if not callable(args):
         if args.get("global_norm") is not None:
