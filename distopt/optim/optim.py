@@ -51,6 +51,8 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
     Attributes:
         num_skipped_steps: how many steps were skipped for a gradient that was not finite.
         nonfinite_names: the parameters that had such a gradient when last a step was skipped.
+        total_norm: by what `global_norm` clips in place of the norm of the gradients at hand, where other processes
+            step by more of them.
 
     Raises:
         ValueError: for an optimizer that needs a closure (LBFGS), or arguments that it does not take.
@@ -92,6 +94,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         self.scaler = scaler
         self.num_skipped_steps = 0
         self.nonfinite_names: tuple[str, ...] = ()
+        self.total_norm: float | None = None
         self._roster = Roster()
         self._groups = Grouping(optim_constructor, self._construct)
         self._waiting: dict[str, State] = {}
@@ -276,7 +279,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             for listed, members in plan.listed:
                 listed.clip_(members)
         for norm in plan.norms:
-            clip_by_global_norm_(plan.gradients(buffers, norm), norm)
+            clip_by_global_norm_(plan.gradients(buffers, norm), norm, self.total_norm)
         for group, buffer in zip(plan.packed, buffers, strict=True):
             group.step(buffer, *args, **kwargs)
         for listed, members in plan.listed:
