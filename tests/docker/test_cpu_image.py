@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -52,15 +53,16 @@ def image(engine: Engine) -> dict[str, Any]:
     if "DISTOPT_IMAGE" in os.environ:
         return engine.inspect(IMAGE)
     engine.make_base()
-    start = time.monotonic()
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     command = ["make", "image", "BUILDER=buildah", "KIND=cpu", f"IMAGE={IMAGE}"]
     subprocess.run(
         [*command, f"BUILD_FLAGS={' '.join(engine.build_flags())}"], cwd=ROOT, env=engine.environment, check=True
     )
-    seconds = time.monotonic() - start
+    seconds, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     found, base = engine.inspect(IMAGE), engine.inspect(engines.BASE)
     size, of_base = found["Size"] / 1e9, base["Size"] / 1e9
-    print(f"\n{IMAGE}: {size:.2f} GB, {of_base:.2f} GB of it the base; built in {seconds:.0f} s")
+    print(f"\n{IMAGE}: {size:.2f} GB ({of_base:.2f} GB the base), built in {seconds:.0f} s, {busy_s:.0f} s of CPU")
     return found
 
 
