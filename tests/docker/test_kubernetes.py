@@ -7,36 +7,18 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
-import yaml
 
 from distopt.config import load_config
 from distopt.launch.manifests import manifests
 from distopt.launch.platforms.kubernetes import Platform
+from tests.docker.guide import README, ROOT, launches, objects
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "docker/kubernetes"
-README = (FOLDER / "README.md").read_text()
 # The oldest and the newest release whose schemas are published for the validator.
 VERSIONS = ("1.25", "1.37")
-
-
-def objects() -> dict[str, dict[str, Any]]:
-    files = sorted(FOLDER.glob("*.yaml"))
-    found = [object_ for path in files for object_ in yaml.safe_load_all(path.read_text())]
-    return {f"{object_['kind']}/{object_['metadata']['name']}": object_ for object_ in found}
-
-
-def launches() -> list[str]:
-    """Returns the guide's `distopt launch` commands, with the shell array filled in."""
-    shell = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
-    arrays = {name: words.replace("\n", " ") for name, words in re.findall(r"^(\w+)=\(([^)]*)\)", shell, re.MULTILINE)}
-    lines = [line.partition("#")[0] for line in shell.splitlines() if line.startswith("distopt launch")]
-    return [re.sub(r'"\$\{(\w+)\[@\]\}"', lambda match: arrays[match[1]], line) for line in lines]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -129,6 +111,21 @@ def test_process_1_of_a_pod_that_is_told_to_stop_ends_with_143_as_its_workers_do
         assert pod.stdout.readline() == "up\n"
         pod.terminate()
         assert pod.wait(timeout=30) == 143
+
+
+def test_a_pod_that_is_there_before_the_first_one_has_an_address_waits_for_it_and_can_be_stopped() -> None:
+    agent = [sys.executable, "-m", "distopt.launch.agent", "--meet", "flights-0.invalid:29400", "--", "echo", "started"]
+    with subprocess.Popen(agent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as pod:
+        assert pod.stderr is not None
+        assert pod.stderr.readline() == "agent: waiting for flights-0.invalid:29400: it has no address yet\n"
+        pod.terminate()
+        assert pod.communicate(timeout=60) == ("", "")
+        assert pod.returncode == 143
+
+
+def test_the_first_pod_starts_its_engine_once_its_own_name_has_an_address() -> None:
+    agent = [sys.executable, "-m", "distopt.launch.agent", "--meet", "localhost:29400", "--", "echo", "started"]
+    assert subprocess.run(agent, capture_output=True, text=True, timeout=60, check=True).stdout == "started\n"
 
 
 def test_the_guide_shows_each_kind() -> None:
