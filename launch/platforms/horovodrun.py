@@ -75,7 +75,7 @@ class Platform:
             *worker_argv(config, sys.executable),
         ]
         command = Command(tuple(argv), env, secret_variables(config))
-        return Plan("horovodrun", (command,), files, stop_by_file=True)
+        return Plan("horovodrun", (command,), files, stop_by_file=True, together=len(launch.world_sizes) == 1)
 
     def _world(self, config: RunConfig, files: dict[Path, str]) -> list[str]:
         launch = config.launch

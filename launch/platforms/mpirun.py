@@ -41,7 +41,7 @@ class Platform:
         argv = [find_mpirun() or "mpirun", *flags(config, env), *worker_argv(config, sys.executable)]
         files = {**run_files(config), **(ssh.wrapper(config) if launch.hosts else {})}
         command = Command(tuple(argv), env, secret_variables(config))
-        return Plan("mpirun", (command,), files, stop_by_file=True)
+        return Plan("mpirun", (command,), files, stop_by_file=True, together=True)
 
 
 def find_mpirun() -> str | None:
