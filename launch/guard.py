@@ -148,7 +148,7 @@ class Guard:
         # A session of its own, so that nothing else signals the worker, and a death that follows this process's.
         worker = subprocess.Popen(
             self.command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=env, start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=die_with_parent, pass_fds=[int(os.environ[name]) for name in ("PMI_FD",) if name in os.environ],
         )  # fmt: skip
         os.close(theirs)
         return worker, ours

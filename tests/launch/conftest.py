@@ -77,6 +77,7 @@ def on_hosts(hosts, start, tmp_path) -> Callable[..., Launched]:
     def launched(
         platform: str, numbers: list[int], *args: str, seconds: float = 0.0, text: str | None = None, **options
     ) -> Launched:
+        platform, _, controller = platform.partition(" --")
         if platform == "horovodrun" and find_spec("horovod") is None:
             pytest.skip("Horovod is not installed (make setup-dev builds it)")
         script = [f"script={SUM}", f"script_args=['{seconds}']"] if text is None else []
@@ -87,6 +88,7 @@ def on_hosts(hosts, start, tmp_path) -> Callable[..., Launched]:
         names = ",".join(hosts.names[number - 1] for number in numbers)
         keys = f"launch.ssh={{config: {hosts.folder}/ssh_config, known_hosts: {hosts.folder}/known_host}}"
         places = [f"launch.platform={platform}", f"launch.hosts=[{names}]", "launch.workers=1", keys]
-        return start(*script, *places, *args, prefix=hosts.run(1), **options)
+        chosen = [f"launch.horovod_controller={controller}"] if controller else []
+        return start(*script, *places, *chosen, *args, prefix=hosts.run(1), **options)
 
     return launched

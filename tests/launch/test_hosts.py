@@ -10,8 +10,8 @@ import pytest
 
 from tests.launch.launching import wait_until
 
-ENGINES = ["torchrun", "horovodrun", "mpirun"]
-LIBRARIES = {"torchrun": "torch_dist", "horovodrun": "horovod"}
+ENGINES = ["torchrun", "horovodrun", "horovodrun --mpi", "mpirun"]
+LIBRARIES = {"torchrun": "torch_dist", "horovodrun": "horovod", "horovodrun --mpi": "horovod"}
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -40,8 +40,9 @@ def test_script_gets_its_arguments_environment_and_folder_exactly_and_any_run_di
 ):
     run_dir = tmp_path / "runs" / ("a 'b\"; touch canary; $HOME ü" + "x" * 160)
     odd = ["a b", "'", '"', "$HOME", "; touch canary", "*", "ü", "\\", "-x", "", "`id`", "a\nb"]
-    write_config(tmp_path, "show", "GREETING,MY_API_TOKEN,PYTHONUNBUFFERED", *odd,
-                 launch="env: {GREETING: \"it's; $x\"}, secrets: [MY_API_TOKEN]", more=f"{engine}\nrun_dir: {json.dumps(str(run_dir))}")  # fmt: skip
+    launch = 'env: {GREETING: "it\'s; $x"}, secrets: [MY_API_TOKEN]'
+    more = f"{engine}\nrun_dir: {json.dumps(str(run_dir))}"
+    write_config(tmp_path, "show", "GREETING,MY_API_TOKEN,PYTHONUNBUFFERED", *odd, launch=launch, more=more)
     run = start(env={"MY_API_TOKEN": "s3cret"})
     assert run.wait() == 0, run.err
     for rank in (0, 1):

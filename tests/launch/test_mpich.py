@@ -15,6 +15,7 @@ import pytest
 from tests.launch.launching import wait_until, write_config
 
 SUM = Path(__file__).with_name("sum_script.py")
+OVER_MPI = ["reduce.backend=mpi", "launch.env={SUM_BACKEND: mpi}"]  # not Horovod, which was built for Open MPI
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -45,11 +46,19 @@ def assert_summed(folder: Path, hosts: set[str] | None = None) -> None:
 
 def test_run_on_this_machine_ends_well(mpich, start, tmp_path):
     write_config(tmp_path, more="reduce: {backend: mpi}")
-    run = start(f"script={SUM}", "script_args=['0']", python=mpich)
+    run = start(f"script={SUM}", "script_args=['0']", *OVER_MPI, python=mpich)
     assert run.wait() == 0, run.everything()
     assert_summed(tmp_path)
     assert "-bind-to none" in (run.run_dir / "launch.json").read_text()
     assert run.processes() == []
+
+
+def test_library_of_another_mpi_is_refused_since_its_world_falls_apart(mpich, start, tmp_path):
+    pytest.importorskip("horovod.torch", reason="Horovod is not installed (make setup-dev builds it)")
+    write_config(tmp_path, more="reduce: {backend: mpi}")
+    run = start(f"script={SUM}", "script_args=['0']", "launch.env={SUM_BACKEND: horovod}", python=mpich)
+    assert run.wait() == 1
+    assert "mpirun (MPICH) started 2 workers, but this one finds a world of 1 over horovod" in run.err
 
 
 def test_signal_reaches_each_worker_once_and_all_save_and_end(mpich, start, tmp_path):
@@ -71,7 +80,7 @@ def test_worker_that_is_killed_is_named(mpich, start, tmp_path):
 
 
 def test_run_on_hosts_ends_well(mpich, hosts, on_hosts, tmp_path):
-    run = on_hosts("mpirun", [1, 2], python=mpich)
+    run = on_hosts("mpirun", [1, 2], *OVER_MPI, python=mpich)
     assert run.wait() == 0, run.everything()
     assert_summed(tmp_path, {"dh1", "dh2"})
     wait_until(lambda: run.processes() == [], "all processes of the run gone", timeout_s=20)
