@@ -183,7 +183,7 @@ class _Tail:
             data = file.read()
         self._offset += len(data)
         lines = data.splitlines(keepends=True)
-        sys.stdout.write(b"".join(line for line in lines if not line.startswith(b"--- ")).decode("utf-8", "replace"))
+        sys.stdout.write(b"".join(line for line in lines if not events.HEADER.match(line)).decode("utf-8", "replace"))
         sys.stdout.flush()
 
 

@@ -250,7 +250,7 @@ def _pod(
 ) -> Manifest:
     """Returns a pod template whose processes have no privileges and can write to volumes and /tmp alone."""
     wanted = config.launch.kubernetes
-    claims = {volume.claim: volume for volume in wanted.volumes}
+    claims = dict.fromkeys(volume.claim for volume in wanted.volumes)  # one may be mounted at several paths
     spec: Manifest = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -262,44 +262,46 @@ def _pod(
             "fsGroup": wanted.user,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "containers": [
-            {
-                "name": container,
-                "image": wanted.image,
-                "command": command,
-                "env": _env(config),
-                "resources": _resources(config, gpus),
-                **_health(config),
-                "securityContext": {
-                    "allowPrivilegeEscalation": False,
-                    "readOnlyRootFilesystem": True,
-                    "capabilities": {"drop": ["ALL"]},
-                },
-                "volumeMounts": [
-                    {"name": "tmp", "mountPath": HOME},
-                    {"name": "shm", "mountPath": "/dev/shm"},
-                    *(
-                        {"name": claim, "mountPath": volume.path, "readOnly": volume.read_only}
-                        for claim, volume in claims.items()
-                    ),
-                ],
-            }
-        ],
+        "containers": [{"name": container, **_container(config, command, gpus)}],
         "volumes": [
             {"name": "tmp", "emptyDir": {}},
             {"name": "shm", "emptyDir": {"medium": "Memory"}},
             *({"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in claims),
         ],
     }
-    if subdomain:
-        spec["subdomain"] = subdomain
-    if wanted.service_account:
-        spec["serviceAccountName"] = wanted.service_account
-    if wanted.node_selector:
-        spec["nodeSelector"] = dict(wanted.node_selector)
-    if wanted.image_pull_secrets:
-        spec["imagePullSecrets"] = [{"name": name} for name in wanted.image_pull_secrets]
+    optional = {
+        "subdomain": subdomain,
+        "serviceAccountName": wanted.service_account,
+        "nodeSelector": dict(wanted.node_selector),
+        "imagePullSecrets": [{"name": name} for name in wanted.image_pull_secrets],
+    }
+    spec |= {key: value for key, value in optional.items() if value}
     return {"metadata": {"labels": {LABEL: config.name}}, "spec": spec}
+
+
+def _container(config: RunConfig, command: list[str], gpus: bool) -> Manifest:
+    """Returns what a pod runs; all but its name."""
+    wanted = config.launch.kubernetes
+    return {
+        "image": wanted.image,
+        "command": command,
+        "env": _env(config),
+        "resources": _resources(config, gpus),
+        **_health(config),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [
+            {"name": "tmp", "mountPath": HOME},
+            {"name": "shm", "mountPath": "/dev/shm"},
+            *(
+                {"name": volume.claim, "mountPath": volume.path, "readOnly": volume.read_only}
+                for volume in wanted.volumes
+            ),
+        ],
+    }
 
 
 def _without_restarts(pod: Manifest) -> Manifest:

@@ -56,8 +56,8 @@ class Plan:
     def __str__(self) -> str:
         parts = [f"# {note}\n" for note in self.notes]
         for path, text in self.files.items():
-            end = _delimiter(text)
-            parts.append(f"cat > {shlex.quote(str(path))} <<'{end}'\n{text.rstrip()}\n{end}\n")
+            end, name = _delimiter(text), shlex.quote(str(path))
+            parts.append(f"cat > {name} <<'{end}'\n{text.rstrip()}\n{end}\n" if text else f": > {name}\n")
         parts += [f"{command}\n" for command in self.commands]
         return "\n".join(parts)
 

@@ -130,7 +130,9 @@ class LaunchConfig(Section):
     platform: Literal["local", "torchrun", "horovodrun", "mpirun", "slurm", "kubernetes"] = "local"
     """The engine that starts the workers; `local` is this machine, through the engine that `reduce.backend` needs."""
     workers: Annotated[int, Field(ge=1)] = 1
-    """Processes per host."""
+    """Processes per host, at most one for each of its cores."""
+    oversubscribe: bool = False
+    """Whether a host may get more processes than it has cores."""
     hosts: list[HostName] = Field(default_factory=list)
     """Names or addresses of the hosts, the first one leading; none means this machine."""
     nodes: Annotated[int, Field(ge=1)] | None = None

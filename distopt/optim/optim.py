@@ -51,6 +51,8 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
     Attributes:
         num_skipped_steps: how many steps were skipped for a gradient that was not finite.
         nonfinite_names: the parameters that had such a gradient when last a step was skipped.
+        total_norm: by what `global_norm` clips in place of the norm of the gradients at hand, where other processes
+            step by more of them.
 
     Raises:
         ValueError: for an optimizer that needs a closure (LBFGS), or arguments that it does not take.
@@ -92,6 +94,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         self.scaler = scaler
         self.num_skipped_steps = 0
         self.nonfinite_names: tuple[str, ...] = ()
+        self.total_norm: float | None = None
         self._roster = Roster()
         self._groups = Grouping(optim_constructor, self._construct)
         self._waiting: dict[str, State] = {}
@@ -163,7 +166,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         states = {id(m): state for g in self._groups for m, state in zip(g.members, g.states(), strict=True)}
         for m in self._roster:
             name = store.param_name(m.param) or m.name
-            if name not in result or m.name in store:
+            if name not in result or store._params.get(m.name) is m.param:
                 result[name] = states[id(m)]
         return result  # type: ignore[no-any-return]
 
@@ -176,7 +179,8 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             ValueError: when a state is of another optimizer or shape; nothing is changed then.
         """
         check_state_dict(state_dict)
-        known = {m.name: m for m in self._roster}
+        in_store = pyro.get_param_store()._params  # a tensor that was replaced there is another parameter's life
+        known = {m.name: m for m in self._roster if in_store.get(m.name, m.param) is m.param}
         live = [(known[name], state) for name, state in state_dict.items() if name in known]
         for m, state in live:
             self._check(m, state)
@@ -275,7 +279,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             for listed, members in plan.listed:
                 listed.clip_(members)
         for norm in plan.norms:
-            clip_by_global_norm_(plan.gradients(buffers, norm), norm)
+            clip_by_global_norm_(plan.gradients(buffers, norm), norm, self.total_norm)
         for group, buffer in zip(plan.packed, buffers, strict=True):
             group.step(buffer, *args, **kwargs)
         for listed, members in plan.listed:

@@ -97,6 +97,7 @@ class _Worker:
             compression=config.reduce.compression,
             bucket_mib=config.reduce.bucket_mib,
             overlap=config.reduce.overlap,
+            noise=config.train.noise,
         )
         loss = getattr(pyro.infer, config.train.loss)(
             num_particles=config.train.num_particles, **config.train.loss_args
@@ -205,7 +206,7 @@ class _Worker:
     def _step(self, step: int, *, measure: bool) -> float:
         config, optimizer = self.config, self.optimizer
         seed_noise(config.seed, step, self.backend.rank, config.train.noise)
-        optimizer.local_flag = self.stop.received != 0
+        optimizer.local_step, optimizer.local_flag = step, self.stop.received != 0
         optimizer.measure_norm = measure
         loss = self.svi.step(*self.task.batch(self.batches.rows(step)))
         scheduler = config.optim.scheduler

@@ -54,8 +54,9 @@ class Platform:
         if launch.hosts:
             files |= ssh.wrapper(config)
             env["PATH"] = f"{(config.run_dir / ssh.FOLDER).resolve()}:{os.environ.get('PATH', os.defpath)}"
+        here = (sys.executable, "-m", "distopt.launch.horovodrun_here")
         argv = [
-            str(beside_python("horovodrun")),
+            *([str(beside_python("horovodrun"))] if launch.hosts else here),
             "--gloo",
             *(["--network-interfaces", interface] if interface else []),
             *self._world(config, files),

@@ -75,7 +75,7 @@ def _open_mpi(config: RunConfig, env: dict[str, str]) -> list[str]:
         env |= {"PRTE_MCA_plm_ssh_agent": agent, "OMPI_MCA_plm_rsh_agent": agent}
         env |= {"PRTE_MCA_plm_ssh_no_tree_spawn": "1", "OMPI_MCA_plm_rsh_no_tree_spawn": "1"}
     else:
-        env["OMPI_MCA_btl_tcp_if_include"] = "lo"
+        env["OMPI_MCA_btl"] = "^tcp"  # shared memory does, and nothing listens
     if config.launch.interface:
         env["OMPI_MCA_btl_tcp_if_include"] = config.launch.interface
     return [

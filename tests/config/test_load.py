@@ -148,6 +148,25 @@ def test_hostile_document_is_refused_before_it_is_built(text, said, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ("task: mytasks.house:House", True),
+        ("task: distopt.examples.flights:Flights", True),
+        ("task: mytasksevil.house:House", False),
+        ("task: evil:House", False),
+        ("script: train.py", False),
+    ],
+)
+def test_only_tasks_of_declared_packages_are_taken_where_some_are_declared(text, allowed, monkeypatch):
+    monkeypatch.setenv("DISTOPT_TRUSTED_TASKS", "mytasks,distopt.examples")
+    if allowed:
+        parse_config(f"name: run\n{text}")
+        return
+    with pytest.raises(ConfigError, match="allows tasks of mytasks, distopt.examples alone"):
+        parse_config(f"name: run\n{text}")
+
+
 def test_missing_file_is_answered_with_the_nearest(tmp_path):
     (tmp_path / "flights.yaml").write_text(MINIMAL)
     with pytest.raises(ConfigError, match=r"flihgts\.yaml: no such file\. Did you mean .*flights\.yaml\?"):

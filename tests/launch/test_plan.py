@@ -91,7 +91,7 @@ def test_script_arguments_survive_both_shells_of_a_slurm_job(backend, arguments)
     assert words[len(words) - len(arguments) - 1 :] == ["a b/train.py", *arguments]
 
 
-@pytest.mark.parametrize("text", ["plain\n", "END\n", "END\nEND_\n$HOME `id` \\ '\n"])
+@pytest.mark.parametrize("text", ["", "plain\n", "END\n", "END\nEND_\n$HOME `id` \\ '\n"])
 def test_printed_files_are_written_by_a_shell_as_they_are(text, tmp_path):
     path = tmp_path / "a file"
     plan = Plan("local", (Command((sys.executable, "-c", "print('ran')")),), {path: text})
