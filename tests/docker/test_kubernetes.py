@@ -19,10 +19,11 @@ from tests.docker.guide import README, ROOT, launches, objects
 
 # The oldest and the newest release whose schemas are published for the validator.
 VERSIONS = ("1.25", "1.37")
+RUNTIME = "ClusterTrainingRuntime/distopt"
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("name", objects())
+@pytest.mark.parametrize("name", sorted(objects().keys() - {RUNTIME}))
 def test_every_object_is_valid_in_every_release_and_has_no_unknown_field(name: str, version: str) -> None:
     kubernetes_validate.validate(objects()[name], version, strict=True)
 
@@ -40,6 +41,24 @@ def test_objects_find_each_other_in_one_namespace() -> None:
     assert {o["metadata"].get("namespace", o["metadata"]["name"]) for o in found.values()} == {"distopt"}
     (claim,) = [v for v in found["Pod/reader"]["spec"]["volumes"] if "persistentVolumeClaim" in v]
     assert f"PersistentVolumeClaim/{claim['persistentVolumeClaim']['claimName']}" in found
+
+
+def test_the_runtime_gives_the_pods_of_a_trainjob_what_the_launcher_gives_those_of_a_job() -> None:
+    (node,) = objects()[RUNTIME]["spec"]["template"]["spec"]["replicatedJobs"]
+    found = node["template"]["spec"]["template"]["spec"]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "node"}, "spec": found}
+    for version in VERSIONS:
+        kubernetes_validate.validate(pod, version, strict=True)
+    (command,) = [line for line in launches() if "kind=trainjob" in line]
+    job = [word.replace("trainjob", "job") for word in shlex.split(command)[3:]]
+    ours = manifests(load_config(ROOT / "configs/flights.yaml", job))[-1]["spec"]["template"]["spec"]
+    for key in ("automountServiceAccountToken", "terminationGracePeriodSeconds", "securityContext"):
+        assert found[key] == ours[key]
+    (theirs,), (own,) = found["containers"], ours["containers"]
+    assert (theirs["name"], theirs["securityContext"]) == ("node", own["securityContext"])
+    for things, expected in ((found["volumes"], ours["volumes"]), (theirs["volumeMounts"], own["volumeMounts"])):
+        writable = [{key: value for key, value in thing.items() if key != "readOnly"} for thing in expected]
+        assert sorted(things, key=str) == sorted(writable, key=str)
 
 
 def test_the_reader_meets_the_restricted_standard_of_the_namespace() -> None:
