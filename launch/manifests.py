@@ -186,16 +186,17 @@ def _torchrun(config: RunConfig, address: str) -> list[str]:
     least = launch.min_hosts or launch.num_hosts
     nodes = str(least) if least == launch.num_hosts else f"{least}:{launch.num_hosts}"
     place = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={address}", f"--rdzv-id={config.name}"]
-    return _agent(config, torchrun_argv(config, place, launch.kubernetes.python))
+    return _agent(config, torchrun_argv(config, place, launch.kubernetes.python), meet=address)
 
 
 def _worker(config: RunConfig) -> list[str]:
     return worker_argv(config, config.launch.kubernetes.python)
 
 
-def _agent(config: RunConfig, engine: list[str]) -> list[str]:
+def _agent(config: RunConfig, engine: list[str], meet: str | None = None) -> list[str]:
     """Puts the agent in front: process 1 of a container ignores SIGTERM unless it handles it, and must reap orphans."""
-    return [config.launch.kubernetes.python, "-m", "distopt.launch.agent", "--", *engine]
+    options = ["--meet", meet] if meet else []
+    return [config.launch.kubernetes.python, "-m", "distopt.launch.agent", *options, "--", *engine]
 
 
 def _env(config: RunConfig) -> list[Manifest]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distopt.reduce.control import Heard
+from distopt.reduce.local import num_shards
 
 
 class Part(NamedTuple):
@@ -43,6 +44,15 @@ class Brought:
     addresses: list[int] | None = None
     news: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     own: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+
+    def own_square(self) -> float:
+        """Returns the squared 2-norm of the gradients of this rank alone, as they will be stepped by."""
+        total = 0.0
+        for _, param, gradient in self.own:
+            values = gradient.coalesce().values() if gradient.is_sparse else gradient
+            wide = torch.complex128 if values.is_complex() else torch.float64
+            total += (float(torch.linalg.vector_norm(values, dtype=wide)) / num_shards(param)) ** 2
+        return total
 
 
 @dataclass

@@ -16,9 +16,8 @@ from distopt.reduce.control import NUM_SLOTS, Control, Heard, Kind, fill_, read_
 from distopt.reduce.drift import checksums, explain_drift, fold
 from distopt.reduce.errors import PeerError
 from distopt.reduce.filling import Cleared, fill_bucket_, take_out_
-from distopt.reduce.finite import is_finite
 from distopt.reduce.layout import Bucket, Entry, Layout
-from distopt.reduce.local import any_local, local_parameter
+from distopt.reduce.local import any_local, local_parameter, num_shards
 from distopt.reduce.overlap import Overlap
 from distopt.reduce.parts import Brought, Part, Reduced
 from distopt.reduce.settings import Settings
@@ -68,6 +67,7 @@ class Reducer:
             return self._look_at_shared(params)
         brought = self._look_at_shared([param for param in params if local_parameter(param) is None])
         own = [param for param in params if local_parameter(param) is not None]
+        self.cleared.restore(own)
         brought.own = [(self._name(param), param, param.grad) for param in own if param.grad is not None]
         brought.params = params
         return brought
@@ -139,7 +139,6 @@ class Reducer:
             an agreement and the round once more.
         """
         said.news = bool(brought is not None and brought.news)
-        said.nonfinite = brought is not None and not all(is_finite(gradient) for _, _, gradient in brought.own)
         sums = None
         if self.settings.drift_every_steps and said.step % self.settings.drift_every_steps == 0:
             sums = checksums(zip(self.layout.names, self.layout.params, strict=True), self._state())
@@ -299,9 +298,8 @@ class Reducer:
         else:
             self._collect_touched(reduced, brought, scale)
         for name, param, gradient in brought.own if brought is not None else ():
-            entry = local_parameter(param)
-            if entry is not None and entry.plate.num_shards > 1:
-                gradient.div_(entry.plate.num_shards)  # the plate's density was multiplied by it
+            if num_shards(param) > 1:
+                gradient.div_(num_shards(param))  # the plate's density was multiplied by it
             reduced.loose.append((name, param, gradient))
             reduced.num_own += 1
         return reduced
@@ -310,10 +308,10 @@ class Reducer:
         layout, touched = self.layout, [count > 0 for count in reduced.heard.touched]
         for bucket, places, part in self._pattern(tuple(touched)):
             views = [bucket.views[place] for place in places]
-            if bucket.is_complex:
-                reduced.loose += zip(part.names, part.params, views, strict=True)
-            elif len(places) == len(bucket.views):
+            if len(places) == len(bucket.views) and not bucket.is_complex:
                 reduced.dense.append(Part(part.names, part.params, bucket.flat))
+            elif bucket.is_complex or bucket.is_large:
+                reduced.loose += zip(part.names, part.params, views, strict=True)
             else:
                 reduced.dense.append(part._replace(buffer=torch.cat([view.reshape(-1) for view in views])))
         sparse = [index for index in layout.sparse if touched[index]]

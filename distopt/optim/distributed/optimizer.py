@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distopt.backends import Backend, BackendError, current
 from distopt.optim.distributed.adopt import as_ours, names_of, takes_metric
+from distopt.optim.distributed.own import spread_nonfinite_, tell_own, total_norm
 from distopt.optim.distributed.passes import Passes
 from distopt.optim.flat import FlatGradients
 from distopt.optim.lr_scheduler import PyroLRScheduler
@@ -181,17 +182,21 @@ class DistributedOptimizer(PyroOptim):
         if self.local_step is not None:
             reducer.step, self.local_step = self.local_step, None
         reducer.backend.note(reducer.step, "reduce")
-        brought = reducer.look(gathered)
+        brought, said = reducer.look(gathered), self._say(Kind.GRADIENT)
         if brought.own:
-            self._check_clip(brought.own[0][0])
-        reduced = reducer.reduce(brought, self._say(Kind.GRADIENT))
+            try:
+                tell_own(self.optim, brought, said)
+            except ValueError as error:
+                self.abort(error)
+                raise
+        reduced = reducer.reduce(brought, said)
         self._apply_reduced(reduced, args, kwargs)
 
     def zero_grad(self, params: Iterable[Tensor]) -> None:
         """Sets the gradient of each of `params` that has one to zero, as Pyro's SVI does after each step.
 
-        Those of large parameters (32,768 elements and more) are dropped (None), and count as zero until backward
-        leaves new ones, which then need no sum: for a network of ten million parameters a quarter of the step.
+        It is done in place. Those of large parameters (32,768 elements and more) are dropped (None) instead, and count
+        as zero until backward leaves new ones, which then need no sum.
         """
         self.reducer.cleared.clear(params)
 
@@ -314,14 +319,6 @@ class DistributedOptimizer(PyroOptim):
 
     # Inside.
 
-    def _check_clip(self, own: str) -> None:
-        args = self.optim.pt_clip_args
-        if not callable(args) and args.get("global_norm") is not None and self.reducer.backend.world_size > 1:
-            raise ValueError(
-                f"clip_args has global_norm, but parameter {own!r} is this rank's own, so the ranks would find "
-                "different norms. Give clip_norm or clip_value, which look at each parameter by itself."
-            )
-
     def _say(self, kind: Kind | None) -> Control:
         losses = self._losses
         value = sum(losses) / len(losses) if losses else None
@@ -350,6 +347,8 @@ class DistributedOptimizer(PyroOptim):
         if self.measure_norm:
             self.gradient_norm = reduced.norm()
         num_skipped = self.optim.num_skipped_steps
+        self.optim.total_norm = total_norm(self.optim, reduced)
+        spread_nonfinite_(self.optim, reduced)
         if heard.num_nonfinite and self.optim.nonfinite != "step":
             self._refuse_own(reduced)
         else:
