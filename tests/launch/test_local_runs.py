@@ -26,6 +26,7 @@ ENGINES = [
     pytest.param("reduce: {backend: horovod}", id="horovodrun", marks=HOROVOD),
     pytest.param("reduce: {backend: mpi}", id="mpirun", marks=MPIRUN),
 ]
+ODD = ["a b", "'", '"', "$HOME", "; touch canary", "*", "ü", "\\", "-x", "", "`id`", "a\nb"]
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -39,20 +40,29 @@ def test_script_gets_its_arguments_environment_and_folder_exactly_and_any_run_di
     engine, start, tmp_path, monkeypatch
 ):
     run_dir = tmp_path / "runs" / ("a 'b\"; touch canary; $HOME ü" + "x" * 160)
-    odd = ["a b", "'", '"', "$HOME", "; touch canary", "*", "ü", "\\", "-x", "", "`id`", "a\nb"]
     launch = 'env: {GREETING: "it\'s; $x"}, secrets: [MY_API_TOKEN]'
     more = f"{engine}\nrun_dir: {json.dumps(str(run_dir))}"
-    write_config(tmp_path, "show", "GREETING,MY_API_TOKEN,PYTHONUNBUFFERED", *odd, launch=launch, more=more)
+    write_config(tmp_path, "show", "GREETING,MY_API_TOKEN,PYTHONUNBUFFERED", *ODD, launch=launch, more=more)
     run = start(env={"MY_API_TOKEN": "s3cret"})
     assert run.wait() == 0, run.err
     for rank in (0, 1):
         shown = json.loads((tmp_path / f"shown-{rank}.json").read_text())
-        assert shown["args"] == odd
+        assert shown["args"] == ODD
         assert shown["env"] == {"GREETING": "it's; $x", "MY_API_TOKEN": "s3cret", "PYTHONUNBUFFERED": "1"}
         assert shown["cwd"] == str(tmp_path)
     assert not (tmp_path / "canary").exists()
     assert run.out == "rank 0 does show\n"
     assert "rank 1 does show" in (run_dir / "logs" / "rank-1.log").read_text()
+    assert run.processes() == []
+
+
+@HOROVOD
+@MPIRUN
+def test_horovodrun_over_mpi_hands_arguments_on_exactly(start, tmp_path):
+    write_config(tmp_path, "show", "PYTHONUNBUFFERED", *ODD, more="reduce: {backend: horovod}")
+    run = start("launch.horovod_controller=mpi")
+    assert run.wait() == 0, run.everything()
+    assert [json.loads((tmp_path / f"shown-{rank}.json").read_text())["args"] for rank in (0, 1)] == [ODD, ODD]
     assert run.processes() == []
 
 
