@@ -247,12 +247,29 @@ def test_custom_optimizer_gets_each_parameter_as_pyro_gives_it():
     assert sorted(seen) == sorted(expected)
 
 
-def test_torch_save_of_the_state_holds_no_more_than_the_state():
-    params = [pyro.param(f"x{i}", torch.zeros(10)).unconstrained() for i in range(100)]
-    for p in params:
-        p.grad = torch.ones(10)
+def test_torch_save_of_the_state_holds_no_more_than_pyros():
+    def size(module):
+        params = [pyro.param(f"x{i}", torch.zeros(10)).unconstrained() for i in range(100)]
+        for p in params:
+            p.grad = torch.ones(10)
+        optim, file = module.Adam({"lr": 0.1}), io.BytesIO()
+        optim(params)
+        torch.save(optim.get_state(), file)
+        return file.tell()
+
+    assert size(distopt.optim) < size(pyro.optim)
+
+
+def test_changing_a_state_that_was_read_changes_neither_the_optimizer_nor_its_neighbours():
+    params = start()
     optim = distopt.optim.Adam({"lr": 0.1})
+    for p in params:
+        p.grad = torch.ones_like(p)
     optim(params)
-    file = io.BytesIO()
-    torch.save(optim.get_state()["x3"], file)
-    assert file.tell() < 4_000
+    before, state = plain(optim.get_state()), optim.get_state()
+    for value in state["net$$$p2"]["state"][0].values():
+        value.add_(1.0)
+    state["net$$$p2"]["param_groups"][0]["lr"] = 7.0
+    assert_same(plain(optim.get_state()), before)
+    del state["net$$$p2"], before["net$$$p2"]
+    assert_same(plain(state), before)
