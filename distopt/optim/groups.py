@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distopt.optim.arena import Arena
+from distopt.optim.blocks import blocks_of
 from distopt.optim.clipping import Clip, clip_each_, clip_segments_
 from distopt.optim.families import drifts
 from distopt.optim.state import (
@@ -140,8 +141,7 @@ class PackedGroup:
         )
         self._step = direct_step(self.handle)
         self.buffer = torch.empty_like(flat)
-        self._views = [v.view(p.shape) for v, p in zip(torch.split(self.buffer, self.numels), self.params, strict=True)]
-        self._is_1d = all(p.dim() == 1 for p in self.params)
+        self._blocks = blocks_of(self.params, self.buffer)
         self._index = {id(m): i for i, m in enumerate(self.members)}
         for m in self.members:
             m.group = self
@@ -157,12 +157,18 @@ class PackedGroup:
         p = member.param
         return p.data_ptr() != self.arena.pointers[i] or p.numel() != self.numels[i] or not p.is_contiguous()
 
-    def gather_(self, gradients: list[Tensor]) -> Tensor:
-        """Copies the gradients of all members into the group's buffer and returns it."""
-        if self._is_1d:
-            torch.cat(gradients, out=self.buffer)
-        else:
-            torch._foreach_copy_(self._views, gradients)
+    def gather_(self, gradients: Sequence[Tensor] | None = None) -> Tensor | None:
+        """Copies `gradients` of all members, or their `.grad`, into the group's buffer.
+
+        Returns:
+            The buffer; None when a member was moved to other memory.
+        """
+        start = 0
+        for block in self._blocks:
+            end = start + len(block.params)
+            if not block.copy_(None if gradients is None else gradients[start:end]):
+                return None
+            start = end
         return self.buffer
 
     def clip_(self, buffer: Tensor) -> None:
