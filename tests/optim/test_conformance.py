@@ -99,6 +99,22 @@ def test_trajectory_equals_pyros_in_lower_precision(name, dtype):
     assert_close(ours, theirs, dtype)
 
 
+@pytest.mark.skipif(not hasattr(pyro.optim, "Muon"), reason="this torch has no Muon")
+def test_optimizer_of_whole_matrices_is_given_each_by_itself():
+    def values(module):
+        pyro.clear_param_store()
+        generator = torch.Generator().manual_seed(0)
+        params = [pyro.param(f"x{i}", torch.ones(3, 2 + i % 2)).unconstrained() for i in range(4)]
+        optim = module.Muon({"lr": 0.1, "momentum": 0.9})
+        for t in range(5):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optim(params[: 2 + t])
+        return [p.detach().clone() for p in params]
+
+    assert_close(values(distopt.optim), values(pyro.optim), torch.float32)
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 @given(schedule=schedules)
 @settings(parent=quick, max_examples=max(NUM_EXAMPLES // 2, 1))
