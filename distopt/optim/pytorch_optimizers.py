@@ -69,7 +69,7 @@ def _scheduler(name: str, constructor: Any) -> Callable[..., PyroLRScheduler]:
         return PyroLRScheduler(constructor, optim_args, clip_args, **options)
 
     make.__name__ = make.__qualname__ = name
-    args = f"`optimizer`, a torch optimizer class; `optim_args`, its arguments or such a callable; {_keywords(constructor)}"
+    args = f"`optimizer`, a torch class; `optim_args`, its arguments or such a callable; {_keywords(constructor)}"
     make.__doc__ = _DOC.format(kind="PyroLRScheduler", of=f"torch.optim.lr_scheduler.{name}", args=args)
     return make
 
