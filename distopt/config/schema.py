@@ -57,7 +57,8 @@ class DataConfig(Section):
     """Which rows a step reads."""
 
     global_batch: Annotated[int, Field(ge=1)] | None = None
-    """Rows of a step over all workers together, one for each at least; null takes all rows in every step."""
+    """Rows of a step over all workers together, a multiple of their number (of an elastic run: one for each at least);
+    null takes all rows in every step."""
     prefetch: Annotated[int, Field(ge=0)] = 0
     """Batches that a thread of each worker reads while a step runs, for tasks that read from disk; their `batch` must
     draw no noise. 0 reads each batch when it is needed."""
