@@ -161,7 +161,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         """Returns `{parameter name: torch state dict}`, as `pyro.optim` writes it; of a scheduler's both parts.
 
         State that was loaded and whose parameter has not come yet is in it, too. Nothing shares memory with the
-        optimizer.
+        optimizer; tensors of parameters that are stepped together are parts of one copy (`clone` one to keep it alone).
         """
         store = pyro.get_param_store()
         result = copied(self._waiting)

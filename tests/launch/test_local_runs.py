@@ -26,6 +26,7 @@ ENGINES = [
     pytest.param("reduce: {backend: horovod}", id="horovodrun", marks=HOROVOD),
     pytest.param("reduce: {backend: mpi}", id="mpirun", marks=MPIRUN),
 ]
+ODD = ["a b", "'", '"', "$HOME", "; touch canary", "*", "ü", "\\", "-x", "", "`id`", "a\nb"]
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -39,20 +40,29 @@ def test_script_gets_its_arguments_environment_and_folder_exactly_and_any_run_di
     engine, start, tmp_path, monkeypatch
 ):
     run_dir = tmp_path / "runs" / ("a 'b\"; touch canary; $HOME ü" + "x" * 160)
-    odd = ["a b", "'", '"', "$HOME", "; touch canary", "*", "ü", "\\", "-x", "", "`id`", "a\nb"]
     launch = 'env: {GREETING: "it\'s; $x"}, secrets: [MY_API_TOKEN]'
     more = f"{engine}\nrun_dir: {json.dumps(str(run_dir))}"
-    write_config(tmp_path, "show", "GREETING,MY_API_TOKEN,PYTHONUNBUFFERED", *odd, launch=launch, more=more)
+    write_config(tmp_path, "show", "GREETING,MY_API_TOKEN,PYTHONUNBUFFERED", *ODD, launch=launch, more=more)
     run = start(env={"MY_API_TOKEN": "s3cret"})
     assert run.wait() == 0, run.err
     for rank in (0, 1):
         shown = json.loads((tmp_path / f"shown-{rank}.json").read_text())
-        assert shown["args"] == odd
+        assert shown["args"] == ODD
         assert shown["env"] == {"GREETING": "it's; $x", "MY_API_TOKEN": "s3cret", "PYTHONUNBUFFERED": "1"}
         assert shown["cwd"] == str(tmp_path)
     assert not (tmp_path / "canary").exists()
     assert run.out == "rank 0 does show\n"
     assert "rank 1 does show" in (run_dir / "logs" / "rank-1.log").read_text()
+    assert run.processes() == []
+
+
+@HOROVOD
+@MPIRUN
+def test_horovodrun_over_mpi_hands_arguments_on_exactly(start, tmp_path):
+    write_config(tmp_path, "show", "PYTHONUNBUFFERED", *ODD, more="reduce: {backend: horovod}")
+    run = start("launch.horovod_controller=mpi")
+    assert run.wait() == 0, run.everything()
+    assert [json.loads((tmp_path / f"shown-{rank}.json").read_text())["args"] for rank in (0, 1)] == [ODD, ODD]
     assert run.processes() == []
 
 
@@ -108,10 +118,11 @@ def test_failed_run_names_who_died_first_of_what_and_who_was_waiting(start, tmp_
 
 def test_worker_that_dies_in_each_attempt_ends_the_run_after_the_last_restart(start, tmp_path):
     write_config(tmp_path, "exit", "1", "7")
-    run = start("launch.max_restarts=2")
+    run = start("launch.max_restarts=1", "--all-ranks")
     assert run.wait() == 1
-    assert run.err.count("ended with exit status 7") == 3 + 1  # in each attempt, and in the report
-    assert [line.rsplit(" ", 1)[1] for line in run.log(1).splitlines() if line.startswith("--- ")] == ["0", "1", "2"]
+    assert run.err.count("ended with exit status 7") == 2 + 1  # in each attempt, and in the report
+    assert [line.rsplit(" ", 1)[1] for line in run.log(1).splitlines() if line.startswith("--- ")] == ["0", "1"]
+    assert sorted(run.out.splitlines()) == ["[0] rank 0 does exit"] * 2 + ["[1] rank 1 does exit"] * 2
     assert run.processes() == []
 
 
@@ -214,6 +225,8 @@ def test_detached_run_is_asked_about_and_stopped_by_its_name(start, tmp_path):
 
     assert distopt("status").stdout.startswith("runs/run\trunning\tprocess ")
     assert distopt("logs", "run", "--rank", "1").stdout.endswith("rank 1 does wait\n")
+    merged = distopt("logs", "run", "--all-ranks").stdout.splitlines()
+    assert [line for line in merged if "---" not in line] == ["[0] rank 0 does wait", "[1] rank 1 does wait"]
     changed = distopt("config", "diff", "run.yaml", "run", "seed=7")
     assert (changed.returncode, changed.stdout) == (1, "seed: 1 there, 7 now\n")
     assert distopt("stop", "run").stdout == "stopped\texit status 143\n"
