@@ -21,7 +21,7 @@ POLL_S = 0.1
 ENGINE_LOG = "engine.log"
 HEARTBEAT_S = 2.0
 REJOIN_S = 5.0
-FINISH_S = 20.0  # for the other hosts, once one has finished
+FINISH_S = 20.0  # for the others, once one host has finished or one worker has died
 KILL_MARGIN_S = 7.0  # guards kill at the end of the grace time, engines 5 s after them
 
 
@@ -66,7 +66,7 @@ class _Run:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.signal: int | None = None
         self._signalled = False
-        self._kill_at = float("inf")
+        self._kill_at = self._end_at = float("inf")
         self._late = False
         self._events = events.Reader(run_dir)
         self._lent = terminal.lend()
@@ -116,6 +116,10 @@ class _Run:
         for event in self._events.new():
             if isinstance(event, events.End) and event.failed:
                 say(f"{report.name(event)} {report.cause(event)}")
+                if self.plan.together:
+                    self._end_at = min(self._end_at, time.monotonic() + FINISH_S)
+        if time.monotonic() > self._end_at:
+            self.ask_to_stop()  # the engine should have ended the others; MPICH's does not before MPI_Init
         if self.signal is not None and not self._signalled:
             say(f"{signal.Signals(self.signal).name}: a last checkpoint, then the end, {self.grace_s:g} s at most")
             self.ask_to_stop()
@@ -183,7 +187,7 @@ class _Tail:
             data = file.read()
         self._offset += len(data)
         lines = data.splitlines(keepends=True)
-        sys.stdout.write(b"".join(line for line in lines if not line.startswith(b"--- ")).decode("utf-8", "replace"))
+        sys.stdout.write(b"".join(line for line in lines if not events.HEADER.match(line)).decode("utf-8", "replace"))
         sys.stdout.flush()
 
 

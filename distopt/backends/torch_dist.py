@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from datetime import timedelta
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from distopt.backends.base import DEFAULT_TIMEOUT, BackendError, Op
@@ -63,8 +66,14 @@ class TorchDist(World):
         try:
             # The launcher's agent may hold the store (torchrun does); then no rank opens it, and env:// knows that.
             method = f"tcp://{address}:{port}" if place.starter == "srun" else "env://"
+            store = _local_store(address, port, place, timeout)
             dist.init_process_group(
-                engine, init_method=method, rank=place.rank, world_size=place.world_size, timeout=timeout
+                engine,
+                init_method=method if store is None else None,
+                store=store,
+                rank=place.rank,
+                world_size=place.world_size,
+                timeout=timeout,
             )
         except (RuntimeError, OSError, ValueError) as error:
             raise BackendError(
@@ -122,6 +131,15 @@ class TorchDist(World):
     def _leave(self) -> None:
         if self._own and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _local_store(address: str, port: int, place: Place, timeout: timedelta) -> Store | None:
+    """Where all ranks are on this machine, a store that listens there alone; torch's own listens on all interfaces."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or address not in ("127.0.0.1", "localhost"):
+        return None
+    is_master = place.rank == 0
+    listener = socket.create_server(("127.0.0.1", port)).detach() if is_master else None
+    return TCPStore("127.0.0.1", port, place.world_size, is_master, timeout, master_listen_fd=listener)
 
 
 class _Works:

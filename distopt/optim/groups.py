@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distopt.optim.arena import Arena
 from distopt.optim.clipping import Clip, clip_each_, clip_segments_
+from distopt.optim.families import drifts
 from distopt.optim.state import (
     SCALARS,
     State,
@@ -202,6 +203,8 @@ class PackedGroup:
 class ListGroup:
     """Parameters of equal hyper-parameters and any number of steps: torch's list of tensors, a state for each.
 
+    Where the optimizer changes its hyper-parameters as it steps, each parameter has a torch parameter group of its own.
+
     Args:
         members: parameters of one dtype and device, or a single one of any kind.
         construct: see `Construct`.
@@ -215,18 +218,32 @@ class ListGroup:
         self.members = list(members)
         self.extra = extra
         self.alone = members[0].alone
-        handle = construct([m.param for m in members], members[0].args | extra)
+        apart = not self.alone and drifts(members[0].args)
+        params: list[Any] = [{"params": [m.param]} for m in members] if apart else [m.param for m in members]
+        handle = construct(params, members[0].args | extra)
         if states is not None:
-            handle = reloaded(handle, copied(states[0]) if self.alone else joined(states, flat=False), extra)
+            state = copied(states[0]) if self.alone else joined(states, flat=False, apart=apart)
+            handle = reloaded(handle, state, extra)
         self.handle = handle
+        self._own: dict[int, dict[str, Any]] | None = None  # parameter groups by id of the member, where they are apart
+        if apart:
+            self._own = dict(zip(map(id, members), optimizer_of(handle).param_groups, strict=True))
         for m in self.members:
             m.group = self
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether each parameter has hyper-parameters of its own."""
+        return self._own is not None
 
     def absorb(self, other: ListGroup) -> None:
         """Takes over the members of another group with the same hyper-parameters."""
         mine, theirs = optimizer_of(self.handle), optimizer_of(other.handle)
         mine.state.update(theirs.state)
         self.members.extend(other.members)
+        if self._own is not None and other._own is not None:
+            self._own.update(other._own)
+            mine.param_groups = list(self._own.values())
         for m in other.members:
             m.group = self
 
@@ -238,7 +255,11 @@ class ListGroup:
                 optimizer.state.pop(m.param, None)
                 m.group = None
         self.members = [m for m in self.members if id(m) not in gone]
-        optimizer.param_groups[0]["params"] = [m.param for m in self.members]
+        if self._own is not None:
+            self._own = {id(m): self._own[id(m)] for m in self.members}
+            optimizer.param_groups = list(self._own.values())
+        else:
+            optimizer.param_groups[0]["params"] = [m.param for m in self.members]
 
     def has_lost(self, member: Member) -> bool:
         """Returns whether `member` was moved since it was placed here: to other storage, dtype or device."""
@@ -257,6 +278,10 @@ class ListGroup:
             optimizer.step(*args, **kwargs)
             return
         step = direct_step(self.handle)
+        if self._own is not None:
+            optimizer.param_groups = [self._own[id(m)] for m in members]
+            step(*args, **kwargs)
+            return
         group = optimizer.param_groups[0]
         params = [m.param for m in members]
         for part in self._by_momentum(optimizer, params) if self.extra.get("fused") else (params,):
@@ -279,7 +304,8 @@ class ListGroup:
             return copied(state_dict_of(self.handle))  # type: ignore[no-any-return]
         optimizer = optimizer_of(self.handle)
         state = copied(dict(optimizer.state.get(member.param, {})))
-        group = restored_switches(optimizer.param_groups[0], member.args, self.extra) | {"params": [0]}
+        own = optimizer.param_groups[0] if self._own is None else self._own[id(member)]
+        group = restored_switches(own, member.args, self.extra) | {"params": [0]}
         part = {"state": {0: state} if state else {}, "param_groups": [group]}
         if is_scheduler(self.handle):
             return {"scheduler": copied(self.handle.state_dict()), "optimizer": part}

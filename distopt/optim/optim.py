@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pyro.optim
 import torch
@@ -16,7 +16,7 @@ from torch.amp import GradScaler
 from distopt.optim.amp import scaled_step
 from distopt.optim.arguments import Args, args_for, check_args, num_arguments
 from distopt.optim.clipping import Clip, clip_by_global_norm_
-from distopt.optim.families import check_arguments, check_constructor, drifts, quicker, shares
+from distopt.optim.families import check_arguments, check_constructor, drifts, packs, quicker, shares
 from distopt.optim.finite import all_finite, nonfinite_names
 from distopt.optim.flat import FlatGradients
 from distopt.optim.grouping import Grouping
@@ -68,6 +68,8 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         tensor([0.5000, 0.5000])
     """
 
+    _scheduled: ClassVar[bool] = False
+
     def __init__(
         self,
         optim_constructor: Callable[..., Any],
@@ -96,7 +98,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         self.nonfinite_names: tuple[str, ...] = ()
         self.total_norm: float | None = None
         self._roster = Roster()
-        self._groups = Grouping(optim_constructor, self._construct)
+        self._groups = Grouping(optim_constructor, self._construct, self._scheduled)
         self._waiting: dict[str, State] = {}
         self._plans: list[Plan] = []
         self._flat_plans: list[FlatPlan] = []
@@ -233,12 +235,11 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         for m in members:
             if m.param.grad is not None and m.param.grad.layout is not torch.strided:
                 self._set_alone(m)
-            elif m.param.grad is None and drifts(m.args):
-                self._set_alone(m)
-        touched = [m for m in members if m.param.grad is not None or drifts(m.args)]
+        touched = [m for m in members if m.param.grad is not None]
         missing = [m for m in members if m.param.grad is None]
         self._arrange(members, touched, missing)
-        plan = Plan(tensors, touched, [m.param for m in missing])
+        idle = [m for m in missing if drifts(m.args)]  # pyro.optim calls their optimizers, too
+        plan = Plan(tensors, touched + idle, [m.param for m in missing])
         buffers = plan.gathered()
         if buffers is None:
             raise RuntimeError("distopt.optim: gradients changed while the step was being planned.")
@@ -323,6 +324,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
                 self._groups.place([(m, self._claimed(m)) for m in new])
                 changed = True
         changed |= self._groups.part(touched)
+        changed |= self._groups.unpack([m for m in missing if drifts(m.args)])
         if changed:
             self._forget_plans()
 
@@ -345,9 +347,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         handle = m.group.handle if m.group is not None else self._construct([torch.zeros(1)], m.args)
         hyper = set(optimizer_of(handle).param_groups[0])
         name = self.pt_optim_constructor.__name__
-        check_state(
-            m.name, state, m.param, hyper, is_scheduler(handle), name, shares(self.pt_optim_constructor, m.args)
-        )
+        check_state(m.name, state, m.param, hyper, is_scheduler(handle), name, packs(self.pt_optim_constructor))
 
     def _set_alone(self, m: Member) -> None:
         if not m.alone:

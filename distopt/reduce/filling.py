@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from distopt.reduce.layout import Bucket, Layout
+from distopt.reduce.layout import LARGE_NUMEL, Bucket, Layout
 from distopt.reduce.parts import Brought
-
-# From this many elements on a pass over a gradient costs more than a call, and allocating it more than either.
-_LARGE_NUMEL = 2**15
 
 
 @torch.no_grad()
@@ -24,7 +21,7 @@ def fill_bucket_(bucket: Bucket, brought: Brought | None, scale: float) -> None:
         bucket.buffer.zero_()
         return
     gradients = list(map(brought.gradients.__getitem__, bucket.indices))
-    if brought.complete and 0 < bucket.flat.numel() <= _LARGE_NUMEL * len(gradients):
+    if brought.complete and gradients and not bucket.is_large:
         if bucket.is_1d:
             torch.cat(gradients, out=bucket.flat)  # type: ignore[arg-type]  # none is None
         else:
@@ -66,21 +63,27 @@ def _address(gradient: Tensor | None) -> int:
 
 
 class Cleared:
-    """Large gradients that are zero because they were dropped: what backward leaves next needs no sum and no zeros."""
+    """Gradients set to zero. Large ones are dropped: what backward leaves next then needs no sum and no zeros."""
 
     def __init__(self) -> None:
         self._params: Any = WeakTensorKeyDictionary()
 
     def clear(self, params: Iterable[Tensor]) -> None:
-        """Sets the gradient of each parameter that has one to zero."""
+        """Sets the gradient of each parameter that has one to zero; small ones in place."""
+        small = []
         for param in params:
-            if param.grad is None:
+            gradient = param.grad
+            if gradient is None:
                 continue
-            if param.numel() < _LARGE_NUMEL:
-                param.grad = torch.zeros_like(param.grad)
-            else:
+            if gradient.numel() >= LARGE_NUMEL:
                 param.grad = None
                 self._params[param] = True
+            elif gradient.requires_grad or gradient.is_sparse:
+                param.grad = torch.zeros_like(gradient)
+            else:
+                small.append(gradient)
+        if small:
+            torch._foreach_zero_(small)
 
     def restore(self, params: Iterable[Tensor]) -> None:
         """Gives those of `params` that were dropped and got no gradient since their zeros."""

@@ -15,6 +15,8 @@ from distopt.reduce.control import NUM_SLOTS
 MIB = 2**20
 LOOK_FIRST_BYTES = 4 * MIB
 """Gradients in several buckets and beyond this size are sent after the ranks have seen that nobody has news."""
+LARGE_NUMEL = 2**15
+"""From this many elements on a pass over a gradient costs more than a call, and allocating it more than either."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Bucket:
         flat: shape (numel,), the gradients in it.
         views: one per parameter, its gradient in `flat`, in the parameter's shape and dtype.
         addresses: where each of them starts; -1 for empty ones.
+        is_large: whether a pass over one of its gradients costs more than a call for each.
         is_1d: whether they are vectors of real numbers, which can be copied in one call.
         slots: the control slots in `buffer`; None in the buckets that do not carry them.
     """
@@ -77,6 +80,7 @@ class Bucket:
             for entry, start, stop in zip(entries, self.offsets, self.offsets[1:], strict=False)
         ]
         self.addresses = [view.data_ptr() if view.numel() else -1 for view in self.views]
+        self.is_large = numel > LARGE_NUMEL * len(self.views)
         self.is_1d = not self.is_complex and all(view.dim() == 1 for view in self.views)
         self.names = tuple(entry.name for entry in entries)
 

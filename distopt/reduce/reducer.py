@@ -308,10 +308,10 @@ class Reducer:
         layout, touched = self.layout, [count > 0 for count in reduced.heard.touched]
         for bucket, places, part in self._pattern(tuple(touched)):
             views = [bucket.views[place] for place in places]
-            if bucket.is_complex:
-                reduced.loose += zip(part.names, part.params, views, strict=True)
-            elif len(places) == len(bucket.views):
+            if len(places) == len(bucket.views) and not bucket.is_complex:
                 reduced.dense.append(Part(part.names, part.params, bucket.flat))
+            elif bucket.is_complex or bucket.is_large:
+                reduced.loose += zip(part.names, part.params, views, strict=True)
             else:
                 reduced.dense.append(part._replace(buffer=torch.cat([view.reshape(-1) for view in views])))
         sparse = [index for index in layout.sparse if touched[index]]

@@ -69,6 +69,7 @@ def measure(num_ranks: int, prefixes: Sequence[Sequence[str]] = ((),), address: 
     link = "lo" if address == "127.0.0.1" else LINK
     environment = os.environ | {"MASTER_ADDR": address, "MASTER_PORT": "29533", "WORLD_SIZE": str(num_ranks)}
     environment |= {"GLOO_SOCKET_IFNAME": link, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # the hosts have no names
     command = [sys.executable, "-c", "from tests.benchmarks.scaling import time_steps; time_steps()"]
     started = [
         subprocess.Popen(

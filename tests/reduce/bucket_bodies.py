@@ -12,7 +12,11 @@ from torch import Tensor
 
 from distopt.backends import current
 from distopt.optim import SGD, Adam, DistributedOptimizer
+from distopt.reduce import layout
+from distopt.reduce.control import NUM_SLOTS
+from tests.reduce.option_bodies import schedules_agree_on_the_averaged_metric, sparse_gradients_cross_as_sparse
 from tests.reduce.steps import Values, by_rank, counting_calls, step_with, store_values, unconstrained
+from tests.reduce.training_bodies import TRAINING
 
 Clear = Callable[[Iterable[Tensor]], None]
 
@@ -120,7 +124,7 @@ def gradients_survive_a_round_that_is_made_again() -> Values:
 
 
 def large_models_look_before_they_send() -> None:
-    """A small all-reduce and one for each bucket; a round with news and a schedule's step send nothing large."""
+    """A small all-reduce and one for each bucket; a round with news sends nothing large."""
     optim = DistributedOptimizer(SGD({"lr": 1.0}), bucket_mib=3.0)
     gradients: dict[str, Tensor | None] = {}
     for name in ("a", "b", "c"):
@@ -129,14 +133,15 @@ def large_models_look_before_they_send() -> None:
     step_with(optim, gradients)
     with counting_calls() as calls:
         step_with(optim, gradients)
-    assert calls == [("all_reduce", 30), *[("all_reduce", 500_000)] * 3]
+    assert calls == [("all_reduce", NUM_SLOTS + 3), *[("all_reduce", 500_000)] * 3]
     with counting_calls() as calls:
         if current().rank == 0:
             pyro.param("late", torch.zeros(2))
             gradients["late"] = torch.ones(2)
         step_with(optim, gradients)
     assert [numel for method, numel in calls if method == "all_reduce" and numel > 100] == [500_000] * 2 + [500_002]
-    assert unconstrained("a").eq(-3).all()
+    step_with(optim, {"a": torch.ones(500_000), "b": None})
+    assert unconstrained("a").eq(-4).all() and unconstrained("b").eq(-3).all()
 
 
 def dropped_gradients_count_as_zero() -> Values:
@@ -153,7 +158,18 @@ def dropped_gradients_count_as_zero() -> Values:
     return {name: unconstrained(name)[:3].tolist() for name in params}
 
 
+def large_models_follow_the_same_rules() -> None:
+    """Bodies of the other suites, with every parameter in a bucket of its own and looked at before it is sent."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "LOOK_FIRST_BYTES", 0)
+        patch.setattr(layout, "MIB", 0)
+        for body in (*TRAINING, schedules_agree_on_the_averaged_metric, sparse_gradients_cross_as_sparse):
+            pyro.clear_param_store()
+            body()
+
+
 BUCKETS = [
+    large_models_follow_the_same_rules,
     buckets_groups_and_factors_change_nothing,
     buckets_start_during_backward,
     gradients_survive_a_round_that_is_made_again,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pyro
 import pytest
 import torch
@@ -15,9 +17,11 @@ from distopt.optim import (
     DistributedOptimizer,
     HorovodOptimizer,
     MixedMultiOptimizer,
+    MultiOptimizer,
     Newton,
     PyroLRScheduler,
     SparseAdam,
+    TorchMultiOptimizer,
 )
 from distopt.reduce import DriftError
 from distopt.reduce.local import LocalParameter, PlateShard, mark_local
@@ -205,8 +209,8 @@ def own_parameters_are_never_exchanged() -> None:
     assert optim.num_skipped_steps == 1
 
 
-def newton_on_shards_equals_newton_on_all_data() -> Values:
-    """A logistic regression whose rows are split: Newton, and a mixture, take one process's path with all the rows."""
+def multi_optimizers_on_shards_equal_one_with_all_data() -> Values:
+    """A logistic regression whose rows are split: every kind of them takes one process's path with all the rows."""
     rank, size = current().rank, current().world_size
     rows, labels = noise(3, 24, 2, dtype=torch.float64), (noise(4, 24) > 0).double()
 
@@ -216,7 +220,12 @@ def newton_on_shards_equals_newton_on_all_data() -> Values:
 
     own = slice(24 * rank // size, 24 * (rank + 1) // size)
     results = []
-    for make in (Newton, lambda: MixedMultiOptimizer([(["x"], Newton()), (["y"], SGD({"lr": 0.01}))])):
+    makers: tuple[Callable[[], MultiOptimizer], ...] = (
+        Newton,
+        lambda: TorchMultiOptimizer(torch.optim.Adam, {"lr": 0.1}),
+        lambda: MixedMultiOptimizer([(["x"], Newton()), (["y"], SGD({"lr": 0.01}))]),
+    )
+    for make in makers:
         alone, shared = make(), DistributedMultiOptimizer(make())
         pyro.clear_param_store()
         values = {}
@@ -233,7 +242,7 @@ def newton_on_shards_equals_newton_on_all_data() -> Values:
 
 
 OPTIONS = [
-    newton_on_shards_equals_newton_on_all_data,
+    multi_optimizers_on_shards_equal_one_with_all_data,
     sixteen_bits_stay_close_to_the_mean,
     power_sgd_converges_by_its_error_feedback,
     adasum_follows_its_formula,

@@ -197,8 +197,8 @@ class DistributedOptimizer(PyroOptim):
     def zero_grad(self, params: Iterable[Tensor]) -> None:
         """Sets the gradient of each of `params` that has one to zero, as Pyro's SVI does after each step.
 
-        Those of large parameters (32,768 elements and more) are dropped (None), and count as zero until backward
-        leaves new ones, which then need no sum: for a network of ten million parameters a quarter of the step.
+        It is done in place. Those of large parameters (32,768 elements and more) are dropped (None) instead, and count
+        as zero until backward leaves new ones, which then need no sum.
         """
         self.reducer.cleared.clear(params)
 
