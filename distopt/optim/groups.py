@@ -38,7 +38,7 @@ class Member:
         args: arguments of its torch optimizer.
         clip: how its gradient is clipped.
         key: what parameters must have in common to share a group: arguments, clip, dtype, device, birth.
-        alone: whether it needs a torch optimizer of its own.
+        alone: whether it needs a torch optimizer of its own, without any switch that makes it quick.
         named: whether the parameter store has known it.
         group: where it is stepped; None before its first step.
     """
@@ -84,7 +84,15 @@ def reloaded(handle: Any, state: State | None, extra: dict[str, Any]) -> Any:
         for i, values in part["state"].items():
             for key in SCALARS & values.keys() - {"step"}:  # torch casts them to the parameter's dtype, which rounds
                 optimizer.state[params[i]][key] = values[key]
+            for key, value in optimizer.state[params[i]].items():  # one-pass kernels go through memory in its order
+                if isinstance(value, Tensor) and value.stride() != params[i].stride() and value.layout is torch.strided:
+                    optimizer.state[params[i]][key] = _laid_out_as(value, params[i])
     return handle
+
+
+def _laid_out_as(value: Tensor, param: Tensor) -> Tensor:
+    """Returns state of the shape of `param` in the order of its memory; other state as it is."""
+    return torch.empty_like(param).copy_(value) if value.shape == param.shape else value
 
 
 def restored_switches(group: dict[str, Any], args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
@@ -267,7 +275,10 @@ class ListGroup:
 
     def has_lost(self, member: Member) -> bool:
         """Returns whether `member` was moved since it was placed here: to other storage, dtype or device."""
-        return member.param.dtype is not member.key[2] or member.param.device != member.key[3]
+        p = member.param
+        if p.dtype is not member.key[2] or p.device != member.key[3]:
+            return True
+        return not (self.alone or p.is_contiguous())
 
     def clip_(self, members: Sequence[Member]) -> None:
         """Clips the gradient of each of `members` by itself, in place."""
@@ -282,6 +293,10 @@ class ListGroup:
             optimizer.step(*args, **kwargs)
             return
         step = direct_step(self.handle)
+        if self.extra.get("fused"):
+            for m in members:  # the kernels take parameter, gradient and state to lie in one order (torch 2.13)
+                if m.param.grad is not None and not m.param.grad.is_contiguous():
+                    m.param.grad = m.param.grad.contiguous()
         if self._own is not None:
             optimizer.param_groups = [self._own[id(m)] for m in members]
             step(*args, **kwargs)
