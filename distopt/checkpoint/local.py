@@ -78,7 +78,7 @@ class LocalStorage:
             self._lock = None
 
     def check_writable(self) -> None:
-        """Makes a file that nobody else sees: ranks on several hosts may share process ids, rank 0 clears leftovers."""
+        """Makes a file without a name: ranks of several hosts may share process ids, and rank 0 clears leftovers."""
         self.path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(prefix=".probe-", dir=self.path):
             pass
