@@ -112,7 +112,8 @@ def check_rows(folder, num_steps):
     epoch = [row for t in range(NUM_ROWS // BATCH) for rank in (0, 1) for row in expected[rank][t]]
     assert sorted(epoch) == list(range(NUM_ROWS))
     reached = 0
-    for (rank, _), (_, *batches) in lives(folder).items():  # the first one makes the parameters
+    for (rank, _), read in lives(folder).items():
+        batches = read[1:]  # the first one makes the parameters
         if batches:
             first = expected[rank].index(batches[0])
             assert first % EVERY == 0
