@@ -1,4 +1,4 @@
-# Training on CPUs: torch with gloo, Horovod with gloo and MPI, sshd for MPIJob. Built by `make image KIND=cpu`.
+# Training on CPUs: torch with gloo, Horovod with gloo and MPI, sshd for MPIJob. Built by `make image KIND=cpu`; the code is a layer of its own.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE} AS torch
 ARG PIP_INDEX_URL TORCH_INDEX
@@ -16,18 +16,18 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ make && rm 
 
 FROM torch AS venv
 COPY pyproject.toml docker/requirements.py ./
-RUN --mount=type=bind,from=horovod,source=/wheels,target=/wheels python requirements.py mpi examples prometheus remote \
-    tensorboard > requirements.txt && pip install -c constraints.txt -r requirements.txt /wheels/*/*.whl \
+COPY --from=horovod /wheels /wheels
+RUN python requirements.py mpi examples prometheus remote tensorboard > requirements.txt \
+ && pip install -c constraints.txt -r requirements.txt /wheels/*/*.whl \
  && rm -r /opt/venv/lib/python3*/site-packages/torch/include /opt/venv/lib/python3*/site-packages/torch/test
 COPY . .
-RUN pip wheel --no-deps -w /dist .
+RUN pip install --no-deps --prefix /opt/code .
 
 FROM ${BASE}
-RUN apt-get update && apt-get install -y --no-install-recommends openssh-client openssh-server tini \
- && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* && useradd --create-home --uid 1000 mpiuser && ln -s /etc/ssh/sshd_config ~mpiuser/.sshd_config
+RUN apt-get update && apt-get install -y --no-install-recommends openssh-client openssh-server tini && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* && useradd --create-home --uid 1000 mpiuser && ln -s /etc/ssh/sshd_config ~mpiuser/.sshd_config
 COPY --from=venv /opt/venv /opt/venv
 COPY docker/ssh /etc/ssh
-RUN --mount=type=bind,from=venv,source=/dist,target=/dist /opt/venv/bin/pip install --no-cache-dir --no-deps /dist/*.whl
+COPY --from=venv /opt/code /opt/venv
 COPY configs /home/mpiuser/configs
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 MPLCONFIGDIR=/tmp/matplotlib
 USER 1000:1000

@@ -117,11 +117,21 @@ def _names(tree: ast.Module) -> set[str] | None:
 
 
 def _global_batch(config: RunConfig) -> Iterator[str]:
-    batch, workers = config.data.global_batch, config.launch.world_sizes[-1]
-    if batch is not None and config.script is None and batch < workers:
+    """Refuses parts that are unequal without need; an elastic run, whose world changes, has them weighted."""
+    batch, sizes = config.data.global_batch, config.launch.world_sizes
+    if batch is None or config.script is not None:
+        return
+    workers = sizes[-1]
+    if batch < workers:
         yield (
             f"data.global_batch: {batch} rows cannot be shared by {workers} workers, each needs at least one; "
             f"take data.global_batch={workers}, or fewer workers"
+        )
+    elif len(sizes) == 1 and batch % workers:
+        below = batch - batch % workers
+        yield (
+            f"data.global_batch: {batch} rows cannot be divided evenly among {workers} workers; "
+            f"take data.global_batch={below} or {below + workers}, or another number of workers"
         )
 
 

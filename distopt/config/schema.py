@@ -20,7 +20,7 @@ TASK_PATTERN = r"^[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z][A-Za
 TRUSTED_VARIABLE = "DISTOPT_TRUSTED_TASKS"
 """Environment variable that names packages: with it, tasks from elsewhere and scripts are refused."""
 
-MAY_CHANGE = ("name", "run_dir", "launch", "log", "serve", "reduce", "checkpoint", "train.num_steps")
+MAY_CHANGE = ("name", "run_dir", "launch", "log", "serve", "reduce", "checkpoint", "data.prefetch", "train.num_steps")
 """Keys that may differ when a run goes on from its checkpoints: where and how long it runs, not what it computes."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -57,7 +57,11 @@ class DataConfig(Section):
     """Which rows a step reads."""
 
     global_batch: Annotated[int, Field(ge=1)] | None = None
-    """Rows of a step over all workers together, one for each at least; null takes all rows in every step."""
+    """Rows of a step over all workers together, a multiple of their number (of an elastic run: one for each at least);
+    null takes all rows in every step."""
+    prefetch: Annotated[int, Field(ge=0)] = 0
+    """Batches that a thread of each worker reads while a step runs, for tasks that read from disk; their `batch` must
+    draw no noise. 0 reads each batch when it is needed."""
 
 
 class SchedulerConfig(Section):

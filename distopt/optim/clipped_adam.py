@@ -12,6 +12,8 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from distopt.optim.hyper import check_at_least_zero, check_betas, evaluated
 from distopt.optim.moments import Hyper, Pending, started, step_all_
 
+_SHARED = ("eps", "clip_norm", "weight_decay", "centered_variance")
+
 
 class ClippedAdam(Optimizer):
     r"""Adam whose gradient is clipped elementwise and whose learning rate is multiplied by `lrd` at each step.
@@ -84,15 +86,16 @@ class ClippedAdam(Optimizer):
             What `closure` returned, or None.
         """
         loss = evaluated(closure)
-        alike: dict[Hyper, list[Pending]] = defaultdict(list)
+        alike: dict[tuple[Any, ...], list[Pending]] = defaultdict(list)
         for group in self.param_groups:
             group["lr"] *= group["lrd"]
-            hyper = Hyper(
-                group["betas"], group["eps"], group["clip_norm"], group["weight_decay"], group["centered_variance"]
-            )
-            for p in group["params"]:
-                if p.grad is not None:
-                    alike[hyper].append(Pending(p, p.grad, started(self.state[p], p), group["lr"]))
+            same = alike[(tuple(group["betas"]), *(group[key] for key in _SHARED))]
+            same += [
+                Pending(p, p.grad, started(self.state[p], p), group["lr"])
+                for p in group["params"]
+                if p.grad is not None
+            ]
         for hyper, pending in alike.items():
-            step_all_(pending, hyper)
+            if pending:
+                step_all_(pending, Hyper(*hyper))
         return loss

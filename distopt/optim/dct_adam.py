@@ -81,9 +81,10 @@ class DCTAdam(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step for every parameter that has a gradient; returns what `closure` returned."""
         loss = evaluated(closure)
-        alike: dict[Hyper, list[tuple[Tensor, float]]] = defaultdict(list)
+        alike: dict[tuple[Any, ...], list[tuple[Tensor, float]]] = defaultdict(list)
         for group in self.param_groups:
             group["lr"] *= group["lrd"]
+            same = alike[tuple(group["betas"]), group["eps"], group["clip_norm"]]
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -91,9 +92,9 @@ class DCTAdam(Optimizer):
                 if subsample and group["subsample_aware"]:
                     self._step_rows(group, p, subsample)
                 else:
-                    alike[Hyper(group["betas"], group["eps"], group["clip_norm"])].append((p, group["lr"]))
+                    same.append((p, group["lr"]))
         for hyper, chosen in alike.items():
-            self._step_together(chosen, hyper)
+            self._step_together(chosen, Hyper(*hyper))
         return loss
 
     def _step_together(self, chosen: Sequence[tuple[Tensor, float]], hyper: Hyper) -> None:

@@ -48,9 +48,14 @@ def started(state: dict[str, Any], like: Tensor) -> dict[str, Any]:
 
 def step_all_(pending: Sequence[Pending], hyper: Hyper) -> None:
     """Takes the steps that are `pending`, in as few calls as may be; gradients may be overwritten."""
-    if hyper.centered_variance or not is_fusable([t for x in pending for t in (x.param, x.grad)]):
+    grads = [x.grad for x in pending]
+    if hyper.centered_variance or not is_fusable([*grads, *[x.param for x in pending]]):
         _step_foreach(pending, hyper)
         return
+    small = [g for g in grads if g.numel() <= _SMALL_NUMEL]
+    if small:
+        torch._foreach_clamp_min_(small, -hyper.clip_norm)
+        torch._foreach_clamp_max_(small, hyper.clip_norm)
     alike: dict[tuple[int, float], list[Pending]] = defaultdict(list)
     for x in pending:
         alike[int(x.state["step"]), x.lr].append(x)
@@ -60,45 +65,35 @@ def step_all_(pending: Sequence[Pending], hyper: Hyper) -> None:
 
 def _step_fused(pending: Sequence[Pending], hyper: Hyper, step: int, lr: float) -> None:
     """One pass over memory for all tensors of one step count; `eps` is added where the kernel divides by it."""
-    beta1, beta2 = hyper.betas
-    eps = hyper.eps / math.sqrt(1 - beta2**step)
-    for params, grads, means, squares in _clipped(pending, hyper.clip_norm):
-        adam_(
-            params,
-            grads,
-            means,
-            squares,
-            step=step,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=hyper.weight_decay,
-        )
+    constants: dict[str, Any] = {
+        "step": step,
+        "lr": lr,
+        "beta1": hyper.betas[0],
+        "beta2": hyper.betas[1],
+        "eps": hyper.eps / math.sqrt(1 - hyper.betas[1] ** step),
+        "weight_decay": hyper.weight_decay,
+    }
+    small = [x for x in pending if x.grad.numel() <= _SMALL_NUMEL]
+    if small:
+        means, squares = [x.state["exp_avg"] for x in small], [x.state["exp_avg_sq"] for x in small]
+        adam_([x.param for x in small], [x.grad for x in small], means, squares, **constants)
+    if len(small) < len(pending):
+        for p, g, m, v in _clipped_pieces([x for x in pending if x.grad.numel() > _SMALL_NUMEL], hyper.clip_norm):
+            adam_([p], [g], [m], [v], **constants)
 
 
-def _clipped(pending: Sequence[Pending], bound: float) -> Iterator[list[list[Tensor]]]:
-    """Yields lists of parameters, clipped gradients and both moments for the kernel.
+def _clipped_pieces(pending: Sequence[Pending], bound: float) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yields big parameters piece by piece, each with its clipped gradient and both moments.
 
-    Big gradients are clipped piece by piece into memory that the kernel then finds in the cache; in place, clipping
-    would be a pass over memory of its own.
+    A piece is clipped into memory that the kernel then finds in the cache: in place, clipping would be a pass over
+    memory of its own.
     """
-    small: list[list[Tensor]] = [[], [], [], []]
-    scratch: Tensor | None = None
+    scratch = pending[0].grad.new_empty(_CACHED_NUMEL)
     for x in pending:
         tensors = (x.param, x.grad, x.state["exp_avg"], x.state["exp_avg_sq"])
-        if x.param.numel() <= _SMALL_NUMEL:
-            for chosen, tensor in zip(small, tensors, strict=True):
-                chosen.append(tensor)
-            continue
-        if scratch is None:
-            scratch = torch.empty(_CACHED_NUMEL, dtype=x.grad.dtype, device=x.grad.device)
-        for p, g, m, v in zip(*(t.view(-1).split(_CACHED_NUMEL) for t in tensors), strict=True):
-            yield [[p], [torch.clamp(g, -bound, bound, out=scratch[: g.numel()])], [m], [v]]
-    if small[0]:
-        torch._foreach_clamp_min_(small[1], -bound)
-        torch._foreach_clamp_max_(small[1], bound)
-        yield small
+        flat = (torch.split(t.detach().view(-1), _CACHED_NUMEL) for t in tensors)
+        for p, g, m, v in zip(*flat, strict=True):
+            yield p, torch.clamp(g, -bound, bound, out=scratch[: g.numel()]), m, v
 
 
 def _step_foreach(pending: Sequence[Pending], hyper: Hyper) -> None:

@@ -161,7 +161,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         """Returns `{parameter name: torch state dict}`, as `pyro.optim` writes it; of a scheduler's both parts.
 
         State that was loaded and whose parameter has not come yet is in it, too. Nothing shares memory with the
-        optimizer.
+        optimizer; tensors of parameters that are stepped together are parts of one copy (`clone` one to keep it alone).
         """
         store = pyro.get_param_store()
         result = copied(self._waiting)
@@ -302,7 +302,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             check_arguments(args, f"optim_args of parameter {name!r}")
             clip = self._clip or Clip.of(args_for("clip_args", self.pt_clip_args, name), name)
             key = (_by_identity(args), clip, p.dtype, p.device, self._birth())
-            alone = not shares(self.pt_optim_constructor, args) or p.is_complex()
+            alone = not shares(self.pt_optim_constructor, args) or p.is_complex() or not p.is_contiguous()
             member = Member(p, name, args, clip, key, alone, pyro.get_param_store().param_name(p) is not None)
             self._roster.add(member)
         return member
@@ -337,10 +337,11 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         return self._waiting.pop(m.name)
 
     def _rekeyed(self, placed: list[tuple[Member, State]]) -> list[tuple[Member, State]]:
-        """Notes the new dtype and device of parameters that were moved."""
+        """Notes the new dtype, device and order of memory of parameters that were moved."""
         for m, _ in placed:
             args, clip, _, _, birth = m.key
             m.key = (args, clip, m.param.dtype, m.param.device, birth)
+            m.alone |= not m.param.is_contiguous()
         return placed
 
     def _check(self, m: Member, state: State) -> None:

@@ -53,14 +53,21 @@ class Case:
 
 
 class Sequences(Case):
-    """`FactorMuE` of pyro.contrib: a latent vector and a hidden Markov model for each sequence."""
+    """`FactorMuE` of pyro.contrib: a latent vector and a hidden Markov model for each sequence.
+
+    Args:
+        guide: An autoguide's class.
+    """
 
     plates = ("batch",)
+
+    def __init__(self, guide: Any) -> None:
+        self._guide = guide
 
     def make(self, num_rows: int) -> tuple[Any, Callable[[Any], Any]]:
         torch.manual_seed(0)
         mue = FactorMuE(data_length=5, alphabet_length=4, z_dim=2, batch_size=1, latent_seq_length=5)
-        return mue.model, lambda model: AutoDelta(model, init_loc_fn=_half)
+        return mue.model, lambda model: self._guide(model, init_loc_fn=_half)
 
     def batch(self, first: int, num_rows: int, step: int) -> tuple[Any, ...]:
         letters = (torch.arange(first, first + num_rows)[:, None] * 3 + torch.arange(5) ** 2) % 4
@@ -113,7 +120,12 @@ class Cells(Case):
         return counts[first + index], index, ((first + index) % 2)[:, None]
 
 
-CASES: dict[str, Case] = {"FactorMuE": Sequences(), "py-irt": Answers(), "cell2location": Cells()}
+CASES: dict[str, Case] = {
+    "FactorMuE AutoDelta": Sequences(AutoDelta),
+    "FactorMuE AutoNormal": Sequences(AutoNormal),
+    "py-irt": Answers(),
+    "cell2location": Cells(),
+}
 
 
 def _half(site: dict[str, Any]) -> Tensor:

@@ -23,7 +23,8 @@ from tests.workers import world
 
 
 @pytest.mark.parametrize(
-    ("kind", "world_size"), [("torch_dist", 2), ("torch_dist", 3), ("torch_dist", 4), ("horovod", 2)]
+    ("kind", "world_size"),
+    [("torch_dist", 1), ("torch_dist", 2), ("torch_dist", 3), ("torch_dist", 4), ("horovod", 2)],
 )
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
 @pytest.mark.parametrize("case", ["normal", "mixture"])

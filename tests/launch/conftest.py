@@ -18,15 +18,6 @@ SUM = Path(__file__).with_name("sum_script.py")
 
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="write the launcher's golden files anew")
-    parser.addoption("--slow", action="store_true", help="run the tests that wait for the timeouts of engines, too")
-
-
-def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow", default=False):
-        skip = pytest.mark.skip(reason="waits minutes for engines to time out: pytest tests/launch --slow runs it")
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(skip)
 
 
 @pytest.fixture

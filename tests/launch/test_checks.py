@@ -55,6 +55,8 @@ def refusal(folder, text: str, *args: str) -> str:
         ("name: run\ntask: mytasks.house:Hose", "mytasks.house has no 'Hose'. Did you mean mytasks.house:House?"),
         (TASK + "data: {global_batch: 2}\nlaunch: {workers: 3}",
          "data.global_batch: 2 rows cannot be shared by 3 workers, each needs at least one; take data.global_batch=3"),
+        (TASK + "data: {global_batch: 100}\nlaunch: {workers: 3, oversubscribe: true}",
+         "data.global_batch: 100 rows cannot be divided evenly among 3 workers; take data.global_batch=99 or 102"),
         (TASK + "launch: {workers: 9999}", "or launch.oversubscribe=true to let them share"),
         (TASK + "launch: {platform: kubernetes, workers: 4, kubernetes: {gpus: 1}}", "launch.kubernetes.gpus is 1"),
         (TASK + "launch: {platform: kubernetes}", "launch.kubernetes.image: missing"),

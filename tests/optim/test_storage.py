@@ -2,9 +2,11 @@
 
 import copy
 import io
+import math
 
 import numpy as np
 import pyro
+import pyro.optim
 import pytest
 import torch
 
@@ -183,6 +185,64 @@ def test_a_second_optimizer_packs_what_a_first_one_packed():
     stepped(params, first)
     assert first.get_state()["net$$$p0"]["state"][0]["step"] == 3
     assert second.get_state()["net$$$p0"]["state"][0]["step"] == 2
+
+
+@pytest.mark.parametrize("name", ["RMSprop", "AdagradRMSProp", "Adagrad"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_state_of_a_transposed_parameter_loads_into_a_contiguous_one(name, packed):
+    shape = (300, 2) if packed else (300, 200)
+    gradient = torch.linspace(1.0, 7.0, math.prod(shape)).view(shape)
+
+    def steps(optim, p):
+        for _ in range(2):
+            p.grad = gradient.clone()
+            optim([p])
+        return optim
+
+    def make():
+        return getattr(distopt.optim, name)({})
+
+    value = torch.linspace(0.0, 6.0, math.prod(shape)).view(shape)
+    transposed = torch.nn.Parameter(value.t().contiguous().t())  # the store has no such ones
+    (state,) = steps(make(), transposed).get_state().values()
+    p = pyro.param("p", transposed.detach().clone(memory_format=torch.contiguous_format)).unconstrained()
+    optim = make()
+    optim.set_state({"p": state})
+    steps(optim, p)
+    assert bool(groups(optim, PackedGroup)) == packed
+    plain = pyro.param("plain", value.clone()).unconstrained()
+    steps(steps(make(), plain), plain)
+    torch.testing.assert_close(p.detach(), plain.detach())
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "ClippedAdam", "AdagradRMSProp"])
+@pytest.mark.parametrize("kind", ["parameter", "gradient", "both", "gaps", "later"])
+def test_order_of_memory_changes_no_step(name, kind):
+    """Torch's own fused kernels are wrong where a parameter and its gradient lie in different orders."""
+    shape = (300, 200)  # too many elements to be packed
+    gradient, value = torch.linspace(1.0, 7.0, 60_000).view(shape), torch.linspace(0.0, 6.0, 60_000).view(shape)
+
+    def transposed(x):
+        return x.t().contiguous().t()
+
+    def run(module, odd):
+        args = {"lr": 0.1, "momentum": 0.9} if name == "SGD" else {}
+        plain = transposed(value) if kind in ("parameter", "both") else value.clone()
+        if kind == "gaps":
+            plain = torch.zeros(300, 400)[:, ::2].copy_(value)
+        p = torch.nn.Parameter(plain if odd else value.clone())
+        optim = getattr(module, name)(args)
+        for t in range(4):
+            g = gradient * (t + 1) - 3.0 * t
+            p.grad = transposed(g) if odd and kind in ("gradient", "both") else g.clone()
+            if odd and kind == "later" and t == 2:
+                p.grad, p.data = None, transposed(p.data)
+                p.grad = g.clone()
+            optim([p])
+        return p.detach().clone()
+
+    torch.testing.assert_close(run(distopt.optim, True), run(distopt.optim, False))
+    torch.testing.assert_close(run(distopt.optim, False), run(pyro.optim, False))
 
 
 def test_backward_through_a_stepped_parameter_raises_as_with_torch():

@@ -41,6 +41,8 @@ class DistributedOptimizer(PyroOptim):
     different values, the gradients of the first step are those of each rank's own, unless `synchronize` was called
     before; `distopt.infer.SVI` does.
 
+    Parameters of sharded plates are stepped by their rank alone; `global_norm` is over those of all ranks together.
+
     Args:
         pyro_optim: The optimizer to wrap: of `distopt.optim` or `pyro.optim`, a scheduler too. State it has loaded is
             kept.
