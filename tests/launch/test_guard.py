@@ -7,6 +7,8 @@ import os
 import pty
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import psutil
@@ -136,3 +138,41 @@ def test_report_names_the_rank_that_told_the_others_of_its_error_though_it_ended
 
 def test_out_of_memory_is_told_as_such():
     assert "out of memory" in report.cause(events.End(0, 0, "host", 1, 0.0, -9, out_of_memory=True))
+
+
+def test_worker_of_elastic_horovod_that_lost_the_others_starts_again_in_its_new_place(tmp_path):
+    asked = []
+
+    class Rendezvous(BaseHTTPRequestHandler):
+        """Answers as horovodrun's does; the real one is in test_elastic.py."""
+
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"0,2,0,1,0,2")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    code = "import os, sys; print(os.environ['HOROVOD_RANK'], 'of', os.environ['HOROVOD_SIZE']); "
+    code += "sys.exit(os.environ['HOROVOD_SIZE'] == '3')"
+    with HTTPServer(("127.0.0.1", 0), Rendezvous) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        env = {
+            "HOROVOD_ELASTIC": "1", "HOROVOD_RANK": "1", "HOROVOD_SIZE": "3", "HOROVOD_HOSTNAME": "here",
+            "HOROVOD_LOCAL_RANK": "0", "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1",
+            "HOROVOD_GLOO_RENDEZVOUS_PORT": str(server.server_port),
+        }  # fmt: skip
+        try:
+            assert guard(tmp_path, code, env).wait(TIMEOUT_S) == 0
+        finally:
+            server.shutdown()
+            serving.join(TIMEOUT_S)
+    assert asked == ["/rank_and_size/here:0"]
+    assert (tmp_path / "run/logs/rank-1.log").read_text().splitlines()[1:] == ["1 of 3"]
+    assert (tmp_path / "run/logs/rank-0.log").read_text().splitlines()[1:] == ["0 of 2"]
+    assert [(event["attempt"], event["status"]) for event in sorted(endings(tmp_path), key=lambda e: e["time"])] == [
+        (0, 1), (1, 0)
+    ]  # fmt: skip

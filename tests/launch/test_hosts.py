@@ -16,7 +16,7 @@ LIBRARIES = {"torchrun": "torch_dist", "horovodrun": "horovod", "horovodrun --mp
 pytestmark = pytest.mark.timeout(240)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("platform", ENGINES)
 def test_one_yaml_runs_on_hosts_through_each_engine(platform, count, hosts, on_hosts, tmp_path):
     run = on_hosts(platform, list(range(1, count + 1)))

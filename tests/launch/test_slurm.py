@@ -81,7 +81,7 @@ def distopt(cluster, folder: Path, *words: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("nodes", [1, 3])
+@pytest.mark.parametrize("nodes", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_run_on_nodes_is_submitted_followed_and_done(nodes, submit, tmp_path, cluster):
     run = submit(f"launch.nodes={nodes}", f"script={SUM}", "script_args=['0']")
     assert run.wait() == 0, run.everything() + (run.run_dir / "logs/slurm.log").read_text()
