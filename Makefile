@@ -23,7 +23,7 @@ $(VENV)/.base: pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.base tools/build_horovod.py tools/system_packages.sh
 	@echo "setup: Open MPI, Horovod and the test tools (Horovod is built once, about five minutes, and kept)"
 	@$(PIP) -e '.[dev,mpi]' $(MPI) cmake wheel 'setuptools<81' cffi cloudpickle psutil pyyaml
-	@$(PIP) --no-deps 'py-irt; python_version < "3.12"' ordered-set toml  # its pins of rich and typer are not ours
+	@$(PIP) --no-deps 'py-irt; python_version < "3.12"' ordered-set toml cell2location  # their pins are not ours; models for tests
 	@$(BIN)/python tools/build_horovod.py
 	@tools/system_packages.sh
 	@touch $@

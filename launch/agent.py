@@ -1,8 +1,11 @@
-"""Stands on each host between ssh and an engine: `python -m distopt.launch.agent -- ENGINE…`.
+"""Stands on each host between ssh and an engine: `python -m distopt.launch.agent [--meet NAME:PORT] -- ENGINE…`.
 
 With `DISTOPT_HEARTBEAT` set, the launcher writes a line every few seconds to its standard input. When the lines stop,
 because the launcher was killed or the link is down, the agent ends the engine: engines that are cut off wait for
 minutes and ignore SIGTERM.
+
+With `--meet`, the engine is started when the rendezvous can be reached: a pod may be there minutes before the first one
+has its image, or its name an address, and torchrun gives up after one.
 """
 
 from __future__ import annotations
@@ -10,16 +13,18 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 
-from .network import interface_among
+from .network import interface_among, is_here, resolve
 from .processes import adopt_orphans, die_with_parent, kill_descendants
 
 SILENCE_S = 25.0  # longer than ssh takes to give up (ServerAliveInterval times ServerAliveCountMax)
 POLL_S = 0.5
+REMIND_S = 30.0
 STOP = b"stop\n"
 ALIVE = b"alive\n"
 
@@ -32,19 +37,48 @@ def interface_env(env: dict[str, str] | os._Environ[str]) -> dict[str, str]:
     return {variable: name for variable in variables if variable not in env} if name else {}
 
 
+def wait_for_meeting(endpoint: str, asked: Sequence[int]) -> None:
+    """Returns once NAME:PORT answers, or NAME is this host, or a signal has come."""
+    name, _, port = endpoint.rpartition(":")
+    said = float("-inf")
+    while not asked:
+        address = resolve(name)
+        if address is not None and (is_here(name) or _answers(address, int(port))):
+            return
+        if time.monotonic() > said + REMIND_S:
+            found = "it has no address yet" if address is None else f"{address} does not answer yet"
+            print(f"agent: waiting for {endpoint}: {found}", file=sys.stderr, flush=True)
+            said = time.monotonic()
+        time.sleep(POLL_S)
+
+
+def _answers(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=5).close()
+    except OSError:
+        return False
+    return True
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the engine until it ends, or is told to, or no word comes from the launcher any more."""
     die_with_parent()
-    if len(argv) < 2 or argv[0] != "--":
-        print("usage: python -m distopt.launch.agent -- COMMAND [ARGUMENT …]", file=sys.stderr)
+    split = argv.index("--") if "--" in argv else len(argv)
+    options, engine_argv = argv[:split], argv[split + 1 :]
+    if not engine_argv or (options and (len(options) != 2 or options[0] != "--meet")):
+        print("usage: python -m distopt.launch.agent [--meet NAME:PORT] -- COMMAND [ARGUMENT …]", file=sys.stderr)
         return 2
     grace_s = float(os.environ.get("DISTOPT_GRACE_S", "30"))
     adopt_orphans()
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda got, _: asked.append(got))
+    if options:
+        wait_for_meeting(options[1], asked)
+    if asked:
+        return 128 + asked[0]
     engine = subprocess.Popen(
-        list(argv[1:]), stdin=subprocess.DEVNULL, env={**os.environ, **interface_env(os.environ)},
+        engine_argv, stdin=subprocess.DEVNULL, env={**os.environ, **interface_env(os.environ)},
         start_new_session=True, preexec_fn=die_with_parent,
     )  # fmt: skip
     watched = "DISTOPT_HEARTBEAT" in os.environ

@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from distopt.config import ConfigError, RunConfig, load_config
 
+from . import output
 from .batch import SlurmError
 from .cluster import ClusterError
 from .follow import say
@@ -63,15 +65,12 @@ def job(directory: Path) -> Job:
     return submitted(platform(config.launch.platform), config) or FollowedJob(directory)
 
 
-def print_logs(job: Job, rank: int, *, follow: bool) -> None:
-    """Prints what a rank has printed, once or until the run has ended."""
-    printed = 0
+def print_logs(job: Job, ranks: Sequence[int], *, follow: bool) -> None:
+    """Prints what some ranks have printed, once or until the run has ended."""
+    shown = output.Output(ranks, output.of_job(job), headers=True)
     while True:
         ended = not follow or job.state().ended
-        text = job.logs(rank)
-        sys.stdout.write(text[printed:])
-        sys.stdout.flush()
-        printed = len(text)
+        shown.show()
         if ended:
             return
         time.sleep(POLL_S)
@@ -97,31 +96,28 @@ def _wait_for_end(run: Job, limit_s: float) -> State:
     return state
 
 
-def follow(run: SubmittedJob, directory: Path, grace_s: float, skip: int = 0) -> int:
-    """Shows a submitted run's phases and the output of rank 0 until it ends; Ctrl-C and SIGTERM stop it.
+def follow(run: SubmittedJob, directory: Path, grace_s: float, shown: output.Output) -> int:
+    """Shows a submitted run's phases and its output until it ends; Ctrl-C and SIGTERM stop it.
 
     Args:
         run: The run.
         directory: Its record.
         grace_s: Seconds for the last checkpoint.
-        skip: Characters of output that were there before.
+        shown: Prints what its ranks do.
 
     Returns:
         0 when it is done, 130 or 143 when it was stopped by a signal, 1 otherwise.
     """
     asked: list[int] = []
     before = {number: signal.signal(number, lambda got, _: asked.append(got)) for number in _SIGNALS}
-    printed, phase = skip, ""
+    phase = ""
     try:
         while True:
             state = run.state()
             if state.phase != phase:
                 say(f"{state.phase}: {state.detail}")
                 phase = state.phase
-            text = run.logs(0)
-            sys.stdout.write(text[printed:])
-            sys.stdout.flush()
-            printed = len(text)
+            shown.show()
             if asked:
                 say(f"{signal.Signals(asked[0]).name}: a last checkpoint, then the end")
                 run.stop()

@@ -17,10 +17,9 @@ import yaml
 
 from distopt.config import MAY_CHANGE, RunConfig
 
+from .network import is_here, slot_problems
 from .plan_files import CONFIG_FILE
 from .platforms.base import Platform
-
-# What a run may change when it goes on: where it runs and what it writes, not what it computes.
 
 
 def problems(config: RunConfig, platform: Platform) -> list[str]:
@@ -28,7 +27,8 @@ def problems(config: RunConfig, platform: Platform) -> list[str]:
     return [
         *platform.problems(config),
         *_code(config),
-        *_global_batch(config, config.launch.world_sizes),
+        *_slots(config),
+        *_global_batch(config),
         *_port(config),
         *_run_directory(config),
     ]
@@ -116,19 +116,33 @@ def _names(tree: ast.Module) -> set[str] | None:
     return None if {"*", "__getattr__"} & names else names
 
 
-def _global_batch(config: RunConfig, world_sizes: range) -> Iterator[str]:
-    batch = config.data.global_batch
+def _global_batch(config: RunConfig) -> Iterator[str]:
+    """Refuses parts that are unequal without need; an elastic run, whose world changes, has them weighted."""
+    batch, sizes = config.data.global_batch, config.launch.world_sizes
     if batch is None or config.script is not None:
         return
-    uneven = [size for size in world_sizes if batch % size]
-    if uneven:
-        size = uneven[0]
-        below, above = batch - batch % size, batch + size - batch % size
-        near = f"{below} or {above}" if below else str(above)
+    workers = sizes[-1]
+    if batch < workers:
         yield (
-            f"data.global_batch: {batch} rows cannot be divided evenly among {size} workers; "
-            f"take data.global_batch={near}, or another number of workers"
+            f"data.global_batch: {batch} rows cannot be shared by {workers} workers, each needs at least one; "
+            f"take data.global_batch={workers}, or fewer workers"
         )
+    elif len(sizes) == 1 and batch % workers:
+        below = batch - batch % workers
+        yield (
+            f"data.global_batch: {batch} rows cannot be divided evenly among {workers} workers; "
+            f"take data.global_batch={below} or {below + workers}, or another number of workers"
+        )
+
+
+def _slots(config: RunConfig) -> Iterator[str]:
+    """Refuses more processes than there is room for; other hosts are asked over ssh, a Slurm cluster by itself."""
+    launch = config.launch
+    if launch.platform not in ("slurm", "kubernetes") and not (launch.hosts and not any(map(is_here, launch.hosts))):
+        yield from slot_problems(config, "this machine", len(os.sched_getaffinity(0)))
+    for key, gpus in (("slurm.gpus_per_node", launch.slurm.gpus_per_node), ("kubernetes.gpus", launch.kubernetes.gpus)):
+        if key.startswith(launch.platform) and 0 < gpus < launch.workers:
+            yield f"launch.workers: {launch.workers} on each host, but launch.{key} is {gpus}; each worker needs one"
 
 
 def _port(config: RunConfig) -> Iterator[str]:

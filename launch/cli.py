@@ -28,6 +28,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to replace, such as train.num_steps=10.")
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the name of one in runs/.")]
+AllRanks = Annotated[
+    bool, typer.Option("--all-ranks", help="Show the output of all ranks, each line with its rank's number.")
+]
 USAGE_ERROR = 2
 
 
@@ -39,9 +42,10 @@ def launch(
         bool, typer.Option("--dry-run", help="Print every command and file, and touch nothing.")
     ] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Start the run and leave it.")] = False,
+    all_ranks: AllRanks = False,
 ) -> None:
     """Check a run, start it on its platform and follow it to its end; its exit status is the run's."""
-    from . import starting
+    from . import output, starting
 
     run = _load(config, overrides)
     plan, problems = starting.prepare(run)
@@ -51,7 +55,7 @@ def launch(
         typer.echo(str(plan), nl=False)
         return
     try:
-        status = starting.start(run, plan, detach=detach)
+        status = starting.start(run, plan, detach=detach, ranks=output.all_ranks(run) if all_ranks else (0,))
     except starting.Refused as error:
         _refuse([f"{config}: {error}"])
     raise typer.Exit(status)
@@ -92,12 +96,15 @@ def logs(
     run: Run,
     rank: Annotated[int, typer.Option(help="Whose output; on Kubernetes the number of a node.", min=0)] = 0,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+    all_ranks: AllRanks = False,
 ) -> None:
     """Print what a rank has printed."""
-    from . import asking
+    from . import asking, output
 
     try:
-        asking.print_logs(asking.job(asking.find(run)), rank, follow=follow)
+        directory = asking.find(run)
+        ranks = output.all_ranks(asking.recorded(directory)) if all_ranks else (rank,)
+        asking.print_logs(asking.job(directory), ranks, follow=follow)
     except asking.ERRORS as error:
         _refuse([str(error)])
 

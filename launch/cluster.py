@@ -84,7 +84,7 @@ class Cluster:
             said = true["Failed"].get("message") or true["Failed"].get("reason") or ""
             return State("failed", "; ".join(filter(None, [said, self._first_death()])))
         if found["metadata"].get("deletionTimestamp"):
-            return State("stopped", "it is being deleted")
+            return State("running", "it is being deleted: its pods save and end")
         running = (
             status.get("active") or "Running" in true or any(pod_phase == "Running" for pod_phase in self._phases())
         )
@@ -101,7 +101,7 @@ class Cluster:
         return self._ask(read, pods[rank]["metadata"]["name"], self.namespace, missing_ok=True) or ""
 
     def stop(self) -> None:
-        """Deletes the objects; pods get SIGTERM and their grace time."""
+        """Has the objects deleted; pods get SIGTERM and their grace time, and the object is gone when they are."""
         for manifest in reversed(self.objects):
             self._delete(manifest)
 
@@ -123,7 +123,8 @@ class Cluster:
         else:
             delete = client.CustomObjectsApi(self.api).delete_namespaced_custom_object
             place = _place(manifest, self.namespace)
-            self._ask(delete, *place, name, propagation_policy="Background", missing_ok=True)
+            # The object stays until its pods are gone, so that nobody takes the run for ended while they save.
+            self._ask(delete, *place, name, propagation_policy="Foreground", missing_ok=True)
 
     def _pods(self) -> list[dict[str, Any]]:
         from kubernetes import client

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +21,7 @@ from distopt.config import RunConfig
 
 from . import network, ssh
 from .platforms.mpirun import find_mpirun
+from .platforms.torchrun import DEFAULT_PORT
 
 PROBE_TIMEOUT_S = 120
 CLOCK_WARNING_S = 2.0  # torchrun compares the hosts' clocks, and drops a host whose heartbeat seems 15 s old
@@ -50,9 +52,11 @@ def examine(config: RunConfig | None) -> Iterator[Finding]:
     yield _own_name()
     if config is not None:
         yield _folder(config)
-        for host in config.launch.hosts:
-            yield from _host(config, host)
+        found = _hosts(config)
+        yield from found
         yield _port(config)
+        if len(config.launch.hosts) > 1:
+            yield _all_reduce_of_hosts(config, found)
     yield _all_reduce(config.launch.workers if config else 2)
 
 
@@ -138,24 +142,30 @@ def _folder(config: RunConfig) -> Finding:
     return Finding("run_dir", verdict, f"{folder} can be written to, {free_gib:.1f} GiB free")
 
 
-def _host(config: RunConfig, host: str) -> Iterator[Finding]:
+def _hosts(config: RunConfig) -> list[Finding]:
+    """Looks at all hosts at once, with a file here that they should see too."""
+    mark = Path(f".distopt-doctor-{os.getpid()}").resolve()
+    mark.touch()
+    try:
+        with ThreadPoolExecutor(max(1, len(config.launch.hosts))) as pool:
+            found = pool.map(lambda host: list(_host(config, host, mark)), config.launch.hosts)
+            return [finding for findings in found for finding in findings]
+    finally:
+        mark.unlink()
+
+
+def _host(config: RunConfig, host: str, mark: Path) -> Iterator[Finding]:
     """Asks a host for its clock, for a file that this one has just written, and for its Python."""
     address = network.resolve(host)
     if problems := network.host_problems(config.launch.hosts if len(config.launch.hosts) > 1 else [host]):
         for problem in (problem for problem in problems if f" {host} " in problem):
             yield Finding(host, "failure", problem, "correct /etc/hosts")
             return
-    mark = Path(f".distopt-doctor-{os.getpid()}")
-    code = f"import os, time; print(time.time(), os.path.exists({str(mark.resolve())!r}))"
-    here = network.is_here(host)
+    code = f"import os, time; print(time.time(), os.path.exists({str(mark)!r}))"
     argv = [sys.executable, "-c", code]
-    mark.touch()
-    try:
-        before = time.time()
-        done = _run(argv if here else ssh.remote(config, host, argv))
-        after = time.time()
-    finally:
-        mark.unlink()
+    before = time.time()
+    done = _run(_on(config, host, argv))
+    after = time.time()
     if isinstance(done, str) or done.returncode:
         said = done if isinstance(done, str) else " ".join(done.stderr.split())[-200:]
         by_hand = f"ssh {host} {sys.executable} --version"
@@ -176,7 +186,7 @@ def _host(config: RunConfig, host: str) -> Iterator[Finding]:
 
 
 def _port(config: RunConfig) -> Finding:
-    port = config.launch.port or 29400
+    port = config.launch.port or DEFAULT_PORT
     with socket.socket() as probe:
         try:
             probe.bind(("", port))
@@ -185,9 +195,13 @@ def _port(config: RunConfig) -> Finding:
     return Finding("port", "ok", f"{port} is free here")
 
 
+def _on(config: RunConfig, host: str, argv: list[str]) -> list[str]:
+    return argv if network.is_here(host) else ssh.remote(config, host, argv)
+
+
 _REDUCE = """
-import time, torch, torch.distributed as dist
-dist.init_process_group("gloo")
+import datetime, time, torch, torch.distributed as dist
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=30))
 def best(numel, rounds=20):
     value = torch.ones(numel)
     times = []
@@ -199,6 +213,39 @@ if dist.get_rank() == 0:
     print(f"{small * 1e3:.2f} ms for 4 bytes, {4 / large:.0f} MiB/s for 4 MiB")
 dist.destroy_process_group()
 """
+
+
+def _all_reduce_of_hosts(config: RunConfig, found: list[Finding]) -> Finding:
+    """Runs a small all-reduce over gloo with one worker on each host."""
+    hosts = config.launch.hosts
+    if any(finding.verdict == "failure" for finding in found):
+        return Finding("all-reduce over hosts", "warning", "not tried while one is broken", "mend it first")
+    addresses = [network.resolve(host) or host for host in hosts]
+    env = {
+        "DISTOPT_HOSTS": ",".join(addresses),
+        "MASTER_ADDR": addresses[0],
+        "MASTER_PORT": str(config.launch.port or DEFAULT_PORT),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(len(hosts)),
+        **({"DISTOPT_INTERFACE": config.launch.interface} if config.launch.interface else {}),
+    }
+    # The agent tells gloo which interface has the host's address.
+    agent = [sys.executable, "-m", "distopt.launch.agent", "--", sys.executable, "-c", _REDUCE]
+
+    def run(rank: int) -> subprocess.CompletedProcess[str] | str:
+        words = [f"{name}={value}" for name, value in {**env, "RANK": str(rank)}.items()]
+        return _run(_on(config, hosts[rank], ["timeout", str(PROBE_TIMEOUT_S - 10), "env", *words, *agent]))
+
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        ends = list(pool.map(run, range(len(hosts))))
+    for host, end in zip(hosts, ends, strict=True):
+        if isinstance(end, str) or end.returncode:
+            said = end if isinstance(end, str) else (end.stderr.strip().splitlines() or ["no word"])[-1]
+            mend = f"let the hosts reach each other on all ports, {env['MASTER_PORT']} first, or set launch.interface"
+            return Finding("all-reduce over hosts", "failure", f"{len(hosts)} hosts, {host}: {said}", mend)
+    first = ends[0]
+    assert not isinstance(first, str)
+    return Finding("all-reduce over hosts", "ok", f"{len(hosts)} hosts: {first.stdout.strip().splitlines()[-1]}")
 
 
 def _all_reduce(workers: int) -> Finding:

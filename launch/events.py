@@ -12,6 +12,9 @@ from pathlib import Path
 
 from .plan_files import LOGS
 
+# The line that a guard writes above each attempt in its rank's log; a worker's own lines may begin with dashes, too.
+HEADER = re.compile(rb"^--- \d{4}-\d\d-\d\dT\S+ rank \d+ of \d+, attempt \d+")
+
 
 @dataclass(frozen=True)
 class Event:

@@ -7,12 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from . import agent, events, report, terminal
+from . import agent, events, output, report, terminal
 from .plan import Command, Plan
 from .plan_files import LOGS, STOP_FILE
 from .processes import adopt_orphans, die_with_parent, kill_descendants
@@ -21,12 +21,12 @@ POLL_S = 0.1
 ENGINE_LOG = "engine.log"
 HEARTBEAT_S = 2.0
 REJOIN_S = 5.0
-FINISH_S = 20.0  # for the other hosts, once one has finished
+FINISH_S = 20.0  # for the others, once one host has finished or one worker has died
 KILL_MARGIN_S = 7.0  # guards kill at the end of the grace time, engines 5 s after them
 
 
-def follow(plan: Plan, run_dir: Path, grace_s: float) -> int:
-    """Runs the plan's commands to their end, showing what rank 0 prints.
+def follow(plan: Plan, run_dir: Path, grace_s: float, ranks: Sequence[int] = (0,)) -> int:
+    """Runs the plan's commands to their end, showing what some ranks print.
 
     Ctrl-C or SIGTERM asks the workers once to write a last checkpoint and end; what still runs after the grace time, or
     at a second Ctrl-C, is killed.
@@ -35,12 +35,13 @@ def follow(plan: Plan, run_dir: Path, grace_s: float) -> int:
         plan: What to start; its files have been written.
         run_dir: Where guards write logs and events.
         grace_s: Seconds for the last checkpoint.
+        ranks: Whose output is shown; rank 0 alone gets the terminal.
 
     Returns:
         0 when the run is done, 143 after SIGTERM and 130 after Ctrl-C with all workers ended in time, 1 otherwise.
     """
     adopt_orphans()
-    run = _Run(plan, run_dir, grace_s)
+    run = _Run(plan, run_dir, grace_s, ranks)
     try:
         with _signals(run), (run_dir / LOGS / ENGINE_LOG).open("w") as log:
             run.start(log)
@@ -58,7 +59,7 @@ def follow(plan: Plan, run_dir: Path, grace_s: float) -> int:
 class _Run:
     """A plan's processes, from start to end."""
 
-    def __init__(self, plan: Plan, run_dir: Path, grace_s: float) -> None:
+    def __init__(self, plan: Plan, run_dir: Path, grace_s: float, ranks: Sequence[int]) -> None:
         self.plan = plan
         self.run_dir = run_dir
         self.grace_s = grace_s
@@ -66,14 +67,15 @@ class _Run:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.signal: int | None = None
         self._signalled = False
-        self._kill_at = float("inf")
+        self._kill_at = self._end_at = float("inf")
         self._late = False
         self._events = events.Reader(run_dir)
-        self._lent = terminal.lend()
+        self._lent = terminal.lend() if list(ranks) == [0] else {}
         self._log: TextIO | None = None
         self._beat_at = 0.0
         self._rejoin_at: dict[int, float] = {}
-        self._output = _Tail(run_dir / LOGS / "rank-0.log")
+        read = output.of_files(run_dir)
+        self._output = output.Output(ranks, read, [len(read(rank, 0)) for rank in ranks])
 
     def start(self, log: TextIO) -> None:
         self._log = log
@@ -116,6 +118,10 @@ class _Run:
         for event in self._events.new():
             if isinstance(event, events.End) and event.failed:
                 say(f"{report.name(event)} {report.cause(event)}")
+                if self.plan.together:
+                    self._end_at = min(self._end_at, time.monotonic() + FINISH_S)
+        if time.monotonic() > self._end_at:
+            self.ask_to_stop()  # the engine should have ended the others; MPICH's does not before MPI_Init
         if self.signal is not None and not self._signalled:
             say(f"{signal.Signals(self.signal).name}: a last checkpoint, then the end, {self.grace_s:g} s at most")
             self.ask_to_stop()
@@ -166,25 +172,6 @@ class _Run:
         sys.stdout.flush()
         print(report.failure(self.run_dir, last, engine, seconds, ENGINE_LOG), file=sys.stderr)
         return 1
-
-
-class _Tail:
-    """Prints what is appended to a file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = path.stat().st_size if path.exists() else 0
-
-    def show(self) -> None:
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
-        self._offset += len(data)
-        lines = data.splitlines(keepends=True)
-        sys.stdout.write(b"".join(line for line in lines if not line.startswith(b"--- ")).decode("utf-8", "replace"))
-        sys.stdout.flush()
 
 
 def _start(command: Command, lent: Mapping[str, str], log: TextIO, heartbeat: bool) -> subprocess.Popen[bytes]:

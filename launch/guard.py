@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from . import events, terminal
+from . import elastic, events, terminal
 from .agent import interface_env
 from .plan_files import LOGS, SECRETS_FILE, STOP_FILE
 from .processes import die_with_parent
@@ -67,9 +67,32 @@ class Guard:
         self.asked_to_stop = False
         self._kill_at = float("inf")
         self._oom_kills = events.oom_kills()
+        self._wake, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        for number in (*SIGNALS, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)  # the number arrives through the pipe
 
     def run(self) -> int:
         """Runs the worker to its end and returns its exit status, negative for a signal."""
+        status = self._attempt()
+        # One that was killed is for the engine to judge: its host may be no good.
+        while status > 0 and not self.asked_to_stop and elastic.is_elastic(os.environ):
+            place_now = elastic.next_place(os.environ, self._still_wanted)
+            if not place_now:
+                break
+            os.environ.update(place_now)
+            self.rank, self.world_size = place(os.environ)
+            self.attempt += 1
+            status = self._attempt()
+        return status
+
+    def _still_wanted(self) -> bool:
+        """Waits a moment; false when this worker has been asked to end."""
+        if select.select([self._wake], [], [], POLL_S)[0] and set(os.read(self._wake, 512)) & set(SIGNALS):
+            self.asked_to_stop = True
+        return not self.asked_to_stop and not (self.stop_file is not None and self.stop_file.exists())
+
+    def _attempt(self) -> int:
         logs = self.run_dir / LOGS
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / f"rank-{self.rank}.log").open("ab", buffering=0) as log:
@@ -94,18 +117,14 @@ class Guard:
         return 3
 
     def _watch(self, log: IO[bytes]) -> int:
-        wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        for number in (*SIGNALS, signal.SIGCHLD):
-            signal.signal(number, lambda *_: None)  # the number arrives through the pipe
         screen = terminal.open_for(self.rank)
         worker, output = self._start(screen)
         sink = terminal.Tee(log, screen, echo="DISTOPT_ECHO" in os.environ)
-        watched = [output, wake_read]
+        watched = [output, self._wake]
         try:
-            while watched != [wake_read] or worker.poll() is None:
+            while watched != [self._wake] or worker.poll() is None:
                 ready, _, _ = select.select(watched, [], [], POLL_S)
-                if wake_read in ready and set(os.read(wake_read, 512)) & set(SIGNALS):
+                if self._wake in ready and set(os.read(self._wake, 512)) & set(SIGNALS):
                     self._ask_to_stop(worker)
                 if output in ready and not sink.copy(output):
                     watched.remove(output)
@@ -117,6 +136,7 @@ class Guard:
         finally:
             _signal_group(worker.pid, signal.SIGKILL)
             sink.close()
+            os.close(output)
         return worker.wait()
 
     def _start(self, screen: IO[bytes] | None) -> tuple[subprocess.Popen[bytes], int]:
@@ -128,7 +148,7 @@ class Guard:
         # A session of its own, so that nothing else signals the worker, and a death that follows this process's.
         worker = subprocess.Popen(
             self.command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=env, start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=die_with_parent, pass_fds=[int(os.environ[name]) for name in ("PMI_FD",) if name in os.environ],
         )  # fmt: skip
         os.close(theirs)
         return worker, ours

@@ -186,16 +186,17 @@ def _torchrun(config: RunConfig, address: str) -> list[str]:
     least = launch.min_hosts or launch.num_hosts
     nodes = str(least) if least == launch.num_hosts else f"{least}:{launch.num_hosts}"
     place = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={address}", f"--rdzv-id={config.name}"]
-    return _agent(config, torchrun_argv(config, place, launch.kubernetes.python))
+    return _agent(config, torchrun_argv(config, place, launch.kubernetes.python), meet=address)
 
 
 def _worker(config: RunConfig) -> list[str]:
     return worker_argv(config, config.launch.kubernetes.python)
 
 
-def _agent(config: RunConfig, engine: list[str]) -> list[str]:
+def _agent(config: RunConfig, engine: list[str], meet: str | None = None) -> list[str]:
     """Puts the agent in front: process 1 of a container ignores SIGTERM unless it handles it, and must reap orphans."""
-    return [config.launch.kubernetes.python, "-m", "distopt.launch.agent", "--", *engine]
+    options = ["--meet", meet] if meet else []
+    return [config.launch.kubernetes.python, "-m", "distopt.launch.agent", *options, "--", *engine]
 
 
 def _env(config: RunConfig) -> list[Manifest]:
@@ -249,7 +250,7 @@ def _pod(
 ) -> Manifest:
     """Returns a pod template whose processes have no privileges and can write to volumes and /tmp alone."""
     wanted = config.launch.kubernetes
-    claims = {volume.claim: volume for volume in wanted.volumes}
+    claims = dict.fromkeys(volume.claim for volume in wanted.volumes)  # one may be mounted at several paths
     spec: Manifest = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -261,44 +262,46 @@ def _pod(
             "fsGroup": wanted.user,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "containers": [
-            {
-                "name": container,
-                "image": wanted.image,
-                "command": command,
-                "env": _env(config),
-                "resources": _resources(config, gpus),
-                **_health(config),
-                "securityContext": {
-                    "allowPrivilegeEscalation": False,
-                    "readOnlyRootFilesystem": True,
-                    "capabilities": {"drop": ["ALL"]},
-                },
-                "volumeMounts": [
-                    {"name": "tmp", "mountPath": HOME},
-                    {"name": "shm", "mountPath": "/dev/shm"},
-                    *(
-                        {"name": claim, "mountPath": volume.path, "readOnly": volume.read_only}
-                        for claim, volume in claims.items()
-                    ),
-                ],
-            }
-        ],
+        "containers": [{"name": container, **_container(config, command, gpus)}],
         "volumes": [
             {"name": "tmp", "emptyDir": {}},
             {"name": "shm", "emptyDir": {"medium": "Memory"}},
             *({"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in claims),
         ],
     }
-    if subdomain:
-        spec["subdomain"] = subdomain
-    if wanted.service_account:
-        spec["serviceAccountName"] = wanted.service_account
-    if wanted.node_selector:
-        spec["nodeSelector"] = dict(wanted.node_selector)
-    if wanted.image_pull_secrets:
-        spec["imagePullSecrets"] = [{"name": name} for name in wanted.image_pull_secrets]
+    optional = {
+        "subdomain": subdomain,
+        "serviceAccountName": wanted.service_account,
+        "nodeSelector": dict(wanted.node_selector),
+        "imagePullSecrets": [{"name": name} for name in wanted.image_pull_secrets],
+    }
+    spec |= {key: value for key, value in optional.items() if value}
     return {"metadata": {"labels": {LABEL: config.name}}, "spec": spec}
+
+
+def _container(config: RunConfig, command: list[str], gpus: bool) -> Manifest:
+    """Returns what a pod runs; all but its name."""
+    wanted = config.launch.kubernetes
+    return {
+        "image": wanted.image,
+        "command": command,
+        "env": _env(config),
+        "resources": _resources(config, gpus),
+        **_health(config),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [
+            {"name": "tmp", "mountPath": HOME},
+            {"name": "shm", "mountPath": "/dev/shm"},
+            *(
+                {"name": volume.claim, "mountPath": volume.path, "readOnly": volume.read_only}
+                for volume in wanted.volumes
+            ),
+        ],
+    }
 
 
 def _without_restarts(pod: Manifest) -> Manifest:

@@ -8,6 +8,8 @@ import socket
 import struct
 from collections.abc import Sequence
 
+from distopt.config import RunConfig
+
 # linux/sockios.h
 _SIOCGIFADDR = 0x8915
 
@@ -77,3 +79,14 @@ def host_problems(hosts: Sequence[str]) -> list[str]:
                 "correct /etc/hosts or name the address that the others use"
             )
     return problems
+
+
+def slot_problems(config: RunConfig, host: str, cores: int) -> list[str]:
+    """Returns whether a host has fewer cores than it gets processes; two processes have room anywhere."""
+    workers = config.launch.workers
+    if workers <= max(2, cores) or config.launch.oversubscribe:
+        return []
+    return [
+        f"launch.workers: {workers} processes, but {host} has {cores} cores; "
+        f"set launch.workers={cores}, or launch.oversubscribe=true to let them share"
+    ]

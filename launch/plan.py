@@ -43,6 +43,7 @@ class Plan:
     `stop_by_file` tells how workers are asked to end: by the stop file that their guards watch, where the engine would
     leave them too little time for a last checkpoint, else by a signal to the engine. With `heartbeat` each command is
     an agent (`distopt.launch.agent`) on a host of its own; the run goes on while `least` of them do, by default all.
+    `together` says that the engine starts no worker again: when one has died, all are to end.
     """
 
     platform: str
@@ -51,13 +52,14 @@ class Plan:
     stop_by_file: bool = False
     heartbeat: bool = False
     least: int | None = None
+    together: bool = False
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = [f"# {note}\n" for note in self.notes]
         for path, text in self.files.items():
-            end = _delimiter(text)
-            parts.append(f"cat > {shlex.quote(str(path))} <<'{end}'\n{text.rstrip()}\n{end}\n")
+            end, name = _delimiter(text), shlex.quote(str(path))
+            parts.append(f"cat > {name} <<'{end}'\n{text.rstrip()}\n{end}\n" if text else f": > {name}\n")
         parts += [f"{command}\n" for command in self.commands]
         return "\n".join(parts)
 

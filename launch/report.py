@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from .events import End, Event, Start
+from .events import HEADER, End, Event, Start
 from .plan_files import LOGS
 
 # How a rank that did nothing wrong ends when another has gone; seen with gloo, NCCL, Horovod and MPI.
@@ -16,6 +16,8 @@ _BEREFT = re.compile(
     r"Connection (closed by peer|reset by peer|refused)|Broken pipe|[Tt]imed out|HorovodInternalError|"
     r"connectFullMesh|has been shut down|remote process exited|DistNetworkError|DistBackendError"
 )
+# What distopt raises on the ranks that a failed one has told of its error.
+_TOLD = re.compile(r"PeerError: rank (?P<rank>\d+) of \d+ failed at (?P<what>step \d+: .*)")
 MAX_TRACEBACK_LINES = 30
 
 
@@ -62,15 +64,24 @@ def failure(run_dir: Path, seen: Sequence[Event], status: int, seconds: float, e
         engine_log: The name of the engine's own log.
     """
     lines = [f"distopt: the run failed after {timedelta(seconds=round(seconds))} (exit status {status} of the engine)."]
-    culprits = [event for event in seen if isinstance(event, End) and event.failed]
-    culprits.sort(key=lambda event: (bool(_BEREFT.search(_last_line(run_dir, event.rank))), event.time))
-    ended = {event.rank for event in seen if isinstance(event, End)}
-    silent = [event for event in seen if isinstance(event, Start) and event.rank not in ended]
+    ends = {event.rank: event for event in seen if isinstance(event, End)}
+    silent = [event for event in seen if isinstance(event, Start) and event.rank not in ends]
+    told = {rank: match for rank in ends if (match := _TOLD.search("\n".join(_last_attempt_of(run_dir, rank))))}
+    source = next((int(match["rank"]) for match in told.values() if int(match["rank"]) in ends), None)
+    # One that told the others may have been ended by the engine while it was still printing its traceback.
+    culprits = [end for rank, end in ends.items() if rank == source or (end.failed and rank not in told)]
+    culprits.sort(key=lambda end: (end.rank != source, bool(_BEREFT.search(_last_line(run_dir, end.rank))), end.time))
     if culprits:
         first = culprits[0]
-        lines.append(f"  {name(first)} died first: it {cause(first)}.")
-        lines += [f"  After it: {name(event)} {cause(event)}{_why(run_dir, event.rank)}." for event in culprits[1:]]
-    waiting = [event for event in seen if isinstance(event, End) and event.stopped]
+        what = next((match["what"] for match in told.values() if int(match["rank"]) == first.rank), "")
+        lines.append(f"  {name(first)} died first: it {f'failed at {what}' if what else f'{cause(first)}.'}")
+        lines += [f"  After it: {name(end)} {cause(end)}{_why(run_dir, end.rank)}." for end in culprits[1:]]
+        early = [end for end in ends.values() if end.status == 0 and end.time < first.time]
+        if early:
+            lines.append(f"  Before it had ended, as if all were done: {', '.join(map(name, early))}.")
+    if told:
+        lines.append(f"  Told of its error, and ended by that: {', '.join(name(ends[rank]) for rank in sorted(told))}.")
+    waiting = [end for end in ends.values() if end.stopped and end not in culprits and end.rank not in told]
     if waiting:
         lines.append(f"  Merely waiting, ended by the engine: {', '.join(map(name, waiting))}.")
     if silent:
@@ -91,11 +102,15 @@ def log_of(run_dir: Path, rank: int) -> Path:
 
 def traceback_of(run_dir: Path, rank: int) -> list[str]:
     """Returns the last traceback in a rank's log of its last attempt, else its last lines."""
-    lines = _tail(log_of(run_dir, rank), 2000)
-    header = max((number for number, line in enumerate(lines) if line.startswith("--- ")), default=-1)
-    lines = lines[header + 1 :]
+    lines = _last_attempt_of(run_dir, rank)
     starts = [number for number, line in enumerate(lines) if "Traceback (most recent call last)" in line]
     return lines[starts[-1] :][-MAX_TRACEBACK_LINES:] if starts else lines[-10:]
+
+
+def _last_attempt_of(run_dir: Path, rank: int) -> list[str]:
+    lines = _tail(log_of(run_dir, rank), 2000)
+    header = max((number for number, line in enumerate(lines) if HEADER.match(line.encode())), default=-1)
+    return lines[header + 1 :]
 
 
 def _last_line(run_dir: Path, rank: int) -> str:

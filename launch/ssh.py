@@ -10,6 +10,8 @@ from pathlib import Path
 
 from distopt.config import RunConfig
 
+from . import network
+
 SSH = "/usr/bin/ssh"
 # Without keepalives, engines wait for ever for the session of a host that has gone.
 ALIVE = ("ServerAliveInterval=5", "ServerAliveCountMax=3")
@@ -53,7 +55,7 @@ def unreachable(config: RunConfig, hosts: Sequence[str]) -> list[str]:
 def _try(config: RunConfig, host: str) -> str | None:
     here = str(Path.cwd())
     limit_s = config.launch.ssh.connect_timeout_s + 15
-    argv = remote(config, host, ["test", "-d", here])
+    argv = remote(config, host, ["sh", "-c", 'cd -- "$0" && nproc', here])
     by_hand = shlex.join([*argv[:-3], "--", host, "true"])
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL)
@@ -66,4 +68,4 @@ def _try(config: RunConfig, host: str) -> str | None:
         return f"launch.hosts: {host} cannot be reached: {said}; try `{by_hand}`"
     if done.returncode:
         return f"launch.hosts: {host} has no folder {here}; the command must be given in a folder that all hosts share"
-    return None
+    return next(iter(network.slot_problems(config, host, int(done.stdout.split()[-1]))), None)

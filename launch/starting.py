@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from distopt.config import RunConfig
 
-from . import asking, checks
+from . import asking, checks, output
 from .follow import follow, say
 from .jobs import SubmittedJob
 from .plan import Plan
@@ -33,8 +34,8 @@ def prepare(config: RunConfig) -> tuple[Plan | None, list[str]]:
     return (None, problems) if problems else (chosen.plan(config), [])
 
 
-def start(config: RunConfig, plan: Plan | None, *, detach: bool) -> int:
-    """Starts a prepared run.
+def start(config: RunConfig, plan: Plan | None, *, detach: bool, ranks: Sequence[int] = (0,)) -> int:
+    """Starts a prepared run, and shows what some ranks print.
 
     Returns:
         The run's exit status; 0 for a run that has been started and left.
@@ -47,27 +48,30 @@ def start(config: RunConfig, plan: Plan | None, *, detach: bool) -> int:
     directory = asking.record_dir(config)
     try:
         if (job := asking.submitted(chosen, config)) is not None:
-            return _submit(config, plan, job, directory, detach=detach)
+            return _submit(config, plan, job, None if detach else ranks)
         if detach:
             return _leave(config, directory)
         with submission(config, plan, directory):
-            status = follow(plan, directory, config.launch.grace_s)
+            status = follow(plan, directory, config.launch.grace_s, ranks)
             record(directory, plan, status=status)
         return status
     except (RunDirectoryBusy, *asking.ERRORS) as error:
         raise Refused(str(error)) from error
 
 
-def _submit(config: RunConfig, plan: Plan, job: SubmittedJob, directory: Path, *, detach: bool) -> int:
-    printed_before = len(job.logs(0)) if config.launch.platform == "slurm" else 0
+def _submit(config: RunConfig, plan: Plan, job: SubmittedJob, ranks: Sequence[int] | None) -> int:
+    directory = asking.record_dir(config)
+    read, followed = output.of_job(job), ranks or ()
+    # On Kubernetes a name belongs to one run; a Slurm job appends to the logs of those before.
+    before = [len(read(rank, 0)) if config.launch.platform == "slurm" else 0 for rank in followed]
     with submission(config, plan, directory):
         reference = job.submit()
         record(directory, plan, reference=reference)
     say(f"submitted: {reference}")
-    if detach:
+    if ranks is None:
         say(f"`distopt status {directory}`, `distopt logs {directory}` and `distopt stop {directory}` ask the engine")
         return 0
-    return asking.follow(job, directory, config.launch.grace_s, printed_before)
+    return asking.follow(job, directory, config.launch.grace_s, output.Output(ranks, read, before))
 
 
 def _leave(config: RunConfig, directory: Path) -> int:

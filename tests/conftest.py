@@ -20,6 +20,18 @@ settings.load_profile("distopt")
 LASTING_THREADS = ("tqdm_monitor", "fsspecIO", "ThreadPoolExecutor", "asyncio_", "pydevd")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="takes minutes: pytest tests --slow runs it")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
 @pytest.fixture(autouse=True)
 def fresh_pyro() -> Iterator[None]:
     """Starts each test with an empty parameter store and known noise, and ends it without validation settings."""

@@ -23,10 +23,10 @@ ENGINES = {
 }
 
 
-def block(language: str) -> str:
-    found = re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    assert found is not None, f"README.md has no {language} block"
-    return found.group(1)
+def block(language: str, number: int = 0) -> str:
+    found = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert len(found) > number, f"README.md has {len(found)} {language} blocks"
+    return str(found[number])
 
 
 def test_readme_opens_with_the_two_commands() -> None:
@@ -65,6 +65,38 @@ print(f"rank {worker.rank} of {worker.world_size} through {worker.name}: {poster
         {"python": "single", "torchrun": "torch_dist"}.get(engine, "horovod"),
     }
     assert len({each[3] for each in found}) == 1, f"the replicas differ: {found}"
+
+
+@pytest.mark.parametrize("engine", ["python", "torchrun"])
+def test_script_with_a_variable_per_cell_finds_its_posterior_by_shard_and_by_sharded_plate(
+    engine: str, tmp_path: Path
+) -> None:
+    text = block("python", 1)
+    if engine == "python":  # the other way that the text names
+        text = text.replace("shard\nfrom", "sharded_plate\nfrom").replace(
+            'shard(published, plates="cells")', "published"
+        )
+        text = text.replace("with pyro.plate(", "with sharded_plate(")
+        assert "sharded_plate(" in text and " shard(" not in text
+    # The closed form under a flat prior: half way between the mean and the cell, with a variance of a half.
+    check = """
+expected = (cells[[0, 9_999]] + cells.mean()) / 2
+assert torch.allclose(found["AutoNormal.locs.z"], expected, atol=0.15), (found, expected)
+assert torch.allclose(found["AutoNormal.scales.z"], torch.tensor(0.5).sqrt(), atol=0.1), found
+rows = {name: len(value) for name, value in pyro.get_param_store().items() if name.endswith(".z")}
+assert set(rows.values()) == {10_000 // worker.world_size}, rows
+print(f"rank {worker.rank} found them", flush=True)
+"""
+    script = tmp_path / "script.py"
+    script.write_text(text + check)
+    done = subprocess.run([*ENGINES[engine], str(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("found them") == (1 if engine == "python" else 2)
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`distopt launch (configs/\S+)`", README))))
+def test_commands_of_the_examples_name_configs_that_ship(command: str) -> None:
+    assert load_config(ROOT / command).task is not None
 
 
 def test_yaml_is_short_and_every_key_is_known(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
 # SYSTEM_PACKAGES=no leaves the system alone.
 set -euo pipefail
 
-packages=(iproute2 nftables openssh-client openssh-server strace xfsprogs e2fsprogs munge slurm-client slurmctld slurmd)
+packages=(iproute2 nftables openssh-client openssh-server strace xfsprogs e2fsprogs munge slurm-client slurmctld slurmd libpmix-dev faketime)
 
 missing=()
 if command -v dpkg-query >/dev/null; then

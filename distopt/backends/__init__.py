@@ -102,11 +102,11 @@ def _start(backend: str, timeout: timedelta) -> Backend:
     if backend == "horovod":
         from distopt.backends.horovod import Horovod
 
-        return Horovod.start(timeout=timeout)
+        return _whole(Horovod.start(timeout=timeout), place)
     if backend == "mpi":
         from distopt.backends.mpi import Mpi
 
-        return Mpi(timeout=timeout)
+        return _whole(Mpi(timeout=timeout), place)
     from distopt.backends.torch_dist import TorchDist
 
     if place is None:
@@ -115,6 +115,19 @@ def _start(backend: str, timeout: timedelta) -> Backend:
             "`distopt launch`, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."
         )
     return TorchDist.start(place, timeout=timeout)
+
+
+def _whole(backend: Backend, place: Place | None) -> Backend:
+    """Refuses a world that fell apart: processes whose MPI is not their launcher's each find themselves alone."""
+    if place is None or place.world_size == backend.world_size:
+        return backend
+    found = backend.world_size
+    backend.close()
+    raise BackendError(
+        f"{place.starter} started {place.world_size} workers, but this one finds a world of {found} over "
+        f"{backend.name}. Is that library built for the MPI whose mpirun or srun started it? Use that MPI's mpirun, or "
+        "another backend."
+    )
 
 
 def _choose(place: Place | None) -> str:

@@ -59,6 +59,13 @@ class Horovod(World):
         own: bool = False,
     ) -> None:
         self._hvd = hvd = import_horovod()
+        if process_set is not None and process_set.process_set_id is None:
+            raise BackendError(f"{process_set} is not known to Horovod: give it to hvd.init(process_sets=[...]).")
+        if process_set is not None and not process_set.included():
+            raise BackendError(
+                f"rank {hvd.rank()} of {hvd.size()} is not in the process set {process_set.ranks} that it was given. "
+                "Use it on its own ranks alone (`if process_set.included():`), and another on the others."
+            )
         self._set, self._own = process_set or hvd.global_process_set, own
         rank, world_size = (hvd.rank(), hvd.size()) if process_set is None else (process_set.rank(), process_set.size())
         place = Place("horovod", rank, world_size, hvd.local_rank(), hvd.local_size(), hvd.cross_rank())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from datetime import timedelta
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from distopt.backends.base import DEFAULT_TIMEOUT, BackendError, Op
@@ -63,8 +66,14 @@ class TorchDist(World):
         try:
             # The launcher's agent may hold the store (torchrun does); then no rank opens it, and env:// knows that.
             method = f"tcp://{address}:{port}" if place.starter == "srun" else "env://"
+            store = _local_store(address, port, place, timeout)
             dist.init_process_group(
-                engine, init_method=method, rank=place.rank, world_size=place.world_size, timeout=timeout
+                engine,
+                init_method=method if store is None else None,
+                store=store,
+                rank=place.rank,
+                world_size=place.world_size,
+                timeout=timeout,
             )
         except (RuntimeError, OSError, ValueError) as error:
             raise BackendError(
@@ -77,7 +86,16 @@ class TorchDist(World):
 
     @classmethod
     def adopt(cls, group: Any = None, *, timeout: timedelta = DEFAULT_TIMEOUT) -> TorchDist:
-        """Uses a process group that the script made itself, which stays the script's to destroy."""
+        """Uses a process group that the script made itself, which stays the script's to destroy.
+
+        Raises:
+            BackendError: This process is not one of the group's.
+        """
+        if dist.get_rank(group) < 0:
+            raise BackendError(
+                f"rank {dist.get_rank()} of {dist.get_world_size()} is not in the process group that it was given. Use "
+                "it on its own ranks alone (`if torch.distributed.get_rank(group) >= 0:`), and another on the others."
+            )
         return cls(Place("the script", dist.get_rank(group), dist.get_world_size(group)), group=group, timeout=timeout)
 
     @property
@@ -115,6 +133,15 @@ class TorchDist(World):
             dist.destroy_process_group()
 
 
+def _local_store(address: str, port: int, place: Place, timeout: timedelta) -> Store | None:
+    """Where all ranks are on this machine, a store that listens there alone; torch's own listens on all interfaces."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or address not in ("127.0.0.1", "localhost"):
+        return None
+    is_master = place.rank == 0
+    listener = socket.create_server(("127.0.0.1", port)).detach() if is_master else None
+    return TCPStore("127.0.0.1", port, place.world_size, is_master, timeout, master_listen_fd=listener)
+
+
 class _Works:
     """Works of torch.distributed, waited for in slices."""
 
@@ -144,9 +171,9 @@ def _poll_work(work: Any, seconds: float) -> bool:
     try:
         work.wait(timedelta(seconds=seconds))
     except RuntimeError:
-        if work.is_completed():  # it failed; a wait that only timed out leaves it running
-            raise
-        return False
+        if not work.is_completed():  # the wait timed out, which leaves it running
+            return False
+        work.wait()  # raises when it has failed; it may also have ended well just after the wait did
     return True
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import platform
 import sys
@@ -12,7 +11,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -26,6 +25,7 @@ from distopt.checkpoint import live
 from distopt.checkpoint.background import BackgroundSave
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.failpoint import failpoint
+from distopt.checkpoint.groups import share_groups
 from distopt.checkpoint.manifest import FileRecord, Manifest
 from distopt.checkpoint.memory import HostMemory
 from distopt.checkpoint.noise import capture_noise, digest_noise, set_up_quietly
@@ -46,7 +46,7 @@ from distopt.checkpoint.settings import without_private
 from distopt.checkpoint.sharded import ShardedReader, capture_local, plate_sizes, shard_name
 from distopt.checkpoint.statefile import Snapshot, take_snapshot
 from distopt.checkpoint.storage import Storage, open_storage
-from distopt.checkpoint.writer import Attempt, describe_error
+from distopt.checkpoint.writer import Attempt, chunk_digest, describe_error
 from distopt.reduce.local import local_parameters
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ class Checkpointer:
         self._storage.unlock()
 
     def _snapshot(self) -> dict[str, Snapshot]:
-        outside, buffers = live.capture_modules(self._modules)
+        outside, buffers, names = live.capture_modules(self._modules)
         own = {
             "noise": capture_noise(self._backend.device),
             "extras": {name: extra.state_dict() for name, extra in self._rank_extras.items()},
@@ -247,10 +247,13 @@ class Checkpointer:
             states["shard"] = capture_local(self._optimizer)
         if self._backend.rank == 0:
             optimizer = None if self._optimizer is None else live.capture_optimizer(self._optimizer)
+            if optimizer is not None:
+                optimizer = share_groups({name: optimizer[name] for name in optimizer if name not in own_params})
             states[REPLICATED] = {
                 "params": live.capture_params(skip=own_params.__contains__),
-                "optimizer": optimizer and {name: optimizer[name] for name in optimizer if name not in own_params},
+                "optimizer": optimizer,
                 "modules": outside,
+                "module_params": names,
                 "extras": {name: extra.state_dict() for name, extra in self._extras.items()},
             }
         snapshots = {
@@ -366,7 +369,5 @@ def _about(backend: Backend) -> dict[str, Any]:
 
 
 def _digest(snapshot: Snapshot) -> str:
-    digest = hashlib.sha256(repr(snapshot.tree).encode())
-    for *_, block in snapshot.tensors:
-        digest.update(cast(Any, block.numpy()))
-    return digest.hexdigest()
+    """Returns what is equal for equal snapshots."""
+    return chunk_digest([memoryview(repr(snapshot.tree).encode()), *snapshot.blocks()])

@@ -54,33 +54,52 @@ def export_(
     path: Place,
     to: Annotated[Path, typer.Argument(metavar="FILE", help="Written new.")],
     what: Annotated[
-        Literal["params", "optimizer"],
-        typer.Option(help="For pyro.get_param_store().load, or for the load() of a pyro.optim optimizer."),
+        Literal["params", "optimizer", "module"],
+        typer.Option(
+            help="For pyro.get_param_store().load, for the load() of a pyro.optim optimizer, or for torch.load."
+        ),
     ] = "params",
+    name: Annotated[str, typer.Option(help="Which module's state_dict: the guide's or another's.")] = "guide",
 ) -> None:
-    """Write the parameters or the optimizer's state of the newest checkpoint as Pyro's own file."""
-    from distopt.checkpoint.exchange import export_optimizer, export_params
+    """Write parameters, the optimizer's state or a state_dict of the newest checkpoint as Pyro's or torch's file."""
+    from distopt.checkpoint.exchange import export_module, export_optimizer, export_params
 
     def run() -> None:
         if to.exists():
             raise CheckpointError(f"{to} exists; remove it, or name another file.")
-        count = (export_params if what == "params" else export_optimizer)(path, to)
-        typer.echo(f"{to}: {count} parameters")
+        if what == "module":
+            typer.echo(f"{to}: {export_module(path, to, name)} tensors")
+        else:
+            typer.echo(f"{to}: {(export_params if what == 'params' else export_optimizer)(path, to)} parameters")
 
     _run(run)
 
 
 @app.command("import")
 def import_(
-    params: Annotated[Path, typer.Argument(metavar="FILE", help="Written by pyro.get_param_store().save.")],
+    params: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Written by pyro.get_param_store().save.")
+    ] = None,
+    *,
     to: Annotated[str, typer.Option(help="The directory of the run's checkpoints.")],
     optimizer: Annotated[Path | None, typer.Option(help="Written by the save() of a pyro.optim optimizer.")] = None,
+    module: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="A state_dict: guide=guide.pt; may be repeated.")
+    ] = None,
     step: Annotated[int, typer.Option(help="The step that the run counts on from.")] = 0,
 ) -> None:
-    """Make a checkpoint of Pyro's own files; nothing in them is executed."""
+    """Make a checkpoint of Pyro's own files and of state_dicts; nothing in them is executed."""
     from distopt.checkpoint.exchange import import_pyro
 
-    _run(lambda: typer.echo(import_pyro(to, params, optimizer, step=step)))
+    def run() -> None:
+        named = [each.partition("=") for each in module or ()]
+        for name, _, file in named:
+            if not name or not file:
+                raise CheckpointError(f"--module {name}: write NAME=FILE, such as --module guide=guide.pt.")
+        modules = {name: file for name, _, file in named}
+        typer.echo(import_pyro(to, params, optimizer, modules=modules, step=step))
+
+    _run(run)
 
 
 def _run(command: Callable[[], None]) -> None:

@@ -32,7 +32,7 @@ DTYPES = {
         torch.float8_e4m3fn, torch.float8_e5m2,
     )
 }  # fmt: skip
-_PLAIN = (type(None), bool, int, str)
+_PLAIN = frozenset({type(None), bool, int, str})
 
 
 def path_of(where: Place) -> str:
@@ -66,7 +66,12 @@ def encode(value: Any, put: Put, where: Place) -> Json:
     if kind is dict:
         if _is_object(tuple(value)):
             return {
-                key: item if type(item) in _PLAIN else encode(item, put, (where, key)) for key, item in value.items()
+                key: item
+                if (of := type(item)) in _PLAIN
+                else put(item, (where, key))
+                if of is Tensor
+                else encode(item, put, (where, key))
+                for key, item in value.items()
             }
         return {"$dict": _encode_pairs(value, put, where)}
     if kind is list:

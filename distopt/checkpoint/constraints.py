@@ -1,47 +1,16 @@
-"""Constraints of parameters as descriptions, since a pickled constraint would be code.
-
-Every constraint class of `torch.distributions.constraints` and `pyro.distributions.constraints` is known by its name,
-with the arguments of its constructor, which these classes keep under the same names.
-"""
+"""Constraints in checkpoints: descriptions, with errors that say where in the checkpoint."""
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-import pyro.distributions.constraints as of_pyro
-import torch.distributions.constraints as of_torch
-from torch import Tensor
 from torch.distributions.constraints import Constraint
 
+from distopt import constraints
 from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError
+from distopt.constraints import ConstraintError, known_constraints, register_constraint
 
-_KNOWN: dict[str, type[Constraint]] = {
-    name.lstrip("_"): value
-    for module in (of_torch, of_pyro)
-    for name, value in vars(module).items()
-    if inspect.isclass(value) and issubclass(value, Constraint) and value is not Constraint
-    if not issubclass(value, of_torch._Dependent)
-}
-
-
-def register_constraint(kind: type[Constraint]) -> type[Constraint]:
-    """Lets parameters of your own constraint class be saved; usable as a decorator.
-
-    Its constructor's arguments must be numbers, tensors or constraints, kept in attributes of the same names.
-
-    Raises:
-        ValueError: when another class has that name.
-    """
-    name = kind.__name__.lstrip("_")
-    if _KNOWN.setdefault(name, kind) is not kind:
-        raise ValueError(f"a constraint named {name} is known already: {_KNOWN[name]}")
-    return kind
-
-
-def known_constraints() -> list[type[Constraint]]:
-    """Returns the classes that have a description: Pyro's, torch's and the registered ones."""
-    return list(_KNOWN.values())
+__all__ = ["build_constraint", "describe_constraint", "known_constraints", "register_constraint"]
 
 
 def describe_constraint(constraint: Constraint, where: str) -> dict[str, Any]:
@@ -49,21 +18,11 @@ def describe_constraint(constraint: Constraint, where: str) -> dict[str, Any]:
 
     Raises:
         CheckpointError: for a class that is not known, naming the parameter.
-
-    Example:
-        >>> describe_constraint(of_torch.interval(0.0, 2.0), "params/x")
-        {'name': 'Interval', 'lower_bound': 0.0, 'upper_bound': 2.0}
     """
-    name = type(constraint).__name__.lstrip("_")
-    if _KNOWN.get(name) is not type(constraint):
-        kind = f"{type(constraint).__module__}.{type(constraint).__qualname__}"
-        raise CheckpointError(
-            f"{where}: the constraint {kind} is none of torch's or Pyro's, so it has no description. "
-            "Add `distopt.checkpoint.register_constraint` to its class."
-        )
-    return {"name": name} | {
-        argument: _describe_argument(getattr(constraint, argument), where) for argument in _arguments(type(constraint))
-    }
+    try:
+        return constraints.describe_constraint(constraint)
+    except ConstraintError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def build_constraint(description: Any, where: str) -> Constraint:
@@ -72,37 +31,7 @@ def build_constraint(description: Any, where: str) -> Constraint:
     Raises:
         CorruptCheckpointError: for anything that `describe_constraint` does not write.
     """
-    if not isinstance(description, dict) or description.get("name") not in _KNOWN:
-        name = description.get("name") if isinstance(description, dict) else description
-        raise CorruptCheckpointError(f"{where}: unknown constraint {name!r}. Is its register_constraint missing here?")
-    arguments = {key: _build_argument(value, where) for key, value in description.items() if key != "name"}
     try:
-        return _KNOWN[description["name"]](**arguments)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise CorruptCheckpointError(f"{where}: {description['name']} with {sorted(arguments)}: {error}.") from error
-
-
-def _arguments(kind: type[Constraint]) -> list[str]:
-    if kind.__init__ is object.__init__:
-        return []
-    return [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
-
-
-def _describe_argument(value: Any, where: str) -> Any:
-    if isinstance(value, Constraint):
-        return describe_constraint(value, where)
-    if isinstance(value, (list, tuple)):
-        return [_describe_argument(item, where) for item in value]
-    if value is None or isinstance(value, (bool, int, float, Tensor)):
-        return value.detach() if isinstance(value, Tensor) else value
-    raise CheckpointError(
-        f"{where}: a constraint's argument is {value!r}; numbers, tensors and constraints can be saved."
-    )
-
-
-def _build_argument(value: Any, where: str) -> Any:
-    if isinstance(value, dict):
-        return build_constraint(value, where)
-    if isinstance(value, list):
-        return [_build_argument(item, where) for item in value]
-    return value
+        return constraints.build_constraint(description)
+    except ConstraintError as error:
+        raise CorruptCheckpointError(f"{where}: {error}") from error

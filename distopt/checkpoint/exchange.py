@@ -19,13 +19,14 @@ from torch import nn
 
 from distopt.checkpoint.constraints import build_constraint, describe_constraint, known_constraints
 from distopt.checkpoint.errors import CheckpointError
+from distopt.checkpoint.groups import share_groups
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.memory import HostMemory
 from distopt.checkpoint.noise import capture_noise
 from distopt.checkpoint.reader import candidates, read_manifest
-from distopt.checkpoint.resume import REPLICATED, choose, rank_name
+from distopt.checkpoint.resume import REPLICATED, buffers_name, choose, load_replicated, rank_name
 from distopt.checkpoint.statefile import StateReader, take_snapshot
-from distopt.checkpoint.storage import open_storage
+from distopt.checkpoint.storage import Storage, open_storage
 from distopt.checkpoint.writer import Attempt, write_checkpoint
 
 
@@ -61,7 +62,12 @@ def load_state_dict(module: nn.Module, path: str | Path) -> None:
 
 
 def import_pyro(
-    directory: str | Path, params: str | Path, optimizer: str | Path | None = None, *, step: int = 0
+    directory: str | Path,
+    params: str | Path | None = None,
+    optimizer: str | Path | None = None,
+    *,
+    modules: Mapping[str, str | Path] | None = None,
+    step: int = 0,
 ) -> str:
     """Makes a checkpoint of Pyro's files, which a run in that directory then goes on from; returns its folder.
 
@@ -69,25 +75,23 @@ def import_pyro(
         directory: of the run's checkpoints.
         params: written by `pyro.get_param_store().save`.
         optimizer: written by the `save` of a `pyro.optim` optimizer.
+        modules: `torch.save`d `state_dict`s of guides and other modules, by the name under which the run's
+            `Checkpointer` has them; a run of a YAML has "guide" and "model".
         step: that the run counts on from.
 
     Raises:
         CheckpointError: when a file is not what it should be.
         DirectoryInUseError: while a job runs there.
     """
-    stored = read_torch_file(params)
-    if not isinstance(stored, dict) or stored.keys() != {"params", "constraints"}:
-        raise CheckpointError(f"{params}: not written by `pyro.get_param_store().save`.")
+    modules = modules or {}
+    sources = [str(path) for path in (params, optimizer, *modules.values()) if path is not None]
+    if not sources:
+        raise CheckpointError("nothing to import: name a file of parameters, of an optimizer or of a module.")
     state = {
-        "params": {
-            name: {
-                "value": value.detach(),
-                "constraint": describe_constraint(stored["constraints"][name], f"params/{name}"),
-            }
-            for name, value in stored["params"].items()
-        },
-        "optimizer": None if optimizer is None else _optimizer_state(optimizer),
-        "modules": {},
+        "params": {} if params is None else _params(params),
+        "optimizer": None if optimizer is None else share_groups(_by_name(optimizer, "the save() of a pyro.optim one")),
+        "modules": {name: _by_name(path, "torch.save(module.state_dict())") for name, path in modules.items()},
+        "module_params": {},
         "extras": {},
     }
     storage = open_storage(directory)
@@ -99,7 +103,7 @@ def import_pyro(
         metadata = {"step": str(step), "attempt": attempt.id}
         files = take_snapshot(state, memory, REPLICATED).files(REPLICATED, metadata)
         files |= take_snapshot(noise, memory, "own").files(rank_name(0), metadata)
-        about = {"imported_from": [str(path) for path in (params, optimizer) if path is not None]}
+        about = {"imported_from": sources}
         write_checkpoint(
             storage, attempt, files, lambda records: Manifest(step, attempt.id, generation, 1, records, about=about)
         )
@@ -108,11 +112,24 @@ def import_pyro(
         storage.unlock()
 
 
-def _optimizer_state(path: str | Path) -> dict[str, Any]:
+def _params(path: str | Path) -> dict[str, Any]:
+    stored = read_torch_file(path)
+    if not isinstance(stored, dict) or stored.keys() != {"params", "constraints"}:
+        raise CheckpointError(f"{path}: not written by `pyro.get_param_store().save`.")
+    return {
+        name: {
+            "value": value.detach(),
+            "constraint": describe_constraint(stored["constraints"][name], f"params/{name}"),
+        }
+        for name, value in stored["params"].items()
+    }
+
+
+def _by_name(path: str | Path, writer: str) -> dict[str, Any]:
     state = read_torch_file(path)
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise CheckpointError(f"{path}: not written by the save() of a pyro.optim optimizer.")
-    return state
+        raise CheckpointError(f"{path}: not written by {writer}.")
+    return dict(state)
 
 
 def export_params(checkpoint: str | Path, path: str | Path) -> int:
@@ -143,10 +160,32 @@ def export_optimizer(checkpoint: str | Path, path: str | Path) -> int:
     return len(state)
 
 
+def export_module(checkpoint: str | Path, path: str | Path, name: str) -> int:
+    """Writes a module's or guide's `state_dict`, rank 0's buffers with it, for `torch.load`; returns how many tensors.
+
+    Raises:
+        CheckpointError: when the checkpoint has no module of that name.
+    """
+    storage, folder, manifest = _newest(checkpoint)
+    saved = load_replicated(StateReader(storage, folder, manifest, REPLICATED))
+    if name not in saved["modules"]:
+        raise CheckpointError(f"{storage.root}/{folder} has no module {name!r}; it has {[*saved['modules']]}.")
+    state = dict(saved["modules"][name])
+    for key, stored in saved["module_params"].get(name, {}).items():
+        if stored not in saved["params"]:
+            raise CheckpointError(f"{storage.root}/{folder}: {stored!r} lies on its ranks, no state_dict holds it.")
+        state[key] = saved["params"][stored]["value"]
+    if f"{buffers_name(0)}.json.gz" in manifest.files:
+        state |= StateReader(storage, folder, manifest, buffers_name(0)).load().get(name, {})
+    torch.save(state, path)
+    return len(state)
+
+
 def read_replicated(checkpoint: str | Path) -> Mapping[str, Any]:
     """Returns the state that is alike on all ranks, of a checkpoint or of the newest one of a directory; checked."""
+    return load_replicated(StateReader(*_newest(checkpoint), REPLICATED))
+
+
+def _newest(checkpoint: str | Path) -> tuple[Storage, str, Manifest]:
     storage, found = choose(open_storage("."), str(checkpoint))
-    state: Mapping[str, Any] = StateReader(
-        storage, found[0].folder, read_manifest(storage, found[0].folder), REPLICATED
-    ).load()
-    return state
+    return storage, found[0].folder, read_manifest(storage, found[0].folder)

@@ -86,13 +86,14 @@ def _module_parameters(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return found
 
 
-def capture_modules(modules: Mapping[str, nn.Module]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the modules' (parameters that are not in Pyro's store, buffers and extra state), by module and name.
+def capture_modules(modules: Mapping[str, nn.Module]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Returns three parts of the modules' `state_dict`s, by module and key.
 
-    Buffers stand apart since batch statistics differ between ranks.
+    These are: the parameters that are not in Pyro's store; buffers and extra state, apart since batch statistics differ
+    between ranks; and of each parameter in the store its name there.
     """
-    stored = {id(value) for value in pyro.get_param_store().named_parameters().mapping.values()}
-    outside, buffers = {}, {}
+    stored = {id(value): name for name, value in pyro.get_param_store().named_parameters()}
+    outside, buffers, names = {}, {}, {}
     for prefix, module in modules.items():
         parameters = dict(module.named_parameters(remove_duplicate=False))
         state = module.state_dict(keep_vars=True)
@@ -100,11 +101,14 @@ def capture_modules(modules: Mapping[str, nn.Module]) -> tuple[dict[str, Any], d
             name: value for name, value in state.items() if name in parameters and id(parameters[name]) not in stored
         }
         buffers[prefix] = {name: value for name, value in state.items() if name not in parameters}
-    return outside, buffers
+        names[prefix] = {
+            name: stored[id(value)] for name, value in parameters.items() if name in state and id(value) in stored
+        }
+    return outside, buffers, names
 
 
 def apply_modules(saved: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
-    """Loads what `capture_modules` returned (either part) into the modules.
+    """Loads what `capture_modules` returned (either of the first two parts) into the modules.
 
     Raises:
         CheckpointError: when a module is not given, or has not the tensors that were saved.

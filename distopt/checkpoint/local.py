@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import json
@@ -18,6 +19,9 @@ from distopt.checkpoint.errors import CheckpointError, DirectoryInUseError
 from distopt.checkpoint.storage import step_of
 
 LOCK = ".lock"
+_SENT_BYTES = 8 << 20
+_SYNC_FILE_RANGE_WRITE = 2
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # of Linux
 _MAX_PIECES = 512  # below every system's limit for one writev or preadv (IOV_MAX is 1024 on Linux)
 
 
@@ -74,16 +78,15 @@ class LocalStorage:
             self._lock = None
 
     def check_writable(self) -> None:
-        """Makes a file that nobody else sees: ranks on several hosts may share process ids, and rank 0 clears leftovers."""
+        """Makes a file without a name: ranks of several hosts may share process ids, and rank 0 clears leftovers."""
         self.path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(prefix=".probe-", dir=self.path):
             pass
 
     def begin(self, step: int, attempt: str) -> str:
-        """Makes the work folder."""
+        """Makes the work folder, which may be lost with the power until it is published."""
         folder = self.work_folder(step, attempt)
         os.mkdir(self.path / folder, 0o700)
-        self._sync(self.path)
         return folder
 
     def work_folder(self, step: int, attempt: str) -> str:
@@ -174,13 +177,20 @@ class LocalSink:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._written = self._sent = 0
 
     def write(self, pieces: Sequence[memoryview]) -> None:
-        """Writes all bytes, however few the system takes at a time."""
+        """Writes all bytes, however few the system takes at a time, and has the disk begin with them."""
         queue = [piece for piece in pieces if len(piece)]
         while queue:
             written = os.writev(self._fd, queue[:_MAX_PIECES])
             queue = _after(queue, written)
+            self._written += written
+        if self._written - self._sent >= _SENT_BYTES and _sync_file_range is not None:
+            # Else it would stand idle until fsync, which alone tells whether the disk has taken them.
+            start, length = ctypes.c_int64(self._sent), ctypes.c_int64(self._written - self._sent)
+            _sync_file_range(self._fd, start, length, _SYNC_FILE_RANGE_WRITE)
+            self._sent = self._written
 
     def close(self) -> None:
         """Syncs and closes; both may report an error of an earlier write."""

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 
 import torch
 from torch import Tensor
 
 _HUGE_BYTES = 4 << 20
-
-
-def host_bytes(size: int, *, pinned: bool = False) -> Tensor:
-    """Returns uninitialised memory, (size,) uint8.
-
-    Large blocks ask the kernel for huge pages: the first touch of 1 GiB then costs 512 page faults and not 262,144,
-    which is most of what a first copy costs. Pinned memory takes part in copies from a GPU without a detour.
-    """
-    if pinned:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    if size < _HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
-    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        block.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:
-        pass  # a kernel without them serves ordinary pages
-    return torch.frombuffer(block, dtype=torch.uint8)
+_libc = ctypes.CDLL(None)
 
 
 class HostMemory:
-    """Blocks by name: a save finds those of the save before, already paid for."""
+    """Blocks by name: a save finds those of the save before, already paid for.
+
+    Args:
+        pinned: memory that takes part in copies from a GPU without a detour.
+    """
 
     def __init__(self, *, pinned: bool = False) -> None:
         self._pinned = pinned
@@ -41,7 +29,7 @@ class HostMemory:
         block = self._blocks.get(name)
         if block is None or len(block) != size:
             self._blocks.pop(name, None)
-            block = self._blocks[name] = host_bytes(size, pinned=self._pinned)
+            block = self._blocks[name] = self._new(size)
         self._used.add(name)
         return block
 
@@ -50,3 +38,13 @@ class HostMemory:
         for name in self._blocks.keys() - self._used:
             del self._blocks[name]
         self._used.clear()
+
+    def _new(self, size: int) -> Tensor:
+        """Asks for huge pages: the first touch of 1 GiB then costs 512 page faults and not 262,144."""
+        block = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+        if size >= _HUGE_BYTES and not self._pinned and hasattr(mmap, "MADV_HUGEPAGE"):
+            start = -(-block.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = (block.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE
+            # A wish: a kernel without huge pages answers with an error and serves ordinary ones.
+            _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+        return block

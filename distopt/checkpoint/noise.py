@@ -1,4 +1,7 @@
-"""The state of every random number generator that a rank draws from, as JSON."""
+"""The state of every random number generator that a rank draws from, as JSON.
+
+The lines on CUDA follow torch's documentation; the tests run on machines without a GPU, so none of them has run these.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from distopt.checkpoint import tensorfile
 from distopt.checkpoint.errors import CorruptCheckpointError
 from distopt.checkpoint.manifest import CHUNK_BYTES, MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest
 from distopt.checkpoint.storage import Source, Storage, step_of
-from distopt.checkpoint.writer import by_chunk, chunk_digest, hash_pool, read_small
+from distopt.checkpoint.writer import by_chunk, chunk_digest, read_small, thread_pool
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def verify(storage: Storage, folder: str, names: Iterable[str] | None = None) ->
     manifest = read_manifest(storage, folder)
     check_files(storage, folder, manifest)
     for name in manifest.files if names is None else names:
-        with CheckedFile(storage, folder, name, manifest.files[name], manifest) as file, hash_pool() as pool:
+        with CheckedFile(storage, folder, name, manifest.files[name], manifest) as file, thread_pool() as pool:
             file.check_all(pool)
     return manifest
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distopt.backends.base import Backend
-from distopt.checkpoint.errors import CheckpointError, ConfigMismatchError
+from distopt.checkpoint.errors import CheckpointError, ConfigMismatchError, CorruptCheckpointError
+from distopt.checkpoint.groups import own_groups
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.noise import restore_noise, seed_noise
 from distopt.checkpoint.reader import Candidate, candidates, check_files, read_manifest, verify
@@ -125,7 +128,7 @@ def read_for_rank(storage: Storage, folder: str, attempt: str, backend: Backend,
     own = 0 if rank >= manifest.world_size and _noise_is_shared(manifest) else rank
     loaded = Loaded(
         manifest,
-        load(REPLICATED),
+        load_replicated(StateReader(storage, folder, manifest, REPLICATED), accelerator),
         load(rank_name(own)) if own < manifest.world_size else {},
         load(own_buffers) if f"{own_buffers}.json.gz" in manifest.files else {},
         rows.read(storage, folder, manifest),
@@ -134,6 +137,18 @@ def read_for_rank(storage: Storage, folder: str, attempt: str, backend: Backend,
     names = [rank_name(other) for other in orphans] + [buffers_name(other) for other in orphans]
     verify(storage, folder, [file for file in manifest.files if file.partition(".")[0] in names])
     return loaded
+
+
+def load_replicated(reader: StateReader, accelerator: torch.device | None = None) -> dict[str, Any]:
+    """Returns the state that is alike on all ranks: params, optimizer (by parameter name, or None), modules, extras.
+
+    Raises:
+        CorruptCheckpointError: when a byte differs from what was written, or something is missing.
+    """
+    state = reader.load(accelerator)
+    if not isinstance(state, dict) or not state.keys() >= {"params", "optimizer", "modules", "module_params", "extras"}:
+        raise CorruptCheckpointError("the replicated state is not that of a run.")
+    return state | {"optimizer": state["optimizer"] and own_groups(state["optimizer"])}
 
 
 def _noise_is_shared(manifest: Manifest) -> bool:

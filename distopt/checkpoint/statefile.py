@@ -13,23 +13,25 @@ import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 
 from distopt.checkpoint.codec import Json, Place, TensorNote, decode, encode, path_of
 from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from distopt.checkpoint.manifest import Manifest
-from distopt.checkpoint.memory import HostMemory, host_bytes
+from distopt.checkpoint.memory import HostMemory
 from distopt.checkpoint.reader import CheckedFile
 from distopt.checkpoint.storage import Storage
 from distopt.checkpoint.tensorfile import Entry, encode_header
-from distopt.checkpoint.writer import hash_pool
+from distopt.checkpoint.writer import thread_pool
 
 OWN_ENTRY_BYTES = 64 << 10
 MAX_JSON_BYTES = 64 << 20
+_CLONED_BYTES = 1 << 20  # beyond what optimizers pack
+_COPIED_ALONE_BYTES = 16 << 20  # up to here starting threads takes longer than the copy
 _COMPRESSION = 1  # level 9 takes ten times as long for a tenth less
 
 _STORED: dict[torch.dtype, tuple[str, torch.dtype]] = {
@@ -44,13 +46,17 @@ _STORED: dict[torch.dtype, tuple[str, torch.dtype]] = {
 """dtype → its name in safetensors, and a dtype of the same size whose elements can be copied and concatenated."""
 
 
+_Copied: TypeAlias = tuple[str, str, tuple[int, ...], Tensor]
+"""(entry, safetensors dtype, shape, (bytes,) uint8 on the host)."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A copy of nested state in memory that nobody else writes to."""
 
     tree: Json
-    tensors: tuple[tuple[str, str, tuple[int, ...], Tensor], ...]
-    """(entry, safetensors dtype, shape, (bytes,) uint8 on the host), the widest dtype first."""
+    tensors: tuple[_Copied, ...]
+    """The widest dtype first."""
 
     def files(self, name: str, metadata: Mapping[str, str]) -> dict[str, list[memoryview]]:
         """Returns the bytes of its files by file name; no tensor is copied again."""
@@ -62,8 +68,12 @@ class Snapshot:
         files = {f"{name}.json.gz": [memoryview(gzip.compress(text, _COMPRESSION, mtime=0))]}
         if self.tensors:
             header = encode_header([(entry, dtype, shape) for entry, dtype, shape, _ in self.tensors], metadata)
-            files[f"{name}.safetensors"] = [memoryview(header)] + [_bytes_of(block) for *_, block in self.tensors]
+            files[f"{name}.safetensors"] = [memoryview(header), *self.blocks()]
         return files
+
+    def blocks(self) -> list[memoryview]:
+        """Returns the bytes of its tensors, in their order."""
+        return [_bytes_of(block) for *_, block in self.tensors]
 
 
 def take_snapshot(state: Any, memory: HostMemory, name: str, accelerator: torch.device | None = None) -> Snapshot:
@@ -78,12 +88,13 @@ def take_snapshot(state: Any, memory: HostMemory, name: str, accelerator: torch.
     Raises:
         CheckpointError: for a value that has no description, naming its place.
 
-    Cost: one copy of the tensors; small ones are gathered on their device first.
+    Cost: one copy of the tensors, by several threads when there is much of it; small ones are gathered on their
+    device first.
     """
     gathering = _Gathering(accelerator)
     with torch.no_grad():
         tree = encode(state, gathering.put, (None, name))
-        tensors = [_copy_own(entry, stored, tensor, memory, name) for entry, (stored, tensor) in gathering.own.items()]
+        tensors = _copy_own(gathering.own, memory, name)
         tensors += [_copy_pack(pack, memory, name) for pack in gathering.packs.values() if pack.members]
     if accelerator is not None:
         torch.accelerator.synchronize(accelerator)
@@ -96,7 +107,7 @@ class _Pack:
     """The small tensors of one stored dtype."""
 
     stored: str
-    members: list[tuple[torch.device, Tensor]] = field(default_factory=list)
+    members: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -105,7 +116,6 @@ class _Kind:
 
     stored: str
     pack: _Pack
-    device: torch.device
     on_accelerator: bool
     item_bytes: int
     is_plain: bool
@@ -128,7 +138,7 @@ class _Gathering:
             entry = _unused(path_of(where), self.own)
             self.own[entry] = (kind.stored, tensor)
             return TensorNote(tensor.dtype, tuple(tensor.shape), entry, kind.on_accelerator).as_json()
-        kind.pack.members.append((kind.device, tensor if kind.is_plain else _as_stored(tensor)))
+        kind.pack.members.append(tensor if kind.is_plain else _as_stored(tensor))
         shape = tensor.shape
         note = kind.notes.get(shape)
         if note is None:
@@ -146,7 +156,6 @@ class _Gathering:
         kind = _Kind(
             stored,
             pack,
-            tensor.device,
             tensor.device == self._accelerator,
             tensor.dtype.itemsize,
             tensor.dtype == plain,
@@ -169,42 +178,43 @@ def _reinterpret(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return viewed
 
 
-def _copy_own(
-    entry: str, stored: str, tensor: Tensor, memory: HostMemory, name: str
-) -> tuple[str, str, tuple[int, ...], Tensor]:
-    shape = tuple(tensor.shape) + ((2,) if tensor.is_complex() else ())
-    flat = _as_stored(tensor) if tensor.is_contiguous() else None
-    plain = _STORED[tensor.dtype][1]
-    count = math.prod(shape)
-    block = memory.take(f"{name}:{entry}", count * plain.itemsize)
-    target = _reinterpret(block, plain)
-    if flat is None and not tensor.is_complex() and tensor.dtype == plain:
-        target.view(shape).copy_(tensor, non_blocking=True)  # in the order of the memory, without a temporary copy
+def _copy_own(own: Mapping[str, tuple[str, Tensor]], memory: HostMemory, name: str) -> list[_Copied]:
+    """Copies tensors that have entries of their own, each whole: that is when memcpy goes around the caches."""
+    copied, on_host = [], []
+    for entry, (stored, tensor) in own.items():
+        shape = tuple(tensor.shape) + ((2,) if tensor.is_complex() else ())
+        plain = _STORED[tensor.dtype][1]
+        block = memory.take(f"{name}:{entry}", math.prod(shape) * plain.itemsize)
+        copied.append((entry, stored, shape, block))
+        if not tensor.is_contiguous() and not tensor.is_complex() and tensor.dtype == plain:
+            # In the order of the memory, without a temporary copy.
+            _reinterpret(block, plain).view(shape).copy_(tensor, non_blocking=True)
+        elif tensor.device.type == "cpu":
+            on_host.append((block.numpy(), _reinterpret(_as_stored(tensor), torch.uint8).numpy()))
+        else:
+            _reinterpret(block, plain).copy_(_as_stored(tensor), non_blocking=True)
+    if sum(len(target) for target, _ in on_host) > _COPIED_ALONE_BYTES:
+        with thread_pool() as pool:
+            list(pool.map(lambda pair: np.copyto(*pair), on_host))
     else:
-        target.copy_(_as_stored(tensor) if flat is None else flat, non_blocking=True)
-    return entry, stored, shape, block
+        for pair in on_host:
+            np.copyto(*pair)
+    return copied
 
 
-def _flattened(tensors: list[Tensor]) -> Tensor:
-    """Returns all elements in one row: one call, since a thousand calls take longer than the copying."""
-    flat: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
-    return flat
-
-
-def _copy_pack(pack: _Pack, memory: HostMemory, name: str) -> tuple[str, str, tuple[int, ...], Tensor]:
+def _copy_pack(pack: _Pack, memory: HostMemory, name: str) -> _Copied:
     """Gathers the small tensors of one dtype: on their device first, so that one transfer moves all of them."""
-    flats = [flat for _, flat in pack.members]
-    for device in {device for device, _ in pack.members} - {torch.device("cpu")}:
-        places = [index for index, (home, _) in enumerate(pack.members) if home == device]
-        gathered = _flattened([flats[index] for index in places]).cpu()
+    flats = [tensor if tensor.dim() == 1 else tensor.reshape(-1) for tensor in pack.members]
+    for device in {tensor.device for tensor in flats} - {torch.device("cpu")}:
+        places = [index for index, tensor in enumerate(flats) if tensor.device == device]
+        gathered = torch.cat([flats[index] for index in places]).cpu()
         for index, piece in zip(places, torch.split(gathered, [flats[index].numel() for index in places]), strict=True):
             flats[index] = piece
     count = sum(flat.numel() for flat in flats)
     entry = f"packed/{pack.stored}"
     dtype = next(plain for stored, plain in _STORED.values() if stored == pack.stored)
     block = memory.take(f"{name}:{entry}", count * dtype.itemsize)
-    if flats:
-        _reinterpret(block, dtype).copy_(_flattened(flats))
+    torch.cat(flats, out=_reinterpret(block, dtype))  # one call, since a thousand take longer than the copying
     return entry, pack.stored, (count,), block
 
 
@@ -237,8 +247,7 @@ class StateReader:
             self.tree = _parse(file.read(0, file.size), f"{self._where}.json.gz")
         self._entries: dict[str, Entry] = {}
         if self._file in manifest.files:
-            with self._open(self._file) as file:
-                self._entries, _ = file.header()
+            self._entries, _ = self.shared_file().header()
 
     def _open(self, file: str) -> CheckedFile:
         storage, folder, manifest = self._place
@@ -250,21 +259,23 @@ class StateReader:
         Raises:
             CorruptCheckpointError: when a byte differs from what was written, or JSON and tensors do not fit together.
         """
-        blocks = {entry: host_bytes(found.size_bytes) for entry, found in self._entries.items()}
+        blocks = {entry: torch.empty(found.size_bytes, dtype=torch.uint8) for entry, found in self._entries.items()}
         if blocks:
             first = min(found.start for found in self._entries.values())
-            with self._open(self._file) as file, hash_pool() as pool:
-                file.read_into(first, [_bytes_of(block) for block in blocks.values()], pool)
+            with thread_pool() as pool:
+                self.shared_file().read_into(first, [_bytes_of(block) for block in blocks.values()], pool)
+            self.close()
         used = dict.fromkeys(self._entries, 0)
 
         def get(note: Json) -> Tensor:
             wanted = TensorNote.from_json(note)
             entry, start, stop = self._span(wanted, used)
             tensor = _as_dtype(blocks[entry][start:stop], wanted)
-            packed = wanted.entry is None
             if wanted.on_accelerator and accelerator is not None:
                 return tensor.to(accelerator)
-            return tensor.clone() if packed else tensor  # else one small tensor would keep its whole pack alive
+            # Else one small tensor would keep its whole pack alive, and no optimizer could move what lies in memory
+            # that numpy has seen.
+            return tensor.clone() if wanted.entry is None or stop - start <= _CLONED_BYTES else tensor
 
         state = decode(self.tree, get)
         self._check_all_used(used)
@@ -277,7 +288,7 @@ class StateReader:
         return self._shared
 
     def close(self) -> None:
-        """Lets go of the file that reading by rows keeps open."""
+        """Lets go of the tensors' file, which `load` does by itself."""
         if self._shared is not None:
             self._shared.close()
             self._shared = None
@@ -327,8 +338,8 @@ class RowReader:
         """Returns rows `start` to `stop` of the first dimension, shape (stop - start, ...)."""
         shape = (stop - start, *self._note.shape[1:])
         row_bytes = math.prod(self._note.shape[1:]) * self._note.dtype.itemsize
-        block = host_bytes((stop - start) * row_bytes)
-        with hash_pool() as pool:
+        block = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
+        with thread_pool() as pool:
             self._state.shared_file().read_into(self._offset + start * row_bytes, [_bytes_of(block)], pool)
         return _as_dtype(block, TensorNote(self._note.dtype, shape))
 

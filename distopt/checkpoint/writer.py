@@ -18,13 +18,14 @@ at every system call are that quick.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+
+import xxhash
 
 from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from distopt.checkpoint.failpoint import failpoint
@@ -105,15 +106,17 @@ def _done(digest: str) -> Future[str]:
 
 
 def chunk_digest(pieces: Sequence[memoryview]) -> str:
-    """Returns the SHA-256 of all pieces together; hashlib lets other threads run meanwhile."""
-    digest = hashlib.sha256()
+    """Returns the XXH3-128 of all pieces together, in hexadecimal; one large piece lets other threads run meanwhile."""
+    if len(pieces) == 1:
+        return xxhash.xxh3_128_hexdigest(pieces[0])
+    digest = xxhash.xxh3_128()
     for piece in pieces:
         digest.update(piece)
     return digest.hexdigest()
 
 
-def hash_pool() -> ThreadPoolExecutor:
-    """Returns threads enough to hash as fast as disks write, and few enough to leave training its cores."""
+def thread_pool() -> ThreadPoolExecutor:
+    """Returns threads enough to copy and hash as fast as disks write, and few enough to leave training its cores."""
     return ThreadPoolExecutor(min(4, os.cpu_count() or 1))
 
 
@@ -130,7 +133,7 @@ def _lead(
         failpoint("after_gather", 0)
         _check_sizes(storage, folder, records)
         sink = storage.create(folder, MANIFEST)
-        with hash_pool() as pool:
+        with thread_pool() as pool:
             write_file(sink, [memoryview(describe(records).encode())], pool)
         storage.sync_folder(folder)
         failpoint("after_manifest", 0)
@@ -150,6 +153,7 @@ def _follow(storage: Storage, attempt: Attempt, files: Files) -> None:
                 break
         failpoint("after_begin", attempt.rank)
         records = _write_own(storage, folder, attempt, files)
+        storage.sync_folder(folder)  # rank 0 does so once the manifest is there
         note = {"files": {name: record.as_json() for name, record in records.items()}}
         _leave_note(storage, folder, f".prepared-{attempt.rank:05d}.json", note)
     except BaseException as error:
@@ -164,12 +168,11 @@ def _follow(storage: Storage, attempt: Attempt, files: Files) -> None:
 
 
 def _write_own(storage: Storage, folder: str, attempt: Attempt, files: Files) -> dict[str, FileRecord]:
-    with hash_pool() as pool:
+    with thread_pool() as pool:
         records = {
             file_name(name): write_file(storage.create(folder, name), pieces, pool) for name, pieces in files.items()
         }
     failpoint("after_write", attempt.rank)
-    storage.sync_folder(folder)
     return records
 
 

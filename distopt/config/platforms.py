@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from distopt.config.hostfile import with_hosts
 from distopt.config.section import Section
 
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
@@ -130,13 +131,19 @@ class LaunchConfig(Section):
     platform: Literal["local", "torchrun", "horovodrun", "mpirun", "slurm", "kubernetes"] = "local"
     """The engine that starts the workers; `local` is this machine, through the engine that `reduce.backend` needs."""
     workers: Annotated[int, Field(ge=1)] = 1
-    """Processes per host."""
+    """Processes per host, at most one for each of its cores."""
+    oversubscribe: bool = False
+    """Whether a host may get more processes than it has cores."""
     hosts: list[HostName] = Field(default_factory=list)
     """Names or addresses of the hosts, the first one leading; none means this machine."""
+    hostfile: str | None = None
+    """Path of a file that names the hosts in their place, `name`, `name:4` or `name slots=4` on each line."""
     nodes: Annotated[int, Field(ge=1)] | None = None
     """Number of hosts, where the platform finds them itself (slurm, kubernetes); null is one."""
     min_hosts: Annotated[int, Field(ge=1)] | None = None
     """Makes the run elastic: it starts with at least this many hosts, and goes on with as many. Null needs them all."""
+    horovod_controller: Literal["gloo", "mpi"] = "gloo"
+    """What horovodrun starts workers with, and what they agree through; `mpi` needs a Horovod built with it."""
     interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] | None = None
     """Network interface of the workers; null takes the one that has the host's address."""
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
@@ -167,6 +174,11 @@ class LaunchConfig(Section):
         """Numbers of workers that the run may have: one, unless it is elastic."""
         least = self.min_hosts or self.num_hosts
         return range(least * self.workers, self.num_hosts * self.workers + 1, self.workers)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hosts_of_the_hostfile(cls, launch: Any) -> Any:
+        return with_hosts(launch) if isinstance(launch, dict) and isinstance(launch.get("hostfile"), str) else launch
 
     @model_validator(mode="after")
     def _hosts_agree(self) -> LaunchConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import sys
 from pathlib import Path
@@ -16,7 +17,10 @@ from distopt.config.section import Section
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 TASK_PATTERN = r"^[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z][A-Za-z0-9_]*$"
 
-MAY_CHANGE = ("name", "run_dir", "launch", "log", "serve", "reduce", "checkpoint", "train.num_steps")
+TRUSTED_VARIABLE = "DISTOPT_TRUSTED_TASKS"
+"""Environment variable that names packages: with it, tasks from elsewhere and scripts are refused."""
+
+MAY_CHANGE = ("name", "run_dir", "launch", "log", "serve", "reduce", "checkpoint", "data.prefetch", "train.num_steps")
 """Keys that may differ when a run goes on from its checkpoints: where and how long it runs, not what it computes."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -53,7 +57,11 @@ class DataConfig(Section):
     """Which rows a step reads."""
 
     global_batch: Annotated[int, Field(ge=1)] | None = None
-    """Rows of a step over all workers together, a multiple of their number; null takes all rows in every step."""
+    """Rows of a step over all workers together, a multiple of their number (of an elastic run: one for each at least);
+    null takes all rows in every step."""
+    prefetch: Annotated[int, Field(ge=0)] = 0
+    """Batches that a thread of each worker reads while a step runs, for tasks that read from disk; their `batch` must
+    draw no noise. 0 reads each batch when it is needed."""
 
 
 class SchedulerConfig(Section):
@@ -162,7 +170,10 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     """Seed of noise, initial values and the order of data."""
     task: Annotated[str, Field(pattern=TASK_PATTERN)] | None = None
-    """`module:Name` of the task to train. It is imported, so it is code: use configurations that you trust."""
+    """`module:Name` of the task to train. It is imported, so it is code: use configurations that you trust.
+
+    With `DISTOPT_TRUSTED_TASKS=mytasks,distopt.examples` in the environment, only tasks below these packages are taken.
+    """
     task_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the task."""
     script: Annotated[str, Field(min_length=1)] | None = None
@@ -223,4 +234,17 @@ class RunConfig(Section):
             raise ValueError("script_args are given, but no script; arguments of a task go to task_args")
         if self.task is None and self.task_args:
             raise ValueError("task_args are given, but no task; arguments of a script go to script_args")
+        return self
+
+    @model_validator(mode="after")
+    def _code_is_trusted(self) -> RunConfig:
+        """Keeps to the packages that the user's environment declares, where it does: a config is code otherwise."""
+        trusted = os.environ.get(TRUSTED_VARIABLE, "").replace(",", " ").split()
+        module = (self.task or "").split(":")[0]
+        if trusted and not any(module == prefix or module.startswith(f"{prefix}.") for prefix in trusted):
+            found = f"task {self.task}" if self.task else f"script {self.script}"
+            raise ValueError(
+                f"found {found}, but your {TRUSTED_VARIABLE} allows tasks of {', '.join(trusted)} alone; "
+                "add its package there if you trust it"
+            )
         return self

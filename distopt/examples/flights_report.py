@@ -34,7 +34,8 @@ def write(flights: Flights, report: Report) -> None:
     report.text(
         f"{data.num_rows:,} departures of 2013, of which {data.num_cancelled:,} were cancelled and "
         f"{data.num_diverted:,} have no recorded arrival: these {data.num_cancelled + data.num_diverted:,} rows are "
-        f"left out. Learnt from {flights.rows():,} flights, judged on {len(flights.held_out):,} others."
+        f"left out. Learnt from {flights.rows():,} flights, judged on {len(flights.held_out):,} others. Intervals are "
+        "the guide's: AutoNormal takes all effects as independent, which tends to make them too narrow."
     )
     _carriers(flights, draws, report)
     _hours(flights, draws, report)

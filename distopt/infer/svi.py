@@ -60,11 +60,14 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
             Exception: whatever model or guide raised, on this rank or, named as such, on another one; no rank has
                 stepped.
 
-        Cost: the optimizer's collectives and no other.
+        Cost: the optimizer's collectives; the first step, with several ranks, runs guide and model once more, so that
+        all ranks compute its gradient from the same values.
         """
         if not isinstance(self.optim, DistributedOptimizer):
             return float(super().step(*args, **kwargs))
         try:
+            if self.optim.is_new:
+                self._meet(*args, **kwargs)
             with poutine.trace(param_only=True) as capture:
                 loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
         except Exception as error:
@@ -73,5 +76,13 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         params = {site["value"].unconstrained() for site in capture.trace.nodes.values()}
         self.optim.local_loss = float(loss)
         self.optim(params)
-        pyro.infer.util.zero_grads(params)
+        self.optim.zero_grad(params)
         return float(loss if self.optim.mean_loss is None else self.optim.mean_loss)
+
+    def _meet(self, *args: Any, **kwargs: Any) -> None:
+        """Agrees on the first values of the parameters before a gradient is computed from them."""
+        noise = pyro.util.get_rng_state()
+        with poutine.trace(param_only=True) as capture:
+            self.init(*args, **kwargs)
+        pyro.util.set_rng_state(noise)
+        self.optim.synchronize({site["value"].unconstrained() for site in capture.trace.nodes.values()})

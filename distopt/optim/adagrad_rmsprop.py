@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from distopt.optim.fused_adam import is_fusable, scaled_descent_
+from distopt.optim.hyper import check_at_least_zero, evaluated
 
 
 class AdagradRMSProp(Optimizer):
@@ -44,8 +45,7 @@ class AdagradRMSProp(Optimizer):
     """
 
     def __init__(self, params: ParamsT, eta: float = 1.0, delta: float = 1e-16, t: float = 0.1) -> None:
-        if not eta >= 0.0:
-            raise ValueError(f"AdagradRMSProp: eta is {eta}, expected a number >= 0.")
+        check_at_least_zero("AdagradRMSProp", eta=eta)
         if not 0.0 < t <= 1.0:
             raise ValueError(f"AdagradRMSProp: t is {t}, expected a number in (0, 1].")
         super().__init__(params, {"eta": eta, "delta": delta, "t": t})
@@ -69,10 +69,7 @@ class AdagradRMSProp(Optimizer):
         Returns:
             What `closure` returned, or None.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             self._step_group(group)
         return loss

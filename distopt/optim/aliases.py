@@ -1,4 +1,4 @@
-"""Which other tensors share a parameter's memory only because Pyro forgot them there."""
+"""Which other tensors share a parameter's memory only because Pyro or torch forgot them there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pyro
 import torch
 from torch import Tensor
 
-_OWN_REFERENCES = 2  # of `num_forgotten_aliases` itself: a dict and an argument
+_OWN_REFERENCES = 3  # of `num_forgotten_aliases` itself: a dict, a variable and an argument
+_WITH_ONE_VIEW = 2  # uses of a tensor by C++: its Python object and the view
 _SITE = frozenset({"type", "name", "fn", "value"})
 
 
@@ -20,24 +21,30 @@ def num_forgotten_aliases(params: Sequence[Tensor]) -> list[int]:
     """Counts, for each of `params`, the tensors on its memory that nobody will read again.
 
     Those are the samples of traces from which an autoguide took its initial values, and tensors that `PyroParam`
-    replaced in the parameter store and that its index of names still holds. Any other holder may want to see the
-    parameter change: such a tensor is not counted.
+    replaced in the parameter store and that its index of names still holds; and the tensor of which a parameter is a
+    view, when nothing but the parameter holds it. Any other holder may want to see the parameter change: such a tensor
+    is not counted.
 
     Cost: one or two walks over all objects of the garbage collector, about 0.1 s.
     """
     aliases = _aliases(params)
+    bases = {id(p._base) for p in params if p._is_view()}
     forgotten = _forgotten_references(aliases)
     counts: dict[int, int] = defaultdict(int)
     for i in aliases:
+        alias: Any = aliases[i]
+        known = forgotten[i] + _OWN_REFERENCES
+        if i in bases and alias._use_count() == _WITH_ONE_VIEW:
+            known += _references_by_views()
         # All references are accounted for; variables of running functions show in no other way.
-        counts[aliases[i].data_ptr()] += sys.getrefcount(aliases[i]) == forgotten[i] + _OWN_REFERENCES
+        counts[alias.data_ptr()] += sys.getrefcount(alias) == known
     return [counts[p.data_ptr()] for p in params]
 
 
 def _aliases(params: Sequence[Tensor]) -> dict[int, Tensor]:
     """Returns the tensors that share memory with one of `params`, by id."""
     addresses = {p.data_ptr(): p for p in params}
-    aliases: dict[int, Tensor] = {}
+    aliases: dict[int, Tensor] = {id(base): base for base in (p._base for p in params) if base is not None}
     for candidate in gc.get_objects():
         if type(candidate) in (Tensor, torch.nn.Parameter) and candidate.layout is torch.strided:
             p = addresses.get(candidate.data_ptr()) if candidate.numel() else None
@@ -55,6 +62,13 @@ def _forgotten_references(aliases: dict[int, Tensor]) -> dict[int, int]:
             for x in gc.get_referents(holder):
                 forgotten[id(x)] += id(x) in aliases
     return forgotten
+
+
+def _references_by_views() -> int:
+    """Returns how many Python references a tensor has from its views; versions of torch differ."""
+    view = torch.zeros(1).view(1, 1)
+    base = view._base
+    return sys.getrefcount(base) - 2  # a variable and an argument
 
 
 def _is_site(holder: Any) -> bool:

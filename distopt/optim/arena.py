@@ -9,21 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
-from torch.utils.weak import WeakTensorKeyDictionary
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 MAX_NUMEL = 32_768
 """Parameters beyond this many elements gain nothing from packing: the copy of their gradient costs more than a call."""
 
 _use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
-_home: Any = WeakTensorKeyDictionary()  # parameter -> the address that an arena gave it
 
 
 def num_aliases(p: Tensor) -> float:
     """Returns how many other tensors use the memory of `p`; infinity when its bytes cannot be packed at all.
 
-    They can when `p` is a small dense tensor that covers its storage, and torch allocated that storage (memory of
-    numpy, of a file or of another process has owners that torch does not know). With no alias nobody can notice.
+    They can when `p` is a small dense tensor that covers its storage, which neither a file nor another process shares.
+    With no alias no other tensor can notice. An array of numpy from which `p` was made stays as it is then: torch
+    cannot tell its memory from that of a loaded file, and parameters that come from a checkpoint must be quick.
     """
     if (
         type(p) not in (Tensor, torch.nn.Parameter)
@@ -39,7 +38,7 @@ def num_aliases(p: Tensor) -> float:
     storage = p.untyped_storage()
     if storage.nbytes() != p.numel() * p.element_size() or (p.device.type == "cpu" and storage.is_shared()):
         return math.inf
-    if not storage.resizable() and _home.get(p) != p.data_ptr():
+    if storage.filename is not None:
         return math.inf
     return float(_use_count(storage._cdata) - 2)  # without p itself and `storage` here
 
@@ -66,5 +65,3 @@ class Arena:
             for p, segment in zip(params, torch.split(self.flat, self.numels), strict=True):
                 p.data = from_dlpack(segment).view(p.shape)
         self.pointers = [p.data_ptr() for p in params]
-        for p, pointer in zip(params, self.pointers, strict=True):
-            _home[p] = pointer

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from distopt.optim.fused_adam import adam_, is_fusable
+from distopt.optim.hyper import check_at_least_zero, check_betas, evaluated
+from distopt.optim.moments import Hyper, Pending, started, step_all_
 
-_CACHED_NUMEL = 65_536  # four float32 arrays of this length fit a second-level cache
+_SHARED = ("eps", "clip_norm", "weight_decay", "centered_variance")
 
 
 class ClippedAdam(Optimizer):
@@ -63,10 +62,8 @@ class ClippedAdam(Optimizer):
         lrd: float = 1.0,
         centered_variance: bool = False,
     ) -> None:
-        if not lr >= 0.0:
-            raise ValueError(f"ClippedAdam: lr is {lr}, expected a number >= 0.")
-        if not all(0.0 <= beta < 1.0 for beta in betas):
-            raise ValueError(f"ClippedAdam: betas are {betas}, expected two numbers in [0, 1).")
+        check_at_least_zero("ClippedAdam", lr=lr, eps=eps, weight_decay=weight_decay, clip_norm=clip_norm, lrd=lrd)
+        check_betas("ClippedAdam", betas)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -80,7 +77,7 @@ class ClippedAdam(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes one step for every parameter that has a gradient, which is clipped in place.
+        """Takes one step for every parameter that has a gradient, which may be overwritten by the clipped one.
 
         Args:
             closure: evaluates the model anew and returns the loss.
@@ -88,94 +85,17 @@ class ClippedAdam(Optimizer):
         Returns:
             What `closure` returned, or None.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
+        alike: dict[tuple[Any, ...], list[Pending]] = defaultdict(list)
         for group in self.param_groups:
             group["lr"] *= group["lrd"]
-            self._step_group(group)
-        return loss
-
-    def _step_group(self, group: dict[str, Any]) -> None:
-        params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            return
-        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-        states = [self._state(p) for p in params]
-        for state in states:
-            state["step"] += 1
-        if not group["centered_variance"] and is_fusable(params + grads):
-            self._step_fused(group, params, grads, states)
-        else:
-            self._step_foreach(group, params, grads, states)
-
-    def _step_fused(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[Any]) -> None:
-        """One pass over memory for all parameters of one step count; `eps` is added where the kernel divides by it."""
-        beta1, beta2 = group["betas"]
-        by_step: dict[int, list[int]] = defaultdict(list)
-        for i, state in enumerate(states):
-            by_step[int(state["step"])].append(i)
-        for step, chosen in by_step.items():
-            lists = [
-                [params[i] for i in chosen],
-                [grads[i] for i in chosen],
-                [states[i]["exp_avg"] for i in chosen],
-                [states[i]["exp_avg_sq"] for i in chosen],
+            same = alike[(tuple(group["betas"]), *(group[key] for key in _SHARED))]
+            same += [
+                Pending(p, p.grad, started(self.state[p], p), group["lr"])
+                for p in group["params"]
+                if p.grad is not None
             ]
-            for part in _cache_sized(lists):
-                if len(part[1]) == 1:
-                    part[1][0].clamp_(-group["clip_norm"], group["clip_norm"])
-                else:
-                    torch._foreach_clamp_min_(part[1], -group["clip_norm"])
-                    torch._foreach_clamp_max_(part[1], group["clip_norm"])
-                adam_(
-                    *part,
-                    step=step,
-                    lr=group["lr"],
-                    beta1=beta1,
-                    beta2=beta2,
-                    eps=group["eps"] / math.sqrt(1 - beta2**step),
-                    weight_decay=group["weight_decay"],
-                )
-
-    def _step_foreach(
-        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[Any]
-    ) -> None:
-        torch._foreach_clamp_min_(grads, -group["clip_norm"])
-        torch._foreach_clamp_max_(grads, group["clip_norm"])
-        if group["weight_decay"] != 0:
-            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
-        beta1, beta2 = group["betas"]
-        means = [s["exp_avg"] for s in states]
-        squares = [s["exp_avg_sq"] for s in states]
-        torch._foreach_mul_(means, beta1)
-        torch._foreach_add_(means, grads, alpha=1 - beta1)
-        deviations = list(torch._foreach_sub(grads, means)) if group["centered_variance"] else grads
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, deviations, deviations, 1 - beta2)
-        scales = torch._foreach_sqrt(squares)
-        torch._foreach_add_(scales, group["eps"])
-        sizes = [-group["lr"] * math.sqrt(1 - beta2 ** s["step"]) / (1 - beta1 ** s["step"]) for s in states]
-        torch._foreach_addcdiv_(params, means, scales, sizes)
-
-    def _state(self, p: Tensor) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[p]
-        if not state:
-            state["step"] = 0
-            state["exp_avg"] = torch.zeros_like(p)
-            state["exp_avg_sq"] = torch.zeros_like(p)
-        return state
-
-
-def _cache_sized(lists: list[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
-    """Parts lists of contiguous tensors, and big tensors among them, so that two passes share a cache."""
-    small: list[int] = []
-    for i, first in enumerate(lists[0]):
-        if first.numel() <= _CACHED_NUMEL:
-            small.append(i)
-            continue
-        for pieces in zip(*(torch.split(tensors[i].view(-1), _CACHED_NUMEL) for tensors in lists), strict=True):
-            yield [[piece] for piece in pieces]
-    if small:
-        yield [[tensors[i] for i in small] for tensors in lists]
+        for hyper, pending in alike.items():
+            if pending:
+                step_all_(pending, Hyper(*hyper))
+        return loss

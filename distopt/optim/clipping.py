@@ -82,9 +82,15 @@ def global_norm(gradients: Iterable[Tensor]) -> Tensor:
     return torch.zeros((), dtype=torch.float64) if total is None else total.sqrt()
 
 
-def clip_by_global_norm_(gradients: Sequence[Tensor], max_norm: float) -> Tensor:
-    """Scales all `gradients` by one factor so that their common 2-norm is at most `max_norm`; returns that norm."""
-    norm = global_norm(gradients)
+def clip_by_global_norm_(gradients: Sequence[Tensor], max_norm: float, total: float | None = None) -> Tensor:
+    """Scales all `gradients` by one factor so that their common 2-norm is at most `max_norm`; returns that norm.
+
+    Args:
+        gradients: scaled in place.
+        max_norm: of what it is after scaling.
+        total: the norm before, where more gradients count than those at hand.
+    """
+    norm = global_norm(gradients) if total is None else torch.tensor(total, dtype=torch.float64)
     coefficient = (max_norm / (norm + _EPS)).clamp(max=1.0)
     for g in gradients:
         g.mul_(coefficient.to(device=g.device, dtype=g.real.dtype if g.is_complex() else g.dtype))

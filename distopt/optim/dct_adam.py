@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro.ops.tensor_utils import dct, idct, next_fast_len
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
+
+from distopt.optim.hyper import check_at_least_zero, check_betas, evaluated
+from distopt.optim.moments import Hyper, Pending, started, step_all_
 
 
 class DCTAdam(Optimizer):
@@ -61,8 +65,8 @@ class DCTAdam(Optimizer):
         lrd: float = 1.0,
         subsample_aware: bool = False,
     ) -> None:
-        if not lr >= 0.0:
-            raise ValueError(f"DCTAdam: lr is {lr}, expected a number >= 0.")
+        check_at_least_zero("DCTAdam", lr=lr, eps=eps, clip_norm=clip_norm, lrd=lrd)
+        check_betas("DCTAdam", betas)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -76,12 +80,11 @@ class DCTAdam(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step for every parameter that has a gradient; returns what `closure` returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
+        alike: dict[tuple[Any, ...], list[tuple[Tensor, float]]] = defaultdict(list)
         for group in self.param_groups:
             group["lr"] *= group["lrd"]
+            same = alike[tuple(group["betas"]), group["eps"], group["clip_norm"]]
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -89,44 +92,60 @@ class DCTAdam(Optimizer):
                 if subsample and group["subsample_aware"]:
                     self._step_rows(group, p, subsample)
                 else:
-                    self._step_all(group, p)
+                    same.append((p, group["lr"]))
+        for hyper, chosen in alike.items():
+            self._step_together(chosen, Hyper(*hyper))
         return loss
 
-    def _step_all(self, group: dict[str, Any], p: Tensor) -> None:
-        gradient = p.grad.clamp(-group["clip_norm"], group["clip_norm"])  # type: ignore[union-attr]
-        dim = getattr(p, "_pyro_dct_dim", None)
-        if dim is not None:
-            gradient = to_frequency(gradient, dim)
-        state = self.state[p]
-        if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(gradient), exp_avg_sq=torch.zeros_like(gradient))
-        state["step"] += 1
-        direction = _moments_(group, gradient, state["exp_avg"], state["exp_avg_sq"])
-        if dim is not None:
-            direction = from_frequency(direction, dim, p.size(dim))
-        p.sub_(direction, alpha=_step_size(group, state["step"]))
+    def _step_together(self, chosen: Sequence[tuple[Tensor, float]], hyper: Hyper) -> None:
+        """Steps parameters by lists; time series of one length and dtype are transformed as one matrix."""
+        pending: list[Pending] = []
+        series: dict[tuple[Any, ...], list[tuple[Tensor, float]]] = defaultdict(list)
+        for p, lr in chosen:
+            dim = getattr(p, "_pyro_dct_dim", None)
+            if dim is not None:
+                series[p.size(dim), p.dtype, p.device].append((p, lr))
+            elif p.grad is not None:
+                pending.append(Pending(p, p.grad, started(self.state[p], p), lr))
+        if pending:
+            step_all_(pending, hyper)
+        for alike in series.values():
+            self._step_series([p for p, _ in alike], [lr for _, lr in alike], hyper)
+
+    def _step_series(self, params: Sequence[Tensor], rates: Sequence[float], hyper: Hyper) -> None:
+        """Steps time series of one length: their steps in time and frequency are taken from zero and then added."""
+        dims: list[int] = [p._pyro_dct_dim for p in params]  # type: ignore[attr-defined]
+        length = params[0].size(dims[0])
+        gradients = [p.grad.clamp(-hyper.clip_norm, hyper.clip_norm) for p in params if p.grad is not None]
+        rows = _as_rows(gradients, dims)  # (series of all parameters, time)
+        pending = [
+            Pending(torch.zeros_like(h), h, started(self.state[p], h), lr)
+            for p, h, lr in zip(params, _as_tensors(to_frequency(rows, -1), params, dims), rates, strict=True)
+        ]
+        step_all_(pending, Hyper(hyper.betas, hyper.eps, math.inf))  # frequencies are not clipped
+        moves = from_frequency(_as_rows([x.param for x in pending], dims), -1, length)
+        torch._foreach_add_(list(params), _as_tensors(moves, params, dims))
 
     def _step_rows(self, group: dict[str, Any], p: Tensor, subsample: Mapping[int, Tensor]) -> None:
-        """Steps the rows that were subsampled; those are taken out, stepped, and put back."""
-        state = self.state[p]
-        if not state:
-            state.update({key: torch.zeros_like(p) for key in ("step", "exp_avg", "exp_avg_sq")})
-        index = _rows(p, subsample)
-        dim = getattr(p, "_pyro_dct_dim", None)
-        if dim is not None:
+        """Steps the elements that were subsampled; those are taken out, stepped, and put back."""
+        if getattr(p, "_pyro_dct_dim", None) is not None:
             raise ValueError(
                 "DCTAdam: a parameter with a time dimension is subsampled, and some of its times are missing in the "
                 "transform. Set subsample_aware=False, or leave `_pyro_dct_dim` off."
             )
-        gradient = p.grad[index].clamp(-group["clip_norm"], group["clip_norm"])  # type: ignore[index]
-        step, mean, square = (state[key][index] for key in ("step", "exp_avg", "exp_avg_sq"))
-        step += 1
-        direction = _moments_(group, gradient, mean, square)
+        state = self.state[p]
+        if not state:
+            state.update({key: torch.zeros_like(p) for key in ("step", "exp_avg", "exp_avg_sq")})
+        index = _rows(p, subsample)
         beta1, beta2 = group["betas"]
+        gradient = p.grad[index].clamp(-group["clip_norm"], group["clip_norm"])  # type: ignore[index]
+        step = state["step"][index] + 1
+        mean = state["exp_avg"][index].mul_(beta1).add_(gradient, alpha=1 - beta1)
+        square = state["exp_avg_sq"][index].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         size = group["lr"] * (1 - beta2**step).sqrt() / (1 - beta1**step)
         for key, value in (("step", step), ("exp_avg", mean), ("exp_avg_sq", square)):
             state[key][index] = value
-        p[index] -= size * direction
+        p[index] -= size * mean / (square.sqrt() + group["eps"])
 
 
 def to_frequency(x: Tensor, dim: int) -> Tensor:
@@ -144,19 +163,19 @@ def from_frequency(y: Tensor, dim: int, length: int) -> Tensor:
     return time + padded.narrow(dim, 0, length)
 
 
-def _moments_(group: dict[str, Any], gradient: Tensor, mean: Tensor, square: Tensor) -> Tensor:
-    """Updates both moments in place and returns their quotient, the direction of Adam before bias correction."""
-    beta1, beta2 = group["betas"]
-    mean.mul_(beta1).add_(gradient, alpha=1 - beta1)
-    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    eps: float = group["eps"]
-    return mean / (square.sqrt() + eps)
+def _as_rows(tensors: Sequence[Tensor], dims: Sequence[int]) -> Tensor:
+    """Returns all `tensors`, whose sizes along their `dims` are equal, as one matrix, those dims along its rows."""
+    length = tensors[0].size(dims[0])
+    return torch.cat([t.movedim(dim, -1).reshape(-1, length) for t, dim in zip(tensors, dims, strict=True)])
 
 
-def _step_size(group: dict[str, Any], step: int) -> float:
-    beta1, beta2 = group["betas"]
-    size: float = group["lr"] * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-    return size
+def _as_tensors(rows: Tensor, like: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
+    """Undoes `_as_rows`: contiguous tensors, shaped as those in `like` but for their size along `dims`."""
+    parts = torch.split(rows, [t.numel() // t.size(dim) for t, dim in zip(like, dims, strict=True)])
+    return [
+        part.view(*t.movedim(dim, -1).shape[:-1], rows.size(-1)).movedim(-1, dim).contiguous()
+        for part, t, dim in zip(parts, like, dims, strict=True)
+    ]
 
 
 def _rows(p: Tensor, subsample: Mapping[int, Tensor]) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ import torch
 
 from distopt.optim.adagrad_rmsprop import AdagradRMSProp
 from distopt.optim.clipped_adam import ClippedAdam
+from distopt.optim.dct_adam import DCTAdam
 from distopt.optim.rmsprop import OnePassRMSprop
 
 ELEMENTWISE: frozenset[Any] = frozenset(
@@ -50,9 +51,14 @@ def quicker(constructor: Any) -> Any:
     return _QUICKER.get(constructor, constructor)
 
 
+def packs(constructor: Any) -> bool:
+    """Returns whether parameters may be packed into one tensor; state is then of the parameter's shape."""
+    return constructor in ELEMENTWISE
+
+
 def shares(constructor: Any, args: Mapping[str, Any]) -> bool:
     """Returns whether several parameters may be given to one optimizer of this kind."""
-    return constructor in ELEMENTWISE and not args.get("differentiable")
+    return (constructor in ELEMENTWISE or constructor is DCTAdam) and not args.get("differentiable")
 
 
 def switches(

@@ -21,13 +21,15 @@ _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 def is_fusable(tensors: Sequence[Tensor]) -> bool:
     """Returns whether the kernel takes `tensors`: dense, of one dtype and device that it knows."""
-    first = tensors[0]
+    kinds = {(t.dtype, t.device, t.layout) for t in tensors}
+    dtype, device, layout = next(iter(kinds))
     return (
         _kernel is not None
-        and first.dtype in _DTYPES
-        and first.device.type in ("cpu", "cuda")
-        and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
-        and all(t.layout is torch.strided and t.is_contiguous() for t in tensors)
+        and len(kinds) == 1
+        and dtype in _DTYPES
+        and device.type in ("cpu", "cuda")
+        and layout is torch.strided
+        and all(map(Tensor.is_contiguous, tensors))
     )
 
 

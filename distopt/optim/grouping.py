@@ -9,7 +9,7 @@ from typing import Any
 
 from distopt.optim.aliases import num_forgotten_aliases
 from distopt.optim.arena import num_aliases
-from distopt.optim.families import drifts, switches
+from distopt.optim.families import drifts, packs, switches
 from distopt.optim.groups import Construct, ListGroup, Member, PackedGroup
 from distopt.optim.state import State, frozen, hyper_of, life_of, optimizer_of, optimizer_part
 
@@ -28,11 +28,13 @@ class Grouping:
     Args:
         constructor: the torch optimizer class that the user chose.
         construct: see `Construct`.
+        scheduled: whether it builds schedulers; their state tells nothing of one parameter among several.
     """
 
-    def __init__(self, constructor: Any, construct: Construct) -> None:
+    def __init__(self, constructor: Any, construct: Construct, scheduled: bool = False) -> None:
         self._constructor = constructor
         self._construct = construct
+        self._scheduled = scheduled
         self._packed: dict[Hashable, list[PackedGroup]] = defaultdict(list)
         self._listed: dict[Hashable, list[ListGroup]] = defaultdict(list)
         self._num_searches = 0
@@ -51,6 +53,7 @@ class Grouping:
         """
         placed = list(placed)
         buckets: dict[tuple[Hashable, ...], list[Placed]] = defaultdict(list)
+        packing = packing and packs(self._constructor)
         movable = self._movable([m for m, _ in placed if packing and not m.alone])
         for m, state in placed:
             life = life_of(state, m.param.numel())
@@ -58,9 +61,11 @@ class Grouping:
                 buckets["alone", id(m)].append((m, state))
             elif id(m) in movable and life is not None:
                 buckets["packed", m.key, life].append((m, state))
-            elif drifts(m.args):
+            elif drifts(m.args) and self._scheduled:
                 m.alone = True
                 buckets["alone", id(m)].append((m, state))
+            elif drifts(m.args):
+                buckets["listed", m.key, state is None].append((m, state))
             else:
                 like = None if state is None else (hyper_of(optimizer_part(state)["param_groups"][0]), _schedule(state))
                 buckets["listed", m.key, like].append((m, state))
@@ -69,7 +74,7 @@ class Grouping:
             states = [s for _, s in bucket if s is not None] or None
             # Where lives have long parted, splinters of groups are not worth a call each.
             splinter = states and len(members) < _SPLINTER and self._listed.get(members[0].key)
-            if kind == "packed" and not (splinter and not drifts(members[0].args)):
+            if kind == "packed" and not splinter:
                 self._packed[members[0].key].append(self._pack(members, states))
             else:
                 self._list(members, states)
@@ -95,6 +100,16 @@ class Grouping:
         for m in leaving.values():
             m.group = None
         return result
+
+    def unpack(self, members: Sequence[Member]) -> bool:
+        """Takes those of `members` that are packed out of their groups and lists them; returns whether there were any.
+
+        So they can go on without a step, when a step is more than what gradients do.
+        """
+        packed = [m for m in members if isinstance(m.group, PackedGroup)]
+        if packed:
+            self.place(self.extract(packed), packing=False)
+        return bool(packed)
 
     def part(self, touched: Sequence[Member]) -> bool:
         """Parts each packed group of which `touched` are some but not all, so that no group is stepped in half.
@@ -127,6 +142,11 @@ class Grouping:
     def _movable(self, members: Sequence[Member]) -> set[int]:
         """Returns the ids of those members whose parameters may be packed."""
         found = {id(m): num_aliases(m.param) for m in members}
+        at: dict[int, Member] = {}
+        for m in members:  # two tensors over one array of numpy, of which torch knows nothing
+            other = at.setdefault(m.param.data_ptr(), m) if found[id(m)] < math.inf else m
+            if other is not m:
+                found[id(m)] = found[id(other)] = math.inf
         doubtful = [m for m in members if 0 < found[id(m)] < math.inf]
         if doubtful and self._num_searches < _MAX_SEARCHES:
             self._num_searches += 1
@@ -160,6 +180,8 @@ def _schedule(state: State) -> Hashable:
 
 def _likeness(group: ListGroup) -> Hashable:
     """What two list groups must have in common to become one."""
+    if group.is_apart:
+        return "apart"
     handle = group.handle
     schedule = frozen(handle.state_dict()) if hasattr(handle, "optimizer") else None
     return (hyper_of(optimizer_of(handle).param_groups[0]), schedule)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from distopt.optim.arena import Arena
+from distopt.optim.blocks import blocks_of
 from distopt.optim.clipping import Clip, clip_each_, clip_segments_
+from distopt.optim.families import drifts
 from distopt.optim.state import (
     SCALARS,
     State,
@@ -61,11 +63,8 @@ class Group(Protocol):
     handle: Any
     members: list[Member]
 
-    def state_of(self, member: Member) -> State:
-        """Returns the state of one of its parameters, sharing no memory with it."""
-
     def states(self) -> list[State]:
-        """Returns the states of all members, as `state_of` does."""
+        """Returns the states of all members, in their order; they share no memory with it."""
 
     def has_lost(self, member: Member) -> bool:
         """Returns whether `member` was moved since it was placed here: to other storage, dtype or device."""
@@ -95,6 +94,16 @@ def restored_switches(group: dict[str, Any], args: dict[str, Any], extra: dict[s
         if key in entries:
             entries[key] = args.get(key)
     return entries
+
+
+def single(group: dict[str, Any], state: dict[str, Any]) -> State:
+    """Returns the state dict of one parameter from its hyper-parameters and its state."""
+    return {"state": {0: state} if state else {}, "param_groups": [group | {"params": [0]}]}
+
+
+def with_schedule(handle: Any, part: State) -> State:
+    """Returns one parameter's state: its optimizer's `part`, and a copy of the schedule where there is one."""
+    return {"scheduler": copied(handle.state_dict()), "optimizer": part} if is_scheduler(handle) else part
 
 
 def direct_step(handle: Any) -> Callable[..., Any]:
@@ -132,8 +141,7 @@ class PackedGroup:
         )
         self._step = direct_step(self.handle)
         self.buffer = torch.empty_like(flat)
-        self._views = [v.view(p.shape) for v, p in zip(torch.split(self.buffer, self.numels), self.params, strict=True)]
-        self._is_1d = all(p.dim() == 1 for p in self.params)
+        self._blocks = blocks_of(self.params, self.buffer)
         self._index = {id(m): i for i, m in enumerate(self.members)}
         for m in self.members:
             m.group = self
@@ -149,12 +157,18 @@ class PackedGroup:
         p = member.param
         return p.data_ptr() != self.arena.pointers[i] or p.numel() != self.numels[i] or not p.is_contiguous()
 
-    def gather_(self, gradients: list[Tensor]) -> Tensor:
-        """Copies the gradients of all members into the group's buffer and returns it."""
-        if self._is_1d:
-            torch.cat(gradients, out=self.buffer)
-        else:
-            torch._foreach_copy_(self._views, gradients)
+    def gather_(self, gradients: Sequence[Tensor] | None = None) -> Tensor | None:
+        """Copies `gradients` of all members, or their `.grad`, into the group's buffer.
+
+        Returns:
+            The buffer; None when a member was moved to other memory.
+        """
+        start = 0
+        for block in self._blocks:
+            end = start + len(block.params)
+            if not block.copy_(None if gradients is None else gradients[start:end]):
+                return None
+            start = end
         return self.buffer
 
     def clip_(self, buffer: Tensor) -> None:
@@ -168,39 +182,32 @@ class PackedGroup:
         self._step(*args, **kwargs)
         torch.autograd.graph.increment_version(self.params)
 
-    def state_of(self, member: Member) -> State:
-        """Returns the state of one of its parameters, sharing no memory with it."""
-        optimizer = optimizer_of(self.handle)
-        i = self._index[id(member)]
-        start = sum(self.numels[:i])
-        return self._state(optimizer, member, start)
-
     def states(self) -> list[State]:
-        """Returns the states of all members, as `state_of` does."""
-        optimizer, start, states = optimizer_of(self.handle), 0, []
-        for member, numel in zip(self.members, self.numels, strict=True):
-            states.append(self._state(optimizer, member, start))
-            start += numel
-        return states
+        """Returns the states of all members, in their order: parts of one copy for each kind of state.
 
-    def _state(self, optimizer: torch.optim.Optimizer, member: Member, start: int) -> State:
-        flat, p = self.arena.flat, member.param
-        end = start + p.numel()
-        state = {
-            key: (value[start:end].clone().view(p.shape) if value.shape == flat.shape else value.clone())
-            if isinstance(value, Tensor)
-            else value
-            for key, value in optimizer.state.get(flat, {}).items()
-        }
-        group = restored_switches(optimizer.param_groups[0], member.args, self.extra) | {"params": [0]}
-        part = {"state": {0: state} if state else {}, "param_groups": [group]}
-        if is_scheduler(self.handle):
-            return {"scheduler": copied(self.handle.state_dict()), "optimizer": part}
-        return part
+        A copy for each member would take ten times as long, and as long again to save.
+        """
+        optimizer, flat, count = optimizer_of(self.handle), self.arena.flat, len(self.members)
+        values: dict[str, Sequence[Any]] = {}
+        for key, value in optimizer.state.get(flat, {}).items():
+            if not isinstance(value, Tensor):
+                values[key] = [value] * count
+            elif value.shape == flat.shape:
+                parts = torch.split_with_sizes(value.clone(), self.numels)
+                values[key] = [v if p.dim() == 1 else v.view(p.shape) for v, p in zip(parts, self.params, strict=True)]
+            else:
+                values[key] = value.repeat(count, *[1] * value.dim()).unbind()
+        group = restored_switches(optimizer.param_groups[0], self.members[0].args, self.extra)
+        if not values:
+            return [with_schedule(self.handle, single(group, {})) for _ in self.members]
+        each = (dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True))
+        return [with_schedule(self.handle, single(group, state)) for state in each]
 
 
 class ListGroup:
     """Parameters of equal hyper-parameters and any number of steps: torch's list of tensors, a state for each.
+
+    Where the optimizer changes its hyper-parameters as it steps, each parameter has a torch parameter group of its own.
 
     Args:
         members: parameters of one dtype and device, or a single one of any kind.
@@ -215,18 +222,32 @@ class ListGroup:
         self.members = list(members)
         self.extra = extra
         self.alone = members[0].alone
-        handle = construct([m.param for m in members], members[0].args | extra)
+        apart = not self.alone and drifts(members[0].args)
+        params: list[Any] = [{"params": [m.param]} for m in members] if apart else [m.param for m in members]
+        handle = construct(params, members[0].args | extra)
         if states is not None:
-            handle = reloaded(handle, copied(states[0]) if self.alone else joined(states, flat=False), extra)
+            state = copied(states[0]) if self.alone else joined(states, flat=False, apart=apart)
+            handle = reloaded(handle, state, extra)
         self.handle = handle
+        self._own: dict[int, dict[str, Any]] | None = None  # parameter groups by id of the member, where they are apart
+        if apart:
+            self._own = dict(zip(map(id, members), optimizer_of(handle).param_groups, strict=True))
         for m in self.members:
             m.group = self
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether each parameter has hyper-parameters of its own."""
+        return self._own is not None
 
     def absorb(self, other: ListGroup) -> None:
         """Takes over the members of another group with the same hyper-parameters."""
         mine, theirs = optimizer_of(self.handle), optimizer_of(other.handle)
         mine.state.update(theirs.state)
         self.members.extend(other.members)
+        if self._own is not None and other._own is not None:
+            self._own.update(other._own)
+            mine.param_groups = list(self._own.values())
         for m in other.members:
             m.group = self
 
@@ -238,7 +259,11 @@ class ListGroup:
                 optimizer.state.pop(m.param, None)
                 m.group = None
         self.members = [m for m in self.members if id(m) not in gone]
-        optimizer.param_groups[0]["params"] = [m.param for m in self.members]
+        if self._own is not None:
+            self._own = {id(m): self._own[id(m)] for m in self.members}
+            optimizer.param_groups = list(self._own.values())
+        else:
+            optimizer.param_groups[0]["params"] = [m.param for m in self.members]
 
     def has_lost(self, member: Member) -> bool:
         """Returns whether `member` was moved since it was placed here: to other storage, dtype or device."""
@@ -257,6 +282,10 @@ class ListGroup:
             optimizer.step(*args, **kwargs)
             return
         step = direct_step(self.handle)
+        if self._own is not None:
+            optimizer.param_groups = [self._own[id(m)] for m in members]
+            step(*args, **kwargs)
+            return
         group = optimizer.param_groups[0]
         params = [m.param for m in members]
         for part in self._by_momentum(optimizer, params) if self.extra.get("fused") else (params,):
@@ -273,18 +302,13 @@ class ListGroup:
             if part:
                 yield part
 
-    def state_of(self, member: Member) -> State:
-        """Returns the state of one of its parameters, sharing no memory with it."""
-        if self.alone:
-            return copied(state_dict_of(self.handle))  # type: ignore[no-any-return]
-        optimizer = optimizer_of(self.handle)
-        state = copied(dict(optimizer.state.get(member.param, {})))
-        group = restored_switches(optimizer.param_groups[0], member.args, self.extra) | {"params": [0]}
-        part = {"state": {0: state} if state else {}, "param_groups": [group]}
-        if is_scheduler(self.handle):
-            return {"scheduler": copied(self.handle.state_dict()), "optimizer": part}
-        return part
-
     def states(self) -> list[State]:
-        """Returns the states of all members, as `state_of` does."""
-        return [self.state_of(m) for m in self.members]
+        """Returns the states of all members, in their order; they share no memory with it."""
+        if self.alone:
+            return [copied(state_dict_of(self.handle))]
+        optimizer, states = optimizer_of(self.handle), []
+        for m in self.members:
+            state = copied(optimizer.state.get(m.param, {}))
+            own = optimizer.param_groups[0] if self._own is None else self._own[id(m)]
+            states.append(with_schedule(self.handle, single(restored_switches(own, m.args, self.extra), state)))
+        return states

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class PyroLRScheduler(PyroOptim):
         >>> pyro.param("x").detach()
         tensor([-1.7500])
     """
+
+    _scheduled: ClassVar[bool] = True
 
     def __init__(
         self,

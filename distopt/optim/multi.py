@@ -50,6 +50,12 @@ class PyroMultiOptimizer(MultiOptimizer):
 
     Raises:
         TypeError: when `optim` is no `PyroOptim`.
+
+    Example:
+        >>> x = torch.tensor([2.0], requires_grad=True)
+        >>> PyroMultiOptimizer(PyroOptim(torch.optim.SGD, {"lr": 0.1})).step((x**2).sum(), {"x": x})
+        >>> x.detach()
+        tensor([1.6000])
     """
 
     def __init__(self, optim: pyro.optim.PyroOptim) -> None:
@@ -91,6 +97,13 @@ class MixedMultiOptimizer(MultiOptimizer):
 
     Raises:
         ValueError: when a name has two optimizers.
+
+    Example:
+        >>> x, y = torch.tensor([2.0], requires_grad=True), torch.tensor([[2.0]], requires_grad=True)
+        >>> optim = MixedMultiOptimizer([(["x"], PyroOptim(torch.optim.SGD, {"lr": 0.1})), (["y"], Newton())])
+        >>> optim.step((x**2).sum() + (y**2).sum(), {"x": x, "y": y})
+        >>> x.item(), y.item()
+        (1.600000023841858, 0.0)
     """
 
     def __init__(self, parts: Sequence[tuple[Sequence[str], MultiOptimizer | pyro.optim.PyroOptim]]) -> None:

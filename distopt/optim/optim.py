@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pyro.optim
 import torch
@@ -16,7 +16,7 @@ from torch.amp import GradScaler
 from distopt.optim.amp import scaled_step
 from distopt.optim.arguments import Args, args_for, check_args, num_arguments
 from distopt.optim.clipping import Clip, clip_by_global_norm_
-from distopt.optim.families import check_arguments, check_constructor, drifts, quicker, shares
+from distopt.optim.families import check_arguments, check_constructor, drifts, packs, quicker, shares
 from distopt.optim.finite import all_finite, nonfinite_names
 from distopt.optim.flat import FlatGradients
 from distopt.optim.grouping import Grouping
@@ -51,6 +51,8 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
     Attributes:
         num_skipped_steps: how many steps were skipped for a gradient that was not finite.
         nonfinite_names: the parameters that had such a gradient when last a step was skipped.
+        total_norm: by what `global_norm` clips in place of the norm of the gradients at hand, where other processes
+            step by more of them.
 
     Raises:
         ValueError: for an optimizer that needs a closure (LBFGS), or arguments that it does not take.
@@ -65,6 +67,8 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         >>> pyro.param("x").detach()
         tensor([0.5000, 0.5000])
     """
+
+    _scheduled: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -92,8 +96,9 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         self.scaler = scaler
         self.num_skipped_steps = 0
         self.nonfinite_names: tuple[str, ...] = ()
+        self.total_norm: float | None = None
         self._roster = Roster()
-        self._groups = Grouping(optim_constructor, self._construct)
+        self._groups = Grouping(optim_constructor, self._construct, self._scheduled)
         self._waiting: dict[str, State] = {}
         self._plans: list[Plan] = []
         self._flat_plans: list[FlatPlan] = []
@@ -156,14 +161,14 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         """Returns `{parameter name: torch state dict}`, as `pyro.optim` writes it; of a scheduler's both parts.
 
         State that was loaded and whose parameter has not come yet is in it, too. Nothing shares memory with the
-        optimizer.
+        optimizer; tensors of parameters that are stepped together are parts of one copy (`clone` one to keep it alone).
         """
         store = pyro.get_param_store()
         result = copied(self._waiting)
         states = {id(m): state for g in self._groups for m, state in zip(g.members, g.states(), strict=True)}
         for m in self._roster:
             name = store.param_name(m.param) or m.name
-            if name not in result or m.name in store:
+            if name not in result or store._params.get(m.name) is m.param:
                 result[name] = states[id(m)]
         return result  # type: ignore[no-any-return]
 
@@ -176,7 +181,8 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             ValueError: when a state is of another optimizer or shape; nothing is changed then.
         """
         check_state_dict(state_dict)
-        known = {m.name: m for m in self._roster}
+        in_store = pyro.get_param_store()._params  # a tensor that was replaced there is another parameter's life
+        known = {m.name: m for m in self._roster if in_store.get(m.name, m.param) is m.param}
         live = [(known[name], state) for name, state in state_dict.items() if name in known]
         for m, state in live:
             self._check(m, state)
@@ -229,12 +235,11 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         for m in members:
             if m.param.grad is not None and m.param.grad.layout is not torch.strided:
                 self._set_alone(m)
-            elif m.param.grad is None and drifts(m.args):
-                self._set_alone(m)
-        touched = [m for m in members if m.param.grad is not None or drifts(m.args)]
+        touched = [m for m in members if m.param.grad is not None]
         missing = [m for m in members if m.param.grad is None]
         self._arrange(members, touched, missing)
-        plan = Plan(tensors, touched, [m.param for m in missing])
+        idle = [m for m in missing if drifts(m.args)]  # pyro.optim calls their optimizers, too
+        plan = Plan(tensors, touched + idle, [m.param for m in missing])
         buffers = plan.gathered()
         if buffers is None:
             raise RuntimeError("distopt.optim: gradients changed while the step was being planned.")
@@ -275,7 +280,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             for listed, members in plan.listed:
                 listed.clip_(members)
         for norm in plan.norms:
-            clip_by_global_norm_(plan.gradients(buffers, norm), norm)
+            clip_by_global_norm_(plan.gradients(buffers, norm), norm, self.total_norm)
         for group, buffer in zip(plan.packed, buffers, strict=True):
             group.step(buffer, *args, **kwargs)
         for listed, members in plan.listed:
@@ -319,6 +324,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
                 self._groups.place([(m, self._claimed(m)) for m in new])
                 changed = True
         changed |= self._groups.part(touched)
+        changed |= self._groups.unpack([m for m in missing if drifts(m.args)])
         if changed:
             self._forget_plans()
 
@@ -341,9 +347,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         handle = m.group.handle if m.group is not None else self._construct([torch.zeros(1)], m.args)
         hyper = set(optimizer_of(handle).param_groups[0])
         name = self.pt_optim_constructor.__name__
-        check_state(
-            m.name, state, m.param, hyper, is_scheduler(handle), name, shares(self.pt_optim_constructor, m.args)
-        )
+        check_state(m.name, state, m.param, hyper, is_scheduler(handle), name, packs(self.pt_optim_constructor))
 
     def _set_alone(self, m: Member) -> None:
         if not m.alone:

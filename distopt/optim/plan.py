@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor
 from distopt.optim.flat import FlatGradients
 from distopt.optim.groups import ListGroup, Member, PackedGroup
 
-_gradient = attrgetter("grad")
 _address = Tensor.data_ptr
 
 
@@ -35,23 +34,19 @@ class Plan:
         groups = {i: mates[0].group for i, mates in by_group.items()}
         self.packed = [g for g in groups.values() if isinstance(g, PackedGroup)]
         self.listed = [(g, by_group[i]) for i, g in groups.items() if isinstance(g, ListGroup)]
-        self._only_packed = not self.listed and not self.missing
-        self.pointers = list(map(_address, tensors))
+        self._listed = [m.param for _, members in self.listed for m in members]
+        self._pointers = list(map(_address, self._listed))
         clips = {id(m.clip): m.clip for m in members}.values()
         self.clips = any(c.per_parameter for c in clips)
         self.norms = sorted({c.global_norm for c in clips if c.global_norm is not None})
 
     def fits(self, tensors: tuple[Tensor, ...]) -> bool:
         """Returns whether this is still the plan for `tensors`: the same ones, where they were, with gradients."""
-        # An address in an arena stands for its parameter alone, for as long as the group lives.
         return (
             len(tensors) == len(self.tensors)
-            and (not tensors or tensors[0].data_ptr() == self.pointers[0])
-            and list(map(_address, tensors)) == self.pointers
-            and (
-                self._only_packed
-                or (all(map(is_, tensors, self.tensors)) and all(p.grad is None for p in self.missing))
-            )
+            and all(map(is_, tensors, self.tensors))
+            and all(p.grad is None for p in self.missing)
+            and list(map(_address, self._listed)) == self._pointers
         )
 
     def gradients(self, buffers: Sequence[Tensor], global_norm: float | None = None) -> list[Tensor]:
@@ -64,17 +59,20 @@ class Plan:
         """Copies the `.grad` of the packed groups' parameters side by side.
 
         Returns:
-            One buffer per packed group; None when some gradient is missing or sparse, so that a new plan is needed.
+            One buffer per packed group; None when some gradient is missing or sparse, or a parameter was moved, so that
+            a new plan is needed.
         """
         for group, members in self.listed:
             if group.extra and any(_is_sparse(m.param.grad) for m in members):
                 return None
         try:
-            return [group.gather_(list(map(_gradient, group.params))) for group in self.packed]
+            buffers = [group.gather_() for group in self.packed]
         except (TypeError, RuntimeError):
             if any(p.grad is None or _is_sparse(p.grad) for group in self.packed for p in group.params):
                 return None
             raise
+        found = [buffer for buffer in buffers if buffer is not None]
+        return found if len(found) == len(buffers) else None
 
 
 class FlatPlan(Plan):
@@ -88,6 +86,7 @@ class FlatPlan(Plan):
     ) -> None:
         tensors = tuple(p for flat in dense for p in flat.params) + tuple(p for _, p, _ in loose)
         super().__init__(tensors, members, ())
+        self._all_pointers = list(map(_address, tensors))
         self._keys = [flat.params for flat in dense]
         self._loose = [p for _, p, _ in loose]
         self._loose_index = {id(p): i for i, p in enumerate(self._loose)}
@@ -105,7 +104,7 @@ class FlatPlan(Plan):
             and all(flat.params is key for flat, key in zip(dense, self._keys, strict=True))
             and len(loose) == len(self._loose)
             and all(p is q for (_, p, _), q in zip(loose, self._loose, strict=True))
-            and list(map(_address, self.tensors)) == self.pointers
+            and list(map(_address, self.tensors)) == self._all_pointers
         )
 
     def scattered(self, dense: Sequence[FlatGradients], loose: Sequence[tuple[str, Tensor, Tensor]]) -> list[Tensor]:
@@ -116,7 +115,8 @@ class FlatPlan(Plan):
                 i, start, end = run
                 buffers.append(dense[i].buffer[start:end])
             else:
-                buffers.append(group.gather_([self._one(p, dense, loose) for p in group.params]))
+                group.gather_([self._one(p, dense, loose) for p in group.params])
+                buffers.append(group.buffer)
         for _, members in self.listed:
             for m in members:
                 m.param.grad = self._one(m.param, dense, loose)

@@ -18,6 +18,20 @@ from distopt.optim.dct_adam import DCTAdam as _DCTAdam
 from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.optim import PyroOptim
 
+_DOC = """Returns a `{kind}` of `{of}`.
+
+Args:
+    optim_args: {args}.
+    clip_args: `clip_norm`, `clip_value` and `global_norm`, or a callable that returns them for a parameter's name.
+    **options: `nonfinite` and `scaler`, see `PyroOptim`.
+"""
+
+
+def _keywords(constructor: Any) -> str:
+    """The arguments of a class beyond what it steps or schedules, with their defaults."""
+    names = list(inspect.signature(constructor).parameters.values())[1:]
+    return ", ".join(str(p.replace(annotation=inspect.Parameter.empty)).removeprefix("*") for p in names) or "none"
+
 
 def _optimizers() -> dict[str, Any]:
     found = {
@@ -45,7 +59,8 @@ def _optimizer(name: str, constructor: Any) -> Callable[..., PyroOptim]:
         return PyroOptim(constructor, optim_args, clip_args, **options)
 
     make.__name__ = make.__qualname__ = name
-    make.__doc__ = f"Returns a `PyroOptim` of `{constructor.__module__}.{name}`."
+    args = f"{_keywords(constructor)}; or a callable that returns them for a parameter's name"
+    make.__doc__ = _DOC.format(kind="PyroOptim", of=f"{constructor.__module__}.{name}", args=args)
     return make
 
 
@@ -54,7 +69,8 @@ def _scheduler(name: str, constructor: Any) -> Callable[..., PyroLRScheduler]:
         return PyroLRScheduler(constructor, optim_args, clip_args, **options)
 
     make.__name__ = make.__qualname__ = name
-    make.__doc__ = f"Returns a `PyroLRScheduler` of `torch.optim.lr_scheduler.{name}`."
+    args = f"`optimizer`, a torch class; `optim_args`, its arguments or such a callable; {_keywords(constructor)}"
+    make.__doc__ = _DOC.format(kind="PyroLRScheduler", of=f"torch.optim.lr_scheduler.{name}", args=args)
     return make
 
 

@@ -10,7 +10,7 @@ import pyro
 from torch import Tensor
 
 from distopt.optim.groups import Member
-from distopt.optim.state import State
+from distopt.optim.state import State, copied
 
 
 class Roster:
@@ -65,7 +65,7 @@ class Roster:
         if pyro.get_param_store().param_name(param) is None:
             key = id(param)
             parted = self._parted
-            self._parted[key] = (weakref.ref(param, lambda _: parted.pop(key, None) and None), state)
+            self._parted[key] = (weakref.ref(param, lambda _: parted.pop(key, None) and None), copied(state))
 
     def returned(self, param: Tensor) -> State | None:
         """Returns the state with which `param` once left, if it did."""

@@ -107,12 +107,13 @@ def life_of(state: State | None, numel: int) -> Any:
     return (tuple(scalars), hyper_of(part["param_groups"][0]), frozen(state.get("scheduler")))
 
 
-def joined(states: Sequence[State], flat: bool) -> State:
+def joined(states: Sequence[State], flat: bool, apart: bool = False) -> State:
     """Returns one state dict for the parameters of all `states`, which are each of one parameter.
 
     Args:
         states: of parameters with equal hyper-parameters and schedule.
         flat: whether the parameters lie packed in one tensor; their lives are then equal.
+        apart: whether each has a parameter group of its own; their hyper-parameters may then differ.
     """
     parts = [optimizer_part(s) for s in states]
     each = [part["state"].get(0, {}) for part in parts]
@@ -120,6 +121,9 @@ def joined(states: Sequence[State], flat: bool) -> State:
     if not flat:
         group["params"] = list(range(len(states)))
         state = {i: copied(s) for i, s in enumerate(each) if s}
+        if apart:
+            groups = [dict(part["param_groups"][0]) | {"params": [i]} for i, part in enumerate(parts)]
+            return with_optimizer_part(states[0], {"state": state, "param_groups": groups})
         return with_optimizer_part(states[0], {"state": state, "param_groups": [group]})
     group["params"] = [0]
     merged = {

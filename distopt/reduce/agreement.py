@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from distopt.backends import Backend, Json
-from distopt.reduce.constraints import build_constraint, describe_constraint
+from distopt.constraints import ConstraintError, build_constraint, describe_constraint
 from distopt.reduce.errors import DisagreementError, PeerError
 from distopt.reduce.layout import Entry
 from distopt.reduce.local import local_parameter
+from distopt.reduce.noise import noise_state, set_apart
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Agreement:
         self, backend: Backend, settings: Mapping[str, Json], tensor_of: Callable[[str], Tensor | None]
     ) -> None:
         self._backend, self._settings, self._tensor_of = backend, dict(settings), tensor_of
+        self._is_first = True
 
     def settle(self, news: News, known: Mapping[str, Entry]) -> dict[str, Entry]:
         """Returns the entries that all ranks know from now on; their tensors exist here and are equal on all ranks.
@@ -65,6 +67,9 @@ class Agreement:
         self._check_errors(told)
         self._check_steps(told)
         self._check_settings(told)
+        if self._is_first and self._settings["noise"] == "independent":
+            set_apart([each["noise"] for each in told], self._backend.rank)
+        self._is_first = False
         gone = [set(each["gone"]) for each in told]
         given_up = set.intersection(*gone)
         new = [set(each["news"]) for each in told]
@@ -92,6 +97,7 @@ class Agreement:
             "step": news.step,
             "kind": news.kind,
             "settings": self._settings,
+            "noise": noise_state() if self._is_first else None,
             "news": sorted(news.names),
             "sparse": sorted(news.sparse),
             "dense": sorted(news.dense),
@@ -136,9 +142,8 @@ class Agreement:
         tensor = self._tensor_of(name)
         if tensor is None:
             return None
-        constraint = describe_constraint(_constraint_of(name))
         return Entry(name, tuple(tensor.shape), tensor.dtype, tensor.device.type, False, "").describe() | {
-            "constraint": json.dumps(constraint, sort_keys=True),
+            "constraint": _as_json(_constraint_of(name)),
             "kind": "replicated" if local_parameter(tensor) is None else "local",
         }
 
@@ -169,12 +174,12 @@ class Agreement:
             if told:
                 name, why = next(iter(told[0].items()))
                 raise DisagreementError(
-                    f"parameter {name!r} cannot be created on a rank that has not seen it: {why}. Import that class "
-                    "on every rank, or touch the parameter on every rank."
+                    f"parameter {name!r} cannot be created on a rank that has not seen it: {why} Or touch it on every "
+                    "rank."
                 )
 
     def _create(self, entry: Entry) -> None:
-        constraint = build_constraint(json.loads(entry.constraint))
+        constraint = build_constraint(json.loads(entry.constraint, object_hook=_tensor_from_json))
         device = torch.device("cpu") if entry.device == "cpu" else self._backend.device
         tensor = torch.zeros(entry.shape, dtype=entry.dtype, device=device).requires_grad_()
         pyro.get_param_store().set_state({"params": {entry.name: tensor}, "constraints": {entry.name: constraint}})
@@ -192,7 +197,24 @@ class Agreement:
         return f"rank {self._backend.rank} of {self._backend.world_size}, step {step}"
 
 
-_CAN_BUILD = {json.dumps(describe_constraint(constraints.real))}
+def _as_json(constraint: constraints.Constraint) -> str:
+    """A constraint as JSON text; of a class that is not registered only the name, which can be compared."""
+    try:
+        described = describe_constraint(constraint)
+    except ConstraintError:
+        described = {"name": f"{type(constraint).__module__}.{type(constraint).__qualname__}"}
+    return json.dumps(described, sort_keys=True, default=_tensor_as_json)
+
+
+def _tensor_as_json(tensor: Tensor) -> Json:
+    return {"tensor": tensor.cpu().tolist(), "dtype": str(tensor.dtype).removeprefix("torch.")}
+
+
+def _tensor_from_json(value: dict[str, Any]) -> Any:
+    return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"])) if "tensor" in value else value
+
+
+_CAN_BUILD = {_as_json(constraints.real)}
 
 
 @torch.no_grad()

@@ -16,9 +16,9 @@ from torch import Tensor
 DIGIT = 64
 NUM_CHECKSUM_DIGITS = 8  # 48 bits
 
-_ACTIVE, _NEWS, _ABORT, _FLAG, _NONFINITE, _VALUE, _NUM_VALUES = range(7)
-_STEP, _KIND = 7, 9
-_CHECKSUM = 11
+_ACTIVE, _NEWS, _ABORT, _FLAG, _NONFINITE, _VALUE, _NUM_VALUES, _OWN_SQUARE = range(8)
+_STEP, _KIND = 8, 10
+_CHECKSUM = 12
 NUM_SLOTS = _CHECKSUM + 2 * NUM_CHECKSUM_DIGITS
 
 
@@ -28,6 +28,7 @@ class Kind(IntEnum):
     GRADIENT = 1
     SCHEDULE = 2
     ABORT = 3
+    AGREE = 4  # parameters are agreed on, nothing is stepped
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Control:
     flag: bool = False
     nonfinite: bool = False
     value: float | None = None  # the loss, or a schedule's metric
+    own_square: float = 0.0  # of the gradients of this rank alone
     checksum: int = 0
 
 
@@ -57,6 +59,7 @@ class Heard:
     num_flags: int
     num_nonfinite: int
     value: float | None  # mean over the ranks that gave one
+    own_square: float
     kind: Kind | None
     in_step: bool  # all active ranks are in the same step, for the same kind
     in_sync: bool  # all ranks have the same checksum
@@ -69,17 +72,26 @@ def write_control(slots: Tensor, said: Control) -> None:
     numbers = [0.0] * NUM_SLOTS
     numbers[_ACTIVE] = float(active)
     numbers[_NEWS], numbers[_ABORT], numbers[_FLAG] = float(said.news), float(said.abort), float(said.flag)
-    numbers[_NONFINITE] = float(said.nonfinite)
+    numbers[_NONFINITE], numbers[_OWN_SQUARE] = float(said.nonfinite), said.own_square
     if said.value is not None:
         numbers[_VALUE], numbers[_NUM_VALUES] = said.value, 1.0
     if said.kind is not None:
         for at, digit in ((_STEP, said.step % (DIGIT - 3)), (_KIND, int(said.kind))):
             numbers[at], numbers[at + 1] = float(digit), float(digit**2)
-    checksum = said.checksum
-    for at in range(_CHECKSUM, NUM_SLOTS, 2):
+    checksum, at = said.checksum, _CHECKSUM
+    while checksum:
         checksum, digit = divmod(checksum, DIGIT)
         numbers[at], numbers[at + 1] = float(digit), float(digit**2)
-    slots[:NUM_SLOTS] = torch.tensor(numbers, dtype=slots.dtype)
+        at += 2
+    fill_(slots[:NUM_SLOTS], numbers)
+
+
+def fill_(slots: Tensor, numbers: float | list[float]) -> None:
+    """Overwrites 1-D `slots` with numbers."""
+    if slots.device.type == "cpu":
+        slots.numpy()[:] = numbers  # a tenth of the time that a tensor of their own takes
+    else:
+        slots.copy_(torch.tensor(numbers, dtype=slots.dtype))
 
 
 def read_control(slots: Tensor, world_size: int) -> Heard:
@@ -94,6 +106,7 @@ def read_control(slots: Tensor, world_size: int) -> Heard:
         int(numbers[_FLAG]),
         int(numbers[_NONFINITE]),
         numbers[_VALUE] / num_values if num_values else None,
+        numbers[_OWN_SQUARE],
         Kind(round(numbers[_KIND] / num_active)) if num_active and in_step else None,
         in_step,
         all(_all_same(numbers, at, world_size) for at in range(_CHECKSUM, NUM_SLOTS, 2)),

@@ -13,6 +13,10 @@ from distopt.backends import Json
 from distopt.reduce.control import NUM_SLOTS
 
 MIB = 2**20
+LOOK_FIRST_BYTES = 4 * MIB
+"""Gradients in several buckets and beyond this size are sent after the ranks have seen that nobody has news."""
+LARGE_NUMEL = 2**15
+"""From this many elements on a pass over a gradient costs more than a call, and allocating it more than either."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ class Bucket:
         buffer: shape (numel + slots,), what is sent.
         flat: shape (numel,), the gradients in it.
         views: one per parameter, its gradient in `flat`, in the parameter's shape and dtype.
+        addresses: where each of them starts; -1 for empty ones.
+        is_large: whether a pass over one of its gradients costs more than a call for each.
+        is_1d: whether they are vectors of real numbers, which can be copied in one call.
         slots: the control slots in `buffer`; None in the buckets that do not carry them.
     """
 
@@ -72,11 +79,17 @@ class Bucket:
             _view(self.flat[start:stop], entry)
             for entry, start, stop in zip(entries, self.offsets, self.offsets[1:], strict=False)
         ]
+        self.addresses = [view.data_ptr() if view.numel() else -1 for view in self.views]
+        self.is_large = numel > LARGE_NUMEL * len(self.views)
+        self.is_1d = not self.is_complex and all(view.dim() == 1 for view in self.views)
         self.names = tuple(entry.name for entry in entries)
 
 
 class Layout:
     """The parameters known to all ranks, sorted by name, and their buckets.
+
+    The control slots ride in the first bucket, or travel alone where it cannot carry them or the model is large: then
+    they are looked at before gradients are sent.
 
     Args:
         entries: the parameters.
@@ -106,6 +119,9 @@ class Layout:
         num_slots = NUM_SLOTS + len(self.entries)
         dense = [index for index, entry in enumerate(self.entries) if not entry.sparse]
         parts = _split(dense, self.entries, bucket_mib, groups)
+        num_bytes = sum(self.entries[index].num_bytes for index in dense)
+        self.looks_first = len(parts) > 1 and num_bytes > LOOK_FIRST_BYTES
+        rides = rides and not self.looks_first
         carrier = next((i for i, part in enumerate(parts) if rides and self._can_carry(part)), None)
         if carrier is not None:
             parts.insert(0, parts.pop(carrier))  # the control slots are waited for first
@@ -123,8 +139,6 @@ class Layout:
         slots = self.buckets[0].slots
         assert slots is not None
         self.slots = slots
-        # What a rank that has a gradient for every parameter says, ready to be copied.
-        self.all_touched = torch.ones(len(self.entries), dtype=slots.dtype, device=slots.device)
 
     def _can_carry(self, part: Sequence[int]) -> bool:
         return self.entries[part[0]].real_dtype in (torch.float32, torch.float64)

@@ -112,6 +112,12 @@ def local_parameter(param: Tensor) -> LocalParameter | None:
     return found
 
 
+def num_shards(param: Tensor) -> int:
+    """Returns by what the gradient of `param` is divided: over how many ranks its plate is split, 1 if replicated."""
+    entry = local_parameter(param)
+    return 1 if entry is None else entry.plate.num_shards
+
+
 def any_local() -> bool:
     """Whether there are local parameters at all; a look of no cost."""
     return len(_LOCAL.data) > 0

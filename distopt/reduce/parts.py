@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distopt.reduce.control import Heard
+from distopt.reduce.local import num_shards
 
 
 class Part(NamedTuple):
@@ -32,15 +33,26 @@ class Brought:
         params: the unconstrained tensors of this call.
         gradients: by place in the layout; None where this rank has none.
         complete: whether no gradient is None and none is sparse.
+        addresses: where each gradient lies; None when one is missing or sparse, and when nobody has looked.
         news: parameters that the layout lacks or holds otherwise, with their gradients.
         own: (name, parameter, gradient) of parameters that belong to this rank alone.
     """
 
     params: Sequence[Tensor] = ()
-    gradients: Sequence[Tensor | None] = ()
+    gradients: list[Tensor | None] = field(default_factory=list)
     complete: bool = False
+    addresses: list[int] | None = None
     news: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     own: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+
+    def own_square(self) -> float:
+        """Returns the squared 2-norm of the gradients of this rank alone, as they will be stepped by."""
+        total = 0.0
+        for _, param, gradient in self.own:
+            values = gradient.coalesce().values() if gradient.is_sparse else gradient
+            wide = torch.complex128 if values.is_complex() else torch.float64
+            total += (float(torch.linalg.vector_norm(values, dtype=wide)) / num_shards(param)) ** 2
+        return total
 
 
 @dataclass
@@ -48,6 +60,7 @@ class Reduced:
     """The gradients that every rank steps by, equal on all ranks, and what the ranks have told each other."""
 
     heard: Heard
+    brought: Brought | None = None  # what this rank gave
     dense: list[Part] = field(default_factory=list)
     loose: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     num_own: int = 0  # the last ones of `loose`: of this rank alone

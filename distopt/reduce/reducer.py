@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
-from types import NoneType
 from typing import Any
 
 import pyro
@@ -13,17 +12,19 @@ from torch import Tensor
 
 from distopt.backends import Backend
 from distopt.reduce.agreement import Agreement, News
-from distopt.reduce.control import NUM_SLOTS, Control, Heard, Kind, read_control, write_control
+from distopt.reduce.control import NUM_SLOTS, Control, Heard, Kind, fill_, read_control, write_control
 from distopt.reduce.drift import checksums, explain_drift, fold
 from distopt.reduce.errors import PeerError
+from distopt.reduce.filling import Cleared, fill_bucket_, take_out_
 from distopt.reduce.layout import Bucket, Entry, Layout
-from distopt.reduce.local import any_local, local_parameter
+from distopt.reduce.local import any_local, local_parameter, num_shards
 from distopt.reduce.overlap import Overlap
 from distopt.reduce.parts import Brought, Part, Reduced
 from distopt.reduce.settings import Settings
 from distopt.reduce.sparse import sum_sparse
 
-_gradient, _is_sparse = attrgetter("grad"), attrgetter("is_sparse")
+_gradient = attrgetter("grad")
+_WITHOUT_GRADIENTS = (Kind.SCHEDULE, Kind.AGREE)
 _MAX_PATTERNS = 64  # of which parameters are touched: enough for a model whose minibatches alternate
 
 
@@ -54,6 +55,7 @@ class Reducer:
         self._exchange = settings.make_exchange(backend)
         self._agreement = Agreement(backend, settings.describe(), self.tensor_of)
         self._overlap: Overlap | None = None
+        self.cleared = Cleared()
         self.layout = self._build()
 
     # What this rank has.
@@ -65,6 +67,7 @@ class Reducer:
             return self._look_at_shared(params)
         brought = self._look_at_shared([param for param in params if local_parameter(param) is None])
         own = [param for param in params if local_parameter(param) is not None]
+        self.cleared.restore(own)
         brought.own = [(self._name(param), param, param.grad) for param in own if param.grad is not None]
         brought.params = params
         return brought
@@ -76,8 +79,9 @@ class Reducer:
             return self._look_closely(params)
         if len(places) == len(layout.params) and not layout.sparse:
             gradients = list(map(_gradient, layout.params))
-            if _all_dense(gradients):
-                return Brought(params, gradients, complete=True)
+            addresses = _addresses(gradients)
+            if addresses is not None:
+                return Brought(params, gradients, complete=True, addresses=addresses)
         return self._look_closely(params)
 
     def tensor_of(self, name: str) -> Tensor | None:
@@ -99,6 +103,7 @@ class Reducer:
         return not layout.params or pyro.get_param_store().param_name(layout.params[0]) == layout.names[0]
 
     def _look_closely(self, params: Sequence[Tensor]) -> Brought:
+        self.cleared.restore(params)
         layout = self.layout
         brought = Brought(params)
         gradients: list[Tensor | None] = [None] * len(layout.params)
@@ -110,7 +115,8 @@ class Reducer:
             else:
                 gradients[place] = gradient
         brought.gradients = gradients
-        brought.complete = not layout.sparse and _all_dense(gradients)
+        addresses = _addresses(gradients)
+        brought.complete, brought.addresses = not layout.sparse and addresses is not None, addresses
         return brought
 
     # Rounds.
@@ -129,10 +135,10 @@ class Reducer:
             BackendError: A rank did not come in time, or is gone.
 
         Cost:
-            One all-reduce per bucket. With news, an agreement and the round once more.
+            One all-reduce per bucket; of a large model (more than one bucket and 4 MiB) a small one before. With news,
+            an agreement and the round once more.
         """
         said.news = bool(brought is not None and brought.news)
-        said.nonfinite = brought is not None and not all(_is_finite(gradient) for _, _, gradient in brought.own)
         sums = None
         if self.settings.drift_every_steps and said.step % self.settings.drift_every_steps == 0:
             sums = checksums(zip(self.layout.names, self.layout.params, strict=True), self._state())
@@ -197,16 +203,19 @@ class Reducer:
     @torch.no_grad()
     def _round(self, brought: Brought | None, said: Control) -> Heard:
         layout, exchange, overlap = self.layout, self._exchange, self._overlap
+        if not self._sends_scaled and (brought is not None or said.kind is Kind.SCHEDULE):
+            take_out_(layout, brought or Brought(gradients=list(map(_gradient, layout.params))))
         if brought is not None and brought.news:
             brought = None  # this round's sums are thrown away
         carrier, others = layout.buckets[0], layout.buckets[1:]
-        self._fill(carrier, brought)
+        fill_bucket_(carrier, brought, self._scale_before())
         write_control(layout.slots, said)
         if brought is not None:
             self._write_touched(layout.slots[NUM_SLOTS:], brought)
-        # A joined rank cannot know whether the others bring gradients or only step a scheduler, which has no use for
-        # the other buckets; it looks first. With overlap the others have started already.
-        looks_first = said.kind in (None, Kind.SCHEDULE) and overlap is None
+        # A joined rank cannot know whether the others bring gradients or only step a scheduler, say, which has no use
+        # for the other buckets; it looks first, and so do all where these are large. With overlap they are on their
+        # way.
+        looks_first = overlap is None and (layout.looks_first or said.kind in (None, *_WITHOUT_GRADIENTS))
         if overlap is not None:
             self._start(overlap.waiting, brought)
         exchange.start(carrier)
@@ -214,42 +223,40 @@ class Reducer:
             self._start(others, brought)
         exchange.finish(carrier)
         heard = read_control(layout.slots, self.backend.world_size)
-        is_short = heard.num_active == 0 or (heard.kind is Kind.SCHEDULE and not heard.num_news and not heard.num_abort)
-        if is_short and looks_first:
-            return heard
         if looks_first:
-            self._start(others, brought)
+            if not self._brings_gradients(heard):
+                return heard
+            self._start(others, brought, heard.num_active)
         for bucket in others:
             exchange.finish(bucket)
         if overlap is not None:
             overlap.reset()
         return heard
 
-    def _start(self, buckets: Sequence[Bucket], brought: Brought | None) -> None:
+    @property
+    def _sends_scaled(self) -> bool:
+        """Whether gradients cross once the number of active ranks is known, divided by it as they are copied."""
+        return self.layout.looks_first and self._overlap is None
+
+    def _brings_gradients(self, heard: Heard) -> bool:
+        """Whether the other buckets follow those that were looked at first; the same on all ranks."""
+        if self._sends_scaled:
+            return heard.kind is Kind.GRADIENT and not heard.num_news and not heard.num_abort
+        return heard.num_active > 0 and heard.kind not in _WITHOUT_GRADIENTS
+
+    def _start(self, buckets: Sequence[Bucket], brought: Brought | None, num_active: int | None = None) -> None:
+        scale = self._scale_before()
+        if self._sends_scaled and num_active is not None:
+            scale *= self._scale_after(num_active)
         for bucket in buckets:
-            self._fill(bucket, brought)
+            fill_bucket_(bucket, brought, scale)
             self._exchange.start(bucket)
 
     def _start_early(self, bucket: Bucket) -> None:
-        gradients = [param.grad for param in self.layout.params]
-        self._start([bucket], Brought(gradients=gradients))
-
-    def _fill(self, bucket: Bucket, brought: Brought | None) -> None:
-        if brought is None:
-            bucket.buffer.zero_()
-            return
-        gradients = list(map(brought.gradients.__getitem__, bucket.indices))
-        if brought.complete and gradients:
-            torch._foreach_copy_(bucket.views, gradients)  # type: ignore[arg-type]  # none is None
-        else:
-            for view, gradient in zip(bucket.views, gradients, strict=True):
-                if gradient is None:
-                    view.zero_()
-                else:
-                    view.copy_(gradient.to_dense() if gradient.is_sparse else gradient)
-        scale = self._scale_before()
-        if scale != 1.0 and gradients:
-            bucket.flat.mul_(scale)
+        gradients: list[Tensor | None] = [param.grad for param in self.layout.params]
+        brought = Brought(gradients=gradients)
+        take_out_(self.layout, brought)
+        self._start([bucket], brought)
 
     def _scale_before(self) -> float:
         if self.settings.op != "average":
@@ -263,22 +270,18 @@ class Reducer:
         return 1.0 / (num_active * self._scale_before())
 
     def _write_touched(self, slots: Tensor, brought: Brought) -> None:
-        if brought.complete:
-            slots.copy_(self.layout.all_touched)
-        else:
-            touched = [0.0 if gradient is None else 1.0 for gradient in brought.gradients]
-            slots.copy_(torch.tensor(touched, dtype=slots.dtype))
+        fill_(slots, 1.0 if brought.complete else [float(gradient is not None) for gradient in brought.gradients])
 
     # What comes back.
 
     @torch.no_grad()
     def _collect(self, heard: Heard, brought: Brought | None) -> Reduced:
-        reduced = Reduced(heard)
+        reduced = Reduced(heard, brought)
         if heard.kind is not Kind.GRADIENT:
             return reduced
         layout, scale = self.layout, self._scale_after(heard.num_active)
         for bucket in layout.buckets:
-            if scale != 1.0 and bucket.entries:
+            if scale != 1.0 and bucket.entries and not self._sends_scaled:
                 bucket.flat.mul_(scale)
         if (
             not layout.sparse
@@ -295,9 +298,8 @@ class Reducer:
         else:
             self._collect_touched(reduced, brought, scale)
         for name, param, gradient in brought.own if brought is not None else ():
-            entry = local_parameter(param)
-            if entry is not None and entry.plate.num_shards > 1:
-                gradient.div_(entry.plate.num_shards)  # the plate's density was multiplied by it
+            if num_shards(param) > 1:
+                gradient.div_(num_shards(param))  # the plate's density was multiplied by it
             reduced.loose.append((name, param, gradient))
             reduced.num_own += 1
         return reduced
@@ -306,10 +308,10 @@ class Reducer:
         layout, touched = self.layout, [count > 0 for count in reduced.heard.touched]
         for bucket, places, part in self._pattern(tuple(touched)):
             views = [bucket.views[place] for place in places]
-            if bucket.is_complex:
-                reduced.loose += zip(part.names, part.params, views, strict=True)
-            elif len(places) == len(bucket.views):
+            if len(places) == len(bucket.views) and not bucket.is_complex:
                 reduced.dense.append(Part(part.names, part.params, bucket.flat))
+            elif bucket.is_complex or bucket.is_large:
+                reduced.loose += zip(part.names, part.params, views, strict=True)
             else:
                 reduced.dense.append(part._replace(buffer=torch.cat([view.reshape(-1) for view in views])))
         sparse = [index for index in layout.sparse if touched[index]]
@@ -340,16 +342,14 @@ class Reducer:
         self._exchange.forget(set(self.layout.names))
 
 
-def _all_dense(gradients: Sequence[Tensor | None]) -> bool:
-    # Loops of the interpreter's own: a thousand parameters are looked at in each step.
-    return NoneType not in set(map(type, gradients)) and not any(map(_is_sparse, gradients))
+def _addresses(gradients: Sequence[Tensor | None]) -> list[int] | None:
+    """Where each gradient lies; None when one is missing or sparse."""
+    try:
+        # One loop of the interpreter's own: a thousand parameters are looked at in each step.
+        return list(map(Tensor.data_ptr, gradients))  # type: ignore[arg-type]
+    except (TypeError, RuntimeError):  # None has no address, nor has a sparse tensor
+        return None
 
 
 def _is_dense_now(entry: Entry, gradient: Tensor | None) -> bool:
     return entry.sparse and gradient is not None and not gradient.is_sparse
-
-
-def _is_finite(gradient: Tensor) -> bool:
-    values = gradient._values() if gradient.is_sparse else gradient
-    # The largest magnitude is NaN or infinite if any number is; unlike isfinite(), it is found without a copy.
-    return values.numel() == 0 or bool(torch.isfinite(torch.linalg.vector_norm(values, ord=torch.inf)))

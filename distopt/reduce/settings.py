@@ -12,6 +12,7 @@ import torch
 from distopt.backends import Backend, Json
 from distopt.reduce.adasum import Adasum
 from distopt.reduce.exchange import Exchange, Half, Plain
+from distopt.reduce.noise import NoisePolicy
 from distopt.reduce.power_sgd import PowerSgd
 
 Compression: TypeAlias = Literal["none", "fp16", "bf16", "powersgd"]
@@ -33,6 +34,7 @@ class Settings:
         overlap: Whether buckets start while backward still runs.
         backward_passes: Backward passes before each call, known, for `overlap`.
         passes_per_step: Calls of the optimizer whose gradients are summed before one reduction.
+        noise: Whether ranks draw noise of their own (`independent`) or all the same (`shared`).
         drift_every_steps: A checksum of the replicas rides along every so many steps; 0: never.
     """
 
@@ -46,10 +48,11 @@ class Settings:
     overlap: bool = False
     backward_passes: int = 1
     passes_per_step: int = 1
+    noise: NoisePolicy = "independent"
     drift_every_steps: int = 0
 
     def __post_init__(self) -> None:
-        for key, kind in (("op", ReduceOp), ("compression", Compression)):
+        for key, kind in (("op", ReduceOp), ("compression", Compression), ("noise", NoisePolicy)):
             if getattr(self, key) not in get_args(kind):
                 raise ValueError(f"{key}={getattr(self, key)!r}: unknown. Known: {', '.join(get_args(kind))}.")
         for key in ("power_sgd_rank", "bucket_mib", "predivide", "backward_passes", "passes_per_step"):

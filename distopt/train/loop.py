@@ -22,7 +22,7 @@ from distopt.backends import Backend, BackendError, init
 from distopt.backends.environment import find_place
 from distopt.checkpoint import Checkpointer, CheckpointError, Restored
 from distopt.config import RunConfig
-from distopt.data import GlobalBatches
+from distopt.data import GlobalBatches, Loader
 from distopt.infer import SVI, seed_noise
 from distopt.optim import DistributedOptimizer, PyroOptim
 from distopt.reduce import DisagreementError, DriftError, PeerError
@@ -32,7 +32,7 @@ from distopt.train.report import Report, elbo_figure
 from distopt.train.serve import ServeError, serving
 from distopt.train.signals import StopSignals
 from distopt.train.status import Status
-from distopt.train.task import Task, TaskError, load_task
+from distopt.train.task import Task, TaskError, TaskRows, load_task
 
 CHECKPOINTS = "checkpoints"
 REPORT = "report.html"
@@ -97,6 +97,7 @@ class _Worker:
             compression=config.reduce.compression,
             bucket_mib=config.reduce.bucket_mib,
             overlap=config.reduce.overlap,
+            noise=config.train.noise,
         )
         loss = getattr(pyro.infer, config.train.loss)(
             num_particles=config.train.num_particles, **config.train.loss_args
@@ -187,10 +188,10 @@ class _Worker:
         config, status = self.config, self.status
         num_steps, every = config.train.num_steps, config.checkpoint.every_steps
         log = _Log(self, first)
-        with log:
+        with log, Loader(TaskRows(self.task), self.batches, num_ahead=config.data.prefetch) as loader:
             for step in range(first, num_steps):
                 is_logged = (step + 1) % config.log.every_steps == 0 or step + 1 == num_steps
-                loss = self._step(step, measure=is_logged)
+                loss = self._step(step, loader, measure=is_logged)
                 log.after(step + 1, loss, is_logged)
                 stopping = self.optimizer.any_flag
                 if stopping or step + 1 == num_steps or (every is not None and (step + 1) % every == 0):
@@ -202,12 +203,12 @@ class _Worker:
         status.progress()
         return max(first, num_steps)
 
-    def _step(self, step: int, *, measure: bool) -> float:
+    def _step(self, step: int, loader: Loader, *, measure: bool) -> float:
         config, optimizer = self.config, self.optimizer
         seed_noise(config.seed, step, self.backend.rank, config.train.noise)
-        optimizer.local_flag = self.stop.received != 0
+        optimizer.local_step, optimizer.local_flag = step, self.stop.received != 0
         optimizer.measure_norm = measure
-        loss = self.svi.step(*self.task.batch(self.batches.rows(step)))
+        loss = self.svi.step(*loader.batch(step))
         scheduler = config.optim.scheduler
         if scheduler is not None and (step + 1) % scheduler.every_steps == 0:
             self.step_schedule(optimizer, loss)

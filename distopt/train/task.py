@@ -34,10 +34,27 @@ class Task(Protocol):
         """Returns the number of rows of the training set."""
 
     def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
-        """Returns the arguments of model and guide for these rows, (rows of this rank and step,) int64."""
+        """Returns the arguments of model and guide for these rows, (rows of this rank and step,) int64.
+
+        With `data.prefetch` a thread calls it, steps ahead: then it must not draw from the global generators.
+        """
 
     def report(self, report: Report) -> None:
         """Adds what was found to the report; called on rank 0 once the run is done."""
+
+
+class TaskRows:
+    """The rows of a task as a source for `distopt.data.Loader`."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+
+    def __len__(self) -> int:
+        return self._task.rows()
+
+    def read(self, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        """Returns the arguments of model and guide for these rows."""
+        return self._task.batch(rows)
 
 
 class TaskError(ValueError):

@@ -1,4 +1,4 @@
-"""horovodrun, Horovod's launcher, with its Gloo controller."""
+"""horovodrun, Horovod's launcher, with its Gloo or its MPI controller."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ class Platform:
             )
         if len(hosts) == 1 and config.launch.min_hosts:
             problems.append("launch.min_hosts: elastic Horovod cannot survive a death on a single host; name two")
+        if config.launch.horovod_controller == "mpi" and config.launch.min_hosts:
+            problems.append(
+                "launch.min_hosts: horovodrun is elastic over Gloo alone; set launch.horovod_controller=gloo"
+            )
         if unresolved := network.host_problems(hosts):
             return problems + unresolved
         return problems + ssh.unreachable(config, [host for host in hosts if not network.is_here(host)])
@@ -47,22 +51,31 @@ class Platform:
         checkpoint, so they are stopped by a file.
         """
         launch = config.launch
-        hosts = launch.hosts or ["localhost"]
         env = env_of_workers(config, **STOP_BY_FILE)
-        interface = launch.interface or (network.interface_among(hosts) if launch.hosts else "lo")
+        interface = launch.interface or (network.interface_among(launch.hosts) if launch.hosts else "lo")
         files = run_files(config)
+        path = os.environ.get("PATH", os.defpath)
+        controller = ["--gloo"]
+        if launch.horovod_controller == "mpi":
+            env |= open_mpi_env(config)
+            path = f"{Path(sys.executable).parent}:{path}"  # it calls the first mpirun
+            # With Horovod's own arguments, Open MPI 5 takes `-bind-to` for a program's name.
+            controller = ["--mpi", "--binding-args=--oversubscribe --bind-to none --map-by slot"]
+            env["PATH"] = path
         if launch.hosts:
             files |= ssh.wrapper(config)
-            env["PATH"] = f"{(config.run_dir / ssh.FOLDER).resolve()}:{os.environ.get('PATH', os.defpath)}"
+            env["PATH"] = f"{(config.run_dir / ssh.FOLDER).resolve()}:{path}"
+        address = network.interfaces().get(interface or "")
+        bound = (sys.executable, "-m", "distopt.launch.bound_horovodrun", address)
         argv = [
-            str(beside_python("horovodrun")),
-            "--gloo",
+            *(bound if address else (str(beside_python("horovodrun")),)),
+            *controller,
             *(["--network-interfaces", interface] if interface else []),
             *self._world(config, files),
             *worker_argv(config, sys.executable),
         ]
         command = Command(tuple(argv), env, secret_variables(config))
-        return Plan("horovodrun", (command,), files, stop_by_file=True)
+        return Plan("horovodrun", (command,), files, stop_by_file=True, together=len(launch.world_sizes) == 1)
 
     def _world(self, config: RunConfig, files: dict[Path, str]) -> list[str]:
         launch = config.launch
@@ -74,6 +87,23 @@ class Platform:
         files[script] = "#!/bin/sh\n" + "".join(f"echo {shlex.quote(slot)}\n" for slot in slots)
         limits = ["-np", str(sizes[0]), "--min-np", str(sizes[0]), "--max-np", str(sizes[-1])]
         return [*limits, "--host-discovery-script", str(script.resolve()), "--reset-limit", str(launch.max_restarts)]
+
+
+def open_mpi_env(config: RunConfig) -> dict[str, str]:
+    """Returns the variables that Open MPI 4 and 5 read: how it reaches hosts, and that it may run as root."""
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
+    if not config.launch.hosts:
+        return {**root, "OMPI_MCA_btl": "^tcp"}  # shared memory does, and nothing listens
+    agent = str((config.run_dir / ssh.FOLDER / "ssh").resolve())
+    interface = config.launch.interface
+    return {
+        **root,
+        "PRTE_MCA_plm_ssh_agent": agent,
+        "OMPI_MCA_plm_rsh_agent": agent,
+        "PRTE_MCA_plm_ssh_no_tree_spawn": "1",
+        "OMPI_MCA_plm_rsh_no_tree_spawn": "1",
+        **({"OMPI_MCA_btl_tcp_if_include": interface} if interface else {}),
+    }
 
 
 def beside_python(program: str) -> Path:

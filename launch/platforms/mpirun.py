@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from distopt.config import RunConfig
 
 from .. import network, ssh
 from ..plan import STOP_BY_FILE, Command, Plan, env_of_workers, run_files, worker_argv
-from .horovodrun import beside_python, secret_variables
+from .horovodrun import beside_python, open_mpi_env, secret_variables
 
 
 class Platform:
@@ -42,7 +41,7 @@ class Platform:
         argv = [find_mpirun() or "mpirun", *flags(config, env), *worker_argv(config, sys.executable)]
         files = {**run_files(config), **(ssh.wrapper(config) if launch.hosts else {})}
         command = Command(tuple(argv), env, secret_variables(config))
-        return Plan("mpirun", (command,), files, stop_by_file=True)
+        return Plan("mpirun", (command,), files, stop_by_file=True, together=True)
 
 
 def find_mpirun() -> str | None:
@@ -67,17 +66,8 @@ def _slots(config: RunConfig) -> str:
 
 def _open_mpi(config: RunConfig, env: dict[str, str]) -> list[str]:
     """Open MPI 4 and 5: the double dash is read by both; 5 takes `-bind-to` for a program's name."""
-    env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
-    passed = [name for name in sorted(env) if name != "PATH" and not name.startswith("OMPI_")]
-    hosts = config.launch.hosts
-    agent = str((config.run_dir / ssh.FOLDER / "ssh").resolve())
-    if hosts:
-        env |= {"PRTE_MCA_plm_ssh_agent": agent, "OMPI_MCA_plm_rsh_agent": agent}
-        env |= {"PRTE_MCA_plm_ssh_no_tree_spawn": "1", "OMPI_MCA_plm_rsh_no_tree_spawn": "1"}
-    else:
-        env["OMPI_MCA_btl_tcp_if_include"] = "lo"
-    if config.launch.interface:
-        env["OMPI_MCA_btl_tcp_if_include"] = config.launch.interface
+    passed = [name for name in sorted(env) if name != "PATH"]
+    env |= open_mpi_env(config)
     return [
         *("-n", str(config.launch.world_sizes[0])),
         *("--host", _slots(config)),

@@ -147,7 +147,9 @@ while kill -0 "$step" 2> /dev/null; do
   wait "$step"
   status=$?
 done
-if [ -n "$requeue" ]; then
+# A preemption with a time of grace signals the workers alone, and Slurm requeues no job that has ended by itself.
+preempted='PreemptTime=[0-9]'
+if [ -n "$requeue" ] || [[ $(scontrol show job "$SLURM_JOB_ID") =~ $preempted ]]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -14,6 +14,8 @@ from ..plan import Command, Plan, env_of_workers, run_files, worker_argv
 # torch 2.13 on one node failed, and none with a store per restart.
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 DEFAULT_PORT = 29400
+RENDEZVOUS_FILE = "rendezvous"
+FILE_STORE = "--rdzv-conf=store_type=file,keep_alive_interval=60"  # each sign of life makes the file longer
 
 
 class Platform:
@@ -38,10 +40,15 @@ class Platform:
         if launch.hosts:
             commands = tuple(self._on_host(config, index) for index in range(len(launch.hosts)))
             return Plan("torchrun", commands, run_files(config), heartbeat=True, least=launch.min_hosts)
-        place = ["--standalone"] if launch.port is None else _rendezvous("127.0.0.1", launch.port, 0)
-        argv = torchrun_argv(config, [*place, "--local-addr=127.0.0.1"])
+        # A file, since a rendezvous over TCP listens on all interfaces and unpickles what it is sent.
+        meeting = config.run_dir / RENDEZVOUS_FILE
+        files = {**run_files(config), meeting: ""}
+        place = ["--rdzv-backend=c10d", FILE_STORE, f"--rdzv-endpoint={meeting.resolve()}"]
+        if launch.port is not None:
+            place, files = _rendezvous("127.0.0.1", launch.port, 0), run_files(config)
+        argv = torchrun_argv(config, [*place, f"--rdzv-id={config.name}", "--local-addr=127.0.0.1"])
         env = env_of_workers(config, **FRESH_STORE, GLOO_SOCKET_IFNAME="lo")
-        return Plan("torchrun", (Command(tuple(argv), env),), run_files(config))
+        return Plan("torchrun", (Command(tuple(argv), env),), files)
 
     def _on_host(self, config: RunConfig, index: int) -> Command:
         launch = config.launch

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ BYTES = (400, 40_000, 4_000_000)
 RANKS = (1, 2, 4, 8)
 RATES_MBIT = (1000, 100)
 HOSTS = (2, 3, 4)
+LINK = "veth0"
 ROOT = Path(__file__).parents[2]
 
 
@@ -62,12 +64,12 @@ def time_steps() -> None:
     backend.close()
 
 
-def measure(
-    num_ranks: int, prefixes: Sequence[Sequence[str]] = ((),), address: str = "127.0.0.1", link: str = "lo"
-) -> list[Point]:
+def measure(num_ranks: int, prefixes: Sequence[Sequence[str]] = ((),), address: str = "127.0.0.1") -> list[Point]:
     """Starts the ranks, one after the other over the hosts, and returns what rank 0 measured."""
+    link = "lo" if address == "127.0.0.1" else LINK
     environment = os.environ | {"MASTER_ADDR": address, "MASTER_PORT": "29533", "WORLD_SIZE": str(num_ranks)}
     environment |= {"GLOO_SOCKET_IFNAME": link, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # the hosts have no names
     command = [sys.executable, "-c", "from tests.benchmarks.scaling import time_steps; time_steps()"]
     started = [
         subprocess.Popen(
@@ -79,41 +81,51 @@ def measure(
         )
         for rank in range(num_ranks)
     ]
-    out, _ = started[0].communicate(timeout=150)
-    for process in started[1:]:
-        process.wait(timeout=30)
+    try:
+        out, _ = started[0].communicate(timeout=100)
+        for process in started[1:]:
+            process.wait(timeout=30)
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
     words = [line.split() for line in out.splitlines() if line.startswith("point")]
     return [Point(num_ranks, int(num_bytes), float(seconds)) for _, num_bytes, seconds in words]
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
+
+
+def remove_stale() -> None:
+    """Removes the namespaces that a run which was killed has left."""
+    for line in subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True).stdout.splitlines():
+        name = line.split()[0]
+        if name.startswith("dob-") and not Path("/proc", name.split("-")[1]).exists():
+            _ip("netns", "del", name)
 
 
 @contextmanager
 def network(num_hosts: int, rate_mbit: int) -> Iterator[list[list[str]]]:
     """Makes hosts 10.78.0.1, 10.78.0.2, … of that rate; yields the command prefix that runs a process on each."""
-    names = [f"dob{number}" for number in range(num_hosts + 1)]  # the last one is the switch
-
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True)
-
-    for name in names:
-        ip("netns", "add", name)
-        ip("-n", name, "link", "set", "lo", "up")
+    *names, switch = made = [f"dob-{os.getpid()}-{number}" for number in range(num_hosts + 1)]
+    shape = f"tbf rate {rate_mbit}mbit burst 256kb latency 200ms".split()
     try:
-        switch = names[-1]
-        ip("-n", switch, "link", "add", "br0", "type", "bridge")
-        ip("-n", switch, "link", "set", "br0", "up")
-        for number, name in enumerate(names[:-1]):
-            ip("link", "add", "veth0", "netns", name, "type", "veth", "peer", "name", f"p{number}", "netns", switch)
-            ip("-n", switch, "link", "set", f"p{number}", "master", "br0", "up")
-            ip("-n", name, "addr", "add", f"10.78.0.{number + 1}/24", "dev", "veth0")
-            ip("-n", name, "link", "set", "veth0", "up")
-            shape = f"tbf rate {rate_mbit}mbit burst 256kb latency 200ms".split()
-            subprocess.run(
-                ["ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "veth0", "root", *shape], check=True
-            )
-        yield [["ip", "netns", "exec", name] for name in names[:-1]]
+        for name in made:
+            _ip("netns", "add", name)
+            _ip("-n", name, "link", "set", "lo", "up")
+        _ip("-n", switch, "link", "add", "br0", "type", "bridge")
+        _ip("-n", switch, "link", "set", "br0", "up")
+        for number, name in enumerate(names):
+            _ip("link", "add", LINK, "netns", name, "type", "veth", "peer", "name", f"p{number}", "netns", switch)
+            _ip("-n", switch, "link", "set", f"p{number}", "master", "br0", "up")
+            _ip("-n", name, "addr", "add", f"10.78.0.{number + 1}/24", "dev", LINK)
+            _ip("-n", name, "link", "set", LINK, "up")
+            subprocess.run(["ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", LINK, "root", *shape], check=True)
+        yield [["ip", "netns", "exec", name] for name in names]
     finally:
-        for name in names:
-            ip("netns", "del", name)
+        for name in made:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 def fit(points: Sequence[Point]) -> tuple[np.ndarray, float]:
@@ -121,7 +133,7 @@ def fit(points: Sequence[Point]) -> tuple[np.ndarray, float]:
 
     Least squares of relative errors, with no negative coefficient: what comes out negative is left out.
     """
-    rows = np.array([[1.0, 2 * (p.num_ranks - 1), 2 * (p.num_ranks - 1) / p.num_ranks * p.num_bytes] for p in points])
+    rows = np.array([_terms(point) for point in points])
     seconds = np.array([p.seconds for p in points])
     kept = [0, 1, 2]
     while True:
@@ -134,34 +146,52 @@ def fit(points: Sequence[Point]) -> tuple[np.ndarray, float]:
     return found, float(np.median(np.abs(rows @ found / seconds - 1)))
 
 
+def _terms(point: Point) -> np.ndarray:
+    rounds = 2 * (point.num_ranks - 1)
+    return np.array([1.0, rounds, rounds / point.num_ranks * point.num_bytes])
+
+
+def expected(model: np.ndarray, num_ranks: int, num_bytes: int) -> float:
+    """Returns the seconds that a fitted model expects of a reduction."""
+    return float(model @ _terms(Point(num_ranks, num_bytes, 0.0)))
+
+
 def report(name: str, points: Sequence[Point]) -> None:
-    """Prints the points, the model and what it expects of more ranks."""
+    """Prints the points, the model, its errors, and what it expects of more ranks."""
     print(f"\n{name}")
     for size in BYTES:
         row = "  ".join(f"{p.num_ranks} ranks {p.seconds * 1e3:8.2f} ms" for p in points if p.num_bytes == size)
         print(f"  {size:9,d} bytes: {row}")
     several = [point for point in points if point.num_ranks > 1]
-    (constant, latency, per_byte), error = fit(several)
+    model, error = fit(several)
+    constant, latency, per_byte = model
     bandwidth = f"{8e-6 / per_byte:,.0f} Mbit/s" if per_byte else "not seen"
+    largest = max(point.num_ranks for point in several)
+    unseen = fit([point for point in several if point.num_ranks < largest])[0]
+    misses = [
+        abs(expected(unseen, p.num_ranks, p.num_bytes) / p.seconds - 1) for p in several if p.num_ranks == largest
+    ]
     print(f"  fit: {constant * 1e3:.2f} ms + 2 (W - 1) x {latency * 1e6:.0f} us, {bandwidth}; median error {error:.0%}")
+    print(f"  fitted without {largest} ranks, it misses those by {', '.join(f'{each:.0%}' for each in misses)}")
     for ranks in (64, 512):
-        told = [constant + 2 * (ranks - 1) * latency + 2 * (ranks - 1) / ranks * size * per_byte for size in BYTES]
-        print(f"  expected at {ranks:3d} ranks: " + ", ".join(f"{each * 1e3:,.1f} ms" for each in told))
+        told = ", ".join(f"{expected(model, ranks, size) * 1e3:,.1f} ms" for size in BYTES)
+        print(f"  expected at {ranks:3d} ranks: {told}", flush=True)
 
 
-def main() -> None:
-    """Measures and reports all of it."""
-    report("ranks on this machine", [point for ranks in RANKS for point in measure(ranks)])
+def main(words: Sequence[str] = ()) -> None:
+    """Measures and reports all of it, or one part: `ranks`, or a rate in Mbit/s."""
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # so that namespaces are removed
+    if not words or "ranks" in words:
+        report("ranks on this machine", [point for ranks in RANKS for point in measure(ranks)])
     if os.geteuid() != 0 or shutil.which("tc") is None:
         print("hosts: left out, network namespaces need root and iproute2")
         return
+    remove_stale()
     for rate in RATES_MBIT:
+        if words and str(rate) not in words:
+            continue
         points = []
         for num_hosts in HOSTS:
             with network(num_hosts, rate) as prefixes:
-                points += measure(num_hosts, prefixes, "10.78.0.1", "veth0")
+                points += measure(num_hosts, prefixes, "10.78.0.1")
         report(f"hosts on {rate} Mbit/s", points)
-
-
-if __name__ == "__main__":
-    main()

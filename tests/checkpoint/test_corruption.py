@@ -169,6 +169,21 @@ def test_any_file_when_damaged_is_named_and_the_checkpoint_before_is_restored(da
     assert restored_step(root, caplog) == (2, "")
 
 
+def test_file_when_cut_off_at_any_page_is_noticed_and_named(template, root):
+    storage, cuts = open_storage(root), 0
+    for name in all_files(template):
+        path = root / LAST / name
+        raw = path.read_bytes()
+        for size in range(0, len(raw), 4096):
+            os.truncate(path, size)
+            with pytest.raises(CorruptCheckpointError, match=name):
+                verify(storage, LAST)
+            cuts += 1
+        path.write_bytes(raw)
+    assert cuts >= 25
+    verify(storage, LAST)
+
+
 def test_file_of_another_step_is_named_with_both_steps(root):
     shutil.copy(root / BEFORE / "replicated.safetensors", root / LAST / "replicated.safetensors")
     with pytest.raises(CorruptCheckpointError, match="the file is of step 1, the manifest of step 2"):
@@ -302,7 +317,8 @@ def test_manifest_that_names_a_file_elsewhere_is_refused(name, root, caplog):
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 2}, {"step": "2"}, {"step": -1}, {"world_size": 0}, {"generation": None}, {"attempt": "../x"},
+        {"format": 1}, {"digest": "sha256"}, {"step": "2"}, {"step": -1}, {"world_size": 0}, {"generation": None},
+        {"attempt": "../x"},
         {"files": []}, {"about": None}, {"files": {"a.json.gz": {"size": 1, "chunks": []}}},
         {"files": {"a.json.gz": {"size": -1, "chunks": []}}}, {"files": {"a": {"size": 1, "chunks": ["zz"]}}},
         {"surplus": 1}, {"files": {"a": {"size": True, "chunks": ["0" * 64]}}},

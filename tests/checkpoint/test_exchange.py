@@ -6,6 +6,7 @@ import os
 import pickle
 
 import pyro
+import pyro.distributions as dist
 import pyro.distributions.constraints as constraints
 import pyro.optim
 import pytest
@@ -86,22 +87,59 @@ def test_pickle_that_runs_code_when_imported_is_refused_and_runs_nothing(tmp_pat
     assert read_torch_file(tmp_path / "other.pt") == {"a": 1}
 
 
-def test_state_dict_of_a_guide_when_loaded_gives_the_same_guide(tmp_path):
-    def model():
-        pyro.sample("z", pyro.distributions.Normal(torch.zeros(3), 1.0).to_event(1))
+def model():
+    pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    pyro.sample("s", dist.LogNormal(0.0, 1.0))
 
+
+def guide_of(value):
+    """A guide that has been called, all its parameters alike, with a buffer."""
+    pyro.clear_param_store()
     guide = AutoNormal(model)
     guide()
+    guide.register_buffer("seen", torch.tensor(int(value)))
     with torch.no_grad():
-        guide.locs.z.fill_(2.0)
+        for parameter in guide.parameters():
+            parameter.fill_(value)
+    return guide
+
+
+def test_state_dict_of_a_guide_when_loaded_gives_the_same_guide(tmp_path):
+    guide = guide_of(2)
     torch.save(guide.state_dict(), tmp_path / "guide.pt")
-    pyro.clear_param_store()
-    other = AutoNormal(model)
-    other()
+    other = guide_of(3)
     load_state_dict(other, tmp_path / "guide.pt")
     assert_equal(dict(other.state_dict()), dict(guide.state_dict()))
     with pytest.raises(CheckpointError, match="guide.pt"):
         load_state_dict(torch.nn.Linear(1, 1), tmp_path / "guide.pt")
+
+
+def test_state_dict_of_a_guide_when_imported_is_what_a_run_goes_on_from_and_comes_out_again(tmp_path):
+    guide = guide_of(2)
+    expected = {key: value.clone() for key, value in guide.state_dict().items()}
+    torch.save(guide.state_dict(), tmp_path / "guide.pt")
+    imported = run("import", "--module", f"guide={tmp_path / 'guide.pt'}", "--to", tmp_path / "run", "--step", 9)
+    assert imported.exit_code == 0, imported.output
+    other = guide_of(3)
+    with Checkpointer(tmp_path / "run", modules={"guide": other}, backend=Single()) as checkpointer:
+        assert checkpointer.restore().step == 9
+        assert_equal(dict(other.state_dict()), expected)
+        other()
+        assert torch.equal(pyro.param("AutoNormal.locs.z").detach(), torch.full((3,), 2.0))
+        with torch.no_grad():
+            other.locs.z_unconstrained.fill_(5.0)
+        checkpointer.save(10)
+    exported = run("export", tmp_path / "run", tmp_path / "again.pt", "--what", "module", "--name", "guide")
+    assert exported.exit_code == 0, exported.output
+    again = torch.load(tmp_path / "again.pt", weights_only=True)
+    expected["locs.z_unconstrained"].fill_(5.0)
+    assert_equal({key: again[key] for key in expected}, expected)
+    third = guide_of(4)
+    assert third.load_state_dict(again).missing_keys == []
+    unknown = run("export", tmp_path / "run", tmp_path / "more.pt", "--what", "module", "--name", "other")
+    assert unknown.exit_code == 1 and "no module 'other'; it has ['guide']" in unknown.output
+    assert run("import", "--module", "guide", "--to", tmp_path / "run").exit_code == 1
+    assert run("import", "--to", tmp_path / "run").exit_code == 1
 
 
 def test_inspect_and_verify_tell_what_is_there_and_what_is_broken(tmp_path):

@@ -16,11 +16,12 @@ from torch import nn
 
 from distopt.backends.single import Single
 from distopt.checkpoint import Checkpointer, CheckpointError, register_constraint
-from distopt.checkpoint.constraints import _KNOWN, build_constraint, describe_constraint
+from distopt.checkpoint.constraints import build_constraint, describe_constraint
 from distopt.checkpoint.memory import HostMemory
 from distopt.checkpoint.reader import candidates, read_manifest
 from distopt.checkpoint.statefile import StateReader, take_snapshot
 from distopt.checkpoint.storage import open_storage
+from distopt.constraints import _KNOWN
 from tests.checkpoint.states import assert_equal, commit_state
 
 ALL_CONSTRAINTS = [

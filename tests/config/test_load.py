@@ -148,6 +148,47 @@ def test_hostile_document_is_refused_before_it_is_built(text, said, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("text", "allowed"),
+    [
+        ("task: mytasks.house:House", True),
+        ("task: distopt.examples.flights:Flights", True),
+        ("task: mytasksevil.house:House", False),
+        ("task: evil:House", False),
+        ("script: train.py", False),
+    ],
+)
+def test_only_tasks_of_declared_packages_are_taken_where_some_are_declared(text, allowed, monkeypatch):
+    monkeypatch.setenv("DISTOPT_TRUSTED_TASKS", "mytasks,distopt.examples")
+    if allowed:
+        parse_config(f"name: run\n{text}")
+        return
+    with pytest.raises(ConfigError, match="allows tasks of mytasks, distopt.examples alone"):
+        parse_config(f"name: run\n{text}")
+
+
+def test_hosts_are_read_from_a_hostfile_and_recorded(tmp_path):
+    (tmp_path / "hosts").write_text("# ours\nnode1 slots=2 max_slots=4\n\nnode2:2  # new\n10.0.0.3\n")
+    config = parse_config(MINIMAL, [f"launch.hostfile={tmp_path}/hosts", "launch.workers=2"])
+    assert (config.launch.hosts, config.launch.hostfile) == (["node1", "node2", "10.0.0.3"], None)
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "said"),
+    [
+        ("node1 slots=2", "launch.workers=3", "launch: workers: found 3, but node1 has 2 slots in "),
+        ("node1 two", "launch.workers=1", "hosts:1: found 'node1 two', expected `name`, `name:4` or `name slots=4`"),
+        ("# none", "launch.workers=1", "names no host"),
+        ("node1", "launch.hosts=[a]", "hostfile: found hosts too; give one of them"),
+        ("-oProxyCommand=x", "launch.workers=1", "launch.hosts.0: found '-oProxyCommand=x'"),
+    ],
+)
+def test_hostfile_that_cannot_be_meant_is_refused(text, override, said, tmp_path):
+    (tmp_path / "hosts").write_text(text)
+    (found,) = problems(MINIMAL, f"launch.hostfile={tmp_path}/hosts", override)
+    assert said in found
+
+
 def test_missing_file_is_answered_with_the_nearest(tmp_path):
     (tmp_path / "flights.yaml").write_text(MINIMAL)
     with pytest.raises(ConfigError, match=r"flihgts\.yaml: no such file\. Did you mean .*flights\.yaml\?"):

@@ -10,15 +10,20 @@ import configparser
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 TOOLS = ("buildah", "podman", "runc", "catatonit", "debootstrap", "ip")
 BASE = "localhost/python:3.11-slim-bookworm"
+# An image that is named here is tested as it is, in place of one that is built.
+IMAGE = os.environ.get("DISTOPT_IMAGE", "localhost/distopt:cpu")
+ROOT = Path(__file__).parents[2]
 # As many files and processes as a container may have; more than this machine's own limits cannot be asked for.
 CONTAINERS_CONF = """[containers]
 cgroups = "enabled"
@@ -38,6 +43,12 @@ def missing() -> str | None:
     absent = [tool for tool in TOOLS if shutil.which(tool) is None]
     packages = "buildah podman runc catatonit debootstrap iproute2"
     return f"no {', '.join(absent)} here; apt-get install {packages}" if absent else None
+
+
+def kept_folder() -> Path:
+    """Returns where images are kept from one run of the tests to the next."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("DISTOPT_IMAGES", cache / "distopt" / "images"))
 
 
 class Engine:
@@ -113,6 +124,20 @@ class Engine:
         self.call("buildah", "config", "--cmd", "python3", container)
         self.call("buildah", "commit", "--rm", container, BASE, timeout=300)
         shutil.rmtree(root)
+
+    def make_image(self) -> None:
+        """Builds the CPU image as a user would, `make image`, and prints its size and what the build took."""
+        if "DISTOPT_IMAGE" in os.environ:
+            return
+        self.make_base()
+        start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = ["make", "image", "BUILDER=buildah", "KIND=cpu", f"IMAGE={IMAGE}"]
+        flags = f"BUILD_FLAGS={' '.join(self.build_flags())}"
+        subprocess.run([*command, flags], cwd=ROOT, env=self.environment, check=True)
+        seconds, after = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        busy_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        size, of_base = (self.inspect(name)["Size"] / 1e9 for name in (IMAGE, BASE))
+        print(f"\n{IMAGE}: {size:.2f} GB ({of_base:.2f} GB the base), built in {seconds:.0f} s, {busy_s:.0f} s of CPU")
 
     def build_flags(self) -> list[str]:
         """Returns the flags that let a build reach this machine's packages and leave nothing of it in the image."""

@@ -22,12 +22,10 @@ import pytest
 from distopt.config import load_config
 from distopt.launch.manifests import manifests
 from tests.docker import engine as engines
-from tests.docker.engine import Engine
+from tests.docker.engine import IMAGE, Engine
 from tests.docker.pods import SUBNET, network, podman_run
 
 ROOT = Path(__file__).parents[2]
-# An image that is named here is tested as it is, in place of one that is built.
-IMAGE = os.environ.get("DISTOPT_IMAGE", "localhost/distopt:cpu")
 USER = 1000
 
 pytestmark = [
@@ -42,26 +40,13 @@ def engine() -> Engine:
     lacking = engines.missing()
     if lacking:
         pytest.skip(lacking)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Engine(Path(os.environ.get("DISTOPT_IMAGES", cache / "distopt" / "images")))
+    return Engine(engines.kept_folder())
 
 
 @pytest.fixture(scope="module")
 def image(engine: Engine) -> dict[str, Any]:
-    """Builds the image as a user would, `make image`, and returns what is known of it."""
-    if "DISTOPT_IMAGE" in os.environ:
-        return engine.inspect(IMAGE)
-    engine.make_base()
-    start = time.monotonic()
-    command = ["make", "image", "BUILDER=buildah", "KIND=cpu", f"IMAGE={IMAGE}"]
-    subprocess.run(
-        [*command, f"BUILD_FLAGS={' '.join(engine.build_flags())}"], cwd=ROOT, env=engine.environment, check=True
-    )
-    seconds = time.monotonic() - start
-    found, base = engine.inspect(IMAGE), engine.inspect(engines.BASE)
-    size, of_base = found["Size"] / 1e9, base["Size"] / 1e9
-    print(f"\n{IMAGE}: {size:.2f} GB, {of_base:.2f} GB of it the base; built in {seconds:.0f} s")
-    return found
+    engine.make_image()
+    return engine.inspect(IMAGE)
 
 
 @pytest.fixture

@@ -7,40 +7,23 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
-import yaml
 
 from distopt.config import load_config
 from distopt.launch.manifests import manifests
 from distopt.launch.platforms.kubernetes import Platform
+from tests.docker.guide import README, ROOT, launches, objects
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "docker/kubernetes"
-README = (FOLDER / "README.md").read_text()
 # The oldest and the newest release whose schemas are published for the validator.
 VERSIONS = ("1.25", "1.37")
-
-
-def objects() -> dict[str, dict[str, Any]]:
-    files = sorted(FOLDER.glob("*.yaml"))
-    found = [object_ for path in files for object_ in yaml.safe_load_all(path.read_text())]
-    return {f"{object_['kind']}/{object_['metadata']['name']}": object_ for object_ in found}
-
-
-def launches() -> list[str]:
-    """Returns the guide's `distopt launch` commands, with the shell array filled in."""
-    shell = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
-    arrays = {name: words.replace("\n", " ") for name, words in re.findall(r"^(\w+)=\(([^)]*)\)", shell, re.MULTILINE)}
-    lines = [line.partition("#")[0] for line in shell.splitlines() if line.startswith("distopt launch")]
-    return [re.sub(r'"\$\{(\w+)\[@\]\}"', lambda match: arrays[match[1]], line) for line in lines]
+RUNTIME = "ClusterTrainingRuntime/distopt"
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("name", objects())
+@pytest.mark.parametrize("name", sorted(objects().keys() - {RUNTIME}))
 def test_every_object_is_valid_in_every_release_and_has_no_unknown_field(name: str, version: str) -> None:
     kubernetes_validate.validate(objects()[name], version, strict=True)
 
@@ -58,6 +41,24 @@ def test_objects_find_each_other_in_one_namespace() -> None:
     assert {o["metadata"].get("namespace", o["metadata"]["name"]) for o in found.values()} == {"distopt"}
     (claim,) = [v for v in found["Pod/reader"]["spec"]["volumes"] if "persistentVolumeClaim" in v]
     assert f"PersistentVolumeClaim/{claim['persistentVolumeClaim']['claimName']}" in found
+
+
+def test_the_runtime_gives_the_pods_of_a_trainjob_what_the_launcher_gives_those_of_a_job() -> None:
+    (node,) = objects()[RUNTIME]["spec"]["template"]["spec"]["replicatedJobs"]
+    found = node["template"]["spec"]["template"]["spec"]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "node"}, "spec": found}
+    for version in VERSIONS:
+        kubernetes_validate.validate(pod, version, strict=True)
+    (command,) = [line for line in launches() if "kind=trainjob" in line]
+    job = [word.replace("trainjob", "job") for word in shlex.split(command)[3:]]
+    ours = manifests(load_config(ROOT / "configs/flights.yaml", job))[-1]["spec"]["template"]["spec"]
+    for key in ("automountServiceAccountToken", "terminationGracePeriodSeconds", "securityContext"):
+        assert found[key] == ours[key]
+    (theirs,), (own,) = found["containers"], ours["containers"]
+    assert (theirs["name"], theirs["securityContext"]) == ("node", own["securityContext"])
+    for things, expected in ((found["volumes"], ours["volumes"]), (theirs["volumeMounts"], own["volumeMounts"])):
+        writable = [{key: value for key, value in thing.items() if key != "readOnly"} for thing in expected]
+        assert sorted(things, key=str) == sorted(writable, key=str)
 
 
 def test_the_reader_meets_the_restricted_standard_of_the_namespace() -> None:
@@ -129,6 +130,21 @@ def test_process_1_of_a_pod_that_is_told_to_stop_ends_with_143_as_its_workers_do
         assert pod.stdout.readline() == "up\n"
         pod.terminate()
         assert pod.wait(timeout=30) == 143
+
+
+def test_a_pod_that_is_there_before_the_first_one_has_an_address_waits_for_it_and_can_be_stopped() -> None:
+    agent = [sys.executable, "-m", "distopt.launch.agent", "--meet", "flights-0.invalid:29400", "--", "echo", "started"]
+    with subprocess.Popen(agent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as pod:
+        assert pod.stderr is not None
+        assert pod.stderr.readline() == "agent: waiting for flights-0.invalid:29400: it has no address yet\n"
+        pod.terminate()
+        assert pod.communicate(timeout=60) == ("", "")
+        assert pod.returncode == 143
+
+
+def test_the_first_pod_starts_its_engine_once_its_own_name_has_an_address() -> None:
+    agent = [sys.executable, "-m", "distopt.launch.agent", "--meet", "localhost:29400", "--", "echo", "started"]
+    assert subprocess.run(agent, capture_output=True, text=True, timeout=60, check=True).stdout == "started\n"
 
 
 def test_the_guide_shows_each_kind() -> None:

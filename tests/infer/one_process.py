@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import pyro
 import torch
 from torch import Tensor
 
 from distopt.reduce.local import LocalParameter, local_parameter
+
+
+@contextmanager
+def same_noise() -> Iterator[None]:
+    """Float64, and 0.3 in place of each standard normal number, so that one process and many draw alike."""
+
+    def constant(shape: Any, dtype: torch.dtype, device: Any) -> Tensor:
+        return torch.full(tuple(shape), 0.3, dtype=dtype, device=device)
+
+    patches = [
+        patch("torch.distributions.normal._standard_normal", constant),
+        patch("torch.distributions.multivariate_normal._standard_normal", constant),
+        patch.object(Tensor, "float", Tensor.double),  # cell2location makes some of its arguments float32
+    ]
+    torch.set_default_dtype(torch.float64)
+    try:
+        with ExitStack() as stack:
+            for each in patches:
+                stack.enter_context(each)
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @dataclass

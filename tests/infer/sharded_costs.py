@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,10 @@ def train(num_rows: int, num_steps: int) -> dict[str, Any]:
     data = torch.ones(num_own, NUM_DIMS)
     # Big blocks go back to the system when they are freed, so that the peak is what is held, not how it lies in the
     # heap.
-    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    library = ctypes.CDLL(None)
+    library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    gc.collect()  # what an earlier run has left is not freed in the middle of this one
+    library.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _status_bytes("VmRSS")
     backend.all_reduce = counting  # type: ignore[method-assign]

@@ -126,10 +126,11 @@ CASES = {
     "normal": Case(normal_normal, lambda model: normal_guide, lambda: Trace_ELBO(4, 1, vectorize_particles=True)),
     "mixture": Case(mixture, _delta, lambda: TraceEnum_ELBO(max_plate_nesting=1)),
 }
-OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+OPTIMIZERS: dict[str, tuple[Any, ...]] = {
     "Adam": ("Adam", {"lr": 0.05}),
     "SGD": ("SGD", {"lr": 0.01, "momentum": 0.5}),
     "to the end": ("ClippedAdam", {"lr": 0.2, "lrd": 0.985}),
+    "clipped": ("SGD", {"lr": 0.05}, {"global_norm": 20.0}),
 }
 
 
@@ -149,14 +150,14 @@ def train_in_pyro(case: str, optimizer: str, num_steps: int) -> tuple[dict[str, 
 def sharded_svi(case: str, optimizer: str) -> tuple[SVI, Tensor]:
     """Returns this rank's SVI and datapoints; `normal` by `sharded_plate`, `mixture` by `shard`."""
     backend = backends.current()
-    kind, args = OPTIMIZERS[optimizer]
+    kind, *args = OPTIMIZERS[optimizer]
     chosen = CASES[case]
     if case == "normal":
         model, guide = (lambda x: normal_normal(x, sharded_plate)), (lambda x: normal_guide(x, sharded_plate))
     else:
         model = shard(chosen.model, "rows")
         guide = shard(chosen.make_guide(model), "rows")
-    distributed = optim.DistributedOptimizer(getattr(optim, kind)(args))
+    distributed = optim.DistributedOptimizer(getattr(optim, kind)(*args))
     return SVI(model, guide, distributed, chosen.loss()), shard_of(backend.rank, backend.world_size)
 
 
@@ -211,8 +212,53 @@ def _go_on(svi: SVI, data: Tensor, num_steps: int) -> tuple[dict[str, Any], floa
     return {name: value.numpy() for name, value in parameters_of_all().items()}, sum(losses) / len(losses)
 
 
+MAX_NORM = 20.0
+
+
+def clip_in_torch(num_steps: int) -> dict[str, Tensor]:
+    """Returns the parameters of Pyro's gradients, all data, clipped and stepped by torch alone."""
+    with float64():
+        pyro.clear_param_store()
+        chosen, store = CASES["normal"], pyro.get_param_store()
+        chosen.loss().loss(chosen.model, normal_guide, DATA)
+        params = [param for _, param in store.named_parameters()]
+        sgd, norms = torch.optim.SGD(params, lr=0.05), []
+        for _ in range(num_steps):
+            sgd.zero_grad()
+            chosen.loss().loss_and_grads(chosen.model, normal_guide, DATA)
+            norms.append(float(torch.nn.utils.clip_grad_norm_(params, MAX_NORM)))
+            sgd.step()
+        assert max(norms) > MAX_NORM > min(norms), "some steps are clipped and some are not"
+        return {name: value.detach().clone() for name, value in store.items()}
+
+
+def clip_shard(num_steps: int) -> dict[str, Any]:
+    """One rank's part of `clip_in_torch`."""
+    with float64():
+        svi, data = sharded_svi("normal", "clipped")
+        return _go_on(svi, data, num_steps)[0]
+
+
+def skip_with_scaler() -> tuple[float, float, list[float]]:
+    """Returns the scale, the replicated and this rank's own values after rank 0's own gradient overflowed once."""
+    rank = backends.current().rank
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = optim.DistributedOptimizer(optim.SGD({"lr": 1.0}, scaler=scaler))
+    shared = pyro.param("shared", torch.zeros(())).unconstrained()
+    with sharded_plate("rows", rank + 2):
+        own = pyro.param("own", torch.zeros(rank + 2), event_dim=0).unconstrained()
+    for step in range(3):
+        scale = float(scaler.scale(torch.ones(())))
+        shared.grad = torch.tensor(scale)
+        own.grad = torch.full(
+            (rank + 2,), torch.inf if rank == 0 and step == 1 else scale * backends.current().world_size
+        )
+        optimizer([shared, own])
+    return scaler.get_scale(), float(shared), own.tolist()
+
+
 def disagree(kind: str) -> str:
-    """Returns what this rank is told of a parameter that is local on rank 0 alone, or clipped by a global norm."""
+    """Returns what this rank is told of a parameter that is local on rank 0 alone, or clipped by a callable."""
     data = DATA[:4]
 
     def guide(x: Tensor) -> None:
@@ -226,7 +272,7 @@ def disagree(kind: str) -> str:
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
-    clip = {"global_norm": 1.0} if kind == "clip" else {}
+    clip: Any = (lambda name: {"global_norm": 1.0}) if kind == "clip" else {}
     svi = SVI(model, guide, optim.DistributedOptimizer(optim.SGD({"lr": 0.1}, clip)), Trace_ELBO())
     try:
         svi.step(data.float())

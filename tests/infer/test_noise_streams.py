@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,14 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 from distopt import backends
 from distopt.infer import noise_seed, seed_noise
 from distopt.infer.sharded import sharded_plate, share_plates
+from distopt.optim import Adam, DistributedOptimizer
+from distopt.reduce.noise import noise_state
 from tests.workers import world
 
 NUM_STEPS, FEW = 600, 40
@@ -88,3 +91,34 @@ def test_shared_noise_stays_in_step_around_datapoints_whose_noise_is_each_worker
     assert shared == world("torch_dist", 3).run(_draws, "shared")
     independent = world("torch_dist", 3).run(_draws, "independent")
     assert len({tuple(each["before"]) for each in independent}) == 3
+
+
+def _train(noise: Any, seed_stride: int) -> list[list[float]]:
+    """Pyro's own SVI, seeded by the script; returns what each of torch, NumPy and Python draws after it."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(3 + seed_stride * backends.current().rank)
+    guide = AutoNormal(_model)
+    svi = SVI(_model, guide, DistributedOptimizer(Adam({"lr": 0.1}), noise=noise), Trace_ELBO())
+    before = noise_state()
+    svi.step()
+    unseeded = torch.rand(2).tolist()
+    for _ in range(3):
+        svi.step()
+    assert before != noise_state()
+    return [unseeded, torch.rand(2).tolist(), np.random.rand(2).tolist(), [random.random()]]
+
+
+def test_ranks_that_a_script_seeds_alike_draw_their_own_noise_unless_told_to_share_it() -> None:
+    ranks = world("torch_dist", 4)
+    own = ranks.run(_train, "independent", 0)
+    for kind in range(4):
+        assert len({str(draws[kind]) for draws in own}) == 4
+    assert own == ranks.run(_train, "independent", 0)
+    shared = ranks.run(_train, "shared", 0)
+    assert all(draws == shared[0] for draws in shared)
+    assert own[0] == shared[0]
+
+
+def test_ranks_that_a_script_seeds_apart_keep_the_noise_they_have() -> None:
+    ranks = world("torch_dist", 2)
+    assert ranks.run(_train, "independent", 1) == ranks.run(_train, "shared", 1)

@@ -13,13 +13,9 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, config_enumerate
 from pyro.infer.autoguide import (
     AutoDelta,
-    AutoDiagonalNormal,
     AutoDiscreteParallel,
-    AutoGaussian,
     AutoGuideList,
     AutoHierarchicalNormalMessenger,
-    AutoLaplaceApproximation,
-    AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
     AutoNormalMessenger,
@@ -32,56 +28,11 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from distopt.infer.sharded import shard, sharded_plate, share_plates
-from distopt.reduce.local import LocalParameterError, is_local, local_parameters
+from distopt.reduce.local import is_local, local_parameters
 from tests.infer.one_process import assert_same, gradients_of_all, gradients_of_ranks
-
-DATA = torch.linspace(-2.0, 3.0, 11, dtype=torch.float64)
-SHARDS = DATA.split([2, 5, 4])
-W = len(SHARDS)
-
+from tests.infer.sharded_models import DATA, SHARDS, W, init, nested, normal_normal, outside, two_plates
 
 pytestmark = pytest.mark.usefixtures("same_noise_in_every_row")
-
-
-def init(site: dict[str, Any]) -> Tensor:
-    """Starts every site at a value of its support that does not depend on noise."""
-    shape = site["fn"].shape()
-    if site["fn"].support is constraints.simplex:
-        return torch.arange(1.0, shape[-1] + 1).softmax(-1).expand(shape)
-    if site["fn"].support.is_discrete:
-        return torch.zeros(shape, dtype=torch.int64)
-    return torch.full(shape, 0.4)
-
-
-def normal_normal(x: Tensor) -> None:
-    """Two numbers per datapoint, one mean over all."""
-    loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
-    with pyro.plate("rows", len(x)):
-        z = pyro.sample("z", dist.Normal(loc, 1.0).expand([2]).to_event(1))
-        pyro.sample("x", dist.Normal(z.sum(-1), 0.5), obs=x)
-
-
-def nested(x: Tensor) -> None:
-    """A sharded plate inside and outside others, positive local variables."""
-    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
-    genes, rows = pyro.plate("genes", 3, dim=-2), pyro.plate("rows", len(x), dim=-1)
-    with genes, rows:
-        z = pyro.sample("z", dist.Gamma(2.0, scale))
-    with rows:
-        offset = pyro.sample("offset", dist.Normal(0.0, 1.0))
-        with genes:
-            pyro.sample("x", dist.Normal(z + offset, 1.0), obs=x.expand(3, -1))
-
-
-def two_plates(x: Tensor) -> None:
-    """People, and the ratings each has given: two sharded plates of different sizes."""
-    loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
-    with pyro.plate("rows", len(x)):
-        z = pyro.sample("z", dist.Normal(loc, 1.0))
-    who = torch.arange(len(x)).repeat_interleave(2)
-    with pyro.plate("ratings", 2 * len(x)):
-        bias = pyro.sample("bias", dist.Normal(0.0, 1.0))
-        pyro.sample("x", dist.Normal(z[who] + bias, 0.5), obs=x[who])
 
 
 def list_of_guides(model: Callable[..., Any]) -> AutoGuideList:
@@ -292,77 +243,6 @@ def test_subsample_size_draws_a_minibatch_of_the_shard_and_scales_it_to_all_rank
     assert local_parameters()["AutoNormal.locs.z"].shape == (len(DATA),)
 
 
-JOINT = [
-    AutoDiagonalNormal,
-    AutoMultivariateNormal,
-    AutoLowRankMultivariateNormal,
-    AutoLaplaceApproximation,
-    AutoGaussian,
-    AutoStructured,
-]
-
-
-@pytest.mark.parametrize("kind", JOINT)
-def test_guide_of_one_joint_parameter_is_refused_with_the_one_to_use(kind: Any) -> None:
-    model = shard(normal_normal, "rows", num_shards=W)
-    guide = shard(kind(model), "rows", num_shards=W)
-    with pytest.raises(LocalParameterError, match=r"sharded plate 'rows'.*(AutoNormal|conditionals=)"):
-        Trace_ELBO().loss_and_grads(model, guide, DATA)
-
-
-def test_structured_dependency_between_datapoints_is_refused() -> None:
-    model = shard(nested, "rows", num_shards=W)
-    kinds = {"scale": "normal", "z": "normal", "offset": "normal"}
-    guide = AutoStructured(model, conditionals=kinds, dependencies={"z": {"offset": "linear"}})
-    with pytest.raises(LocalParameterError, match="'z' depends on 'offset' by 'linear'"):
-        Trace_ELBO().loss_and_grads(model, shard(guide, "rows", num_shards=W), DATA)
-
-
-def test_guide_that_knows_nothing_of_the_plate_is_noticed_while_training() -> None:
-    model = shard(normal_normal, "rows", num_shards=W)
-    with pytest.raises(LocalParameterError, match="ordinary plate of that name.*factor of 3"):
-        Trace_ELBO().loss_and_grads(model, AutoNormal(model), DATA)
-    with torch.no_grad():
-        Trace_ELBO().loss(model, AutoNormal(model), DATA)
-
-
-def outside(x: Tensor) -> None:
-    """A guide as many are written: rows of parameters, stated outside the plate."""
-    pyro.sample("loc", dist.Normal(pyro.param("loc_loc", torch.tensor(0.1)), 0.1))
-    mean = pyro.param("z_loc", lambda: torch.zeros(len(x), 2))
-    with pyro.plate("rows", len(x)):
-        pyro.sample("z", dist.Normal(mean, 1.0).to_event(1))
-
-
-def inside_without_event_dim(x: Tensor) -> None:
-    """Inside the plate, but without the event_dim that says which dimensions are the plate's."""
-    pyro.sample("loc", dist.Normal(pyro.param("loc_loc", torch.tensor(0.1)), 0.1))
-    with pyro.plate("rows", len(x)):
-        mean = pyro.param("z_loc", lambda: torch.zeros(len(x), 2))
-        pyro.sample("z", dist.Normal(mean, 1.0).to_event(1))
-
-
-@pytest.mark.parametrize("guide", [outside, inside_without_event_dim])
-def test_replicated_parameter_that_follows_the_shard_is_named_with_the_edit(guide: Callable[..., Any]) -> None:
-    model = shard(normal_normal, "rows", num_shards=W)
-    message = r"'z_loc' has shape \(11, 2\).*event_dim=1.*local=\{'z_loc': 0\}.*replicated=\['z_loc'\]"
-    with pytest.raises(LocalParameterError, match=message):
-        Trace_ELBO().loss_and_grads(model, shard(guide, "rows", num_shards=W), DATA)
-    pyro.clear_param_store()
-    named = shard(guide, "rows", local={"z_*": 0}, num_shards=W)
-    Trace_ELBO().loss_and_grads(model, named, DATA)
-    assert is_local("z_loc") and not is_local("loc_loc")
-    pyro.clear_param_store()
-    Trace_ELBO().loss_and_grads(model, shard(guide, "rows", replicated=["z_loc"], num_shards=W), DATA)
-    assert not local_parameters()
-
-
-def test_parameter_inside_sharded_plate_without_event_dim_is_noticed_by_the_plate_itself() -> None:
-    with pytest.raises(LocalParameterError, match=r"'z_loc' has shape \(11,\).*event_dim=0"):
-        with sharded_plate("rows", 11, num_shards=W):
-            pyro.param("z_loc", torch.zeros(11))
-
-
 def test_named_parameters_of_a_guide_outside_plates_get_the_gradient_of_all_data() -> None:
     def run_shard(x: Tensor) -> float:
         model = shard(normal_normal, "rows", num_shards=W)
@@ -372,25 +252,6 @@ def test_named_parameters_of_a_guide_outside_plates_get_the_gradient_of_all_data
     entries = local_parameters()
     run_all = Trace_ELBO().loss_and_grads
     assert_same(found, gradients_of_all(lambda x: float(run_all(normal_normal, outside, x)), DATA, entries))
-
-
-def test_plate_that_the_model_does_not_have_is_named_with_those_it_has() -> None:
-    with pytest.raises(LocalParameterError, match="'cells'.*no such plate.*genes, rows"):
-        shard(nested, "cells", num_shards=W)(DATA)
-
-
-def test_plate_that_is_iterated_over_is_refused() -> None:
-    def model() -> None:
-        for i in pyro.plate("rows", 3):
-            pyro.sample(f"z_{i}", dist.Normal(0.0, 1.0))
-
-    with pytest.raises(LocalParameterError, match="must be vectorized"):
-        shard(model, "rows", num_shards=W)()
-
-
-def test_rows_that_do_not_fit_the_plate_are_refused() -> None:
-    with pytest.raises(LocalParameterError, match=r"4 datapoints.*shape \(3,\)"):
-        sharded_plate("rows", 4, rows=[5, 6, 9], num_shards=W)
 
 
 def test_marks_end_with_the_parameters_they_were_made_for() -> None:

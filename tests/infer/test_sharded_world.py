@@ -8,16 +8,31 @@ import numpy as np
 import pytest
 
 from tests.infer.sharded_costs import NUM_DIMS, train
-from tests.infer.sharded_runs import disagree, normal_posterior, resume, train_and_save, train_in_pyro, train_shard
+from tests.infer.sharded_runs import (
+    clip_in_torch,
+    clip_shard,
+    disagree,
+    normal_posterior,
+    resume,
+    skip_with_scaler,
+    train_and_save,
+    train_in_pyro,
+    train_shard,
+)
 from tests.workers import world
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("kind", "world_size"),
+    [("torch_dist", 1), ("torch_dist", 2), ("torch_dist", 3), ("torch_dist", 4), ("horovod", 2)],
+)
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
 @pytest.mark.parametrize("case", ["normal", "mixture"])
-def test_parameters_after_100_steps_are_those_of_one_pyro_process(case: str, optimizer: str, world_size: int) -> None:
+def test_parameters_after_100_steps_are_those_of_one_pyro_process(
+    case: str, optimizer: str, kind: str, world_size: int
+) -> None:
     expected, expected_loss = train_in_pyro(case, optimizer, 100)
-    for found, loss in world("torch_dist", world_size).run(train_shard, case, optimizer, 100):
+    for found, loss in world(kind, world_size).run(train_shard, case, optimizer, 100):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
@@ -46,16 +61,17 @@ def test_run_of_four_workers_goes_on_from_its_checkpoint_on_two_and_on_three(cas
 
 def test_memory_falls_with_the_number_of_workers_and_bytes_sent_do_not_grow_with_the_rows() -> None:
     num_rows = 1_000_000
-    world("torch_dist", 1).run(train, 1000, 3)  # what is loaded at a first step is not counted
-    (alone,) = world("torch_dist", 1).run(train, num_rows, 3)
-    few = world("torch_dist", 2).run(train, 1000, 3)
-    workers = world("torch_dist", 2).run(train, num_rows, 3)
-    for worker in workers:
-        assert worker["rows"] == num_rows / 2
-        assert worker["peak"] == pytest.approx(alone["peak"] / 2, rel=0.15)
-    assert alone["peak"] > 4 * num_rows * NUM_DIMS * 4  # values, gradients, Adam's two moments: the measure sees them
-    assert few[0]["calls"] == workers[0]["calls"] == 1
-    assert few[0]["bytes"] == workers[0]["bytes"] < 1000
+    for world_size in (1, 2, 3, 4):
+        few = world("torch_dist", world_size).run(train, 1000, 2)  # also loads what a first step loads
+        workers = world("torch_dist", world_size).run(train, num_rows, 2)
+        assert sum(worker["rows"] for worker in workers) == num_rows
+        if world_size == 1:
+            alone = workers[0]["peak"]
+            assert alone > 4 * num_rows * NUM_DIMS * 4  # values, gradients, Adam's two moments: the measure sees them
+        for worker in workers:
+            assert worker["peak"] == pytest.approx(alone / world_size, rel=0.15)
+            assert worker["calls"] == 1
+            assert worker["bytes"] == few[0]["bytes"] < 1000
 
 
 def test_parameter_that_is_local_on_one_rank_alone_is_named_on_all() -> None:
@@ -63,6 +79,18 @@ def test_parameter_that_is_local_on_one_rank_alone_is_named_on_all() -> None:
         assert "'z_loc' differs in kind: rank 0: local; rank 1: replicated" in told
 
 
-def test_global_norm_over_parameters_of_single_ranks_is_refused() -> None:
+def test_global_norm_is_over_the_parameters_of_all_ranks_as_torch_clips_those_of_one_process() -> None:
+    expected = clip_in_torch(40)
+    for found in world("torch_dist", 3).run(clip_shard, 40):
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_global_norm_of_a_callable_is_refused_where_ranks_cannot_tell_over_which_parameters_it_goes() -> None:
     for told in world("torch_dist", 2).run(disagree, "clip"):
-        assert "global_norm" in told and "'z_loc' is this rank's own" in told
+        assert "gives global_norm for 'z_loc', which is one rank's own" in told
+
+
+def test_overflow_of_one_ranks_own_gradient_makes_all_skip_the_step_and_lower_their_scale() -> None:
+    for rank, (scale, shared, own) in enumerate(world("torch_dist", 2).run(skip_with_scaler)):
+        assert (scale, shared, own) == (4.0, -2.0, [-2.0] * (rank + 2))

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import Launched
+from tests.launch.hosts import Hosts, missing
+from tests.launch.launching import Launched, write_config
 
 GOLDEN = Path(__file__).parent / "golden"
+SUM = Path(__file__).with_name("sum_script.py")
 
 
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="write the launcher's golden files anew")
-    parser.addoption("--slow", action="store_true", help="run the tests that wait for the timeouts of engines, too")
-
-
-def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow", default=False):
-        skip = pytest.mark.skip(reason="waits minutes for engines to time out: pytest tests/launch --slow runs it")
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(skip)
 
 
 @pytest.fixture
@@ -55,3 +49,37 @@ def start(tmp_path) -> Iterator[Callable[..., Launched]]:
     yield launched
     for run in running:
         run.end()
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory) -> Iterator[Hosts]:
+    """Three hosts, emulated by network namespaces with an sshd in each."""
+    lacking = missing()
+    if lacking:
+        pytest.skip(lacking)
+    with Hosts(tmp_path_factory.mktemp("hosts"), 3) as network:
+        yield network
+
+
+@pytest.fixture
+def on_hosts(hosts, start, tmp_path) -> Callable[..., Launched]:
+    """Starts a run from host 1 over some of the hosts: sum_script.py, unless `text` is another YAML."""
+
+    def launched(
+        platform: str, numbers: list[int], *args: str, seconds: float = 0.0, text: str | None = None, **options
+    ) -> Launched:
+        platform, _, controller = platform.partition(" --")
+        if platform == "horovodrun" and find_spec("horovod") is None:
+            pytest.skip("Horovod is not installed (make setup-dev builds it)")
+        script = [f"script={SUM}", f"script_args=['{seconds}']"] if text is None else []
+        if text is None:
+            write_config(tmp_path)
+        else:
+            (tmp_path / "run.yaml").write_text(text)
+        names = ",".join(hosts.names[number - 1] for number in numbers)
+        keys = f"launch.ssh={{config: {hosts.folder}/ssh_config, known_hosts: {hosts.folder}/known_host}}"
+        places = [f"launch.platform={platform}", f"launch.hosts=[{names}]", "launch.workers=1", keys]
+        chosen = [f"launch.horovod_controller={controller}"] if controller else []
+        return start(*script, *places, *chosen, *args, prefix=hosts.run(1), **options)
+
+    return launched

@@ -37,13 +37,20 @@ def wait_until(condition: Callable[[], object], what: str, timeout_s: float = TI
 class Launched:
     """A running launcher. Workers are recognised by the run's folder in their environment, wherever they hang."""
 
-    def __init__(self, folder: Path, *args: str, env: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *args: str,
+        env: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        python: str = sys.executable,
+    ) -> None:
         self.folder = folder
         self.run_dir = folder / "runs" / "run"
         self._out = (folder / "out").open("w")
         self._err = (folder / "err").open("w")
         self.process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "distopt.launch", "launch", "run.yaml", *args],
+            [*prefix, python, "-m", "distopt.launch", "launch", "run.yaml", *args],
             cwd=folder, stdout=self._out, stderr=self._err, stdin=subprocess.DEVNULL,
             env={**os.environ, **(env or {}), "LAUNCH_TEST": str(folder)},
         )  # fmt: skip
@@ -59,6 +66,12 @@ class Launched:
     def log(self, rank: int) -> str:
         path = self.run_dir / "logs" / f"rank-{rank}.log"
         return path.read_text() if path.exists() else ""
+
+    def steps(self) -> int:
+        """How many steps of training the run has logged."""
+        path = self.run_dir / "metrics.jsonl"
+        rows = path.read_text().splitlines() if path.exists() else []
+        return max((json.loads(row)["step"] for row in rows if row.endswith("}")), default=0)
 
     def wait(self) -> int:
         try:

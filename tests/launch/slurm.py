@@ -33,11 +33,15 @@ KillWait=5
 UnkillableStepTimeout=20
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
+TmpFS={folder}/tmp.%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -77,13 +81,12 @@ class Cluster:
             for name, address in zip(self.hosts.names, self.hosts.addresses, strict=True)
         ]
         text = CONF.format(names=self.hosts.names, addresses=self.hosts.addresses, folder=self.folder)
-        # Nodes are named before the partition that has them all.
-        head, _, partition = text.rpartition("PartitionName")
-        (self.folder / "slurm.conf").write_text(f"{head}{''.join(nodes)}PartitionName{partition}")
+        (self.folder / "slurm.conf").write_text("".join(nodes) + text)
         conf = str(self.folder / "slurm.conf")
         self._start(self.hosts.run(1, "/usr/sbin/slurmctld", "-D", "-c", "-f", conf))
         for number, name in enumerate(self.hosts.names, start=1):
             (self.folder / f"spool.{name}").mkdir()
+            (self.folder / f"tmp.{name}").mkdir()  # PMIx keeps one folder per job in it, and hosts here share /tmp
             self._start(self.hosts.run(number, "/usr/sbin/slurmd", "-D", "-f", conf))
         end = time.monotonic() + 60
         while self.ask("sinfo", "-h", "-o", "%D %t").strip() != f"{self.hosts.count} idle":

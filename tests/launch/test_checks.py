@@ -53,8 +53,14 @@ def refusal(folder, text: str, *args: str) -> str:
         ("name: run\ntask: mytasks.hose:House", "no module 'mytasks.hose' for "),
         ("name: run\ntask: mytasks.house.room:House", "mytasks.house is a module and no package"),
         ("name: run\ntask: mytasks.house:Hose", "mytasks.house has no 'Hose'. Did you mean mytasks.house:House?"),
-        (TASK + "data: {global_batch: 100}\nlaunch: {workers: 3}",
+        (TASK + "data: {global_batch: 2}\nlaunch: {workers: 3}",
+         "data.global_batch: 2 rows cannot be shared by 3 workers, each needs at least one; take data.global_batch=3"),
+        (TASK + "data: {global_batch: 100}\nlaunch: {workers: 3, oversubscribe: true}",
          "data.global_batch: 100 rows cannot be divided evenly among 3 workers; take data.global_batch=99 or 102"),
+        (TASK + "launch: {workers: 9999}", "or launch.oversubscribe=true to let them share"),
+        (TASK + "launch: {platform: kubernetes, workers: 4, kubernetes: {gpus: 1}}", "launch.kubernetes.gpus is 1"),
+        (TASK + "launch: {platform: kubernetes}", "launch.kubernetes.image: missing"),
+        ("name: a..b\nscript: x.py", "'..' is not allowed in a run's name"),
         (TASK + "reduce: {backend: single}\nlaunch: {workers: 2}", "set launch.workers=1 or reduce.backend=auto"),
         (TASK + "reduce: {backend: horovod}\nlaunch: {platform: torchrun}", "torchrun starts workers of torch_dist"),
         (TASK + "reduce: {backend: mpi}\nlaunch: {platform: horovodrun}", "horovodrun starts workers of horovod"),
@@ -63,6 +69,20 @@ def refusal(folder, text: str, *args: str) -> str:
 )  # fmt: skip
 def test_bad_input_is_refused_with_its_mend(folder, text, said):
     assert said in refusal(folder, text)
+
+
+def test_more_workers_than_gpus_of_a_slurm_node_are_refused():
+    asked = ["launch.platform=slurm", "launch.workers=4", "launch.slurm={gpus_per_node: 2}"]
+    (said,) = checks._slots(parse_config(TASK, asked))
+    assert "4 on each host, but launch.slurm.gpus_per_node is 2" in said
+
+
+def test_more_workers_than_cores_may_share_them_where_that_is_wanted(folder):
+    (folder / "run.yaml").write_text(TASK)
+    result = CliRunner().invoke(
+        app, ["launch", "run.yaml", "--dry-run", "launch.workers=9999", "launch.oversubscribe=true"]
+    )
+    assert result.exit_code == 0, result.output
 
 
 def test_config_file_that_is_missing_is_refused(folder):

@@ -16,7 +16,7 @@ def test_launcher_imports_neither_torch_nor_pyro_nor_the_config_for_its_help():
     done = subprocess.run([*RUN, "launch", "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert not imported & {"torch", "pyro", "numpy", "omegaconf", "yaml", "distopt.config"}
+    assert not imported & {"torch", "pyro", "numpy", "omegaconf", "yaml", "pydantic", "rich", "distopt.config"}
 
 
 def test_dry_run_imports_neither_torch_nor_pyro(tmp_path):

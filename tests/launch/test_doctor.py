@@ -7,6 +7,9 @@ import socket
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
+
+import pytest
 
 from distopt.config import parse_config
 from distopt.launch import doctor, network
@@ -44,16 +47,63 @@ def test_folder_that_cannot_be_written_to_is_a_failure():
 
 def test_host_that_is_this_machine_has_its_clock_and_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = list(doctor._host(run_config("launch.hosts=[localhost]"), "localhost"))
+    found = doctor._hosts(run_config("launch.hosts=[localhost]"))
     assert [one.verdict for one in found] == ["ok", "ok", "ok"]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_host_that_resolves_nowhere_is_a_failure():
-    (finding,) = doctor._host(run_config("launch.hosts=[nosuch.invalid]"), "nosuch.invalid")
+def test_host_that_resolves_nowhere_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (finding,) = doctor._hosts(run_config("launch.hosts=[nosuch.invalid]"))
     assert finding.verdict == "failure" and "resolves to no address" in finding.said
 
 
 def test_interface_is_the_one_that_has_the_hosts_address():
     assert network.interface_among(["localhost"]) == "lo"
     assert network.interface_among(["203.0.113.9"]) is None
+
+
+def examined(hosts, folder: Path, settings: Path, names: str) -> tuple[int, dict[str, dict[str, str]]]:
+    """Returns the exit status and the findings of doctor on host 1 for a run over `names`."""
+    (folder / "run.yaml").write_text(
+        f"name: run\nscript: train.py\nlaunch: {{platform: torchrun, hosts: [{names}],"
+        f" ssh: {{config: {settings}, known_hosts: {hosts.folder}/known_host, connect_timeout_s: 3}}}}\n"
+    )
+    argv = hosts.run(1, sys.executable, "-m", "distopt.launch", "doctor", "run.yaml", "--json")
+    done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=170)
+    assert done.stdout, done.stderr
+    return done.returncode, {line["subject"]: line for line in json.loads(done.stdout)}
+
+
+def test_hosts_in_good_order_are_found_so_and_reduce_together(hosts, tmp_path):
+    status, found = examined(hosts, tmp_path, hosts.folder / "ssh_config", "dh1, dh2, dh3")
+    for name in ("dh1", "dh2", "dh3"):
+        assert [found[subject]["verdict"] for subject in (name, f"{name} clock", f"{name} folder")] == ["ok"] * 3
+    assert status == 0, found
+    done = [one for one in found.values() if one["subject"] == "all-reduce over hosts"]
+    assert [one["verdict"] for one in done] == ["ok"] and done[0]["said"].startswith("3 hosts: "), done
+
+
+def test_host_with_another_clock_and_folder_and_one_out_of_reach_are_failures(hosts, tmp_path):
+    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+    if library is None:
+        pytest.skip("libfaketime is missing (Debian: faketime)")
+    # On host 2, a second sshd whose sessions are two minutes ahead and see another folder in place of this one.
+    options = ["-p", "2222", "-o", f"SetEnv=LD_PRELOAD={library} FAKETIME=+120s"]
+    sshd = ["/usr/sbin/sshd", "-D", "-e", *options, "-f", str(hosts.folder / "sshd_config")]
+    hidden = ["sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(tmp_path), *sshd]
+    settings = hosts.folder / "odd_config"
+    settings.write_text("Host dh2\n  Port 2222\nHost *\n" + (hosts.folder / "ssh_config").read_text())
+    with subprocess.Popen(hosts.run(2, *hidden), stderr=subprocess.PIPE, text=True) as odd:
+        try:
+            assert odd.stderr is not None
+            assert any("listening on 0.0.0.0 port 2222" in line for line in odd.stderr)
+            status, found = examined(hosts, tmp_path, settings, "dh1, dh2, 10.88.0.77")
+        finally:
+            odd.kill()
+    assert status == 1
+    assert found["dh2"]["verdict"] == "ok"
+    assert found["dh2 clock"]["verdict"] == "failure" and found["dh2 clock"]["said"] == "120.0 s apart"
+    assert found["dh2 folder"]["verdict"] == "failure" and "not the same folder" in found["dh2 folder"]["said"]
+    assert found["10.88.0.77"]["verdict"] == "failure" and "10.88.0.77 cannot be asked" in found["10.88.0.77"]["said"]
+    assert found["all-reduce over hosts"]["verdict"] == "warning"

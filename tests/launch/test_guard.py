@@ -17,6 +17,7 @@ from distopt.launch.guard import place
 from tests.launch.launching import wait_until
 
 TIMEOUT_S = 30
+HEADER = "--- 2026-01-01T00:00:00.000+00:00 rank 0 of 2, attempt 0\nTraceback (most recent call last):\n"
 
 
 def guard(folder: Path, code: str, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
@@ -112,12 +113,25 @@ def test_rank_0_has_the_terminal_and_its_log_has_plain_lines(tmp_path):
 
 def test_report_puts_the_culprit_before_ranks_that_lost_their_connection_earlier(tmp_path):
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs/rank-0.log").write_text("--- now\nTraceback (most recent call last):\nConnection reset by peer\n")
-    (tmp_path / "logs/rank-1.log").write_text("--- now\nTraceback (most recent call last):\nValueError: no\n")
+    (tmp_path / "logs/rank-0.log").write_text(f"{HEADER}Connection reset by peer\n")
+    (tmp_path / "logs/rank-1.log").write_text(f"{HEADER}ValueError: no\n")
     ends = [events.End(rank, 0, "host", 1, time, 1) for rank, time in ((0, 10.0), (1, 11.0))]
     said = report.failure(tmp_path, ends, 1, 3.0, "engine.log")
     assert "rank 1 on host died first" in said
     assert "After it: rank 0 on host ended with exit status 1 (Connection reset by peer)" in said
+
+
+def test_report_names_the_rank_that_told_the_others_of_its_error_though_it_ended_last(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/rank-0.log").write_text(
+        f"{HEADER}PeerError: rank 1 of 2 failed at step 3: ValueError: no\n--- traceback of rank 1\nValueError: no\n"
+    )
+    (tmp_path / "logs/rank-1.log").write_text(f"{HEADER}ValueError: no\nTrace Shapes:\n")
+    ends = [events.End(0, 0, "host", 1, 10.0, 1), events.End(1, 0, "host", 2, 11.0, -15, stopped=True)]
+    said = report.failure(tmp_path, ends, 1, 3.0, "engine.log")
+    assert "rank 1 on host died first: it failed at step 3: ValueError: no" in said
+    assert "Told of its error, and ended by that: rank 0 on host." in said
+    assert "rank-1.log ends with" in said and "waiting" not in said
 
 
 def test_out_of_memory_is_told_as_such():

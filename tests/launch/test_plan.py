@@ -33,6 +33,7 @@ PLANS = {
     "torchrun-hosts": ["launch.platform=torchrun", HOSTS, "launch.workers=2"],
     "torchrun-elastic": ["launch.platform=torchrun", HOSTS, "launch.min_hosts=1"],
     "horovodrun-hosts": ["launch.platform=horovodrun", HOSTS, "launch.workers=2"],
+    "horovodrun-mpi": ["launch.platform=horovodrun", HOSTS, "launch.workers=2", "launch.horovod_controller=mpi"],
     "horovodrun-elastic": ["launch.platform=horovodrun", HOSTS, "launch.min_hosts=1"],
     "mpirun-hosts": ["launch.platform=mpirun", HOSTS, "launch.workers=2"],
     "mpirun-mpich": ["launch.platform=mpirun", HOSTS, "launch.workers=2"],
@@ -46,7 +47,7 @@ def test_plan_is_the_golden_one(name, golden, monkeypatch):
         monkeypatch.delenv(secret)
     monkeypatch.setenv("PATH", "/usr/bin")
     monkeypatch.setattr(mpirun, "is_mpich", lambda program: name.endswith("mpich"))
-    monkeypatch.setattr(mpirun.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     config = parse_config(BASE, PLANS[name])
     plan = platform(config.launch.platform).plan(config)
     # Without the configuration, which every new key of any section would change.
@@ -91,7 +92,7 @@ def test_script_arguments_survive_both_shells_of_a_slurm_job(backend, arguments)
     assert words[len(words) - len(arguments) - 1 :] == ["a b/train.py", *arguments]
 
 
-@pytest.mark.parametrize("text", ["plain\n", "END\n", "END\nEND_\n$HOME `id` \\ '\n"])
+@pytest.mark.parametrize("text", ["", "plain\n", "END\n", "END\nEND_\n$HOME `id` \\ '\n"])
 def test_printed_files_are_written_by_a_shell_as_they_are(text, tmp_path):
     path = tmp_path / "a file"
     plan = Plan("local", (Command((sys.executable, "-c", "print('ran')")),), {path: text})

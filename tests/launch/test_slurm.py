@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from distopt.config import parse_config
 from distopt.launch.platforms import platform
-from tests.launch import hosts as emulated
-from tests.launch import slurm
+from tests.launch import order_task, slurm
 from tests.launch.launching import wait_until, write_config
 
 SUM = Path(__file__).with_name("sum_script.py")
+NUM_STEPS = 40
 BASE = "name: flights\ntask: distopt.examples.flights:Flights\ndata: {global_batch: 4096}\nlaunch: {platform: slurm}\n"
 
 pytestmark = pytest.mark.timeout(240)
@@ -54,11 +57,11 @@ def test_job_is_one_that_bash_can_read(name, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[slurm.Cluster]:
-    lacking = emulated.missing() or slurm.missing()
+def cluster(hosts) -> Iterator[slurm.Cluster]:
+    lacking = slurm.missing()
     if lacking:
         pytest.skip(lacking)
-    with emulated.Hosts(tmp_path_factory.mktemp("hosts"), 3) as hosts, slurm.Cluster(hosts) as running:
+    with slurm.Cluster(hosts) as running:
         yield running
 
 
@@ -115,30 +118,74 @@ def test_signal_to_the_launcher_stops_the_job(submit, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
 
 
+@pytest.fixture
+def order(cluster, start, tmp_path):
+    """Starts order_task.py on two nodes and returns the run and its job's number when it is well under way."""
+    shutil.copy(order_task.__file__, tmp_path)
+    (tmp_path / "run.yaml").write_text(
+        f"name: run\n{order_task.CONFIG}task_args: {{seconds_per_step: 0.3}}\ntrain: {{num_steps: {NUM_STEPS}}}\n"
+        "reduce: {timeout_s: 8}\nlaunch: {platform: slurm, nodes: 2, workers: 1}\n"
+    )
+    run = start("--detach", env=cluster.env, prefix=cluster.hosts.run(1))
+    assert run.wait() == 0, run.everything()
+    wait_until(lambda: run.steps() >= 12, "twelve steps")
+    (number,) = cluster.ask("squeue", "-h", "-o", "%i").split()
+    return run, number
+
+
+def assert_requeued_resumed_and_done(cluster, run, number: str, folder: Path) -> None:
+    wait_until(lambda: "Restarts=1" in cluster.ask("scontrol", "show", "job", number), "the job requeued")
+
+    def done() -> bool:
+        # Slurm holds a requeued job back for two minutes; an operator who does not want to wait does this.
+        cluster.ask("scontrol", "update", f"JobId={number}", "StartTime=now")
+        return "JobState=COMPLETED" in cluster.ask("scontrol", "show", "job", number)
+
+    wait_until(done, "the job done", 120)
+    assert json.loads((folder / "mean.json").read_text()) == pytest.approx(order_task.expected_mean(NUM_STEPS), 1e-9)
+    assert "going on after step" in run.log(0)
+    assert "requeued 1 times" in distopt(cluster, folder, "status", "run").stdout
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_lost_node_puts_the_job_in_the_queue_again_and_it_ends_well(submit, tmp_path, cluster):
-    run = submit("launch.nodes=2", f"script={SUM}", "script_args=['6']", "--detach", "reduce.timeout_s=10")
-    assert run.wait() == 0, run.everything()
-    wait_until(lambda: len(list(tmp_path.glob("summed-2-*"))) == 2, "both workers at work")
-    (number,) = cluster.ask("squeue", "-h", "-o", "%i").split()
-    lost = cluster.ask("squeue", "-h", "-o", "%N").strip()
-    lost = cluster.ask("scontrol", "show", "hostnames", lost).split()[-1]
+def test_lost_node_puts_the_job_in_the_queue_again_and_it_resumes(order, tmp_path, cluster):
+    run, number = order
+    lost = cluster.ask("scontrol", "show", "hostnames", cluster.ask("squeue", "-h", "-o", "%N").strip()).split()[-1]
     index = cluster.hosts.names.index(lost) + 1
     cluster.hosts.link(index, "down")
     try:
-        wait_until(lambda: "Restarts=1" in cluster.ask("scontrol", "show", "job", number), "the job requeued", 120)
-
-        def done() -> bool:
-            # Slurm holds a requeued job back for two minutes; an operator who does not want to wait does this.
-            cluster.ask("scontrol", "update", f"JobId={number}", "StartTime=now")
-            return "JobState=COMPLETED" in cluster.ask("scontrol", "show", "job", number)
-
-        wait_until(done, "the job done", 120)
+        assert_requeued_resumed_and_done(cluster, run, number, tmp_path)
     finally:
         cluster.hosts.link(index, "up")
-    assert (tmp_path / "sum-1.json").exists()
-    assert "requeued 1 times" in distopt(cluster, tmp_path, "status", "run").stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["signal", "preemption"])
+def test_job_that_must_yield_saves_its_last_step_and_resumes_from_there(how, order, tmp_path, cluster):
+    run, number = order
+    if how == "signal":  # what Slurm sends before the time limit
+        cluster.ask("scancel", "--batch", "--signal=USR1", number)
+    else:
+        cluster.ask("sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    wait_until(lambda: "stopped after step" in run.log(0), "a last checkpoint", 60)
+    assert_requeued_resumed_and_done(cluster, run, number, tmp_path)
+    (stopped,) = re.findall(r"stopped after step (\d+)", run.log(0))
+    assert re.findall(r"going on after step (\d+)", run.log(0)) == [stopped]
+
+
+@pytest.mark.parametrize("backend", ["mpi", pytest.param("horovod", marks=pytest.mark.slow)])
+def test_srun_starts_workers_of_mpi(backend, submit, tmp_path, cluster):
+    if "COMPLETED" not in cluster.ask("srun", "--mpi=pmix", "echo", "COMPLETED"):
+        pytest.skip("Slurm finds no PMIx (Debian: libpmix-dev)")
+    if find_spec("horovod" if backend == "horovod" else "mpi4py") is None:
+        pytest.skip(f"the library of {backend} is not installed")
+    chosen = [f"reduce.backend={backend}", f"launch.env={{SUM_BACKEND: {backend}}}"]
+    run = submit("launch.nodes=2", *chosen, f"script={SUM}", "script_args=['0']")
+    assert run.wait() == 0, run.everything()
+    found = [json.loads((tmp_path / f"sum-{rank}.json").read_text()) for rank in range(2)]
+    assert [(one["total"], one["library"]) for one in found] == [(2, backend)] * 2
+    assert len({one["host"] for one in found}) == 2
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,11 @@ def main(action: str, who: str = "-1", *rest: str) -> None:
     elif action == "kill":
         ready(rank)
         os.kill(os.getpid(), int(rest[0]))
+    elif action == "eat":
+        ready(rank)
+        eaten = []
+        while True:
+            eaten.append(bytearray(os.urandom(1 << 20) * 16))
     elif action == "exit":
         ready(rank)
         os._exit(int(rest[0]))

@@ -3,8 +3,13 @@
 `python -m tests.optim.test_pytorch_optimizers` writes the stub anew for the installed torch.
 """
 
+import inspect
 from pathlib import Path
 
+import pyro.optim
+import torch
+
+import distopt.optim
 from distopt.optim import pytorch_optimizers
 
 STUB = Path(pytorch_optimizers.__file__).with_suffix(".pyi")
@@ -52,6 +57,22 @@ def stub() -> str:
         )
     names = "".join(f'    "{name}",\n' for name in pytorch_optimizers.__all__)
     return "".join(parts) + f"\n__all__ = [\n{names}]\n"
+
+
+def test_every_name_of_pyro_optim_is_offered_and_of_its_kind():
+    modules = {"horovod", "pyro", "pytorch_optims"}  # imported names of Pyro's package, and Horovod's wrapper
+    offered = {name for name in dir(pyro.optim) if not name.startswith("_")} - modules
+    assert not {name for name in offered if not hasattr(distopt.optim, name)}
+    assert issubclass(distopt.optim.PyroOptim, pyro.optim.PyroOptim)
+    adam = distopt.optim.Adam({"lr": 0.1})
+    plateau = distopt.optim.ReduceLROnPlateau({"optimizer": torch.optim.SGD, "optim_args": {"lr": 0.1}})
+    assert isinstance(adam, pyro.optim.PyroOptim)
+    assert isinstance(plateau, distopt.optim.PyroLRScheduler)
+
+
+def test_every_optimizer_of_torch_is_offered_but_the_one_that_needs_a_closure():
+    classes = {n for n, c in vars(torch.optim).items() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)}
+    assert classes - set(distopt.optim.__all__) == {"Optimizer", "LBFGS"}
 
 
 def test_stub_lists_what_the_installed_torch_has():

@@ -101,21 +101,58 @@ def test_module_moved_to_another_dtype_keeps_its_state():
     assert state["step"] == 4
 
 
-def test_memory_that_others_own_is_not_moved():
+def test_memory_that_others_see_is_not_moved(tmp_path):
+    file = tmp_path / "memory"
+    file.write_bytes(bytes(12))
     array = np.zeros(3, dtype=np.float32)
     base = torch.zeros(4)
     shared = torch.zeros(3).share_memory_()
-    owned = [torch.from_numpy(array), base[:2], shared]
-    held = torch.zeros(3)
+    mapped = torch.from_file(str(file), shared=True, size=3)
+    owned = [base[:2], shared, mapped, torch.from_numpy(array), torch.from_numpy(array)]
+    held, viewed = torch.zeros(3), torch.zeros(3)
     alias = held.view(3, 1)
-    params = [pyro.param(f"x{i}", t).unconstrained() for i, t in enumerate([*owned, held])]
+    owned += [held, viewed.view(1, 3)]
+    params = [pyro.param(f"x{i}", t).unconstrained() for i, t in enumerate(owned)]
+    del owned, mapped
     optim = stepped(params)
     assert not groups(optim, PackedGroup)
     assert len(groups(optim, ListGroup)) == 1
-    np.testing.assert_allclose(array, -0.1, rtol=1e-5)
     torch.testing.assert_close(base, torch.tensor([-0.1, -0.1, 0.0, 0.0]))
     assert shared.is_shared()
+    np.testing.assert_allclose(np.frombuffer(file.read_bytes(), np.float32), -0.1, rtol=1e-5)
     torch.testing.assert_close(alias, torch.full((3, 1), -0.1))
+    torch.testing.assert_close(viewed, torch.full((3,), -0.1))
+    torch.testing.assert_close(params[3].detach(), params[4].detach(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("source", ["store file", "numpy", "bytes"])
+def test_parameters_that_were_loaded_are_packed_and_go_on_as_if_never_stopped(source, tmp_path):
+    params = start(torch.float32)
+    optim = stepped(params, times=2)
+    optim.save(tmp_path / "optim")
+    pyro.get_param_store().save(str(tmp_path / "params"))
+    stepped(params, optim)
+    expected = [p.detach().clone() for p in params]
+    pyro.clear_param_store()
+    store = pyro.get_param_store()
+    store.load(str(tmp_path / "params"))
+    loaded = dict(store.named_parameters())
+    if source != "store file":
+        arrays = {name: p.detach().numpy().copy() for name, p in loaded.items()}
+        for name, array in arrays.items():
+            if source == "numpy":
+                store[name] = torch.from_numpy(array)
+            else:
+                store[name] = torch.frombuffer(bytearray(array), dtype=torch.float32).view(array.shape)
+        loaded = dict(store.named_parameters())
+    resumed = Adam({"lr": 0.1})
+    resumed.load(tmp_path / "optim")
+    params = [loaded[f"net$$$p{i}"] for i in range(len(params))]
+    sum(p.sum() for p in params).backward()
+    resumed(params)
+    assert [len(g.members) for g in groups(resumed, PackedGroup)] == [len(params)]
+    assert not groups(resumed, ListGroup)
+    torch.testing.assert_close([p.detach() for p in params], expected)
 
 
 def test_parameters_of_an_autoguide_are_packed_though_its_first_trace_shares_their_memory():
@@ -234,6 +271,18 @@ def test_handed_over_buffer_of_a_whole_group_is_stepped_without_a_copy():
     optim.step_gradients([flat])
     assert group.arena.flat.grad.data_ptr() == flat.buffer.data_ptr()
     torch.testing.assert_close([p.detach() for p in params], reference(values, 2))
+
+
+@pytest.mark.parametrize(("name", "args"), [("ClippedAdam", {"lr": 0.1, "lrd": 0.9}), ("DCTAdam", {"lr": 0.1})])
+def test_parameters_whose_lives_part_share_one_optimizer_though_its_rate_decays(name, args):
+    params = [pyro.param(f"x{i}", torch.zeros(2)).unconstrained() for i in range(64)]
+    optim = getattr(distopt.optim, name)(args)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        stepped([params[i] for i in torch.randperm(64, generator=generator)[:32].tolist()], optim)
+    assert len(list(optim._groups)) <= 10
+    optimizers = {id(handle) for handle in optim.optim_objs.values()}
+    assert len(optimizers) <= 10
 
 
 def test_groups_do_not_multiply_when_a_different_half_is_touched_each_time():

@@ -26,8 +26,10 @@ def train(fault: str, timeout_s: str = "8", num_steps: str = "6") -> None:
         (param.sum() * (backend.rank + 1)).backward()
         if step == 3 and backend.rank == 1:
             strike(fault)
-            if fault == "leaves out a call":
+            if fault.startswith("leaves out a"):
                 continue
+        if fault == "leaves out a step of its loop":
+            optim.local_step = step  # what the built-in loop tells
         optim({param})
         param.grad = None
     print("trained:", pyro.param("x").tolist())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pyro
 import pytest
 import torch
@@ -15,17 +17,15 @@ from distopt.optim import (
     DistributedOptimizer,
     HorovodOptimizer,
     MixedMultiOptimizer,
+    MultiOptimizer,
     Newton,
     PyroLRScheduler,
     SparseAdam,
+    TorchMultiOptimizer,
 )
 from distopt.reduce import DriftError
 from distopt.reduce.local import LocalParameter, PlateShard, mark_local
-from tests.reduce.bodies import Values, noise, step_with, store_values, unconstrained
-
-
-def _by_rank(step: int, *shape: int) -> list[Tensor]:
-    return [noise(1000 * step + rank, *shape) for rank in range(current().world_size)]
+from tests.reduce.steps import Values, by_rank, noise, step_with, store_values, unconstrained
 
 
 def sixteen_bits_stay_close_to_the_mean() -> Values:
@@ -34,7 +34,7 @@ def sixteen_bits_stay_close_to_the_mean() -> Values:
     for compression, bits in (("fp16", 10), ("bf16", 7)):
         optim = DistributedOptimizer(SGD({"lr": 1.0}), compression=compression)
         pyro.param(compression, torch.zeros(300))
-        gradients = _by_rank(1, 300)
+        gradients = by_rank(1, 300)
         optim.local_loss = 1.0 + rank / 3
         step_with(optim, {compression: gradients[rank]})
         mean = torch.stack(gradients).mean(0)
@@ -54,8 +54,8 @@ def power_sgd_converges_by_its_error_feedback() -> Values:
     optim = DistributedOptimizer(SGD({"lr": 1.0}), compression="powersgd", power_sgd_rank=2)
     for name, shape in (("full", (12, 10)), ("low", (12, 10)), ("vector", (7,))):
         pyro.param(name, torch.zeros(shape))
-    column, rows, vectors = noise(5, 12, 1), _by_rank(2, 1, 10), _by_rank(3, 7)
-    fulls = _by_rank(4, 12, 10)
+    column, rows, vectors = noise(5, 12, 1), by_rank(2, 1, 10), by_rank(3, 7)
+    fulls = by_rank(4, 12, 10)
     num_steps = 60
     for _ in range(num_steps):
         step_with(optim, {"full": fulls[rank], "low": column @ rows[rank], "vector": vectors[rank]})
@@ -75,7 +75,7 @@ def adasum_follows_its_formula() -> Values:
     """The paper's recursion, written plainly in float64; equal gradients give their mean, orthogonal ones the sum."""
     rank, size = current().rank, current().world_size
     optim = DistributedOptimizer(SGD({"lr": 1.0}), op="adasum")
-    gradients = {name: _by_rank(seed, *shape) for seed, (name, shape) in enumerate([("a", (5,)), ("b", (2, 3))])}
+    gradients = {name: by_rank(seed, *shape) for seed, (name, shape) in enumerate([("a", (5,)), ("b", (2, 3))])}
     for name, each in gradients.items():
         pyro.param(name, torch.zeros(each[0].shape))
     pyro.param("same", torch.zeros(4))
@@ -97,69 +97,6 @@ def adasum_follows_its_formula() -> Values:
 
 def _adasum(a: Tensor, b: Tensor) -> Tensor:
     return a * (1 - a @ b / (2 * a @ a)) + b * (1 - a @ b / (2 * b @ b))
-
-
-def buckets_groups_and_factors_change_nothing() -> Values:
-    """Many buckets, groups by name, tensor and number, a factor before the sum: equal to the plain mean."""
-    rank, size = current().rank, current().world_size
-    options: list[dict[str, object]] = [
-        {},
-        {"bucket_mib": 0.0001},
-        {"groups": [["p3", "p1"], ["p0"]]},
-        {"groups": 2},
-        {"gradient_predivide_factor": 4.0},
-        {"overlap": True, "bucket_mib": 0.0001},
-    ]
-    values = []
-    for option in options:
-        pyro.clear_param_store()
-        optim = DistributedOptimizer(SGD({"lr": 1.0}), **option)  # type: ignore[arg-type]
-        for i in range(5):
-            pyro.param(f"p{i}", torch.zeros(10 * i + 1))
-        for step in range(3):
-            optim.local_loss = 1.0
-            touched = [i for i in range(5) if (i + step + rank) % 3]
-            step_with(optim, {f"p{i}": _by_rank(10 * step + i, 10 * i + 1)[rank] for i in touched})
-        values.append(store_values())
-    for other in values[1:]:
-        for name, value in other.items():
-            torch.testing.assert_close(torch.tensor(value), torch.tensor(values[0][name]))
-    total = DistributedOptimizer(SGD({"lr": 1.0}), op="sum")
-    pyro.param("sum", torch.zeros(2))
-    step_with(total, {"sum": torch.ones(2)})
-    assert unconstrained("sum").eq(-size).all()
-    return values[1]
-
-
-def buckets_start_during_backward() -> Values:
-    """With `overlap`, from the last bucket to the first; a parameter left untouched on one rank changes no sum."""
-    rank, size = current().rank, current().world_size
-    optim = DistributedOptimizer(SGD({"lr": 1.0}), overlap=True, bucket_mib=0.0001, backward_passes=2)
-    names = [f"p{i}" for i in range(5)]
-    for step in range(4):
-        left_out = names[2] if step == 2 and rank == 0 else None
-        params = {pyro.param(name, torch.zeros(40)).unconstrained() for name in names if name != left_out}
-        for _ in range(2):
-            loss = sum((param * (rank + 1)).sum() for param in params)
-            assert isinstance(loss, Tensor)
-            loss.backward()
-        overlap = optim.reducer._overlap
-        if step > 0 and overlap is not None:
-            assert overlap.num_started == (2 if left_out else 4)
-        optim(params)
-        for param in params:
-            param.grad = None
-    means = {name: (size + 1) / 2 for name in names}
-    for name in names:
-        expected = -8 * means[name] + (2 / size if name == "p2" else 0)
-        torch.testing.assert_close(unconstrained(name), torch.full((40,), expected))
-    param = pyro.param("p1").unconstrained()
-    for _ in range(2):
-        param.sum().backward()
-    with pytest.raises(RuntimeError, match="grew again after 2 backward passes"):
-        param.sum().backward()
-    optim({param})
-    return store_values()
 
 
 def sparse_gradients_cross_as_sparse() -> Values:
@@ -272,8 +209,8 @@ def own_parameters_are_never_exchanged() -> None:
     assert optim.num_skipped_steps == 1
 
 
-def newton_on_shards_equals_newton_on_all_data() -> Values:
-    """A logistic regression whose rows are split: Newton, and a mixture, take one process's path with all the rows."""
+def multi_optimizers_on_shards_equal_one_with_all_data() -> Values:
+    """A logistic regression whose rows are split: every kind of them takes one process's path with all the rows."""
     rank, size = current().rank, current().world_size
     rows, labels = noise(3, 24, 2, dtype=torch.float64), (noise(4, 24) > 0).double()
 
@@ -283,7 +220,12 @@ def newton_on_shards_equals_newton_on_all_data() -> Values:
 
     own = slice(24 * rank // size, 24 * (rank + 1) // size)
     results = []
-    for make in (Newton, lambda: MixedMultiOptimizer([(["x"], Newton()), (["y"], SGD({"lr": 0.01}))])):
+    makers: tuple[Callable[[], MultiOptimizer], ...] = (
+        Newton,
+        lambda: TorchMultiOptimizer(torch.optim.Adam, {"lr": 0.1}),
+        lambda: MixedMultiOptimizer([(["x"], Newton()), (["y"], SGD({"lr": 0.01}))]),
+    )
+    for make in makers:
         alone, shared = make(), DistributedMultiOptimizer(make())
         pyro.clear_param_store()
         values = {}
@@ -300,12 +242,10 @@ def newton_on_shards_equals_newton_on_all_data() -> Values:
 
 
 OPTIONS = [
-    newton_on_shards_equals_newton_on_all_data,
+    multi_optimizers_on_shards_equal_one_with_all_data,
     sixteen_bits_stay_close_to_the_mean,
     power_sgd_converges_by_its_error_feedback,
     adasum_follows_its_formula,
-    buckets_groups_and_factors_change_nothing,
-    buckets_start_during_backward,
     sparse_gradients_cross_as_sparse,
     schedules_agree_on_the_averaged_metric,
     drift_is_found_and_named,

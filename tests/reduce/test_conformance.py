@@ -10,10 +10,13 @@ import pytest
 from distopt.backends import init
 from tests import workers
 from tests.backends.bodies import CONTRACT, collective_left_out, collectives
-from tests.reduce.bodies import AGREEMENT, gradients_are_averaged, guide_that_grows_differently_trains
+from tests.reduce.agreement_bodies import AGREEMENT, gradients_are_averaged
+from tests.reduce.bucket_bodies import BUCKETS
 from tests.reduce.option_bodies import OPTIONS
+from tests.reduce.training_bodies import TRAINING, guide_that_grows_differently_trains
 
 SIZES = (2, 4, 1)
+BODIES = [*CONTRACT, *AGREEMENT, *TRAINING, *BUCKETS, *OPTIONS]
 WORLDS = [(kind, size) for kind in ("torch_dist", "horovod", "mpi") for size in SIZES]
 OTHER_STARTERS = [("horovod-mpi", 2), ("mpirun-horovod", 2)]
 
@@ -25,7 +28,7 @@ def world(request: pytest.FixtureRequest) -> tuple[str, int]:
     return found
 
 
-@pytest.mark.parametrize("body", [*CONTRACT, *AGREEMENT, *OPTIONS], ids=lambda body: body.__name__)
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
 def test_every_backend_does_the_same(world: tuple[str, int], body: Callable[[], Any]) -> None:
     results = workers.world(*world).run(body, timeout_s=90)
     assert all(result == results[0] for result in results)
@@ -48,7 +51,7 @@ def test_other_launchers_of_horovod_do_the_same(started: tuple[str, int]) -> Non
         assert all(result == results[0] for result in results)
 
 
-@pytest.mark.parametrize("body", [*CONTRACT, *AGREEMENT, *OPTIONS], ids=lambda body: body.__name__)
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
 def test_a_lone_process_does_the_same(body: Callable[[], Any]) -> None:
     backend = init("single")
     body()

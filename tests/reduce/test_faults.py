@@ -14,6 +14,9 @@ SAID = {
     "raises": "rank 1 failed first, at step 3 in phase 'model': ValueError: a bad row in the data",
     "is killed": "Missing: rank 1 (stopped or unreachable; last seen at step",
     "is stopped": "Missing: rank 1 (stopped or unreachable; last seen at step",
+    "leaves out a step of its loop": (
+        "the ranks are at different calls of the optimizer: rank 0: step 3 (gradient), rank 1: step 4 (gradient)"
+    ),
     "leaves out a call": "rank 1 has left the run after step 5, and the others still wait for it",
     "exits": "rank 1 has left the run after step 3, and the others still wait for it",
 }
@@ -25,6 +28,8 @@ def test_fault_of_one_rank_is_named_by_the_other(fault: str) -> None:
     assert statuses[0] == 1, started.output()
     assert SAID[fault] in started.output(rank=0)
     assert "trained:" not in started.output(rank=0)
+    if fault == "leaves out a step of its loop":
+        assert statuses[1] == 1 and SAID[fault] in started.output(rank=1)
     if fault == "raises":
         assert statuses[1] == 1
         # The culprit's own traceback is in both outputs.

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pyro
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distopt.backends import current
 from distopt.optim import Adam, DistributedOptimizer
+from distopt.reduce import layout
 from tests import workers
-from tests.reduce.bodies import noise, step_with, store_values
+from tests.reduce.steps import noise, step_with, store_values
 
 SIZE = 2
 SHAPES: dict[str, tuple[int, ...]] = {"a": (2, 3), "b": (), "c": (4,), "d": (1, 5)}
@@ -25,16 +27,19 @@ schedules = st.lists(
 )
 
 
-def follow(schedule: Schedule, options: dict[str, Any]) -> list[dict[str, Any]]:
+def follow(schedule: Schedule, options: dict[str, Any], is_large: bool) -> list[dict[str, Any]]:
     """Steps by a schedule: [step][rank] -> names touched, in the order of creation; returns the store after each."""
     rank = current().rank
     optim = DistributedOptimizer(Adam({"lr": 0.1}), **options)
     stores = []
-    for step, touched in enumerate(schedule):
-        for name in touched[rank]:
-            pyro.param(name, lambda name=name: noise(ord(name) + 1000 * rank, *SHAPES[name]))
-        step_with(optim, {name: _gradient(step, rank, name) for name in touched[rank]})
-        stores.append(store_values())
+    with pytest.MonkeyPatch.context() as patch:
+        if is_large:
+            patch.setattr(layout, "LOOK_FIRST_BYTES", 0)
+        for step, touched in enumerate(schedule):
+            for name in touched[rank]:
+                pyro.param(name, lambda name=name: noise(ord(name) + 1000 * rank, *SHAPES[name]))
+            step_with(optim, {name: _gradient(step, rank, name) for name in touched[rank]})
+            stores.append(store_values())
     return stores
 
 
@@ -60,11 +65,13 @@ def reference(schedule: Schedule) -> list[dict[str, torch.Tensor]]:
     return stores
 
 
-@given(schedule=schedules, bucket_mib=st.sampled_from([25.0, 0.00002]), overlap=st.booleans())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_schedule_keeps_replicas_equal_to_one_process(schedule: Schedule, bucket_mib: float, overlap: bool) -> None:
+@given(schedule=schedules, bucket_mib=st.sampled_from([25.0, 0.00002]), overlap=st.booleans(), is_large=st.booleans())
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_schedule_keeps_replicas_equal_to_one_process(
+    schedule: Schedule, bucket_mib: float, overlap: bool, is_large: bool
+) -> None:
     options = {"bucket_mib": bucket_mib, "overlap": overlap, "drift_every_steps": 1}
-    results = workers.world("torch_dist", SIZE).run(follow, schedule, options)
+    results = workers.world("torch_dist", SIZE).run(follow, schedule, options, is_large)
     assert all(result == results[0] for result in results)
     for found, expected in zip(results[0], reference(schedule), strict=True):
         assert set(found) == set(expected)

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 
 from distopt.checkpoint.exchange import read_replicated
+from distopt.config import load_config
+from distopt.train import run
 from distopt.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +59,15 @@ def launch_well(path: Path, *overrides: str) -> str:
     done = launch(path, *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def run_here(path: Path, *overrides: str) -> None:
+    """Runs to the end in this process, alone, which saves the start of others."""
+    num_threads = torch.get_num_threads()
+    try:
+        assert run(load_config(path, [*overrides, "launch.workers=1", "reduce.backend=single"])) == 0
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def parameters(run_dir: Path) -> dict[str, Tensor]:

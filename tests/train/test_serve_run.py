@@ -70,6 +70,7 @@ def test_each_worker_answers_on_its_own_port_and_tells_what_it_does(tmp_path: Pa
             assert "last progress" in ask(each, "/livez")
             assert metric(each, "rows_per_second") > 0
             assert metric(each, "gradient_norm") > 0
+            assert metric(each, "loss_nats") > 0
             assert metric(each, "all_reduce_seconds_total") > 0
             assert metric(each, "all_reduce_bytes_total") > 0
             assert 0 <= metric(each, "checkpoint_age_seconds") < 60
@@ -77,7 +78,7 @@ def test_each_worker_answers_on_its_own_port_and_tells_what_it_does(tmp_path: Pa
             assert metric(each, "restarts") == metric(each, "skipped_steps_total") == 0
         seen = metric(port, "steps_total")
         wait_for_step(port, int(seen) + 1)
-        assert metric(port, "loss_nats") == metric(port + 1, "loss_nats") or metric(port, "steps_total") > seen
+        assert metric(port, "steps_total") > seen
     finally:
         run.send_signal(signal.SIGTERM)
         run.wait(timeout=60)

@@ -14,12 +14,16 @@ from torch import Tensor, nn
 
 from distopt.backends import Backend, BackendError, current
 from distopt.optim.distributed.adopt import as_ours, names_of, takes_metric
+from distopt.optim.distributed.own import spread_nonfinite_, tell_own, total_norm
+from distopt.optim.distributed.passes import Passes
 from distopt.optim.flat import FlatGradients
 from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.optim import PyroOptim, _evaluated
 from distopt.reduce import DisagreementError, DriftError, PeerError, Reduced, Reducer, Settings
 from distopt.reduce.agreement import share_values_
-from distopt.reduce.control import Control, Heard, Kind
+from distopt.reduce.control import Control, Kind
+from distopt.reduce.finite import explain_nonfinite
+from distopt.reduce.noise import NoisePolicy
 
 logger = logging.getLogger("distopt.optim")
 
@@ -33,7 +37,11 @@ class DistributedOptimizer(PyroOptim):
     Gradients are packed into one buffer, which crosses in one all-reduce; the average is clipped and stepped by the
     wrapped optimizer, equally on all ranks. Parameters may appear on any rank at any step: they take the value of the
     lowest rank that has them and are created where they are missing. A parameter is stepped when any rank touched it;
-    where a gradient is absent it counts as zero; the mean is over the ranks that are active.
+    where a gradient is absent it counts as zero; the mean is over the ranks that are active. Where ranks start from
+    different values, the gradients of the first step are those of each rank's own, unless `synchronize` was called
+    before; `distopt.infer.SVI` does.
+
+    Parameters of sharded plates are stepped by their rank alone; `global_norm` is over those of all ranks together.
 
     Args:
         pyro_optim: The optimizer to wrap: of `distopt.optim` or `pyro.optim`, a scheduler too. State it has loaded is
@@ -50,6 +58,8 @@ class DistributedOptimizer(PyroOptim):
         gradient_predivide_factor: Gradients are divided by it before the sum, and multiplied after.
         sparse_as_dense: Whether sparse gradients are made dense before they cross.
         power_sgd_rank: Rank of PowerSGD's approximation.
+        noise: `independent`: ranks that draw the same noise when they first meet here, as they do after the same seed,
+            draw their own from then on, so `W` ranks are `W` particles. `shared`: their noise is left as it is.
         drift_every_steps: Every so many steps a checksum of parameters and optimizer state rides along; 0: never.
 
     Attributes:
@@ -96,6 +106,7 @@ class DistributedOptimizer(PyroOptim):
         gradient_predivide_factor: float = 1.0,
         sparse_as_dense: bool = False,
         power_sgd_rank: int = 2,
+        noise: NoisePolicy = "independent",
         drift_every_steps: int = 0,
     ) -> None:
         if isinstance(pyro_optim, DistributedOptimizer):
@@ -112,6 +123,7 @@ class DistributedOptimizer(PyroOptim):
             overlap=overlap,
             backward_passes=backward_passes,
             passes_per_step=backward_passes_per_step,
+            noise=noise,
             drift_every_steps=drift_every_steps,
         )
         self.local_loss: float | None = None
@@ -123,8 +135,7 @@ class DistributedOptimizer(PyroOptim):
         self.gradient_norm: float | None = None
         self._backend = backend
         self._made: Reducer | None = None
-        self._passes = 0
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._passes = Passes(backward_passes_per_step)
         self._losses: list[float] = []
         self._has_joins = False
 
@@ -146,6 +157,12 @@ class DistributedOptimizer(PyroOptim):
             self._made = Reducer(self._backend or current(), self.settings, self.optim.get_state)
         return self._made
 
+    @property
+    def is_new(self) -> bool:
+        """Whether the ranks have not agreed on any parameter yet, so that each may hold first values of its own."""
+        reducer = self.reducer
+        return reducer.step == 0 and reducer.num_agreements == 0 and reducer.backend.world_size > 1
+
     # One step.
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
@@ -157,18 +174,33 @@ class DistributedOptimizer(PyroOptim):
             **kwargs: Likewise.
         """
         args, kwargs = _evaluated(args, kwargs)
-        gathered = self._gather_passes(params)
+        if self.local_loss is not None:
+            self._losses.append(float(self.local_loss))
+            self.local_loss = None
+        gathered = self._passes.add(params)
         if gathered is None:
             return
         reducer = self.reducer
         if self.local_step is not None:
             reducer.step, self.local_step = self.local_step, None
         reducer.backend.note(reducer.step, "reduce")
-        brought = reducer.look(gathered)
+        brought, said = reducer.look(gathered), self._say(Kind.GRADIENT)
         if brought.own:
-            self._check_clip(brought.own[0][0])
-        reduced = reducer.reduce(brought, self._say(Kind.GRADIENT))
+            try:
+                tell_own(self.optim, brought, said)
+            except ValueError as error:
+                self.abort(error)
+                raise
+        reduced = reducer.reduce(brought, said)
         self._apply_reduced(reduced, args, kwargs)
+
+    def zero_grad(self, params: Iterable[Tensor]) -> None:
+        """Sets the gradient of each of `params` that has one to zero, as Pyro's SVI does after each step.
+
+        It is done in place. Those of large parameters (32,768 elements and more) are dropped (None) instead, and count
+        as zero until backward leaves new ones, which then need no sum.
+        """
+        self.reducer.cleared.clear(params)
 
     def collect(self, params: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
         """As the wrapped optimizer's."""
@@ -255,13 +287,12 @@ class DistributedOptimizer(PyroOptim):
             modules: Their buffers (batch statistics, say) take rank 0's values, too.
 
         Cost:
-            One agreement; one broadcast for each dtype of the buffers.
+            One round and one agreement; one broadcast for each dtype of the buffers.
         """
         reducer = self.reducer
         if params is None:
             params = [param for _, param in pyro.get_param_store().named_parameters()]
-        with torch.no_grad():
-            reducer.settle(reducer.look(list(params)), Control(reducer.step, Kind.GRADIENT))
+        reducer.reduce(reducer.look(list(params)), Control(reducer.step, Kind.AGREE))
         by_dtype: dict[tuple[torch.dtype, str], list[Tensor]] = {}
         for module in modules:
             for _, buffer in sorted(module.named_buffers()):
@@ -290,40 +321,11 @@ class DistributedOptimizer(PyroOptim):
 
     # Inside.
 
-    def _check_clip(self, own: str) -> None:
-        args = self.optim.pt_clip_args
-        if not callable(args) and args.get("global_norm") is not None and self.reducer.backend.world_size > 1:
-            raise ValueError(
-                f"clip_args has global_norm, but parameter {own!r} is this rank's own, so the ranks would find "
-                "different norms. Give clip_norm or clip_value, which look at each parameter by itself."
-            )
-
     def _say(self, kind: Kind | None) -> Control:
         losses = self._losses
         value = sum(losses) / len(losses) if losses else None
         self._losses = []
         return Control(self.reducer.step, kind, flag=self.local_flag, value=value)
-
-    def _gather_passes(self, params: Iterable[Tensor]) -> Iterable[Tensor] | None:
-        """Adds up the gradients of several calls; None until there are enough."""
-        if self.local_loss is not None:
-            self._losses.append(float(self.local_loss))
-            self.local_loss = None
-        if self.settings.passes_per_step == 1:
-            return params
-        params = list(params)
-        self._passes += 1
-        is_last = self._passes == self.settings.passes_per_step
-        for param in params:
-            if param.grad is not None:
-                _, before = self._kept.get(id(param), (param, None))
-                self._kept[id(param)] = (param, param.grad.clone() if before is None else before + param.grad)
-        if not is_last:
-            return None
-        self._passes, kept, self._kept = 0, self._kept, {}
-        for param, gradient in kept.values():
-            param.grad = gradient
-        return {id(param): param for param in (*params, *(param for param, _ in kept.values()))}.values()
 
     def _follow(self) -> bool:
         """One round of a rank that has joined; False when no rank is active any more."""
@@ -335,7 +337,7 @@ class DistributedOptimizer(PyroOptim):
         if reduced.heard.kind is Kind.SCHEDULE:
             value = reduced.heard.value
             self._scheduler().step(*(() if value is None else (value,)))
-        else:
+        elif reduced.heard.kind is Kind.GRADIENT:
             self._apply_reduced(reduced, (), {})
         return True
 
@@ -347,43 +349,35 @@ class DistributedOptimizer(PyroOptim):
         if self.measure_norm:
             self.gradient_norm = reduced.norm()
         num_skipped = self.optim.num_skipped_steps
+        self.optim.total_norm = total_norm(self.optim, reduced)
+        spread_nonfinite_(self.optim, reduced)
         if heard.num_nonfinite and self.optim.nonfinite != "step":
-            self._refuse_own(heard)
+            self._refuse_own(reduced)
         else:
             try:
                 flats = [FlatGradients(*part) for part in reduced.dense]
                 self.optim.step_gradients(flats, reduced.loose, *args, **kwargs)
             except FloatingPointError as error:
-                raise FloatingPointError(f"{error} {self._tell_nonfinite()}") from None
+                raise FloatingPointError(f"{error} {self._tell_nonfinite(reduced)}") from None
         if self.optim.num_skipped_steps > num_skipped:
-            logger.warning(self._tell_nonfinite())
+            logger.warning(self._tell_nonfinite(reduced))
             reducer.forget_errors()
         reducer.step += 1
         reducer.backend.note(reducer.step, "model")
 
-    def _refuse_own(self, heard: Heard) -> None:
+    def _refuse_own(self, reduced: Reduced) -> None:
         """Leaves out, on all ranks, a step for which a rank's own parameter has a gradient that is not finite."""
         if self.optim.nonfinite == "raise":
             raise FloatingPointError(
-                f"a rank's own parameter has a gradient that is not finite. {self._tell_nonfinite()}"
+                f"a rank's own parameter has a gradient that is not finite. {self._tell_nonfinite(reduced)}"
             )
         self.optim.num_skipped_steps += 1
 
-    def _tell_nonfinite(self) -> str:
-        """Names the ranks whose own gradients were not finite; a collective call, made by all since all see the sum."""
+    def _tell_nonfinite(self, reduced: Reduced) -> str:
         reducer = self.reducer
-        named = pyro.get_param_store().named_parameters()
-        own = [name for name, param in named if param.grad is not None and not _is_finite(param.grad)]
-        told = reducer.backend.all_gather_json(own)
-        found = [f"rank {rank}: {', '.join(map(repr, names))}" for rank, names in enumerate(told) if names]
-        said = "; ".join(found) or "on no rank by itself, so the sum overflowed"
-        return f"step {reducer.step}: gradients that are not finite: {said}."
+        return explain_nonfinite(reducer.backend, reducer.layout.names, reduced.brought, reducer.step)
 
     def _scheduler(self) -> PyroLRScheduler:
         if not isinstance(self.optim, PyroLRScheduler):
             raise AttributeError(f"step() is for schedulers; this wraps a {type(self.optim).__name__}.")
         return self.optim
-
-
-def _is_finite(gradient: Tensor) -> bool:
-    return bool(torch.isfinite(gradient.coalesce().values() if gradient.is_sparse else gradient).all())

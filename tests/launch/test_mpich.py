@@ -1,0 +1,86 @@
+"""MPICH in place of Open MPI: an environment of its own, whose mpirun is Hydra's, over the packages of this one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import site
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+from tests.launch.launching import wait_until, write_config
+
+SUM = Path(__file__).with_name("sum_script.py")
+OVER_MPI = ["reduce.backend=mpi", "launch.env={SUM_BACKEND: mpi}"]  # not Horovod, which was built for Open MPI
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def mpich(tmp_path_factory) -> str:
+    """Returns a Python beside MPICH's mpirun."""
+    pytest.importorskip("mpi4py")
+    folder = tmp_path_factory.mktemp("mpich")
+    venv.create(folder)
+    python = folder / "bin" / "python"
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "outer.pth").write_text(
+        "".join(f"import site; site.addsitedir({path!r})\n" for path in site.getsitepackages())
+    )
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "mpich"]
+    done = subprocess.run(install, capture_output=True, text=True, timeout=200)
+    if done.returncode:
+        pytest.skip(f"MPICH cannot be installed here (pip install mpich): {done.stderr.strip().splitlines()[-1]}")
+    return str(python)
+
+
+def assert_summed(folder: Path, hosts: set[str] | None = None) -> None:
+    found = [json.loads((folder / f"sum-{rank}.json").read_text()) for rank in range(2)]
+    assert [(one["total"], one["library"]) for one in found] == [(2, "mpi")] * 2
+    assert hosts is None or {one["host"] for one in found} == hosts
+
+
+def test_run_on_this_machine_ends_well(mpich, start, tmp_path):
+    write_config(tmp_path, more="reduce: {backend: mpi}")
+    run = start(f"script={SUM}", "script_args=['0']", *OVER_MPI, python=mpich)
+    assert run.wait() == 0, run.everything()
+    assert_summed(tmp_path)
+    assert "-bind-to none" in (run.run_dir / "launch.json").read_text()
+    assert run.processes() == []
+
+
+def test_library_of_another_mpi_is_refused_since_its_world_falls_apart(mpich, start, tmp_path):
+    pytest.importorskip("horovod.torch", reason="Horovod is not installed (make setup-dev builds it)")
+    write_config(tmp_path, more="reduce: {backend: mpi}")
+    run = start(f"script={SUM}", "script_args=['0']", "launch.env={SUM_BACKEND: horovod}", python=mpich)
+    assert run.wait() == 1
+    assert "mpirun (MPICH) started 2 workers, but this one finds a world of 1 over horovod" in run.err
+
+
+def test_signal_reaches_each_worker_once_and_all_save_and_end(mpich, start, tmp_path):
+    write_config(tmp_path, "wait", more="reduce: {backend: mpi}")
+    run = start(python=mpich)
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers ready")
+    run.signal(signal.SIGTERM)
+    assert run.wait() == 143, run.everything()
+    assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+    assert run.processes() == []
+
+
+def test_worker_that_is_killed_is_named(mpich, start, tmp_path):
+    write_config(tmp_path, "kill", "1", "9", more="reduce: {backend: mpi}")
+    run = start(python=mpich)
+    assert run.wait() == 1
+    assert "rank 1 on" in run.err.split("died first")[0] and "was killed (SIGKILL)" in run.err
+    assert run.processes() == []
+
+
+def test_run_on_hosts_ends_well(mpich, hosts, on_hosts, tmp_path):
+    run = on_hosts("mpirun", [1, 2], *OVER_MPI, python=mpich)
+    assert run.wait() == 0, run.everything()
+    assert_summed(tmp_path, {"dh1", "dh2"})
+    wait_until(lambda: run.processes() == [], "all processes of the run gone", timeout_s=20)

@@ -1,0 +1,67 @@
+"""Part of the ranks as a world of its own: what a rank does."""
+
+from __future__ import annotations
+
+import pyro
+import pytest
+import torch
+import torch.distributed as dist
+
+import distopt
+from distopt.backends import BackendError, current
+from distopt.optim import SGD, DDPOptimizer, DistributedOptimizer, HorovodOptimizer
+from tests.reduce.steps import step_with, store_values, unconstrained
+
+
+def _average_alone(optim: DistributedOptimizer, group: int) -> None:
+    """Two steps in group 0 and three in group 1, each with a parameter that only its second rank brings."""
+    rank = 2 * group + optim.backend.rank
+    assert optim.backend.world_size == 2
+    pyro.param("x", torch.full((2,), float(rank)))
+    for step in range(2 + group):
+        gradients = {"x": torch.full((2,), rank + 1.0)}
+        if rank % 2:
+            pyro.param(f"of_group{group}", torch.zeros(3))
+            gradients[f"of_group{group}"] = torch.ones(3)
+        step_with(optim, gradients)
+        mean = (2 * group + 1 + 2 * group + 2) / 2
+        assert unconstrained("x").eq(2 * group - (step + 1) * mean).all()
+        assert unconstrained(f"of_group{group}").eq(-(step + 1) / 2).all()
+    assert len(store_values()) == 2
+    optim.backend.close()
+
+
+def process_groups_average_alone() -> None:
+    """`DDPOptimizer(process_group=...)` on two groups of a world of four, then the whole world again."""
+    rank = current().rank
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    with pytest.raises(BackendError, match=f"rank {rank} of 4 is not in the process group that it was given"):
+        DDPOptimizer(SGD({"lr": 1.0}), process_group=groups[1 - rank // 2])
+    _average_alone(DDPOptimizer(SGD({"lr": 1.0}), process_group=groups[rank // 2]), rank // 2)
+    pyro.clear_param_store()
+    whole = DDPOptimizer(SGD({"lr": 1.0}), bucket_cap_mb=1.0)
+    pyro.param("x", torch.zeros(2))
+    step_with(whole, {"x": torch.full((2,), rank + 1.0)})
+    assert unconstrained("x").eq(-2.5).all()
+
+
+def process_sets_average_alone() -> None:
+    """A script's own Horovod with process sets, whose world distopt adopts."""
+    import horovod.torch as hvd
+
+    sets = [hvd.ProcessSet([0, 1]), hvd.ProcessSet([2, 3])]
+    hvd.init(process_sets=sets)
+    rank = hvd.rank()
+    with pytest.raises(BackendError, match=rf"rank {rank} of 4 is not in the process set \[{2 - rank // 2 * 2}, "):
+        HorovodOptimizer(SGD({"lr": 1.0}), process_set=sets[1 - rank // 2])
+    with pytest.raises(BackendError, match=r"not known to Horovod: give it to hvd.init\(process_sets"):
+        HorovodOptimizer(SGD({"lr": 1.0}), process_set=hvd.ProcessSet([0, 3]))
+    _average_alone(HorovodOptimizer(SGD({"lr": 1.0}), process_set=sets[rank // 2]), rank // 2)
+    pyro.clear_param_store()
+    whole = HorovodOptimizer(SGD({"lr": 1.0}), op=hvd.Sum, compression=hvd.Compression.none, num_groups=1)
+    pyro.param("x", torch.zeros(2))
+    step_with(whole, {"x": torch.full((2,), rank + 1.0)})
+    assert unconstrained("x").eq(-10).all()
+    print(f"rank {rank} has averaged", flush=True)
+    distopt.backends.current().close()
+    hvd.shutdown()

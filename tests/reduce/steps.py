@@ -1,0 +1,73 @@
+"""What bodies of tests share: steps with given gradients, and values to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from distopt.backends import current
+from distopt.optim import PyroOptim
+
+Values = dict[str, Any]
+
+
+def store_values() -> Values:
+    """This rank's unconstrained parameters, exactly."""
+    named = pyro.get_param_store().named_parameters()
+    return {name: torch.view_as_real(p).tolist() if p.is_complex() else p.tolist() for name, p in sorted(named)}
+
+
+def step_with(optim: PyroOptim, gradients: Mapping[str, Tensor | None]) -> None:
+    """One optimizer call as SVI makes it: a set of parameters with gradients, replaced by zeros afterwards."""
+    params = set()
+    for name, gradient in gradients.items():
+        param = pyro.param(name).unconstrained()
+        param.grad = gradient
+        params.add(param)
+    optim(params)
+    for param in params:
+        if param.grad is not None:
+            param.grad = torch.zeros_like(param.grad)
+
+
+def noise(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers that depend on the seed alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def unconstrained(name: str) -> Tensor:
+    """A detached copy of a parameter's unconstrained value."""
+    return pyro.param(name).unconstrained().detach().clone()
+
+
+def by_rank(step: int, *shape: int) -> list[Tensor]:
+    """One gradient for each rank."""
+    return [noise(1000 * step + rank, *shape) for rank in range(current().world_size)]
+
+
+@contextmanager
+def counting_calls() -> Iterator[list[tuple[str, int]]]:
+    """Yields the collectives that reach this rank's backend meanwhile: name and number of elements."""
+    backend = current()
+    calls: list[tuple[str, int]] = []
+
+    def counted(method: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def count(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            calls.append((method, tensor.numel()))
+            return call(tensor, *args, **kwargs)
+
+        return count
+
+    methods = ("all_reduce", "broadcast", "all_gather", "exchange")
+    for method in methods:
+        setattr(backend, method, counted(method, getattr(backend, method)))
+    try:
+        yield calls
+    finally:
+        for method in methods:
+            delattr(backend, method)

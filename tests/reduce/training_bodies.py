@@ -1,0 +1,255 @@
+"""What one rank does in the tests of whole loops; what a body returns must be the same on all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+from torch.distributions import constraints
+
+import distopt.infer
+from distopt.backends import current
+from distopt.optim import SGD, Adam, DistributedOptimizer
+from distopt.reduce import DisagreementError, PeerError
+from tests.reduce.steps import Values, noise, step_with, store_values, unconstrained
+
+
+def failing_rank_is_named_by_all() -> Values:
+    """The last rank raises in its model at step 2; the others raise its cause in that step."""
+    rank, size = current().rank, current().world_size
+    optim = DistributedOptimizer(SGD({"lr": 1.0}))
+    pyro.param("x", torch.zeros(2))
+    for step in range(3):
+        if step == 2 and rank == size - 1:
+            optim.abort(ValueError("a bad row"))
+        elif step == 2:
+            with pytest.raises(PeerError, match=rf"rank {size - 1} of {size} failed at step 2: ValueError: a bad row"):
+                step_with(optim, {"x": torch.ones(2)})
+        else:
+            step_with(optim, {"x": torch.ones(2)})
+    assert unconstrained("x").eq(-2).all()
+    return store_values()
+
+
+def uneven_data_is_averaged_over_active_ranks() -> Values:
+    """Rank r has 2 + r batches; late ranks bring a new parameter while the others have joined."""
+    rank, size = current().rank, current().world_size
+    optim = DistributedOptimizer(SGD({"lr": 1.0}))
+    pyro.param("x", torch.zeros(2))
+    with optim.join():
+        for step in range(2 + rank):
+            gradients: dict[str, Tensor | None] = {"x": torch.full((2,), float(rank + 1))}
+            if step == size:
+                pyro.param("late", torch.ones(1), constraint=constraints.positive)
+                gradients["late"] = torch.ones(1)
+            optim.local_loss = float(rank)
+            step_with(optim, gradients)
+            active = [r for r in range(size) if step < 2 + r]
+            assert optim.num_active == len(active)
+            assert optim.mean_loss == sum(active) / len(active)
+    expected = 0.0
+    for step in range(size + 1):
+        active = [r for r in range(size) if step < 2 + r]
+        expected -= sum(r + 1 for r in active) / len(active)
+    torch.testing.assert_close(unconstrained("x"), torch.full((2,), expected))
+    assert size == 1 or unconstrained("late").eq(-1).all()
+    return store_values()
+
+
+def failure_while_others_have_joined_reaches_them() -> None:
+    """A rank that raises inside `join` is heard by those who are done."""
+    rank, size = current().rank, current().world_size
+    optim = DistributedOptimizer(SGD({"lr": 1.0}))
+    pyro.param("x", torch.zeros(2))
+    expected: Any = ZeroDivisionError if rank == size - 1 else PeerError
+    with pytest.raises(expected), optim.join():
+        for step in range(3 if rank == size - 1 else 1):
+            if step == 2:
+                raise ZeroDivisionError("in the model")
+            step_with(optim, {"x": torch.ones(2)})
+
+
+def several_calls_make_one_step() -> Values:
+    """Gradients of three calls are added up, whichever parameters each of them touched."""
+    rank, size = current().rank, current().world_size
+    optim = DistributedOptimizer(SGD({"lr": 1.0}), backward_passes_per_step=3)
+    pyro.param("x", torch.zeros(2))
+    pyro.param("y", torch.zeros(2))
+    for call in range(6):
+        optim.local_loss = float(call)
+        step_with(optim, {"x" if call % 3 else "y": torch.full((2,), float(rank + call))})
+        assert (unconstrained("x").eq(0).all() and unconstrained("y").eq(0).all()) == (call < 2)
+    mean = (size - 1) / 2
+    torch.testing.assert_close(unconstrained("x"), torch.full((2,), -(4 * mean + 1 + 2 + 4 + 5)))
+    torch.testing.assert_close(unconstrained("y"), torch.full((2,), -(2 * mean + 0 + 3)))
+    assert optim.mean_loss == 4.0
+    return store_values()
+
+
+def several_backward_passes_before_a_call_need_nothing() -> Values:
+    """Particles: `backward` runs three times before one call."""
+    optim = DistributedOptimizer(SGD({"lr": 1.0}))
+    for _ in range(2):
+        param = pyro.param("x", torch.zeros(2)).unconstrained()
+        for _ in range(3):
+            (param.sum() * (current().rank + 1)).backward()
+        optim({param})
+        param.grad = None
+    torch.testing.assert_close(unconstrained("x"), torch.full((2,), -3.0 * (current().world_size + 1)))
+    return store_values()
+
+
+def nonfinite_gradient_is_skipped_by_all() -> Values:
+    """NaN on the last rank, then infinity on rank 0: no rank steps, and the counts stay equal."""
+    rank, size = current().rank, current().world_size
+    optim = DistributedOptimizer(Adam({"lr": 0.1}))
+    optim.optim.nonfinite = "skip"
+    pyro.param("x", torch.zeros(2))
+    pyro.param("y", torch.zeros(3))
+    for step in range(5):
+        bad = {1: (size - 1, float("nan")), 3: (0, float("inf"))}.get(step)
+        value = bad[1] if bad is not None and bad[0] == rank else 1.0
+        step_with(optim, {"x": torch.ones(2), "y": torch.tensor([1.0, value, 1.0])})
+    assert optim.num_skipped_steps == 2
+    assert optim.get_state()["x"]["state"][0]["step"] == 3
+    optim.optim.nonfinite = "raise"
+    with pytest.raises(FloatingPointError, match=rf"step 5: .*rank {size - 1}: 'y'"):
+        step_with(optim, {"x": torch.ones(2), "y": torch.full((3,), float("nan") if rank == size - 1 else 1.0)})
+    return store_values()
+
+
+def loss_and_flag_ride_along() -> None:
+    """Their mean and their disjunction, over all ranks, after each call."""
+    rank, size = current().rank, current().world_size
+    optim = DistributedOptimizer(SGD({"lr": 1.0}))
+    pyro.param("x", torch.zeros(2))
+    for step in range(3):
+        optim.local_loss, optim.local_flag = 1000.0 * rank + step, step == 1 and rank == size - 1
+        step_with(optim, {"x": torch.ones(2)})
+        assert optim.mean_loss == pytest.approx(1000.0 * (size - 1) / 2 + step, rel=1e-6)
+        assert optim.any_flag == (step == 1)
+
+
+def modules_share_their_parameters() -> Values:
+    """`pyro.module` and a `PyroModule` whose ranks start from other seeds."""
+    pyro.set_rng_seed(current().rank)
+    linear = torch.nn.Linear(3, 2)
+
+    class Scale(PyroModule[torch.nn.Module]):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = PyroParam(torch.rand(2), constraint=constraints.positive)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    scale = Scale()
+
+    def model(x: Tensor) -> None:
+        pyro.module("linear", linear)
+        mean = scale(linear(x))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=torch.ones(len(x), 2))
+
+    svi = SVI(model, lambda x: None, DistributedOptimizer(Adam({"lr": 0.05})), Trace_ELBO())
+    losses = [svi.step(noise(5 * step + current().rank, 8, 3)) for step in range(20)]
+    assert losses[-1] < losses[0]
+    values = store_values()
+    assert sorted(values) == ["linear$$$bias", "linear$$$weight", "scale"]
+    assert linear.weight.tolist() == values["linear$$$weight"]
+    return values
+
+
+def first_gradient_is_computed_from_the_agreed_values() -> Values:
+    """Guides that start elsewhere on each rank, and ranks without data: steps on x²/2 from the lowest rank's value."""
+    rank, size = current().rank, current().world_size
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Delta(pyro.param("x", torch.tensor(3.0 + rank))))
+
+    for num_idle in (0, size // 2):
+        pyro.clear_param_store()
+        optim = DistributedOptimizer(SGD({"lr": 0.5}))
+        svi = distopt.infer.SVI(model, guide, optim, Trace_ELBO())
+        with optim.join():
+            for _ in range(2 if rank >= num_idle else 0):
+                svi.step()
+        assert unconstrained("x").eq((3.0 + num_idle) / 4).all()
+    return store_values()
+
+
+def guide_that_grows_differently_trains() -> Values:
+    """An autoguide, and a guide with a parameter for each group that a rank has met in its data."""
+    rank, size = current().rank, current().world_size
+
+    def model(groups: list[int]) -> None:
+        total = pyro.sample("total", dist.Normal(0.0, 1.0))
+        for group in groups:
+            effect = pyro.sample(f"effect{group}", dist.Normal(total, 1.0))
+            pyro.sample(f"seen{group}", dist.Normal(effect, 0.1), obs=torch.tensor(float(group)))
+
+    def guide(groups: list[int]) -> None:
+        pyro.sample("total", dist.Normal(pyro.param("total_loc", torch.tensor(0.0)), 0.1))
+        for group in groups:
+            pyro.sample(f"effect{group}", dist.Normal(pyro.param(f"loc{group}", torch.tensor(0.5)), 0.1))
+
+    svi = SVI(model, guide, DistributedOptimizer(Adam({"lr": 0.1})), Trace_ELBO())
+    for step in range(30):
+        svi.step([(step + rank) % 5, 5 + rank % size])
+    grown = store_values()
+    assert set(grown) >= {"total_loc", "loc0", "loc4", *(f"loc{5 + r}" for r in range(size))}
+
+    def plain(x: Tensor) -> None:
+        weight = pyro.sample("weight", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(weight, 1.0), obs=x)
+
+    automatic = SVI(plain, AutoNormal(plain), DistributedOptimizer(Adam({"lr": 0.1})), Trace_ELBO())
+    for step in range(5):
+        automatic.step(noise(step + 10 * rank, 6))
+    return store_values()
+
+
+def call_left_out_is_found_before_anything_is_stepped() -> Values:
+    """Rank 1 leaves out step 3 of its loop; all ranks name it in their next call, with the values of before."""
+    rank, size = current().rank, current().world_size
+    optim = DistributedOptimizer(SGD({"lr": 1.0}))
+    pyro.param("x", torch.zeros(2))
+    for step in range(5):
+        if step == 3 and rank == 1:
+            continue
+        optim.local_step = step
+        if size > 1 and step == (4 if rank == 1 else 3):
+            with pytest.raises(
+                DisagreementError, match="different calls of the optimizer: rank 0: step 3.*rank 1: step 4"
+            ):
+                step_with(optim, {"x": torch.ones(2)})
+            break
+        step_with(optim, {"x": torch.ones(2)})
+    assert unconstrained("x").eq(-3 if size > 1 else -5).all()
+    return store_values()
+
+
+TRAINING = [
+    failing_rank_is_named_by_all,
+    uneven_data_is_averaged_over_active_ranks,
+    failure_while_others_have_joined_reaches_them,
+    several_calls_make_one_step,
+    several_backward_passes_before_a_call_need_nothing,
+    nonfinite_gradient_is_skipped_by_all,
+    loss_and_flag_ride_along,
+    modules_share_their_parameters,
+    first_gradient_is_computed_from_the_agreed_values,
+    guide_that_grows_differently_trains,
+    call_left_out_is_found_before_anything_is_stepped,
+]
