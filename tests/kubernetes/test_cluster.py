@@ -1,0 +1,279 @@
+"""The launcher and the CPU image on a real control plane and two real kubelets: `make test-kubernetes`.
+
+The release is 1.20, the newest whose source Debian has. It drops what it does not know, `completionMode: Indexed` among
+it, so that `indexes.py` numbers and names a Job's pods. The operators of the other kinds are not here: their objects
+are checked by the server against the published definitions, and stored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.docker import engine as engines
+from tests.docker.engine import IMAGE, Engine
+from tests.docker.guide import ROOT, launches, objects
+from tests.kubernetes import cluster as clusters
+from tests.kubernetes.cluster import Cluster, wait_until
+from tests.kubernetes.definitions import for_1_20
+from tests.kubernetes.indexes import LABEL, Indexes
+
+CRDS = ROOT.parent / "shared" / "crds"
+
+NAMESPACE = "distopt"
+APPLIED = ("Namespace/distopt", "NetworkPolicy/runs-only", "PersistentVolumeClaim/runs")
+USER = 1000
+
+pytestmark = [
+    pytest.mark.kubernetes,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif("DISTOPT_TEST_KUBERNETES" not in os.environ, reason="builds a cluster: make test-kubernetes"),
+]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A cluster with two nodes that has what the guide says to apply, and a volume for its claim."""
+    lacking = engines.missing() or clusters.missing()
+    if lacking:
+        pytest.skip(lacking)
+    engine = Engine(engines.kept_folder())
+    engine.make_image()
+    with Cluster(engine, num_nodes=2).running() as made:
+        made.volume.mkdir()
+        os.chown(made.volume, USER, USER)
+        definitions = [for_1_20(path) for path in sorted(CRDS.glob("*.yaml"))]
+        made.create(volume(made.volume), *[objects()[name] for name in APPLIED], *definitions)
+        yield made
+
+
+def volume(folder: Path) -> dict[str, Any]:
+    """Stands for a storage class that knows ReadWriteMany: a folder, which both nodes have, being one machine."""
+    claimed = {"namespace": NAMESPACE, "name": "runs"}
+    size = {"capacity": {"storage": "20Gi"}, "accessModes": ["ReadWriteMany"]}
+    spec = {**size, "hostPath": {"path": str(folder)}, "claimRef": claimed}
+    return {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "runs"}, "spec": spec}
+
+
+class Run:
+    """The guide's `distopt launch` for one kind, on this cluster, with fewer steps."""
+
+    def __init__(self, cluster: Cluster, folder: Path, name: str, *overrides: str, kind: str = "job") -> None:
+        self.cluster, self.folder, self.name = cluster, folder, name
+        started = [line for line in launches() if "--dry-run" not in line]
+        guide = next(line for line in started if kind == "job" or f"kind={kind}" in line)
+        _, command, config, *theirs = shlex.split(guide)
+        ours = [f"name={name}", f"run_dir=/runs/{name}", f"launch.kubernetes.image={IMAGE}", "launch.workers=1"]
+        ours += ["launch.kubernetes.memory=2Gi"]
+        self.words = [command, str(ROOT / config), *theirs, *ours, *overrides]
+        self.directory = cluster.volume / name
+        self._launcher: subprocess.Popen[str] | None = None
+
+    def call(self, *words: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        command, options = self.cluster.distopt(self.folder, *words)
+        return subprocess.run(command, capture_output=True, timeout=timeout, **options)
+
+    def launch(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Runs `distopt launch` to its end."""
+        return self.call(*self.words, *words)
+
+    def start(self) -> None:
+        """Starts `distopt launch`, which follows the run."""
+        command, options = self.cluster.distopt(self.folder, *self.words)
+        with (self.folder / "launcher.log").open("w") as log:
+            self._launcher = subprocess.Popen(command, stdout=log, stderr=log, **options)
+
+    def wait(self, timeout: float = 600) -> int:
+        assert self._launcher is not None
+        return self._launcher.wait(timeout)
+
+    def said(self) -> str:
+        return (self.folder / "launcher.log").read_text()
+
+    def phase(self) -> str:
+        return self.call("status", self.name).stdout.split("\t")[1]
+
+    def pods(self) -> list[dict[str, Any]]:
+        return list(self.cluster.get("pods", f"--namespace={NAMESPACE}", f"--selector=distopt.run={self.name}"))
+
+    def checkpoints(self) -> list[int]:
+        return sorted(int(path.name.removeprefix("step-")) for path in self.directory.glob("checkpoints/step-*"))
+
+    def end(self) -> None:
+        """Leaves nothing of the run on the cluster."""
+        if self._launcher is not None and self._launcher.poll() is None:
+            self._launcher.kill()
+            self._launcher.wait(30)
+        ours = [f"--namespace={NAMESPACE}", f"--selector=distopt.run={self.name}"]
+        self.cluster.kubectl("delete", "job,service,pod", *ours)
+
+
+@pytest.fixture
+def run_of(cluster: Cluster, tmp_path: Path) -> Iterator[Any]:
+    """Makes runs, and removes what they left on the cluster."""
+    made: list[Run] = []
+
+    def make(name: str, *overrides: str, kind: str = "job") -> Run:
+        made.append(Run(cluster, tmp_path, name, *overrides, kind=kind))
+        return made[-1]
+
+    with Indexes(cluster, NAMESPACE):
+        yield make
+        for run in made:
+            run.end()
+
+
+def test_the_guide_s_claim_is_bound_and_its_namespace_and_policy_are_there(cluster: Cluster) -> None:
+    claim = ["pvc", "runs", f"--namespace={NAMESPACE}"]
+    wait_until(lambda: cluster.get(*claim)["status"]["phase"] == "Bound", "claim bound", 60)
+    assert cluster.get("networkpolicy", "runs-only", f"--namespace={NAMESPACE}")["spec"]["policyTypes"] == ["Ingress"]
+
+
+def test_pods_on_two_nodes_train_flights_one_is_killed_the_run_resumes_and_the_guide_s_reader_has_the_report(
+    cluster: Cluster, run_of: Any
+) -> None:
+    run = run_of("flights", "train.num_steps=300", "checkpoint.every_steps=20", "log.every_steps=10")
+    run.start()
+    wait_until(lambda: run.checkpoints() or run._launcher.poll() is not None, "a checkpoint")
+    assert run.phase() == "running", run.said() + cluster.kubectl("describe", "pods", "-n", NAMESPACE)
+    first, second = sorted(run.pods(), key=lambda pod: pod["metadata"]["labels"][LABEL])
+    assert first["spec"]["nodeName"] != second["spec"]["nodeName"]
+    assert "agent: waiting for flights-0.flights:29400" in run.call("logs", "flights", "--rank", "1").stdout
+    cluster.kill(second)
+    saved = run.checkpoints()[-1]
+    assert run.wait() == 0, run.said()
+    assert run.phase() == "done"
+    assert run.checkpoints()[-1] == 300
+    (again,) = [pod for pod in run.pods() if pod["metadata"]["name"] not in names([first, second])]
+    resumed = cluster.kubectl("logs", f"--namespace={NAMESPACE}", *names([again]))
+    assert re.search(rf"step[ -]0*{saved}\b", resumed + run.said()), "the log says from where the run went on"
+    steps = [json.loads(line)["step"] for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(10, 301, 10))
+    assert read_by_guide(cluster, "flights/report.html") == (run.directory / "report.html").read_text()
+
+
+def names(pods: list[dict[str, Any]]) -> list[str]:
+    return [pod["metadata"]["name"] for pod in pods]
+
+
+def read_by_guide(cluster: Cluster, path: str) -> str:
+    """Returns a file of the volume as the guide says to read it: from its pod, by kubectl exec."""
+    reader = json.loads(json.dumps(objects()["Pod/reader"]).replace("registry.example/distopt:cpu", IMAGE))
+    cluster.create(reader)
+    pod = [f"--namespace={NAMESPACE}", "reader"]
+    try:
+        cluster.kubectl("wait", "--for=condition=Ready", "--timeout=120s", pod[0], "pod/reader")
+        return cluster.kubectl("exec", *pod, "--", "cat", f"/runs/{path}")
+    finally:
+        cluster.kubectl("delete", "pod", *pod, "--grace-period=1")
+
+
+def test_stop_lets_pods_save_within_the_grace_period_and_end_with_143(cluster: Cluster, run_of: Any) -> None:
+    run = run_of("stopped", "train.num_steps=1000000", "checkpoint.every_steps=null", "log.every_steps=5")
+    assert run.launch("--detach").returncode == 0
+    wait_until(lambda: (run.directory / "metrics.jsonl").exists(), "first steps")
+    assert run.checkpoints() == []
+    watch = ["get", "pods", f"--namespace={NAMESPACE}", "--selector=distopt.run=stopped", "--watch"]
+    watch += ['--output=jsonpath={.metadata.name} {.status.containerStatuses[*].state.terminated.exitCode}{"\\n"}']
+    command = cluster.inside(0, "kubectl", f"--kubeconfig={cluster.kubeconfig}", *watch)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+        stopped = run.call("stop", "stopped")
+        left = run.pods()
+        watching.terminate()
+        seen, _ = watching.communicate(timeout=30)
+    assert (stopped.stdout.split("\t")[0], names(left)) == ("unknown", []), stopped
+    ended = dict(line.split() for line in seen.splitlines() if len(line.split()) == 2)
+    assert sorted(ended.values()) == ["143", "143"], seen
+    assert len(run.checkpoints()) == 1
+
+
+def test_a_pod_that_needs_more_memory_than_it_may_have_is_named_with_the_reason(cluster: Cluster, run_of: Any) -> None:
+    run = run_of("small", "launch.nodes=1", "launch.max_restarts=0", "launch.kubernetes.memory=150Mi")
+    done = run.launch()
+    assert done.returncode == 1
+    (pod,) = run.pods()
+    assert f"pod {pod['metadata']['name']} died first: out of memory (OOMKilled)" in done.stdout + done.stderr
+
+
+HANGING = """
+import time
+from pathlib import Path
+from distopt.examples.flights import Flights
+
+class Hanging(Flights):
+    def batch(self, rows):
+        self.count = getattr(self, "count", 0) + 1
+        mark = Path("/runs/hung/hung-once")
+        if self.count > 30 and not mark.exists():
+            mark.touch()
+            while True:
+                time.sleep(1)
+        return super().batch(rows)
+"""
+
+
+def test_a_pod_that_finishes_no_step_is_replaced_by_its_liveness_probe_and_the_run_resumes(
+    cluster: Cluster, run_of: Any
+) -> None:
+    code = cluster.volume / "code"
+    code.mkdir()
+    run = run_of(
+        "hung", "launch.nodes=1", "task=hanging:Hanging", "launch.env={PYTHONPATH: /runs/code}", "train.num_steps=60",
+        "checkpoint.every_steps=10", "serve.stall_s=30", "reduce.timeout_s=20", "launch.grace_s=5",
+    )  # fmt: skip
+    for folder in (code, run.folder):  # what the pods import, and what the launcher looks at
+        (folder / "hanging.py").write_text(HANGING)
+    done = run.launch()
+    assert done.returncode == 0, done.stderr
+    assert (run.directory / "hung-once").exists()
+    events = cluster.get("events", f"--namespace={NAMESPACE}")
+    said = [event["message"] for event in events if event["involvedObject"]["name"].startswith("hung-")]
+    assert any("Liveness probe failed: HTTP probe failed with statuscode: 503" in message for message in said), said
+    assert run.checkpoints()[-1] == 60
+    assert len(run.pods()) == 2
+
+
+@pytest.mark.parametrize("kind", ["jobset", "trainjob", "pytorchjob", "mpijob"])
+def test_an_operator_s_object_is_stored_in_full_followed_and_deleted(cluster: Cluster, run_of: Any, kind: str) -> None:
+    if not CRDS.is_dir():
+        pytest.skip(f"the published definitions are not at {CRDS}")
+    name = for_1_20(CRDS / f"{kind}.yaml")["metadata"]["name"]
+    run = run_of(f"by-{kind}", kind=kind)
+    done = run.launch("--detach")
+    assert done.returncode == 0, done.stderr
+    assert run.phase() == "pending"
+    stored = cluster.get(name, f"by-{kind}", f"--namespace={NAMESPACE}")
+    sent = next(yaml.safe_load_all((run.folder / "runs" / f"by-{kind}" / "manifest.yaml").read_text()))
+    assert list(absent(sent, stored)) == []
+    refused = json.dumps({**stored, "spec": wrong(stored["spec"])})
+    with pytest.raises(AssertionError, match="Invalid value|invalid type|ValidationError"):
+        cluster.kubectl("replace", "--validate=false", "--filename=-", stdin=refused)
+    assert run.call("stop", f"by-{kind}").stdout.startswith("unknown\tthere is no ")
+
+
+def wrong(spec: dict[str, Any]) -> dict[str, Any]:
+    """Returns a spec in which a number is a word."""
+    text = re.sub(r'("(?:parallelism|numNodes|replicas)": )\d+', r'\1"two"', json.dumps(spec))
+    assert '"two"' in text
+    return dict(json.loads(text))
+
+
+def absent(sent: Any, stored: Any, path: str = "") -> Iterator[str]:
+    """Yields what was sent and is not in what was stored, defaults that the server added aside."""
+    if isinstance(sent, dict) and isinstance(stored, dict):
+        for key in sent:
+            yield from absent(sent[key], stored.get(key), f"{path}.{key}")
+    elif isinstance(sent, list) and isinstance(stored, list) and len(sent) == len(stored):
+        for index, pair in enumerate(zip(sent, stored, strict=True)):
+            yield from absent(*pair, f"{path}[{index}]")
+    elif sent != stored:
+        yield f"{path}: sent {sent!r}, stored {stored!r}"
