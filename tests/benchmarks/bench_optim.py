@@ -2,14 +2,15 @@
 
     python -m tests.benchmarks.bench_optim [--quick] [WORD ...]
 
-One process, one thread, in time of that thread on its processor. The candidates take turns, and each one's time is that
-of its quickest round: what others do on the machine can only add to it. With words, only the rows that have one of them
+One process, one thread, in time of that thread on its processor. Each number is the median over rounds in which the
+candidates take turns, so that a slow moment meets them all. With words, only the rows that have one of them
 in their name ("5,000", "SGD", "half", "state") are measured.
 """
 
 from __future__ import annotations
 
 import gc
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -83,7 +84,7 @@ def _params(prefix: str, count: int, numel: int) -> list[torch.Tensor]:
 
 
 def interleaved(candidates: dict[str, Callable[[], Any]], seconds: float = 1.0, rounds: int = 7) -> dict[str, float]:
-    """Returns the least time of each candidate in seconds; the rounds of all together take about `seconds`."""
+    """Returns the median time of each candidate in seconds; the rounds of all together take about `seconds`."""
     once = {}
     for name, run in candidates.items():
         run()
@@ -104,7 +105,7 @@ def interleaved(candidates: dict[str, Callable[[], Any]], seconds: float = 1.0, 
                 times[name].append((time.thread_time() - start) / n)
     finally:
         gc.enable()
-    return {name: min(values) for name, values in times.items()}
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def steps(quick: bool, wanted: Callable[[str], bool]) -> Iterator[Row]:
