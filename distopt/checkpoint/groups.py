@@ -37,9 +37,7 @@ def share_groups(states: Mapping[str, Any]) -> dict[str, Any]:
         number = numbers.setdefault(key, len(groups))
         if number == len(groups):
             groups.append(state["param_groups"])
-        if state.keys() == {"state", "param_groups"} and [*state["state"]] == [
-            0
-        ]:  # as each torch optimizer of one has it
+        if state.keys() == {"state", "param_groups"} and [*state["state"]] == [0]:  # a torch optimizer of one tensor
             return {"only": state["state"][0], "param_groups": number}
         return state | {"param_groups": number}
 
