@@ -48,7 +48,8 @@ class DistributedOptimizer(PyroOptim):
             kept.
         backend: Link to the other ranks; `distopt.backends.current()` at the first step when None.
         compression: `none`, `fp16`, `bf16` or `powersgd`.
-        op: `average`, `sum` or `adasum`.
+        op: `average`, `sum` (as many times as large as the average as there are ranks, for parameters of sharded plates
+            too) or `adasum` (which leaves those as `average` does).
         backward_passes_per_step: Calls whose gradients are added up before one reduction and step. Particles, or
             several `backward()` before one call, need nothing.
         bucket_mib: Largest buffer in MiB; larger models cross in several.
