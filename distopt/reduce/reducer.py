@@ -198,7 +198,7 @@ class Reducer:
         if self._overlap is not None:
             self._overlap.close()
         if self.settings.overlap:
-            self._overlap = Overlap(layout, self.settings.backward_passes, self._start_early)
+            self._overlap = Overlap(layout, self._start_early)
         return layout
 
     @torch.no_grad()
