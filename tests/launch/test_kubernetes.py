@@ -195,6 +195,11 @@ class Server:
         async with kmock.KubernetesEmulator() as emulator:
             for resource in self.RESOURCES:
                 emulator.resources[resource] = kmock.ResourceInfo(namespaced=True)
+            # What a kubelet answers for a container whose image is still being pulled, seen with release 1.20.
+            said = 'container "worker" in pod "waiting" is waiting to start: ContainerCreating'
+            status = {"kind": "Status", "status": "Failure", "message": said, "reason": "BadRequest", "code": 400}
+            emulator["get /api/v1/namespaces/default/pods/waiting/log"] << 400 << status
+            emulator["get /api/v1/namespaces/default/pods/running/log"] << "step 1\n"
             async with kmock.Server(emulator, host="127.0.0.1") as server:
                 self.url = str(server.url)
                 self._up.set()
@@ -272,6 +277,18 @@ def test_failed_run_names_the_pod_that_died_first_and_of_what(api):
     state = cluster.state()
     assert state.phase == "failed"
     assert "pod flights-1-abc died first: out of memory (OOMKilled), exit status 137" in state.detail
+
+
+@pytest.mark.parametrize(("pod", "printed"), [("waiting", ""), ("running", "step 1\n")])
+def test_logs_are_what_the_container_has_printed_and_empty_while_it_is_being_created(pod, printed, api):
+    from kubernetes.client import CoreV1Api
+
+    cluster = cluster_of("job", api)
+    cluster.submit()
+    assert cluster.logs(0) == ""  # no pod yet
+    made = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": pod, "labels": {"distopt.run": "flights"}}}
+    CoreV1Api(cluster.api).create_namespaced_pod("default", made)
+    assert cluster.logs(0) == printed
 
 
 def test_cluster_that_is_not_there_is_named():
