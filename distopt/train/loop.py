@@ -46,7 +46,8 @@ def run(config: RunConfig) -> int:
     """Trains the task of `config` as one of its workers; every rank calls it.
 
     The run goes on from the newest good checkpoint in `run_dir/checkpoints` unless the config says otherwise. SIGTERM
-    and Ctrl-C let the step end, write a last checkpoint and stop all ranks at the same step.
+    and Ctrl-C let the step end, write a last checkpoint and stop all ranks at the same step. While a rank waits for the
+    others at the start, they end it at once.
 
     Returns:
         0 when all steps are done, 143 after SIGTERM, 130 after Ctrl-C, 1 on an error, which has been printed.
@@ -60,6 +61,7 @@ def run(config: RunConfig) -> int:
         # Served before the ranks have met: waiting for the others is when one wants to ask.
         with StopSignals() as stop, serving(config.serve, status, (place and place.local_rank) or 0):
             backend = init(config.reduce.backend, timeout=timedelta(seconds=config.reduce.timeout_s))
+            stop.hold()
             return _Worker(config, backend, status, stop).run()
     except Exception as error:
         if backend is not None and not isinstance(error, _SHARED_ERRORS):
