@@ -195,6 +195,7 @@ class _Worker:
                 is_logged = (step + 1) % config.log.every_steps == 0 or step + 1 == num_steps
                 loss = self._step(step, loader, measure=is_logged)
                 log.after(step + 1, loss, is_logged)
+                status.checkpoint_at = checkpointer.committed_at or status.checkpoint_at
                 stopping = self.optimizer.any_flag
                 if stopping or step + 1 == num_steps or (every is not None and (step + 1) % every == 0):
                     self._save(checkpointer, step + 1)
@@ -221,8 +222,7 @@ class _Worker:
     def _save(self, checkpointer: Checkpointer, step: int) -> None:
         began = time.monotonic()
         checkpointer.save(step)
-        self.status.checkpoint_at = time.monotonic()
-        self.status.checkpoint_s = self.status.checkpoint_at - began
+        self.status.checkpoint_s = time.monotonic() - began
 
     def _report(self) -> None:
         """Writes the report on rank 0: the task's part, the ELBO, the config."""

@@ -251,7 +251,11 @@ class _Collector:
             ("rows_per_second", "Rows of the data read per second, over all ranks.", status.rows_per_s),
             ("loss_nats", "Mean over the ranks of the loss.", status.loss),
             ("gradient_norm", "2-norm of the averaged gradient.", status.gradient_norm),
-            ("checkpoint_age_seconds", "Time since the last checkpoint.", status.checkpoint_age_s()),
+            (
+                "checkpoint_age_seconds",
+                "Time since the state of the last checkpoint that was committed.",
+                status.checkpoint_age_s(),
+            ),
             ("checkpoint_seconds", "Time the last checkpoint held up the loop.", status.checkpoint_s),
             ("restarts", "Times the engine has started the workers again.", status.restarts),
         )
