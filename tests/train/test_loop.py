@@ -16,6 +16,7 @@ import yaml
 from distopt.config import parse_config
 from distopt.train.loop import make_optimizer
 from distopt.train.metrics import read_metrics
+from distopt.train.status import Status
 from distopt.train.task import TaskError
 from tests.train.runs import (
     ROOT,
@@ -50,6 +51,23 @@ def test_same_yaml_gives_the_same_posterior_on_any_workers(tmp_path: Path) -> No
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_save_that_failed_is_no_checkpoint_to_those_who_ask_for_its_age(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, float | None] = {}
+    finish_step = Status.finish_step
+
+    def note(status: Status, step: int) -> None:
+        finish_step(status, step)
+        seen[step] = status.checkpoint_age_s()
+
+    monkeypatch.setattr(Status, "finish_step", note)
+    monkeypatch.setenv("DISTOPT_FAILPOINT", "after_write:raise")
+    with pytest.raises(AssertionError):  # it does not end well, since the last save has failed
+        run_here(config(tmp_path, train={"num_steps": 24}, checkpoint={"every_steps": 8}))
+    assert seen == dict.fromkeys(range(1, 25))
 
 
 @pytest.fixture(scope="module")
