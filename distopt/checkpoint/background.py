@@ -28,6 +28,7 @@ class BackgroundSave:
         snapshots: what this rank writes, by file name without suffix. They must not change until `over` is set.
         describe: makes rank 0's manifest of all files.
         keep: how many of the last checkpoints stay, and of which multiples all.
+        committed: called in the thread once the checkpoint is committed.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class BackgroundSave:
         snapshots: Mapping[str, Snapshot],
         describe: Callable[[Mapping[str, FileRecord]], Manifest],
         keep: tuple[int, int | None],
+        committed: Callable[[], None],
     ) -> None:
         self.step = attempt.step
         self.over = threading.Event()
@@ -44,7 +46,7 @@ class BackgroundSave:
         self.error: Exception | None = None
         self._told = False
         self._storage, self._attempt, self._keep = storage, attempt, keep
-        self._snapshots, self._describe = snapshots, describe
+        self._snapshots, self._describe, self._committed = snapshots, describe, committed
         self._thread = threading.Thread(target=self.run, name="distopt-checkpoint")
 
     def start(self) -> None:
@@ -97,6 +99,7 @@ class BackgroundSave:
             self.error = error
             logger.error("%s", self._failure())
         else:
+            self._committed()
             logger.info("step %d: committed, %.2f s after its copy", self.step, time.perf_counter() - began)
         finally:
             self._snapshots = {}

@@ -126,6 +126,8 @@ class Checkpointer:
         self._accelerator = self._backend.device if self._backend.device.type != "cpu" else None
         self._memory = HostMemory(pinned=self._accelerator is not None)
         self._last: BackgroundSave | None = None
+        self.committed_at: float | None = None
+        """When the state committed last was copied, of `time.monotonic()`; None before the first commit."""
         claim(self._backend, self._storage)
         known = [one.manifest.generation for one in candidates(self._storage) if one.manifest]
         self._generation = max(known, default=-1) + 1
@@ -273,12 +275,15 @@ class Checkpointer:
         if "shard" in snapshots:
             named[shard_name(rank)] = snapshots["shard"]
         about = _about(self._backend) | {key: [word[key] for word in words] for key in ("noise", "plates")}
-        generation, config = self._generation, self._config
+        generation, config, copied_at = self._generation, self._config, time.monotonic()
+
+        def committed() -> None:
+            self.committed_at = copied_at
 
         def describe(files: Mapping[str, FileRecord]) -> Manifest:
             return Manifest(step, attempt.id, generation, world_size, files, progress, config, about)
 
-        self._last = BackgroundSave(self._storage, attempt, named, describe, self._keep)
+        self._last = BackgroundSave(self._storage, attempt, named, describe, self._keep, committed)
         if self._background:
             self._last.start()
         else:

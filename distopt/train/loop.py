@@ -46,7 +46,8 @@ def run(config: RunConfig) -> int:
     """Trains the task of `config` as one of its workers; every rank calls it.
 
     The run goes on from the newest good checkpoint in `run_dir/checkpoints` unless the config says otherwise. SIGTERM
-    and Ctrl-C let the step end, write a last checkpoint and stop all ranks at the same step.
+    and Ctrl-C let the step end, write a last checkpoint and stop all ranks at the same step. While a rank waits for the
+    others at the start, they end it at once.
 
     Returns:
         0 when all steps are done, 143 after SIGTERM, 130 after Ctrl-C, 1 on an error, which has been printed.
@@ -60,6 +61,7 @@ def run(config: RunConfig) -> int:
         # Served before the ranks have met: waiting for the others is when one wants to ask.
         with StopSignals() as stop, serving(config.serve, status, (place and place.local_rank) or 0):
             backend = init(config.reduce.backend, timeout=timedelta(seconds=config.reduce.timeout_s))
+            stop.hold()
             return _Worker(config, backend, status, stop).run()
     except Exception as error:
         if backend is not None and not isinstance(error, _SHARED_ERRORS):
@@ -91,14 +93,16 @@ class _Worker:
                 "and takes all of them at each step: set it to null"
             )
         wrapped, self.step_schedule = make_optimizer(config)
-        self.optimizer = DistributedOptimizer(
-            wrapped,
-            backend=backend,
-            compression=config.reduce.compression,
-            bucket_mib=config.reduce.bucket_mib,
-            overlap=config.reduce.overlap,
-            noise=config.train.noise,
-        )
+        wrapped.nonfinite = config.optim.nonfinite
+        try:
+            self.optimizer = DistributedOptimizer(
+                wrapped,
+                backend=backend,
+                noise=config.train.noise,
+                **config.reduce.model_dump(exclude={"backend", "timeout_s"}),
+            )
+        except ValueError as problem:
+            raise TaskError(f"reduce: {problem}") from None
         loss = getattr(pyro.infer, config.train.loss)(
             num_particles=config.train.num_particles, **config.train.loss_args
         )
@@ -193,6 +197,7 @@ class _Worker:
                 is_logged = (step + 1) % config.log.every_steps == 0 or step + 1 == num_steps
                 loss = self._step(step, loader, measure=is_logged)
                 log.after(step + 1, loss, is_logged)
+                status.checkpoint_at = checkpointer.committed_at or status.checkpoint_at
                 stopping = self.optimizer.any_flag
                 if stopping or step + 1 == num_steps or (every is not None and (step + 1) % every == 0):
                     self._save(checkpointer, step + 1)
@@ -219,8 +224,7 @@ class _Worker:
     def _save(self, checkpointer: Checkpointer, step: int) -> None:
         began = time.monotonic()
         checkpointer.save(step)
-        self.status.checkpoint_at = time.monotonic()
-        self.status.checkpoint_s = self.status.checkpoint_at - began
+        self.status.checkpoint_s = time.monotonic() - began
 
     def _report(self) -> None:
         """Writes the report on rank 0: the task's part, the ELBO, the config."""

@@ -17,12 +17,12 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
-from threading import BoundedSemaphore, Thread
+from threading import Lock, Thread
 from types import TracebackType
 from typing import Any
 
@@ -76,7 +76,8 @@ class StatusServer:
         except (OSError, OverflowError) as error:
             raise ServeError(
                 f"serve: cannot listen on {host} port {port}: {error}. Set serve.port to a free port (each rank of a "
-                "host takes serve.port plus its local rank) and serve.host to an address of this machine."
+                "host takes serve.port plus its LOCAL_RANK, 0 if that is not set) and serve.host to an address of this "
+                "machine."
             ) from error
         self.port: int = self._server.server_address[1]
         self.url = f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
@@ -122,7 +123,8 @@ class _Server(ThreadingHTTPServer):
         self.pages = pages
         self.loopback = ipaddress.ip_address(host).is_loopback
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._free = BoundedSemaphore(_CONNECTIONS)
+        self._asking: dict[Any, None] = {}  # connections that are being answered, the oldest first
+        self._lock = Lock()
         super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
@@ -130,18 +132,23 @@ class _Server(ThreadingHTTPServer):
         TCPServer.server_bind(self)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answers in a thread, or hangs up where too many are being answered."""
-        if self._free.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
+        """Answers in a thread; where too many are being answered, the slowest is hung up on, so that probes get in."""
+        with self._lock:
+            slowest = next(iter(self._asking)) if len(self._asking) >= _CONNECTIONS else None
+            self._asking.pop(slowest, None)
+            self._asking[request] = None
+        if slowest is not None:
+            with suppress(OSError):  # it may have ended by itself
+                slowest.shutdown(socket.SHUT_RDWR)
+        super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answers one request."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._free.release()
+            with self._lock:
+                self._asking.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Says nothing: a client that hangs up is no event of the run."""
@@ -244,7 +251,11 @@ class _Collector:
             ("rows_per_second", "Rows of the data read per second, over all ranks.", status.rows_per_s),
             ("loss_nats", "Mean over the ranks of the loss.", status.loss),
             ("gradient_norm", "2-norm of the averaged gradient.", status.gradient_norm),
-            ("checkpoint_age_seconds", "Time since the last checkpoint.", status.checkpoint_age_s()),
+            (
+                "checkpoint_age_seconds",
+                "Time since the state of the last checkpoint that was committed.",
+                status.checkpoint_age_s(),
+            ),
             ("checkpoint_seconds", "Time the last checkpoint held up the loop.", status.checkpoint_s),
             ("restarts", "Times the engine has started the workers again.", status.restarts),
         )

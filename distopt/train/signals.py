@@ -15,9 +15,11 @@ _ECHO_S = 1.0
 
 
 class StopSignals:
-    """Notes a signal to stop while the block runs, instead of dying from it; a second one ends the process at once.
+    """Notes a signal to stop from `hold` to the block's end, instead of dying from it; a second one ends the process.
 
-    Must be entered in the main thread, as Python asks of all signal handlers.
+    Before `hold` the first one does: there is nothing to save, and a handler of Python's would not be called before the
+    library that waits for the other ranks returns. Must be entered in the main thread, as Python asks of all signal
+    handlers.
     """
 
     def __init__(self) -> None:
@@ -28,8 +30,13 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         """Takes over the signals."""
-        self._before = {number: signal.signal(number, self._note) for number in STOPPING}
+        self._before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPING}
         return self
+
+    def hold(self) -> None:
+        """Lets signals be noted from here on."""
+        for number in STOPPING:
+            signal.signal(number, self._note)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

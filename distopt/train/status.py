@@ -33,7 +33,7 @@ class Status:
     checkpoint_s: float | None = None
     """Seconds that the last checkpoint kept the loop from going on."""
     checkpoint_at: float | None = None
-    """When the last checkpoint was committed, or restored."""
+    """When the state of the last checkpoint that was committed was copied, or one was restored."""
     restarts: int = field(default_factory=lambda: _restarts())
     """Times that the engine has started the workers again."""
     joined: bool = False

@@ -150,11 +150,11 @@ def test_error_in_the_thread_alone_surfaces_at_wait_and_nothing_is_committed(tmp
         keeper.save(1)
         with pytest.raises(CheckpointError, match="step 1 was NOT saved .* failpoint after_write"):
             keeper.wait()
-        assert keeper.steps() == []
+        assert (keeper.steps(), keeper.committed_at) == ([], None)
         monkeypatch.delenv("DISTOPT_FAILPOINT")
         keeper.save(1)  # the same step again: the first try did not count
         keeper.wait()
-        assert keeper.steps() == [1]
+        assert (keeper.steps(), keeper.committed_at is None) == ([1], False)
     assert "was NOT saved" in caplog.text
 
 

@@ -142,7 +142,7 @@ def test_listens_on_loopback_alone_unless_told_otherwise(server: StatusServer) -
 
 
 def test_a_taken_port_is_named_with_the_keys_to_change(server: StatusServer) -> None:
-    with pytest.raises(ServeError, match=rf"port {server.port}.*serve\.port.*local rank.*serve\.host"):
+    with pytest.raises(ServeError, match=rf"port {server.port}.*serve\.port.*LOCAL_RANK.*serve\.host"):
         StatusServer(Status(), port=server.port)
 
 
@@ -161,13 +161,28 @@ def test_idle_clients_are_hung_up_on_and_keep_nobody_waiting(
     assert code(server, "/healthz") == 200
 
 
-def test_closing_frees_the_port_for_the_next_run(status: Status) -> None:
+def test_clients_that_dribble_for_ever_leave_room_for_a_probe(server: StatusServer) -> None:
+    slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(serve._CONNECTIONS)]
+    try:
+        for connection in slow:
+            connection.sendall(b"GET /hea")
+        assert code(server, "/livez") == 200
+        slow[0].settimeout(20)
+        assert slow[0].recv(1) == b"", "the slowest is hung up on"
+    finally:
+        for connection in slow:
+            connection.close()
+
+
+def test_closing_frees_the_port_for_the_next_run_though_a_client_is_still_asking(status: Status) -> None:
     with StatusServer(status, port=0) as first:
         port = first.port
+        asking = socket.create_connection(("127.0.0.1", port))
         assert code(first, "/healthz") == 200
     with StatusServer(status, port=port) as second:
         assert code(second, "/healthz") == 200
     second.close()
+    asking.close()
 
 
 def test_ipv6_addresses_are_served(status: Status) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import pytest
@@ -29,11 +30,21 @@ def free_neighbours() -> int:
             return port
 
 
+def is_listening(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=10).close()
+    except OSError:
+        return False
+    return True
+
+
 def ask(port: int, path: str) -> str:
     try:
         with urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
             text: str = answer.read().decode()
             return text
+    except HTTPError as error:
+        return str(error.read().decode())
     except URLError:
         return ""
 
@@ -48,6 +59,34 @@ def wait_for_step(port: int, step: int) -> None:
     while metric(port, "step") < step:
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+@pytest.mark.timeout(150)
+def test_a_worker_that_waits_for_the_others_says_so_and_can_be_stopped(tmp_path: Path) -> None:
+    port = free_neighbours()
+    config = tmp_path / "alone.yaml"
+    config.write_text(
+        f"name: alone\nrun_dir: {tmp_path}/run\ntask: tests.train.serve_task:Mean\nserve: {{port: {port}}}\n"
+    )
+    world = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port + 1),
+    }
+    command = [sys.executable, "-m", "distopt.launch", "train", str(config)]
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, **world}) as run:
+        try:
+            end = time.monotonic() + 90
+            while not (ask(port, "/healthz") and is_listening(port + 1)):
+                assert time.monotonic() < end
+                time.sleep(0.1)
+            assert ask(port, "/readyz").startswith("not joined")
+            run.terminate()
+            assert run.wait(timeout=30) == -signal.SIGTERM
+        finally:
+            run.kill()
 
 
 @pytest.mark.timeout(150)

@@ -14,6 +14,7 @@ IMPATIENT = """
 import os, signal, time
 from distopt.train.signals import StopSignals
 with StopSignals() as stop:
+    stop.hold()
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.received == signal.SIGTERM
     time.sleep(1.1)
@@ -26,6 +27,8 @@ with StopSignals() as stop:
 def test_signal_is_noted_in_the_block_and_handled_as_before_after_it(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopSignals() as stop:
+        assert signal.getsignal(number) is signal.SIG_DFL, "nothing to save yet"
+        stop.hold()
         assert stop.received == 0
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)  # the echo: terminal and launcher pass on the same one
@@ -35,6 +38,7 @@ def test_signal_is_noted_in_the_block_and_handled_as_before_after_it(number: sig
 
 def test_first_of_two_kinds_is_the_one_that_counts() -> None:
     with StopSignals() as stop:
+        stop.hold()
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
     assert stop.received == signal.SIGINT

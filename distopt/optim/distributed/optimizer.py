@@ -48,12 +48,12 @@ class DistributedOptimizer(PyroOptim):
             kept.
         backend: Link to the other ranks; `distopt.backends.current()` at the first step when None.
         compression: `none`, `fp16`, `bf16` or `powersgd`.
-        op: `average`, `sum` or `adasum`.
+        op: `average`, `sum` (as many times as large as the average as there are ranks, for parameters of sharded plates
+            too) or `adasum` (which leaves those as `average` does).
         backward_passes_per_step: Calls whose gradients are added up before one reduction and step. Particles, or
             several `backward()` before one call, need nothing.
         bucket_mib: Largest buffer in MiB; larger models cross in several.
-        overlap: Whether buffers start to cross while backward still runs; needs `backward_passes`.
-        backward_passes: How often `backward()` runs before each call, for `overlap`.
+        overlap: Whether buffers start to cross while backward still runs. It must run equally often before each call.
         groups: Parameters (names or tensors) that cross together, by group, or a number of groups.
         gradient_predivide_factor: Gradients are divided by it before the sum, and multiplied after.
         sparse_as_dense: Whether sparse gradients are made dense before they cross.
@@ -101,7 +101,6 @@ class DistributedOptimizer(PyroOptim):
         backward_passes_per_step: int = 1,
         bucket_mib: float = 25.0,
         overlap: bool = False,
-        backward_passes: int = 1,
         groups: int | Sequence[Sequence[str | Tensor]] | None = None,
         gradient_predivide_factor: float = 1.0,
         sparse_as_dense: bool = False,
@@ -121,7 +120,6 @@ class DistributedOptimizer(PyroOptim):
             predivide=gradient_predivide_factor,
             sparse_as_dense=sparse_as_dense,
             overlap=overlap,
-            backward_passes=backward_passes,
             passes_per_step=backward_passes_per_step,
             noise=noise,
             drift_every_steps=drift_every_steps,
