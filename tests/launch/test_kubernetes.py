@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -161,6 +161,7 @@ def expanded(text: str, variables: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25)
 @given(arguments=st.lists(st.text("$()A\"' ;é", max_size=8), max_size=4))
 def test_script_arguments_arrive_as_they_are_though_kubernetes_expands_variables(kind, arguments):
     config = config_of(kind, "task=null", "script=a b/train.py")
