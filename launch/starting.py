@@ -12,7 +12,7 @@ from pathlib import Path
 
 from distopt.config import RunConfig
 
-from . import asking, checks, output
+from . import asking, checks, output, ssh
 from .follow import follow, say
 from .jobs import SubmittedJob, read_record
 from .plan import Plan
@@ -53,6 +53,9 @@ def start(config: RunConfig, plan: Plan | None, *, detach: bool, ranks: Sequence
         if detach:
             return _leave(config, directory)
         with submission(config, plan, directory):
+            if unseen := ssh.blind(config, directory / LAUNCH_FILE):
+                record(directory, plan, status=2)
+                raise Refused("; ".join(unseen))
             status = follow(plan, directory, config.launch.grace_s, ranks)
             record(directory, plan, status=status)
         return status
