@@ -14,7 +14,7 @@ from distopt.config import RunConfig
 
 from . import asking, checks, output
 from .follow import follow, say
-from .jobs import SubmittedJob
+from .jobs import SubmittedJob, read_record
 from .plan import Plan
 from .plan_files import CONFIG_FILE, LAUNCH_FILE, LOGS
 from .platforms import platform
@@ -79,8 +79,8 @@ def _submit(config: RunConfig, plan: Plan, job: SubmittedJob, ranks: Sequence[in
 def _refuse_second(config: RunConfig, job: SubmittedJob, directory: Path) -> None:
     """Refuses a run that its engine still has: two would write into one run directory."""
     on_slurm = config.launch.platform == "slurm"
-    if on_slurm and not (directory / LAUNCH_FILE).exists():
-        return  # it was never submitted
+    if on_slurm and not ((directory / LAUNCH_FILE).exists() and "reference" in read_record(directory)):
+        return  # no job was submitted from there
     state = job.state()
     # A Slurm job that has ended takes no name; a Kubernetes object does until it is deleted.
     if state.phase == "unknown" or (on_slurm and state.ended):

@@ -68,6 +68,8 @@ def refusal(folder, text: str, *args: str) -> str:
         (TASK + "reduce: {backend: horovod}\nlaunch: {platform: torchrun}", "torchrun starts workers of torch_dist"),
         (TASK + "reduce: {backend: mpi}\nlaunch: {platform: horovodrun}", "horovodrun starts workers of horovod"),
         (TASK + "run_dir: mytasks/house.py/run", "run_dir: mytasks/house.py is a file"),
+        (TASK + "launch: {platform: horovodrun, hosts: [localhost], min_hosts: 1}",
+         "launch.min_hosts: elastic Horovod cannot survive a death on a single host; name two"),
         (TASK + "launch: {nodes: 2}", "launch.nodes: found 2, but local finds no hosts by itself; name them in"),
         (TASK + "launch: {secrets: [NOT_SET]}", "launch.secrets: NOT_SET is not set in your environment, from which"),
     ],
