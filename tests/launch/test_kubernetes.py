@@ -274,6 +274,68 @@ def test_failed_run_names_the_pod_that_died_first_and_of_what(api):
     assert "pod flights-1-abc died first: out of memory (OOMKilled), exit status 137" in state.detail
 
 
+def add_pod(cluster: Cluster, name: str, second: int, status: dict, **labels: str) -> None:
+    """Does what the controller of the run's kind and a kubelet would do."""
+    from kubernetes.client import CoreV1Api
+
+    created = f"2026-01-01T00:00:{second:02}Z"
+    metadata = {"name": name, "creationTimestamp": created, "labels": {"distopt.run": cluster.name, **labels}}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "status": status}
+    CoreV1Api(cluster.api).create_namespaced_pod(cluster.namespace, pod)
+
+
+UNPULLED = {"waiting": {"reason": "ErrImagePull", "message": "no such host: registry.example"}}
+UNSCHEDULED = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/2 nodes have room"}
+CREATING = {"waiting": {"reason": "ContainerCreating"}}
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        ({"phase": "Pending", "containerStatuses": [{**CONTAINER, "state": UNPULLED}]},
+         "pod flights-0-abc: ErrImagePull: no such host: registry.example"),
+        ({"phase": "Pending", "conditions": [UNSCHEDULED]}, "pod flights-0-abc: 0/2 nodes have room"),
+        ({"phase": "Pending", "containerStatuses": [{**CONTAINER, "state": CREATING}]}, ""),
+    ],
+)  # fmt: skip
+def test_run_whose_pods_cannot_start_is_pending_and_says_why(status, said, api):
+    cluster = cluster_of("job", api)
+    cluster.submit()
+    add_pod(cluster, "flights-0-abc", 1, status)
+    write_status(cluster, {"active": 2})  # a Job counts pods that have not started
+    assert (cluster.state().phase, cluster.state().detail) == ("pending", said)
+    add_pod(cluster, "flights-1-abc", 1, {"phase": "Running"})
+    assert (cluster.state().phase, cluster.state().detail) == ("running", said)
+
+
+INDEX = "batch.kubernetes.io/job-completion-index"
+ROLE, REPLICA = "training.kubeflow.org/job-role", "training.kubeflow.org/replica-index"
+
+
+@pytest.mark.parametrize(
+    ("kind", "pods"),
+    [
+        ("job", {"b": (0, {INDEX: "0"}), "d": (1, {INDEX: "1"}), "a": (0, {INDEX: "0"})}),
+        ("mpijob", {"b": (0, {ROLE: "launcher"}), "c": (1, {ROLE: "worker", REPLICA: "0"}),
+                    "a": (0, {ROLE: "launcher"})}),
+        ("pytorchjob", {"b": (0, {"training.kubeflow.org/replica-type": "master", REPLICA: "0"}),
+                        "c": (1, {"training.kubeflow.org/replica-type": "worker", REPLICA: "0"})}),
+    ],
+)  # fmt: skip
+def test_log_of_a_node_is_that_of_its_pods_in_the_order_in_which_they_came(kind, pods, api, monkeypatch):
+    from kubernetes.client import CoreV1Api
+
+    cluster = cluster_of(kind, api)
+    cluster.submit()
+    for second, (name, (_, labels)) in enumerate(pods.items()):
+        add_pod(cluster, name, second, {"phase": "Running"}, **labels)
+    # The emulator has no kubelet, which is who keeps logs.
+    monkeypatch.setattr(CoreV1Api, "read_namespaced_pod_log", lambda self, name, namespace, **_: f"{name} said\n")
+    for node in (0, 1):
+        assert cluster.logs(node) == "".join(f"{name} said\n" for name, (number, _) in pods.items() if number == node)
+    assert cluster.logs(2) == ""
+
+
 def test_cluster_that_is_not_there_is_named():
     client = pytest.importorskip("kubernetes.client")
     with client.ApiClient(client.Configuration(host="http://127.0.0.1:9")) as api:
