@@ -147,12 +147,16 @@ class Cluster:
                 for state in (container.get("state") or {}, container.get("lastState") or {}):
                     ended = state.get("terminated")
                     if ended and ended.get("exitCode"):
-                        deaths.append((ended.get("finishedAt") or "", pod["metadata"]["name"], ended))
+                        deaths.append((ended.get("finishedAt") or "", _name(pod), pod, ended))
         if not deaths:
             return ""
-        _, name, ended = min(deaths, key=lambda death: death[:2])
-        why = "out of memory (OOMKilled)" if ended.get("reason") == "OOMKilled" else ended.get("reason") or "an error"
-        return f"pod {name} died first: {why}, exit status {ended['exitCode']}"
+        _, name, pod, ended = min(deaths, key=lambda death: death[:2])
+        killed = ended.get("reason") == "OOMKilled"
+        why = "out of memory (OOMKilled)" if killed else ended.get("reason") or "an error"
+        words = "" if killed else (ended.get("message") or "").strip()
+        said = "".join(f"\n    {line}" for line in words.splitlines())
+        where = f"pod {name} on {pod['spec'].get('nodeName') or 'no node'}"
+        return f"{where} died first: {why}, exit status {ended['exitCode']}{said}"
 
     def _ask(self, call: Callable[..., Any], *args: Any, none_for: tuple[int, ...] = (), **options: Any) -> Any:
         """Calls the client; None for an answer whose status is one of `none_for`, where that is all right."""

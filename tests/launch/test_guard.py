@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from distopt.launch import events, report, terminal
-from distopt.launch.guard import place
+from distopt.launch.guard import LAST_WORDS_BYTES, place
 from tests.launch.launching import wait_until
 
 TIMEOUT_S = 30
@@ -176,3 +176,18 @@ def test_worker_of_elastic_horovod_that_lost_the_others_starts_again_in_its_new_
     assert [(event["attempt"], event["status"]) for event in sorted(endings(tmp_path), key=lambda e: e["time"])] == [
         (0, 1), (1, 0)
     ]  # fmt: skip
+
+
+def test_last_words_of_a_worker_that_died_are_left_where_a_pod_s_kubelet_reads_them(tmp_path):
+    words = tmp_path / "termination-log"
+    words.touch()
+    command = [sys.executable, "-c", f"print('é' * {LAST_WORDS_BYTES}); raise ValueError('boom')"]
+    script = (
+        "import sys; from pathlib import Path; from distopt.launch import guard\n"
+        f"guard.LAST_WORDS = Path('termination-log'); sys.exit(guard.main(['run', '--', *{command!r}]))"
+    )
+    env = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, timeout=TIMEOUT_S)
+    assert done.returncode == 1
+    text = words.read_text()
+    assert text.startswith("rank 1: Traceback") and text.endswith("ValueError: boom")

@@ -255,23 +255,32 @@ def test_second_run_of_the_same_name_is_refused_and_the_first_stays(api):
     assert cluster.state().phase == "pending"
 
 
-def test_failed_run_names_the_pod_that_died_first_and_of_what(api):
-    from kubernetes.client import CoreV1Api
-
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"reason": "OOMKilled", "message": "step 7"}, "out of memory (OOMKilled), exit status 137"),
+        ({"reason": "Error", "message": "rank 1: Traceback\nValueError: boom\n"},
+         "Error, exit status 137\n    rank 1: Traceback\n    ValueError: boom"),
+    ],
+)  # fmt: skip
+def test_failed_run_names_the_pod_that_died_first_its_node_and_of_what(how, said, api):
     cluster = cluster_of("job", api)
     cluster.submit()
-    for index, (reason, when) in enumerate([("Error", "2026-01-01T00:00:09Z"), ("OOMKilled", "2026-01-01T00:00:05Z")]):
-        ended = {"terminated": {"exitCode": 137, "reason": reason, "finishedAt": when}}
-        pod = {
-            "apiVersion": "v1", "kind": "Pod",
-            "metadata": {"name": f"flights-{index}-abc", "labels": {"distopt.run": "flights"}},
-            "status": {"phase": "Failed", "containerStatuses": [{**CONTAINER, "state": ended}]},
-        }  # fmt: skip
-        CoreV1Api(cluster.api).create_namespaced_pod("default", pod)
+    for index, ended in enumerate(
+        [
+            {"exitCode": 1, "reason": "Error", "finishedAt": "2026-01-01T00:00:09Z", "message": "PeerError: rank 1"},
+            {"exitCode": 137, "finishedAt": "2026-01-01T00:00:05Z", **how},
+        ]
+    ):
+        status = {"phase": "Failed", "containerStatuses": [{**CONTAINER, "state": {"terminated": ended}}]}
+        add_pod(cluster, f"flights-{index}-abc", index, status)
     write_status(cluster, {"conditions": [{"type": "Failed", "status": "True", "message": "BackoffLimitExceeded"}]})
     state = cluster.state()
     assert state.phase == "failed"
-    assert "pod flights-1-abc died first: out of memory (OOMKilled), exit status 137" in state.detail
+    assert state.detail == f"BackoffLimitExceeded; pod flights-1-abc on node1 died first: {said}"
+
+
+SPEC = {"nodeName": "node1", "containers": [{"name": "worker", "image": "x"}]}
 
 
 def add_pod(cluster: Cluster, name: str, second: int, status: dict, **labels: str) -> None:
@@ -280,7 +289,7 @@ def add_pod(cluster: Cluster, name: str, second: int, status: dict, **labels: st
 
     created = f"2026-01-01T00:00:{second:02}Z"
     metadata = {"name": name, "creationTimestamp": created, "labels": {"distopt.run": cluster.name, **labels}}
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "status": status}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": SPEC, "status": status}
     CoreV1Api(cluster.api).create_namespaced_pod(cluster.namespace, pod)
 
 
