@@ -290,6 +290,7 @@ def _container(config: RunConfig, command: list[str], gpus: bool) -> Manifest:
     return {
         "image": wanted.image,
         "command": command,
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # where no guard has left its rank's last words
         "env": _env(config),
         "resources": _resources(config, gpus),
         **_health(config),

@@ -52,7 +52,7 @@ class Indexes:
         text = ""
         for line in self._watch.stdout:
             text += line
-            if line == "}\n":  # kubectl indents what is inside of an event
+            if line == "}\n" or line.startswith('{"'):  # older clients indent an event, newer ones give it a line
                 event = json.loads(text)
                 text = ""
                 self._note(event["type"], event["object"])
