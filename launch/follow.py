@@ -14,7 +14,7 @@ from typing import TextIO
 
 from . import agent, events, output, report, terminal
 from .plan import Command, Plan
-from .plan_files import LOGS, STOP_FILE
+from .plan_files import FAILURE_FILE, LOGS, STOP_FILE
 from .processes import adopt_orphans, die_with_parent, kill_descendants
 
 POLL_S = 0.1
@@ -184,7 +184,9 @@ class _Run:
             if command.host is not None and status:
                 say(f"{command.host}: " + ("the connection was lost" if status == 255 else f"exit status {status}"))
         sys.stdout.flush()
-        print(report.failure(self.run_dir, last, engine, seconds, ENGINE_LOG), file=sys.stderr)
+        text = report.failure(self.run_dir, last, engine, seconds, ENGINE_LOG)
+        (self.run_dir / LOGS / FAILURE_FILE).write_text(text + "\n")
+        print(text, file=sys.stderr)
         return 1
 
 

@@ -111,7 +111,7 @@ def _leave(config: RunConfig, directory: Path) -> int:
     if launcher.poll() not in (None, 0):
         said = (directory / LOGS / DETACHED_LOG).read_text().strip()
         raise Refused(said.removeprefix(f"{source}: "))
-    say(f"process {launcher.pid} follows the run; `distopt status {directory}`, `distopt stop {directory}`")
+    say(f"process {launcher.pid} follows the run; `distopt status {directory}`, also `logs` and `stop`, ask about it")
     return 0
 
 

@@ -119,3 +119,14 @@ def test_host_with_another_clock_and_folder_and_one_out_of_reach_are_failures(ho
     assert found["dh2 folder"]["verdict"] == "failure" and "not the same folder" in found["dh2 folder"]["said"]
     assert found["10.88.0.77"]["verdict"] == "failure" and "10.88.0.77 cannot be asked" in found["10.88.0.77"]["said"]
     assert found["all-reduce over hosts"]["verdict"] == "warning"
+
+
+def test_horovod_that_was_built_for_another_mpi_is_a_warning_with_the_build_that_mends_it(tmp_path, monkeypatch):
+    program = tmp_path / "mpirun"  # what MPICH's says of itself
+    program.write_text("#!/bin/sh\nprintf 'HYDRA build details:\\n    Version:      5.0.2\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(doctor, "find_mpirun", lambda: str(program))
+    monkeypatch.setattr(doctor, "mpi_of_horovod", lambda: "Open MPI")
+    finding = doctor._mpi()
+    assert (finding.verdict, finding.mend) == ("warning", "make setup-dev MPI=mpich")
+    assert finding.said == f"mpirun (MPICH) 5.0.2 at {program}, but Horovod was built for Open MPI"

@@ -16,8 +16,9 @@ import pytest
 from typer.testing import CliRunner
 
 from distopt.launch.cli import app
+from distopt.launch.jobs import FollowedJob
 from distopt.launch.platforms.mpirun import find_mpirun
-from tests.launch.launching import wait_until, write_config
+from tests.launch.launching import Launched, wait_until, write_config
 
 SUM = Path(__file__).with_name("sum_script.py")
 HOROVOD = pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not installed (make setup-dev builds it)")
@@ -121,9 +122,15 @@ def test_worker_that_dies_in_each_attempt_ends_the_run_after_the_last_restart(st
     assert run.wait() == 1
     assert run.err.count("ended with exit status 7") == 2 + 1  # in each attempt, and in the report
     assert "goes on" not in run.err  # there is no checkpoint
+    assert re.search(r"^failed exit status 1; rank 1 on .* died first: it ended with exit status 7\.$", state(run))
     assert [line.rsplit(" ", 1)[1] for line in run.log(1).splitlines() if line.startswith("--- ")] == ["0", "1"]
     assert sorted(run.out.splitlines()) == ["[0] rank 0 does exit"] * 2 + ["[1] rank 1 does exit"] * 2
     assert run.processes() == []
+
+
+def state(run: Launched) -> str:
+    found = FollowedJob(run.run_dir).state()
+    return f"{found.phase} {found.detail}"
 
 
 def test_worker_that_leaves_early_with_status_0_is_named(start, tmp_path):
