@@ -250,7 +250,7 @@ def test_run_is_submitted_asked_about_and_stopped(kind, api):
 def test_second_run_of_the_same_name_is_refused_and_the_first_stays(api):
     cluster = cluster_of("job", api)
     cluster.submit()
-    with pytest.raises(ClusterError, match="409"):
+    with pytest.raises(ClusterError, match=r"409 Conflict.*`distopt stop flights` removes them"):
         cluster.submit()
     assert cluster.state().phase == "pending"
 
