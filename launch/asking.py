@@ -18,10 +18,11 @@ from .jobs import FollowedJob, Job, JobError, State, SubmittedJob
 from .plan_files import CONFIG_FILE, LAUNCH_FILE
 from .platforms import platform
 from .platforms.base import Platform
+from .run_directory import RUNS
 
 ERRORS = (JobError, SlurmError, ClusterError, ConfigError)
 POLL_S = 1.0
-RUNS = Path("runs")
+PATIENCE_S = 300.0  # with an engine that gives no answer
 
 
 def find(run: str) -> Path:
@@ -34,7 +35,8 @@ def find(run: str) -> Path:
         if (directory / LAUNCH_FILE).exists():
             return directory
     known = ", ".join(path.name for path in all_runs()) or "none"
-    raise JobError(f"{run}: no run was launched there (no {LAUNCH_FILE}). Known in {RUNS}: {known}.")
+    hint = " A run is named by its directory or its name, not by its YAML." if run.endswith((".yaml", ".yml")) else ""
+    raise JobError(f"{run}: no run was launched there (no {LAUNCH_FILE}). Known in {RUNS}: {known}.{hint}")
 
 
 def all_runs() -> list[Path]:
@@ -45,11 +47,6 @@ def all_runs() -> list[Path]:
 def recorded(directory: Path) -> RunConfig:
     """Returns the configuration with which a run was launched."""
     return load_config(directory / CONFIG_FILE)
-
-
-def record_dir(config: RunConfig) -> Path:
-    """Returns where this machine keeps a run's record; on Kubernetes the run directory is on a volume elsewhere."""
-    return RUNS / config.name if config.launch.platform == "kubernetes" else config.run_dir
 
 
 def submitted(chosen: Platform, config: RunConfig) -> SubmittedJob | None:
@@ -110,21 +107,29 @@ def follow(run: SubmittedJob, directory: Path, grace_s: float, shown: output.Out
     """
     asked: list[int] = []
     before = {number: signal.signal(number, lambda got, _: asked.append(got)) for number in _SIGNALS}
-    phase = ""
+    phase, last_answer = "", time.monotonic()
     try:
         while True:
-            state = run.state()
-            if state.phase != phase:
-                say(f"{state.phase}: {state.detail}")
-                phase = state.phase
-            shown.show()
-            if asked:
-                say(f"{signal.Signals(asked[0]).name}: a last checkpoint, then the end")
-                run.stop()
-                _wait_for_end(run, grace_s + 20)
-                return 128 + asked[0]
-            if state.ended or state.phase == "unknown":
-                return _report(state, directory)
+            try:
+                state = run.state()
+                if state.phase != phase:
+                    say(f"{state.phase}: {state.detail}" if state.detail else state.phase)
+                    phase = state.phase
+                shown.show()
+                last_answer = time.monotonic()
+                if asked:
+                    say(f"{signal.Signals(asked[0]).name}: a last checkpoint, then the end")
+                    run.stop()
+                    _wait_for_end(run, grace_s + 20)
+                    return 128 + asked[0]
+                if state.ended or state.phase == "unknown":
+                    return _report(state, directory)
+            except (SlurmError, ClusterError) as error:  # controllers and networks have their moments
+                if phase != (phase := f"no answer: {error}"):
+                    say(phase)
+                if asked or time.monotonic() - last_answer > PATIENCE_S:
+                    say(f"the run may go on: `distopt status {directory}` asks again")
+                    return 1
             time.sleep(POLL_S)
     finally:
         for number, handler in before.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,11 +60,12 @@ class Slurm:
     def state(self) -> State:
         """Asks the controller, which forgets jobs minutes after their end, then the accounting, if there is one."""
         number = self.number
-        said = _client(["scontrol", "--oneliner", "show", "job", number], refused_ok=True)
+        said = _client(["scontrol", "--oneliner", "show", "job", number], fine="Invalid job id")
         fields = dict(re.findall(r"(\w+)=(\S*)", said))
         word = fields.get("JobState", "")
         if not word:
-            accounted = _client(["sacct", "-X", "-n", "-P", "-o", "State", "-j", number], refused_ok=True)
+            sacct = ["sacct", "-X", "-n", "-P", "-o", "State", "-j", number]
+            accounted = _client(sacct, fine="") if shutil.which("sacct") else ""
             word = accounted.split()[0] if accounted.split() else ""
         return self._meaning(word, fields)
 
@@ -99,16 +101,17 @@ class Slurm:
 
     def kill(self) -> None:
         """Ends what has not ended by itself."""
-        _client(["scancel", self.number], refused_ok=True)
+        _client(["scancel", self.number], fine="Invalid job id")
 
 
-def _client(argv: Sequence[str], *, refused_ok: bool = False) -> str:
+def _client(argv: Sequence[str], *, fine: str | None = None) -> str:
+    """Returns what a command of Slurm's says; nothing where it fails with words that are `fine`."""
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
     except FileNotFoundError:
-        if refused_ok:
-            return ""
         raise SlurmError(f"there is no {argv[0]} on PATH; run this on a login node of the cluster") from None
-    if done.returncode and not refused_ok:
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{argv[0]} gave no answer within {TIMEOUT_S} s; does `sinfo` work?") from None
+    if done.returncode and (fine is None or fine not in done.stderr):
         raise SlurmError(f"{argv[0]}: {' '.join(done.stderr.split())[:300]}")
     return done.stdout if done.returncode == 0 else ""

@@ -18,31 +18,48 @@ import yaml
 from distopt.config import MAY_CHANGE, RunConfig
 
 from .network import is_here, slot_problems
-from .plan_files import CONFIG_FILE
+from .plan_files import CHECKPOINTS, CONFIG_FILE
 from .platforms.base import Platform
+from .run_directory import record_dir
+
+BATCH = ("slurm", "kubernetes")  # platforms whose hosts are found, and their ports and slots known, elsewhere
 
 
 def problems(config: RunConfig, platform: Platform) -> list[str]:
     """Returns every reason not to start, each with what was found, expected, and the mend."""
     return [
         *platform.problems(config),
-        *_code(config),
+        *(problem for problem, here in _code(config) if here or not _in_image(config)),
+        *_nodes(config),
         *_slots(config),
+        *_secrets(config),
         *_global_batch(config),
         *_port(config),
         *_run_directory(config),
     ]
 
 
-def _code(config: RunConfig) -> Iterator[str]:
+def warnings(config: RunConfig) -> list[str]:
+    """Returns what may be wrong and cannot be told here: code that is not on this machine may be in a pod's image."""
+    image = config.launch.kubernetes.image
+    return [f"{said}; it must be in {image}" for said, here in _code(config) if not here and _in_image(config)]
+
+
+def _in_image(config: RunConfig) -> bool:
+    return config.launch.platform == "kubernetes"
+
+
+def _code(config: RunConfig) -> Iterator[tuple[str, bool]]:
+    """Yields what is wrong with the run's code, and whether the code was found here."""
     if config.script is not None:
         path = Path(config.script)
         if not path.is_file():
-            yield f"script: {path}: no such file in {Path.cwd()}"
+            yield f"script: {path}: no such file in {Path.cwd()}", False
         else:
-            yield from _syntax(path, "script")
+            yield from ((said, True) for said in _syntax(path, "script"))
     if config.task is not None:
-        yield from task_problems(config.task)
+        found = not isinstance(_find_module(config.task.partition(":")[0]), str)
+        yield from ((said, found) for said in task_problems(config.task))
 
 
 def task_problems(task: str) -> Iterator[str]:
@@ -135,10 +152,25 @@ def _global_batch(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _nodes(config: RunConfig) -> Iterator[str]:
+    launch = config.launch
+    if launch.platform not in BATCH and launch.nodes not in (None, 1) and not launch.hosts:
+        yield (
+            f"launch.nodes: found {launch.nodes}, but {launch.platform} finds no hosts by itself; name them in "
+            "launch.hosts, or take launch.platform=slurm or kubernetes"
+        )
+
+
+def _secrets(config: RunConfig) -> Iterator[str]:
+    for name in config.launch.secrets if not _in_image(config) else ():
+        if name not in os.environ:
+            yield f"launch.secrets: {name} is not set in your environment, from which workers get it; export it"
+
+
 def _slots(config: RunConfig) -> Iterator[str]:
     """Refuses more processes than there is room for; other hosts are asked over ssh, a Slurm cluster by itself."""
     launch = config.launch
-    if launch.platform not in ("slurm", "kubernetes") and not (launch.hosts and not any(map(is_here, launch.hosts))):
+    if launch.platform not in BATCH and not (launch.hosts and not any(map(is_here, launch.hosts))):
         yield from slot_problems(config, "this machine", len(os.sched_getaffinity(0)))
     for key, gpus in (("slurm.gpus_per_node", launch.slurm.gpus_per_node), ("kubernetes.gpus", launch.kubernetes.gpus)):
         if key.startswith(launch.platform) and 0 < gpus < launch.workers:
@@ -147,7 +179,7 @@ def _slots(config: RunConfig) -> Iterator[str]:
 
 def _port(config: RunConfig) -> Iterator[str]:
     port = config.launch.port
-    if port is None or config.launch.hosts:
+    if port is None or config.launch.hosts or config.launch.platform in BATCH:
         return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -162,15 +194,16 @@ def _port(config: RunConfig) -> Iterator[str]:
 
 def _run_directory(config: RunConfig) -> Iterator[str]:
     """Refuses to go on from the checkpoints of another configuration, whose parameters would silently be taken over."""
+    here = record_dir(config)
     recorded = config.run_dir / CONFIG_FILE
-    for parent in (config.run_dir, *config.run_dir.parents):
+    for parent in (here, *here.parents):
         if parent.exists():
             if not parent.is_dir():
                 yield f"run_dir: {parent} is a file; choose another run_dir"
             elif not os.access(parent, os.W_OK | os.X_OK):
                 yield f"run_dir: {parent} cannot be written to; choose another run_dir, or change its permissions"
             break
-    if not recorded.is_file() or not any((config.run_dir / "checkpoints").glob("step-*")):
+    if not recorded.is_file() or not any((config.run_dir / CHECKPOINTS).glob("step-*")):
         return
     try:
         before = yaml.safe_load(recorded.read_text())

@@ -44,13 +44,19 @@ def launch(
     detach: Annotated[bool, typer.Option("--detach", help="Start the run and leave it.")] = False,
     all_ranks: AllRanks = False,
 ) -> None:
-    """Check a run, start it on its platform and follow it to its end; its exit status is the run's."""
-    from . import output, starting
+    """Start a run and follow it to its end.
+
+    It is checked first, and refused with status 2 when it cannot run. Ctrl-C has it save and end. The exit status is
+    the run's: 0 done, 130 or 143 stopped by Ctrl-C or SIGTERM with a checkpoint written, 1 failed.
+    """
+    from . import checks, output, starting
 
     run = _load(config, overrides)
     plan, problems = starting.prepare(run)
     if problems:
         _refuse([f"{config}: {problem}" for problem in problems])
+    for warning in checks.warnings(run):
+        typer.echo(f"{config}: warning: {warning}", err=True)
     if dry_run:
         typer.echo(str(plan), nl=False)
         return
@@ -63,7 +69,10 @@ def launch(
 
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
-    """Run one worker: what an engine starts once per rank, and a lone process without one."""
+    """Run one worker, as engines do.
+
+    An engine starts it once per rank; without one it is a world of its own.
+    """
     from .guard import started_by_engine
     from .processes import die_with_parent
 
@@ -79,10 +88,19 @@ def train(config: Config, overrides: Overrides = None) -> None:
 def status(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run; all in runs/ without one.")] = None,
 ) -> None:
-    """Ask each run's engine how it is."""
+    """Ask how runs are.
+
+    Each line has a run directory, its state (pending, running, stopped, done, failed or unknown) and what its engine
+    says about it.
+    """
     from . import asking
 
-    runs = [asking.find(run)] if run is not None else asking.all_runs()
+    try:
+        runs = [asking.find(run)] if run is not None else asking.all_runs()
+    except asking.ERRORS as error:
+        _refuse([str(error)])
+    if not runs:
+        typer.echo("no run was launched from here (none in runs/)", err=True)
     for directory in runs:
         try:
             state = asking.job(directory).state()
@@ -94,24 +112,35 @@ def status(
 @app.command()
 def logs(
     run: Run,
-    rank: Annotated[int, typer.Option(help="Whose output; on Kubernetes the number of a node.", min=0)] = 0,
+    rank: Annotated[
+        int, typer.Option(metavar="RANK", help="Whose output; on Kubernetes the number of a node.", min=0)
+    ] = 0,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
     all_ranks: AllRanks = False,
 ) -> None:
-    """Print what a rank has printed."""
+    """Print what a rank has printed.
+
+    A line of dashes begins each attempt, in the order of time.
+    """
     from . import asking, output
 
     try:
         directory = asking.find(run)
-        ranks = output.all_ranks(asking.recorded(directory)) if all_ranks else (rank,)
-        asking.print_logs(asking.job(directory), ranks, follow=follow)
+        ranks = output.all_ranks(asking.recorded(directory))
+        if rank not in ranks:
+            _refuse([f"--rank: found {rank}, but the run has {ranks.start} to {ranks.stop - 1}"])
+        asking.print_logs(asking.job(directory), ranks if all_ranks else (rank,), follow=follow)
     except asking.ERRORS as error:
         _refuse([str(error)])
 
 
 @app.command()
 def stop(run: Run) -> None:
-    """Have a run's workers save and end, and wait for it."""
+    """Have a run save and end, and wait for it.
+
+    What has not ended after the grace time (launch.grace_s) is killed. A run that has ended stays as it is; on
+    Kubernetes its objects are deleted, so that its name is free again.
+    """
     from . import asking
 
     try:
@@ -129,7 +158,11 @@ def doctor(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
 ) -> None:
-    """Look at what is installed here and at a run's hosts; exit status 1 when something is broken."""
+    """Look for what would keep runs from working.
+
+    At what is installed here, and at the hosts, the port and the folder of a run; each line is ok, a warning or a
+    failure with the command that mends it. Exit status 1 when there is a failure.
+    """
     from . import doctor as physician
 
     run = _load(config, overrides) if config is not None else None
@@ -138,7 +171,7 @@ def doctor(
 
 @config_app.command()
 def show(config: Config, overrides: Overrides = None) -> None:
-    """Print the resolved configuration, with all defaults."""
+    """Print the resolved YAML, with all defaults."""
     from distopt.config import dump_yaml
 
     typer.echo(dump_yaml(_load(config, overrides)), nl=False)
@@ -146,7 +179,10 @@ def show(config: Config, overrides: Overrides = None) -> None:
 
 @config_app.command()
 def schema() -> None:
-    """Print the JSON schema of the YAML, for editors that check and complete it."""
+    """Print the JSON schema of the YAML.
+
+    Editors check and complete the file by it.
+    """
     import json
 
     from distopt.config import RunConfig
@@ -156,7 +192,10 @@ def schema() -> None:
 
 @config_app.command()
 def diff(config: Config, run: Run, overrides: Overrides = None) -> None:
-    """Print what differs between a run's recorded configuration and this one; exit status 1 when something does."""
+    """Print what differs from a run's YAML.
+
+    Exit status 1 when something does.
+    """
     from . import asking
     from .checks import differences
 

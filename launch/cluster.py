@@ -51,7 +51,13 @@ class Cluster:
         if self._api is None:
             from kubernetes import config as kubeconfig
 
-            self._api = kubeconfig.new_client_from_config(context=self.context)
+            try:
+                self._api = kubeconfig.new_client_from_config(context=self.context)
+            except kubeconfig.ConfigException as error:
+                raise ClusterError(
+                    f"launch.kubernetes.context: no cluster is known here: {error}; `kubectl config get-contexts` "
+                    "shows those of your kubeconfig, KUBECONFIG names another file"
+                ) from error
         return self._api
 
     def submit(self) -> str:

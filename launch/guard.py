@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from . import elastic, events, terminal
+from . import elastic, events, rounds, terminal
 from .agent import interface_env
 from .plan_files import LOGS, SECRETS_FILE, STOP_FILE
 from .processes import die_with_parent
@@ -66,7 +66,11 @@ class Guard:
         self.grace_s = float(os.environ.get("DISTOPT_GRACE_S", "30"))
         self.stop_file = run_dir / STOP_FILE if "DISTOPT_WATCH_STOP" in os.environ else None
         self.asked_to_stop = False
+        self._elastic = elastic.is_elastic(os.environ)
+        self._round = 0
+        self._told = False  # the worker of this attempt, to save and end
         self._kill_at = float("inf")
+        self._look_at = 0.0
         self._oom_kills = events.oom_kills()
         self._wake, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
@@ -76,8 +80,8 @@ class Guard:
     def run(self) -> int:
         """Runs the worker to its end and returns its exit status, negative for a signal."""
         status = self._attempt()
-        # One that was killed is for the engine to judge: its host may be no good.
-        while status > 0 and not self.asked_to_stop and elastic.is_elastic(os.environ):
+        # One that was killed, but not from here, is for the engine to judge: its host may be no good.
+        while self._elastic and not self.asked_to_stop and (status > 0 or (status and self._told)):
             place_now = elastic.next_place(os.environ, self._still_wanted)
             if not place_now:
                 break
@@ -94,6 +98,9 @@ class Guard:
         return not self.asked_to_stop and not (self.stop_file is not None and self.stop_file.exists())
 
     def _attempt(self) -> int:
+        self._told, self._kill_at = False, float("inf")
+        if self._elastic and (number := rounds.read(self.run_dir)[0]):
+            self._round, self.attempt = number, number - 1
         logs = self.run_dir / LOGS
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / f"rank-{self.rank}.log").open("ab", buffering=0) as log:
@@ -112,7 +119,7 @@ class Guard:
             return None
         log.write(
             f"distopt: the engine started {self.world_size} workers, {smallest} were asked for. Did a host not join? "
-            "A world of changing size must be allowed in the configuration.\n".encode()
+            "launch.min_hosts allows a world of changing size.\n".encode()
         )
         self._record(events.Start)
         return 3
@@ -161,18 +168,28 @@ class Guard:
             return {}
         return {str(name): str(value) for name, value in secrets.items()}
 
-    def _ask_to_stop(self, worker: subprocess.Popen[bytes]) -> None:
-        if not self.asked_to_stop:
-            self.asked_to_stop = True
+    def _ask_to_stop(self, worker: subprocess.Popen[bytes], *, for_good: bool = True) -> None:
+        self.asked_to_stop |= for_good
+        if not self._told:
+            self._told = True
             self._kill_at = time.monotonic() + self.grace_s
             if worker.poll() is None:
                 worker.send_signal(signal.SIGTERM)
 
     def _check_time(self, worker: subprocess.Popen[bytes]) -> None:
-        if self.stop_file is not None and not self.asked_to_stop and self.stop_file.exists():
-            self._ask_to_stop(worker)
+        if time.monotonic() > self._look_at:
+            self._look_at = time.monotonic() + POLL_S
+            self._look_at_files(worker)
         if time.monotonic() > self._kill_at:
             _signal_group(worker.pid, signal.SIGKILL)
+
+    def _look_at_files(self, worker: subprocess.Popen[bytes]) -> None:
+        if self.stop_file is not None and self.stop_file.exists():
+            self._ask_to_stop(worker)
+        if self._round:
+            number, over = rounds.read(self.run_dir)
+            if over or number > self._round:
+                self._ask_to_stop(worker, for_good=number > self._round)
 
     def _record(self, kind: type[events.Event], status: int | None = None) -> None:
         event = kind(
@@ -182,7 +199,7 @@ class Guard:
             pid=os.getpid(),
             time=time.time(),
             status=status,
-            stopped=self.asked_to_stop,
+            stopped=self._told or self.asked_to_stop,
             out_of_memory=status == -signal.SIGKILL and events.oom_kills() > self._oom_kills,
         )
         events.append(self.run_dir, event)

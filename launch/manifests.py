@@ -72,7 +72,7 @@ def _trainjob(config: RunConfig) -> list[Manifest]:
     launch = config.launch
     trainer = {
         "image": launch.kubernetes.image,
-        "command": _agent(config, torchrun_argv(config, [], launch.kubernetes.python)),
+        "command": _agent(config, _by_torchrun(config, [])),
         "env": _env(config),
         "numNodes": launch.num_hosts,
         "numProcPerNode": launch.workers,
@@ -96,7 +96,7 @@ def _pytorchjob(config: RunConfig) -> list[Manifest]:
         "--master-addr=$(PET_MASTER_ADDR)",
         "--master-port=$(PET_MASTER_PORT)",
     ]
-    pod = _pod(config, _agent(config, torchrun_argv(config, place, launch.kubernetes.python)), container="pytorch")
+    pod = _pod(config, _agent(config, _by_torchrun(config, place)), container="pytorch")
     replicas = {"Master": 1, **({"Worker": launch.num_hosts - 1} if launch.num_hosts > 1 else {})}
     job = {
         "apiVersion": "kubeflow.org/v1",
@@ -186,11 +186,16 @@ def _torchrun(config: RunConfig, address: str) -> list[str]:
     least = launch.min_hosts or launch.num_hosts
     nodes = str(least) if least == launch.num_hosts else f"{least}:{launch.num_hosts}"
     place = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={address}", f"--rdzv-id={config.name}"]
-    return _agent(config, torchrun_argv(config, place, launch.kubernetes.python), meet=address)
+    return _agent(config, _by_torchrun(config, place), meet=address)
+
+
+def _by_torchrun(config: RunConfig, place: list[str]) -> list[str]:
+    words, worker = torchrun_argv(config, place, config.launch.kubernetes.python), _worker(config)
+    return words[: -len(worker)] + worker
 
 
 def _worker(config: RunConfig) -> list[str]:
-    return worker_argv(config, config.launch.kubernetes.python)
+    return [_literal(word) for word in worker_argv(config, config.launch.kubernetes.python)]
 
 
 def _agent(config: RunConfig, engine: list[str], meet: str | None = None) -> list[str]:
@@ -212,8 +217,8 @@ def _env(config: RunConfig) -> list[Manifest]:
 
 
 def _literal(value: str) -> str:
-    """Keeps Kubernetes from expanding `$(NAME)`."""
-    return value.replace("$(", "$$(")
+    """Keeps Kubernetes from expanding `$(NAME)`; it takes two dollars for one, wherever they stand."""
+    return value.replace("$", "$$")
 
 
 def _resources(config: RunConfig, gpus: bool = True) -> Manifest:

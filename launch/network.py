@@ -7,8 +7,10 @@ import ipaddress
 import socket
 import struct
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from distopt.config import RunConfig
+if TYPE_CHECKING:  # guards and agents start with the standard library alone
+    from distopt.config import RunConfig
 
 # linux/sockios.h
 _SIOCGIFADDR = 0x8915

@@ -1,5 +1,6 @@
 """Names inside a run directory that the launcher and its guards share."""
 
+CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.yaml"
 CONFIG_VARIABLE = "DISTOPT_CONFIG"
 LAUNCH_FILE = "launch.json"

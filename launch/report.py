@@ -9,7 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from .events import HEADER, End, Event, Start
-from .plan_files import LOGS
+from .plan_files import CHECKPOINTS, LOGS
 
 # How a rank that did nothing wrong ends when another has gone; seen with gloo, NCCL, Horovod and MPI.
 _BEREFT = re.compile(
@@ -75,7 +75,7 @@ def failure(run_dir: Path, seen: Sequence[Event], status: int, seconds: float, e
         first = culprits[0]
         what = next((match["what"] for match in told.values() if int(match["rank"]) == first.rank), "")
         lines.append(f"  {name(first)} died first: it {f'failed at {what}' if what else f'{cause(first)}.'}")
-        lines += [f"  After it: {name(end)} {cause(end)}{_why(run_dir, end.rank)}." for end in culprits[1:]]
+        lines += [f"  After it: {name(end)} {cause(end)}{why(run_dir, end)}." for end in culprits[1:]]
         early = [end for end in ends.values() if end.status == 0 and end.time < first.time]
         if early:
             lines.append(f"  Before it had ended, as if all were done: {', '.join(map(name, early))}.")
@@ -91,8 +91,14 @@ def failure(run_dir: Path, seen: Sequence[Event], status: int, seconds: float, e
     if not culprits:
         lines += [f"  {run_dir / LOGS / engine_log} ends with:"]
         lines += [f"    {line}" for line in _tail(run_dir / LOGS / engine_log)]
-    lines.append("  The same command goes on from the last good checkpoint.")
+    lines += [f"  {line[0].upper()}{line[1:]}." for line in [going_on(run_dir)] if line]
     return "\n".join(lines)
+
+
+def going_on(run_dir: Path) -> str:
+    """Says how a run that has ended goes on; nothing for one that keeps its checkpoints elsewhere, or has none."""
+    there = any((run_dir / CHECKPOINTS).glob("step-*"))
+    return "the same command goes on from the last checkpoint" if there else ""
 
 
 def log_of(run_dir: Path, rank: int) -> Path:
@@ -117,8 +123,9 @@ def _last_line(run_dir: Path, rank: int) -> str:
     return next((line for line in reversed(traceback_of(run_dir, rank)) if line.strip()), "")
 
 
-def _why(run_dir: Path, rank: int) -> str:
-    line = _last_line(run_dir, rank)
+def why(run_dir: Path, end: End) -> str:
+    """Returns the last line of a rank that has ended by an error of its own."""
+    line = _last_line(run_dir, end.rank) if (end.status or 0) > 0 else ""
     return f" ({line.strip()[:200]})" if line else ""
 
 

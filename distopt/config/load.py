@@ -178,7 +178,8 @@ def _expectation(detail: ErrorDetails) -> str:
         return "one of " + str(detail["ctx"]["expected"]).replace("'", "").replace(" or ", ", ")
     if kind == "string_pattern_mismatch":
         return f"a string like {detail['ctx']['pattern']}"
-    return _EXPECTED.get(kind) or detail["msg"].removeprefix("Input should be ").removeprefix("String should ")
+    said = detail["msg"].removeprefix("Input should be ").replace("String should have", "a string with")
+    return _EXPECTED.get(kind) or (f"a number {said}" if kind.startswith(("greater_than", "less_than")) else said)
 
 
 def _unknown(key: str) -> str:

@@ -99,6 +99,8 @@ class OptimConfig(Section):
     """Its keyword arguments, `lr` first."""
     clip: ClipConfig = Field(default_factory=ClipConfig)
     """Limits on the averaged gradient."""
+    nonfinite: Literal["step", "skip", "raise"] = "step"
+    """A gradient that is NaN or infinite somewhere is stepped by, left out on all workers and counted, or an error."""
     scheduler: SchedulerConfig | None = None
     """The learning-rate schedule; null keeps the rate."""
 
@@ -108,12 +110,18 @@ class ReduceConfig(Section):
 
     backend: Literal["auto", "single", "torch_dist", "horovod", "mpi"] = "auto"
     """The library that carries them; `auto` is `torch_dist` unless the platform's engine belongs to another."""
+    op: Literal["average", "sum", "adasum"] = "average"
+    """What becomes of the workers' gradients; `sum` is as many times as large as the average as there are workers."""
     bucket_mib: Positive = 25.0
     """Size in MiB of the buffers that are reduced one at a time."""
     compression: Literal["none", "fp16", "bf16", "powersgd"] = "none"
     """What is done to gradients on the wire."""
+    power_sgd_rank: Annotated[int, Field(ge=1)] = 2
+    """Rank of the approximation that `powersgd` sends; more is closer and slower."""
     overlap: bool = False
     """Whether reductions start during the backward pass."""
+    drift_every_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps between two comparisons of the workers' parameters and optimizer states, bit by bit; 0 never compares."""
     timeout_s: Positive = 300.0
     """Seconds that a rank waits for the others before it ends with an error naming them."""
 

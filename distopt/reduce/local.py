@@ -106,7 +106,7 @@ def local_parameter(param: Tensor) -> LocalParameter | None:
 
     Local parameters are left out of agreement, exchange and drift watch, and before clipping and stepping their
     gradient is divided by `plate.num_shards`: the density of the plate was multiplied by it, so that the mean over
-    ranks of the replicated gradients is that of all the data.
+    ranks of the replicated gradients is that of all the data. Where those are summed, it is as much larger.
     """
     found: LocalParameter | None = _LOCAL.get(param)
     return found

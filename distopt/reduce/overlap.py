@@ -20,23 +20,28 @@ class Overlap:
     optimizer's call. A bucket that does not fill on some rank (a parameter was not touched) starts in the call as
     well, and so do those behind it: the order is what ranks have in common.
 
+    How often `backward` reaches a parameter before a call (once for each particle, say) is seen in the step before, so
+    the first step with these buckets has no overlap.
+
     Args:
         layout: The buckets and parameters.
-        backward_passes: Times that `backward` reaches each parameter before a call.
         start: Fills and starts a bucket.
     """
 
-    def __init__(self, layout: Layout, backward_passes: int, start: Callable[[Bucket], None]) -> None:
-        self._passes, self._start = backward_passes, start
+    def __init__(self, layout: Layout, start: Callable[[Bucket], None]) -> None:
+        self._start = start
         self._order = layout.buckets[:0:-1]
-        self._bucket_of = {index: bucket for bucket in self._order for index in bucket.indices}
+        self._place_of = {index: place for place, bucket in enumerate(self._order) for index in bucket.indices}
+        self._counts = dict.fromkeys(self._place_of, 0)
+        self._expected = dict(self._counts)  # counts of the last step in which the parameter was touched
         self.reset()
-        self._hooks = [_register(layout.params[index], partial(self._arrived, index)) for index in self._bucket_of]
+        self._hooks = [_register(layout.params[index], partial(self._arrived, index)) for index in self._place_of]
 
     def reset(self) -> None:
         """Prepares for the next step."""
-        self._counts = dict.fromkeys(self._bucket_of, 0)
-        self._missing = {id(bucket): len(bucket.indices) for bucket in self._order}
+        self._expected.update({index: count for index, count in self._counts.items() if count})
+        self._counts = dict.fromkeys(self._place_of, 0)
+        self._missing = [len(bucket.indices) for bucket in self._order]
         self.num_started = 0
 
     def close(self) -> None:
@@ -51,17 +56,17 @@ class Overlap:
 
     @torch.no_grad()
     def _arrived(self, index: int, param: Tensor) -> None:
-        bucket = self._bucket_of[index]
-        self._counts[index] += 1
-        if self._counts[index] > self._passes:
+        place = self._place_of[index]
+        if place < self.num_started:
             raise RuntimeError(
-                f"overlap=True: a gradient of shape {tuple(param.shape)} grew again after {self._passes} backward "
-                "passes, when it was on its way already. Give the optimizer backward_passes=, the number of times that "
-                "backward() runs before each call (num_particles), or overlap=False."
+                f"overlap=True: a gradient of shape {tuple(param.shape)} grew again when it was on its way already, "
+                f"after {self._counts[index]} backward passes as in the step before. Run backward() equally often "
+                "before each call, or use overlap=False."
             )
-        if self._counts[index] == self._passes:
-            self._missing[id(bucket)] -= 1
-        while self.waiting and self._missing[id(self.waiting[0])] == 0:
+        self._counts[index] += 1
+        if self._counts[index] == self._expected[index]:
+            self._missing[place] -= 1
+        while self.waiting and self._missing[self.num_started] == 0:
             self._start(self.waiting[0])
             self.num_started += 1
 

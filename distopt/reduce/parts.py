@@ -36,6 +36,7 @@ class Brought:
         addresses: where each gradient lies; None when one is missing or sparse, and when nobody has looked.
         news: parameters that the layout lacks or holds otherwise, with their gradients.
         own: (name, parameter, gradient) of parameters that belong to this rank alone.
+        num_summed: over how many ranks the shared gradients are summed and not averaged; 1 for a mean.
     """
 
     params: Sequence[Tensor] = ()
@@ -44,6 +45,14 @@ class Brought:
     addresses: list[int] | None = None
     news: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     own: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+    num_summed: int = 1
+
+    def own_divisor(self, param: Tensor) -> float:
+        """Returns by what the gradient of one of this rank's own is divided, to be of one scale with the shared ones.
+
+        The density of its plate was multiplied by the number of shards; a sum over ranks is that much larger again.
+        """
+        return num_shards(param) / self.num_summed
 
     def own_square(self) -> float:
         """Returns the squared 2-norm of the gradients of this rank alone, as they will be stepped by."""
@@ -51,7 +60,7 @@ class Brought:
         for _, param, gradient in self.own:
             values = gradient.coalesce().values() if gradient.is_sparse else gradient
             wide = torch.complex128 if values.is_complex() else torch.float64
-            total += (float(torch.linalg.vector_norm(values, dtype=wide)) / num_shards(param)) ** 2
+            total += (float(torch.linalg.vector_norm(values, dtype=wide)) / self.own_divisor(param)) ** 2
         return total
 
 

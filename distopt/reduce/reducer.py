@@ -17,7 +17,7 @@ from distopt.reduce.drift import checksums, explain_drift, fold
 from distopt.reduce.errors import PeerError
 from distopt.reduce.filling import Cleared, fill_bucket_, take_out_
 from distopt.reduce.layout import Bucket, Entry, Layout
-from distopt.reduce.local import any_local, local_parameter, num_shards
+from distopt.reduce.local import any_local, local_parameter
 from distopt.reduce.overlap import Overlap
 from distopt.reduce.parts import Brought, Part, Reduced
 from distopt.reduce.settings import Settings
@@ -70,6 +70,7 @@ class Reducer:
         self.cleared.restore(own)
         brought.own = [(self._name(param), param, param.grad) for param in own if param.grad is not None]
         brought.params = params
+        brought.num_summed = self.backend.world_size if self.settings.op == "sum" else 1
         return brought
 
     def _look_at_shared(self, params: Sequence[Tensor]) -> Brought:
@@ -179,7 +180,8 @@ class Reducer:
                     (news.sparse if is_sparse else news.dense).add(name)
         self.backend.note(said.step, "agree")
         self.num_agreements += 1
-        self.entries = self._agreement.settle(news, self.entries)
+        before, self.entries = self.entries, self._agreement.settle(news, self.entries)
+        self._exchange.forget({n for n in before.keys() | self.entries if before.get(n) is not self.entries.get(n)})
         self.layout = self._build()
 
     def _build(self) -> Layout:
@@ -197,7 +199,7 @@ class Reducer:
         if self._overlap is not None:
             self._overlap.close()
         if self.settings.overlap:
-            self._overlap = Overlap(layout, self.settings.backward_passes, self._start_early)
+            self._overlap = Overlap(layout, self._start_early)
         return layout
 
     @torch.no_grad()
@@ -228,7 +230,7 @@ class Reducer:
                 return heard
             self._start(others, brought, heard.num_active)
         for bucket in others:
-            exchange.finish(bucket)
+            exchange.finish(bucket, heard)
         if overlap is not None:
             overlap.reset()
         return heard
@@ -297,11 +299,12 @@ class Reducer:
             reduced.dense = self._dense
         else:
             self._collect_touched(reduced, brought, scale)
-        for name, param, gradient in brought.own if brought is not None else ():
-            if num_shards(param) > 1:
-                gradient.div_(num_shards(param))  # the plate's density was multiplied by it
-            reduced.loose.append((name, param, gradient))
-            reduced.num_own += 1
+        if brought is not None and brought.own:
+            for _, param, gradient in brought.own:
+                if (divisor := brought.own_divisor(param)) != 1:
+                    gradient.div_(divisor)
+            reduced.loose += brought.own
+            reduced.num_own = len(brought.own)
         return reduced
 
     def _collect_touched(self, reduced: Reduced, brought: Brought | None, scale: float) -> None:

@@ -32,7 +32,6 @@ class Settings:
         predivide: Gradients are divided by this before their sum and multiplied by it after, for `average`.
         sparse_as_dense: Whether sparse gradients are made dense before they cross.
         overlap: Whether buckets start while backward still runs.
-        backward_passes: Backward passes before each call, known, for `overlap`.
         passes_per_step: Calls of the optimizer whose gradients are summed before one reduction.
         noise: Whether ranks draw noise of their own (`independent`) or all the same (`shared`).
         drift_every_steps: A checksum of the replicas rides along every so many steps; 0: never.
@@ -46,7 +45,6 @@ class Settings:
     predivide: float = 1.0
     sparse_as_dense: bool = False
     overlap: bool = False
-    backward_passes: int = 1
     passes_per_step: int = 1
     noise: NoisePolicy = "independent"
     drift_every_steps: int = 0
@@ -55,7 +53,7 @@ class Settings:
         for key, kind in (("op", ReduceOp), ("compression", Compression), ("noise", NoisePolicy)):
             if getattr(self, key) not in get_args(kind):
                 raise ValueError(f"{key}={getattr(self, key)!r}: unknown. Known: {', '.join(get_args(kind))}.")
-        for key in ("power_sgd_rank", "bucket_mib", "predivide", "backward_passes", "passes_per_step"):
+        for key in ("power_sgd_rank", "bucket_mib", "predivide", "passes_per_step"):
             value = getattr(self, key)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{key}={value!r}: expected a number above 0.")

@@ -93,14 +93,16 @@ class _Worker:
                 "and takes all of them at each step: set it to null"
             )
         wrapped, self.step_schedule = make_optimizer(config)
-        self.optimizer = DistributedOptimizer(
-            wrapped,
-            backend=backend,
-            compression=config.reduce.compression,
-            bucket_mib=config.reduce.bucket_mib,
-            overlap=config.reduce.overlap,
-            noise=config.train.noise,
-        )
+        wrapped.nonfinite = config.optim.nonfinite
+        try:
+            self.optimizer = DistributedOptimizer(
+                wrapped,
+                backend=backend,
+                noise=config.train.noise,
+                **config.reduce.model_dump(exclude={"backend", "timeout_s"}),
+            )
+        except ValueError as problem:
+            raise TaskError(f"reduce: {problem}") from None
         loss = getattr(pyro.infer, config.train.loss)(
             num_particles=config.train.num_particles, **config.train.loss_args
         )

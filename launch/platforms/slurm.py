@@ -29,12 +29,6 @@ class Platform:
             problems.append("launch.hosts: Slurm finds the hosts itself; set launch.nodes to their number")
         if config.reduce.backend == "single":
             problems.append("reduce.backend: found single, a world of one worker; set reduce.backend=auto")
-        if config.launch.secrets:
-            problems += [
-                f"launch.secrets: {name} is not set in your environment, from which Slurm's jobs get it; export it"
-                for name in config.launch.secrets
-                if name not in os.environ
-            ]
         if shutil.which("sbatch") is None:
             return [*problems, "launch.platform: there is no sbatch on PATH; submit from a login node of the cluster"]
         return problems or self._refused(config)

@@ -64,7 +64,7 @@ def test_interpolation_sees_overrides():
 def test_unknown_key_is_answered_in_the_form_of_the_style_guide():
     assert problems(MINIMAL + "reduce: {bucket_mb: 3}") == [
         "configs/flights.yaml: reduce.bucket_mb: unknown key. Did you mean reduce.bucket_mib? "
-        "Known: backend, bucket_mib, compression, overlap, timeout_s."
+        "Known: backend, bucket_mib, compression, drift_every_steps, op, overlap, power_sgd_rank, timeout_s."
     ]
 
 
@@ -79,7 +79,8 @@ def test_unknown_key_is_answered_in_the_form_of_the_style_guide():
         ("train: {num_steps: many}", "train.num_steps: found 'many' (str), expected an integer."),
         ("train: {num_steps: true}", "train.num_steps: found True (bool), expected an integer."),
         ("seed: '3'", "seed: found '3' (str), expected an integer."),
-        ("launch: {workers: 0}", "launch.workers: found 0 (int), expected greater than or equal to 1."),
+        ("launch: {workers: 0}", "launch.workers: found 0 (int), expected a number greater than or equal to 1."),
+        ("script: ''", "script: found '' (str), expected a string with at least 1 character."),
         ("launch: {platform: torchrn}", "Did you mean torchrun?"),
         ("train: {loss: TraceELBO}", "Did you mean Trace_ELBO?"),
         ("checkpoint: {resume: [1]}", "checkpoint.resume: found [1] (list), expected an integer or a string."),

@@ -130,6 +130,7 @@ OPTIMIZERS: dict[str, tuple[Any, ...]] = {
     "Adam": ("Adam", {"lr": 0.05}),
     "SGD": ("SGD", {"lr": 0.01, "momentum": 0.5}),
     "to the end": ("ClippedAdam", {"lr": 0.2, "lrd": 0.985}),
+    "SGD, a third of its rate": ("SGD", {"lr": 0.01 / 3, "momentum": 0.5}),
     "clipped": ("SGD", {"lr": 0.05}, {"global_norm": 20.0}),
 }
 
@@ -147,7 +148,7 @@ def train_in_pyro(case: str, optimizer: str, num_steps: int) -> tuple[dict[str, 
         return {name: value.detach().clone() for name, value in pyro.get_param_store().items()}, float(loss)
 
 
-def sharded_svi(case: str, optimizer: str) -> tuple[SVI, Tensor]:
+def sharded_svi(case: str, optimizer: str, op: str = "average") -> tuple[SVI, Tensor]:
     """Returns this rank's SVI and datapoints; `normal` by `sharded_plate`, `mixture` by `shard`."""
     backend = backends.current()
     kind, *args = OPTIMIZERS[optimizer]
@@ -157,7 +158,7 @@ def sharded_svi(case: str, optimizer: str) -> tuple[SVI, Tensor]:
     else:
         model = shard(chosen.model, "rows")
         guide = shard(chosen.make_guide(model), "rows")
-    distributed = optim.DistributedOptimizer(getattr(optim, kind)(*args))
+    distributed = optim.DistributedOptimizer(getattr(optim, kind)(*args), op=op)
     return SVI(model, guide, distributed, chosen.loss()), shard_of(backend.rank, backend.world_size)
 
 
@@ -170,10 +171,10 @@ def parameters_of_all() -> dict[str, Tensor]:
     return found
 
 
-def train_shard(case: str, optimizer: str, num_steps: int) -> tuple[dict[str, Any], float]:
+def train_shard(case: str, optimizer: str, num_steps: int, op: str = "average") -> tuple[dict[str, Any], float]:
     """One rank's part of `train_in_pyro`; returns the same, as arrays."""
     with float64():
-        svi, data = sharded_svi(case, optimizer)
+        svi, data = sharded_svi(case, optimizer, op)
         return _go_on(svi, data, num_steps)
 
 

@@ -39,6 +39,13 @@ def test_parameters_after_100_steps_are_those_of_one_pyro_process(
         assert loss == pytest.approx(expected_loss, rel=1e-9)
 
 
+def test_sum_over_ranks_scales_shared_and_local_gradients_alike() -> None:
+    expected, _ = train_in_pyro("normal", "SGD", 100)
+    for found, _ in world("torch_dist", 3).run(train_shard, "normal", "SGD, a third of its rate", 100, "sum"):
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
 def test_training_ends_at_the_closed_form_posterior() -> None:
     found, _ = world("torch_dist", 3).run(train_shard, "normal", "to the end", 700)[1]
     for name, value in normal_posterior().items():

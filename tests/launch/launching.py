@@ -88,7 +88,7 @@ class Launched:
         for process in psutil.process_iter():
             try:
                 ours = process.environ().get("LAUNCH_TEST") == str(self.folder) or process.cwd() == str(self.folder)
-                if ours and process.status() != "zombie":
+                if ours and process.pid != os.getpid() and process.status() != "zombie":
                     found.append(process)
             except psutil.Error:
                 continue

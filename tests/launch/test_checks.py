@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 from distopt.config import parse_config
 from distopt.launch import checks
 from distopt.launch.cli import app
+from distopt.launch.libraries import mpi_of_horovod
+from distopt.launch.platforms import horovodrun, mpirun
 
 TASK = "name: run\ntask: mytasks.house:House\n"
 
@@ -65,6 +68,10 @@ def refusal(folder, text: str, *args: str) -> str:
         (TASK + "reduce: {backend: horovod}\nlaunch: {platform: torchrun}", "torchrun starts workers of torch_dist"),
         (TASK + "reduce: {backend: mpi}\nlaunch: {platform: horovodrun}", "horovodrun starts workers of horovod"),
         (TASK + "run_dir: mytasks/house.py/run", "run_dir: mytasks/house.py is a file"),
+        (TASK + "launch: {platform: horovodrun, hosts: [localhost], min_hosts: 1}",
+         "launch.min_hosts: elastic Horovod cannot survive a death on a single host; name two"),
+        (TASK + "launch: {nodes: 2}", "launch.nodes: found 2, but local finds no hosts by itself; name them in"),
+        (TASK + "launch: {secrets: [NOT_SET]}", "launch.secrets: NOT_SET is not set in your environment, from which"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_with_its_mend(folder, text, said):
@@ -115,10 +122,123 @@ def test_port_in_use_is_refused(folder):
 
 
 def test_horovod_that_is_not_installed_is_refused(folder, monkeypatch):
-    from distopt.launch.platforms import horovodrun
-
     monkeypatch.setattr(horovodrun, "find_spec", lambda name: None)
     assert "Horovod was chosen, and it is not installed for " in refusal(folder, TASK + "reduce: {backend: horovod}")
+
+
+@pytest.fixture
+def mpi(monkeypatch):
+    """Pretends an MPI: which one mpirun is of, and which one Horovod was built for."""
+
+    def chosen(mpirun_of: str, horovod_for: str | None) -> None:
+        monkeypatch.setattr(mpirun, "find_mpirun", lambda: "mpirun")
+        monkeypatch.setattr(mpirun, "is_mpich", lambda program: mpirun_of == "MPICH")
+        for module in (mpirun, horovodrun):
+            monkeypatch.setattr(module, "mpi_of_horovod", lambda: horovod_for)
+
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("mpirun_of", "horovod_for", "backend", "said"),
+    [
+        ("Open MPI", None, "horovod", "takes Horovod, but it is not installed; `make setup-dev MPI=openmpi`"),
+        ("Open MPI", "none", "horovod", "takes Horovod, but it was built without MPI"),
+        ("MPICH", "Open MPI", "horovod", "built for Open MPI, and mpirun is MPICH's; `make setup-dev MPI=mpich`"),
+        ("MPICH", "Open MPI", "auto", "auto takes Horovod, but it was built for Open MPI"),
+        ("Open MPI", "MPICH", "auto", "auto takes Horovod, but it was built for MPICH"),
+        ("Open MPI", "Open MPI", "horovod", ""),
+        ("MPICH", "MPICH", "auto", ""),
+        ("MPICH", "Open MPI", "mpi", ""),
+    ],
+)
+def test_library_of_another_mpi_than_mpirun_is_refused(mpirun_of, horovod_for, backend, said, mpi):
+    pytest.importorskip("mpi4py")
+    mpi(mpirun_of, horovod_for)
+    config = parse_config(TASK, ["launch.platform=mpirun", f"reduce.backend={backend}"])
+    found = mpirun.Platform().problems(config)
+    assert (len(found), said in "".join(found)) == (int(bool(said)), True), found
+
+
+def test_mpi4py_that_is_missing_is_refused(mpi, monkeypatch):
+    mpi("MPICH", None)
+    monkeypatch.setattr(mpirun, "find_spec", lambda name: None)
+    (said,) = mpirun.Platform().problems(parse_config(TASK, ["launch.platform=mpirun"]))
+    assert "auto takes mpi4py, which is not installed; `pip install 'distopt[mpi]'`" in said
+
+
+def test_horovodrun_over_mpich_is_refused_with_what_starts_it(mpi):
+    mpi("MPICH", "MPICH")
+    found = horovodrun.Platform().problems(
+        parse_config(TASK, ["launch.platform=horovodrun", "launch.horovod_controller=mpi"])
+    )
+    assert "set launch.platform=mpirun, which starts Horovod over MPICH" in "".join(found)
+
+
+def test_mpi_of_horovod_is_the_one_that_its_library_loads():
+    hvd = pytest.importorskip("horovod.torch", reason="Horovod is not installed (make setup-dev builds it)")
+    loaded = {"libmpi.so.40": "Open MPI", "libmpi.so.12": "MPICH"}
+    maps = Path("/proc/self/maps").read_text()
+    found = [family for name, family in loaded.items() if name in maps] if hvd.mpi_built() else ["none"]
+    assert [mpi_of_horovod()] == found
+
+
+KUBERNETES = """
+launch: {platform: kubernetes, kubernetes: {image: "registry.example/mine:1", volumes: [{claim: runs, path: /runs}]}}
+run_dir: /runs/run
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "warned"),
+    [
+        ("task: nosuch.house:House", "no module 'nosuch'"),
+        ("script: /code/train.py", "script: /code/train.py: no such file in"),
+        ("task: mytasks.house:House", ""),
+    ],
+)
+def test_code_that_may_be_in_the_image_alone_is_a_warning(code, warned, folder, monkeypatch):
+    pytest.importorskip("kubernetes")
+    (folder / "run.yaml").write_text(f"name: run\n{code}\n{KUBERNETES}")
+    result = CliRunner().invoke(app, ["launch", "run.yaml", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert "kind: Job" in result.stdout
+    assert (warned in result.stderr, "it must be in registry.example/mine:1" in result.stderr) == (True, bool(warned))
+
+
+def test_code_that_is_here_is_checked_for_the_image_too(folder):
+    said = refusal(folder, f"name: run\ntask: mytasks.house:Hose\n{KUBERNETES}")
+    assert "mytasks.house has no 'Hose'. Did you mean mytasks.house:House?" in said
+
+
+def test_port_of_pods_may_be_in_use_here(folder):
+    pytest.importorskip("kubernetes")
+    (folder / "run.yaml").write_text(f"{TASK}{KUBERNETES}")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = f"launch.port={taken.getsockname()[1]}"
+        result = CliRunner().invoke(app, ["launch", "run.yaml", "--dry-run", port])
+    assert result.exit_code == 0, result.output
+
+
+def test_run_directory_that_cannot_be_written_to_is_refused(folder):
+    # Not even root can make a folder there, nor can access(2) tell.
+    assert "run_dir: /proc/runs cannot be written to: " in refusal(folder, TASK, "run_dir=/proc/runs")
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "stop"])
+def test_run_that_was_never_launched_is_refused_with_those_that_were(command, folder):
+    for name in ("one", "two"):
+        (folder / "runs" / name).mkdir(parents=True)
+        (folder / "runs" / name / "launch.json").write_text("{}")
+    (folder / "run.yaml").write_text(TASK)
+    unknown = CliRunner().invoke(app, [command, "nosuch"])
+    assert (unknown.exit_code, "Known in runs: one, two." in unknown.output) == (2, True)
+    assert "named by its directory or its name" in CliRunner().invoke(app, [command, "run.yaml"]).output
+
+
+def test_status_without_any_run_says_so(folder):
+    result = CliRunner().invoke(app, ["status"])
+    assert (result.exit_code, "no run was launched from here" in result.stderr) == (0, True)
 
 
 def test_run_directory_with_checkpoints_of_another_config_is_refused_with_the_differences(folder):

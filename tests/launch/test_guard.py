@@ -8,13 +8,14 @@ import pty
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import psutil
 import pytest
 
-from distopt.launch import events, report, terminal
+from distopt.launch import events, own_horovodrun, report, rounds, terminal
 from distopt.launch.guard import LAST_WORDS_BYTES, place
 from tests.launch.launching import wait_until
 
@@ -140,14 +141,16 @@ def test_out_of_memory_is_told_as_such():
     assert "out of memory" in report.cause(events.End(0, 0, "host", 1, 0.0, -9, out_of_memory=True))
 
 
-def test_worker_of_elastic_horovod_that_lost_the_others_starts_again_in_its_new_place(tmp_path):
-    asked = []
+@pytest.fixture
+def rendezvous(tmp_path) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """Answers guards as horovodrun's does, the real one is in test_elastic.py; yields variables and questions."""
+    asked: list[str] = []
 
     class Rendezvous(BaseHTTPRequestHandler):
-        """Answers as horovodrun's does; the real one is in test_elastic.py."""
-
         def do_GET(self) -> None:
             asked.append(self.path)
+            if rounds.read(tmp_path / "run")[0]:
+                rounds.begin(tmp_path / "run", 2)
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b"0,2,0,1,0,2")
@@ -155,8 +158,6 @@ def test_worker_of_elastic_horovod_that_lost_the_others_starts_again_in_its_new_
         def log_message(self, *_: object) -> None:
             pass
 
-    code = "import os, sys; print(os.environ['HOROVOD_RANK'], 'of', os.environ['HOROVOD_SIZE']); "
-    code += "sys.exit(os.environ['HOROVOD_SIZE'] == '3')"
     with HTTPServer(("127.0.0.1", 0), Rendezvous) as server:
         serving = threading.Thread(target=server.serve_forever)
         serving.start()
@@ -165,17 +166,86 @@ def test_worker_of_elastic_horovod_that_lost_the_others_starts_again_in_its_new_
             "HOROVOD_LOCAL_RANK": "0", "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1",
             "HOROVOD_GLOO_RENDEZVOUS_PORT": str(server.server_port),
         }  # fmt: skip
-        try:
-            assert guard(tmp_path, code, env).wait(TIMEOUT_S) == 0
-        finally:
-            server.shutdown()
-            serving.join(TIMEOUT_S)
+        yield env, asked
+        server.shutdown()
+        serving.join(TIMEOUT_S)
+
+
+PLACE = "import os, signal, sys, time; print(os.environ['HOROVOD_RANK'], 'of', os.environ['HOROVOD_SIZE'])\n"
+UNTIL_ASKED = PLACE + (
+    "if os.environ['HOROVOD_SIZE'] == '2': sys.exit(0)\n"
+    "signal.signal(signal.SIGTERM, lambda *_: (print('saved'), sys.exit(143)))\n"
+    "open('ready', 'w').close()\n"
+    "time.sleep(600)"
+)
+
+
+def elastic_guard(folder: Path, code: str, env: dict[str, str]) -> subprocess.Popen:
+    """Starts a guard in the first round, and returns when its worker is at work."""
+    (folder / "run").mkdir()
+    rounds.begin(folder / "run", 1)
+    running = guard(folder, code, env)
+    wait_until(lambda: (folder / "ready").exists(), "the worker ready", TIMEOUT_S)
+    return running
+
+
+def ends_in_order(folder: Path) -> list[tuple[int, int, bool]]:
+    ends = sorted(endings(folder), key=lambda event: event["time"])
+    return [(event["attempt"], event["status"], event["stopped"]) for event in ends]
+
+
+def test_worker_of_elastic_horovod_that_lost_the_others_starts_again_in_its_new_place(tmp_path, rendezvous):
+    env, asked = rendezvous
+    code = PLACE + "sys.exit(os.environ['HOROVOD_SIZE'] == '3')"
+    assert guard(tmp_path, code, env).wait(TIMEOUT_S) == 0
     assert asked == ["/rank_and_size/here:0"]
     assert (tmp_path / "run/logs/rank-1.log").read_text().splitlines()[1:] == ["1 of 3"]
     assert (tmp_path / "run/logs/rank-0.log").read_text().splitlines()[1:] == ["0 of 2"]
-    assert [(event["attempt"], event["status"]) for event in sorted(endings(tmp_path), key=lambda e: e["time"])] == [
-        (0, 1), (1, 0)
-    ]  # fmt: skip
+    assert ends_in_order(tmp_path) == [(0, 1, False), (1, 0, False)]
+
+
+def test_worker_of_a_round_that_is_over_saves_and_starts_again_in_its_new_place(tmp_path, rendezvous):
+    env, asked = rendezvous
+    running = elastic_guard(tmp_path, UNTIL_ASKED, env)
+    rounds.end(tmp_path / "run", 1)
+    assert running.wait(TIMEOUT_S) == 0
+    assert asked == ["/rank_and_size/here:0"]
+    assert (tmp_path / "run/logs/rank-1.log").read_text().splitlines()[1:] == ["1 of 3", "saved"]
+    assert (tmp_path / "run/logs/rank-0.log").read_text().splitlines()[1:] == ["0 of 2"]
+    assert ends_in_order(tmp_path) == [(0, 143, True), (1, 0, False)]
+
+
+def test_worker_left_behind_on_a_lost_host_ends_for_good_when_it_sees_a_later_round(tmp_path, rendezvous):
+    env, asked = rendezvous
+    running = elastic_guard(tmp_path, UNTIL_ASKED, env)
+    rounds.begin(tmp_path / "run", 3)
+    assert running.wait(TIMEOUT_S) == 143
+    assert asked == []
+    assert ends_in_order(tmp_path) == [(0, 143, True)]
+
+
+@pytest.fixture
+def ssh(tmp_path, monkeypatch) -> Path:
+    """An ssh in place of the run's own: it reaches the hosts whose names are files in its folder."""
+    program = tmp_path / "ssh"
+    program.write_text(f'#!/bin/sh\ntest "$1 $2 $4" = "-T -- true" && test -e "{tmp_path}/$3"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(own_horovodrun, "ASK_EVERY_S", 0.0)
+    return tmp_path
+
+
+def test_lost_host_is_named_again_when_it_answers_and_the_others_are_not_asked(ssh):
+    lost: set[str] = set()
+    hosts = own_horovodrun.Answering(lambda: {"one.invalid": 1, "two.invalid": 2}, lost.__contains__)
+    find = hosts.find_available_hosts_and_slots
+    assert find() == {"one.invalid": 1, "two.invalid": 2}
+    lost.add("two.invalid")
+    assert find() == {"one.invalid": 1}
+    wait_until(lambda: hosts._answered == {"two.invalid": False}, "an answer of ssh", TIMEOUT_S)
+    assert find() == {"one.invalid": 1}
+    (ssh / "two.invalid").touch()
+    wait_until(lambda: find() == {"one.invalid": 1, "two.invalid": 2}, "the host back", TIMEOUT_S)
 
 
 def test_last_words_of_a_worker_that_died_are_left_where_a_pod_s_kubelet_reads_them(tmp_path):

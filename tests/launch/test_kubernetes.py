@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from distopt.config import parse_config
+from distopt.launch import asking
 from distopt.launch import manifests as module
+from distopt.launch.cli import app
 from distopt.launch.cluster import Cluster, ClusterError, _place
 from distopt.launch.manifests import manifests
 from distopt.launch.platforms import platform
@@ -83,10 +90,11 @@ def test_custom_resource_keeps_to_its_projects_definition_and_has_no_field_of_it
         pytest.skip(f"the published definitions are not at {CRDS}")
     (manifest,) = manifests(config_of(kind))
     schema = definition(path, manifest)
-    jsonschema.validate(manifest, closed(schema))
+    validator = jsonschema.Draft202012Validator(closed(schema))
+    validator.validate(manifest)
     manifest["spec"]["imag"] = 1
     with pytest.raises(jsonschema.ValidationError, match="imag"):
-        jsonschema.validate(manifest, closed(schema))
+        validator.validate(manifest)
 
 
 def definition(path: Path, manifest: dict) -> dict:
@@ -140,7 +148,30 @@ def test_pods_have_no_privileges_and_no_secret_value(kind):
             (token,) = [entry for entry in container["env"] if entry["name"] == "HUB_TOKEN"]
             assert token == {"name": "HUB_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}}
             (greeting,) = [entry for entry in container["env"] if entry["name"] == "GREETING"]
-            assert greeting["value"] == "it's $$(HOSTNAME); $x"  # Kubernetes writes $(HOSTNAME) for it
+            assert expanded(greeting["value"], {"HOSTNAME": "x"}) == "it's $(HOSTNAME); $x"
+
+
+def expanded(text: str, variables: dict[str, str]) -> str:
+    """Does what a kubelet does to a container's command and variables (Kubernetes, third_party/…/expand.go)."""
+    return re.sub(
+        r"\$(\$|\(([^)]*)\))",
+        lambda match: "$" if match[1] == "$" else variables.get(match[2], match[0]),
+        text,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(arguments=st.lists(st.text("$()A\"' ;é", max_size=8), max_size=4))
+def test_script_arguments_arrive_as_they_are_though_kubernetes_expands_variables(kind, arguments):
+    config = config_of(kind, "task=null", "script=a b/train.py")
+    config = config.model_copy(update={"script_args": arguments})
+    main = manifests(config)[-1]["spec"]
+    commands = [template["spec"]["containers"][0]["command"] for template in pod_templates(main)]
+    commands = [words for words in commands or [main["trainer"]["command"]] if "a b/train.py" in words]
+    assert commands
+    for words in commands:
+        found = [expanded(word, {"A": "expanded"}) for word in words]
+        assert found[len(found) - len(arguments) - 1 :] == ["a b/train.py", *arguments]
 
 
 def test_trainjob_sets_nothing_that_the_operator_sets():
@@ -180,6 +211,7 @@ class Server:
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self.url = ""
+        self.emulator: Any = None
         self._up = threading.Event()
         self._thread = threading.Thread(target=self._run, name="api-server")
 
@@ -193,8 +225,14 @@ class Server:
 
         self._down = asyncio.Event()
         async with kmock.KubernetesEmulator() as emulator:
+            self.emulator = emulator
             for resource in self.RESOURCES:
                 emulator.resources[resource] = kmock.ResourceInfo(namespaced=True)
+            # What a kubelet answers for a container whose image is still being pulled, seen with release 1.20.
+            said = 'container "worker" in pod "waiting" is waiting to start: ContainerCreating'
+            status = {"kind": "Status", "status": "Failure", "message": said, "reason": "BadRequest", "code": 400}
+            emulator["get /api/v1/namespaces/default/pods/waiting/log"] << 400 << status
+            emulator["get /api/v1/namespaces/default/pods/running/log"] << "step 1\n"
             async with kmock.Server(emulator, host="127.0.0.1") as server:
                 self.url = str(server.url)
                 self._up.set()
@@ -211,17 +249,30 @@ class Server:
 
 
 @pytest.fixture
-def api():
+def server() -> Iterator[Server]:
     pytest.importorskip("kmock")
+    with Server() as running:
+        yield running
+
+
+@pytest.fixture
+def api(server):
     client = pytest.importorskip("kubernetes.client")
-    with Server() as server:
-        with client.ApiClient(client.Configuration(host=server.url)) as api:
-            yield api
+    with client.ApiClient(client.Configuration(host=server.url)) as api:
+        yield api
 
 
 def cluster_of(kind: str, api) -> Cluster:
     config = config_of(kind)
     return Cluster(config, manifests(config), api)
+
+
+def create_pod(api, name: str) -> None:
+    """Does what the controller of Jobs would do."""
+    from kubernetes.client import CoreV1Api
+
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": {"distopt.run": "flights"}}}
+    CoreV1Api(api).create_namespaced_pod("default", pod)
 
 
 def write_status(cluster: Cluster, status: dict) -> None:
@@ -245,6 +296,62 @@ def test_run_is_submitted_asked_about_and_stopped(kind, api):
     assert cluster.state().phase == "done"
     cluster.stop()
     assert cluster.state().phase == "unknown"
+
+
+@pytest.fixture
+def distopt(api, tmp_path, monkeypatch) -> Callable[..., tuple[int, str, str]]:
+    """Gives a command, with a kubeconfig of the API server, and returns its exit status, output and errors."""
+    kubeconfig = {
+        "apiVersion": "v1", "kind": "Config", "current-context": "here",
+        "clusters": [{"name": "here", "cluster": {"server": api.configuration.host}}],
+        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
+        "users": [{"name": "me", "user": {}}],
+    }  # fmt: skip
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(kubeconfig))
+    (tmp_path / "run.yaml").write_text(BASE)
+    kube_config = pytest.importorskip("kubernetes.config.kube_config")
+    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+    monkeypatch.setattr(asking, "POLL_S", 0.05)
+    monkeypatch.chdir(tmp_path)
+
+    def command(*words: str) -> tuple[int, str, str]:
+        result = CliRunner().invoke(app, words)
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result.exit_code, result.stdout, result.stderr
+
+    return command
+
+
+def test_commands_submit_a_run_ask_about_it_read_it_and_stop_it(distopt, api):
+    status, _, said = distopt("launch", "run.yaml", "--detach")
+    assert (status, "submitted: Job default/flights" in said) == (0, True)
+    assert distopt("status") == (0, "runs/flights\tpending\t\n", "")
+    create_pod(api, "running")
+    assert distopt("logs", "flights") == (0, "step 1\n", "")
+    assert distopt("logs", "flights", "--rank", "2")[0] == 2
+    write_status(cluster_of("job", api), {"conditions": [{"type": "Complete", "status": "True"}]})
+    assert distopt("logs", "flights", "--follow") == (0, "step 1\n", "")
+    # The object of a run that has ended keeps its name.
+    status, _, said = distopt("launch", "run.yaml")
+    assert (status, "the engine has a run flights already (done); `distopt stop runs/flights`" in said) == (2, True)
+    assert distopt("stop", "flights")[0] == 0
+    assert distopt("status")[1].startswith("runs/flights\tunknown\tthere is no Job flights")
+    assert distopt("launch", "run.yaml", "--detach")[0] == 0
+
+
+def test_launcher_that_gets_no_answer_asks_again_and_tells_the_end(distopt, server):
+    asked = server.emulator["get /apis/batch/v1/namespaces/default/jobs/flights"]
+    asked[1:4] << 503
+    asked[4:] << {"metadata": {"name": "flights"}, "status": {"conditions": [{"type": "Complete", "status": "True"}]}}
+    status, _, said = distopt("launch", "run.yaml")
+    assert status == 0, said
+    assert said.count("no answer: ") == 1 and "503" in said and said.endswith("distopt: done\n")
+
+
+def test_machine_without_a_kubeconfig_is_refused(distopt, tmp_path):
+    (tmp_path / "kubeconfig").unlink()
+    status, _, said = distopt("launch", "run.yaml")
+    assert (status, "launch.kubernetes.context: no cluster is known here: " in said) == (2, True)
 
 
 def test_second_run_of_the_same_name_is_refused_and_the_first_stays(api):
@@ -345,6 +452,15 @@ def test_log_of_a_node_is_that_of_its_pods_in_the_order_in_which_they_came(kind,
     assert cluster.logs(2) == ""
 
 
+@pytest.mark.parametrize(("pod", "printed"), [("waiting", ""), ("running", "step 1\n")])
+def test_logs_are_what_the_container_has_printed_and_empty_while_it_is_being_created(pod, printed, api):
+    cluster = cluster_of("job", api)
+    cluster.submit()
+    assert cluster.logs(0) == ""  # no pod yet
+    create_pod(api, pod)
+    assert cluster.logs(0) == printed
+
+
 def test_cluster_that_is_not_there_is_named():
     client = pytest.importorskip("kubernetes.client")
     with client.ApiClient(client.Configuration(host="http://127.0.0.1:9")) as api:
@@ -360,6 +476,6 @@ def test_configuration_reaches_the_worker_through_its_variable(monkeypatch):
     (job,) = [one for one in manifests(config) if one["kind"] == "Job"]
     container = job["spec"]["template"]["spec"]["containers"][0]
     (value,) = [entry["value"] for entry in container["env"] if entry["name"] == "DISTOPT_CONFIG"]
-    monkeypatch.setenv("DISTOPT_CONFIG", value.replace("$$(", "$("))
+    monkeypatch.setenv("DISTOPT_CONFIG", expanded(value, {}))
     assert container["command"][-1] == "@DISTOPT_CONFIG"
     assert json.loads(_load("@DISTOPT_CONFIG", None).model_dump_json()) == json.loads(config.model_dump_json())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import site
 import subprocess
@@ -15,16 +16,14 @@ import pytest
 from tests.launch.launching import wait_until, write_config
 
 SUM = Path(__file__).with_name("sum_script.py")
+BUILD_HOROVOD = Path(__file__).parents[2] / "tools" / "build_horovod.py"
 OVER_MPI = ["reduce.backend=mpi", "launch.env={SUM_BACKEND: mpi}"]  # not Horovod, which was built for Open MPI
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
-@pytest.fixture(scope="module")
-def mpich(tmp_path_factory) -> str:
-    """Returns a Python beside MPICH's mpirun."""
-    pytest.importorskip("mpi4py")
-    folder = tmp_path_factory.mktemp("mpich")
+def environment(folder: Path) -> Path:
+    """Returns the Python of a new environment with MPICH, over the packages of this one."""
     venv.create(folder)
     python = folder / "bin" / "python"
     (packages,) = folder.glob("lib/python*/site-packages")
@@ -35,12 +34,30 @@ def mpich(tmp_path_factory) -> str:
     done = subprocess.run(install, capture_output=True, text=True, timeout=200)
     if done.returncode:
         pytest.skip(f"MPICH cannot be installed here (pip install mpich): {done.stderr.strip().splitlines()[-1]}")
+    return python
+
+
+@pytest.fixture(scope="module")
+def mpich(tmp_path_factory) -> str:
+    """Returns a Python beside MPICH's mpirun."""
+    pytest.importorskip("mpi4py")
+    return str(environment(tmp_path_factory.mktemp("mpich")))
+
+
+@pytest.fixture(scope="module")
+def mpich_horovod(tmp_path_factory) -> str:
+    """Returns a Python beside MPICH's mpirun that has a Horovod built for it, in minutes where none is kept."""
+    python = environment(tmp_path_factory.mktemp("mpich-horovod"))
+    path = f"{python.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"  # cmake is in the outer one
+    env = {**os.environ, "PATH": path}
+    done = subprocess.run([python, BUILD_HOROVOD], env=env, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout + done.stderr
     return str(python)
 
 
-def assert_summed(folder: Path, hosts: set[str] | None = None) -> None:
+def assert_summed(folder: Path, library: str = "mpi", hosts: set[str] | None = None) -> None:
     found = [json.loads((folder / f"sum-{rank}.json").read_text()) for rank in range(2)]
-    assert [(one["total"], one["library"]) for one in found] == [(2, "mpi")] * 2
+    assert [(one["total"], one["library"]) for one in found] == [(2, library)] * 2
     assert hosts is None or {one["host"] for one in found} == hosts
 
 
@@ -82,5 +99,22 @@ def test_worker_that_is_killed_is_named(mpich, start, tmp_path):
 def test_run_on_hosts_ends_well(mpich, hosts, on_hosts, tmp_path):
     run = on_hosts("mpirun", [1, 2], *OVER_MPI, python=mpich)
     assert run.wait() == 0, run.everything()
-    assert_summed(tmp_path, {"dh1", "dh2"})
+    assert_summed(tmp_path, hosts={"dh1", "dh2"})
     wait_until(lambda: run.processes() == [], "all processes of the run gone", timeout_s=20)
+
+
+@pytest.mark.timeout(1800)  # with the build
+@pytest.mark.parametrize("backend", ["horovod", "auto"])
+def test_horovod_that_was_built_for_it_runs_on_this_machine(backend, mpich_horovod, start, tmp_path):
+    write_config(tmp_path)
+    chosen = ["launch.platform=mpirun", f"reduce.backend={backend}", f"launch.env={{SUM_BACKEND: {backend}}}"]
+    run = start(f"script={SUM}", "script_args=['0']", *chosen, python=mpich_horovod)
+    assert run.wait() == 0, run.everything()
+    assert_summed(tmp_path, "horovod")
+
+
+@pytest.mark.timeout(1800)
+def test_horovod_that_was_built_for_it_runs_on_hosts(mpich_horovod, hosts, on_hosts, tmp_path):
+    run = on_hosts("mpirun", [1, 2], python=mpich_horovod)
+    assert run.wait() == 0, run.everything()
+    assert_summed(tmp_path, "horovod", {"dh1", "dh2"})

@@ -26,17 +26,24 @@ class Line:
         kill_rank: rank that kills itself, once.
         kill_at: how many batches it has read when it does.
         fail_at: likewise for an exception in the model, each time.
+        nan_at: likewise for a gradient that is NaN, once.
         marker: file that says that it has been done.
     """
 
     def __init__(
-        self, guide: str = "AutoNormal", kill_rank: int = -1, kill_at: int = 0, fail_at: int = 0, marker: str = ""
+        self,
+        guide: str = "AutoNormal",
+        kill_rank: int = -1,
+        kill_at: int = 0,
+        fail_at: int = 0,
+        nan_at: int = 0,
+        marker: str = "",
     ) -> None:
         noise = torch.Generator().manual_seed(3)
         self.x = torch.linspace(-1, 1, NUM_ROWS)
         self.y = 2.0 * self.x + 1.0 + 0.3 * torch.randn(NUM_ROWS, generator=noise)
         self.guide: Any = getattr(autoguide, guide)(self.model)
-        self._read, self._kill, self._fail_at = 0, (kill_rank, kill_at), fail_at
+        self._read, self._kill, self._fail_at, self._nan_at = 0, (kill_rank, kill_at), fail_at, nan_at
         self._marker = Path(marker) if marker else None
 
     def model(self, x: Tensor, y: Tensor) -> None:
@@ -57,6 +64,9 @@ class Line:
         if (rank, self._read) == self._kill and self._marker is not None and not self._marker.exists():
             self._marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if self._read == self._nan_at:
+            param = next(iter(pyro.get_param_store().values())).unconstrained()
+            hook = param.register_hook(lambda gradient: (hook.remove(), gradient * torch.nan)[1])
         return self.x[rows], self.y[rows]
 
     def report(self, report: Any) -> None:

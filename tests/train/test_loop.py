@@ -15,6 +15,7 @@ import yaml
 
 from distopt.config import parse_config
 from distopt.train.loop import make_optimizer
+from distopt.train.metrics import read_metrics
 from distopt.train.status import Status
 from distopt.train.task import TaskError
 from tests.train.runs import (
@@ -38,10 +39,11 @@ def assert_equal_bits(run_dir: Path, other: Path) -> None:
 
 
 def test_same_yaml_gives_the_same_posterior_on_any_workers(tmp_path: Path) -> None:
-    """A Delta guide draws no noise, so only the order of additions differs."""
+    """A Delta guide draws no noise, so only the order of additions differs; nor do its particles."""
     path = config(tmp_path, task_args={"guide": "AutoDelta"}, train={"num_steps": 40})
     run_here(path, f"run_dir={tmp_path / 'one'}")
-    launch_well(path, f"run_dir={tmp_path / 'gloo'}")
+    overlap = ("reduce.overlap=true", "reduce.bucket_mib=1e-5", "train.num_particles=2", "reduce.drift_every_steps=7")
+    launch_well(path, f"run_dir={tmp_path / 'gloo'}", *overlap)
     launch_well(path, f"run_dir={tmp_path / 'horovod'}", "reduce.backend=horovod")
     expected = parameters(tmp_path / "one")
     for name in ("gloo", "horovod"):
@@ -153,6 +155,22 @@ def test_run_that_is_done_takes_no_more_steps(
     assert "all 60 steps were done before" in capsys.readouterr().out
     after = parameters(undisturbed)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_steps_of_gradients_that_are_not_finite_are_left_out_and_counted_where_the_config_says_so(
+    tmp_path: Path,
+) -> None:
+    run_here(config(tmp_path, task_args={"nan_at": 8}, train={"num_steps": 10}), "optim.nonfinite=skip")
+    assert [row["skipped_steps"] for row in read_metrics(tmp_path / "run")] == [0, 1]
+    assert all(value.isfinite().all() for value in parameters(tmp_path / "run").values())
+
+
+def test_settings_that_exclude_each_other_are_refused_by_their_section(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(AssertionError):
+        run_here(config(tmp_path), "reduce.overlap=true", "reduce.op=adasum")
+    assert "reduce: overlap=True is for sums; adasum" in capsys.readouterr().err
 
 
 def make(**optim: object) -> object:

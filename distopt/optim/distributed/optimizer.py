@@ -48,12 +48,12 @@ class DistributedOptimizer(PyroOptim):
             kept.
         backend: Link to the other ranks; `distopt.backends.current()` at the first step when None.
         compression: `none`, `fp16`, `bf16` or `powersgd`.
-        op: `average`, `sum` or `adasum`.
+        op: `average`, `sum` (as many times as large as the average as there are ranks, for parameters of sharded plates
+            too) or `adasum` (which leaves those as `average` does).
         backward_passes_per_step: Calls whose gradients are added up before one reduction and step. Particles, or
             several `backward()` before one call, need nothing.
         bucket_mib: Largest buffer in MiB; larger models cross in several.
-        overlap: Whether buffers start to cross while backward still runs; needs `backward_passes`.
-        backward_passes: How often `backward()` runs before each call, for `overlap`.
+        overlap: Whether buffers start to cross while backward still runs. It must run equally often before each call.
         groups: Parameters (names or tensors) that cross together, by group, or a number of groups.
         gradient_predivide_factor: Gradients are divided by it before the sum, and multiplied after.
         sparse_as_dense: Whether sparse gradients are made dense before they cross.
@@ -101,7 +101,6 @@ class DistributedOptimizer(PyroOptim):
         backward_passes_per_step: int = 1,
         bucket_mib: float = 25.0,
         overlap: bool = False,
-        backward_passes: int = 1,
         groups: int | Sequence[Sequence[str | Tensor]] | None = None,
         gradient_predivide_factor: float = 1.0,
         sparse_as_dense: bool = False,
@@ -121,7 +120,6 @@ class DistributedOptimizer(PyroOptim):
             predivide=gradient_predivide_factor,
             sparse_as_dense=sparse_as_dense,
             overlap=overlap,
-            backward_passes=backward_passes,
             passes_per_step=backward_passes_per_step,
             noise=noise,
             drift_every_steps=drift_every_steps,
@@ -178,13 +176,17 @@ class DistributedOptimizer(PyroOptim):
             self._losses.append(float(self.local_loss))
             self.local_loss = None
         gathered = self._passes.add(params)
-        if gathered is None:
-            return
+        if gathered is not None:
+            self._step_by(gathered, args, kwargs)
+
+    def _step_by(
+        self, params: Iterable[Tensor], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> None:
         reducer = self.reducer
         if self.local_step is not None:
             reducer.step, self.local_step = self.local_step, None
         reducer.backend.note(reducer.step, "reduce")
-        brought, said = reducer.look(gathered), self._say(Kind.GRADIENT)
+        brought, said = reducer.look(params), self._say(Kind.GRADIENT)
         if brought.own:
             try:
                 tell_own(self.optim, brought, said)
@@ -192,7 +194,7 @@ class DistributedOptimizer(PyroOptim):
                 self.abort(error)
                 raise
         reduced = reducer.reduce(brought, said)
-        self._apply_reduced(reduced, args, kwargs)
+        self._apply_reduced(reduced, args, kwargs or {})
 
     def zero_grad(self, params: Iterable[Tensor]) -> None:
         """Sets the gradient of each of `params` that has one to zero, as Pyro's SVI does after each step.
@@ -243,7 +245,8 @@ class DistributedOptimizer(PyroOptim):
         """Lets ranks with less data finish early: inside, a rank that is done takes part with zeros until all are.
 
         Every rank must open it. What a done rank steps by is the mean over the ranks still active, so replicas stay
-        equal; calls of `step()` for a scheduler are followed too.
+        equal; calls of `step()` for a scheduler are followed too. Where `backward_passes_per_step` does not divide a
+        rank's calls, the last ones make a step of their own.
 
         Example:
             >>> from distopt.optim import SGD
@@ -259,6 +262,9 @@ class DistributedOptimizer(PyroOptim):
             self.abort(error)
             raise
         else:
+            left = self._passes.take()
+            if left:
+                self._step_by(left)
             while self._follow():
                 pass
         finally:
