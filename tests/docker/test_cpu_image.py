@@ -67,9 +67,12 @@ def test_the_image_runs_without_privileges_under_an_init_with_labels_and_a_healt
 
 
 def test_nothing_of_the_build_is_left_in_the_image(root: Path) -> None:
-    for unwanted in ("usr/bin/c++", "usr/bin/make", "root/.cache", "src", "wheels", "dist"):
+    for unwanted in ("usr/bin/c++", "usr/bin/make", "src", "wheels", "dist"):
         assert not list(root.glob(f"{unwanted}*")), unwanted
     assert list((root / "var/lib/apt/lists").glob("*")) == []
+    assert [path.name for path in (root / "var/cache/apt").rglob("*") if path.is_file()] in ([], ["lock"])
+    for folder in ("root/.cache", "home/mpiuser/.cache", "tmp", "var/tmp"):
+        assert list((root / folder).glob("*")) == [], folder
     assert list((root / "etc/ssh").glob("ssh_host_*")) == [], "host keys that every container would share"
 
 
