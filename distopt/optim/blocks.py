@@ -18,13 +18,14 @@ class Block:
     """Some parameters and the memory that their gradients are copied to.
 
     Args:
-        params: contiguous; where they lie now is where they must lie when gradients are copied.
+        params: contiguous.
+        pointers: where they must lie when gradients are copied.
         target: shape (sum of numels,).
     """
 
-    def __init__(self, params: Sequence[Tensor], target: Tensor) -> None:
+    def __init__(self, params: Sequence[Tensor], pointers: list[int], target: Tensor) -> None:
         self.params = params
-        self._pointers = list(map(_address, params))
+        self._pointers = pointers
         rows = {(p.dim(), p.shape[1:]) for p in params}
         self._joined: Tensor | None = None
         self._views: list[Tensor] = []
@@ -46,8 +47,8 @@ class Block:
         return True
 
 
-def blocks_of(params: Sequence[Tensor], buffer: Tensor) -> list[Block]:
-    """Returns the blocks of `params`, whose gradients fill the 1-D `buffer` in their order."""
+def blocks_of(params: Sequence[Tensor], pointers: list[int], buffer: Tensor) -> list[Block]:
+    """Returns the blocks of `params`, which lie at `pointers` and whose gradients fill the 1-D `buffer` in order."""
     ends = list(accumulate((p.numel() for p in params), initial=0))
-    starts = range(0, len(params), _SIZE)
-    return [Block(params[i : i + _SIZE], buffer[ends[i] : ends[min(i + _SIZE, len(params))]]) for i in starts]
+    slices = [slice(i, min(i + _SIZE, len(params))) for i in range(0, len(params), _SIZE)]
+    return [Block(params[s], pointers[s], buffer[ends[s.start] : ends[s.stop]]) for s in slices]
