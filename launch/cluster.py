@@ -175,6 +175,8 @@ class Cluster:
             if error.status in none_for:
                 return None
             said = f"{error.status} {error.reason}: {_message(error.body)}"
+            if error.status == 409:
+                said += f". Objects of a run of this name are there: `distopt stop {self.name}` removes them"
             raise ClusterError(f"the cluster refused {call.__name__.replace('_', ' ')}: {said}") from error
         except HTTPError as error:
             raise ClusterError(f"the cluster cannot be reached: {error}; does `kubectl get pods` work?") from error

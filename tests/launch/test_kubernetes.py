@@ -308,7 +308,7 @@ def test_machine_without_a_kubeconfig_is_refused(distopt, tmp_path):
 def test_second_run_of_the_same_name_is_refused_and_the_first_stays(api):
     cluster = cluster_of("job", api)
     cluster.submit()
-    with pytest.raises(ClusterError, match="409"):
+    with pytest.raises(ClusterError, match=r"409 Conflict.*`distopt stop flights` removes them"):
         cluster.submit()
     assert cluster.state().phase == "pending"
 
