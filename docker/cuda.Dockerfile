@@ -24,7 +24,7 @@ RUN python requirements.py mpi examples prometheus remote tensorboard > requirem
  && rm -r /opt/venv/lib/python3*/site-packages/torch/include /opt/venv/lib/python3*/site-packages/torch/test
 
 FROM ${BASE}
-RUN apt-get update && apt-get install -y --no-install-recommends openssh-client openssh-server tini && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* && useradd --create-home --uid 1000 mpiuser && ln -s /etc/ssh/sshd_config ~mpiuser/.sshd_config
+RUN apt-get update && apt-get install -y --no-install-recommends openssh-client openssh-server tini && apt-get clean && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* && useradd --create-home --uid 1000 mpiuser && ln -s /etc/ssh/sshd_config ~mpiuser/.sshd_config
 COPY --from=venv /opt/venv /opt/venv
 COPY docker/ssh /etc/ssh
 COPY --from=compiled /opt/code /opt/venv

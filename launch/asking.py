@@ -107,14 +107,13 @@ def follow(run: SubmittedJob, directory: Path, grace_s: float, shown: output.Out
     """
     asked: list[int] = []
     before = {number: signal.signal(number, lambda got, _: asked.append(got)) for number in _SIGNALS}
-    phase, last_answer = "", time.monotonic()
+    said, last_answer = "", time.monotonic()
     try:
         while True:
             try:
                 state = run.state()
-                if state.phase != phase:
-                    say(f"{state.phase}: {state.detail}" if state.detail else state.phase)
-                    phase = state.phase
+                if said != (said := f"{state.phase}: {state.detail}" if state.detail else state.phase):
+                    say(said)
                 shown.show()
                 last_answer = time.monotonic()
                 if asked:
@@ -125,8 +124,8 @@ def follow(run: SubmittedJob, directory: Path, grace_s: float, shown: output.Out
                 if state.ended or state.phase == "unknown":
                     return _report(state, directory)
             except (SlurmError, ClusterError) as error:  # controllers and networks have their moments
-                if phase != (phase := f"no answer: {error}"):
-                    say(phase)
+                if said != (said := f"no answer: {error}"):
+                    say(said)
                 if asked or time.monotonic() - last_answer > PATIENCE_S:
                     say(f"the run may go on: `distopt status {directory}` asks again")
                     return 1

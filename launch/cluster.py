@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from distopt.config import RunConfig
 
-from .jobs import State
+from .jobs import Phase, State
 from .manifests import LABEL, Manifest
 
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient
 
 TIMEOUT_S = 30
+_KUBEFLOW = "training.kubeflow.org/"
 _DONE = {"Complete", "Completed", "Succeeded"}
 _PLURALS = {
     "Job": "jobs",
@@ -91,21 +92,21 @@ class Cluster:
             return State("failed", "; ".join(filter(None, [said, self._first_death()])))
         if found["metadata"].get("deletionTimestamp"):
             return State("running", "it is being deleted: its pods save and end")
-        running = (
-            status.get("active") or "Running" in true or any(pod_phase == "Running" for pod_phase in self._phases())
-        )
-        return State("running" if running and "Suspended" not in true else "pending")
+        pods = self._pods()
+        # A Job's own count of active pods has those that still wait for a node or an image.
+        running = "Running" in true or any((pod.get("status") or {}).get("phase") == "Running" for pod in pods)
+        phase: Phase = "running" if running and "Suspended" not in true else "pending"
+        return State(phase, next(filter(None, map(_hindrance, pods)), ""))
 
     def logs(self, rank: int) -> str:
-        """Returns the output of the pod of the node `rank`, in the order of the pods' names."""
-        pods = sorted(self._pods(), key=lambda pod: (_index(pod), str(pod["metadata"]["name"])))
-        if rank >= len(pods):
-            return ""
+        """Returns the output of the node `rank`: of its pods one after the other, where one took another's place."""
         from kubernetes import client
 
         read = client.CoreV1Api(self.api).read_namespaced_pod_log
+        pods = sorted(self._pods(), key=lambda pod: (pod["metadata"].get("creationTimestamp") or "", _name(pod)))
         # 400 is the answer for a container that is still waiting for its image or its volumes.
-        return self._ask(read, pods[rank]["metadata"]["name"], self.namespace, none_for=(400, 404)) or ""
+        said = [self._ask(read, _name(pod), self.namespace, none_for=(400, 404)) for pod in pods if _node(pod) == rank]
+        return "".join(filter(None, said))
 
     def stop(self) -> None:
         """Has the objects deleted; pods get SIGTERM and their grace time, and the object is gone when they are."""
@@ -144,10 +145,6 @@ class Cluster:
         own = self.objects[-1]["kind"] != "TrainJob"  # whose pods carry the labels of its JobSet
         return f"{LABEL}={self.name}" if own else f"jobset.sigs.k8s.io/jobset-name={self.name}"
 
-    def _phases(self) -> Iterator[str]:
-        for pod in self._pods():
-            yield (pod.get("status") or {}).get("phase", "")
-
     def _first_death(self) -> str:
         """Names the container that ended first, and why, as the kubelet saw it."""
         deaths = []
@@ -156,12 +153,16 @@ class Cluster:
                 for state in (container.get("state") or {}, container.get("lastState") or {}):
                     ended = state.get("terminated")
                     if ended and ended.get("exitCode"):
-                        deaths.append((ended.get("finishedAt") or "", pod["metadata"]["name"], ended))
+                        deaths.append((ended.get("finishedAt") or "", _name(pod), pod, ended))
         if not deaths:
             return ""
-        _, name, ended = min(deaths, key=lambda death: death[:2])
-        why = "out of memory (OOMKilled)" if ended.get("reason") == "OOMKilled" else ended.get("reason") or "an error"
-        return f"pod {name} died first: {why}, exit status {ended['exitCode']}"
+        _, name, pod, ended = min(deaths, key=lambda death: death[:2])
+        killed = ended.get("reason") == "OOMKilled"
+        why = "out of memory (OOMKilled)" if killed else ended.get("reason") or "an error"
+        words = "" if killed else (ended.get("message") or "").strip()
+        said = "".join(f"\n    {line}" for line in words.splitlines())
+        where = f"pod {name} on {pod['spec'].get('nodeName') or 'no node'}"
+        return f"{where} died first: {why}, exit status {ended['exitCode']}{said}"
 
     def _ask(self, call: Callable[..., Any], *args: Any, none_for: tuple[int, ...] = (), **options: Any) -> Any:
         """Calls the client; None for an answer whose status is one of `none_for`, where that is all right."""
@@ -174,6 +175,8 @@ class Cluster:
             if error.status in none_for:
                 return None
             said = f"{error.status} {error.reason}: {_message(error.body)}"
+            if error.status == 409:
+                said += f". Objects of a run of this name are there: `distopt stop {self.name}` removes them"
             raise ClusterError(f"the cluster refused {call.__name__.replace('_', ' ')}: {said}") from error
         except HTTPError as error:
             raise ClusterError(f"the cluster cannot be reached: {error}; does `kubectl get pods` work?") from error
@@ -185,9 +188,31 @@ def _place(manifest: Manifest, namespace: str) -> tuple[str, str, str, str]:
     return group, version, namespace, _PLURALS[manifest["kind"]]
 
 
-def _index(pod: dict[str, Any]) -> int:
-    labels = pod["metadata"].get("labels") or {}
-    return int(labels.get("batch.kubernetes.io/job-completion-index", 0))
+def _name(pod: dict[str, Any]) -> str:
+    return str(pod["metadata"]["name"])
+
+
+def _node(pod: dict[str, Any]) -> int:
+    """Returns the number of a pod's node: an Indexed Job's index; or 0 for master or launcher, then the workers."""
+    found = {**(pod["metadata"].get("annotations") or {}), **(pod["metadata"].get("labels") or {})}
+    index = found.get("batch.kubernetes.io/job-completion-index")  # an annotation, and since 1.28 a label
+    if index is None:
+        role = found.get(f"{_KUBEFLOW}replica-type") or found.get(f"{_KUBEFLOW}job-role")
+        return int(found.get(f"{_KUBEFLOW}replica-index", 0)) + (role == "worker")
+    return int(index)
+
+
+def _hindrance(pod: dict[str, Any]) -> str:
+    """Says what keeps a pod from starting, as the scheduler or the kubelet saw it; nothing where it is only early."""
+    status = pod.get("status") or {}
+    for condition in status.get("conditions") or []:
+        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+            return f"pod {_name(pod)}: {condition.get('message') or condition.get('reason')}"
+    for container in status.get("containerStatuses") or []:
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
+            return ": ".join(filter(None, [f"pod {_name(pod)}", waiting["reason"], waiting.get("message")]))
+    return ""
 
 
 def _message(body: Any) -> str:

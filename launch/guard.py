@@ -33,6 +33,7 @@ ENGINES = (
     ("SLURM_PROCID", "SLURM_NTASKS"),
 )
 POLL_S = 0.5
+LAST_WORDS, LAST_WORDS_BYTES = Path("/dev/termination-log"), 3000
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -204,6 +205,15 @@ class Guard:
         events.append(self.run_dir, event)
 
 
+def leave_last_words(run_dir: Path, rank: int) -> None:
+    """Tells Kubernetes of what a rank died, where this is a pod: the kubelet puts it into the pod's status."""
+    if LAST_WORDS.exists():
+        from . import report
+
+        text = "\n".join(report.traceback_of(run_dir, rank)).encode()[-LAST_WORDS_BYTES:]
+        LAST_WORDS.write_bytes(f"rank {rank}: ".encode() + text)
+
+
 def _signal_group(pid: int, number: signal.Signals) -> None:
     try:
         os.killpg(pid, number)
@@ -219,7 +229,10 @@ def main(argv: Sequence[str]) -> int:
         return 2
     if directory := os.environ.get("DISTOPT_CWD"):
         os.chdir(directory)
-    status = Guard(Path(argv[0]), argv[2:]).run()
+    guard = Guard(Path(argv[0]), argv[2:])
+    status = guard.run()
+    if status and not guard.asked_to_stop:
+        leave_last_words(guard.run_dir, guard.rank)
     return status if status >= 0 else 128 - status
 
 

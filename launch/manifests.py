@@ -230,24 +230,22 @@ def _resources(config: RunConfig, gpus: bool = True) -> Manifest:
 
 
 def _health(config: RunConfig) -> Manifest:
-    """Returns the port and probes of a worker, where the configuration serves beyond the pod's own loopback."""
+    """Returns the probes of a worker that serves, and its port where it serves beyond the pod's own loopback."""
     serve, kind = config.serve, config.launch.kubernetes.kind
     # An MPIJob's worker is an sshd until the launcher, which waits for workers that are ready, starts ranks in it.
-    if serve.port is None or ipaddress.ip_address(serve.host).is_loopback or kind == "mpijob":
+    if serve.port is None or kind == "mpijob":
         return {}
-
-    def probe(path: str, failures: int) -> Manifest:
-        answer = {"httpGet": {"path": path, "port": serve.port}, "periodSeconds": 10, "timeoutSeconds": 5}
-        return {**answer, "failureThreshold": failures}
-
-    found = {
-        "ports": [{"name": "serve", "containerPort": serve.port}],
-        "startupProbe": probe("/healthz", 60),
-        # Workers that torchrun starts again are away for a while, which is no reason to kill the pod.
-        "livenessProbe": probe("/livez", 12),
-    }
-    # A PyTorchJob's pods find each other by a Service that names ready pods alone, and are ready when they have met.
-    return found if kind == "pytorchjob" else {**found, "readinessProbe": probe("/readyz", 3)}
+    address = ipaddress.ip_address(serve.host)
+    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(serve.host, serve.host)
+    command = [config.launch.kubernetes.python, "-m", "distopt.launch.probe", here, str(serve.port)]
+    timing = {"periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 3}
+    found: Manifest = {"livenessProbe": {"exec": {"command": command}, **timing}}
+    if not address.is_loopback:
+        found["ports"] = [{"name": "serve", "containerPort": serve.port}]
+        # A PyTorchJob's pods find each other by a Service that names ready pods alone, and are ready when they met.
+        if kind != "pytorchjob":
+            found["readinessProbe"] = {"httpGet": {"path": "/readyz", "port": serve.port}, **timing}
+    return found
 
 
 def _pod(
@@ -290,6 +288,7 @@ def _container(config: RunConfig, command: list[str], gpus: bool) -> Manifest:
     return {
         "image": wanted.image,
         "command": command,
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # where no guard has left its rank's last words
         "env": _env(config),
         "resources": _resources(config, gpus),
         **_health(config),

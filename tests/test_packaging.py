@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -25,27 +27,27 @@ def test_every_package_on_disk_is_installed() -> None:
     assert set(listed) == packages_on_disk()
 
 
-def test_wheel_holds_launcher_stubs_and_type_marker(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        ".",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def built(tmp_path: Path, **env: str) -> set[str]:
+    """The files in a wheel of the checkout, built away from it."""
+    source = tmp_path / "source"
+    unwanted = shutil.ignore_patterns(".*", "__pycache__", "*.so", "*.egg-info", "build", "runs", "tests")
+    shutil.copytree(ROOT, source, ignore=unwanted)
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    pip += ["-w", str(tmp_path), "."]
+    done = subprocess.run(pip, cwd=source, env=os.environ | env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+    return set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
+
+
+def test_wheel_holds_launcher_stubs_and_type_marker_and_is_built_without_a_compiler(tmp_path: Path) -> None:
+    names = built(tmp_path, CC="false", CXX="false")
     modules = {f"distopt/{path.relative_to(ROOT / 'distopt')}" for path in (ROOT / "distopt").rglob("*.py*")}
     modules |= {f"distopt/launch/{path.relative_to(ROOT / 'launch')}" for path in (ROOT / "launch").rglob("*.py")}
     missing = {name for name in modules if "__pycache__" not in name} - names
     assert not missing
     assert "distopt/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not any(name.endswith(".so") for name in names)
 
 
 def test_launcher_imports_only_the_config_at_module_level() -> None:

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ class TorchDist(World):
     """
 
     library = "torch_dist"
+    _num_worlds: ClassVar[int] = 0  # that this process has taken part in
 
     def __init__(
         self,
@@ -123,10 +124,11 @@ class TorchDist(World):
 
     def _make_store(self) -> Store:
         ranks = dist.get_process_group_ranks(self._group if self._group is not None else dist.group.WORLD)
-        whole = len(ranks) == dist.get_world_size()
+        # What a world that was closed has left in the store is not this one's: "rank 0 has ended", say.
+        TorchDist._num_worlds = 1 + max(self.all_gather_json(TorchDist._num_worlds))
         # A clone has its own connection: a hung read of ours never holds up torch's own use of the store.
         store: Any = dist.distributed_c10d._get_default_store()
-        return PrefixStore("distopt" if whole else f"distopt/{ranks}", store.clone())
+        return PrefixStore(f"distopt/{TorchDist._num_worlds}/{ranks}", store.clone())
 
     def _leave(self) -> None:
         if self._own and dist.is_initialized():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pyro
 import pyro.infer
 from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceTailAdaptive_ELBO
 
 from distopt.infer.sharded import share_plates
 from distopt.optim.distributed import DistributedOptimizer
@@ -51,7 +53,12 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
 
         A restored checkpoint or the first step of a distributed optimizer then finds them all.
         """
-        self.loss(self.model, self.guide, *args, **kwargs)
+        loss = self.loss
+        if isinstance(
+            getattr(loss, "__self__", None), TraceTailAdaptive_ELBO
+        ):  # its own raises: it has a gradient only
+            loss = partial(Trace_ELBO.loss, loss.__self__)
+        loss(self.model, self.guide, *args, **kwargs)
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Takes one gradient step on the loss and returns its mean over ranks, in nats.

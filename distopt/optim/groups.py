@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from distopt.optim.arena import Arena
-from distopt.optim.blocks import blocks_of
+from distopt.optim.blocks import Block, blocks_of
+from distopt.optim.bulk import bump_versions, gather, has_dense_gradients
 from distopt.optim.clipping import Clip, clip_each_, clip_segments_
 from distopt.optim.families import drifts
 from distopt.optim.state import (
@@ -149,7 +150,7 @@ class PackedGroup:
         )
         self._step = direct_step(self.handle)
         self.buffer = torch.empty_like(flat)
-        self._blocks = blocks_of(self.params, self.buffer)
+        self._blocks: list[Block] = []
         self._index = {id(m): i for i, m in enumerate(self.members)}
         for m in self.members:
             m.group = self
@@ -171,6 +172,13 @@ class PackedGroup:
         Returns:
             The buffer; None when a member was moved to other memory.
         """
+        done = None if gradients is not None else gather(self.params, self.arena.flat, self.buffer)
+        if done is not None:
+            return self.buffer if done else None
+        if not self._blocks:
+            if any(map(self.has_lost, self.members)):
+                return None
+            self._blocks = blocks_of(self.params, self.buffer)
         start = 0
         for block in self._blocks:
             end = start + len(block.params)
@@ -188,7 +196,7 @@ class PackedGroup:
         """Steps all members by the gradients in `buffer`, which may be overwritten."""
         self.arena.flat.grad = buffer
         self._step(*args, **kwargs)
-        torch.autograd.graph.increment_version(self.params)
+        bump_versions(self.params)
 
     def states(self) -> list[State]:
         """Returns the states of all members, in their order: parts of one copy for each kind of state.
@@ -240,6 +248,11 @@ class ListGroup:
         self._own: dict[int, dict[str, Any]] | None = None  # parameter groups by id of the member, where they are apart
         if apart:
             self._own = dict(zip(map(id, members), optimizer_of(handle).param_groups, strict=True))
+        # Fused SGD takes either parameters that have no momentum yet or others, but not both (torch 2.13).
+        self._unstarted: set[int] = set()
+        if extra.get("fused") and members[0].args.get("momentum"):
+            state = optimizer_of(handle).state
+            self._unstarted = {id(m) for m in members if state.get(m.param, {}).get("momentum_buffer") is None}
         for m in self.members:
             m.group = self
 
@@ -253,6 +266,7 @@ class ListGroup:
         mine, theirs = optimizer_of(self.handle), optimizer_of(other.handle)
         mine.state.update(theirs.state)
         self.members.extend(other.members)
+        self._unstarted |= other._unstarted
         if self._own is not None and other._own is not None:
             self._own.update(other._own)
             mine.param_groups = list(self._own.values())
@@ -267,6 +281,7 @@ class ListGroup:
                 optimizer.state.pop(m.param, None)
                 m.group = None
         self.members = [m for m in self.members if id(m) not in gone]
+        self._unstarted -= gone
         if self._own is not None:
             self._own = {id(m): self._own[id(m)] for m in self.members}
             optimizer.param_groups = list(self._own.values())
@@ -293,7 +308,7 @@ class ListGroup:
             optimizer.step(*args, **kwargs)
             return
         step = direct_step(self.handle)
-        if self.extra.get("fused"):
+        if self.extra.get("fused") and not has_dense_gradients(tuple(m.param for m in members)):
             for m in members:  # the kernels take parameter, gradient and state to lie in one order (torch 2.13)
                 if m.param.grad is not None and not m.param.grad.is_contiguous():
                     m.param.grad = m.param.grad.contiguous()
@@ -301,21 +316,19 @@ class ListGroup:
             optimizer.param_groups = [self._own[id(m)] for m in members]
             step(*args, **kwargs)
             return
-        group = optimizer.param_groups[0]
-        params = [m.param for m in members]
-        for part in self._by_momentum(optimizer, params) if self.extra.get("fused") else (params,):
-            group["params"] = part
+        for part in self._by_momentum(members):
+            optimizer.param_groups[0]["params"] = [m.param for m in part]
             step(*args, **kwargs)
 
-    def _by_momentum(self, optimizer: torch.optim.Optimizer, params: list[Tensor]) -> Iterator[list[Tensor]]:
-        """Parts those that have no momentum yet from the others: fused SGD takes either but not both (torch 2.13)."""
-        if not optimizer.param_groups[0].get("momentum"):
-            yield params
+    def _by_momentum(self, members: Sequence[Member]) -> Iterator[Sequence[Member]]:
+        """Parts those of `members` that have no momentum yet from the others."""
+        if not self._unstarted:
+            yield members
             return
-        first = {id(p) for p in params if optimizer.state.get(p, {}).get("momentum_buffer") is None}
-        for part in ([p for p in params if id(p) in first], [p for p in params if id(p) not in first]):
-            if part:
-                yield part
+        first = [m for m in members if id(m) in self._unstarted]
+        others = [m for m in members if id(m) not in self._unstarted]
+        self._unstarted.difference_update(map(id, first))
+        yield from filter(None, (first, others))
 
     def states(self) -> list[State]:
         """Returns the states of all members, in their order; they share no memory with it."""

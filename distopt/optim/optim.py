@@ -15,6 +15,7 @@ from torch.amp import GradScaler
 
 from distopt.optim.amp import scaled_step
 from distopt.optim.arguments import Args, args_for, check_args, num_arguments
+from distopt.optim.bulk import has_dense_gradients
 from distopt.optim.clipping import Clip, clip_by_global_norm_
 from distopt.optim.families import check_arguments, check_constructor, drifts, packs, quicker, shares
 from distopt.optim.finite import all_finite, nonfinite_names
@@ -231,12 +232,17 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
                     if i:
                         self._plans.insert(0, self._plans.pop(i))
                     return plan, buffers
-        members = [self._member(name, p) for name, p in self.collect(tensors)]
-        for m in members:
-            if m.param.grad is not None and m.param.grad.layout is not torch.strided:
-                self._set_alone(m)
-        touched = [m for m in members if m.param.grad is not None]
-        missing = [m for m in members if m.param.grad is None]
+        members = self._roster.known(tensors)
+        if members is None:
+            members = [self._member(name, p) for name, p in self.collect(tensors)]
+            self._let_go(members)
+        touched, missing = members, []
+        if not has_dense_gradients(tensors):
+            for m in members:
+                if m.param.grad is not None and m.param.grad.layout is not torch.strided:
+                    self._set_alone(m)
+            touched = [m for m in members if m.param.grad is not None]
+            missing = [m for m in members if m.param.grad is None]
         self._arrange(members, touched, missing)
         idle = [m for m in missing if drifts(m.args)]  # pyro.optim calls their optimizers, too
         plan = Plan(tensors, touched + idle, [m.param for m in missing])
@@ -253,6 +259,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         named = [pair for flat in dense for pair in zip(flat.names, flat.params, strict=True)]
         named += [(name, p) for name, p, _ in loose]
         members = [self._member(name, p) for name, p in named]
+        self._let_go(members)
         for m, (_, _, gradient) in zip(members[len(members) - len(loose) :], loose, strict=True):
             if gradient.layout is not torch.strided:
                 self._set_alone(m)
@@ -307,13 +314,16 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             self._roster.add(member)
         return member
 
-    def _arrange(self, members: Sequence[Member], touched: Sequence[Member], missing: Sequence[Member]) -> None:
-        """Sees to it that every one of `members` is in a group, and that no group is touched in half."""
-        changed = False
+    def _let_go(self, members: Sequence[Member]) -> None:
+        """Parts with those that the parameter store has let go and that are not among `members`."""
         for m in self._roster.left(members):
             [(_, state)] = self._groups.extract([m])
             self._roster.part(m, state)
-            changed = True
+            self._forget_plans()
+
+    def _arrange(self, members: Sequence[Member], touched: Sequence[Member], missing: Sequence[Member]) -> None:
+        """Sees to it that every one of `members` is in a group, and that no group is touched in half."""
+        changed = False
         moved = [m for m in members if m.group is not None and m.group.has_lost(m)]
         if moved:
             self._groups.place(self._rekeyed(self._groups.extract(_mates(moved))))

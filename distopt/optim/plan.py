@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distopt.optim.bulk import has_dense_gradients, places, same
 from distopt.optim.flat import FlatGradients
 from distopt.optim.groups import ListGroup, Member, PackedGroup
-
-_address = Tensor.data_ptr
 
 
 class Plan:
@@ -34,8 +32,8 @@ class Plan:
         groups = {i: mates[0].group for i, mates in by_group.items()}
         self.packed = [g for g in groups.values() if isinstance(g, PackedGroup)]
         self.listed = [(g, by_group[i]) for i, g in groups.items() if isinstance(g, ListGroup)]
-        self._listed = [m.param for _, members in self.listed for m in members]
-        self._pointers = list(map(_address, self._listed))
+        self._listed = tuple(m.param for _, members in self.listed for m in members)
+        self._places = places(self._listed)
         clips = {id(m.clip): m.clip for m in members}.values()
         self.clips = any(c.per_parameter for c in clips)
         self.norms = sorted({c.global_norm for c in clips if c.global_norm is not None})
@@ -43,10 +41,9 @@ class Plan:
     def fits(self, tensors: tuple[Tensor, ...]) -> bool:
         """Returns whether this is still the plan for `tensors`: the same ones, where they were, with gradients."""
         return (
-            len(tensors) == len(self.tensors)
-            and all(map(is_, tensors, self.tensors))
+            same(tensors, self.tensors)
             and all(p.grad is None for p in self.missing)
-            and list(map(_address, self._listed)) == self._pointers
+            and places(self._listed) == self._places
         )
 
     def gradients(self, buffers: Sequence[Tensor], global_norm: float | None = None) -> list[Tensor]:
@@ -62,9 +59,10 @@ class Plan:
             One buffer per packed group; None when some gradient is missing or sparse, or a parameter was moved, so that
             a new plan is needed.
         """
-        for group, members in self.listed:
-            if group.extra and any(_is_sparse(m.param.grad) for m in members):
-                return None
+        if not has_dense_gradients(self._listed):
+            for group, members in self.listed:
+                if group.extra and any(_is_sparse(m.param.grad) for m in members):
+                    return None
         try:
             buffers = [group.gather_() for group in self.packed]
         except (TypeError, RuntimeError):
@@ -86,7 +84,7 @@ class FlatPlan(Plan):
     ) -> None:
         tensors = tuple(p for flat in dense for p in flat.params) + tuple(p for _, p, _ in loose)
         super().__init__(tensors, members, ())
-        self._all_pointers = list(map(_address, tensors))
+        self._all_places = places(tensors)
         self._keys = [flat.params for flat in dense]
         self._loose = [p for _, p, _ in loose]
         self._loose_index = {id(p): i for i, p in enumerate(self._loose)}
@@ -104,7 +102,7 @@ class FlatPlan(Plan):
             and all(flat.params is key for flat, key in zip(dense, self._keys, strict=True))
             and len(loose) == len(self._loose)
             and all(p is q for (_, p, _), q in zip(loose, self._loose, strict=True))
-            and list(map(_address, self.tensors)) == self._all_pointers
+            and places(self.tensors) == self._all_places
         )
 
     def scattered(self, dense: Sequence[FlatGradients], loose: Sequence[tuple[str, Tensor, Tensor]]) -> list[Tensor]:

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import pyro
 from torch import Tensor
 
+from distopt.optim.bulk import same
 from distopt.optim.groups import Member
 from distopt.optim.state import State, copied
+
+
+class _Sorted(NamedTuple):
+    """All members, sorted by name."""
+
+    names: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    ids: tuple[int, ...]
+    members: tuple[Member, ...]
+
+    @classmethod
+    def of(cls, members: Iterable[Member]) -> _Sorted:
+        found = tuple(sorted(members, key=attrgetter("name")))
+        tensors = tuple(m.param for m in found)
+        return cls(tuple(m.name for m in found), tensors, tuple(map(id, tensors)), found)
 
 
 class Roster:
@@ -24,6 +42,7 @@ class Roster:
         self._members: dict[int, Member] = {}
         self._parted: dict[int, tuple[Any, State]] = {}
         self._num_unnamed = 0
+        self._sorted: _Sorted | None = None
 
     def __iter__(self) -> Iterator[Member]:
         return iter(list(self._members.values()))
@@ -37,7 +56,22 @@ class Roster:
 
     def add(self, member: Member) -> None:
         """Takes in a new parameter."""
+        self._sorted = None
         self._members[id(member.param)] = member
+
+    def known(self, params: Sequence[Tensor]) -> list[Member] | None:
+        """Returns the members of `params`, each once, sorted by name.
+
+        None when one of them is new, or when the store does not hold every member by its name any more.
+        """
+        if self._sorted is None:
+            self._sorted = _Sorted.of(self._members.values())
+        names, tensors, ids, members = self._sorted
+        if not same(tuple(map(pyro.get_param_store()._params.get, names)), tensors):
+            return None
+        wanted = set(map(id, params))
+        found = list(compress(members, map(wanted.__contains__, ids)))
+        return found if len(found) == len(wanted) else None
 
     def names(self, params: Iterable[Tensor]) -> list[str]:
         """Returns the name of each of `params`; names outlive the store, strangers get one."""
@@ -61,6 +95,7 @@ class Roster:
     def part(self, member: Member, state: State) -> None:
         """Lets `member` go; its state waits for its return while the tensor lives and its name is not taken over."""
         param = member.param
+        self._sorted = None
         del self._members[id(param)]
         if pyro.get_param_store().param_name(param) is None:
             key = id(param)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from distopt.backends import Backend, Handle
+from distopt.reduce.control import Heard
 from distopt.reduce.layout import Bucket
 
 
@@ -40,7 +41,7 @@ class Adasum:
         if bucket.slots is not None:
             self._handles[id(bucket)] = self._backend.all_reduce(bucket.buffer)
 
-    def finish(self, bucket: Bucket) -> None:
+    def finish(self, bucket: Bucket, heard: Heard | None = None) -> None:
         """Combines the bucket's gradients."""
         if bucket.slots is not None:
             self._handles.pop(id(bucket)).wait()

@@ -65,6 +65,10 @@ class Heard:
     in_sync: bool  # all ranks have the same checksum
     touched: list[float]  # per parameter of the layout, how many ranks have a gradient for it
 
+    def steps(self, index: int) -> bool:
+        """Whether this round's gradient of the parameter at a place in the layout is stepped by, not thrown away."""
+        return self.in_step and not self.num_news and not self.num_abort and self.touched[index] > 0
+
 
 def write_control(slots: Tensor, said: Control) -> None:
     """Writes into the first `NUM_SLOTS` elements of `slots`."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distopt.backends import Backend, Handle
+from distopt.reduce.control import Heard
 from distopt.reduce.layout import Bucket
 
 
@@ -23,8 +24,13 @@ class Exchange(Protocol):
     def start(self, bucket: Bucket) -> None:
         """Starts combining `bucket.buffer`; several buckets may be under way."""
 
-    def finish(self, bucket: Bucket) -> None:
-        """Returns when `bucket.flat` holds the combination, equal on all ranks bit by bit."""
+    def finish(self, bucket: Bucket, heard: Heard | None = None) -> None:
+        """Returns when `bucket.flat` holds the combination, equal on all ranks bit by bit.
+
+        Args:
+            bucket: One that was started.
+            heard: What the control slots said, None for the bucket that carries them.
+        """
 
     def forget(self, names: set[str]) -> None:
         """Drops what is kept of these parameters from step to step."""
@@ -44,7 +50,7 @@ class Plain:
         """Starts one all-reduce of the whole buffer."""
         self._handles[id(bucket)] = self._backend.all_reduce(bucket.buffer)
 
-    def finish(self, bucket: Bucket) -> None:
+    def finish(self, bucket: Bucket, heard: Heard | None = None) -> None:
         """Waits for it."""
         self._handles.pop(id(bucket)).wait()
 
@@ -75,7 +81,7 @@ class Half:
         sent = bucket.buffer if bucket.slots is not None else bucket.flat.to(self._dtype)
         self._under_way[id(bucket)] = (self._backend.all_reduce(sent), sent)
 
-    def finish(self, bucket: Bucket) -> None:
+    def finish(self, bucket: Bucket, heard: Heard | None = None) -> None:
         """Waits for it and widens the result."""
         handle, sent = self._under_way.pop(id(bucket))
         handle.wait()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from distopt.backends import Backend, Handle
+from distopt.reduce.control import Heard
 from distopt.reduce.layout import Bucket, Entry
 
 
@@ -49,8 +50,8 @@ class PowerSgd:
         flat = torch.cat(sent)
         self._handles[id(bucket)] = (self._backend.all_reduce(flat), flat)
 
-    def finish(self, bucket: Bucket) -> None:
-        """Sums all Q, writes P Qᵀ and keeps the error."""
+    def finish(self, bucket: Bucket, heard: Heard | None = None) -> None:
+        """Sums all Q, writes P Qᵀ and keeps the error and Q, those of before where nothing is stepped by P Qᵀ."""
         handle, flat = self._handles.pop(id(bucket))
         handle.wait()
         if bucket.slots is not None:
@@ -67,6 +68,9 @@ class PowerSgd:
             lefts.append((matrix.T @ bases[entry.name]).reshape(-1))
         if not matrices:
             return
+        stepped = {
+            each.name for each, i in zip(bucket.entries, bucket.indices, strict=True) if heard and heard.steps(i)
+        }
         summed = torch.cat(lefts)
         own = summed.clone()
         self._backend.all_reduce(summed).wait()
@@ -74,9 +78,11 @@ class PowerSgd:
         for entry, matrix in matrices:
             shape, basis = (matrix.shape[1], self._rank), bases[entry.name]
             size = shape[0] * shape[1]
-            self._errors[entry.name] = matrix - basis @ own[at : at + size].view(shape).T
-            self._starts[entry.name] = summed[at : at + size].view(shape).clone()
-            matrix.copy_(basis @ self._starts[entry.name].T)
+            right = summed[at : at + size].view(shape)
+            if entry.name in stepped:
+                self._errors[entry.name] = matrix - basis @ own[at : at + size].view(shape).T
+                self._starts[entry.name] = right.clone()
+            matrix.copy_(basis @ right.T)
             at += size
 
     def forget(self, names: set[str]) -> None:

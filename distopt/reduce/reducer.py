@@ -180,7 +180,8 @@ class Reducer:
                     (news.sparse if is_sparse else news.dense).add(name)
         self.backend.note(said.step, "agree")
         self.num_agreements += 1
-        self.entries = self._agreement.settle(news, self.entries)
+        before, self.entries = self.entries, self._agreement.settle(news, self.entries)
+        self._exchange.forget({n for n in before.keys() | self.entries if before.get(n) is not self.entries.get(n)})
         self.layout = self._build()
 
     def _build(self) -> Layout:
@@ -229,7 +230,7 @@ class Reducer:
                 return heard
             self._start(others, brought, heard.num_active)
         for bucket in others:
-            exchange.finish(bucket)
+            exchange.finish(bucket, heard)
         if overlap is not None:
             overlap.reset()
         return heard

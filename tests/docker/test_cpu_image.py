@@ -67,9 +67,12 @@ def test_the_image_runs_without_privileges_under_an_init_with_labels_and_a_healt
 
 
 def test_nothing_of_the_build_is_left_in_the_image(root: Path) -> None:
-    for unwanted in ("usr/bin/c++", "usr/bin/make", "root/.cache", "src", "wheels", "dist"):
+    for unwanted in ("usr/bin/c++", "usr/bin/make", "src", "wheels", "dist"):
         assert not list(root.glob(f"{unwanted}*")), unwanted
     assert list((root / "var/lib/apt/lists").glob("*")) == []
+    assert [path.name for path in (root / "var/cache/apt").rglob("*") if path.is_file()] in ([], ["lock"])
+    for folder in ("root/.cache", "home/mpiuser/.cache", "tmp", "var/tmp"):
+        assert list((root / folder).glob("*")) == [], folder
     assert list((root / "etc/ssh").glob("ssh_host_*")) == [], "host keys that every container would share"
 
 
@@ -87,15 +90,18 @@ def test_nothing_of_the_building_machine_is_in_the_image(engine: Engine, root: P
         assert not [path for path in trusted if certificate in path.read_text()]
 
 
-def test_torch_is_for_cpus_and_horovod_has_gloo_and_mpi(engine: Engine, image: dict[str, Any]) -> None:
+def test_torch_is_for_cpus_horovod_has_gloo_and_mpi_and_our_loops_are_compiled(
+    engine: Engine, image: dict[str, Any]
+) -> None:
     asked = (
-        "import json, torch, torch.distributed as dist, horovod.torch as hvd, distopt;"
-        "print(json.dumps([torch.version.cuda, dist.is_gloo_available(), hvd.gloo_built(), hvd.mpi_built()]))"
+        "import json, torch, torch.distributed as dist, horovod.torch as hvd; from distopt.optim import bulk;"
+        "has = [dist.is_gloo_available(), hvd.gloo_built(), hvd.mpi_built(), bulk._compiled is not None];"
+        "print(json.dumps([torch.version.cuda, *has]))"
     )
     run = engine.call(
         "podman", "run", "--rm", "--network=none", "--read-only", "--tmpfs=/tmp", IMAGE, "python", "-c", asked
     )
-    assert json.loads(run.stdout.splitlines()[-1]) == [None, True, True, True]
+    assert json.loads(run.stdout.splitlines()[-1]) == [None, True, True, True, True]
 
 
 def test_the_health_check_follows_the_endpoint(engine: Engine, image: dict[str, Any]) -> None:

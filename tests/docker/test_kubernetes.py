@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import socket
 import subprocess
 import sys
+from datetime import timedelta
 from typing import Any
 
 import kubernetes_validate
 import pytest
 
 from distopt.config import load_config
+from distopt.launch import probe
 from distopt.launch.manifests import manifests
 from distopt.launch.platforms.kubernetes import Platform
+from distopt.train.serve import StatusServer
+from distopt.train.status import Status
 from tests.docker.guide import README, ROOT, launches, objects
 
 # The oldest and the newest release whose schemas are published for the validator.
@@ -93,15 +98,27 @@ def container(kind: str, *overrides: str) -> dict[str, Any]:
     return dict(found)
 
 
-def test_probes_ask_what_the_run_serves_beyond_its_pod() -> None:
+def test_probes_ask_what_the_run_serves() -> None:
     worker = container("job", "serve.port=8081", "serve.host=0.0.0.0")
-    assert {kind: worker[kind]["httpGet"] for kind in worker if kind.endswith("Probe")} == {
-        "startupProbe": {"path": "/healthz", "port": 8081},
-        "livenessProbe": {"path": "/livez", "port": 8081},
-        "readinessProbe": {"path": "/readyz", "port": 8081},
-    }
-    for overrides in ([], ["serve.port=8081"]):
-        assert not [key for key in container("job", *overrides) if key.endswith("Probe")]
+    assert worker["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": 8081}
+    alive = ["python", "-m", "distopt.launch.probe", "127.0.0.1", "8081"]
+    assert worker["livenessProbe"]["exec"] == {"command": alive}
+    assert container("job", "serve.port=8081")["livenessProbe"] == worker["livenessProbe"]
+    assert "readinessProbe" not in container("job", "serve.port=8081"), "the kubelet does not reach a pod's loopback"
+    assert not [key for key in container("job") if key.endswith("Probe")]
+
+
+@pytest.mark.parametrize(("stalled", "expected"), [(timedelta(0), 1), (timedelta(hours=1), 0)])
+def test_a_pod_is_alive_unless_its_worker_says_that_it_is_stalled(stalled: timedelta, expected: int) -> None:
+    with StatusServer(Status(), port=0, stall=stalled) as server:
+        assert probe.main(["127.0.0.1", str(server.port)]) == expected
+    assert probe.main(["127.0.0.1", str(server.port)]) == 0, "its engine is starting it again"
+
+
+def test_a_worker_that_listens_and_says_nothing_is_not_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        assert probe.main(["127.0.0.1", str(mute.getsockname()[1])]) == 1
 
 
 def test_no_probe_waits_for_what_waits_for_readiness() -> None:

@@ -78,3 +78,23 @@ def fail_on_rank_1() -> str:
         assert parameters() == before
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+def train_tail_adaptive(num_steps: int) -> dict[str, float]:
+    """Parameters after steps of TraceTailAdaptive_ELBO, which can compute no loss."""
+    pyro.set_rng_seed(0)
+
+    def normal(y: torch.Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(()), 3.0))
+        with pyro.plate("rows", NUM_ROWS, subsample=torch.arange(len(y))):
+            pyro.sample("y", dist.Normal(z.unsqueeze(-1), 1.5), obs=y)
+
+    def guide(y: torch.Tensor) -> None:
+        loc, scale = pyro.param("loc", torch.zeros(())), pyro.param("log_scale", torch.zeros(())).exp()
+        pyro.sample("z", dist.Normal(loc, scale))
+
+    loss = pyro.infer.TraceTailAdaptive_ELBO(num_particles=8, vectorize_particles=True)
+    svi = SVI(normal, guide, DistributedOptimizer(Adam({"lr": 0.1})), loss)
+    for _ in range(num_steps):
+        svi.step(data().float())
+    return parameters()

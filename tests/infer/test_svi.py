@@ -6,7 +6,16 @@ import pytest
 
 from distopt.infer import SVI
 from distopt.optim import Adam
-from tests.infer.svi_runs import data, fail_on_rank_1, guide, model, parameters, train, train_in_pyro
+from tests.infer.svi_runs import (
+    data,
+    fail_on_rank_1,
+    guide,
+    model,
+    parameters,
+    train,
+    train_in_pyro,
+    train_tail_adaptive,
+)
 from tests.workers import world
 
 
@@ -32,6 +41,12 @@ def test_init_makes_the_parameters_that_the_first_step_would_make_and_steps_none
     assert svi.optim.get_state() == {}
     svi.step(data())
     assert parameters().keys() == svi.optim.get_state().keys()
+
+
+def test_objective_that_has_no_loss_trains_on_several_ranks() -> None:
+    first, second = world("torch_dist", 2).run(train_tail_adaptive, 40)
+    assert first == second
+    assert first["loc"] == pytest.approx(2.0, abs=0.7), "it has gone from 0 to where the data are"
 
 
 def test_optimizer_that_is_not_distributed_gives_pyros_svi() -> None:

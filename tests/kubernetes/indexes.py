@@ -52,7 +52,7 @@ class Indexes:
         text = ""
         for line in self._watch.stdout:
             text += line
-            if line == "}\n":  # kubectl indents what is inside of an event
+            if line == "}\n" or line.startswith('{"'):  # older clients indent an event, newer ones give it a line
                 event = json.loads(text)
                 text = ""
                 self._note(event["type"], event["object"])
@@ -72,8 +72,10 @@ class Indexes:
             self.cluster.kubectl(*label, check=False)  # it may be gone by now
         address = pod["status"].get("podIP")
         if address and name not in self._names:
+            # An Indexed Job's pod has the name with the index as its host name, by which torchrun tells where it is.
+            hosts = (f"{job}-{self._indexes[name][1]}", name)
             service = f"{job}.{self.namespace}.svc.cluster.local"
-            self._names[name] = f"{address} {job}-{self._indexes[name][1]}.{service}\n"
+            self._names[name] = f"{address} {' '.join(f'{host}.{service}' for host in hosts)}\n"
             self._timers.append(Timer(LATE_S, self._publish))
             self._timers[-1].start()
 

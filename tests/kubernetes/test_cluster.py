@@ -78,6 +78,12 @@ class Run:
         self.directory = cluster.volume / name
         self._launcher: subprocess.Popen[str] | None = None
 
+    def bring(self, name: str, code: str) -> None:
+        """Puts a module where the pods import it, and where the launcher looks at it."""
+        for folder in (self.cluster.volume / "code", self.folder):
+            folder.mkdir(exist_ok=True)
+            (folder / name).write_text(code)
+
     def call(self, *words: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         command, options = self.cluster.distopt(self.folder, *words)
         return subprocess.run(command, capture_output=True, timeout=timeout, **options)
@@ -148,17 +154,22 @@ def test_pods_on_two_nodes_train_flights_one_is_killed_the_run_resumes_and_the_g
     first, second = sorted(run.pods(), key=lambda pod: pod["metadata"]["labels"][LABEL])
     assert first["spec"]["nodeName"] != second["spec"]["nodeName"]
     assert "agent: waiting for flights-0.flights:29400" in run.call("logs", "flights", "--rank", "1").stdout
+    watching, options = cluster.distopt(run.folder, "logs", "flights", "--rank", "1", "--follow")
+    followed = subprocess.Popen(watching, stdout=subprocess.PIPE, **options)
     cluster.kill(second)
     saved = run.checkpoints()[-1]
     assert run.wait() == 0, run.said()
     assert run.phase() == "done"
     assert run.checkpoints()[-1] == 300
     (again,) = [pod for pod in run.pods() if pod["metadata"]["name"] not in names([first, second])]
-    resumed = cluster.kubectl("logs", f"--namespace={NAMESPACE}", *names([again]))
+    before, resumed = (cluster.kubectl("logs", f"--namespace={NAMESPACE}", *names([pod])) for pod in (second, again))
     assert re.search(rf"step[ -]0*{saved}\b", resumed + run.said()), "the log says from where the run went on"
+    assert followed.communicate(timeout=60)[0] == before + resumed
     steps = [json.loads(line)["step"] for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(10, 301, 10))
     assert read_by_guide(cluster, "flights/report.html") == (run.directory / "report.html").read_text()
+    assert run.call("stop", "flights").returncode == 0
+    wait_until(lambda: run.pods() == [], "nothing of the run is left on the cluster", 60)
 
 
 def names(pods: list[dict[str, Any]]) -> list[str]:
@@ -178,10 +189,20 @@ def read_by_guide(cluster: Cluster, path: str) -> str:
 
 
 def test_stop_lets_pods_save_within_the_grace_period_and_end_with_143(cluster: Cluster, run_of: Any) -> None:
-    run = run_of("stopped", "train.num_steps=1000000", "checkpoint.every_steps=null", "log.every_steps=5")
+    secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "hub", "namespace": NAMESPACE}}
+    cluster.create({**secret, "stringData": {"token": "it's secret"}})
+    run = run_of(
+        "stopped", "train.num_steps=1000000", "checkpoint.every_steps=null", "log.every_steps=5",
+        "launch.kubernetes.secrets={HUB_TOKEN: {secret: hub, key: token}}",
+    )  # fmt: skip
     assert run.launch("--detach").returncode == 0
+    assert "`distopt stop stopped` removes them" in run.launch("--detach").stderr
     wait_until(lambda: (run.directory / "metrics.jsonl").exists(), "first steps")
     assert run.checkpoints() == []
+    for pod in names(run.pods()):
+        assert (
+            cluster.kubectl("exec", f"--namespace={NAMESPACE}", pod, "--", "printenv", "HUB_TOKEN") == "it's secret\n"
+        )
     watch = ["get", "pods", f"--namespace={NAMESPACE}", "--selector=distopt.run=stopped", "--watch"]
     watch += ['--output=jsonpath={.metadata.name} {.status.containerStatuses[*].state.terminated.exitCode}{"\\n"}']
     command = cluster.inside(0, "kubectl", f"--kubeconfig={cluster.kubeconfig}", *watch)
@@ -197,11 +218,62 @@ def test_stop_lets_pods_save_within_the_grace_period_and_end_with_143(cluster: C
 
 
 def test_a_pod_that_needs_more_memory_than_it_may_have_is_named_with_the_reason(cluster: Cluster, run_of: Any) -> None:
-    run = run_of("small", "launch.nodes=1", "launch.max_restarts=0", "launch.kubernetes.memory=150Mi")
+    node = "launch.kubernetes.node_selector={kubernetes.io/hostname: node2}"
+    run = run_of("small", "launch.nodes=1", "launch.max_restarts=0", "launch.kubernetes.memory=150Mi", node)
     done = run.launch()
     assert done.returncode == 1
     (pod,) = run.pods()
-    assert f"pod {pod['metadata']['name']} died first: out of memory (OOMKilled)" in done.stdout + done.stderr
+    said = f"pod {pod['metadata']['name']} on node2 died first: out of memory (OOMKilled)"
+    assert said in done.stdout + done.stderr
+
+
+CRASHING = """
+import os
+from distopt.examples.flights import Flights
+
+class Crashing(Flights):
+    def batch(self, rows):
+        self.count = getattr(self, "count", 0) + 1
+        if self.count > 5 and os.environ["RANK"] == "1":
+            raise ValueError("boom")
+        return super().batch(rows)
+"""
+
+
+def test_a_worker_that_fails_is_named_with_its_traceback_though_its_log_is_on_another_node(
+    cluster: Cluster, run_of: Any
+) -> None:
+    run = run_of(
+        "crashed", "launch.max_restarts=0", "task=crashing:Crashing", "launch.env={PYTHONPATH: /runs/code}",
+    )  # fmt: skip
+    run.bring("crashing.py", CRASHING)
+    done = run.launch()
+    assert done.returncode == 1
+    assert re.search(r"pod crashed-\w+ on node\d died first: Error, exit status 1", done.stdout), done.stdout
+    assert 'batch\n        raise ValueError("boom")' in done.stdout
+    assert run.phase() == "failed"
+
+
+def test_a_run_waits_for_a_node_with_gpus_saying_so_and_saves_at_its_time_limit(cluster: Cluster, run_of: Any) -> None:
+    run = run_of(
+        "limited", "launch.nodes=1", "launch.kubernetes.gpus=1", "launch.kubernetes.time_limit_s=3600",
+        "train.num_steps=1000000", "checkpoint.every_steps=null", "log.every_steps=5",
+    )  # fmt: skip
+    run.start()
+    wait_until(
+        lambda: "Insufficient nvidia.com/gpu" in run.call("status", "limited").stdout, "the scheduler's answer", 60
+    )
+    assert run.phase() == "pending"
+    node = {"status": {"capacity": {"nvidia.com/gpu": "1"}, "allocatable": {"nvidia.com/gpu": "1"}}}
+    cluster.kubectl("patch", "node", "node2", "--subresource=status", "--type=merge", f"--patch={json.dumps(node)}")
+    wait_until(lambda: (run.directory / "metrics.jsonl").exists(), f"first steps\n{run.said()}")
+    (pod,) = run.pods()
+    assert pod["spec"]["nodeName"] == "node2"
+    over = json.dumps({"spec": {"activeDeadlineSeconds": 1}})
+    cluster.kubectl("patch", "job", "limited", f"--namespace={NAMESPACE}", f"--patch={over}")
+    assert run.wait() == 1
+    assert "longer than specified deadline" in run.said()
+    wait_until(lambda: len(run.checkpoints()) == 1, "the last checkpoint", 60)
 
 
 HANGING = """
@@ -224,20 +296,17 @@ class Hanging(Flights):
 def test_a_pod_that_finishes_no_step_is_replaced_by_its_liveness_probe_and_the_run_resumes(
     cluster: Cluster, run_of: Any
 ) -> None:
-    code = cluster.volume / "code"
-    code.mkdir()
     run = run_of(
         "hung", "launch.nodes=1", "task=hanging:Hanging", "launch.env={PYTHONPATH: /runs/code}", "train.num_steps=60",
         "checkpoint.every_steps=10", "serve.stall_s=30", "reduce.timeout_s=20", "launch.grace_s=5",
     )  # fmt: skip
-    for folder in (code, run.folder):  # what the pods import, and what the launcher looks at
-        (folder / "hanging.py").write_text(HANGING)
+    run.bring("hanging.py", HANGING)
     done = run.launch()
     assert done.returncode == 0, done.stderr
     assert (run.directory / "hung-once").exists()
     events = cluster.get("events", f"--namespace={NAMESPACE}")
     said = [event["message"] for event in events if event["involvedObject"]["name"].startswith("hung-")]
-    assert any("Liveness probe failed: HTTP probe failed with statuscode: 503" in message for message in said), said
+    assert any(re.match("Liveness probe failed: step .* allowed 30 s", message) for message in said), said
     assert run.checkpoints()[-1] == 60
     assert len(run.pods()) == 2
 

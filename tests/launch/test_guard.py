@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from distopt.launch import events, own_horovodrun, report, rounds, terminal
-from distopt.launch.guard import place
+from distopt.launch.guard import LAST_WORDS_BYTES, place
 from tests.launch.launching import wait_until
 
 TIMEOUT_S = 30
@@ -246,3 +246,18 @@ def test_lost_host_is_named_again_when_it_answers_and_the_others_are_not_asked(s
     assert find() == {"one.invalid": 1}
     (ssh / "two.invalid").touch()
     wait_until(lambda: find() == {"one.invalid": 1, "two.invalid": 2}, "the host back", TIMEOUT_S)
+
+
+def test_last_words_of_a_worker_that_died_are_left_where_a_pod_s_kubelet_reads_them(tmp_path):
+    words = tmp_path / "termination-log"
+    words.touch()
+    command = [sys.executable, "-c", f"print('é' * {LAST_WORDS_BYTES}); raise ValueError('boom')"]
+    script = (
+        "import sys; from pathlib import Path; from distopt.launch import guard\n"
+        f"guard.LAST_WORDS = Path('termination-log'); sys.exit(guard.main(['run', '--', *{command!r}]))"
+    )
+    env = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, timeout=TIMEOUT_S)
+    assert done.returncode == 1
+    text = words.read_text()
+    assert text.startswith("rank 1: Traceback") and text.endswith("ValueError: boom")

@@ -308,28 +308,99 @@ def test_machine_without_a_kubeconfig_is_refused(distopt, tmp_path):
 def test_second_run_of_the_same_name_is_refused_and_the_first_stays(api):
     cluster = cluster_of("job", api)
     cluster.submit()
-    with pytest.raises(ClusterError, match="409"):
+    with pytest.raises(ClusterError, match=r"409 Conflict.*`distopt stop flights` removes them"):
         cluster.submit()
     assert cluster.state().phase == "pending"
 
 
-def test_failed_run_names_the_pod_that_died_first_and_of_what(api):
-    from kubernetes.client import CoreV1Api
-
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"reason": "OOMKilled", "message": "step 7"}, "out of memory (OOMKilled), exit status 137"),
+        ({"reason": "Error", "message": "rank 1: Traceback\nValueError: boom\n"},
+         "Error, exit status 137\n    rank 1: Traceback\n    ValueError: boom"),
+    ],
+)  # fmt: skip
+def test_failed_run_names_the_pod_that_died_first_its_node_and_of_what(how, said, api):
     cluster = cluster_of("job", api)
     cluster.submit()
-    for index, (reason, when) in enumerate([("Error", "2026-01-01T00:00:09Z"), ("OOMKilled", "2026-01-01T00:00:05Z")]):
-        ended = {"terminated": {"exitCode": 137, "reason": reason, "finishedAt": when}}
-        pod = {
-            "apiVersion": "v1", "kind": "Pod",
-            "metadata": {"name": f"flights-{index}-abc", "labels": {"distopt.run": "flights"}},
-            "status": {"phase": "Failed", "containerStatuses": [{**CONTAINER, "state": ended}]},
-        }  # fmt: skip
-        CoreV1Api(cluster.api).create_namespaced_pod("default", pod)
+    for index, ended in enumerate(
+        [
+            {"exitCode": 1, "reason": "Error", "finishedAt": "2026-01-01T00:00:09Z", "message": "PeerError: rank 1"},
+            {"exitCode": 137, "finishedAt": "2026-01-01T00:00:05Z", **how},
+        ]
+    ):
+        status = {"phase": "Failed", "containerStatuses": [{**CONTAINER, "state": {"terminated": ended}}]}
+        add_pod(cluster, f"flights-{index}-abc", index, status)
     write_status(cluster, {"conditions": [{"type": "Failed", "status": "True", "message": "BackoffLimitExceeded"}]})
     state = cluster.state()
     assert state.phase == "failed"
-    assert "pod flights-1-abc died first: out of memory (OOMKilled), exit status 137" in state.detail
+    assert state.detail == f"BackoffLimitExceeded; pod flights-1-abc on node1 died first: {said}"
+
+
+SPEC = {"nodeName": "node1", "containers": [{"name": "worker", "image": "x"}]}
+
+
+def add_pod(cluster: Cluster, name: str, second: int, status: dict, **labels: str) -> None:
+    """Does what the controller of the run's kind and a kubelet would do."""
+    from kubernetes.client import CoreV1Api
+
+    created = f"2026-01-01T00:00:{second:02}Z"
+    metadata = {"name": name, "creationTimestamp": created, "labels": {"distopt.run": cluster.name, **labels}}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": SPEC, "status": status}
+    CoreV1Api(cluster.api).create_namespaced_pod(cluster.namespace, pod)
+
+
+UNPULLED = {"waiting": {"reason": "ErrImagePull", "message": "no such host: registry.example"}}
+UNSCHEDULED = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/2 nodes have room"}
+CREATING = {"waiting": {"reason": "ContainerCreating"}}
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        ({"phase": "Pending", "containerStatuses": [{**CONTAINER, "state": UNPULLED}]},
+         "pod flights-0-abc: ErrImagePull: no such host: registry.example"),
+        ({"phase": "Pending", "conditions": [UNSCHEDULED]}, "pod flights-0-abc: 0/2 nodes have room"),
+        ({"phase": "Pending", "containerStatuses": [{**CONTAINER, "state": CREATING}]}, ""),
+    ],
+)  # fmt: skip
+def test_run_whose_pods_cannot_start_is_pending_and_says_why(status, said, api):
+    cluster = cluster_of("job", api)
+    cluster.submit()
+    add_pod(cluster, "flights-0-abc", 1, status)
+    write_status(cluster, {"active": 2})  # a Job counts pods that have not started
+    assert (cluster.state().phase, cluster.state().detail) == ("pending", said)
+    add_pod(cluster, "flights-1-abc", 1, {"phase": "Running"})
+    assert (cluster.state().phase, cluster.state().detail) == ("running", said)
+
+
+INDEX = "batch.kubernetes.io/job-completion-index"
+ROLE, REPLICA = "training.kubeflow.org/job-role", "training.kubeflow.org/replica-index"
+
+
+@pytest.mark.parametrize(
+    ("kind", "pods"),
+    [
+        ("job", {"b": (0, {INDEX: "0"}), "d": (1, {INDEX: "1"}), "a": (0, {INDEX: "0"})}),
+        ("mpijob", {"b": (0, {ROLE: "launcher"}), "c": (1, {ROLE: "worker", REPLICA: "0"}),
+                    "a": (0, {ROLE: "launcher"})}),
+        ("pytorchjob", {"b": (0, {"training.kubeflow.org/replica-type": "master", REPLICA: "0"}),
+                        "c": (1, {"training.kubeflow.org/replica-type": "worker", REPLICA: "0"})}),
+    ],
+)  # fmt: skip
+def test_log_of_a_node_is_that_of_its_pods_in_the_order_in_which_they_came(kind, pods, api, monkeypatch):
+    from kubernetes.client import CoreV1Api
+
+    cluster = cluster_of(kind, api)
+    cluster.submit()
+    for second, (name, (_, labels)) in enumerate(pods.items()):
+        add_pod(cluster, name, second, {"phase": "Running"}, **labels)
+    # The emulator has no kubelet, which is who keeps logs.
+    monkeypatch.setattr(CoreV1Api, "read_namespaced_pod_log", lambda self, name, namespace, **_: f"{name} said\n")
+    for node in (0, 1):
+        assert cluster.logs(node) == "".join(f"{name} said\n" for name, (number, _) in pods.items() if number == node)
+    assert cluster.logs(2) == ""
 
 
 @pytest.mark.parametrize(("pod", "printed"), [("waiting", ""), ("running", "step 1\n")])

@@ -2,6 +2,8 @@ import pyro
 import pytest
 import torch
 
+from distopt.optim import bulk
+
 
 @pytest.fixture(autouse=True)
 def fresh_param_store():
@@ -13,3 +15,12 @@ def fresh_param_store():
     yield
     pyro.clear_param_store()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["compiled", "python"])
+def loops(request, monkeypatch):
+    """Runs a test with the compiled loops over parameters and with those in Python."""
+    if request.param == "python":
+        monkeypatch.setattr(bulk, "_compiled", None)
+    elif bulk._compiled is None:
+        pytest.skip("no compiler was there when distopt was installed")

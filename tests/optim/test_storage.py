@@ -15,6 +15,8 @@ from distopt.optim import Adam, FlatGradients, pack
 from distopt.optim.groups import ListGroup, PackedGroup
 from tests.optim.trajectories import start
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 
 def stepped(params, optim=None, times=1):
     optim = optim or Adam({"lr": 0.1})

@@ -71,6 +71,36 @@ def power_sgd_converges_by_its_error_feedback() -> Values:
     return store_values()
 
 
+def power_sgd_keeps_its_errors_while_parameters_come_and_go() -> Values:
+    """Steps without a parameter, and rounds thrown away for a new one, leave its own steps as they would be; a
+    parameter of another shape takes an old name.
+    """
+    rank, size = current().rank, current().world_size
+    gradient, other = by_rank(7, 12, 10)[rank], by_rank(8, 12, 10)[rank]
+
+    def train(disturbed: bool) -> Tensor:
+        pyro.clear_param_store()
+        for name in ("x", "y"):
+            pyro.param(name, torch.zeros(12, 10))
+        optim = DistributedOptimizer(SGD({"lr": 1.0}), compression="powersgd", power_sgd_rank=1)
+        for step in range(8):
+            step_with(optim, {"x": gradient})
+            if disturbed:
+                step_with(optim, {"y": other})
+            if disturbed and step == 4:
+                pyro.get_param_store().setdefault("z", torch.zeros(3))
+                step_with(optim, {"y": other} | ({"z": torch.ones(3)} if rank == size - 1 else {}))
+        found = unconstrained("x")
+        pyro.clear_param_store()
+        pyro.param("x", torch.zeros(10, 9))
+        step_with(optim, {"x": torch.ones(10, 9)})
+        torch.testing.assert_close(unconstrained("x"), -torch.ones(10, 9))
+        return found
+
+    torch.testing.assert_close(train(True), train(False))
+    return store_values()
+
+
 def adasum_follows_its_formula() -> Values:
     """The paper's recursion, written plainly in float64; equal gradients give their mean, orthogonal ones the sum."""
     rank, size = current().rank, current().world_size
@@ -245,6 +275,7 @@ OPTIONS = [
     multi_optimizers_on_shards_equal_one_with_all_data,
     sixteen_bits_stay_close_to_the_mean,
     power_sgd_converges_by_its_error_feedback,
+    power_sgd_keeps_its_errors_while_parameters_come_and_go,
     adasum_follows_its_formula,
     sparse_gradients_cross_as_sparse,
     schedules_agree_on_the_averaged_metric,

@@ -93,6 +93,21 @@ def several_calls_make_one_step() -> Values:
     return store_values()
 
 
+def calls_that_are_left_at_the_end_of_uneven_data_make_a_step() -> Values:
+    """Rank r has 4 + r batches for steps of three calls: all have two steps in each epoch, and nothing is kept over."""
+    rank, size = current().rank, current().world_size
+    optim = DistributedOptimizer(SGD({"lr": 1.0}), backward_passes_per_step=3)
+    pyro.param("x", torch.zeros(2))
+    for epoch in range(2):
+        with optim.join():
+            for batch in range(4 + rank % 2):
+                optim.local_loss = float(batch)
+                step_with(optim, {"x": torch.ones(2)})
+        mean = sum(4 + each % 2 for each in range(size)) / size
+        torch.testing.assert_close(unconstrained("x"), torch.full((2,), -(epoch + 1) * mean))
+    return store_values()
+
+
 def several_backward_passes_before_a_call_need_nothing() -> Values:
     """Particles: `backward` runs three times before one call."""
     optim = DistributedOptimizer(SGD({"lr": 1.0}))
@@ -245,6 +260,7 @@ TRAINING = [
     uneven_data_is_averaged_over_active_ranks,
     failure_while_others_have_joined_reaches_them,
     several_calls_make_one_step,
+    calls_that_are_left_at_the_end_of_uneven_data_make_a_step,
     several_backward_passes_before_a_call_need_nothing,
     nonfinite_gradient_is_skipped_by_all,
     loss_and_flag_ride_along,

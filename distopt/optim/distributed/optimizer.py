@@ -176,13 +176,17 @@ class DistributedOptimizer(PyroOptim):
             self._losses.append(float(self.local_loss))
             self.local_loss = None
         gathered = self._passes.add(params)
-        if gathered is None:
-            return
+        if gathered is not None:
+            self._step_by(gathered, args, kwargs)
+
+    def _step_by(
+        self, params: Iterable[Tensor], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> None:
         reducer = self.reducer
         if self.local_step is not None:
             reducer.step, self.local_step = self.local_step, None
         reducer.backend.note(reducer.step, "reduce")
-        brought, said = reducer.look(gathered), self._say(Kind.GRADIENT)
+        brought, said = reducer.look(params), self._say(Kind.GRADIENT)
         if brought.own:
             try:
                 tell_own(self.optim, brought, said)
@@ -190,7 +194,7 @@ class DistributedOptimizer(PyroOptim):
                 self.abort(error)
                 raise
         reduced = reducer.reduce(brought, said)
-        self._apply_reduced(reduced, args, kwargs)
+        self._apply_reduced(reduced, args, kwargs or {})
 
     def zero_grad(self, params: Iterable[Tensor]) -> None:
         """Sets the gradient of each of `params` that has one to zero, as Pyro's SVI does after each step.
@@ -241,7 +245,8 @@ class DistributedOptimizer(PyroOptim):
         """Lets ranks with less data finish early: inside, a rank that is done takes part with zeros until all are.
 
         Every rank must open it. What a done rank steps by is the mean over the ranks still active, so replicas stay
-        equal; calls of `step()` for a scheduler are followed too.
+        equal; calls of `step()` for a scheduler are followed too. Where `backward_passes_per_step` does not divide a
+        rank's calls, the last ones make a step of their own.
 
         Example:
             >>> from distopt.optim import SGD
@@ -257,6 +262,9 @@ class DistributedOptimizer(PyroOptim):
             self.abort(error)
             raise
         else:
+            left = self._passes.take()
+            if left:
+                self._step_by(left)
             while self._follow():
                 pass
         finally:

@@ -30,7 +30,12 @@ class Passes:
                 self._kept[id(param)] = (param, param.grad.clone() if before is None else before + param.grad)
         if self._seen < self._num:
             return None
+        summed = self.take()
+        return {id(param): param for param in (*params, *summed)}.values()
+
+    def take(self) -> list[Tensor]:
+        """Returns the parameters of the calls since the last step with their sums in `.grad`, and begins anew."""
         self._seen, kept, self._kept = 0, self._kept, {}
         for param, gradient in kept.values():
             param.grad = gradient
-        return {id(param): param for param in (*params, *(param for param, _ in kept.values()))}.values()
+        return [param for param, _ in kept.values()]

@@ -1,0 +1,27 @@
+"""Compiles distopt/optim/_bulk.cpp where torch and a compiler are at hand; without them distopt is pure Python."""
+
+from setuptools import Extension, setup
+
+
+def extensions() -> list[Extension]:
+    """Returns the compiled loops for the torch that is installed; none in an isolated build, which has none."""
+    try:
+        import torch
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except (ImportError, OSError):
+        return []
+    return [
+        Extension(
+            "distopt.optim._bulk",
+            ["distopt/optim/_bulk.cpp"],
+            include_dirs=include_paths(),
+            library_dirs=library_paths(),
+            libraries=["c10", "torch_cpu", "torch_python"],
+            define_macros=[("DISTOPT_TORCH", f'"{torch.__version__}"')],
+            extra_compile_args=["-std=c++20", "-O2", "-g0"],
+            optional=True,
+        )
+    ]
+
+
+setup(ext_modules=extensions())
