@@ -246,6 +246,11 @@ def test_lost_host_is_named_again_when_it_answers_and_the_others_are_not_asked(s
     assert find() == {"one.invalid": 1}
     (ssh / "two.invalid").touch()
     wait_until(lambda: find() == {"one.invalid": 1, "two.invalid": 2}, "the host back", TIMEOUT_S)
+    lost.clear()
+    assert find() == {"one.invalid": 1, "two.invalid": 2}
+    (ssh / "two.invalid").unlink()
+    lost.add("two.invalid")
+    assert find() == {"one.invalid": 1}  # what it answered before is no answer now
 
 
 def test_last_words_of_a_worker_that_died_are_left_where_a_pod_s_kubelet_reads_them(tmp_path):
