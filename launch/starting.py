@@ -13,6 +13,7 @@ from pathlib import Path
 from distopt.config import RunConfig
 
 from . import asking, checks, output, ssh
+from .events import Reader
 from .follow import follow, say
 from .jobs import SubmittedJob, read_record
 from .plan import Plan
@@ -69,6 +70,7 @@ def _submit(config: RunConfig, plan: Plan, job: SubmittedJob, ranks: Sequence[in
     read, followed = output.of_job(job), ranks or ()
     # On Kubernetes a name belongs to one run; a Slurm job appends to the logs of those before.
     before = [len(read(rank, 0)) if config.launch.platform == "slurm" else 0 for rank in followed]
+    happened = Reader(directory)
     with submission(config, plan, directory):
         reference = job.submit()
         record(directory, plan, reference=reference)
@@ -76,7 +78,7 @@ def _submit(config: RunConfig, plan: Plan, job: SubmittedJob, ranks: Sequence[in
     if ranks is None:
         say(f"`distopt status {directory}`, `distopt logs {directory}` and `distopt stop {directory}` ask the engine")
         return 0
-    return asking.follow(job, directory, config.launch.grace_s, output.Output(ranks, read, before))
+    return asking.follow(job, directory, config.launch.grace_s, output.Output(ranks, read, before), happened)
 
 
 def _refuse_second(config: RunConfig, job: SubmittedJob, directory: Path) -> None:
