@@ -32,7 +32,7 @@ COPY configs /home/mpiuser/configs
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 MPLCONFIGDIR=/tmp/matplotlib
 USER 1000:1000
 WORKDIR /home/mpiuser
-HEALTHCHECK --start-period=60s CMD ["python", "-c", "from urllib.request import urlopen as get; get('http://127.0.0.1:8080/healthz', timeout=9)"]
+HEALTHCHECK CMD ["python", "-m", "distopt.launch.probe", "127.0.0.1", "8080"]
 ENTRYPOINT ["tini", "--"]
 CMD ["distopt", "--help"]
 ARG VERSION REVISION

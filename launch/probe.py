@@ -1,4 +1,4 @@
-"""Asks the worker of a pod whether it makes progress: `python -m distopt.launch.probe HOST PORT`, a liveness probe.
+"""Asks a worker whether it makes progress: `python -m distopt.launch.probe HOST PORT`, for health checks.
 
 A worker that says it is stalled, or takes the connection and says nothing, is to be replaced. One that is not there is
 not: its engine is starting it again, or waits for a pod whose node is still fetching the image. To a kubelet that asks

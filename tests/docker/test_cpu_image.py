@@ -60,7 +60,7 @@ def root(engine: Engine, image: dict[str, Any]) -> Iterator[Path]:
 def test_the_image_runs_without_privileges_under_an_init_with_labels_and_a_health_check(image: dict[str, Any]) -> None:
     config = image["Config"]
     assert (config["User"], config["Entrypoint"]) == ("1000:1000", ["tini", "--"])
-    assert "/healthz" in image["Healthcheck"]["Test"][-1]
+    assert image["Healthcheck"]["Test"] == ["CMD", "python", "-m", "distopt.launch.probe", "127.0.0.1", "8080"]
     labels = {key.removeprefix("org.opencontainers.image."): value for key, value in image["Labels"].items()}
     assert {"title", "licenses", "version"} <= labels.keys()
     assert re.fullmatch(r"[0-9a-f]{40}", labels["revision"])
@@ -104,10 +104,16 @@ def test_torch_is_for_cpus_horovod_has_gloo_and_mpi_and_our_loops_are_compiled(
     assert json.loads(run.stdout.splitlines()[-1]) == [None, True, True, True, True]
 
 
-def test_the_health_check_follows_the_endpoint(engine: Engine, image: dict[str, Any]) -> None:
+def test_the_health_check_fails_while_the_run_s_endpoint_says_that_it_is_stalled(
+    engine: Engine, image: dict[str, Any]
+) -> None:
     serve = (
-        "import sys, time; from distopt.train.serve import StatusServer; from distopt.train.status import Status\n"
-        "sys.stdin.readline(); server = StatusServer(Status(), port=8080); print('up', flush=True); time.sleep(600)"
+        "import sys; from datetime import timedelta\n"
+        "from distopt.train.serve import StatusServer; from distopt.train.status import Status\n"
+        "print('up', flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    server = StatusServer(Status(), port=8080, stall=timedelta(seconds=float(line)))\n"
+        "    print('serving', flush=True); sys.stdin.readline(); server.close(); print('closed', flush=True)"
     )
     command = ["podman", "run", "-i", "--rm", "--name=distopt-health", "--network=none", IMAGE, "python", "-c", serve]
     with subprocess.Popen(
@@ -115,13 +121,19 @@ def test_the_health_check_follows_the_endpoint(engine: Engine, image: dict[str, 
     ) as container:
         assert container.stdin is not None
         assert container.stdout is not None
+
+        def health(said: str) -> int:
+            assert container.stdout is not None
+            assert container.stdout.readline() == f"{said}\n"
+            return engine.call("podman", "healthcheck", "run", "distopt-health", check=False).returncode
+
         try:
-            wait_for(lambda: "distopt-health" in engine.call("podman", "ps", "--format={{.Names}}").stdout)
-            assert engine.call("podman", "healthcheck", "run", "distopt-health", check=False).returncode == 1
-            container.stdin.write("go\n")
-            container.stdin.flush()
-            assert container.stdout.readline() == "up\n"
-            assert engine.call("podman", "healthcheck", "run", "distopt-health").returncode == 0
+            assert health("up") == 0, "a container that serves nothing may be all right"
+            for stall_s, expected in ((3600, 0), (0, 1)):
+                print(stall_s, file=container.stdin, flush=True)
+                assert health("serving") == expected
+                print("close", file=container.stdin, flush=True)
+                assert health("closed") == 0
         finally:
             engine.call("podman", "rm", "--force", "--time=0", "distopt-health")
 
