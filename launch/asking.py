@@ -10,9 +10,10 @@ from pathlib import Path
 
 from distopt.config import ConfigError, RunConfig, load_config
 
-from . import output
+from . import output, report
 from .batch import SlurmError
 from .cluster import ClusterError
+from .events import Reader
 from .follow import say
 from .jobs import FollowedJob, Job, JobError, State, SubmittedJob
 from .plan_files import CONFIG_FILE, LAUNCH_FILE
@@ -77,7 +78,8 @@ def stop(directory: Path) -> State:
     """Asks a run to end and waits for it; what is still there after the grace time is killed, where it can be."""
     run = job(directory)
     run.stop()
-    return _wait_for_end(run, recorded(directory).launch.grace_s + 20)
+    state = _wait_for_end(run, recorded(directory).launch.grace_s + 20)
+    return State("stopped", state.detail) if state.phase == "unknown" else state  # its engine has forgotten it
 
 
 def _wait_for_end(run: Job, limit_s: float) -> State:
@@ -93,7 +95,7 @@ def _wait_for_end(run: Job, limit_s: float) -> State:
     return state
 
 
-def follow(run: SubmittedJob, directory: Path, grace_s: float, shown: output.Output) -> int:
+def follow(run: SubmittedJob, directory: Path, grace_s: float, shown: output.Output, happened: Reader) -> int:
     """Shows a submitted run's phases and its output until it ends; Ctrl-C and SIGTERM stop it.
 
     Args:
@@ -101,6 +103,7 @@ def follow(run: SubmittedJob, directory: Path, grace_s: float, shown: output.Out
         directory: Its record.
         grace_s: Seconds for the last checkpoint.
         shown: Prints what its ranks do.
+        happened: Reads what its guards have written down since it was submitted.
 
     Returns:
         0 when it is done, 130 or 143 when it was stopped by a signal, 1 otherwise.
@@ -122,7 +125,7 @@ def follow(run: SubmittedJob, directory: Path, grace_s: float, shown: output.Out
                     _wait_for_end(run, grace_s + 20)
                     return 128 + asked[0]
                 if state.ended or state.phase == "unknown":
-                    return _report(state, directory)
+                    return _report(state, directory, happened)
             except (SlurmError, ClusterError) as error:  # controllers and networks have their moments
                 if said != (said := f"no answer: {error}"):
                     say(said)
@@ -138,13 +141,10 @@ def follow(run: SubmittedJob, directory: Path, grace_s: float, shown: output.Out
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def _report(state: State, directory: Path) -> int:
+def _report(state: State, directory: Path, happened: Reader) -> int:
     if state.phase == "done":
         return 0
-    from . import report
-    from .events import Reader
-
-    seen = report.last_attempt(Reader(directory, from_start=True).new())
+    seen = report.last_attempt(happened.new())
     if seen:
         print(report.failure(directory, seen, 1, 0.0, "slurm.log"), file=sys.stderr)
     return 1

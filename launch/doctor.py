@@ -21,8 +21,8 @@ from typing import Literal
 from distopt.config import RunConfig
 
 from . import network, ssh
-from .libraries import mpi_of_horovod
-from .platforms.mpirun import PACKAGES, find_mpirun, is_mpich
+from .libraries import BUILD_HOROVOD, mpi_of_horovod
+from .platforms.mpirun import find_mpirun, is_mpich
 from .platforms.torchrun import DEFAULT_PORT
 
 PROBE_TIMEOUT_S = 120
@@ -120,8 +120,9 @@ def _mpi() -> Finding:
     needed, built = "MPICH" if is_mpich(program) else "Open MPI", mpi_of_horovod()
     if built in (None, "none", needed):
         return Finding("MPI", "ok", f"{said} at {program}")
-    mend = f"make setup-dev MPI={PACKAGES[needed]}"
-    return Finding("MPI", "warning", f"{said} at {program}, but Horovod was built for {built}", mend)
+    return Finding(
+        "MPI", "warning", f"{said} at {program}, but Horovod was built for {built}", f"python {BUILD_HOROVOD}"
+    )
 
 
 def _own_name() -> Finding:

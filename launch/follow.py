@@ -14,7 +14,7 @@ from typing import TextIO
 
 from . import agent, events, output, report, terminal
 from .plan import Command, Plan
-from .plan_files import LOGS, STOP_FILE
+from .plan_files import FAILURE_FILE, LOGS, STOP_FILE
 from .processes import adopt_orphans, die_with_parent, kill_descendants
 
 POLL_S = 0.1
@@ -113,7 +113,7 @@ class _Run:
     def look(self) -> None:
         """Shows what is new and ends what is late."""
         if not self._lent:
-            self._output.show()
+            self._show()
         self._repeat()
         if self.plan.heartbeat and time.monotonic() >= self._beat_at:
             self._beat_at = time.monotonic() + HEARTBEAT_S
@@ -130,6 +130,13 @@ class _Run:
             self.ask_to_stop()
         if time.monotonic() > self._kill_at:
             self._late = bool(kill_descendants(os.getpid()))
+
+    def _show(self) -> None:
+        try:
+            self._output.show()
+        except BrokenPipeError:  # nobody reads any more, as when a terminal hangs up
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.on_signal(signal.SIGHUP)
 
     def _repeat(self) -> None:
         """Shows what programs of ours have written into the engine's log."""
@@ -184,7 +191,9 @@ class _Run:
             if command.host is not None and status:
                 say(f"{command.host}: " + ("the connection was lost" if status == 255 else f"exit status {status}"))
         sys.stdout.flush()
-        print(report.failure(self.run_dir, last, engine, seconds, ENGINE_LOG), file=sys.stderr)
+        text = report.failure(self.run_dir, last, engine, seconds, ENGINE_LOG)
+        (self.run_dir / LOGS / FAILURE_FILE).write_text(text + "\n")
+        print(text, file=sys.stderr)
         return 1
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from .plan_files import LAUNCH_FILE, LOCK_FILE
+from .plan_files import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS
 
 Phase = Literal["unknown", "pending", "running", "stopped", "done", "failed"]
 
@@ -69,7 +69,14 @@ class FollowedJob:
         if status is None:
             return State("failed", f"the launcher, {where}, was killed")
         phases: dict[int, Phase] = {0: "done", 130: "stopped", 143: "stopped"}
-        return State(phases.get(status, "failed"), f"exit status {status}")
+        return State(phases.get(status, "failed"), "; ".join([f"exit status {status}", *self._first_death()]))
+
+    def _first_death(self) -> list[str]:
+        """Returns the line of the launcher's report that says who died first."""
+        try:
+            return [line.strip() for line in (self.run_dir / LOGS / FAILURE_FILE).read_text().splitlines()[1:2]]
+        except OSError:
+            return []
 
     def _held(self) -> bool:
         try:
@@ -104,8 +111,11 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     Raises:
         JobError: Nothing was.
     """
+    path = run_dir / LAUNCH_FILE
     try:
-        record: dict[str, Any] = json.loads((run_dir / LAUNCH_FILE).read_text())
-    except (OSError, ValueError):
+        record: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
         raise JobError(f"{run_dir}: no run was launched here (there is no {LAUNCH_FILE})") from None
+    except (OSError, ValueError) as error:
+        raise JobError(f"{path}: cannot be read ({error}); the next launch writes it anew") from None
     return record

@@ -13,6 +13,7 @@ _FAMILIES: tuple[tuple[bytes, Literal["Open MPI", "MPICH"]], ...] = (
     (b"\0libmpi.so.12\0", "MPICH"),
 )
 
+BUILD_HOROVOD = "tools/build_horovod.py"
 Mpi = Literal["Open MPI", "MPICH", "none"]
 
 

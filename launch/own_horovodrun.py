@@ -81,6 +81,7 @@ def driver_of(run_dir: Path) -> type:
         def notify_hosts_updated(self, timestamp: int, update: int) -> None:
             if update & HostUpdateResult.added:
                 _say("a lost host is back: the workers save and start again with it")
+                self._worker_registry._reset_count -= 1  # the limit is one of deaths
                 rounds.end(run_dir, self._worker_registry.last_rendezvous())
 
     return Driver
@@ -102,11 +103,16 @@ class Answering:
 
     def find_available_hosts_and_slots(self) -> dict[str, int]:
         """Returns them at once, since the driver holds a lock meanwhile; hosts are asked in the background."""
-        return {host: slots for host, slots in self._find().items() if not self._is_lost(host) or self._answers(host)}
+        return {host: slots for host, slots in self._find().items() if self._is_there(host)}
+
+    def _is_there(self, host: str) -> bool:
+        if not self._is_lost(host):
+            self._asked_at.pop(host, None)
+            self._answered.pop(host, None)
+            return True
+        return network.is_here(host) or self._answers(host)
 
     def _answers(self, host: str) -> bool:
-        if network.is_here(host):
-            return True
         if host not in self._asked_at:
             _say(f"{host} was lost; it joins again when it answers")
         if time.monotonic() >= self._asked_at.get(host, 0.0):

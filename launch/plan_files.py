@@ -3,6 +3,7 @@
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.yaml"
 CONFIG_VARIABLE = "DISTOPT_CONFIG"
+FAILURE_FILE = "failure.txt"
 LAUNCH_FILE = "launch.json"
 LOCK_FILE = "launch.lock"
 LOGS = "logs"

@@ -40,9 +40,14 @@ def cause(event: Event) -> str:
 
 
 def last_attempt(seen: Sequence[Event]) -> list[Event]:
-    """Returns the events of the last time that the engine started workers."""
-    newest = max((event.attempt for event in seen), default=0)
-    return [event for event in seen if event.attempt == newest]
+    """Returns the events since the engine started workers last; a job that is requeued counts attempts from 0 again."""
+    lives: dict[int, list[Event]] = {}  # of each rank, since it was started last
+    for event in seen:
+        if isinstance(event, Start):
+            lives[event.rank] = []
+        lives.setdefault(event.rank, []).append(event)
+    newest = max((life[0] for life in lives.values()), key=lambda event: event.time, default=None)
+    return [event for event in seen if newest and event.attempt == newest.attempt and event in lives[event.rank]]
 
 
 def stopped_well(seen: Sequence[Event]) -> bool:

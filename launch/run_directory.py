@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from distopt.config import RunConfig
 
 from .plan import Plan
-from .plan_files import LAUNCH_FILE, LOCK_FILE, LOGS, SECRETS_FILE, STOP_FILE
+from .plan_files import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS, SECRETS_FILE, STOP_FILE
 
 RUNS = Path("runs")
 
@@ -48,7 +48,8 @@ def submission(config: RunConfig, plan: Plan, run_dir: Path) -> Iterator[Path]:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
-            (run_dir / STOP_FILE).unlink(missing_ok=True)
+            for left in (run_dir / STOP_FILE, run_dir / LOGS / FAILURE_FILE):
+                left.unlink(missing_ok=True)
             for path, text in plan.files.items():
                 write(path, text, mode=0o777 if text.startswith("#!") else 0o666)
             _write_secrets(config, plan, run_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,10 +53,28 @@ def unreachable(config: RunConfig, hosts: Sequence[str]) -> list[str]:
         return [problem for problem in pool.map(lambda host: _try(config, host), hosts) if problem]
 
 
+def blind(config: RunConfig, path: Path) -> list[str]:
+    """Returns what keeps hosts from seeing a file that has just been written here: each has a folder of its own."""
+    hosts = [host for host in config.launch.hosts if not network.is_here(host)]
+
+    def look(host: str) -> int:
+        argv = remote(config, host, ["test", "-e", str(path.resolve())])
+        return subprocess.run(argv, capture_output=True, stdin=subprocess.DEVNULL).returncode
+
+    with ThreadPoolExecutor(max(1, len(hosts))) as pool:
+        return [
+            f"launch.hosts: {host} does not see {path}, which is here; the command must be given in a folder that all "
+            "hosts share"
+            for host, status in zip(hosts, pool.map(look, hosts), strict=True)
+            if status == 1
+        ]
+
+
 def _try(config: RunConfig, host: str) -> str | None:
     here = str(Path.cwd())
     limit_s = config.launch.ssh.connect_timeout_s + 15
-    argv = remote(config, host, ["sh", "-c", 'cd -- "$0" && nproc', here])
+    look = 'cd -- "$0" || exit 3; test -x "$1" || exit 4; nproc'
+    argv = remote(config, host, ["sh", "-c", look, here, sys.executable])
     by_hand = shlex.join([*argv[:-3], "--", host, "true"])
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL)
@@ -66,6 +85,8 @@ def _try(config: RunConfig, host: str) -> str | None:
     if done.returncode == 255:
         said = " ".join(line for line in done.stderr.splitlines() if line.strip("@ "))[:300]  # without ssh's banner
         return f"launch.hosts: {host} cannot be reached: {said}; try `{by_hand}`"
+    if done.returncode == 4:
+        return f"launch.hosts: {host} has no {sys.executable}; install distopt there in the same place, or share it"
     if done.returncode:
         return f"launch.hosts: {host} has no folder {here}; the command must be given in a folder that all hosts share"
     return next(iter(network.slot_problems(config, host, int(done.stdout.split()[-1]))), None)

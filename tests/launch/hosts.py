@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 NETWORK = "10.88.0"
@@ -74,6 +76,19 @@ class Hosts:
     def link(self, number: int, state: str) -> None:
         """Takes a host's link `down` or `up`."""
         ip("-n", SWITCH, "link", "set", self.names[number - 1], state)
+
+    @contextmanager
+    def odd_sshd(self, number: int, port: int, hidden: Path, *options: str) -> Iterator[None]:
+        """Runs a second sshd on a host, whose sessions see an empty folder in place of `hidden`."""
+        sshd = ["/usr/sbin/sshd", "-D", "-e", "-p", str(port), *options, "-f", str(self.folder / "sshd_config")]
+        argv = self.run(number, "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(hidden), *sshd)
+        with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as odd:
+            try:
+                assert odd.stderr is not None
+                assert any(f"listening on 0.0.0.0 port {port}" in line for line in odd.stderr)
+                yield
+            finally:
+                odd.kill()
 
     def _start_ssh(self) -> None:
         Path("/run/sshd").mkdir(exist_ok=True)

@@ -142,9 +142,9 @@ def mpi(monkeypatch):
 @pytest.mark.parametrize(
     ("mpirun_of", "horovod_for", "backend", "said"),
     [
-        ("Open MPI", None, "horovod", "takes Horovod, but it is not installed; `make setup-dev MPI=openmpi`"),
+        ("Open MPI", None, "horovod", "takes Horovod, but it is not installed; `python tools/build_horovod.py`"),
         ("Open MPI", "none", "horovod", "takes Horovod, but it was built without MPI"),
-        ("MPICH", "Open MPI", "horovod", "built for Open MPI, and mpirun is MPICH's; `make setup-dev MPI=mpich`"),
+        ("MPICH", "Open MPI", "horovod", "built for Open MPI, and mpirun is MPICH's; `python tools/build_"),
         ("MPICH", "Open MPI", "auto", "auto takes Horovod, but it was built for Open MPI"),
         ("Open MPI", "MPICH", "auto", "auto takes Horovod, but it was built for MPICH"),
         ("Open MPI", "Open MPI", "horovod", ""),

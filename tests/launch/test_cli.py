@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
+import pytest
+import yaml
 from typer.testing import CliRunner
 
 from distopt.launch.cli import app
@@ -35,3 +38,17 @@ def test_train_refuses_a_bad_config_before_it_imports_torch(tmp_path):
     result = CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml")])
     assert result.exit_code == 2
     assert "found neither of task and script" in result.output
+
+
+def test_config_that_is_shown_is_complete_and_keeps_to_the_schema_that_is_printed(tmp_path):
+    jsonschema = pytest.importorskip("jsonschema")
+    (tmp_path / "run.yaml").write_text("name: run\nscript: train.py\nrun_dir: /data/${name}\n")
+    shown = CliRunner().invoke(app, ["config", "show", str(tmp_path / "run.yaml"), "launch.workers=3"])
+    schema = CliRunner().invoke(app, ["config", "schema"])
+    assert (shown.exit_code, schema.exit_code) == (0, 0)
+    raw = yaml.safe_load(shown.stdout)
+    assert (raw["run_dir"], raw["launch"]["workers"], raw["train"]["num_steps"]) == ("/data/run", 3, 1000)
+    validator = jsonschema.Draft202012Validator(json.loads(schema.stdout))
+    validator.validate(raw)
+    with pytest.raises(jsonschema.ValidationError, match="nodez"):
+        validator.validate({**raw, "launch": {"nodez": 2}})

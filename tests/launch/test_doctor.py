@@ -99,23 +99,26 @@ def test_host_with_another_clock_and_folder_and_one_out_of_reach_are_failures(ho
     library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
     if library is None:
         pytest.skip("libfaketime is missing (Debian: faketime)")
-    # On host 2, a second sshd whose sessions are two minutes ahead and see another folder in place of this one.
-    options = ["-p", "2222", "-o", f"SetEnv=LD_PRELOAD={library} FAKETIME=+120s"]
-    sshd = ["/usr/sbin/sshd", "-D", "-e", *options, "-f", str(hosts.folder / "sshd_config")]
-    hidden = ["sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(tmp_path), *sshd]
     settings = hosts.folder / "odd_config"
     settings.write_text("Host dh2\n  Port 2222\nHost *\n" + (hosts.folder / "ssh_config").read_text())
-    with subprocess.Popen(hosts.run(2, *hidden), stderr=subprocess.PIPE, text=True) as odd:
-        try:
-            assert odd.stderr is not None
-            assert any("listening on 0.0.0.0 port 2222" in line for line in odd.stderr)
-            command = ["-m", "distopt.launch", "doctor", "run.yaml", "--json"]
-            status, found = examined(hosts, tmp_path, settings, "dh1, dh2, 10.88.0.77", *command)
-        finally:
-            odd.kill()
+    ahead = ["-o", f"SetEnv=LD_PRELOAD={library} FAKETIME=+120s"]  # sessions two minutes ahead
+    with hosts.odd_sshd(2, 2222, tmp_path, *ahead):
+        command = ["-m", "distopt.launch", "doctor", "run.yaml", "--json"]
+        status, found = examined(hosts, tmp_path, settings, "dh1, dh2, 10.88.0.77", *command)
     assert status == 1
     assert found["dh2"]["verdict"] == "ok"
     assert found["dh2 clock"]["verdict"] == "failure" and found["dh2 clock"]["said"] == "120.0 s apart"
     assert found["dh2 folder"]["verdict"] == "failure" and "not the same folder" in found["dh2 folder"]["said"]
     assert found["10.88.0.77"]["verdict"] == "failure" and "10.88.0.77 cannot be asked" in found["10.88.0.77"]["said"]
     assert found["all-reduce over hosts"]["verdict"] == "warning"
+
+
+def test_horovod_that_was_built_for_another_mpi_is_a_warning_with_the_build_that_mends_it(tmp_path, monkeypatch):
+    program = tmp_path / "mpirun"  # what MPICH's says of itself
+    program.write_text("#!/bin/sh\nprintf 'HYDRA build details:\\n    Version:      5.0.2\\n'\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(doctor, "find_mpirun", lambda: str(program))
+    monkeypatch.setattr(doctor, "mpi_of_horovod", lambda: "Open MPI")
+    finding = doctor._mpi()
+    assert (finding.verdict, finding.mend) == ("warning", "python tools/build_horovod.py")
+    assert finding.said == f"mpirun (MPICH) 5.0.2 at {program}, but Horovod was built for Open MPI"

@@ -137,6 +137,20 @@ def test_report_names_the_rank_that_told_the_others_of_its_error_though_it_ended
     assert "rank-1.log ends with" in said and "waiting" not in said
 
 
+def test_report_is_of_the_last_life_though_an_earlier_one_had_more_attempts():
+    lives = [(0, 1.0), (1, 2.0), (0, 3.0)]  # attempts and times: one restart, then the job was requeued
+    seen = [
+        kind(rank, attempt, "host", 1, time + later, status)
+        for attempt, time in lives
+        for kind, later, status in ((events.Start, 0.0, None), (events.End, 0.5, 1))
+        for rank in (0, 1)
+    ]
+    assert report.last_attempt(seen) == seen[-4:]
+    shrunk = [*seen, events.Start(0, 1, "host", 1, 4.0)]  # an elastic world went on with one rank
+    assert report.last_attempt(shrunk) == shrunk[-1:]
+    assert report.last_attempt([]) == []
+
+
 def test_out_of_memory_is_told_as_such():
     assert "out of memory" in report.cause(events.End(0, 0, "host", 1, 0.0, -9, out_of_memory=True))
 
@@ -246,6 +260,11 @@ def test_lost_host_is_named_again_when_it_answers_and_the_others_are_not_asked(s
     assert find() == {"one.invalid": 1}
     (ssh / "two.invalid").touch()
     wait_until(lambda: find() == {"one.invalid": 1, "two.invalid": 2}, "the host back", TIMEOUT_S)
+    lost.clear()
+    assert find() == {"one.invalid": 1, "two.invalid": 2}
+    (ssh / "two.invalid").unlink()
+    lost.add("two.invalid")
+    assert find() == {"one.invalid": 1}  # what it answered before is no answer now
 
 
 def test_last_words_of_a_worker_that_died_are_left_where_a_pod_s_kubelet_reads_them(tmp_path):

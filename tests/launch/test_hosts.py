@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from distopt.launch.jobs import FollowedJob
 from tests.launch.launching import wait_until
 
 ENGINES = ["torchrun", "horovodrun", "horovodrun --mpi", "mpirun"]
@@ -58,6 +60,22 @@ def test_host_with_a_wrong_key_is_refused_and_nothing_runs_there(numbers, settin
     assert run.wait() == 2
     assert said in run.err
     assert not run.run_dir.exists()
+
+
+@pytest.mark.parametrize("lacks", ["files", "interpreter"])
+def test_host_that_does_not_share_the_folder_or_has_no_python_is_refused(lacks, hosts, on_hosts, tmp_path):
+    hidden = {"files": tmp_path, "interpreter": Path(sys.executable).parent}[lacks]
+    config = hosts.folder / "odd_config"
+    config.write_text("Host dh2\n  Port 2222\nHost *\n" + (hosts.folder / "ssh_config").read_text())
+    with hosts.odd_sshd(2, 2222, hidden):
+        run = on_hosts("torchrun", [1, 2], f"launch.ssh={{config: {config}, known_hosts: {hosts.folder}/known_host}}")
+        assert run.wait() == 2
+    if lacks == "files":
+        assert "launch.hosts: dh2 does not see runs/run/launch.json, which is here" in run.err
+        assert FollowedJob(run.run_dir).state().detail == "exit status 2"
+    else:
+        assert f"launch.hosts: dh2 has no {sys.executable}; install distopt there in the same place" in run.err
+        assert not run.run_dir.exists()
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,14 @@ so a test writes the statuses that these would write.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -27,6 +24,7 @@ from distopt.launch.cli import app
 from distopt.launch.cluster import Cluster, ClusterError, _place
 from distopt.launch.manifests import manifests
 from distopt.launch.platforms import platform
+from tests.launch.api_server import Server
 
 CRDS = Path(__file__).parents[3] / "shared" / "crds"
 BASE = """
@@ -161,6 +159,7 @@ def expanded(text: str, variables: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25)
 @given(arguments=st.lists(st.text("$()A\"' ;é", max_size=8), max_size=4))
 def test_script_arguments_arrive_as_they_are_though_kubernetes_expands_variables(kind, arguments):
     config = config_of(kind, "task=null", "script=a b/train.py")
@@ -198,54 +197,6 @@ def test_trainjob_sets_nothing_that_the_operator_sets():
 def test_bad_input_is_refused(overrides, said):
     found = platform("kubernetes").problems(parse_config(BASE, overrides))
     assert said in "\n".join(found)
-
-
-class Server:
-    """kmock's API server in a thread, with the resources that runs are made of."""
-
-    RESOURCES = [
-        "v1/services", "v1/pods", "batch/v1/jobs", "jobset.x-k8s.io/v1alpha2/jobsets", "kubeflow.org/v1/pytorchjobs",
-        "kubeflow.org/v2beta1/mpijobs", "trainer.kubeflow.org/v1alpha1/trainjobs",
-    ]  # fmt: skip
-
-    def __init__(self) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.url = ""
-        self.emulator: Any = None
-        self._up = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="api-server")
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_until_complete(self._serve())
-        self.loop.close()
-
-    async def _serve(self) -> None:
-        import kmock
-
-        self._down = asyncio.Event()
-        async with kmock.KubernetesEmulator() as emulator:
-            self.emulator = emulator
-            for resource in self.RESOURCES:
-                emulator.resources[resource] = kmock.ResourceInfo(namespaced=True)
-            # What a kubelet answers for a container whose image is still being pulled, seen with release 1.20.
-            said = 'container "worker" in pod "waiting" is waiting to start: ContainerCreating'
-            status = {"kind": "Status", "status": "Failure", "message": said, "reason": "BadRequest", "code": 400}
-            emulator["get /api/v1/namespaces/default/pods/waiting/log"] << 400 << status
-            emulator["get /api/v1/namespaces/default/pods/running/log"] << "step 1\n"
-            async with kmock.Server(emulator, host="127.0.0.1") as server:
-                self.url = str(server.url)
-                self._up.set()
-                await self._down.wait()
-
-    def __enter__(self) -> Server:
-        self._thread.start()
-        assert self._up.wait(30), "the API server did not start"
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.loop.call_soon_threadsafe(self._down.set)
-        self._thread.join(30)
 
 
 @pytest.fixture
@@ -334,7 +285,7 @@ def test_commands_submit_a_run_ask_about_it_read_it_and_stop_it(distopt, api):
     # The object of a run that has ended keeps its name.
     status, _, said = distopt("launch", "run.yaml")
     assert (status, "the engine has a run flights already (done); `distopt stop runs/flights`" in said) == (2, True)
-    assert distopt("stop", "flights")[0] == 0
+    assert distopt("stop", "flights") == (0, "stopped\tthere is no Job flights in namespace default\n", "")
     assert distopt("status")[1].startswith("runs/flights\tunknown\tthere is no Job flights")
     assert distopt("launch", "run.yaml", "--detach")[0] == 0
 

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +18,9 @@ import pytest
 from typer.testing import CliRunner
 
 from distopt.launch.cli import app
+from distopt.launch.jobs import FollowedJob
 from distopt.launch.platforms.mpirun import find_mpirun
-from tests.launch.launching import wait_until, write_config
+from tests.launch.launching import Launched, wait_until, write_config
 
 SUM = Path(__file__).with_name("sum_script.py")
 HOROVOD = pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not installed (make setup-dev builds it)")
@@ -121,9 +124,15 @@ def test_worker_that_dies_in_each_attempt_ends_the_run_after_the_last_restart(st
     assert run.wait() == 1
     assert run.err.count("ended with exit status 7") == 2 + 1  # in each attempt, and in the report
     assert "goes on" not in run.err  # there is no checkpoint
+    assert re.search(r"^failed exit status 1; rank 1 on .* died first: it ended with exit status 7\.$", state(run))
     assert [line.rsplit(" ", 1)[1] for line in run.log(1).splitlines() if line.startswith("--- ")] == ["0", "1"]
     assert sorted(run.out.splitlines()) == ["[0] rank 0 does exit"] * 2 + ["[1] rank 1 does exit"] * 2
     assert run.processes() == []
+
+
+def state(run: Launched) -> str:
+    found = FollowedJob(run.run_dir).state()
+    return f"{found.phase} {found.detail}"
 
 
 def test_worker_that_leaves_early_with_status_0_is_named(start, tmp_path):
@@ -230,6 +239,28 @@ def test_detached_run_is_asked_about_read_and_stopped_by_its_name(start, tmp_pat
     assert distopt("logs", "run", "--follow")[1].endswith("rank 0 does wait\n")
     assert (tmp_path / "saved-0").exists()
     assert "distopt: stopped" in (first.run_dir / "logs" / "launcher.log").read_text()
+
+
+TALKING = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path("saved").touch(), sys.exit(143)))
+while True:
+    print("a step", flush=True)
+    time.sleep(0.05)
+"""
+
+
+def test_run_whose_output_nobody_reads_any_more_saves_and_ends_as_at_a_hang_up(tmp_path):
+    write_config(tmp_path)
+    (tmp_path / "talk.py").write_text(TALKING)
+    argv = [sys.executable, "-m", "distopt.launch", "launch", "run.yaml", *SINGLE, "script=talk.py"]
+    with subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None and launcher.stderr is not None
+        assert launcher.stdout.readline() == "a step\n"
+        launcher.stdout.close()
+        said = launcher.stderr.read()
+    assert (launcher.returncode, (tmp_path / "saved").exists()) == (143, True), said
+    assert said.startswith("distopt: SIGHUP: a last checkpoint, then the end") and "Traceback" not in said
 
 
 def test_run_whose_launcher_was_killed_is_told_as_such_and_can_be_launched_again(start, tmp_path, distopt):

@@ -106,14 +106,18 @@ def test_detached_run_is_asked_read_and_stopped_with_its_workers_saved(submit, t
     wait_until(lambda: run.processes() == [], "all processes of the run gone", timeout_s=20)
 
 
+# srun alone, without torchrun, which takes seconds to start and is in the tests above.
+BARE = ("launch.nodes=2", "reduce.backend=mpi", "launch.slurm={mpi: none}")
+
+
 def test_worker_that_dies_fails_the_job_and_is_named(submit, tmp_path):
-    run = submit("launch.nodes=2", script_args=("raise", "1"))
+    run = submit(*BARE, script_args=("raise", "1"))
     assert run.wait() == 1
     assert "rank 1 on dh" in run.err and "the culprit's own words" in run.err
 
 
 def test_signal_to_the_launcher_stops_the_job(submit, tmp_path):
-    run = submit("launch.nodes=2", script_args=("wait",))
+    run = submit(*BARE, script_args=("wait",))
     wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "all workers ready")
     run.signal(signal.SIGTERM)
     assert run.wait() == 143, run.everything()

@@ -97,14 +97,14 @@ def outcome(function, *args):
 def test_gradients_are_gathered_as_python_gathers_them(shapes, dtype, gradients, moved):
     params = tuple(parameter(shape, dtype) for shape in shapes)
     arena = Arena(params)
+    mine, theirs = torch.full_like(arena.flat, 7.0), torch.full_like(arena.flat, 7.0)
+    blocks = blocks_of(params, theirs)
     for p, kind in zip(params, gradients, strict=False):
         give_gradient_(p, kind)
     if moved is not None:
         with torch.no_grad():
             params[moved % len(params)].data = params[moved % len(params)].detach().clone()
-    mine, theirs = torch.full_like(arena.flat, 7.0), torch.full_like(arena.flat, 7.0)
     found = bulk.gather(params, arena.flat, mine)
-    blocks = blocks_of(params, arena.pointers, theirs)
     if found is None:
         assert set(gradients[: len(params)]) != {"dense"}
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pyro
@@ -74,6 +75,24 @@ def failure_while_others_have_joined_reaches_them() -> None:
             if step == 2:
                 raise ZeroDivisionError("in the model")
             step_with(optim, {"x": torch.ones(2)})
+
+
+def second_optimizer_inside_a_join_is_refused() -> Values:
+    """Whether it is called as it is or inside a join of its own: ranks that are done could not follow both."""
+    rank, size = current().rank, current().world_size
+    first, second = DistributedOptimizer(SGD({"lr": 1.0})), DistributedOptimizer(SGD({"lr": 1.0}))
+    pyro.param("x", torch.zeros(2))
+    pyro.param("y", torch.zeros(3))
+    done = size > 1 and rank == size - 1
+    for nested in (False, True):
+        cause = (PeerError, f"rank 0 of {size} failed") if done and not nested else (RuntimeError, "and another one is")
+        with pytest.raises(cause[0], match=cause[1]), first.join(), second.join() if nested else nullcontext():
+            if not done:
+                step_with(first, {"x": torch.ones(2)})
+                step_with(second, {"y": torch.ones(3)})
+    step_with(second, {"y": torch.ones(3)})
+    assert unconstrained("x").eq(-1).all() and unconstrained("y").eq(-1).all()
+    return store_values()
 
 
 def several_calls_make_one_step() -> Values:
@@ -259,6 +278,7 @@ TRAINING = [
     failing_rank_is_named_by_all,
     uneven_data_is_averaged_over_active_ranks,
     failure_while_others_have_joined_reaches_them,
+    second_optimizer_inside_a_join_is_refused,
     several_calls_make_one_step,
     calls_that_are_left_at_the_end_of_uneven_data_make_a_step,
     several_backward_passes_before_a_call_need_nothing,

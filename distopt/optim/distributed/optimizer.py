@@ -23,6 +23,7 @@ from distopt.reduce import DisagreementError, DriftError, PeerError, Reduced, Re
 from distopt.reduce.agreement import share_values_
 from distopt.reduce.control import Control, Kind
 from distopt.reduce.finite import explain_nonfinite
+from distopt.reduce.joins import is_joining, joining
 from distopt.reduce.noise import NoisePolicy
 
 logger = logging.getLogger("distopt.optim")
@@ -135,7 +136,6 @@ class DistributedOptimizer(PyroOptim):
         self._made: Reducer | None = None
         self._passes = Passes(backward_passes_per_step)
         self._losses: list[float] = []
-        self._has_joins = False
 
     def __getattr__(self, name: str) -> Any:
         # What is not said here is the wrapped optimizer's: pt_optim_args, nonfinite, num_skipped_steps …
@@ -229,7 +229,7 @@ class DistributedOptimizer(PyroOptim):
         is_metric = (
             isinstance(metric, (int, float, Tensor)) and not isinstance(metric, bool) and takes_metric(scheduler)
         )
-        if is_metric or self._has_joins:
+        if is_metric or is_joining(self.backend):
             said = Control(
                 self.reducer.step, Kind.SCHEDULE, value=float(metric) if is_metric and metric is not None else None
             )
@@ -244,9 +244,9 @@ class DistributedOptimizer(PyroOptim):
     def join(self) -> Iterator[None]:
         """Lets ranks with less data finish early: inside, a rank that is done takes part with zeros until all are.
 
-        Every rank must open it. What a done rank steps by is the mean over the ranks still active, so replicas stay
-        equal; calls of `step()` for a scheduler are followed too. Where `backward_passes_per_step` does not divide a
-        rank's calls, the last ones make a step of their own.
+        Every rank must open it, and call no other `DistributedOptimizer` inside. What a done rank steps by is the mean
+        over the ranks still active, so replicas stay equal; calls of `step()` for a scheduler are followed too. Where
+        `backward_passes_per_step` does not divide a rank's calls, the last ones make a step of their own.
 
         Example:
             >>> from distopt.optim import SGD
@@ -255,20 +255,17 @@ class DistributedOptimizer(PyroOptim):
             ...     for batch in []:
             ...         svi.step(batch)
         """
-        self._has_joins = True
-        try:
-            yield
-        except Exception as error:
-            self.abort(error)
-            raise
-        else:
+        with joining(self.backend, self.reducer):
+            try:
+                yield
+            except Exception as error:
+                self.abort(error)
+                raise
             left = self._passes.take()
             if left:
                 self._step_by(left)
             while self._follow():
                 pass
-        finally:
-            self._has_joins = False
 
     def abort(self, error: BaseException) -> None:
         """Tells all ranks in their next call that this one has failed, so that all raise this cause.
