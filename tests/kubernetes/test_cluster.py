@@ -211,7 +211,7 @@ def test_stop_lets_pods_save_within_the_grace_period_and_end_with_143(cluster: C
         left = run.pods()
         watching.terminate()
         seen, _ = watching.communicate(timeout=30)
-    assert (stopped.stdout.split("\t")[0], names(left)) == ("unknown", []), stopped
+    assert (stopped.stdout.split("\t")[0], names(left)) == ("stopped", []), stopped
     ended = dict(line.split() for line in seen.splitlines() if len(line.split()) == 2)
     assert sorted(ended.values()) == ["143", "143"], seen
     assert len(run.checkpoints()) == 1
@@ -326,7 +326,7 @@ def test_an_operator_s_object_is_stored_in_full_followed_and_deleted(cluster: Cl
     refused = json.dumps({**stored, "spec": wrong(stored["spec"])})
     with pytest.raises(AssertionError, match="Invalid value|invalid type|ValidationError"):
         cluster.kubectl("replace", "--validate=false", "--filename=-", stdin=refused)
-    assert run.call("stop", f"by-{kind}").stdout.startswith("unknown\tthere is no ")
+    assert run.call("stop", f"by-{kind}").stdout.startswith("stopped\tthere is no ")
 
 
 def wrong(spec: dict[str, Any]) -> dict[str, Any]:
