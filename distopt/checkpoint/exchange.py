@@ -88,16 +88,7 @@ def import_pyro(
     if not sources:
         raise CheckpointError("nothing to import: name a file of parameters, of an optimizer or of a module.")
     step = step_number(step)
-    tables: list[dict[str, Any]] = []
-    of_optimizer = None if optimizer is None else _of_optimizer(optimizer)
-    state = {
-        "params": tabulate({} if params is None else _params(params), tables),
-        "optimizer": None if of_optimizer is None else share_groups(of_optimizer, tables),
-        "tables": tables,
-        "modules": {name: _by_name(path, "torch.save(module.state_dict())") for name, path in modules.items()},
-        "module_params": {},
-        "extras": {},
-    }
+    state = _imported(params, optimizer, modules)
     storage = open_storage(directory)
     storage.lock()
     try:
@@ -114,6 +105,21 @@ def import_pyro(
         return f"{storage.root}/{storage.final_folder(step, attempt.id)}"
     finally:
         storage.unlock()
+
+
+def _imported(
+    params: str | Path | None, optimizer: str | Path | None, modules: Mapping[str, str | Path]
+) -> dict[str, Any]:
+    """Returns the replicated state of a run, as `load_replicated` reads it, with what the files hold."""
+    tables: list[dict[str, Any]] = []
+    return {
+        "params": tabulate({} if params is None else _params(params), tables),
+        "optimizer": None if optimizer is None else share_groups(_of_optimizer(optimizer), tables),
+        "tables": tables,
+        "modules": {name: _by_name(path, "torch.save(module.state_dict())") for name, path in modules.items()},
+        "module_params": {},
+        "extras": {},
+    }
 
 
 def _params(path: str | Path) -> dict[str, Any]:
