@@ -27,7 +27,7 @@ from distopt.data import GlobalBatches, Loader
 from distopt.infer import SVI, seed_noise
 from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim
 from distopt.reduce import DisagreementError, DriftError, PeerError
-from distopt.train.metrics import Metrics, read_metrics
+from distopt.train.metrics import FILE_NAME, Metrics, read_metrics
 from distopt.train.progress import StepProgress, printer
 from distopt.train.report import Report, elbo_figure
 from distopt.train.serve import ServeError, serving
@@ -250,7 +250,12 @@ class _Worker:
         with torch.no_grad():
             self.task.report(report)
         report.heading("How the ELBO rose")
-        report.figure(elbo_figure(history, self.batches.num_rows), "Evidence lower bound per row, mean over the ranks.")
+        try:
+            figure = elbo_figure(history, self.batches.num_rows)
+        except ImportError:
+            report.text(f"There is no picture without matplotlib: pip install matplotlib. {FILE_NAME} has the numbers.")
+        else:
+            report.figure(figure, "Evidence lower bound per row, mean over the ranks.")
         from distopt.config import dump_yaml
 
         report.source("The configuration", dump_yaml(config))

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -168,6 +169,14 @@ def test_steps_of_gradients_that_are_not_finite_are_left_out_and_counted_where_t
     run_here(config(tmp_path, task_args={"nan_at": 8}, train={"num_steps": 10}), "optim.nonfinite=skip")
     assert [row["skipped_steps"] for row in read_metrics(tmp_path / "run")] == [0, 1]
     assert all(value.isfinite().all() for value in parameters(tmp_path / "run").values())
+
+
+def test_run_without_matplotlib_ends_with_a_report_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run_here(config(tmp_path, train={"num_steps": 5}))
+    assert "pip install matplotlib" in (tmp_path / "run/report.html").read_text()
 
 
 def test_settings_that_exclude_each_other_are_refused_by_their_section(
