@@ -7,11 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 
+import xxhash
+
 from distopt.checkpoint import tensorfile
 from distopt.checkpoint.errors import CorruptCheckpointError
 from distopt.checkpoint.manifest import CHUNK_BYTES, MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest
 from distopt.checkpoint.storage import Source, Storage, step_of
-from distopt.checkpoint.writer import by_chunk, chunk_digest, read_small, thread_pool
+from distopt.checkpoint.writer import by_chunk, read_small, thread_pool
+
+_CACHED_BYTES = 512 << 10
+"""What is read at a time: it is hashed while it is still in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -183,11 +188,17 @@ class CheckedFile:
             view = view[len(piece) :]
 
     def _read_chunk(self, index: int, pieces: Sequence[memoryview]) -> None:
+        digest, offset = xxhash.xxh3_128(), index * CHUNK_BYTES
         try:
-            self._source.read_into(index * CHUNK_BYTES, pieces)
+            for piece in pieces:
+                for start in range(0, len(piece), _CACHED_BYTES):
+                    part = piece[start : start + _CACHED_BYTES]
+                    self._source.read_into(offset, [part])
+                    digest.update(part)
+                    offset += len(part)
         except (OSError, EOFError) as error:
             raise CorruptCheckpointError(f"{self._where}: {error}.") from error
-        if chunk_digest(pieces) != self._record.chunks[index]:
+        if digest.hexdigest() != self._record.chunks[index]:
             start = index * CHUNK_BYTES
             raise CorruptCheckpointError(
                 f"{self._where}: bytes {start:,} to {start + self._chunk_size(index):,} are not those that were written"

@@ -19,7 +19,6 @@ from torch import Tensor
 from distopt.checkpoint.codec import Json, TensorNote, decode
 from distopt.checkpoint.errors import CorruptCheckpointError
 from distopt.checkpoint.manifest import Manifest
-from distopt.checkpoint.memory import new_block
 from distopt.checkpoint.reader import CheckedFile
 from distopt.checkpoint.storage import Storage
 from distopt.checkpoint.tensorfile import Entry
@@ -78,7 +77,7 @@ class StateReader:
         Raises:
             CorruptCheckpointError: when a byte differs from what was written, or JSON and tensors do not fit together.
         """
-        blocks = {entry: new_block(found.size_bytes) for entry, found in self._entries.items()}
+        blocks = {entry: torch.empty(found.size_bytes, dtype=torch.uint8) for entry, found in self._entries.items()}
         if blocks:
             first = min(found.start for found in self._entries.values())
             with thread_pool() as pool:
