@@ -12,7 +12,7 @@ from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.failpoint import failpoint
 from distopt.checkpoint.manifest import FileRecord, Manifest
 from distopt.checkpoint.retention import remove_leftovers, retain
-from distopt.checkpoint.statefile import Snapshot
+from distopt.checkpoint.snapshot import Snapshot
 from distopt.checkpoint.storage import Storage
 from distopt.checkpoint.writer import Attempt, describe_error, write_checkpoint
 
@@ -45,6 +45,7 @@ class BackgroundSave:
         """Set once the checkpoint is committed or has failed; cleaning up may still go on."""
         self.error: Exception | None = None
         self._told = False
+        self._bytes = 0
         self._storage, self._attempt, self._keep = storage, attempt, keep
         self._snapshots, self._describe, self._committed = snapshots, describe, committed
         self._thread = threading.Thread(target=self.run, name="distopt-checkpoint")
@@ -94,6 +95,7 @@ class BackgroundSave:
             files: dict[str, list[memoryview]] = {}
             for name, snapshot in self._snapshots.items():
                 files |= snapshot.files(name, metadata)
+            self._bytes = sum(len(piece) for pieces in files.values() for piece in pieces)
             write_checkpoint(self._storage, self._attempt, files, self._describe)
         except Exception as error:
             self.error = error
@@ -107,7 +109,8 @@ class BackgroundSave:
 
     def _failure(self) -> str:
         assert self.error is not None
+        needed = f" ({self._bytes:,} bytes of this rank)" if isinstance(self.error, OSError) and self._bytes else ""
         return (
-            f"step {self.step} was NOT saved in {self._storage.root}: {describe_error(self.error)}. "
+            f"step {self.step} was NOT saved in {self._storage.root}: {describe_error(self.error)}{needed}. "
             "Training goes on; the last good checkpoint stands."
         )

@@ -23,11 +23,12 @@ from distopt.backends import current
 from distopt.backends.base import Backend, Json
 from distopt.checkpoint import live
 from distopt.checkpoint.background import BackgroundSave
+from distopt.checkpoint.codec import NoTensors, decode, encode
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.failpoint import failpoint
 from distopt.checkpoint.groups import share_groups
 from distopt.checkpoint.manifest import FileRecord, Manifest
-from distopt.checkpoint.memory import HostMemory
+from distopt.checkpoint.memory import HostMemory, without_collection
 from distopt.checkpoint.noise import capture_noise, digest_noise, set_up_quietly
 from distopt.checkpoint.ranks import agree_no_error, agree_to_save, claim, gather
 from distopt.checkpoint.reader import candidates
@@ -44,8 +45,9 @@ from distopt.checkpoint.resume import (
 )
 from distopt.checkpoint.settings import without_private
 from distopt.checkpoint.sharded import ShardedReader, capture_local, plate_sizes, shard_name
-from distopt.checkpoint.statefile import Snapshot, take_snapshot
-from distopt.checkpoint.storage import Storage, open_storage
+from distopt.checkpoint.snapshot import Snapshot, take_snapshot
+from distopt.checkpoint.storage import Storage, open_storage, step_number
+from distopt.checkpoint.tables import tabulate
 from distopt.checkpoint.writer import Attempt, chunk_digest, describe_error
 from distopt.reduce.local import local_parameters
 
@@ -120,6 +122,8 @@ class Checkpointer:
         self._optimizer, self._modules = optimizer, dict(modules or {})
         self._extras, self._rank_extras = dict(extras or {}), dict(rank_extras or {})
         self._config = None if config is None else without_private(config)
+        if keep_every_steps is not None and keep_every_steps < 1:
+            raise ValueError(f"keep_every_steps is {keep_every_steps}: give 1 or more, or None for the last ones alone")
         self._keep = (keep_last, keep_every_steps)
         self._background, self._when_busy = background, when_busy
         self._timeout = timeout or self._backend.timeout
@@ -145,7 +149,7 @@ class Checkpointer:
 
         Args:
             step: steps done so far; saving one again that the last save has committed does nothing.
-            progress: the place in the data and whatever else the loop needs to go on; rank 0's is kept.
+            progress: the place in the data and whatever else the loop needs to go on; no tensors. Rank 0's is kept.
 
         Raises:
             CheckpointError: when something cannot be described (an unknown constraint, an unknown type), on all ranks.
@@ -156,13 +160,17 @@ class Checkpointer:
         rank = self._backend.rank
         busy = self._last is not None and self._last.running and self._when_busy == "skip"
         snapshots: dict[str, Snapshot] = {}
-        word: dict[str, Json] = {"step": step, "busy": busy, "error": None}
-        if rank == 0:
-            word |= {"attempt": uuid.uuid4().hex[:12], "saved": not busy and self._is_saved(step)}
+        word: dict[str, Json] = {"step": None, "busy": busy, "error": None}
+        place: Json = None
         try:
+            word["step"] = step = step_number(step)
+            place = encode(progress, NoTensors(), (None, "progress"))
+            if rank == 0:
+                word |= {"attempt": uuid.uuid4().hex[:12], "saved": not busy and self._is_saved(step)}
             if not busy:
                 self._finish()
-                snapshots = self._snapshot()
+                with without_collection():
+                    snapshots = self._snapshot()
                 word["buffers"] = _digest(snapshots["buffers"])
                 word["noise"] = digest_noise(snapshots["own"].tree["noise"])
                 word["plates"] = plate_sizes()
@@ -175,7 +183,7 @@ class Checkpointer:
         if reason:
             logger.warning("step %d: %s", step, reason)
             return
-        self._start(step, progress, snapshots, words)
+        self._start(step, place, snapshots, words)
         logger.info("step %d: copied in %.3f s", step, time.perf_counter() - began)
 
     def wait(self) -> None:
@@ -219,7 +227,8 @@ class Checkpointer:
                 if not any_config:
                     check_config(loaded.manifest, self._config, where)
                 self._apply(loaded, where)
-                return Restored(loaded.manifest.step, loaded.manifest.progress, where, loaded.manifest.world_size)
+                progress = decode(loaded.manifest.progress, NoTensors().get)
+                return Restored(loaded.manifest.step, progress, where, loaded.manifest.world_size)
             logger.error("%s Falling back to the checkpoint before.", error)
         if tries:
             raise CheckpointError(
@@ -241,7 +250,7 @@ class Checkpointer:
         outside, buffers, names = live.capture_modules(self._modules)
         own = {
             "noise": capture_noise(self._backend.device),
-            "extras": {name: extra.state_dict() for name, extra in self._rank_extras.items()},
+            "extras": {name: extra.state_dict() for name, extra in self._extras_of_rank().items()},
         }
         states: dict[str, Any] = {"own": own, "buffers": buffers}
         own_params = local_parameters()
@@ -249,11 +258,14 @@ class Checkpointer:
             states["shard"] = capture_local(self._optimizer)
         if self._backend.rank == 0:
             optimizer = None if self._optimizer is None else live.capture_optimizer(self._optimizer)
+            tables: list[dict[str, Any]] = []
             if optimizer is not None:
-                optimizer = share_groups({name: optimizer[name] for name in optimizer if name not in own_params})
+                optimizer = {name: optimizer[name] for name in optimizer if name not in own_params}
+                optimizer = share_groups(optimizer, tables)
             states[REPLICATED] = {
-                "params": live.capture_params(skip=own_params.__contains__),
+                "params": tabulate(live.capture_params(skip=own_params.__contains__), tables),
                 "optimizer": optimizer,
+                "tables": tables,
                 "modules": outside,
                 "module_params": names,
                 "extras": {name: extra.state_dict() for name, extra in self._extras.items()},
@@ -264,7 +276,12 @@ class Checkpointer:
         self._memory.trim()
         return snapshots
 
-    def _start(self, step: int, progress: Json, snapshots: dict[str, Snapshot], words: list[dict[str, Any]]) -> None:
+    def _extras_of_rank(self) -> dict[str, live.Stateful]:
+        """Returns `rank_extras` and, of an optimizer whose compression is lossy, the errors that it makes up for."""
+        kept: live.Stateful | None = getattr(self._optimizer, "of_rank", None)
+        return self._rank_extras if kept is None else {"compression": kept} | self._rank_extras
+
+    def _start(self, step: int, place: Json, snapshots: dict[str, Snapshot], words: list[dict[str, Any]]) -> None:
         rank, world_size = self._backend.rank, self._backend.world_size
         attempt = Attempt(step, words[0]["attempt"], rank, world_size, self._timeout)
         named = {rank_name(rank): snapshots["own"]}
@@ -281,7 +298,7 @@ class Checkpointer:
             self.committed_at = copied_at
 
         def describe(files: Mapping[str, FileRecord]) -> Manifest:
-            return Manifest(step, attempt.id, generation, world_size, files, progress, config, about)
+            return Manifest(step, attempt.id, generation, world_size, files, place, config, about)
 
         self._last = BackgroundSave(self._storage, attempt, named, describe, self._keep, committed)
         if self._background:
@@ -308,8 +325,8 @@ class Checkpointer:
                 storage, found = choose(self._storage, which)
                 tries = [(one.folder, one.manifest.attempt if one.manifest else "", one.error) for one in found]
                 plan = {"error": None, "root": storage.root, "tries": tries}
-            except CheckpointError as error:
-                plan = {"error": str(error)}
+            except Exception as error:
+                plan = {"error": describe_error(error)}
         plan = gather(self._backend, plan)[0]
         if plan["error"]:
             raise CheckpointError(plan["error"])
@@ -321,7 +338,7 @@ class Checkpointer:
         loaded, problem = None, ""
         try:
             loaded = read_for_rank(storage, folder, attempt, self._backend, rows)
-        except (CheckpointError, OSError) as error:
+        except Exception as error:  # on one rank alone, the others would wait for ever
             problem = describe_error(error)
         problems = [text for text in gather(self._backend, problem) if text]
         return (None, problems[0]) if problems else (loaded, "")
@@ -351,7 +368,7 @@ class Checkpointer:
             live.apply_optimizer(loaded.replicated["optimizer"] | loaded.local.optimizer, self._optimizer)
         unused = live.apply_extras(loaded.replicated["extras"], self._extras)
         if loaded.manifest.world_size == self._backend.world_size:
-            unused += live.apply_extras(loaded.own["extras"], self._rank_extras)
+            unused += live.apply_extras(loaded.own["extras"], self._extras_of_rank())
         if unused:
             logger.warning("the checkpoint also has the state of %s, which nothing here takes up", ", ".join(unused))
         set_up_quietly(self._modules.values(), self._backend.device)

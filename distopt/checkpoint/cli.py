@@ -67,6 +67,8 @@ def export_(
     def run() -> None:
         if to.exists():
             raise CheckpointError(f"{to} exists; remove it, or name another file.")
+        if not to.parent.is_dir():
+            raise CheckpointError(f"{to}: there is no folder {to.parent}; make it, or name another.")
         if what == "module":
             typer.echo(f"{to}: {export_module(path, to, name)} tensors")
         else:

@@ -8,7 +8,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -19,8 +19,18 @@ from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError
 Json = Any
 Place: TypeAlias = tuple[Any, Any]
 """Where in the state a value is: (place of what holds it, its key there); a text is made of it only when needed."""
-Put = Callable[[Tensor, Place], Json]
-"""Keeps a tensor that was found at a place, and returns what stands for it in the JSON."""
+
+
+class Keeper(Protocol):
+    """Takes the tensors that `encode` finds."""
+
+    def put(self, tensor: Tensor, where: Place) -> Json:
+        """Keeps a tensor that was found at a place, and returns what stands for it in the JSON."""
+
+    def put_alike(self, tensors: list[Tensor]) -> Json | None:
+        """Keeps small tensors of one kind and shape, and returns what stands for one; None for others, not kept."""
+
+
 Get = Callable[[Json], Tensor]
 """Returns the tensor that such a stand-in means."""
 
@@ -33,6 +43,8 @@ DTYPES = {
     )
 }  # fmt: skip
 _PLAIN = frozenset({type(None), bool, int, str})
+_RUN = 4  # from so many tensors on, a list is looked at as a whole
+MAX_RUN = 1_000_000
 
 
 def path_of(where: Place) -> str:
@@ -46,8 +58,23 @@ def path_of(where: Place) -> str:
     return str(key) if parent is None else f"{path_of(parent)}/{key}"
 
 
-def encode(value: Any, put: Put, where: Place) -> Json:
-    """Returns `value` as JSON; tensors go to `put`.
+class NoTensors:
+    """A `Keeper` for places where tensors have none."""
+
+    def put(self, tensor: Tensor, where: Place) -> Json:
+        """Refuses."""
+        raise CheckpointError(f"{path_of(where)}: a tensor has no place here; extras keep tensors.")
+
+    def put_alike(self, tensors: list[Tensor]) -> None:
+        """Leaves them to `put`."""
+
+    def get(self, note: Json) -> Tensor:
+        """Refuses what `put` cannot have written."""
+        raise CorruptCheckpointError(f"a tensor where there should be none: {note!r}.")
+
+
+def encode(value: Any, keeper: Keeper, where: Place) -> Json:
+    """Returns `value` as JSON; tensors go to `keeper`.
 
     JSON has no tuples, infinities or dicts with other keys than strings: these become objects with one key that begins
     with `$`. Python, numpy and torch scalars, sequences, mappings, sets, bytes, dtypes and devices are known.
@@ -59,7 +86,7 @@ def encode(value: Any, put: Put, where: Place) -> Json:
     if kind in _PLAIN:
         return value
     if kind is Tensor or kind is nn.Parameter:
-        return put(value, where)
+        return keeper.put(value, where)
     if kind is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
     # Most values are plain: not calling for these halves the time.
@@ -68,17 +95,22 @@ def encode(value: Any, put: Put, where: Place) -> Json:
             return {
                 key: item
                 if (of := type(item)) in _PLAIN
-                else put(item, (where, key))
+                else keeper.put(item, (where, key))
                 if of is Tensor
-                else encode(item, put, (where, key))
+                else encode(item, keeper, (where, key))
                 for key, item in value.items()
             }
-        return {"$dict": _encode_pairs(value, put, where)}
+        return {"$dict": _encode_pairs(value, keeper, where)}
     if kind is list:
-        return [item if type(item) in _PLAIN else encode(item, put, (where, index)) for index, item in enumerate(value)]
+        may_run = _RUN <= len(value) <= MAX_RUN and type(value[0]) is Tensor
+        if may_run and (alike := keeper.put_alike(value)) is not None:
+            return {"$run": [len(value), alike]}
+        return [
+            item if type(item) in _PLAIN else encode(item, keeper, (where, index)) for index, item in enumerate(value)
+        ]
     if kind is tuple:
-        return {"$tuple": encode(list(value), put, where)}
-    return _encode_rare(value, put, where)
+        return {"$tuple": encode(list(value), keeper, where)}
+    return _encode_rare(value, keeper, where)
 
 
 @lru_cache(maxsize=1024)
@@ -87,22 +119,22 @@ def _is_object(keys: tuple[Any, ...]) -> bool:
     return all(type(key) is str and key[:1] != "$" for key in keys)
 
 
-def _encode_pairs(value: Mapping[Any, Any], put: Put, where: Place) -> Json:
-    return [[encode(key, put, where), encode(item, put, (where, key))] for key, item in value.items()]
+def _encode_pairs(value: Mapping[Any, Any], keeper: Keeper, where: Place) -> Json:
+    return [[encode(key, keeper, where), encode(item, keeper, (where, key))] for key, item in value.items()]
 
 
-def _encode_rare(value: Any, put: Put, where: Place) -> Json:
+def _encode_rare(value: Any, keeper: Keeper, where: Place) -> Json:
     if isinstance(value, Tensor):
-        return put(value, where)
+        return keeper.put(value, where)
     if isinstance(value, np.generic):
-        return encode(value.item(), put, where)
+        return encode(value.item(), keeper, where)
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-        return {"$array": put(torch.from_numpy(np.ascontiguousarray(value)), where)}
+        return {"$array": keeper.put(torch.from_numpy(np.ascontiguousarray(value)), where)}
     for kind, tag in ((OrderedDict, "$ordered"), (Counter, "$counter")):
         if type(value) is kind:
-            return {tag: _encode_pairs(value, put, where)}
+            return {tag: _encode_pairs(value, keeper, where)}
     if type(value) in (set, frozenset):
-        return {"$set" if type(value) is set else "$frozenset": encode(sorted(value, key=repr), put, where)}
+        return {"$set" if type(value) is set else "$frozenset": encode(sorted(value, key=repr), keeper, where)}
     if isinstance(value, (bytes, bytearray)):
         return {"$bytes": base64.b64encode(value).decode()}
     if type(value) is complex:
@@ -134,6 +166,7 @@ _DECODERS: dict[str, Callable[[Any, Get], Any]] = {
     "$size": lambda value, get: torch.Size(value),
     "$device": lambda value, get: torch.device(value),
     "$array": lambda value, get: get(value).numpy(),
+    "$run": lambda value, get: _run(value, get),
 }
 
 
@@ -162,6 +195,13 @@ def decode(value: Json, get: Get) -> Any:
 
 def _pairs(value: Json, get: Get) -> Iterable[tuple[Any, Any]]:
     return [(decode(key, get), decode(item, get)) for key, item in value]
+
+
+def _run(value: Json, get: Get) -> list[Tensor]:
+    count, note = value
+    if type(count) is not int or not 0 <= count <= MAX_RUN:
+        raise ValueError(f"{count!r} tensors in one list; at most {MAX_RUN:,} are read")
+    return [get(note) for _ in range(count)]
 
 
 @dataclass(frozen=True)

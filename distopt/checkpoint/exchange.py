@@ -25,8 +25,10 @@ from distopt.checkpoint.memory import HostMemory
 from distopt.checkpoint.noise import capture_noise
 from distopt.checkpoint.reader import candidates, read_manifest
 from distopt.checkpoint.resume import REPLICATED, buffers_name, choose, load_replicated, rank_name
-from distopt.checkpoint.statefile import StateReader, take_snapshot
-from distopt.checkpoint.storage import Storage, open_storage
+from distopt.checkpoint.snapshot import take_snapshot
+from distopt.checkpoint.statefile import StateReader
+from distopt.checkpoint.storage import Storage, open_storage, step_number
+from distopt.checkpoint.tables import tabulate
 from distopt.checkpoint.writer import Attempt, write_checkpoint
 
 
@@ -41,10 +43,8 @@ def read_torch_file(path: str | Path) -> Any:
             warnings.simplefilter("ignore")  # remarks on other pickle protocols: the file is read, or refused
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"{path}: not a file of tensors, numbers and constraints ({reason[0] if reason else type(error).__name__})."
-        ) from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(f"{path}: not a file of tensors, numbers and constraints ({reason}).") from error
 
 
 def load_state_dict(module: nn.Module, path: str | Path) -> None:
@@ -87,13 +87,8 @@ def import_pyro(
     sources = [str(path) for path in (params, optimizer, *modules.values()) if path is not None]
     if not sources:
         raise CheckpointError("nothing to import: name a file of parameters, of an optimizer or of a module.")
-    state = {
-        "params": {} if params is None else _params(params),
-        "optimizer": None if optimizer is None else share_groups(_by_name(optimizer, "the save() of a pyro.optim one")),
-        "modules": {name: _by_name(path, "torch.save(module.state_dict())") for name, path in modules.items()},
-        "module_params": {},
-        "extras": {},
-    }
+    step = step_number(step)
+    state = _imported(params, optimizer, modules)
     storage = open_storage(directory)
     storage.lock()
     try:
@@ -112,9 +107,25 @@ def import_pyro(
         storage.unlock()
 
 
+def _imported(
+    params: str | Path | None, optimizer: str | Path | None, modules: Mapping[str, str | Path]
+) -> dict[str, Any]:
+    """Returns the replicated state of a run, as `load_replicated` reads it, with what the files hold."""
+    tables: list[dict[str, Any]] = []
+    return {
+        "params": tabulate({} if params is None else _params(params), tables),
+        "optimizer": None if optimizer is None else share_groups(_of_optimizer(optimizer), tables),
+        "tables": tables,
+        "modules": {name: _by_name(path, "torch.save(module.state_dict())") for name, path in modules.items()},
+        "module_params": {},
+        "extras": {},
+    }
+
+
 def _params(path: str | Path) -> dict[str, Any]:
     stored = read_torch_file(path)
-    if not isinstance(stored, dict) or stored.keys() != {"params", "constraints"}:
+    parts: list[Any] = [stored.get("params"), stored.get("constraints")] if isinstance(stored, dict) else []
+    if len(parts) != 2 or not all(isinstance(part, dict) for part in parts) or parts[0].keys() != parts[1].keys():
         raise CheckpointError(f"{path}: not written by `pyro.get_param_store().save`.")
     return {
         name: {
@@ -123,6 +134,13 @@ def _params(path: str | Path) -> dict[str, Any]:
         }
         for name, value in stored["params"].items()
     }
+
+
+def _of_optimizer(path: str | Path) -> dict[str, Any]:
+    states = _by_name(path, "the save() of a pyro.optim optimizer")
+    if not all(isinstance(state, dict) for state in states.values()):
+        raise CheckpointError(f"{path}: not written by the save() of a pyro.optim optimizer.")
+    return states
 
 
 def _by_name(path: str | Path, writer: str) -> dict[str, Any]:

@@ -12,15 +12,20 @@ from copy import deepcopy
 from typing import Any
 
 from distopt.checkpoint.errors import CorruptCheckpointError
+from distopt.checkpoint.tables import tabulate, untabulate
+
+_GROUPS = "param_groups"
 
 
-def share_groups(states: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what `own_groups` takes: the states with a number in the place of each `param_groups` of plain values.
+def share_groups(states: Mapping[str, Any], tables: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns what `own_groups` takes: the states in tables, with numbers in the place of equal `param_groups`.
 
     Example:
-        >>> shared = share_groups({name: {"state": {}, "param_groups": [{"lr": 0.1}]} for name in "ab"})
-        >>> shared["groups"], shared["states"]["b"]
-        ([[{'lr': 0.1}]], {'state': {}, 'param_groups': 0})
+        >>> tables = []
+        >>> share_groups({name: {"state": {}, "param_groups": [{"lr": 0.1}]} for name in "ab"}, tables)
+        {'states': {'a': 0, 'b': 0}, 'groups': [[{'lr': 0.1}]]}
+        >>> tables[0]["alike"]
+        {'state': {}, 'param_groups': 0}
     """
     groups: list[Any] = []
     numbers: dict[bytes, int] = {}
@@ -28,23 +33,28 @@ def share_groups(states: Mapping[str, Any]) -> dict[str, Any]:
     def share(state: Any) -> Any:
         if not isinstance(state, dict):
             return state
-        if "optimizer" in state:  # of a scheduler
-            return state | {"optimizer": share(state["optimizer"])}
+        if state.keys() == {"scheduler", "optimizer"}:
+            inner = share(state["optimizer"])
+            flat = isinstance(inner, dict) and not inner.keys() & {"state", "scheduler"} and _GROUPS in inner
+            return {"scheduler": state["scheduler"]} | (inner if flat else {"optimizer": inner})
         try:
-            key = marshal.dumps(state["param_groups"])  # the quickest key that tells 1 from 1.0 and True
+            key = marshal.dumps(state[_GROUPS])
         except (KeyError, ValueError):  # tensors among them
             return state
         number = numbers.setdefault(key, len(groups))
         if number == len(groups):
-            groups.append(state["param_groups"])
-        if state.keys() == {"state", "param_groups"} and [*state["state"]] == [0]:  # a torch optimizer of one tensor
-            return {"only": state["state"][0], "param_groups": number}
-        return state | {"param_groups": number}
+            groups.append(state[_GROUPS])
+        of_params = state["state"]
+        if len(state) == 2 and len(of_params) == 1 and 0 in of_params:  # a torch optimizer of one tensor
+            only = of_params[0]
+            if type(only) is dict and not only.keys() & {"state", "scheduler", "optimizer", _GROUPS}:
+                return only | {_GROUPS: number}
+        return state | {_GROUPS: number}
 
-    return {"states": {name: share(state) for name, state in states.items()}, "groups": groups}
+    return {"states": tabulate({name: share(state) for name, state in states.items()}, tables), "groups": groups}
 
 
-def own_groups(shared: Mapping[str, Any]) -> dict[str, Any]:
+def own_groups(shared: Mapping[str, Any], tables: Any) -> dict[str, Any]:
     """Returns the states that `share_groups` was given.
 
     Raises:
@@ -54,16 +64,17 @@ def own_groups(shared: Mapping[str, Any]) -> dict[str, Any]:
     def own(state: Any) -> Any:
         if not isinstance(state, dict):
             return state
-        if "optimizer" in state:
-            return state | {"optimizer": own(state["optimizer"])}
-        if type(state.get("param_groups")) is not int:
+        if "scheduler" in state:
+            inner = state["optimizer"] if "optimizer" in state else {k: v for k, v in state.items() if k != "scheduler"}
+            return {"scheduler": state["scheduler"], "optimizer": own(inner)}
+        if type(state.get(_GROUPS)) is not int:
             return state
-        groups = deepcopy(shared["groups"][state["param_groups"]])
-        if "only" in state:
-            return {"state": {0: state["only"]}, "param_groups": groups}
-        return state | {"param_groups": groups}
+        groups = deepcopy(shared["groups"][state[_GROUPS]])
+        if "state" in state:
+            return state | {_GROUPS: groups}
+        return {"state": {0: {key: value for key, value in state.items() if key != _GROUPS}}, _GROUPS: groups}
 
     try:
-        return {name: own(state) for name, state in shared["states"].items()}
+        return {name: own(state) for name, state in untabulate(shared["states"], tables).items()}
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise CorruptCheckpointError(f"optimizer state is malformed: {error!r}.") from error

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -19,6 +20,7 @@ from distopt.checkpoint.errors import CheckpointError, DirectoryInUseError
 from distopt.checkpoint.storage import step_of
 
 LOCK = ".lock"
+_LEFTOVER = re.compile(r"\.tmp-\d{8,19}-[0-9a-f]{8,32}|\.del-step-\d{8,19}-[0-9a-f]{8}")
 _SENT_BYTES = 8 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)  # of Linux
@@ -34,8 +36,8 @@ class LocalStorage:
     published_is_committed = True
 
     def __init__(self, root: Path) -> None:
-        self.path = root
-        self.root = str(root)
+        self.path = root.absolute()  # the same wherever the script goes meanwhile
+        self.root = str(self.path)
         self._lock: int | None = None
 
     def lock(self) -> str:
@@ -156,7 +158,7 @@ class LocalStorage:
 
     def leftovers(self) -> list[str]:
         """Work folders and folders set aside."""
-        return [name for name in self._names() if name.startswith((".tmp-", ".del-"))]
+        return [name for name in self._names() if _LEFTOVER.fullmatch(name)]
 
     def _names(self) -> list[str]:
         try:

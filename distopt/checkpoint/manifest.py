@@ -11,7 +11,7 @@ from typing import Any
 
 from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError
 
-FORMAT = 2
+FORMAT = 3
 DIGEST = "xxh3_128"
 """What the files' chunks are hashed with: as fast as memory, and blind to no damage; forgers are not its concern."""
 MANIFEST = "manifest.json"
@@ -86,7 +86,13 @@ class Manifest:
         }
         if len(self.files) > MAX_FILES:
             raise CheckpointError(f"step {self.step} has {len(self.files):,} files, a checkpoint holds {MAX_FILES:,}.")
-        return seal(body)
+        raw = seal(body)
+        if len(raw) > MAX_MANIFEST_BYTES:
+            raise CheckpointError(
+                f"step {self.step} has a manifest of {len(raw):,} bytes, {MAX_MANIFEST_BYTES:,} are read at most: its "
+                "progress or its config is too large"
+            )
+        return raw
 
     @classmethod
     def decode(cls, raw: bytes, where: str) -> Manifest:

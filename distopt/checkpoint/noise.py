@@ -18,6 +18,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import nn
 
 from distopt.checkpoint.errors import CorruptCheckpointError
+from distopt.reduce.noise import generators_state, set_generators_state
 
 
 def capture_noise(device: torch.device) -> dict[str, Any]:
@@ -25,8 +26,9 @@ def capture_noise(device: torch.device) -> dict[str, Any]:
 
     Cost: about 10 kB of JSON.
     """
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state = generators_state(device)
+    version, words, gauss = state["python"]
+    name, keys, position, has_gauss, cached = state["numpy"]
     noise = {
         "python": {"version": version, "words": _text(np.array(words, dtype="<u4").tobytes()), "gauss": gauss},
         "numpy": {
@@ -36,11 +38,8 @@ def capture_noise(device: torch.device) -> dict[str, Any]:
             "has_gauss": int(has_gauss),
             "cached": float(cached),
         },
-        "torch": _text(torch.get_rng_state().numpy().tobytes()),
     }
-    if device.type == "cuda":
-        noise["cuda"] = _text(torch.cuda.get_rng_state(device).numpy().tobytes())
-    return noise
+    return noise | {kind: _text(state[kind].numpy().tobytes()) for kind in ("torch", "cuda") if kind in state}
 
 
 def restore_noise(noise: dict[str, Any], device: torch.device) -> None:
@@ -52,15 +51,14 @@ def restore_noise(noise: dict[str, Any], device: torch.device) -> None:
     try:
         python, of_numpy = noise["python"], noise["numpy"]
         words = np.frombuffer(_bytes(python["words"]), dtype="<u4").tolist()
-        random.setstate((python["version"], tuple(words), python["gauss"]))
         keys = np.frombuffer(_bytes(of_numpy["keys"]), dtype="<u4")
-        np.random.set_state(
-            (of_numpy["name"], keys, of_numpy["position"], of_numpy["has_gauss"], of_numpy["cached"]),
-        )
-        torch.set_rng_state(_state(noise["torch"]))
-        if device.type == "cuda" and "cuda" in noise:
-            torch.cuda.set_rng_state(_state(noise["cuda"]), device)
-        elif device.type == "cuda":
+        state: dict[str, Any] = {
+            "python": (python["version"], tuple(words), python["gauss"]),
+            "numpy": (of_numpy["name"], keys, of_numpy["position"], of_numpy["has_gauss"], of_numpy["cached"]),
+        }
+        state |= {kind: _state(noise[kind]) for kind in ("torch", "cuda") if kind in noise}
+        set_generators_state(state, device)
+        if device.type == "cuda" and "cuda" not in noise:
             torch.cuda.default_generators[device.index or 0].manual_seed(_seed(digest_noise(noise)))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CorruptCheckpointError(f"noise state is malformed: {error}.") from error
@@ -90,12 +88,12 @@ def set_up_quietly(modules: Iterable[nn.Module], device: torch.device) -> None:
 
 def _quiet(guide: AutoGuide, device: torch.device) -> Callable[..., Any]:
     def set_up(*args: Any, **kwargs: Any) -> Any:
-        noise = capture_noise(device)
+        noise = generators_state(device)
         vars(guide).pop("_setup_prototype", None)  # the class's own method is next in line
         try:
             return guide._setup_prototype(*args, **kwargs)
         finally:
-            restore_noise(noise, device)
+            set_generators_state(noise, device)
 
     return set_up
 

@@ -39,7 +39,7 @@ def claim(backend: Backend, storage: Storage) -> None:
             token = storage.lock()
             remove_leftovers(storage)
         storage.check_writable()
-    except (CheckpointError, OSError) as caught:
+    except Exception as caught:
         error = caught
     try:
         agree_no_error(backend, error, f"{storage.root} cannot hold checkpoints")

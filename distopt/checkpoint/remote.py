@@ -7,6 +7,7 @@ manifest, the last object written, is the commit. Objects appear whole, or not a
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ import fsspec
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.manifest import MANIFEST
 from distopt.checkpoint.storage import step_of
+
+TOKEN = ".job"
 
 
 class RemoteStorage:
@@ -31,18 +34,25 @@ class RemoteStorage:
         self._path = str(path).rstrip("/")
 
     def lock(self) -> str:
-        """Object stores have no locks."""
-        return ""
+        """Leaves a token for the other ranks; object stores have no locks."""
+        token = uuid.uuid4().hex
+        self._fs.makedirs(self._path, exist_ok=True)
+        self._fs.pipe_file(f"{self._path}/{TOKEN}", token.encode())
+        return token
 
     def unlock(self) -> None:
         """Nothing to free."""
 
     def lock_token(self) -> str:
-        """Always empty."""
-        return ""
+        """Reads the token; empty when it is not there, as where each process has a memory of its own."""
+        self._fs.invalidate_cache()
+        try:
+            return bytes(self._fs.cat_file(f"{self._path}/{TOKEN}")).decode()
+        except FileNotFoundError:
+            return ""
 
     def check_writable(self) -> None:
-        """Finds out at the first save: a probe would cost a request that many stores bill."""
+        """Makes the folder where folders exist; that rank 0 can write is known by its token."""
         self._fs.makedirs(self._path, exist_ok=True)
 
     def begin(self, step: int, attempt: str) -> str:

@@ -19,6 +19,7 @@ from distopt.checkpoint.settings import differences
 from distopt.checkpoint.sharded import LocalState, ShardedReader
 from distopt.checkpoint.statefile import StateReader
 from distopt.checkpoint.storage import Storage, is_url, open_storage, step_of
+from distopt.checkpoint.tables import untabulate
 
 REPLICATED = "replicated"
 
@@ -81,6 +82,8 @@ def _choose_path(place: str) -> tuple[Storage, list[Candidate]]:
         storage = open_storage(parent or ".")
         chosen = [one for one in candidates(storage) if one.folder == name]
     else:
+        if not is_url(place) and Path(place).is_file():
+            raise CheckpointError(f"{place}: a file; a checkpoint is a folder, such as RUN/checkpoints/step-00000100.")
         inner = Path(place) / "checkpoints"
         storage = open_storage(inner if not is_url(place) and inner.is_dir() else place)
         chosen = candidates(storage)
@@ -146,9 +149,12 @@ def load_replicated(reader: StateReader, accelerator: torch.device | None = None
         CorruptCheckpointError: when a byte differs from what was written, or something is missing.
     """
     state = reader.load(accelerator)
-    if not isinstance(state, dict) or not state.keys() >= {"params", "optimizer", "modules", "module_params", "extras"}:
+    parts = {"params", "optimizer", "tables", "modules", "module_params", "extras"}
+    if not isinstance(state, dict) or state.keys() != parts:
         raise CorruptCheckpointError("the replicated state is not that of a run.")
-    return state | {"optimizer": state["optimizer"] and own_groups(state["optimizer"])}
+    tables = state.pop("tables")
+    optimizer = state["optimizer"] and own_groups(state["optimizer"], tables)
+    return state | {"params": untabulate(state["params"], tables), "optimizer": optimizer}
 
 
 def _noise_is_shared(manifest: Manifest) -> bool:

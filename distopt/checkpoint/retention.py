@@ -66,4 +66,7 @@ def retain(storage: Storage, keep_last: int, keep_every_steps: int | None) -> No
 def remove_leftovers(storage: Storage) -> None:
     """Deletes what dead attempts and unfinished deletions have left; only the writer that holds the lock may."""
     for folder in storage.leftovers():
-        storage.remove(folder)
+        try:
+            storage.remove(folder)
+        except OSError as error:
+            logger.warning("%s/%s is left over, and cannot be deleted: %s", storage.root, folder, error)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, SupportsIndex
 
 from distopt.checkpoint.errors import CheckpointError
 
@@ -76,7 +77,7 @@ class Storage(Protocol):
         """Returns the names of what is in the folder, notes and leftovers included."""
 
     def sync_folder(self, folder: str) -> None:
-        """Returns when the names in it would survive a power cut."""
+        """Returns when the names in it (in the root, if it is empty) would survive a power cut."""
 
     def publish(self, folder: str, step: int) -> str:
         """Gives the finished folder its name: the commit. Returns that name."""
@@ -97,7 +98,7 @@ class Storage(Protocol):
         """Returns the folders that may be checkpoints, in no order."""
 
     def leftovers(self) -> list[str]:
-        """Returns the folders of dead attempts and half-done deletions."""
+        """Returns the folders of dead attempts and half-done deletions, and nothing else that lies there."""
 
 
 def step_of(folder: str) -> int | None:
@@ -109,6 +110,22 @@ def step_of(folder: str) -> int | None:
     """
     match = _FOLDER.fullmatch(folder)
     return int(match[1]) if match else None
+
+
+def step_number(step: SupportsIndex) -> int:
+    """Returns a step as an int, numpy's and torch's included.
+
+    Raises:
+        CheckpointError: for what no folder can be named after, or found by again.
+
+    Example:
+        >>> step_number(100)
+        100
+    """
+    number = -1 if isinstance(step, bool) or not hasattr(step, "__index__") else operator.index(step)
+    if not 0 <= number < 10**19:
+        raise CheckpointError(f"step {step!r}: steps are whole numbers, 0 or more, with at most 19 digits.")
+    return number
 
 
 def is_url(place: str | Path) -> bool:
@@ -132,3 +149,5 @@ def open_storage(place: str | Path) -> Storage:
         return RemoteStorage(str(place))
     except ImportError as error:
         raise CheckpointError(f"{place}: {error}. `pip install 'distopt[remote]'` brings fsspec.") from error
+    except ValueError as error:  # an unknown protocol
+        raise CheckpointError(f"{place}: {error}. Give a folder, or a URL of a file system of fsspec.") from error

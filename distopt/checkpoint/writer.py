@@ -5,7 +5,7 @@
     writes its files, hashing; fsync         write theirs, hashing; fsync
     gathers the notes, with a deadline  <--  leave a note: prepared (sizes, digests) or failed (why)
     checks sizes, writes the manifest
-    publishes the folder: the commit    -->  see the manifest of this attempt: saved
+    publishes the folder: the commit    -->  see the manifest of this attempt, sync its name: saved
       or leaves a note: aborted         -->  see the note: not saved
 
 The notes go through the checkpoint's own file system and not through the process group, since a save runs beside
@@ -236,6 +236,7 @@ def _await_outcome(storage: Storage, folder: str, attempt: Attempt) -> None:
     for _ in _until(2 * attempt.timeout, f"rank 0 neither committed nor aborted {storage.root}/{folder}"):
         gone = not storage.has_folder(folder)
         if _is_committed(storage, final, attempt):
+            storage.sync_folder("")  # rank 0 may not have come to it yet
             return
         note = None if gone else _read_note(storage, folder, ABORTED)
         if note is not None:

@@ -42,8 +42,8 @@ class GlobalBatches:
             raise ValueError(f"rank {rank} is not in a world of {world_size}")
         if size > num_rows:
             raise ValueError(
-                f"data.global_batch is {size:,}, but there are {num_rows:,} rows: "
-                "make it smaller, or null for all rows at each step"
+                f"global_batch is {size:,}, but there are {num_rows:,} rows: "
+                "make it smaller, or None (null) for all rows at each step"
             )
         if size < world_size:
             raise ValueError(f"{size:,} rows a step cannot be shared by {world_size} ranks: each needs at least one")

@@ -13,6 +13,7 @@ from pyro.infer import Trace_ELBO, TraceTailAdaptive_ELBO
 
 from distopt.infer.sharded import share_plates
 from distopt.optim.distributed import DistributedOptimizer
+from distopt.reduce.noise import generators_state, set_generators_state
 
 
 class SVI(pyro.infer.SVI):  # type: ignore[misc]
@@ -88,8 +89,9 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
 
     def _meet(self, *args: Any, **kwargs: Any) -> None:
         """Agrees on the first values of the parameters before a gradient is computed from them."""
-        noise = pyro.util.get_rng_state()
+        device = self.optim.backend.device
+        noise = generators_state(device)
         with poutine.trace(param_only=True) as capture:
             self.init(*args, **kwargs)
-        pyro.util.set_rng_state(noise)
+        set_generators_state(noise, device)
         self.optim.synchronize({site["value"].unconstrained() for site in capture.trace.nodes.values()})

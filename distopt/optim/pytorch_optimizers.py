@@ -24,7 +24,32 @@ Args:
     optim_args: {args}.
     clip_args: `clip_norm`, `clip_value` and `global_norm`, or a callable that returns them for a parameter's name.
     **options: `nonfinite` and `scaler`, see `PyroOptim`.
+
+Example:
+    >>> import pyro, torch, distopt.optim
+    >>> pyro.clear_param_store()
+    >>> optim = distopt.optim.{name}({example})
+    >>> x = pyro.param("x", torch.ones(2, 2)).unconstrained()
+    >>> {backward}
+    >>> optim([x])
 """
+
+_INNER = '[("ConstantLR", {"total_iters": 5}), ("ExponentialLR", {"gamma": 0.9})]'
+_EXAMPLES = {
+    "AdagradRMSProp": '"eta": 0.1',
+    "ChainedScheduler": f'"schedulers": {_INNER}',
+    "CosineAnnealingLR": '"T_max": 100',
+    "CosineAnnealingWarmRestarts": '"T_0": 10',
+    "CyclicLR": '"base_lr": 1e-3, "max_lr": 1e-1, "cycle_momentum": False',
+    "ExponentialLR": '"gamma": 0.99',
+    "LambdaLR": '"lr_lambda": lambda step: 0.99**step',
+    "MultiStepLR": '"milestones": [30, 80]',
+    "MultiplicativeLR": '"lr_lambda": lambda step: 0.99',
+    "OneCycleLR": '"max_lr": 0.1, "total_steps": 100',
+    "ReduceLROnPlateau": '"patience": 5',
+    "SequentialLR": f'"schedulers": {_INNER}, "milestones": [5]',
+    "StepLR": '"step_size": 30',
+}
 
 
 def _keywords(constructor: Any) -> str:
@@ -60,7 +85,15 @@ def _optimizer(name: str, constructor: Any) -> Callable[..., PyroOptim]:
 
     make.__name__ = make.__qualname__ = name
     args = f"{_keywords(constructor)}; or a callable that returns them for a parameter's name"
-    make.__doc__ = _DOC.format(kind="PyroOptim", of=f"{constructor.__module__}.{name}", args=args)
+    sparse = name == "SparseAdam"
+    make.__doc__ = _DOC.format(
+        kind="PyroOptim",
+        of=f"{constructor.__module__}.{name}",
+        args=args,
+        name=name,
+        example="{" + _EXAMPLES.get(name, '"lr": 0.1') + "}",
+        backward="x.grad = torch.ones(2, 2).to_sparse()" if sparse else "x.square().sum().backward()",
+    )
     return make
 
 
@@ -70,7 +103,18 @@ def _scheduler(name: str, constructor: Any) -> Callable[..., PyroLRScheduler]:
 
     make.__name__ = make.__qualname__ = name
     args = f"`optimizer`, a torch class; `optim_args`, its arguments or such a callable; {_keywords(constructor)}"
-    make.__doc__ = _DOC.format(kind="PyroLRScheduler", of=f"torch.optim.lr_scheduler.{name}", args=args)
+    example = ['"optimizer": torch.optim.Adam', '"optim_args": {"lr": 0.1}', *filter(None, [_EXAMPLES.get(name)])]
+    doc = _DOC.format(
+        kind="PyroLRScheduler",
+        of=f"torch.optim.lr_scheduler.{name}",
+        args=args,
+        name=name,
+        example="{" + ", ".join(example) + "}",
+        backward="x.square().sum().backward()",
+    )
+    step = "optim.step(metrics=1.0)" if name == "ReduceLROnPlateau" else "optim.step()"
+    is_abstract = constructor is torch.optim.lr_scheduler.LRScheduler
+    make.__doc__ = doc.partition("\nExample")[0] if is_abstract else f"{doc}    >>> {step}\n"
     return make
 
 

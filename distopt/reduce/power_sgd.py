@@ -91,6 +91,14 @@ class PowerSgd:
             self._errors.pop(name, None)
             self._starts.pop(name, None)
 
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Returns what is kept from step to step, by parameter name: this rank's errors, and the starts of all."""
+        return {"errors": dict(self._errors), "starts": dict(self._starts)}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Goes on from what `state_dict` returned."""
+        self._errors, self._starts = dict(state["errors"]), dict(state["starts"])
+
     def _gains(self, entry: Entry) -> bool:
         if len(entry.shape) < 2 or entry.dtype not in (torch.float32, torch.float64):
             return False

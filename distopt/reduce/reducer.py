@@ -21,6 +21,7 @@ from distopt.reduce.layout import Bucket, Entry, Layout
 from distopt.reduce.local import any_local, local_parameter
 from distopt.reduce.overlap import Overlap
 from distopt.reduce.parts import Brought, Part, Reduced
+from distopt.reduce.power_sgd import PowerSgd
 from distopt.reduce.settings import Settings
 from distopt.reduce.sparse import sum_sparse
 
@@ -58,6 +59,11 @@ class Reducer:
         self._overlap: Overlap | None = None
         self.cleared = Cleared()
         self.layout = self._build()
+
+    @property
+    def of_rank(self) -> PowerSgd | None:
+        """What keeps state that differs between ranks, to be checkpointed; None when nothing does."""
+        return self._exchange if isinstance(self._exchange, PowerSgd) else None
 
     # What this rank has.
 

@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -24,9 +25,9 @@ from distopt.checkpoint import Checkpointer, CheckpointError, Restored
 from distopt.config import RunConfig
 from distopt.data import GlobalBatches, Loader
 from distopt.infer import SVI, seed_noise
-from distopt.optim import DistributedOptimizer, PyroOptim
+from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim
 from distopt.reduce import DisagreementError, DriftError, PeerError
-from distopt.train.metrics import Metrics, read_metrics
+from distopt.train.metrics import FILE_NAME, Metrics, read_metrics
 from distopt.train.progress import StepProgress, printer
 from distopt.train.report import Report, elbo_figure
 from distopt.train.serve import ServeError, serving
@@ -84,9 +85,10 @@ class _Worker:
         self.console = Console() if backend.rank == 0 else None
         self.say: Callable[[str], None] = printer(self.console)
         self.task = self._make_task()
-        self.batches = GlobalBatches(
-            self.task.rows(), config.data.global_batch, config.seed, backend.rank, backend.world_size
-        )
+        with refused("data"):
+            self.batches = GlobalBatches(
+                self._count_rows(), config.data.global_batch, config.seed, backend.rank, backend.world_size
+            )
         if getattr(self.task, "sharded", False) and not self.batches.full:
             raise TaskError(
                 f"data.global_batch is {self.batches.global_batch:,}, but {config.task} keeps its rows on their ranks "
@@ -94,18 +96,17 @@ class _Worker:
             )
         wrapped, self.step_schedule = make_optimizer(config)
         wrapped.nonfinite = config.optim.nonfinite
-        try:
+        with refused("reduce"):
             self.optimizer = DistributedOptimizer(
                 wrapped,
                 backend=backend,
                 noise=config.train.noise,
                 **config.reduce.model_dump(exclude={"backend", "timeout_s"}),
             )
-        except ValueError as problem:
-            raise TaskError(f"reduce: {problem}") from None
-        loss = getattr(pyro.infer, config.train.loss)(
-            num_particles=config.train.num_particles, **config.train.loss_args
-        )
+        with refused("train.loss_args"):
+            loss = getattr(pyro.infer, config.train.loss)(
+                num_particles=config.train.num_particles, **config.train.loss_args
+            )
         self.svi = SVI(self.task.model, self.task.guide, self.optimizer, loss, weight=self.batches.weight)
         named = {"model": self.task.model, "guide": self.task.guide}
         self.modules = {name: module for name, module in named.items() if isinstance(module, nn.Module)}
@@ -114,7 +115,8 @@ class _Worker:
         config = self.config
         self._say_what_runs()
         self._begin()
-        config.run_dir.mkdir(parents=True, exist_ok=True)
+        with refused("run_dir", (OSError,)):
+            config.run_dir.mkdir(parents=True, exist_ok=True)
         with Checkpointer(
             config.run_dir / CHECKPOINTS,
             optimizer=self.optimizer,
@@ -155,15 +157,28 @@ class _Worker:
             raise TaskError(next(each for each in errors if each))
         return task
 
+    def _count_rows(self) -> int:
+        """The number of rows, which all ranks must find alike: which of them a rank reads follows from it."""
+        counts: list[int] = self.backend.all_gather_json(int(self.task.rows()))
+        if len(set(counts)) > 1:
+            rank = next(rank for rank, count in enumerate(counts) if count != counts[0])
+            raise TaskError(
+                f"task: rows() is {counts[0]:,} on rank 0 and {counts[rank]:,} on rank {rank}; every rank must have "
+                "the whole training set, of which it is asked for its part by batch()"
+            )
+        return counts[0]
+
     def _begin(self) -> None:
         """Makes the parameters, from the same rows and noise on all ranks; of a sharded task, from each rank's own."""
         seed_noise(self.config.seed)
         if getattr(self.task, "sharded", False):
             rows = self.batches.rows(0)
         else:
-            rows = GlobalBatches(self.task.rows(), min(_INIT_ROWS, self.task.rows()), self.config.seed).rows(0)
+            # Not all rows where a step takes all, and never more than a step: it would not fit in memory, maybe.
+            num_rows = min(_INIT_ROWS, self.batches.global_batch)
+            rows = GlobalBatches(self.batches.num_rows, num_rows, self.config.seed).rows(0)
         try:
-            self.svi.init(*self.task.batch(rows))
+            self.svi.init(*TaskRows(self.task).read(rows))
         except Exception as error:
             self.optimizer.abort(error)
             raise
@@ -235,7 +250,12 @@ class _Worker:
         with torch.no_grad():
             self.task.report(report)
         report.heading("How the ELBO rose")
-        report.figure(elbo_figure(history, self.batches.num_rows), "Evidence lower bound per row, mean over the ranks.")
+        try:
+            figure = elbo_figure(history, self.batches.num_rows)
+        except ImportError:
+            report.text(f"There is no picture without matplotlib: pip install matplotlib. {FILE_NAME} has the numbers.")
+        else:
+            report.figure(figure, "Evidence lower bound per row, mean over the ranks.")
         from distopt.config import dump_yaml
 
         report.source("The configuration", dump_yaml(config))
@@ -299,23 +319,34 @@ def make_optimizer(config: RunConfig) -> tuple[PyroOptim, Callable[[DistributedO
     """Returns the optimizer that the config names, and what steps its schedule with the loss of the step.
 
     Raises:
-        TaskError: `distopt.optim` has no such optimizer or schedule.
+        TaskError: `distopt.optim` has no such optimizer or schedule, or it does not take the arguments.
     """
-    chosen = config.optim
-    clip = chosen.clip.args()
-    if chosen.scheduler is None:
-        return PyroOptim(_torch_class(chosen.name), dict(chosen.args), clip), lambda _optimizer, _loss: None
-    scheduler = chosen.scheduler
-    arguments = {"optimizer": _torch_class(chosen.name), "optim_args": dict(chosen.args), **scheduler.args}
-    optimizer: PyroOptim = _named(scheduler.name, "optim.scheduler.name")(arguments, clip)
+    chosen, scheduler = config.optim, config.optim.scheduler
+    clip, args = chosen.clip.args(), dict(chosen.args)
+    constructor = _named(chosen.name, "optim.name")({}).pt_optim_constructor
+    with refused("optim.args"):
+        optimizer = PyroOptim(constructor, args, clip)
+        constructor([torch.zeros(1)], **args)  # else the first step would be the first to know
+    if scheduler is None:
+        return optimizer, lambda _optimizer, _loss: None
+    make = _named(scheduler.name, "optim.scheduler.name")
+    with refused("optim.scheduler"):
+        optimizer = make({"optimizer": constructor, "optim_args": args, **scheduler.args}, clip)
+        if not isinstance(optimizer, PyroLRScheduler):
+            raise ValueError(f"{scheduler.name} is an optimizer and no schedule")
+        optimizer._construct([torch.zeros(1)], args)
     if scheduler.name == "ReduceLROnPlateau":
         return optimizer, lambda made, loss: made.step(loss)
     return optimizer, lambda made, _loss: made.step()
 
 
-def _torch_class(name: str) -> Any:
-    """The torch optimizer class behind a name of `distopt.optim`."""
-    return _named(name, "optim.name")({}).pt_optim_constructor
+@contextmanager
+def refused(key: str, kinds: tuple[type[Exception], ...] = (TypeError, ValueError)) -> Iterator[None]:
+    """Turns what a library says of a value in the config into a `TaskError` that names the value's key."""
+    try:
+        yield
+    except kinds as error:
+        raise TaskError(f"{key}: {error}") from error
 
 
 def _named(name: str, key: str) -> Any:

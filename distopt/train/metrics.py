@@ -66,4 +66,4 @@ def _summary_writer(folder: Path, step: int) -> Any:
     except ImportError:
         return None
     # What an earlier process wrote beyond this step is hidden by TensorBoard.
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -53,8 +54,18 @@ class TaskRows:
         return self._task.rows()
 
     def read(self, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
-        """Returns the arguments of model and guide for these rows."""
-        return self._task.batch(rows)
+        """Returns the arguments of model and guide for these rows.
+
+        Raises:
+            TaskError: the task gives something else than a tuple; a lone tensor would be taken apart into its rows.
+        """
+        batch = self._task.batch(rows)
+        if not isinstance(batch, tuple | list):
+            raise TaskError(
+                f"task: batch() returned a {type(batch).__name__}, expected a tuple of the arguments of model and "
+                "guide; of a single one: `return (x,)`"
+            )
+        return tuple(batch)
 
 
 class TaskError(ValueError):
@@ -77,10 +88,12 @@ def load_task(path: str, arguments: Mapping[str, Any]) -> Task:
     if not hasattr(module, name):
         known = ", ".join(sorted(key for key, value in vars(module).items() if isinstance(value, type)))
         raise TaskError(f"task: {path}: {module_name} has no {name}. Classes in it: {known}.")
+    build = getattr(module, name)
     try:
-        task = getattr(module, name)(**arguments)
+        inspect.signature(build).bind(**arguments)
     except TypeError as error:
-        raise TaskError(f"task_args: {error}") from error
+        raise TaskError(f"task_args: {name}: {error}") from error
+    task = build(**arguments)  # what it raises itself is no mistake in the config
     missing = [member for member in ("model", "guide", "rows", "batch", "report") if not hasattr(task, member)]
     if missing:
         raise TaskError(f"task: {path} lacks {', '.join(missing)}; see distopt.train.Task for what a task must have")

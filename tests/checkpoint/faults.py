@@ -1,27 +1,20 @@
-"""Faults at the system calls of one save, injected by strace; and disks that lose power."""
+"""Faults at the system calls of one save, injected by strace."""
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.checkpoint import driver
 
 ROOT = Path(__file__).parents[2]
-CHANGING = ("mkdir", "writev", "pwrite64", "ftruncate", "flock", "fsync", "rename", "unlinkat", "rmdir")
+CHANGING = ("mkdir", "writev", "pwrite64", "ftruncate", "flock", "fsync", "rename", "unlink", "unlinkat", "rmdir")
 """System calls that change a file system, or wait for it; beside these, openat with O_CREAT."""
-FS_IOC_SHUTDOWN = 0x8004587D
-NO_LOG_FLUSH = 2
 TIMEOUT_S = 30
 
 
@@ -49,10 +42,20 @@ def start(root: Path) -> None:
 
 def save(root: Path, step: int, *strace: str, faults: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Saves one step in a new process, under strace when there are arguments for it."""
-    command = [sys.executable, "-B", "-m", "tests.checkpoint.driver", str(root), str(step), *faults]
-    if strace:
-        command = ["strace", "-qq", *strace, *command]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S)
+    return subprocess.run(
+        command(root, step, *faults, strace=strace), cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+
+
+def command(root: Path, step: int, *arguments: str, strace: tuple[str, ...] = ()) -> list[str]:
+    """Returns what saves one step, under strace when there are arguments for it."""
+    driven = [sys.executable, "-B", "-m", "tests.checkpoint.driver", str(root), str(step), *arguments]
+    return ["strace", "-qq", *strace, *driven] if strace else driven
+
+
+def killing(call: str, number: int) -> tuple[str, ...]:
+    """Returns strace's arguments that end the process in the place of its n-th call of one kind."""
+    return "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={number}"
 
 
 def points(scratch: Path) -> list[Point]:
@@ -81,9 +84,9 @@ def points(scratch: Path) -> list[Point]:
     return found
 
 
-def acknowledged(result: subprocess.CompletedProcess[str], before: int) -> int:
+def acknowledged(output: str, before: int) -> int:
     """Returns the newest step that was acknowledged."""
-    return max([before, *map(int, re.findall(r"^ACK (\d+)$", result.stdout, re.MULTILINE))])
+    return max([before, *map(int, re.findall(r"^ACK (\d+)$", output, re.MULTILINE))])
 
 
 def violations(root: Path, acked: int, latest: int) -> list[str]:
@@ -102,45 +105,3 @@ def violations(root: Path, acked: int, latest: int) -> list[str]:
     except Exception as error:
         found.append(f"{type(error).__name__}: {error}")
     return found
-
-
-@contextmanager
-def disk(scratch: Path, kind: str) -> Iterator[Path]:
-    """A new file system in a file, mounted."""
-    image, mount = scratch / f"{kind}.img", scratch / kind
-    mount.mkdir()
-    with image.open("wb") as file:
-        file.truncate(320 << 20 if kind == "xfs" else 64 << 20)
-    subprocess.run([f"mkfs.{kind}", "-q", str(image)], check=True, capture_output=True, timeout=TIMEOUT_S)
-    _mount(image, mount)
-    try:
-        yield mount
-    finally:
-        subprocess.run(["umount", str(mount)], check=True, timeout=TIMEOUT_S)
-
-
-def cut_power(mount: Path) -> None:
-    """Stops the file system without writing anything back, and mounts what is on the disk."""
-    fd = os.open(mount, os.O_RDONLY)
-    try:
-        fcntl.ioctl(fd, FS_IOC_SHUTDOWN, struct.pack("I", NO_LOG_FLUSH))
-    finally:
-        os.close(fd)
-    subprocess.run(["umount", str(mount)], check=True, timeout=TIMEOUT_S)
-    _mount(mount.with_suffix(".img"), mount)
-
-
-def _mount(image: Path, mount: Path) -> None:
-    subprocess.run(["mount", "-o", "loop", str(image), str(mount)], check=True, capture_output=True, timeout=TIMEOUT_S)
-
-
-def missing_for_power_cuts(kind: str) -> str:
-    """Returns what this machine lacks for losing the power of a disk; empty when it lacks nothing."""
-    if os.geteuid() != 0:
-        return "needs root, to mount"
-    for tool in ("strace", f"mkfs.{kind}", "mount"):
-        if shutil.which(tool) is None:
-            return f"needs {tool} (Debian: strace, xfsprogs, e2fsprogs, mount)"
-    if not Path("/dev/loop-control").exists():
-        return "needs loop devices"
-    return ""

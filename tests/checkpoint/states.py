@@ -10,7 +10,7 @@ import torch
 
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.memory import HostMemory
-from distopt.checkpoint.statefile import take_snapshot
+from distopt.checkpoint.snapshot import take_snapshot
 from distopt.checkpoint.storage import open_storage
 from distopt.checkpoint.writer import Attempt, write_checkpoint
 

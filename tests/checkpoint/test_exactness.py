@@ -19,7 +19,7 @@ from distopt.backends import current
 from distopt.checkpoint import Checkpointer
 from tests import workers
 
-STEPS = 12
+STEPS, LATE = 12, 99
 ROWS = 60
 X = torch.randn(ROWS, 3, generator=torch.Generator().manual_seed(5))
 Y = X @ torch.tensor([1.0, -2.0, 0.5]) + 0.1 * torch.randn(ROWS, generator=torch.Generator().manual_seed(6))
@@ -150,13 +150,24 @@ def digest(optimizer):
     return found.hexdigest()
 
 
+def stop_and_resume(name, directory, stops, **here):
+    """Returns what undisturbed runs end with, and the same runs stopped at each of `stops` and resumed."""
+    whole, resumed = [], []
+    for stop in stops:
+        end = STEPS if stop < STEPS else stop + 3
+        if stop in (stops[0], LATE):  # the early ones share their undisturbed run
+            whole.append(train(name, directory / f"whole-{end}", stop=end, **here))
+        else:
+            whole.append(whole[-1])
+        train(name, directory / f"stopped-{stop}", stop=stop, saves=(stop,), **here)
+        resumed.append(train(name, directory / f"stopped-{stop}", stop=end, resume="auto", **here))
+    return whole, resumed
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_run_on_one_rank_when_stopped_and_resumed_equals_the_undisturbed_run(name, tmp_path):
-    reference = train(name, tmp_path / "whole")
-    for stop in (1, 5, 11):
-        directory = tmp_path / f"stopped-{stop}"
-        train(name, directory, stop=stop, saves=(stop,))
-        assert train(name, directory, resume="auto") == reference
+    whole, resumed = stop_and_resume(name, tmp_path, (1, 10, LATE))
+    assert resumed == whole
 
 
 def test_run_when_resumed_from_any_of_its_steps_equals_the_undisturbed_run(tmp_path):
@@ -166,35 +177,58 @@ def test_run_when_resumed_from_any_of_its_steps_equals_the_undisturbed_run(tmp_p
 
 
 def _stop_and_resume(directory, names, stops):
-    backend = current()
-    here = {"rank": backend.rank, "world_size": backend.world_size}
-    found = {}
-    for name in names:
-        reference = train(name, Path(directory, name, "whole"), **here)
-        resumed = []
-        for stop in stops:
-            stopped = Path(directory, name, f"stopped-{stop}")
-            train(name, stopped, stop=stop, saves=(stop,), **here)
-            resumed.append(train(name, stopped, resume="auto", **here))
-        found[name] = (reference, resumed)
-    return found
+    here = {"rank": current().rank, "world_size": current().world_size}
+    return {name: stop_and_resume(name, Path(directory, name), stops, **here) for name in names}
+
+
+ALL = list(OPTIMIZERS)
 
 
 @pytest.mark.parametrize(
     ("kind", "size", "names", "stops"),
     [
-        ("torch_dist", 2, list(OPTIMIZERS), (1, 10)),
+        ("torch_dist", 2, ALL, (1, 10)),
+        ("torch_dist", 2, ["exponential", "packed_adam"], (LATE,)),
         ("horovod", 2, ["exponential", "plateau", "packed_exponential"], (7,)),
         ("torch_dist", 4, ["exponential", "packed_adam"], (10,)),
+        pytest.param("torch_dist", 2, ALL, (LATE,), marks=pytest.mark.slow),
+        pytest.param("torch_dist", 4, ALL, (1, 10, LATE), marks=pytest.mark.slow),
+        pytest.param("horovod", 2, ALL, (1, 10, LATE), marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.timeout(600)
 def test_run_on_several_ranks_when_stopped_and_resumed_equals_the_undisturbed_run(kind, size, names, stops, tmp_path):
-    ranks = workers.world(kind, size).run(_stop_and_resume, str(tmp_path), names, stops)
+    ranks = workers.world(kind, size).run(_stop_and_resume, str(tmp_path), names, stops, timeout_s=500)
     for found in ranks:
-        for name, (reference, resumed) in found.items():
-            assert resumed == [reference] * len(stops), name
-    losses = [found["exponential"][0][0] for found in ranks]
+        for name, (whole, resumed) in found.items():
+            assert resumed == whole, name
+    losses = [found["exponential"][0][0][0] for found in ranks]
     assert all(losses[0] != other for other in losses[1:])  # each rank has noise and rows of its own
+
+
+def train_compressed(directory, stop, resume="never"):
+    """Trains a matrix whose gradients cross as PowerSGD's, with each rank's own error feedback; returns all that is."""
+    pyro.clear_param_store()
+    backend = current()
+    generator = torch.Generator().manual_seed(backend.rank)
+    weights = pyro.param("weights", torch.zeros(12, 10)).unconstrained()
+    optimizer = distopt.optim.DistributedOptimizer(packed_adam(), compression="powersgd")
+    with Checkpointer(directory, optimizer=optimizer, keep_last=9) as checkpointer:
+        restored = checkpointer.restore(resume)
+        for step in range(stop):
+            gradient = torch.randn(12, 10, generator=generator)
+            if restored is None or step >= restored.step:
+                weights.grad = gradient
+                optimizer([weights])
+                checkpointer.save(step + 1)
+        checkpointer.wait()
+    return weights.tolist(), digest(optimizer.optim)
+
+
+def test_run_with_lossy_compression_when_resumed_goes_on_with_each_ranks_own_errors(tmp_path):
+    world = workers.world("torch_dist", 2)
+    whole = world.run(train_compressed, str(tmp_path), 5)
+    assert world.run(train_compressed, str(tmp_path), 5, 2) == whole
 
 
 def test_parameters_when_restored_are_packed_again_by_the_optimizer(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections import Counter, OrderedDict
@@ -17,10 +18,13 @@ from torch import nn
 from distopt.backends.single import Single
 from distopt.checkpoint import Checkpointer, CheckpointError, register_constraint
 from distopt.checkpoint.constraints import build_constraint, describe_constraint
+from distopt.checkpoint.errors import CorruptCheckpointError
 from distopt.checkpoint.memory import HostMemory
 from distopt.checkpoint.reader import candidates, read_manifest
-from distopt.checkpoint.statefile import StateReader, take_snapshot
+from distopt.checkpoint.snapshot import take_snapshot
+from distopt.checkpoint.statefile import StateReader
 from distopt.checkpoint.storage import open_storage
+from distopt.checkpoint.tables import tabulate, untabulate
 from distopt.constraints import _KNOWN
 from tests.checkpoint.states import assert_equal, commit_state
 
@@ -132,6 +136,60 @@ def test_state_of_every_known_type_when_saved_comes_back_equal(tmp_path):
     }
     storage, folder = commit_state(tmp_path, state)
     assert_equal(StateReader(storage, folder, read_manifest(storage, folder), "replicated").load(), state)
+
+
+def test_lists_of_tensors_when_saved_come_back_whether_alike_or_not(tmp_path):
+    def tensors(*shapes, dtype=torch.float32):
+        return [torch.arange(math.prod(shape)).reshape(shape).to(dtype) for shape in shapes]
+
+    state = {
+        "first": torch.zeros(3),
+        "alike": tensors(*[(2, 3)] * 9),
+        "without dimensions": tensors(*[()] * 5),
+        "empty": tensors(*[(0, 2)] * 5),
+        "transposed": [torch.randn(3, 2).T for _ in range(5)],
+        "negative": [torch.randn(3, dtype=torch.complex64).conj().imag for _ in range(5)],
+        "complex": tensors(*[(2,)] * 5, dtype=torch.complex64),
+        "large": tensors(*[(200, 200)] * 4),
+        "shapes": tensors((2,), (3,), (2,), (2,), (2,)),
+        "kinds": [*tensors((2,), (2,), (2,)), *tensors((2,), dtype=torch.float64)],
+        "mixed": [*tensors((2,), (2,), (2,)), None, 1.5],
+        "last": torch.ones(2),
+    }
+    storage, folder = commit_state(tmp_path, state)
+    assert_equal(StateReader(storage, folder, read_manifest(storage, folder), "replicated").load(), state)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_of_every_kind_when_put_into_tables_come_back_in_their_order(seed, tmp_path):
+    chance, keys = random.Random(seed), "abcd"
+    kinds = [
+        lambda: torch.randn(3), lambda: torch.tensor(1.0), lambda: torch.randn(70, 70), lambda: 1, lambda: 1.0,
+        lambda: True, lambda: None, lambda: [torch.zeros(2)], lambda: {"x": [1, (2, 3)]},
+    ]  # fmt: skip
+    patterns = [[(key, chance.choice(kinds)) for key in chance.sample(keys, chance.randint(0, 4))] for _ in range(6)]
+    rows = {f"row {index}": {key: make() for key, make in chance.choice(patterns)} for index in range(60)}
+    rows |= {"no dict": torch.zeros(2), "nothing": None}
+    tables = []
+    storage, folder = commit_state(tmp_path, {"rows": tabulate(rows, tables), "tables": tables})
+    state = StateReader(storage, folder, read_manifest(storage, folder), "replicated").load()
+    assert_equal(untabulate(state["rows"], state["tables"]), rows)
+
+
+@pytest.mark.parametrize("damage", ["too few", "too many", "no table", "no column"])
+def test_tables_that_do_not_fit_their_rows_are_refused(damage):
+    tables = []
+    placed = tabulate({name: {"value": torch.zeros(2)} for name in "abc"}, tables)
+    if damage == "too few":
+        tables[0]["columns"]["value"].pop()
+    elif damage == "too many":
+        tables[0]["columns"]["value"].append(torch.zeros(2))
+    elif damage == "no table":
+        tables.clear()
+    else:
+        tables[0]["columns"].clear()
+    with pytest.raises(CorruptCheckpointError, match="table of state"):
+        untabulate(placed, tables)
 
 
 def test_file_when_written_is_read_by_the_safetensors_library(tmp_path):

@@ -69,7 +69,7 @@ def test_no_global_batch_takes_all_rows_at_each_step_and_shares_them():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(num_rows=10, global_batch=11), "10 rows: make it smaller, or null"),
+        (dict(num_rows=10, global_batch=11), "10 rows: make it smaller, or None"),
         (dict(num_rows=10, global_batch=2, world_size=3), "cannot be shared by 3 ranks"),
         (dict(num_rows=10, global_batch=2, rank=2, world_size=2), "rank 2 is not in a world of 2"),
     ],

@@ -14,6 +14,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 from distopt import backends
+from distopt.infer import SVI as DistributedSVI
 from distopt.infer import noise_seed, seed_noise
 from distopt.infer.sharded import sharded_plate, share_plates
 from distopt.optim import Adam, DistributedOptimizer
@@ -122,3 +123,23 @@ def test_ranks_that_a_script_seeds_alike_draw_their_own_noise_unless_told_to_sha
 def test_ranks_that_a_script_seeds_apart_keep_the_noise_they_have() -> None:
     ranks = world("torch_dist", 2)
     assert ranks.run(_train, "independent", 1) == ranks.run(_train, "shared", 1)
+
+
+def _draws_of_the_runs_of_the_first_step() -> list[list[Any]]:
+    """Returns what each kind of noise gave the model, run by run; on the backend's device too."""
+    device, drawn = backends.current().device, []
+    seed_noise(3, rank=backends.current().rank)
+
+    def model() -> None:
+        on_device = torch.rand(2, device=device).tolist()
+        drawn.append([random.random(), np.random.rand(2).tolist(), torch.rand(2).tolist(), on_device])
+        _model()
+
+    DistributedSVI(model, AutoNormal(_model), DistributedOptimizer(Adam({"lr": 0.1})), Trace_ELBO()).step()
+    return drawn
+
+
+def test_run_of_the_model_that_makes_its_parameters_leaves_every_kind_of_noise_to_the_first_step() -> None:
+    for drawn in world("torch_dist", 2).run(_draws_of_the_runs_of_the_first_step):
+        assert len(drawn) == 2
+        assert drawn[0] == drawn[1]

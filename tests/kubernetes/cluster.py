@@ -175,11 +175,20 @@ class Cluster:
         (self.folder / "names").write_text(lines)
         self._names.send_signal(1)
 
-    def _start(self, number: int, name: str, *words: str | Path) -> subprocess.Popen[bytes]:
+    def _start(
+        self, number: int, name: str, *words: str | Path, beside: subprocess.Popen[bytes] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """Starts a daemon with a host name and mounts of its own, or with those of another daemon."""
+        logs = self.folder / f"pods-{number}"
+        for folder in (logs, Path("/var/log/pods")):  # a kubelet removes there what it does not know
+            folder.mkdir(parents=True, exist_ok=True)
+        prepare = 'hostname "$0" && mount --bind "$1" /var/log/pods && shift && exec "$@"'
+        command: list[str | Path] = ["unshare", "--uts", "--mount", "sh", "-c", prepare, f"node{number}", logs]
+        if beside is not None:
+            command = ["nsenter", f"--uts=/proc/{beside.pid}/ns/uts", f"--mount=/proc/{beside.pid}/ns/mnt"]
         with (self.folder / f"{name}.log").open("wb") as log:
-            # A host's own name, in what its daemons say and in the pods' events.
-            command = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', f"node{number}", *map(str, words)]
-            started = subprocess.Popen(self.inside(number, *command), stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            inside = self.inside(number, *command, *words)
+            started = subprocess.Popen(inside, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         self._daemons.append(started)
         return started
 
@@ -230,7 +239,7 @@ class Cluster:
             subprocess.run(route, check=True, timeout=20)
         forward = self.inside(number, "sysctl", "-qw", "net.ipv4.ip_forward=1")
         subprocess.run(forward, check=True, timeout=20)
-        self._start(number, f"containerd-{number}", "containerd", f"--config={folder}/config.toml")
+        containerd = self._start(number, f"containerd-{number}", "containerd", f"--config={folder}/config.toml")
         ctr = ["ctr", f"--address={folder}/containerd.sock", "--namespace=k8s.io"]
         up = [*ctr, "version"]
         wait_until(lambda: not subprocess.run(up, capture_output=True).returncode, f"containerd\n{self.said()}", 60)
@@ -241,7 +250,7 @@ class Cluster:
             number, f"kubelet-{number}", self.programs / "kubelet", f"--kubeconfig={self.kubeconfig}",
             f"--config={folder}/kubelet.yaml", f"--hostname-override=node{number}", f"--node-ip={address}",
             "--container-runtime=remote", f"--container-runtime-endpoint={socket}", f"--root-dir={folder}/kubelet",
-            f"--cert-dir={folder}/certificates",
+            f"--cert-dir={folder}/certificates", beside=containerd,
         )  # fmt: skip
 
     def _archives(self) -> list[Path]:
@@ -273,9 +282,6 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait(timeout=30)
-        for line in reversed(Path("/proc/mounts").read_text().splitlines()):
-            if line.split()[1].startswith(f"{self.folder}/"):
-                subprocess.run(["umount", "--lazy", line.split()[1]], capture_output=True, timeout=60)
 
 
 def _conditions(node: dict[str, Any]) -> dict[str, str]:

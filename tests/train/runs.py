@@ -61,11 +61,11 @@ def launch_well(path: Path, *overrides: str) -> str:
     return done.stdout + done.stderr
 
 
-def run_here(path: Path, *overrides: str) -> None:
-    """Runs to the end in this process, alone, which saves the start of others."""
+def run_here(path: Path, *overrides: str, status: int = 0) -> None:
+    """Runs to the end in this process, alone, which saves the start of others; expects an exit status."""
     num_threads = torch.get_num_threads()
     try:
-        assert run(load_config(path, [*overrides, "launch.workers=1", "reduce.backend=single"])) == 0
+        assert run(load_config(path, [*overrides, "launch.workers=1", "reduce.backend=single"])) == status
     finally:
         torch.set_num_threads(num_threads)
 

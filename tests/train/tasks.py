@@ -28,6 +28,7 @@ class Line:
         fail_at: likewise for an exception in the model, each time.
         nan_at: likewise for a gradient that is NaN, once.
         marker: file that says that it has been done.
+        more_on_rank_1: rows that only that rank counts.
     """
 
     def __init__(
@@ -38,12 +39,14 @@ class Line:
         fail_at: int = 0,
         nan_at: int = 0,
         marker: str = "",
+        more_on_rank_1: int = 0,
     ) -> None:
         noise = torch.Generator().manual_seed(3)
         self.x = torch.linspace(-1, 1, NUM_ROWS)
         self.y = 2.0 * self.x + 1.0 + 0.3 * torch.randn(NUM_ROWS, generator=noise)
         self.guide: Any = getattr(autoguide, guide)(self.model)
         self._read, self._kill, self._fail_at, self._nan_at = 0, (kill_rank, kill_at), fail_at, nan_at
+        self._more = more_on_rank_1 if os.environ.get("RANK") == "1" else 0
         self._marker = Path(marker) if marker else None
 
     def model(self, x: Tensor, y: Tensor) -> None:
@@ -54,7 +57,7 @@ class Line:
             pyro.sample("y", dist.Normal(slope * x + level, scale), obs=y)
 
     def rows(self) -> int:
-        return NUM_ROWS
+        return NUM_ROWS + self._more
 
     def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
         self._read += 1

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 import yaml
+from numpy.typing import NDArray
+from torch import Tensor
 
 from distopt.config import parse_config
 from distopt.train.loop import make_optimizer
@@ -29,6 +34,7 @@ from tests.train.runs import (
     run_here,
     steps_logged,
 )
+from tests.train.tasks import Line
 
 
 def assert_equal_bits(run_dir: Path, other: Path) -> None:
@@ -165,6 +171,14 @@ def test_steps_of_gradients_that_are_not_finite_are_left_out_and_counted_where_t
     assert all(value.isfinite().all() for value in parameters(tmp_path / "run").values())
 
 
+def test_run_without_matplotlib_ends_with_a_report_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run_here(config(tmp_path, train={"num_steps": 5}))
+    assert "pip install matplotlib" in (tmp_path / "run/report.html").read_text()
+
+
 def test_settings_that_exclude_each_other_are_refused_by_their_section(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,3 +196,53 @@ def test_unknown_optimizer_is_refused_by_its_key() -> None:
         make(name="Adamm")
     with pytest.raises(TaskError, match=r"optim\.scheduler\.name: found Expo"):
         make(name="Adam", scheduler={"name": "Expo"})
+
+
+@pytest.mark.parametrize(
+    ("optim", "message"),
+    [
+        ({"args": {"lrr": 0.1}}, r"optim\.args: .*'lrr'"),
+        ({"args": {"lr": -1}}, r"optim\.args: .*learning rate: -1"),
+        ({"scheduler": {"name": "StepLR"}}, r"optim\.scheduler: .*'step_size'"),
+        ({"scheduler": {"name": "Adam"}}, r"optim\.scheduler: Adam is an optimizer and no schedule"),
+    ],
+)
+def test_arguments_that_the_optimizer_refuses_are_told_by_their_key(optim: dict[str, object], message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        make(**({"name": "Adam"} | optim))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.global_batch=1001", "data: global_batch is 1,001, but there are 1,000 rows"),
+        ("train.loss_args={max_nesting: 1}", "train.loss_args: .*'max_nesting'"),
+        ("run_dir=/dev/null/run", "run_dir: .*Not a directory"),
+    ],
+)
+def test_values_that_only_the_worker_can_refuse_are_one_line_with_their_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    run_here(config(tmp_path), override, status=1)
+    error = capsys.readouterr().err
+    assert re.fullmatch(f"distopt: rank 0 of 1: {message}.*\n", error), error
+
+
+def test_rows_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
+    done = launch(config(tmp_path, task_args={"more_on_rank_1": 5}), "launch.max_restarts=0")
+    assert done.returncode == 1
+    assert "rows() is 1,000 on rank 0 and 1,005 on rank 1" in done.stderr, done.stdout + done.stderr
+
+
+def test_parameters_are_made_from_no_more_rows_than_a_step_has(tmp_path: Path) -> None:
+    sizes: list[int] = []
+    batch = Line.batch
+
+    def noting(task: Line, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        sizes.append(len(rows))
+        return batch(task, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Line, "batch", noting)
+        run_here(config(tmp_path), "train.num_steps=2")
+    assert sizes == [100, 100, 100]

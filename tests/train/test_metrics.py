@@ -58,4 +58,8 @@ def test_tensorboard_reads_back_what_was_written_without_what_a_crash_undid(tmp_
     found = {event.step: event.value for event in events.Scalars("elbo")}
     assert sorted(found) == [10, 20, 30, 40, 50, 60, 70]
     assert len(events.Scalars("elbo")) == 7
+
+    write(tmp_path, 0, range(10, 30, 10), tensorboard=True)  # a new run in a used folder
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("elbo")] == [10, 20]
     assert found[50] == pytest.approx(-2.0)

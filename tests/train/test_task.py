@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
-from distopt.train.task import Task, TaskError, load_task
+from distopt.train.task import Task, TaskError, TaskRows, load_task
 
 
 class Whole:
@@ -31,6 +33,25 @@ class Half:
         return 1
 
 
+class Broken:
+    """Has a mistake in its constructor."""
+
+    def __init__(self) -> None:
+        len(3)  # type: ignore[arg-type]
+
+
+def test_mistake_inside_the_constructor_is_shown_where_it_is_and_not_blamed_on_the_config() -> None:
+    with pytest.raises(TypeError, match="has no len"):
+        load_task(f"{__name__}:Broken", {})
+
+
+def test_batch_that_is_no_tuple_is_refused_with_the_edit() -> None:
+    task = Whole()
+    task.batch = lambda rows: torch.zeros(len(rows))  # type: ignore[method-assign]
+    with pytest.raises(TaskError, match=r"batch\(\) returned a Tensor, expected a tuple.*`return \(x,\)`"):
+        TaskRows(task).read(np.arange(3))
+
+
 def test_task_is_built_with_its_arguments() -> None:
     task = load_task(f"{__name__}:Whole", {"size": 7})
     assert isinstance(task, Task) and task.rows() == 7
@@ -41,7 +62,7 @@ def test_task_is_built_with_its_arguments() -> None:
     [
         ("no_such_module:Task", {}, "No module named 'no_such_module'; is it installed"),
         (f"{__name__}:Hole", {}, r"has no Hole\. Classes in it: .*Half.*Whole"),
-        (f"{__name__}:Whole", {"sice": 3}, "task_args: .*unexpected keyword argument 'sice'"),
+        (f"{__name__}:Whole", {"sice": 3}, "task_args: Whole: got an unexpected keyword argument 'sice'"),
         (f"{__name__}:Half", {}, "lacks guide, report"),
     ],
 )

@@ -25,6 +25,7 @@ from distopt.reduce.control import Control, Kind
 from distopt.reduce.finite import explain_nonfinite
 from distopt.reduce.joins import is_joining, joining
 from distopt.reduce.noise import NoisePolicy
+from distopt.reduce.power_sgd import PowerSgd
 
 logger = logging.getLogger("distopt.optim")
 
@@ -312,6 +313,11 @@ class DistributedOptimizer(PyroOptim):
     def set_state(self, state_dict: Mapping[str, Any]) -> None:
         """As the wrapped optimizer's; every rank must call it."""
         self.optim.set_state(state_dict)
+
+    @property
+    def of_rank(self) -> PowerSgd | None:
+        """What has the state of this rank alone (`state_dict`, `load_state_dict`); None without lossy compression."""
+        return self.reducer.of_rank
 
     def save(self, filename: str | Path) -> None:
         """Writes the state on rank 0; does nothing on the others."""
