@@ -99,6 +99,8 @@ def dump_yaml(config: RunConfig) -> str:
 
 def _resolve(raw: dict[str, Any], overrides: Sequence[str], source: str) -> tuple[dict[str, Any], list[str]]:
     """Applies the overrides and OmegaConf's interpolation; returns plain data and the overridden keys."""
+    if not overrides and not any("${" in value for value in _strings(raw)):
+        return raw, []  # as every worker reads it; OmegaConf takes a while to import
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
