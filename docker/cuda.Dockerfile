@@ -21,7 +21,7 @@ COPY pyproject.toml docker/requirements.py ./
 COPY --from=compiled /wheels /wheels
 RUN python requirements.py mpi examples prometheus remote tensorboard > requirements.txt \
  && pip install -c constraints.txt -r requirements.txt /wheels/*/*.whl \
- && rm -r /opt/venv/lib/python3*/site-packages/torch/include /opt/venv/lib/python3*/site-packages/torch/test
+ && rm -rf /opt/venv/lib/python3*/site-packages/torch/include /opt/venv/lib/python3*/site-packages/torch/test
 
 FROM ${BASE}
 RUN apt-get update && apt-get install -y --no-install-recommends openssh-client openssh-server tini && apt-get clean && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* && useradd --create-home --uid 1000 mpiuser && ln -s /etc/ssh/sshd_config ~mpiuser/.sshd_config
