@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor
 from distopt.optim.fused_adam import adam_, is_fusable
 
 _SMALL_NUMEL = 16_384  # up to here a call for each costs more than a pass over its memory
-_CACHED_NUMEL = 131_072  # a clipped gradient of this many float32 numbers stays in a second-level cache
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,7 @@ def step_all_(pending: Sequence[Pending], hyper: Hyper) -> None:
     if hyper.centered_variance or not is_fusable([*grads, *[x.param for x in pending]]):
         _step_foreach(pending, hyper)
         return
-    small = [g for g in grads if g.numel() <= _SMALL_NUMEL]
-    if small:
-        torch._foreach_clamp_min_(small, -hyper.clip_norm)
-        torch._foreach_clamp_max_(small, hyper.clip_norm)
+    _clip_(grads, hyper.clip_norm)
     alike: dict[tuple[int, float], list[Pending]] = defaultdict(list)
     for x in pending:
         alike[int(x.state["step"]), x.lr].append(x)
@@ -73,27 +69,21 @@ def _step_fused(pending: Sequence[Pending], hyper: Hyper, step: int, lr: float) 
         "eps": hyper.eps / math.sqrt(1 - hyper.betas[1] ** step),
         "weight_decay": hyper.weight_decay,
     }
-    small = [x for x in pending if x.grad.numel() <= _SMALL_NUMEL]
+    means, squares = [x.state["exp_avg"] for x in pending], [x.state["exp_avg_sq"] for x in pending]
+    adam_([x.param for x in pending], [x.grad for x in pending], means, squares, **constants)
+
+
+def _clip_(grads: Sequence[Tensor], bound: float) -> None:
+    """Clips each number, of big tensors in one pass over memory where a list takes two."""
+    small = []
+    for g in grads:
+        if g.numel() > _SMALL_NUMEL:
+            g.clamp_(-bound, bound)
+        else:
+            small.append(g)
     if small:
-        means, squares = [x.state["exp_avg"] for x in small], [x.state["exp_avg_sq"] for x in small]
-        adam_([x.param for x in small], [x.grad for x in small], means, squares, **constants)
-    if len(small) < len(pending):
-        for p, g, m, v in _clipped_pieces([x for x in pending if x.grad.numel() > _SMALL_NUMEL], hyper.clip_norm):
-            adam_([p], [g], [m], [v], **constants)
-
-
-def _clipped_pieces(pending: Sequence[Pending], bound: float) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yields big parameters piece by piece, each with its clipped gradient and both moments.
-
-    A piece is clipped into memory that the kernel then finds in the cache: in place, clipping would be a pass over
-    memory of its own.
-    """
-    scratch = pending[0].grad.new_empty(_CACHED_NUMEL)
-    for x in pending:
-        tensors = (x.param, x.grad, x.state["exp_avg"], x.state["exp_avg_sq"])
-        flat = (torch.split(t.detach().view(-1), _CACHED_NUMEL) for t in tensors)
-        for p, g, m, v in zip(*flat, strict=True):
-            yield p, torch.clamp(g, -bound, bound, out=scratch[: g.numel()]), m, v
+        torch._foreach_clamp_min_(small, -bound)
+        torch._foreach_clamp_max_(small, bound)
 
 
 def _step_foreach(pending: Sequence[Pending], hyper: Hyper) -> None:
@@ -101,8 +91,7 @@ def _step_foreach(pending: Sequence[Pending], hyper: Hyper) -> None:
     beta1, beta2 = hyper.betas
     params, grads = [x.param for x in pending], [x.grad for x in pending]
     means, squares = [x.state["exp_avg"] for x in pending], [x.state["exp_avg_sq"] for x in pending]
-    torch._foreach_clamp_min_(grads, -hyper.clip_norm)
-    torch._foreach_clamp_max_(grads, hyper.clip_norm)
+    _clip_(grads, hyper.clip_norm)
     if hyper.weight_decay != 0:
         grads = list(torch._foreach_add(grads, params, alpha=hyper.weight_decay))
     torch._foreach_mul_(means, beta1)
