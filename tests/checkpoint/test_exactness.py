@@ -206,6 +206,22 @@ def test_run_on_several_ranks_when_stopped_and_resumed_equals_the_undisturbed_ru
     assert all(losses[0] != other for other in losses[1:])  # each rank has noise and rows of its own
 
 
+def _stop_here(directory):
+    here = {"rank": current().rank, "world_size": current().world_size}
+    train("packed_exponential", Path(directory, "run"), stop=7, saves=(7,), **here)
+    return train("packed_exponential", Path(directory, "whole"), **here)
+
+
+def _resume_here(directory):
+    here = {"rank": current().rank, "world_size": current().world_size}
+    return train("packed_exponential", Path(directory, "run"), resume="auto", **here)
+
+
+def test_run_when_resumed_over_another_backend_equals_the_undisturbed_run(tmp_path):
+    whole = workers.world("torch_dist", 2).run(_stop_here, str(tmp_path))
+    assert workers.world("horovod", 2).run(_resume_here, str(tmp_path)) == whole  # two terms have one sum
+
+
 def train_compressed(directory, stop, resume="never"):
     """Trains a matrix whose gradients cross as PowerSGD's, with each rank's own error feedback; returns all that is."""
     pyro.clear_param_store()
