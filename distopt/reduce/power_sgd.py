@@ -37,6 +37,7 @@ class PowerSgd:
         self._handles: dict[int, tuple[Handle, Tensor]] = {}
         self._errors: dict[str, Tensor] = {}
         self._starts: dict[str, Tensor] = {}
+        self._loaded: set[str] = set()  # of a checkpoint, and not used yet
 
     def start(self, bucket: Bucket) -> None:
         """Adds the kept errors and starts the sum of the plain gradients and all P."""
@@ -82,12 +83,17 @@ class PowerSgd:
             if entry.name in stepped:
                 self._errors[entry.name] = matrix - basis @ own[at : at + size].view(shape).T
                 self._starts[entry.name] = right.clone()
+                self._loaded.discard(entry.name)
             matrix.copy_(basis @ right.T)
             at += size
 
     def forget(self, names: set[str]) -> None:
-        """Drops errors and starts, as after a step that was skipped for a gradient that was not finite."""
-        for name in names:
+        """Drops errors and starts, as after a step that was skipped for a gradient that was not finite.
+
+        Those that were loaded stay until they are used: the agreement that follows a restore brings the parameters
+        they belong to.
+        """
+        for name in names - self._loaded:
             self._errors.pop(name, None)
             self._starts.pop(name, None)
 
@@ -98,6 +104,7 @@ class PowerSgd:
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Goes on from what `state_dict` returned."""
         self._errors, self._starts = dict(state["errors"]), dict(state["starts"])
+        self._loaded = self._errors.keys() | self._starts.keys()
 
     def _gains(self, entry: Entry) -> bool:
         if len(entry.shape) < 2 or entry.dtype not in (torch.float32, torch.float64):

@@ -222,29 +222,32 @@ def test_run_when_resumed_over_another_backend_equals_the_undisturbed_run(tmp_pa
     assert workers.world("horovod", 2).run(_resume_here, str(tmp_path)) == whole  # two terms have one sum
 
 
-def train_compressed(directory, stop, resume="never"):
+def train_compressed(directory, stop, resume="never", undone=0):
     """Trains a matrix whose gradients cross as PowerSGD's, with each rank's own error feedback; returns all that is."""
     pyro.clear_param_store()
     backend = current()
     generator = torch.Generator().manual_seed(backend.rank)
+    gradients = [torch.randn(12, 10, generator=generator) for _ in range(stop)]
     weights = pyro.param("weights", torch.zeros(12, 10)).unconstrained()
     optimizer = distopt.optim.DistributedOptimizer(packed_adam(), compression="powersgd")
     with Checkpointer(directory, optimizer=optimizer, keep_last=9) as checkpointer:
+        for gradient in gradients[:undone]:
+            weights.grad = gradient.clone()
+            optimizer([weights])
         restored = checkpointer.restore(resume)
-        for step in range(stop):
-            gradient = torch.randn(12, 10, generator=generator)
-            if restored is None or step >= restored.step:
-                weights.grad = gradient
-                optimizer([weights])
-                checkpointer.save(step + 1)
+        for step in range(0 if restored is None else restored.step, stop):
+            weights.grad = gradients[step].clone()
+            optimizer([weights])
+            checkpointer.save(step + 1)
         checkpointer.wait()
     return weights.tolist(), digest(optimizer.optim)
 
 
-def test_run_with_lossy_compression_when_resumed_goes_on_with_each_ranks_own_errors(tmp_path):
+@pytest.mark.parametrize("undone", [0, 4], ids=["new_process", "rolled_back"])
+def test_run_with_lossy_compression_when_resumed_goes_on_with_each_ranks_own_errors(undone, tmp_path):
     world = workers.world("torch_dist", 2)
     whole = world.run(train_compressed, str(tmp_path), 5)
-    assert world.run(train_compressed, str(tmp_path), 5, 2) == whole
+    assert world.run(train_compressed, str(tmp_path), 5, 2, undone) == whole
 
 
 def test_parameters_when_restored_are_packed_again_by_the_optimizer(tmp_path):

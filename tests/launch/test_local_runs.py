@@ -223,7 +223,7 @@ def test_detached_run_is_asked_about_read_and_stopped_by_its_name(start, tmp_pat
     write_config(tmp_path, "wait")
     first = start("--detach", *SINGLE)
     assert first.wait() == 0
-    wait_until(lambda: (tmp_path / "ready-0").exists(), "the worker ready")
+    wait_until(lambda: (tmp_path / "ready-0-0").exists(), "the worker ready")
     status, out, _ = distopt("status")
     assert (status, out.startswith("runs/run\trunning\tprocess ")) == (0, True)
     assert distopt("logs", "run")[1].endswith("rank 0 does wait\n")
@@ -266,7 +266,7 @@ def test_run_whose_output_nobody_reads_any_more_saves_and_ends_as_at_a_hang_up(t
 def test_run_whose_launcher_was_killed_is_told_as_such_and_can_be_launched_again(start, tmp_path, distopt):
     write_config(tmp_path, "wait")
     run = start(*SINGLE)
-    wait_until(lambda: (tmp_path / "ready-0").exists(), "the worker ready")
+    wait_until(lambda: (tmp_path / "ready-0-0").exists(), "the worker ready")
     run.signal(signal.SIGKILL)
     wait_until(lambda: run.processes() == [], "all processes of the run gone", timeout_s=20)
     for command in ("status", "stop"):

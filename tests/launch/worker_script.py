@@ -13,10 +13,10 @@ def first(*names: str) -> int:
 
 
 def ready(rank: int) -> None:
-    """Tells the test, and waits for all the others, as ranks of a real run do."""
-    world_size = int(os.environ["DISTOPT_WORLD_SIZE"])
-    Path(f"ready-{rank}").touch()
-    while len(list(Path().glob("ready-*"))) < world_size:
+    """Tells the test, and waits for all the others of this attempt, as ranks of a real run do."""
+    world_size, attempt = int(os.environ["DISTOPT_WORLD_SIZE"]), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    Path(f"ready-{attempt}-{rank}").touch()
+    while len(list(Path().glob(f"ready-{attempt}-*"))) < world_size:
         time.sleep(0.02)
 
 
