@@ -20,16 +20,18 @@ $(VENV)/.base: pyproject.toml constraints.txt setup.py distopt/optim/_bulk.cpp
 	@$(PIP) --no-build-isolation -e '.[examples,tensorboard,prometheus,remote]'  # so that setup.py finds torch to compile for
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.base tools/build_horovod.py tools/system_packages.sh
+# Named by the MPI that Horovod was built for: with another one it is built again.
+DEV := $(VENV)/.dev-$(or $(MPI),path)
+$(DEV): $(VENV)/.base tools/build_horovod.py tools/system_packages.sh
 	@echo "setup: Open MPI, Horovod and the test tools (Horovod is built once, about five minutes, and kept)"
 	@$(PIP) -e '.[dev,mpi]' $(MPI) cmake wheel 'setuptools<81' cffi cloudpickle psutil pyyaml
 	@$(PIP) --no-deps 'py-irt; python_version < "3.12"' ordered-set toml cell2location  # their pins are not ours; models for tests
 	@$(BIN)/python tools/build_horovod.py
 	@tools/system_packages.sh
-	@touch $@
+	@rm -f $(VENV)/.dev* && touch $@
 
 setup: $(VENV)/.base  ## what training needs
-setup-dev: $(VENV)/.dev  ## and what the tests need, Horovod and Open MPI included
+setup-dev: $(DEV)  ## and what the tests need, Horovod and Open MPI included
 
 train: setup  ## run the main job: two workers on this machine, configs/flights.yaml
 	@$(BIN)/distopt launch $(CONFIG)

@@ -227,7 +227,7 @@ def own_parameters_are_never_exchanged() -> None:
     """Parameters of one rank's own datapoints have other shapes and values on each, and skip together with the rest."""
     rank = current().rank
     optim = DistributedOptimizer(SGD({"lr": 1.0}))
-    optim.optim.nonfinite = "skip"
+    optim.nonfinite = "skip"
     pyro.param("x", torch.zeros(2))
     own = pyro.param("local", torch.zeros(rank + 1)).unconstrained()
     mark_local(own, LocalParameter(PlateShard("rows", num_shards=1), (rank + 1,), 0))

@@ -144,7 +144,7 @@ def nonfinite_gradient_is_skipped_by_all() -> Values:
     """NaN on the last rank, then infinity on rank 0: no rank steps, and the counts stay equal."""
     rank, size = current().rank, current().world_size
     optim = DistributedOptimizer(Adam({"lr": 0.1}))
-    optim.optim.nonfinite = "skip"
+    optim.nonfinite = "skip"
     pyro.param("x", torch.zeros(2))
     pyro.param("y", torch.zeros(3))
     for step in range(5):
@@ -153,7 +153,7 @@ def nonfinite_gradient_is_skipped_by_all() -> Values:
         step_with(optim, {"x": torch.ones(2), "y": torch.tensor([1.0, value, 1.0])})
     assert optim.num_skipped_steps == 2
     assert optim.get_state()["x"]["state"][0]["step"] == 3
-    optim.optim.nonfinite = "raise"
+    optim.nonfinite = "raise"
     with pytest.raises(FloatingPointError, match=rf"step 5: .*rank {size - 1}: 'y'"):
         step_with(optim, {"x": torch.ones(2), "y": torch.full((3,), float("nan") if rank == size - 1 else 1.0)})
     return store_values()

@@ -144,6 +144,10 @@ class DistributedOptimizer(PyroOptim):
             raise AttributeError(name)
         return getattr(self.optim, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name in self.__dict__ or hasattr(type(self), name) or not hasattr(self.__dict__.get("optim"), name)
+        object.__setattr__(self if own else self.optim, name, value)
+
     @property
     def backend(self) -> Backend:
         """The link to the other ranks."""
