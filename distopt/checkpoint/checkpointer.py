@@ -26,6 +26,7 @@ from distopt.checkpoint.background import BackgroundSave
 from distopt.checkpoint.codec import NoTensors, decode, encode
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.failpoint import failpoint
+from distopt.checkpoint.folders import step_number
 from distopt.checkpoint.groups import share_groups
 from distopt.checkpoint.manifest import FileRecord, Manifest
 from distopt.checkpoint.memory import HostMemory, without_collection
@@ -46,7 +47,7 @@ from distopt.checkpoint.resume import (
 from distopt.checkpoint.settings import without_private
 from distopt.checkpoint.sharded import ShardedReader, capture_local, plate_sizes, shard_name
 from distopt.checkpoint.snapshot import Snapshot, take_snapshot
-from distopt.checkpoint.storage import Storage, open_storage, step_number
+from distopt.checkpoint.storage import Storage, open_storage
 from distopt.checkpoint.tables import tabulate
 from distopt.checkpoint.writer import Attempt, chunk_digest, describe_error
 from distopt.reduce.local import local_parameters

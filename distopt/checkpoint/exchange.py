@@ -19,6 +19,7 @@ from torch import nn
 
 from distopt.checkpoint.constraints import build_constraint, describe_constraint, known_constraints
 from distopt.checkpoint.errors import CheckpointError
+from distopt.checkpoint.folders import step_number
 from distopt.checkpoint.groups import share_groups
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.memory import HostMemory
@@ -27,7 +28,7 @@ from distopt.checkpoint.reader import candidates, read_manifest
 from distopt.checkpoint.resume import REPLICATED, buffers_name, choose, load_replicated, rank_name
 from distopt.checkpoint.snapshot import take_snapshot
 from distopt.checkpoint.statefile import StateReader
-from distopt.checkpoint.storage import Storage, open_storage, step_number
+from distopt.checkpoint.storage import Storage, open_storage
 from distopt.checkpoint.tables import tabulate
 from distopt.checkpoint.writer import Attempt, write_checkpoint
 

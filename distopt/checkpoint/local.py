@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distopt.checkpoint.errors import CheckpointError, DirectoryInUseError
-from distopt.checkpoint.storage import step_of
+from distopt.checkpoint.folders import step_of
 
 LOCK = ".lock"
 _LEFTOVER = re.compile(r"\.tmp-\d{8,19}-[0-9a-f]{8,32}|\.del-step-\d{8,19}-[0-9a-f]{8}")

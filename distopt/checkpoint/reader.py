@@ -11,8 +11,9 @@ import xxhash
 
 from distopt.checkpoint import tensorfile
 from distopt.checkpoint.errors import CorruptCheckpointError
+from distopt.checkpoint.folders import step_of
 from distopt.checkpoint.manifest import CHUNK_BYTES, MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest
-from distopt.checkpoint.storage import Source, Storage, step_of
+from distopt.checkpoint.storage import Source, Storage
 from distopt.checkpoint.writer import by_chunk, read_small, thread_pool
 
 _CACHED_BYTES = 512 << 10

@@ -14,8 +14,8 @@ from typing import Any
 import fsspec
 
 from distopt.checkpoint.errors import CheckpointError
+from distopt.checkpoint.folders import step_of
 from distopt.checkpoint.manifest import MANIFEST
-from distopt.checkpoint.storage import step_of
 
 TOKEN = ".job"
 

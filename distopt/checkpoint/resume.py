@@ -11,6 +11,7 @@ import torch
 
 from distopt.backends.base import Backend
 from distopt.checkpoint.errors import CheckpointError, ConfigMismatchError, CorruptCheckpointError
+from distopt.checkpoint.folders import step_of
 from distopt.checkpoint.groups import own_groups
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.noise import restore_noise, seed_noise
@@ -18,7 +19,7 @@ from distopt.checkpoint.reader import Candidate, candidates, check_files, read_m
 from distopt.checkpoint.settings import differences
 from distopt.checkpoint.sharded import LocalState, ShardedReader
 from distopt.checkpoint.statefile import StateReader
-from distopt.checkpoint.storage import Storage, is_url, open_storage, step_of
+from distopt.checkpoint.storage import Storage, is_url, open_storage
 from distopt.checkpoint.tables import untabulate
 
 REPLICATED = "replicated"
