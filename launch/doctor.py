@@ -22,7 +22,7 @@ from distopt.config import RunConfig
 
 from . import network, ssh
 from .libraries import BUILD_HOROVOD, mpi_of_horovod
-from .platforms.mpirun import find_mpirun, is_mpich
+from .platforms.common import find_mpirun, is_mpich
 from .platforms.torchrun import DEFAULT_PORT
 
 PROBE_TIMEOUT_S = 120

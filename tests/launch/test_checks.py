@@ -131,9 +131,9 @@ def mpi(monkeypatch):
     """Pretends an MPI: which one mpirun is of, and which one Horovod was built for."""
 
     def chosen(mpirun_of: str, horovod_for: str | None) -> None:
-        monkeypatch.setattr(mpirun, "find_mpirun", lambda: "mpirun")
-        monkeypatch.setattr(mpirun, "is_mpich", lambda program: mpirun_of == "MPICH")
         for module in (mpirun, horovodrun):
+            monkeypatch.setattr(module, "find_mpirun", lambda: "mpirun")
+            monkeypatch.setattr(module, "is_mpich", lambda program: mpirun_of == "MPICH")
             monkeypatch.setattr(module, "mpi_of_horovod", lambda: horovod_for)
 
     return chosen

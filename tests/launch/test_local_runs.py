@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from distopt.launch.cli import app
 from distopt.launch.jobs import FollowedJob
-from distopt.launch.platforms.mpirun import find_mpirun
+from distopt.launch.platforms.common import find_mpirun
 from tests.launch.launching import Launched, wait_until, write_config
 
 SUM = Path(__file__).with_name("sum_script.py")
