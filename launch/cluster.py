@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -80,9 +81,10 @@ class Cluster:
 
         main = self.objects[-1]
         get = client.CustomObjectsApi(self.api).get_namespaced_custom_object
-        found = self._ask(get, *_place(main, self.namespace), self.name, none_for=(404,))
-        if found is None:
+        answer = self._ask(get, *_place(main, self.namespace), self.name, none_for=(404,))
+        if answer is None:
             return State("unknown", f"there is no {main['kind']} {self.name} in namespace {self.namespace}")
+        found = json.loads(answer)
         status = found.get("status") or {}
         true = {one["type"]: one for one in status.get("conditions") or [] if one.get("status") == "True"}
         if _DONE & set(true):
@@ -106,7 +108,7 @@ class Cluster:
         pods = sorted(self._pods(), key=lambda pod: (pod["metadata"].get("creationTimestamp") or "", _name(pod)))
         # 400 is the answer for a container that is still waiting for its image or its volumes.
         said = [self._ask(read, _name(pod), self.namespace, none_for=(400, 404)) for pod in pods if _node(pod) == rank]
-        return "".join(filter(None, said))
+        return b"".join(filter(None, said)).decode(errors="replace")
 
     def stop(self) -> None:
         """Has the objects deleted; pods get SIGTERM and their grace time, and the object is gone when they are."""
@@ -138,8 +140,8 @@ class Cluster:
         from kubernetes import client
 
         pods = client.CoreV1Api(self.api).list_namespaced_pod
-        found = self._ask(pods, self.namespace, label_selector=self._selector())
-        return list(self.api.sanitize_for_serialization(found.items))
+        answer = self._ask(pods, self.namespace, label_selector=self._selector())
+        return list(json.loads(answer)["items"]) if answer else []
 
     def _selector(self) -> str:
         own = self.objects[-1]["kind"] != "TrainJob"  # whose pods carry the labels of its JobSet
@@ -164,13 +166,19 @@ class Cluster:
         where = f"pod {name} on {pod['spec'].get('nodeName') or 'no node'}"
         return f"{where} died first: {why}, exit status {ended['exitCode']}{said}"
 
-    def _ask(self, call: Callable[..., Any], *args: Any, none_for: tuple[int, ...] = (), **options: Any) -> Any:
-        """Calls the client; None for an answer whose status is one of `none_for`, where that is all right."""
+    def _ask(
+        self, call: Callable[..., Any], *args: Any, none_for: tuple[int, ...] = (), **options: Any
+    ) -> bytes | None:
+        """Calls the client and returns the body of its answer; None where its status is one of `none_for`.
+
+        The client's own types are not used: they are those of one release, and refuse what another one answers.
+        """
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
         try:
-            return call(*args, **options, _request_timeout=TIMEOUT_S)
+            answer: bytes = call(*args, **options, _preload_content=False, _request_timeout=TIMEOUT_S).data
+            return answer
         except ApiException as error:
             if error.status in none_for:
                 return None
@@ -216,8 +224,6 @@ def _hindrance(pod: dict[str, Any]) -> str:
 
 
 def _message(body: Any) -> str:
-    import json
-
     try:
         return str(json.loads(body)["message"])
     except (TypeError, ValueError, KeyError):

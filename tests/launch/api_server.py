@@ -39,7 +39,10 @@ class Server:
             said = 'container "worker" in pod "waiting" is waiting to start: ContainerCreating'
             status = {"kind": "Status", "status": "Failure", "message": said, "reason": "BadRequest", "code": 400}
             emulator["get /api/v1/namespaces/default/pods/waiting/log"] << 400 << status
-            emulator["get /api/v1/namespaces/default/pods/running/log"] << "step 1\n"
+            emulator["get /api/v1/namespaces/default/pods/running/log"] << b"step 1\n"
+            # Release 1.20 answers with this, later ones with the service.
+            deleted = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success"}
+            emulator["delete /api/v1/namespaces/default/services/old"] << deleted
             async with kmock.Server(emulator, host="127.0.0.1") as server:
                 self.url = str(server.url)
                 self._up.set()

@@ -72,6 +72,14 @@ def test_run_is_submitted_asked_about_and_stopped(kind, api):
     assert cluster.state().phase == "unknown"
 
 
+def test_run_is_stopped_on_a_server_that_answers_with_a_status_where_later_ones_give_the_object(api):
+    config = config_of("job", "name=old")
+    cluster = Cluster(config, manifests(config), api)
+    cluster.submit()
+    cluster.stop()
+    assert cluster.state().phase == "unknown"
+
+
 @pytest.fixture
 def distopt(api, tmp_path, monkeypatch) -> Callable[..., tuple[int, str, str]]:
     """Gives a command, with a kubeconfig of the API server, and returns its exit status, output and errors."""
@@ -212,15 +220,13 @@ ROLE, REPLICA = "training.kubeflow.org/job-role", "training.kubeflow.org/replica
                         "c": (1, {"training.kubeflow.org/replica-type": "worker", REPLICA: "0"})}),
     ],
 )  # fmt: skip
-def test_log_of_a_node_is_that_of_its_pods_in_the_order_in_which_they_came(kind, pods, api, monkeypatch):
-    from kubernetes.client import CoreV1Api
-
+def test_log_of_a_node_is_that_of_its_pods_in_the_order_in_which_they_came(kind, pods, api, server):
     cluster = cluster_of(kind, api)
     cluster.submit()
     for second, (name, (_, labels)) in enumerate(pods.items()):
         add_pod(cluster, name, second, {"phase": "Running"}, **labels)
-    # The emulator has no kubelet, which is who keeps logs.
-    monkeypatch.setattr(CoreV1Api, "read_namespaced_pod_log", lambda self, name, namespace, **_: f"{name} said\n")
+        # The emulator has no kubelet, which is who keeps logs.
+        server.emulator[f"get /api/v1/namespaces/default/pods/{name}/log"] << f"{name} said\n".encode()
     for node in (0, 1):
         assert cluster.logs(node) == "".join(f"{name} said\n" for name, (number, _) in pods.items() if number == node)
     assert cluster.logs(2) == ""
