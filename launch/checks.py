@@ -8,14 +8,13 @@ import importlib.util
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from distopt.config import MAY_CHANGE, RunConfig
+from distopt.config import MAY_CHANGE, RunConfig, differences
 
 from .network import is_here, slot_problems
 from .plan_files import CHECKPOINTS, CONFIG_FILE
@@ -212,8 +211,7 @@ def _run_directory(config: RunConfig) -> Iterator[str]:
         return
     changes = [
         f"{key}: {old!r} there, {new!r} now"
-        for key, old, new in differences(before, config.model_dump(mode="json"))
-        if not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
+        for key, old, new in differences(before, config.model_dump(mode="json"), MAY_CHANGE)
     ]
     if changes:
         yield (
@@ -222,17 +220,3 @@ def _run_directory(config: RunConfig) -> Iterator[str]:
             + f"\n  To start anew, choose another run_dir (run_dir={config.run_dir}-2) or move this one away; "
             "to go on with it, take back the changes."
         )
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields the dotted keys at which two configurations differ, with both values; None stands for an absent one.
-
-    Example:
-        >>> list(differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}))
-        [('a.c', 2, 3)]
-    """
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in [*old, *(key for key in new if key not in old)]:
-            yield from differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
-    elif old != new:
-        yield prefix, old, new

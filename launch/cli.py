@@ -196,8 +196,9 @@ def diff(config: Config, run: Run, overrides: Overrides = None) -> None:
 
     Exit status 1 when something does.
     """
+    from distopt.config import differences
+
     from . import asking
-    from .checks import differences
 
     now = _load(config, overrides).model_dump(mode="json")
     try:

@@ -23,6 +23,7 @@ OURS = "distopt: "
 HEARTBEAT_S = 2.0
 REJOIN_S = 5.0
 FINISH_S = 20.0  # for the others, once one host has finished or one worker has died
+SHOWN_S = 5.0  # until what a worker on another host has written is seen here
 KILL_MARGIN_S = 7.0  # guards kill at the end of the grace time, engines 5 s after them
 
 
@@ -179,14 +180,14 @@ class _Run:
 
     def result(self) -> int:
         statuses = [process.wait() for process in self.processes]
-        if not any(statuses) or (self.plan.least is not None and 0 in statuses):
+        if (not any(statuses) and self._all_finished()) or (self.plan.least is not None and 0 in statuses):
             return 0
         last = report.last_attempt(self._events.seen)
         if self.signal is not None and not self._late and report.stopped_well(last):
             say("; ".join(filter(None, ["stopped", report.going_on(self.run_dir)])))
             return 130 if self.signal == signal.SIGINT else 143
         seconds = time.monotonic() - self.started
-        engine = next(status for status in statuses if status)
+        engine = next((status for status in statuses if status), 0)
         for command, status in zip(self.plan.commands, statuses, strict=True):
             if command.host is not None and status:
                 say(f"{command.host}: " + ("the connection was lost" if status == 255 else f"exit status {status}"))
@@ -195,6 +196,18 @@ class _Run:
         (self.run_dir / LOGS / FAILURE_FILE).write_text(text + "\n")
         print(text, file=sys.stderr)
         return 1
+
+    def _all_finished(self) -> bool:
+        """Whether the workers say so too: Open MPI's mpirun exits with 0 when the connection to a host is reset."""
+        end = time.monotonic() + SHOWN_S
+        while self.plan.together and self.signal is None:
+            self._events.new()
+            if report.finished(report.last_attempt(self._events.seen)):
+                break
+            if time.monotonic() > end:
+                return False
+            time.sleep(POLL_S)
+        return True
 
 
 def _start(command: Command, lent: Mapping[str, str], log: TextIO, heartbeat: bool) -> subprocess.Popen[bytes]:

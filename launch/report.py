@@ -50,6 +50,12 @@ def last_attempt(seen: Sequence[Event]) -> list[Event]:
     return [event for event in seen if newest and event.attempt == newest.attempt and event in lives[event.rank]]
 
 
+def finished(seen: Sequence[Event]) -> bool:
+    """Whether all workers that were started ended with exit status 0."""
+    ended = {event.rank: event for event in seen if isinstance(event, End)}
+    return all(event.rank in ended for event in seen) and all(event.status == 0 for event in ended.values())
+
+
 def stopped_well(seen: Sequence[Event]) -> bool:
     """Whether all workers that were started ended in time after they had been asked to."""
     ended = {event.rank: event for event in seen if isinstance(event, End)}

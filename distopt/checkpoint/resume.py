@@ -16,11 +16,11 @@ from distopt.checkpoint.groups import own_groups
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.noise import restore_noise, seed_noise
 from distopt.checkpoint.reader import Candidate, candidates, check_files, read_manifest, verify
-from distopt.checkpoint.settings import differences
 from distopt.checkpoint.sharded import LocalState, ShardedReader
 from distopt.checkpoint.statefile import StateReader
 from distopt.checkpoint.storage import Storage, is_url, open_storage
 from distopt.checkpoint.tables import untabulate
+from distopt.config import MAY_CHANGE, differences
 
 REPLICATED = "replicated"
 
@@ -103,7 +103,8 @@ def check_config(manifest: Manifest, config: Any, where: str) -> None:
     """
     if config is None or manifest.config is None:
         return
-    lines = differences(manifest.config, config)
+    found = differences(manifest.config, config, MAY_CHANGE)
+    lines = [f"{key}: {saved!r} in the checkpoint, {now!r} now" for key, saved, now in found]
     if lines:
         raise ConfigMismatchError(
             f"{where} was written by a run of another configuration:\n  " + "\n  ".join(lines) + "\n"

@@ -3,6 +3,7 @@
 Imports neither torch nor pyro, so that a bad configuration is refused before any worker starts.
 """
 
+from distopt.config.compare import differences
 from distopt.config.load import ConfigError, dump_yaml, load_config, parse_config
 from distopt.config.platforms import LaunchConfig
 from distopt.config.schema import (
@@ -33,6 +34,7 @@ __all__ = [
     "SchedulerConfig",
     "ServeConfig",
     "TrainConfig",
+    "differences",
     "dump_yaml",
     "load_config",
     "parse_config",

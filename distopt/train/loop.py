@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ import distopt.optim
 from distopt.backends import Backend, BackendError, init
 from distopt.backends.environment import find_place
 from distopt.checkpoint import Checkpointer, CheckpointError, Restored
-from distopt.config import RunConfig
+from distopt.config import RunConfig, differences
 from distopt.data import GlobalBatches, Loader
 from distopt.infer import SVI, seed_noise
 from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim
@@ -152,9 +154,14 @@ class _Worker:
             task = load_task(self.config.task or "", self.config.task_args)
         except TaskError as problem:
             error = str(problem)
-        errors = self.backend.all_gather_json(error)
-        if any(errors) or task is None:
-            raise TaskError(next(each for each in errors if each))
+        told = self.backend.all_gather_json({"error": error, "setup": setup_of(self.config)})
+        if task is None or any(each["error"] for each in told):
+            raise TaskError(next(each["error"] for each in told if each["error"]))
+        for rank, each in enumerate(told):
+            found = differences(told[0]["setup"], each["setup"])
+            lines = [f"{key}: {first!r} on rank 0, {own!r} on rank {rank}" for key, first, own in found]
+            if lines:
+                raise TaskError("\n  ".join(["the ranks would not compute the same thing:", *lines]))
         return task
 
     def _count_rows(self) -> int:
@@ -338,6 +345,16 @@ def make_optimizer(config: RunConfig) -> tuple[PyroOptim, Callable[[DistributedO
     if scheduler.name == "ReduceLROnPlateau":
         return optimizer, lambda made, loss: made.step(loss)
     return optimizer, lambda made, _loss: made.step()
+
+
+def setup_of(config: RunConfig) -> dict[str, Any]:
+    """Returns what must be equal on all ranks lest they train different things: config, the task's code, versions."""
+    file = getattr(sys.modules.get((config.task or "").partition(":")[0]), "__file__", None)
+    return {
+        "config": config.model_dump(mode="json", exclude={"launch", "log", "run_dir", "serve"}),
+        "SHA-256 of the task's file": file and hashlib.sha256(Path(file).read_bytes()).hexdigest(),
+        "version": {"torch": str(torch.__version__), "pyro": pyro.__version__, "distopt": distopt.__version__},
+    }
 
 
 @contextmanager

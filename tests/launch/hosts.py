@@ -77,6 +77,13 @@ class Hosts:
         """Takes a host's link `down` or `up`."""
         ip("-n", SWITCH, "link", "set", self.names[number - 1], state)
 
+    def reset_connections(self, number: int) -> None:
+        """Ends the TCP connections of a host as a firewall does, with a reset, but for those of ssh."""
+        others = "( sport != :22 and dport != :22 )"
+        subprocess.run(
+            [*self.run(number, "ss", "--tcp", "--kill", others)], check=True, timeout=30, capture_output=True
+        )
+
     @contextmanager
     def odd_sshd(self, number: int, port: int, hidden: Path, *options: str) -> Iterator[None]:
         """Runs a second sshd on a host, whose sessions see an empty folder in place of `hidden`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,16 @@ def test_host_cut_off_ends_the_run_everywhere_and_is_named(platform, numbers, ho
     finally:
         hosts.link(2, "up")
     assert "dh2" in run.err
+
+
+@pytest.mark.parametrize("platform", ["torchrun", *(pytest.param(one, marks=pytest.mark.slow) for one in ENGINES[1:])])
+def test_connections_that_are_reset_end_the_run_and_a_rank_is_named(platform, hosts, on_hosts, tmp_path):
+    run = on_hosts(platform, [1, 2], "reduce.timeout_s=10", "launch.grace_s=3", seconds=600.0)
+    wait_until(lambda: len(list(tmp_path.glob("summed-2-*"))) == 2, "both ranks at work")
+    hosts.reset_connections(2)
+    assert run.wait() == 1, run.everything()
+    assert re.search(r"rank [01] on dh[12]", run.err), run.everything()
+    wait_until(lambda: run.processes() == [], "all processes of the run gone", timeout_s=40)
 
 
 @pytest.mark.parametrize(

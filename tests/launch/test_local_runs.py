@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import itertools
 import json
 import os
+import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -182,16 +186,41 @@ def test_nothing_of_a_local_run_listens_beyond_loopback_or_outlives_its_launcher
     run = start(f"script={SUM}", "script_args=['600']")
     wait_until(lambda: len(list(tmp_path.glob("summed-2-*"))) == 2, "both workers at work")
     listening = {
-        (process.name(), ipaddress.ip_address(socket.laddr.ip).is_loopback)
+        (process.name(), ipaddress.ip_address(listener.laddr.ip).is_loopback)
         for process in run.processes()
-        for socket in process.net_connections("inet")
-        if socket.status == psutil.CONN_LISTEN
+        for listener in process.net_connections("inet")
+        if listener.status == psutil.CONN_LISTEN
     }
     assert True in {inside for _, inside in listening}, "gloo or a store listens on loopback"
     # Open MPI's own mpirun cannot be told to; README says so.
     assert {name for name, inside in listening if not inside} <= ({"prterun", "mpirun"} if "mpi" in engine else set())
     run.signal(signal.SIGKILL)
     wait_until(lambda: run.processes() == [], "all processes of the run gone", timeout_s=20)
+
+
+class Planted:
+    """Touches a file in the current folder when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, ("touch canary",)
+
+
+def test_bytes_that_a_stranger_sends_to_the_ports_of_a_run_neither_run_nor_end_it(engine, start, tmp_path):
+    write_config(tmp_path, more=engine)
+    run = start(f"script={SUM}", "script_args=['6']")
+    wait_until(lambda: len(list(tmp_path.glob("summed-2-*"))) == 2, "both workers at work")
+    ports = {
+        connection.laddr
+        for process in run.processes()
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    for address, message in itertools.product(ports, [pickle.dumps(Planted()), os.urandom(4096), b"\0" * 64]):
+        with contextlib.suppress(OSError), socket.create_connection(address, timeout=5) as stranger:
+            stranger.sendall(message)
+    assert ports
+    assert run.wait() == 0, run.everything()
+    assert not list(tmp_path.rglob("canary"))
 
 
 def test_engine_killed_with_9_leaves_no_worker_and_the_launcher_says_so(start, tmp_path):

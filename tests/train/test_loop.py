@@ -234,6 +234,26 @@ def test_rows_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
     assert "rows() is 1,000 on rank 0 and 1,005 on rank 1" in done.stderr, done.stdout + done.stderr
 
 
+def test_config_code_and_versions_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
+    for rank, code in enumerate(["", "import torch\n\ntorch.__version__ = '2.0'\n"]):
+        (tmp_path / f"{rank}").mkdir()
+        (tmp_path / f"{rank}/line.py").write_text(f"from tests.train.tasks import Line\n{code}")
+    path = config(tmp_path, task="line:Line")
+    train = f"{sys.executable} -m distopt.launch train {path} optim.args.lr=0.$((RANK + 1))"
+    each = f"PYTHONPATH={tmp_path}/$RANK:{ROOT} {train}"
+    engine = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--local-addr=127.0.0.1"]
+    done = subprocess.run(
+        [sys.executable, *engine, "--no-python", "bash", "-c", each], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    told = re.search("the ranks would not compute the same thing:\n((  .*\n)+)", done.stderr)
+    assert told, done.stderr
+    found = [line.strip() for line in told[1].splitlines()]
+    assert found[0] == "config.optim.args.lr: 0.1 on rank 0, 0.2 on rank 1"
+    assert found[1].startswith("SHA-256 of the task's file: ")
+    assert found[2] == f"version.torch: '{torch.__version__}' on rank 0, '2.0' on rank 1"
+
+
 def test_parameters_are_made_from_no_more_rows_than_a_step_has(tmp_path: Path) -> None:
     sizes: list[int] = []
     batch = Line.batch
