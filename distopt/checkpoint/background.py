@@ -90,7 +90,7 @@ class BackgroundSave:
         began = time.perf_counter()
         try:
             if self._attempt.rank == 0:
-                remove_leftovers(self._storage)
+                remove_leftovers(self._storage, self._storage.work_folder(self.step, self._attempt.id))
             metadata = {"step": str(self.step), "attempt": self._attempt.id}
             files: dict[str, list[memoryview]] = {}
             for name, snapshot in self._snapshots.items():

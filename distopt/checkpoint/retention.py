@@ -63,9 +63,16 @@ def retain(storage: Storage, keep_last: int, keep_every_steps: int | None) -> No
     failpoint("after_retention", 0)
 
 
-def remove_leftovers(storage: Storage) -> None:
-    """Deletes what dead attempts and unfinished deletions have left; only the writer that holds the lock may."""
+def remove_leftovers(storage: Storage, under_way: str = "") -> None:
+    """Deletes what dead attempts and unfinished deletions have left; only the writer that holds the lock may.
+
+    Args:
+        storage: where.
+        under_way: a folder that stays: in an object store other ranks may be writing to it already.
+    """
     for folder in storage.leftovers():
+        if folder == under_way:
+            continue
         try:
             storage.remove(folder)
         except OSError as error:

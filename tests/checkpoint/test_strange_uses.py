@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,10 +17,15 @@ import torch
 from distopt.backends import current
 from distopt.backends.single import Single
 from distopt.checkpoint import Checkpointer, CheckpointError
+from distopt.checkpoint.background import BackgroundSave
 from distopt.checkpoint.local import LocalSink
+from distopt.checkpoint.manifest import Manifest
+from distopt.checkpoint.memory import HostMemory
 from distopt.checkpoint.reader import candidates
 from distopt.checkpoint.report import check
+from distopt.checkpoint.snapshot import take_snapshot
 from distopt.checkpoint.storage import open_storage
+from distopt.checkpoint.writer import Attempt
 from tests import workers
 from tests.checkpoint.test_exchange import run
 
@@ -212,6 +218,27 @@ def test_url_on_several_ranks_must_be_one_place(tmp_path):
         assert "rank(s) [1] of 2 do not see what rank 0 writes there" in said
     assert world.run(_save_to_url, f"file://{tmp_path}/run") == [2, 2]
     assert [one.manifest.world_size for one in candidates(open_storage(f"file://{tmp_path}/run"))] == [2, 2]
+
+
+def test_rank_that_writes_to_an_object_store_before_rank_0_does_keeps_its_files():
+    storage = open_storage("memory://ahead")
+
+    def save(rank):
+        attempt = Attempt(1, "0123456789ab", rank, 2, timedelta(seconds=10))
+        snapshots = {f"rank-{rank:05d}": take_snapshot({"x": torch.ones(3)}, HostMemory(), "own")}
+        return BackgroundSave(
+            storage, attempt, snapshots, lambda files: Manifest(1, attempt.id, 0, 2, files), (2, None), lambda: None
+        )
+
+    leader, follower = save(0), save(1)
+    follower.start()
+    while ".prepared-00001.json" not in storage.files(storage.work_folder(1, "0123456789ab")):
+        time.sleep(0.01)
+    leader.start()
+    for one in (leader, follower):
+        one.wait(timedelta(seconds=20))
+        one.finish()
+    assert [one.step for one in candidates(storage) if one.manifest] == [1]
 
 
 def test_commands_say_in_one_line_what_is_wrong_with_what_they_are_given(tmp_path):
