@@ -16,6 +16,9 @@ T = TypeVar("T")
 BEAT_S = 0.5
 """Seconds between two heartbeats of a rank, and between two looks at whether another has failed."""
 
+BEATS, ASKS = "distopt-watch", "distopt-ask"
+"""The names of the threads that speak to stores."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -56,13 +59,13 @@ class Watch:
         self._store, self._lock = store, threading.Lock()
         self._stop, self._beat = threading.Event(), 0
         self._publish()
-        self._thread = threading.Thread(target=self._run, name="distopt-watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=BEATS, daemon=True)
         self._thread.start()
 
     def fail(self, error: str, traceback: str, linger_s: float) -> None:
         """Publishes why this rank stops, unless another was first; stays until all have read it, or `linger_s`."""
         own = Failure(self.rank, self.step, self.phase, error, traceback)
-        within(linger_s, lambda: self._tell(own, linger_s))
+        within(linger_s + 1.0, lambda: self._tell(own, linger_s))
 
     def end(self) -> None:
         """Publishes that this rank takes part in nothing any more, unless it has failed."""
@@ -102,9 +105,17 @@ class Watch:
         return ", ".join(lines) or "none: all other ranks are alive and have started this collective"
 
     def close(self) -> None:
-        """Ends the heartbeat."""
+        """Ends the heartbeat; returns after at most 2 s, even if the store does not answer."""
         self._stop.set()
-        self._thread.join(timeout=2 * BEAT_S + 1)
+        self._thread.join(timeout=2)
+
+    @staticmethod
+    def is_stuck() -> bool:
+        """Whether a thread of this process still waits for an answer of a store.
+
+        Should the answer come while Python ends, it would end the thread within the store's C++ code, which aborts.
+        """
+        return any(thread.name in (BEATS, ASKS) for thread in threading.enumerate())
 
     def _run(self) -> None:
         try:
@@ -161,7 +172,7 @@ def within(seconds: float, call: Callable[[], T]) -> T | None:
         except RuntimeError:  # a store's way to say that it is gone
             pass
 
-    thread = threading.Thread(target=run, name="distopt-ask", daemon=True)
+    thread = threading.Thread(target=run, name=ASKS, daemon=True)
     thread.start()
     thread.join(seconds)
     return result[0] if result else None

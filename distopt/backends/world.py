@@ -177,7 +177,7 @@ class World(ABC):
         self.closed = True
         if self._watch is not None:
             self._watch.end()
-            self._watch.close()
+        self.silence()
         if self._way_out is not None:
             self._way_out.remove(stuck=self.waiting > 0)
         if self.waiting == 0:
@@ -197,6 +197,11 @@ class World(ABC):
         if self.world_size > 1:
             self._watch = Watch(self._make_store(), self.rank, self.world_size)
             self._way_out = WayOut(self)
+
+    def silence(self) -> None:
+        """Ends the heartbeat, and nothing else."""
+        if self._watch is not None:
+            self._watch.close()
 
     def raise_if_failed(self) -> None:
         """Raises when a peer has told why it stopped."""
@@ -274,12 +279,14 @@ class WayOut:
         self._before(kind, error, trace)
 
     def _leave(self) -> None:
-        if self._world.waiting > 0:
+        if self._failed:  # peers that stop because of this rank take no part in an orderly end
+            self._world.silence()
+        if self._world.waiting > 0 or (self._failed and Watch.is_stuck()):
             logging.shutdown()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
-        if not self._failed:  # peers that stop because of this rank take no part in an orderly end
+        if not self._failed:
             self._world.close()
 
 

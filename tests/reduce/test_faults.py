@@ -36,6 +36,12 @@ def test_fault_of_one_rank_is_named_by_the_other(fault: str) -> None:
         assert all('raise ValueError("a bad row in the data")' in started.output(rank) for rank in (0, 1))
 
 
+def test_failing_process_ends_with_the_status_of_its_exception_though_its_heartbeat_is_in_the_store() -> None:
+    statuses, started = workers.run_script("torch_dist", 2, faults.raise_amid_heartbeats)
+    assert statuses == [1, 1], started.output()
+    assert "terminate called" not in started.output()
+
+
 @pytest.mark.parametrize("kind", ["horovod", "mpi"])
 @pytest.mark.parametrize("fault", ["raises", "is stopped"])
 def test_fault_of_one_rank_is_named_under_every_launcher(kind: str, fault: str) -> None:
