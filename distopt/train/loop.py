@@ -30,8 +30,9 @@ from distopt.infer import SVI, seed_noise
 from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim
 from distopt.reduce import DisagreementError, DriftError, PeerError
 from distopt.train.metrics import FILE_NAME, Metrics, read_metrics
+from distopt.train.pace import Pace, RankPace, describe_straggler
 from distopt.train.progress import StepProgress, printer
-from distopt.train.report import Report, elbo_figure
+from distopt.train.report import Report, elbo_figure, paces_table
 from distopt.train.serve import ServeError, serving
 from distopt.train.signals import StopSignals
 from distopt.train.status import Status
@@ -111,6 +112,7 @@ class _Worker:
             )
         self.svi = SVI(self.task.model, self.task.guide, self.optimizer, loss, weight=self.batches.weight)
         named = {"model": self.task.model, "guide": self.task.guide}
+        self.pace, self.paces = Pace(backend), list[RankPace]()
         self.modules = {name: module for name, module in named.items() if isinstance(module, nn.Module)}
 
     def run(self) -> int:
@@ -235,10 +237,11 @@ class _Worker:
         seed_noise(config.seed, step, self.backend.rank, config.train.noise)
         optimizer.local_step, optimizer.local_flag = step, self.stop.received != 0
         optimizer.measure_norm = measure
-        loss = self.svi.step(*loader.batch(step))
         scheduler = config.optim.scheduler
-        if scheduler is not None and (step + 1) % scheduler.every_steps == 0:
-            self.step_schedule(optimizer, loss)
+        with self.pace.step():
+            loss = self.svi.step(*loader.batch(step))
+            if scheduler is not None and (step + 1) % scheduler.every_steps == 0:
+                self.step_schedule(optimizer, loss)
         self.status.skipped_steps = optimizer.num_skipped_steps
         self.status.finish_step(step + 1)
         return loss
@@ -247,6 +250,10 @@ class _Worker:
         began = time.monotonic()
         checkpointer.save(step)
         self.status.checkpoint_s = time.monotonic() - began
+        before, self.paces = describe_straggler(self.paces), self.pace.gather()
+        straggler = describe_straggler(self.paces)
+        if straggler and not before:
+            self.say(f"step {step:,}: {straggler}")
 
     def _report(self) -> None:
         """Writes the report on rank 0: the task's part, the ELBO, the config."""
@@ -263,6 +270,8 @@ class _Worker:
             report.text(f"There is no picture without matplotlib: pip install matplotlib. {FILE_NAME} has the numbers.")
         else:
             report.figure(figure, "Evidence lower bound per row, mean over the ranks.")
+        if self.paces:
+            paces_table(report, self.paces)
         from distopt.config import dump_yaml
 
         report.source("The configuration", dump_yaml(config))

@@ -13,6 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from distopt.train.pace import RankPace, describe_straggler
+
+MAX_RANKS = 8
+
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --quiet: #777; --paper: #fff; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem; }
@@ -100,6 +104,21 @@ class Report:
             f"<body><h1>{title}</h1>\n" + "\n".join(self._parts) + "\n</body></html>\n"
         )
         path.write_text(page, encoding="utf-8")
+
+
+def paces_table(report: Report, paces: Sequence[RankPace]) -> None:
+    """Adds who waited for whom: the slowest ranks, the slowest first, and the straggler if there is one."""
+    shown = sorted(paces, key=lambda pace: -pace.own_s)[:MAX_RANKS]
+    rest = f" The {MAX_RANKS} slowest of {len(paces)} ranks." if len(paces) > MAX_RANKS else ""
+    report.table(
+        "Who waited for whom",
+        ["rank", "on", "its own part of a step (ms)", "waiting for the others (ms)"],
+        [[str(each.rank), each.host, f"{1e3 * each.own_s:.3g}", f"{1e3 * each.waiting_s:.3g}"] for each in shown],
+        f"Means over the steps since the run was last started. Waiting includes sending the gradients.{rest}",
+    )
+    straggler = describe_straggler(paces)
+    if straggler:
+        report.text(straggler[0].upper() + straggler[1:] + ".")
 
 
 def elbo_figure(history: Sequence[dict[str, Any]], num_rows: int) -> Any:

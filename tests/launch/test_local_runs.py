@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from distopt.launch.cli import app
 from distopt.launch.jobs import FollowedJob
 from distopt.launch.platforms.common import find_mpirun
+from tests.control_groups import control_group
 from tests.launch.launching import Launched, wait_until, write_config
 
 SUM = Path(__file__).with_name("sum_script.py")
@@ -159,17 +160,9 @@ def test_failed_run_of_horovod_names_who_died_first(engine, start, tmp_path):
 @pytest.fixture
 def memory_group() -> Iterator[Path]:
     """A control group whose processes may have 1 GiB of memory together."""
-    v1, v2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-    root, limit = (v1, "memory.limit_in_bytes") if v1.is_dir() else (v2, "memory.max")
-    group = root / f"distopt-test-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / limit).write_text(str(1 << 30))
-    except OSError as error:
-        pytest.skip(f"no control group with a limit of memory can be made here: {error}")
-    yield group
-    wait_until(lambda: not (group / "cgroup.procs").read_text(), "the control group empty", timeout_s=20)
-    group.rmdir()
+    limit = str(1 << 30)
+    with control_group("memory", {"memory.limit_in_bytes": limit}, {"memory.max": limit}) as group:
+        yield group
 
 
 def test_worker_that_runs_out_of_memory_is_named_as_such(memory_group, start, tmp_path):

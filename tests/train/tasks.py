@@ -74,3 +74,16 @@ class Line:
 
     def report(self, report: Any) -> None:
         report.text("a line was found")
+
+
+class Straggling(Line):
+    """The same line, but rank 1 joins a control group, where it may be given less of the processor.
+
+    Args:
+        group: the group's folder.
+    """
+
+    def __init__(self, group: str) -> None:
+        super().__init__()
+        if os.environ["RANK"] == "1":
+            (Path(group) / "cgroup.procs").write_text(str(os.getpid()))

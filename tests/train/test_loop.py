@@ -21,8 +21,10 @@ from torch import Tensor
 from distopt.config import parse_config
 from distopt.train.loop import make_optimizer
 from distopt.train.metrics import read_metrics
+from distopt.train.pace import STRAGGLER_RATIO
 from distopt.train.status import Status
 from distopt.train.task import TaskError
+from tests.control_groups import control_group
 from tests.train.runs import (
     ROOT,
     command,
@@ -105,6 +107,20 @@ def test_worker_killed_once_is_restarted_and_the_result_is_the_same_to_the_bit(
     assert "rank 1" in output and "SIGKILL" in output, output
     assert "going on after step 30" in output, output
     assert steps_logged(tmp_path / "run") == list(range(5, 61, 5))
+    assert_equal_bits(tmp_path / "run", undisturbed)
+
+
+def test_straggler_is_named_while_the_run_goes_on_and_in_the_report_and_changes_no_bit(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    fifth = {"cpu.cfs_period_us": "10000", "cpu.cfs_quota_us": "2000"}
+    with control_group("cpu", fifth, {"cpu.max": "2000 10000"}) as group:
+        path = config(tmp_path, task="tests.train.tasks:Straggling", task_args={"group": str(group)})
+        output = launch_well(path)
+    said = r"rank 1 on \S+ is a straggler: its own part of a step takes [\d.e+]+ ms, ([\d.]+) times the median"
+    (while_running,) = re.findall(rf"step \d+: {said}", output)
+    (reported,) = re.findall(said.replace("rank", "Rank", 1), (tmp_path / "run/report.html").read_text())
+    assert min(float(while_running), float(reported)) >= STRAGGLER_RATIO
     assert_equal_bits(tmp_path / "run", undisturbed)
 
 
