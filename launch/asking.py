@@ -77,9 +77,11 @@ def print_logs(job: Job, ranks: Sequence[int], *, follow: bool) -> None:
 def stop(directory: Path) -> State:
     """Asks a run to end and waits for it; what is still there after the grace time is killed, where it can be."""
     run = job(directory)
+    was_known = run.state().phase != "unknown"
     run.stop()
     state = _wait_for_end(run, recorded(directory).launch.grace_s + 20)
-    return State("stopped", state.detail) if state.phase == "unknown" else state  # its engine has forgotten it
+    # An engine may forget a run once it has ended; one that it never knew was not stopped.
+    return State("stopped", state.detail) if was_known and state.phase == "unknown" else state
 
 
 def _wait_for_end(run: Job, limit_s: float) -> State:

@@ -117,6 +117,7 @@ def test_commands_submit_a_run_ask_about_it_read_it_and_stop_it(distopt, api):
     status, _, said = distopt("launch", "run.yaml")
     assert (status, "the engine has a run flights already (done); `distopt stop runs/flights`" in said) == (2, True)
     assert distopt("stop", "flights") == (0, "stopped\tthere is no Job flights in namespace default\n", "")
+    assert distopt("stop", "flights") == (0, "unknown\tthere is no Job flights in namespace default\n", "")
     assert distopt("status")[1].startswith("runs/flights\tunknown\tthere is no Job flights")
     assert distopt("launch", "run.yaml", "--detach")[0] == 0
 
