@@ -257,7 +257,8 @@ class WayOut:
     """How a process of a broken world ends: the cause is told to the others, and no destructor waits for the dead.
 
     An exception that nobody catches is published before Python reports it. A library's destructors wait for collectives
-    that were started and never finished (gloo: up to its timeout), so a process that has such ends by `os._exit`.
+    that were started and never finished (gloo: up to its timeout), so a process that has such ends by `os._exit`; and
+    so does a failed one with a thread that still waits for the store, which Python could not end without an abort.
     """
 
     def __init__(self, world: World) -> None:
