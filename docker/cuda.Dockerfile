@@ -32,7 +32,7 @@ COPY configs /home/mpiuser/configs
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 MPLCONFIGDIR=/tmp/matplotlib
 USER 1000:1000
 WORKDIR /home/mpiuser
-HEALTHCHECK CMD ["python", "-m", "distopt.launch.probe", "127.0.0.1", "8080"]
+HEALTHCHECK CMD ["python", "-m", "distopt.launch.worker.health_probe", "127.0.0.1", "8080"]
 ENTRYPOINT ["tini", "--"]
 CMD ["distopt", "--help"]
 ARG VERSION REVISION

@@ -16,10 +16,10 @@ import yaml
 
 from distopt.config import MAY_CHANGE, RunConfig, differences
 
+from .file_names import CHECKPOINTS, CONFIG_FILE
 from .network import is_here, slot_problems
-from .plan_files import CHECKPOINTS, CONFIG_FILE
 from .platforms.base import Platform
-from .run_directory import record_dir
+from .run_dir import record_dir
 
 BATCH = ("slurm", "kubernetes")  # platforms whose hosts are found, and their ports and slots known, elsewhere
 

@@ -49,10 +49,10 @@ def launch(
     It is checked first, and refused with status 2 when it cannot run. Ctrl-C has it save and end. The exit status is
     the run's: 0 done, 130 or 143 stopped by Ctrl-C or SIGTERM with a checkpoint written, 1 failed.
     """
-    from . import checks, output, starting
+    from . import checks, output, runs
 
     run = _load(config, overrides)
-    plan, problems = starting.prepare(run)
+    plan, problems = runs.prepare(run)
     if problems:
         _refuse([f"{config}: {problem}" for problem in problems])
     for warning in checks.warnings(run):
@@ -61,8 +61,8 @@ def launch(
         typer.echo(str(plan), nl=False)
         return
     try:
-        status = starting.start(run, plan, detach=detach, ranks=output.all_ranks(run) if all_ranks else (0,))
-    except starting.Refused as error:
+        status = runs.start(run, plan, detach=detach, ranks=output.all_ranks(run) if all_ranks else (0,))
+    except runs.Refused as error:
         _refuse([f"{config}: {error}"])
     raise typer.Exit(status)
 
@@ -73,8 +73,8 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
     An engine starts it once per rank; without one it is a world of its own.
     """
-    from .guard import started_by_engine
-    from .processes import die_with_parent
+    from .worker.processes import die_with_parent
+    from .worker.supervisor import started_by_engine
 
     if started_by_engine():
         die_with_parent()
@@ -93,19 +93,19 @@ def status(
     Each line has a run directory, its state (pending, running, stopped, done, failed or unknown) and what its engine
     says about it.
     """
-    from . import asking
+    from . import runs
 
     try:
-        runs = [asking.find(run)] if run is not None else asking.all_runs()
-    except asking.ERRORS as error:
+        directories = [runs.find(run)] if run is not None else runs.all_runs()
+    except runs.ERRORS as error:
         _refuse([str(error)])
-    if not runs:
+    if not directories:
         typer.echo("no run was launched from here (none in runs/)", err=True)
-    for directory in runs:
+    for directory in directories:
         try:
-            state = asking.job(directory).state()
+            state = runs.job(directory).state()
             typer.echo(f"{directory}\t{state.phase}\t{state.detail}")
-        except asking.ERRORS as error:
+        except runs.ERRORS as error:
             typer.echo(f"{directory}\tunknown\t{error}")
 
 
@@ -122,15 +122,15 @@ def logs(
 
     A line of dashes begins each attempt, in the order of time.
     """
-    from . import asking, output
+    from . import output, runs
 
     try:
-        directory = asking.find(run)
-        ranks = output.all_ranks(asking.recorded(directory))
+        directory = runs.find(run)
+        ranks = output.all_ranks(runs.recorded(directory))
         if rank not in ranks:
             _refuse([f"--rank: found {rank}, but the run has {ranks.start} to {ranks.stop - 1}"])
-        asking.print_logs(asking.job(directory), ranks if all_ranks else (rank,), follow=follow)
-    except asking.ERRORS as error:
+        runs.print_logs(runs.job(directory), ranks if all_ranks else (rank,), follow=follow)
+    except runs.ERRORS as error:
         _refuse([str(error)])
 
 
@@ -141,11 +141,11 @@ def stop(run: Run) -> None:
     What has not ended after the grace time (launch.grace_s) is killed. A run that has ended stays as it is; on
     Kubernetes its objects are deleted, so that its name is free again.
     """
-    from . import asking
+    from . import runs
 
     try:
-        state = asking.stop(asking.find(run))
-    except asking.ERRORS as error:
+        state = runs.stop(runs.find(run))
+    except runs.ERRORS as error:
         _refuse([str(error)])
     typer.echo(f"{state.phase}\t{state.detail}")
 
@@ -198,12 +198,12 @@ def diff(config: Config, run: Run, overrides: Overrides = None) -> None:
     """
     from distopt.config import differences
 
-    from . import asking
+    from . import runs
 
     now = _load(config, overrides).model_dump(mode="json")
     try:
-        before = asking.recorded(asking.find(run)).model_dump(mode="json")
-    except asking.ERRORS as error:
+        before = runs.recorded(runs.find(run)).model_dump(mode="json")
+    except runs.ERRORS as error:
         _refuse([str(error)])
     found = list(differences(before, now))
     for key, old, new in found:

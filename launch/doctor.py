@@ -21,8 +21,7 @@ from typing import Literal
 from distopt.config import RunConfig
 
 from . import network, ssh
-from .libraries import BUILD_HOROVOD, mpi_of_horovod
-from .platforms.common import find_mpirun, is_mpich
+from .platforms.mpi import BUILD_HOROVOD, find_mpirun, is_mpich, mpi_of_horovod
 from .platforms.torchrun import DEFAULT_PORT
 
 PROBE_TIMEOUT_S = 120
@@ -240,7 +239,7 @@ def _all_reduce_of_hosts(config: RunConfig, found: list[Finding]) -> Finding:
         **({"DISTOPT_INTERFACE": config.launch.interface} if config.launch.interface else {}),
     }
     # The agent tells gloo which interface has the host's address.
-    agent = [sys.executable, "-m", "distopt.launch.agent", "--", sys.executable, "-c", _REDUCE]
+    agent = [sys.executable, "-m", "distopt.launch.worker.host_agent", "--", sys.executable, "-c", _REDUCE]
 
     def run(rank: int) -> subprocess.CompletedProcess[str] | str:
         words = [f"{name}={value}" for name, value in {**env, "RANK": str(rank)}.items()]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from .plan_files import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS
+from .file_names import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS
 
 Phase = Literal["unknown", "pending", "running", "stopped", "done", "failed"]
 
@@ -90,7 +90,7 @@ class FollowedJob:
 
     def logs(self, rank: int) -> str:
         """Returns a rank's log."""
-        from .report import log_of
+        from .failure_report import log_of
 
         path = log_of(self.run_dir, rank)
         return path.read_text(errors="replace") if path.exists() else ""

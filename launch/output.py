@@ -8,9 +8,9 @@ from pathlib import Path
 
 from distopt.config import RunConfig
 
-from .events import HEADER
+from .failure_report import log_of
 from .jobs import Job
-from .report import log_of
+from .worker.events import HEADER
 
 Read = Callable[[int, int], bytes]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from distopt.config import RunConfig, dump_yaml
 
 from . import network
-from .plan_files import CONFIG_FILE, CONFIG_VARIABLE
+from .file_names import CONFIG_FILE, CONFIG_VARIABLE
 
 # Tells guards to watch for the stop file.
 STOP_BY_FILE = {"DISTOPT_WATCH_STOP": "1"}
@@ -42,7 +42,7 @@ class Plan:
 
     `stop_by_file` tells how workers are asked to end: by the stop file that their guards watch, where the engine would
     leave them too little time for a last checkpoint, else by a signal to the engine. With `heartbeat` each command is
-    an agent (`distopt.launch.agent`) on a host of its own; the run goes on while `least` of them do, by default all.
+    an agent (`worker.host_agent`) on a host of its own; the run goes on while `least` of them do, by default all.
     `together` says that the engine starts no worker again: when one has died, all are to end.
     """
 
@@ -79,7 +79,7 @@ def run_files(config: RunConfig) -> dict[Path, str]:
 
 def worker_argv(config: RunConfig, python: str) -> list[str]:
     """Returns the command of one worker: the training loop, or the user's script, watched by a guard."""
-    guard = [python, "-m", "distopt.launch.guard", str(config.run_dir), "--"]
+    guard = [python, "-m", "distopt.launch.worker.supervisor", str(config.run_dir), "--"]
     if config.script is not None:
         return [*guard, python, _operand(config.script), *config.script_args]
     shared = config.launch.platform != "kubernetes"  # pods read it from a variable

@@ -13,7 +13,7 @@ from torch.distributed.distributed_c10d import Store
 
 from distopt.backends.base import DEFAULT_TIMEOUT, BackendError, Op
 from distopt.backends.environment import Place
-from distopt.backends.side_store import make_side_store
+from distopt.backends.heartbeat import make_side_store
 from distopt.backends.torch_dist import choose_device
 from distopt.backends.world import Pending, World
 

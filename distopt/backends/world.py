@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import Store
 
 from distopt.backends.base import BackendError, Handle, Json, Op
 from distopt.backends.environment import Place
-from distopt.backends.watch import BEAT_S, Failure, Watch
+from distopt.backends.heartbeat import BEAT_S, Failure, Watch
 
 LINGER = timedelta(seconds=3)
 """How long a failing rank stays for the others to read its cause, and they look for one when a connection closes."""

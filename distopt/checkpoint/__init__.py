@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distopt.checkpoint.checkpointer import Checkpointer
-    from distopt.checkpoint.constraints import register_constraint
     from distopt.checkpoint.errors import (
         CheckpointError,
         ConfigMismatchError,
         CorruptCheckpointError,
         DirectoryInUseError,
     )
-    from distopt.checkpoint.resume import Restored
+    from distopt.checkpoint.restore import Restored
+    from distopt.constraints import register_constraint
 
 __all__ = [
     "CheckpointError",
@@ -27,18 +27,18 @@ __all__ = [
 ]
 
 _HOME = {
-    "CheckpointError": "errors",
-    "Checkpointer": "checkpointer",
-    "ConfigMismatchError": "errors",
-    "CorruptCheckpointError": "errors",
-    "DirectoryInUseError": "errors",
-    "Restored": "resume",
-    "register_constraint": "constraints",
+    "CheckpointError": "distopt.checkpoint.errors",
+    "Checkpointer": "distopt.checkpoint.checkpointer",
+    "ConfigMismatchError": "distopt.checkpoint.errors",
+    "CorruptCheckpointError": "distopt.checkpoint.errors",
+    "DirectoryInUseError": "distopt.checkpoint.errors",
+    "Restored": "distopt.checkpoint.restore",
+    "register_constraint": "distopt.constraints",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Imports torch and pyro only when something that needs them is asked for: the writer needs neither."""
     if name in _HOME:
-        return getattr(import_module(f"distopt.checkpoint.{_HOME[name]}"), name)
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'distopt.checkpoint' has no attribute {name!r}")

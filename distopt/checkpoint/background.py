@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 
+from distopt.checkpoint.commit import Attempt, describe_error, write_checkpoint
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.failpoint import failpoint
 from distopt.checkpoint.manifest import FileRecord, Manifest
 from distopt.checkpoint.retention import remove_leftovers, retain
 from distopt.checkpoint.snapshot import Snapshot
-from distopt.checkpoint.storage import Storage
-from distopt.checkpoint.writer import Attempt, describe_error, write_checkpoint
+from distopt.checkpoint.storage.base import Storage
 
 logger = logging.getLogger(__name__)
 

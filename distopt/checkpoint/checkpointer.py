@@ -21,19 +21,18 @@ from torch import nn
 import distopt
 from distopt.backends import current
 from distopt.backends.base import Backend, Json
-from distopt.checkpoint import live
+from distopt.checkpoint import run_state
 from distopt.checkpoint.background import BackgroundSave
 from distopt.checkpoint.codec import NoTensors, decode, encode
+from distopt.checkpoint.columns import share_groups, tabulate
+from distopt.checkpoint.commit import Attempt, chunk_digest, describe_error
+from distopt.checkpoint.consensus import agree_no_error, agree_to_save, claim, gather
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.failpoint import failpoint
-from distopt.checkpoint.folders import step_number
-from distopt.checkpoint.groups import share_groups
 from distopt.checkpoint.manifest import FileRecord, Manifest
-from distopt.checkpoint.memory import HostMemory, without_collection
-from distopt.checkpoint.noise import capture_noise, digest_noise, set_up_quietly
-from distopt.checkpoint.ranks import agree_no_error, agree_to_save, claim, gather
 from distopt.checkpoint.reader import candidates
-from distopt.checkpoint.resume import (
+from distopt.checkpoint.recorded_config import without_private
+from distopt.checkpoint.restore import (
     REPLICATED,
     Loaded,
     Restored,
@@ -44,13 +43,12 @@ from distopt.checkpoint.resume import (
     rank_name,
     read_for_rank,
 )
-from distopt.checkpoint.settings import without_private
-from distopt.checkpoint.sharded import ShardedReader, capture_local, plate_sizes, shard_name
-from distopt.checkpoint.snapshot import Snapshot, take_snapshot
-from distopt.checkpoint.storage import Storage, open_storage
-from distopt.checkpoint.tables import tabulate
-from distopt.checkpoint.writer import Attempt, chunk_digest, describe_error
-from distopt.reduce.local import local_parameters
+from distopt.checkpoint.sharded_params import ShardedReader, capture_local, plate_sizes, shard_name
+from distopt.checkpoint.snapshot import HostMemory, Snapshot, take_snapshot, without_collection
+from distopt.checkpoint.storage.base import Storage, open_storage
+from distopt.checkpoint.storage.names import step_number
+from distopt.rng import capture_noise, digest_noise, set_up_quietly
+from distopt.sharding import local_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +111,8 @@ class Checkpointer:
         keep_last: int = 3,
         keep_every_steps: int | None = None,
         background: bool = True,
-        extras: Mapping[str, live.Stateful] | None = None,
-        rank_extras: Mapping[str, live.Stateful] | None = None,
+        extras: Mapping[str, run_state.Stateful] | None = None,
+        rank_extras: Mapping[str, run_state.Stateful] | None = None,
         when_busy: Literal["wait", "skip"] = "wait",
         timeout: timedelta | None = None,
     ) -> None:
@@ -248,7 +246,7 @@ class Checkpointer:
         self._storage.unlock()
 
     def _snapshot(self) -> dict[str, Snapshot]:
-        outside, buffers, names = live.capture_modules(self._modules)
+        outside, buffers, names = run_state.capture_modules(self._modules)
         own = {
             "noise": capture_noise(self._backend.device),
             "extras": {name: extra.state_dict() for name, extra in self._extras_of_rank().items()},
@@ -258,13 +256,13 @@ class Checkpointer:
         if own_params:
             states["shard"] = capture_local(self._optimizer)
         if self._backend.rank == 0:
-            optimizer = None if self._optimizer is None else live.capture_optimizer(self._optimizer)
+            optimizer = None if self._optimizer is None else run_state.capture_optimizer(self._optimizer)
             tables: list[dict[str, Any]] = []
             if optimizer is not None:
                 optimizer = {name: optimizer[name] for name in optimizer if name not in own_params}
                 optimizer = share_groups(optimizer, tables)
             states[REPLICATED] = {
-                "params": tabulate(live.capture_params(skip=own_params.__contains__), tables),
+                "params": tabulate(run_state.capture_params(skip=own_params.__contains__), tables),
                 "optimizer": optimizer,
                 "tables": tables,
                 "modules": outside,
@@ -277,9 +275,9 @@ class Checkpointer:
         self._memory.trim()
         return snapshots
 
-    def _extras_of_rank(self) -> dict[str, live.Stateful]:
+    def _extras_of_rank(self) -> dict[str, run_state.Stateful]:
         """Returns `rank_extras` and, of an optimizer whose compression is lossy, the errors that it makes up for."""
-        kept: live.Stateful | None = getattr(self._optimizer, "of_rank", None)
+        kept: run_state.Stateful | None = getattr(self._optimizer, "of_rank", None)
         return self._rank_extras if kept is None else {"compression": kept} | self._rank_extras
 
     def _start(self, step: int, place: Json, snapshots: dict[str, Snapshot], words: list[dict[str, Any]]) -> None:
@@ -362,14 +360,14 @@ class Checkpointer:
     def _apply_state(self, loaded: Loaded) -> None:
         if loaded.local.problem:
             raise CheckpointError(loaded.local.problem)
-        live.apply_params(loaded.replicated["params"] | loaded.local.params, self._modules)
-        live.apply_modules(loaded.replicated["modules"], self._modules)
-        live.apply_modules(loaded.buffers, self._modules)
+        run_state.apply_params(loaded.replicated["params"] | loaded.local.params, self._modules)
+        run_state.apply_modules(loaded.replicated["modules"], self._modules)
+        run_state.apply_modules(loaded.buffers, self._modules)
         if self._optimizer is not None and loaded.replicated["optimizer"] is not None:
-            live.apply_optimizer(loaded.replicated["optimizer"] | loaded.local.optimizer, self._optimizer)
-        unused = live.apply_extras(loaded.replicated["extras"], self._extras)
+            run_state.apply_optimizer(loaded.replicated["optimizer"] | loaded.local.optimizer, self._optimizer)
+        unused = run_state.apply_extras(loaded.replicated["extras"], self._extras)
         if loaded.manifest.world_size == self._backend.world_size:
-            unused += live.apply_extras(loaded.own["extras"], self._extras_of_rank())
+            unused += run_state.apply_extras(loaded.own["extras"], self._extras_of_rank())
         if unused:
             logger.warning("the checkpoint also has the state of %s, which nothing here takes up", ", ".join(unused))
         set_up_quietly(self._modules.values(), self._backend.device)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from distopt.checkpoint import reader
 from distopt.checkpoint.errors import CheckpointError
+from distopt.checkpoint.manifest import Manifest
+from distopt.checkpoint.restore import choose
+from distopt.checkpoint.storage.base import Storage, open_storage
 
 app = typer.Typer(
     help="Look at, check, export and import checkpoints.",
@@ -22,7 +27,6 @@ Place = Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, a run,
 @app.command()
 def inspect(path: Place, tensors: Annotated[bool, typer.Option(help="List every tensor.")] = False) -> None:
     """Print what is in each checkpoint, without reading its numbers."""
-    from distopt.checkpoint.report import describe
 
     def run() -> None:
         for line in describe(path, tensors=tensors):
@@ -34,8 +38,6 @@ def inspect(path: Place, tensors: Annotated[bool, typer.Option(help="List every 
 @app.command()
 def verify(path: Place) -> None:
     """Read every byte and compare it with the checksums; exit with 1 when a checkpoint is not whole."""
-    from distopt.checkpoint.report import check
-
     bad = 0
 
     def run() -> None:
@@ -62,7 +64,7 @@ def export_(
     name: Annotated[str, typer.Option(help="Which module's state_dict: the guide's or another's.")] = "guide",
 ) -> None:
     """Write parameters, the optimizer's state or a state_dict of the newest checkpoint as Pyro's or torch's file."""
-    from distopt.checkpoint.exchange import export_module, export_optimizer, export_params
+    from distopt.checkpoint.pyro_files import export_module, export_optimizer, export_params
 
     def run() -> None:
         if to.exists():
@@ -91,7 +93,7 @@ def import_(
     step: Annotated[int, typer.Option(help="The step that the run counts on from.")] = 0,
 ) -> None:
     """Make a checkpoint of Pyro's own files and of state_dicts; nothing in them is executed."""
-    from distopt.checkpoint.exchange import import_pyro
+    from distopt.checkpoint.pyro_files import import_pyro
 
     def run() -> None:
         named = [each.partition("=") for each in module or ()]
@@ -111,6 +113,54 @@ def _run(command: Callable[[], None]) -> None:
     except (CheckpointError, OSError) as error:
         typer.echo(f"distopt checkpoint: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+# What a checkpoint holds, in lines for people.
+
+
+def describe(place: str, *, tensors: bool = False) -> Iterator[str]:
+    """Yields lines on each checkpoint at `place`, newest first; reads manifests and headers alone."""
+    storage, found = choose(open_storage("."), place)
+    for one in found:
+        yield f"{storage.root}/{one.folder}"
+        if one.manifest is None:
+            yield f"  BROKEN: {one.error}"
+            continue
+        yield from _describe_manifest(one.manifest)
+        for name in sorted(one.manifest.files):
+            yield f"  {name}: {one.manifest.files[name].size:,} bytes"
+            if tensors and name.endswith(".safetensors"):
+                yield from _describe_tensors(storage, one.folder, name, one.manifest)
+
+
+def check(place: str) -> Iterator[tuple[str, bool]]:
+    """Yields one line per checkpoint at `place` and whether it is whole; reads every byte."""
+    storage, found = choose(open_storage("."), place)
+    for one in found:
+        where = f"{storage.root}/{one.folder}"
+        try:
+            size = reader.verify(storage, one.folder).size_bytes
+        except (CheckpointError, OSError) as error:
+            if one.folder not in storage.folders():
+                continue  # its run has deleted it since
+            yield f"BAD   {where}: {error}", False
+        else:
+            yield f"whole {where}: {size:,} bytes", True
+
+
+def _describe_manifest(manifest: Manifest) -> Iterator[str]:
+    about = {key: value for key, value in manifest.about.items() if key != "noise"}
+    yield f"  step {manifest.step}, {manifest.world_size} rank(s), {manifest.size_bytes:,} bytes"
+    for title, value in (("progress", manifest.progress), ("config", manifest.config), ("about", about or None)):
+        if value is not None:
+            yield f"  {title}: {json.dumps(value, sort_keys=True)}"
+
+
+def _describe_tensors(storage: Storage, folder: str, name: str, manifest: Manifest) -> Iterator[str]:
+    with reader.CheckedFile(storage, folder, name, manifest.files[name], manifest) as file:
+        entries, _ = file.header()
+    for entry in entries.values():
+        yield f"    {entry.name}: {entry.dtype} {list(entry.shape)}"
 
 
 if __name__ == "__main__":

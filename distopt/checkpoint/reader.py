@@ -10,11 +10,11 @@ from types import TracebackType
 import xxhash
 
 from distopt.checkpoint import tensorfile
+from distopt.checkpoint.commit import by_chunk, read_small, thread_pool
 from distopt.checkpoint.errors import CorruptCheckpointError
-from distopt.checkpoint.folders import step_of
 from distopt.checkpoint.manifest import CHUNK_BYTES, MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest
-from distopt.checkpoint.storage import Source, Storage
-from distopt.checkpoint.writer import by_chunk, read_small, thread_pool
+from distopt.checkpoint.storage.base import Source, Storage
+from distopt.checkpoint.storage.names import step_of
 
 _CACHED_BYTES = 512 << 10
 """What is read at a time: it is hashed while it is still in the processor's cache."""

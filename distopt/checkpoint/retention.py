@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.failpoint import failpoint
 from distopt.checkpoint.reader import Candidate, candidates, verify
-from distopt.checkpoint.storage import Storage
+from distopt.checkpoint.storage.base import Storage
 
 MIN_KEPT = 2
 logger = logging.getLogger(__name__)

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from distopt.checkpoint.codec import Json, TensorNote, decode
+from distopt.checkpoint.commit import thread_pool
 from distopt.checkpoint.errors import CorruptCheckpointError
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.reader import CheckedFile
-from distopt.checkpoint.storage import Storage
+from distopt.checkpoint.storage.base import Storage
 from distopt.checkpoint.tensorfile import Entry
-from distopt.checkpoint.writer import thread_pool
 
 OWN_ENTRY_BYTES = 64 << 10
 MAX_JSON_BYTES = 64 << 20

@@ -4,8 +4,8 @@ Imports neither torch nor pyro, so that a bad configuration is refused before an
 """
 
 from distopt.config.compare import differences
+from distopt.config.launch import LaunchConfig
 from distopt.config.load import ConfigError, dump_yaml, load_config, parse_config
-from distopt.config.platforms import LaunchConfig
 from distopt.config.schema import (
     MAY_CHANGE,
     CheckpointConfig,

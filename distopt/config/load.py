@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from distopt.config.platforms import SECRET_NAME
+from distopt.config.launch import SECRET_NAME
 from distopt.config.schema import RunConfig
 from distopt.config.yaml_source import MAX_BYTES, UnsafeYAML, parse_yaml
 

@@ -1,11 +1,10 @@
 """What distribution changes in inference."""
 
 from distopt.infer.gathering import gather, gather_rows, read_local, write_local
-from distopt.infer.noise import seed_noise
-from distopt.infer.sharded import shard, sharded_plate
+from distopt.infer.sharded_plate import shard, sharded_plate
 from distopt.infer.svi import SVI
-from distopt.reduce.local import LocalParameterError
-from distopt.reduce.noise import NoisePolicy, noise_seed
+from distopt.rng import NoisePolicy, noise_seed, seed_noise
+from distopt.sharding import LocalParameterError
 
 __all__ = [
     "SVI",

@@ -15,7 +15,7 @@ from pyro.infer.autoguide import (
 )
 from pyro.infer.autoguide.guides import AutoContinuous
 
-from distopt.reduce.local import LocalParameter, LocalParameterError, PlateShard
+from distopt.sharding import LocalParameter, LocalParameterError, PlateShard
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distopt import backends
 from distopt.backends.base import Backend
-from distopt.reduce.local import LocalParameterError, PlateShard, local_parameters
+from distopt.sharding import LocalParameterError, PlateShard, local_parameters
 
 _SHARD = re.compile(r"local-(\d{5})-of-(\d{5})\.safetensors")
 

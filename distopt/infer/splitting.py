@@ -13,7 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from distopt import backends
-from distopt.reduce.local import LocalParameter, LocalParameterError, PlateShard, local_parameter, mark_local
+from distopt.sharding import LocalParameter, LocalParameterError, PlateShard, local_parameter, mark_local
 
 _SPLIT = "_sharded"  # on a message that has been dealt with, and in a site's `infer`, where `replay` carries it on
 

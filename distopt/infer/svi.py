@@ -11,9 +11,9 @@ import pyro.infer
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceTailAdaptive_ELBO
 
-from distopt.infer.sharded import share_plates
+from distopt.infer.sharded_plate import share_plates
 from distopt.optim.distributed import DistributedOptimizer
-from distopt.reduce.noise import generators_state, set_generators_state
+from distopt.rng import generators_state, set_generators_state
 
 
 class SVI(pyro.infer.SVI):  # type: ignore[misc]

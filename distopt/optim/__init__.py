@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from distopt.optim.amp import ScaledELBO
 from distopt.optim.arguments import by_name
-from distopt.optim.flat import FlatGradients, pack
 from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.multi import MixedMultiOptimizer, MultiOptimizer, Newton, PyroMultiOptimizer, TorchMultiOptimizer
 from distopt.optim.optim import PyroOptim
+from distopt.optim.packing import FlatGradients, pack
 from distopt.optim.pytorch_optimizers import *  # noqa: F403
 from distopt.optim.pytorch_optimizers import __all__ as _generated
 from distopt.optim.state import is_scheduler

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from distopt.optim.fused_adam import is_fusable, scaled_descent_
-from distopt.optim.hyper import check_at_least_zero, evaluated
+from distopt.optim.kernels import check_at_least_zero, evaluated, is_fusable, scaled_descent_
 
 
 class AdagradRMSProp(Optimizer):

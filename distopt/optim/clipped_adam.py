@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from distopt.optim.hyper import check_at_least_zero, check_betas, evaluated
-from distopt.optim.moments import Hyper, Pending, started, step_all_
+from distopt.optim.kernels import Hyper, Pending, check_at_least_zero, check_betas, evaluated, started, step_all_
 
 _SHARED = ("eps", "clip_norm", "weight_decay", "centered_variance")
 

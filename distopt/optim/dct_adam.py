@@ -12,8 +12,7 @@ from pyro.ops.tensor_utils import dct, idct, next_fast_len
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from distopt.optim.hyper import check_at_least_zero, check_betas, evaluated
-from distopt.optim.moments import Hyper, Pending, started, step_all_
+from distopt.optim.kernels import Hyper, Pending, check_at_least_zero, check_betas, evaluated, started, step_all_
 
 
 class DCTAdam(Optimizer):

@@ -8,9 +8,9 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 from distopt.optim.aliases import num_forgotten_aliases
-from distopt.optim.arena import num_aliases
-from distopt.optim.families import drifts, packs, switches
+from distopt.optim.capabilities import drifts, packs, switches
 from distopt.optim.groups import Construct, ListGroup, Member, PackedGroup
+from distopt.optim.packing import num_aliases
 from distopt.optim.state import State, frozen, hyper_of, life_of, optimizer_of, optimizer_part
 
 MAX_PACKED = 8

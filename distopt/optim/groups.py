@@ -11,11 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from distopt.optim.arena import Arena
-from distopt.optim.blocks import Block, blocks_of
-from distopt.optim.bulk import bump_versions, gather, has_dense_gradients
+from distopt.optim.capabilities import drifts
 from distopt.optim.clipping import Clip, clip_each_, clip_segments_
-from distopt.optim.families import drifts
+from distopt.optim.packing import Arena, Block, blocks_of, bump_versions, gather, has_dense_gradients
 from distopt.optim.state import (
     SCALARS,
     State,

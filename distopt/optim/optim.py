@@ -15,17 +15,14 @@ from torch.amp import GradScaler
 
 from distopt.optim.amp import scaled_step
 from distopt.optim.arguments import Args, args_for, check_args, num_arguments
-from distopt.optim.bulk import has_dense_gradients
+from distopt.optim.capabilities import check_arguments, check_constructor, drifts, packs, quicker, shares
 from distopt.optim.clipping import Clip, clip_by_global_norm_
-from distopt.optim.families import check_arguments, check_constructor, drifts, packs, quicker, shares
-from distopt.optim.finite import all_finite, nonfinite_names
-from distopt.optim.flat import FlatGradients
 from distopt.optim.grouping import Grouping
 from distopt.optim.groups import Member
-from distopt.optim.plan import FlatPlan, Plan
-from distopt.optim.roster import Roster
-from distopt.optim.state import State, copied, frozen, is_scheduler, optimizer_of
-from distopt.optim.validation import check_state, check_state_dict
+from distopt.optim.packing import FlatGradients, has_dense_gradients
+from distopt.optim.parameters import Roster
+from distopt.optim.plan import FlatPlan, Plan, all_finite, nonfinite_names
+from distopt.optim.state import State, check_state, check_state_dict, copied, frozen, is_scheduler, optimizer_of
 
 _MAX_PLANS = 4  # calls of alternating kinds (wake and sleep, model and guide) that are remembered
 

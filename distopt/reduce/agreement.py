@@ -21,8 +21,8 @@ from distopt.backends import Backend, Json
 from distopt.constraints import ConstraintError, build_constraint, describe_constraint
 from distopt.reduce.errors import DisagreementError, PeerError
 from distopt.reduce.layout import Entry
-from distopt.reduce.local import local_parameter
-from distopt.reduce.noise import noise_state, set_apart
+from distopt.rng import noise_state, set_apart
+from distopt.sharding import local_parameter
 
 
 @dataclass

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from distopt.backends import Backend
-from distopt.reduce.control import DIGIT, NUM_CHECKSUM_DIGITS
 from distopt.reduce.errors import DriftError
+from distopt.reduce.messages import DIGIT, NUM_CHECKSUM_DIGITS, Brought
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -72,3 +72,35 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+
+
+# Which rank's gradients are not finite.
+
+
+def is_finite(gradient: Tensor) -> bool:
+    """Returns whether a gradient, dense or sparse, holds neither NaN nor infinity."""
+    values = gradient._values() if gradient.is_sparse else gradient
+    # A finite sum has finite terms, and takes no copy as isfinite() does; the sum alone may overflow.
+    return bool(torch.isfinite(values.sum()) or torch.isfinite(values).all())
+
+
+def explain_nonfinite(backend: Backend, names: Sequence[str], brought: Brought | None, step: int) -> str:
+    """Names ranks and parameters; a collective call, which all ranks make since all have seen the sum.
+
+    Args:
+        backend: Link to the other ranks.
+        names: Of the layout's parameters.
+        brought: What this rank gave; None when it only took part.
+        step: For the message.
+    """
+    own: list[str] = []
+    if brought is not None:
+        gradients = [
+            *zip(names, brought.gradients, strict=True),
+            *((name, gradient) for name, _, gradient in brought.own),
+        ]
+        own = [name for name, gradient in gradients if gradient is not None and not is_finite(gradient)]
+    told = backend.all_gather_json(own)
+    found = [f"rank {rank}: {', '.join(map(repr, each))}" for rank, each in enumerate(told) if each]
+    said = "; ".join(found) or "on no rank by itself, so the sum overflowed"
+    return f"step {step}: gradients that are not finite: {said}."

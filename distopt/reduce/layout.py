@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distopt.backends import Json
-from distopt.reduce.control import NUM_SLOTS
+from distopt.reduce.messages import NUM_SLOTS
 
 MIB = 2**20
 LOOK_FIRST_BYTES = 4 * MIB

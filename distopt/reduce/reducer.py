@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pyro
 import torch
@@ -12,18 +14,63 @@ from torch import Tensor
 
 from distopt.backends import Backend
 from distopt.reduce.agreement import Agreement, News
-from distopt.reduce.control import NUM_SLOTS, Control, Heard, Kind, fill_, read_control, write_control
+from distopt.reduce.buckets import Cleared, fill_bucket_, take_out_
+from distopt.reduce.comm_hooks.power_sgd import PowerSgd
 from distopt.reduce.drift import checksums, explain_drift, fold
 from distopt.reduce.errors import PeerError
-from distopt.reduce.filling import Cleared, fill_bucket_, take_out_
-from distopt.reduce.joins import check_alone
 from distopt.reduce.layout import Bucket, Entry, Layout
-from distopt.reduce.local import any_local, local_parameter
+from distopt.reduce.messages import (
+    NUM_SLOTS,
+    Brought,
+    Control,
+    Heard,
+    Kind,
+    Part,
+    Reduced,
+    fill_,
+    read_control,
+    write_control,
+)
+from distopt.reduce.options import Settings
 from distopt.reduce.overlap import Overlap
-from distopt.reduce.parts import Brought, Part, Reduced
-from distopt.reduce.power_sgd import PowerSgd
-from distopt.reduce.settings import Settings
 from distopt.reduce.sparse import sum_sparse
+from distopt.sharding import any_local, local_parameter
+
+# Whose `join` is open: a rank that is done follows the calls of one optimizer, and cannot know another's.
+
+
+_OPEN: WeakKeyDictionary[Backend, object] = WeakKeyDictionary()
+
+
+@contextmanager
+def joining(backend: Backend, owner: object) -> Iterator[None]:
+    """Lets `owner` alone call collectives of `backend` meanwhile.
+
+    Raises:
+        RuntimeError: Another owner's is open.
+    """
+    check_alone(backend, owner)
+    _OPEN[backend] = owner
+    try:
+        yield
+    finally:
+        _OPEN.pop(backend, None)
+
+
+def is_joining(backend: Backend) -> bool:
+    """Whether ranks may have run out of data, and follow."""
+    return backend in _OPEN
+
+
+def check_alone(backend: Backend, owner: object) -> None:
+    """Raises RuntimeError when the join of another owner is open, before ranks make calls that do not match."""
+    if _OPEN.get(backend, owner) is not owner:
+        raise RuntimeError(
+            "join() of one DistributedOptimizer is open and another one is called: a rank that has run out of data "
+            "follows the one alone, so the ranks' calls would not match. Give one optimizer all parameters (optim_args "
+            "may be a callable of the name, see distopt.optim.by_name), or call the other one outside of join()."
+        )
+
 
 _gradient = attrgetter("grad")
 _WITHOUT_GRADIENTS = (Kind.SCHEDULE, Kind.AGREE)

@@ -29,13 +29,11 @@ from distopt.data import GlobalBatches, Loader
 from distopt.infer import SVI, seed_noise
 from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim
 from distopt.reduce import DisagreementError, DriftError, PeerError
-from distopt.train.metrics import FILE_NAME, Metrics, read_metrics
-from distopt.train.pace import Pace, RankPace, describe_straggler
-from distopt.train.progress import StepProgress, printer
+from distopt.train.loggers import FILE_NAME, Metrics, StepProgress, printer, read_metrics
+from distopt.train.monitor import Pace, RankPace, Status, describe_straggler
 from distopt.train.report import Report, elbo_figure, paces_table
 from distopt.train.serve import ServeError, serving
 from distopt.train.signals import StopSignals
-from distopt.train.status import Status
 from distopt.train.task import Task, TaskError, TaskRows, load_task
 
 CHECKPOINTS = "checkpoints"

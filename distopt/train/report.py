@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distopt.train.pace import RankPace, describe_straggler
+from distopt.train.monitor import RankPace, describe_straggler
 
 MAX_RANKS = 8
 

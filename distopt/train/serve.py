@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any
 
 from distopt.config import ServeConfig
-from distopt.train.status import Status
+from distopt.train.monitor import Status
 
 # Probes and one scraper need two or three at a time; more would take the processor from training.
 _CONNECTIONS = 8

@@ -11,9 +11,8 @@ from pathlib import Path
 from distopt.config import RunConfig
 
 from .. import network, ssh
-from ..libraries import mpi_of_horovod
 from ..plan import STOP_BY_FILE, Command, Plan, env_of_workers, run_files, worker_argv
-from .common import find_mpirun, is_mpich, open_mpi_env, secret_variables
+from .mpi import find_mpirun, is_mpich, mpi_of_horovod, open_mpi_env, secret_variables
 
 # Seconds before a host whose worker has failed is taken back, when it answers; doubled each time.
 COOLDOWN_S = ("5", "600")
@@ -88,7 +87,7 @@ class Platform:
         address = network.interfaces().get(interface or "")
         own = [*(["--address", address] if address else []), *(["--elastic", str(config.run_dir)] if elastic else [])]
         argv = [
-            *(sys.executable, "-m", "distopt.launch.own_horovodrun", *own, "--"),
+            *(sys.executable, "-m", "distopt.launch.worker.horovod_driver", *own, "--"),
             *controller,
             *(["--network-interfaces", interface] if interface else []),
             *self._world(config, files),

@@ -8,9 +8,8 @@ from importlib.util import find_spec
 from distopt.config import RunConfig
 
 from .. import network, ssh
-from ..libraries import BUILD_HOROVOD, mpi_of_horovod
 from ..plan import STOP_BY_FILE, Command, Plan, env_of_workers, run_files, worker_argv
-from .common import find_mpirun, is_mpich, open_mpi_env, secret_variables
+from .mpi import BUILD_HOROVOD, find_mpirun, is_mpich, mpi_of_horovod, open_mpi_env, secret_variables
 
 
 class Platform:

@@ -58,7 +58,7 @@ class Platform:
         nodes = str(least) if least == len(launch.hosts) else f"{least}:{len(launch.hosts)}"
         place = [f"--nnodes={nodes}", *_rendezvous(addresses[0], launch.port or DEFAULT_PORT, index)]
         engine = torchrun_argv(config, [*place, f"--rdzv-id={config.name}", f"--local-addr={addresses[index]}"])
-        agent = [sys.executable, "-m", "distopt.launch.agent", "--", *engine]
+        agent = [sys.executable, "-m", "distopt.launch.worker.host_agent", "--", *engine]
         env = env_of_workers(config, **FRESH_STORE, DISTOPT_HEARTBEAT="1")
         if network.is_here(host):
             return Command(tuple(agent), env, host=host)

@@ -27,9 +27,9 @@ from pyro.optim import Adam
 from distopt.backends.single import Single
 from distopt.checkpoint import Checkpointer
 from distopt.checkpoint.reader import read_manifest
-from distopt.checkpoint.resume import REPLICATED, load_replicated
+from distopt.checkpoint.restore import REPLICATED, load_replicated
 from distopt.checkpoint.statefile import StateReader
-from distopt.checkpoint.storage import open_storage
+from distopt.checkpoint.storage.base import open_storage
 
 LARGE_MIB = 1024
 LARGE_ROUNDS, LARGE_S = (3, 7), 25.0

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+from distopt.checkpoint.commit import Attempt, write_checkpoint
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.failpoint import failpoint
-from distopt.checkpoint.local import LocalSink, LocalStorage
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.reader import CheckedFile, candidates, verify
 from distopt.checkpoint.retention import remove_leftovers, retain
-from distopt.checkpoint.writer import Attempt, write_checkpoint
+from distopt.checkpoint.storage.posix import LocalSink, LocalStorage
 
 TIMEOUT = timedelta(seconds=10)
 

@@ -8,11 +8,10 @@ from datetime import timedelta
 import numpy as np
 import torch
 
+from distopt.checkpoint.commit import Attempt, write_checkpoint
 from distopt.checkpoint.manifest import Manifest
-from distopt.checkpoint.memory import HostMemory
-from distopt.checkpoint.snapshot import take_snapshot
-from distopt.checkpoint.storage import open_storage
-from distopt.checkpoint.writer import Attempt, write_checkpoint
+from distopt.checkpoint.snapshot import HostMemory, take_snapshot
+from distopt.checkpoint.storage.base import open_storage
 
 
 def commit_state(root, state, step=1, attempt="0123456789ab"):

@@ -19,10 +19,10 @@ import torch
 from distopt.backends import current
 from distopt.backends.single import Single
 from distopt.checkpoint import Checkpointer, CheckpointError, ConfigMismatchError, DirectoryInUseError
-from distopt.checkpoint.local import LocalSink
 from distopt.checkpoint.reader import candidates, verify
 from distopt.checkpoint.retention import remove_leftovers
-from distopt.checkpoint.storage import open_storage
+from distopt.checkpoint.storage.base import open_storage
+from distopt.checkpoint.storage.posix import LocalSink
 from tests import workers
 from tests.checkpoint.faults import ROOT
 
@@ -38,7 +38,7 @@ def checkpointer(root, **settings):
 
 def test_second_job_on_a_directory_is_refused_and_a_dead_ones_lock_is_free(tmp_path):
     script = (
-        "import sys; from distopt.checkpoint.local import LocalStorage; from pathlib import Path\n"
+        "import sys; from distopt.checkpoint.storage.posix import LocalStorage; from pathlib import Path\n"
         "LocalStorage(Path(sys.argv[1])).lock(); print('locked', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
@@ -137,7 +137,7 @@ def test_directory_without_permission_is_refused_for_an_ordinary_user(tmp_path):
         if "pytest" in parent.name:
             parent.chmod(0o755)
     script = (
-        "import os, sys; from pathlib import Path; from distopt.checkpoint.local import LocalStorage\n"
+        "import os, sys; from pathlib import Path; from distopt.checkpoint.storage.posix import LocalStorage\n"
         "os.setuid(65534)\ntry: LocalStorage(Path(sys.argv[1])).lock()\nexcept PermissionError as error: print(error)"
     )
     found = subprocess.run(

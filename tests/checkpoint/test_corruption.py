@@ -20,11 +20,11 @@ import torch
 from distopt.backends.single import Single
 from distopt.checkpoint import Checkpointer, CheckpointError, CorruptCheckpointError
 from distopt.checkpoint import reader as reader_module
+from distopt.checkpoint.commit import by_chunk, chunk_digest
 from distopt.checkpoint.manifest import CHUNK_BYTES, MANIFEST, FileRecord, Manifest, seal
 from distopt.checkpoint.reader import verify
 from distopt.checkpoint.statefile import StateReader
-from distopt.checkpoint.storage import open_storage
-from distopt.checkpoint.writer import by_chunk, chunk_digest
+from distopt.checkpoint.storage.base import open_storage
 
 LAST, BEFORE = "step-00000002", "step-00000001"
 

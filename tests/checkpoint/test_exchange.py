@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from distopt.backends.single import Single
 from distopt.checkpoint import Checkpointer, CheckpointError
 from distopt.checkpoint.cli import app
-from distopt.checkpoint.exchange import import_pyro, load_state_dict, read_torch_file
+from distopt.checkpoint.pyro_files import import_pyro, load_state_dict, read_torch_file
 from tests.checkpoint.states import assert_equal
 
 

@@ -19,7 +19,7 @@ import torch
 from distopt.backends import init
 from distopt.backends.single import Single
 from distopt.checkpoint import Checkpointer
-from distopt.checkpoint.exchange import read_replicated
+from distopt.checkpoint.pyro_files import read_replicated
 from distopt.data import GlobalBatches
 from tests import workers
 from tests.checkpoint.states import assert_equal

@@ -17,14 +17,13 @@ from torch import nn
 
 from distopt.backends.single import Single
 from distopt.checkpoint import Checkpointer, CheckpointError, register_constraint
-from distopt.checkpoint.constraints import build_constraint, describe_constraint
+from distopt.checkpoint.columns import tabulate, untabulate
 from distopt.checkpoint.errors import CorruptCheckpointError
-from distopt.checkpoint.memory import HostMemory
 from distopt.checkpoint.reader import candidates, read_manifest
-from distopt.checkpoint.snapshot import take_snapshot
+from distopt.checkpoint.run_state import built, described
+from distopt.checkpoint.snapshot import HostMemory, take_snapshot
 from distopt.checkpoint.statefile import StateReader
-from distopt.checkpoint.storage import open_storage
-from distopt.checkpoint.tables import tabulate, untabulate
+from distopt.checkpoint.storage.base import open_storage
 from distopt.constraints import _KNOWN
 from tests.checkpoint.states import assert_equal, commit_state
 
@@ -49,9 +48,9 @@ ALL_CONSTRAINTS = [
 
 @pytest.mark.parametrize("constraint", ALL_CONSTRAINTS, ids=repr)
 def test_constraint_when_saved_comes_back_of_the_same_class_with_the_same_arguments(constraint, tmp_path):
-    description = describe_constraint(constraint, "params/x")
+    description = described(constraint, "params/x")
     storage, folder = commit_state(tmp_path, description)
-    loaded = build_constraint(StateReader(storage, folder, read_manifest(storage, folder), "replicated").load(), "x")
+    loaded = built(StateReader(storage, folder, read_manifest(storage, folder), "replicated").load(), "x")
     assert_same_constraint(loaded, constraint)
 
 
@@ -101,7 +100,7 @@ def test_constraint_of_an_unknown_class_is_refused_at_save_time_and_known_once_r
         assert checkpointer.steps() == []
     register_constraint(Odd)
     try:
-        assert_same_constraint(build_constraint(describe_constraint(Odd(3), "x"), "x"), Odd(3))
+        assert_same_constraint(built(described(Odd(3), "x"), "x"), Odd(3))
     finally:
         del _KNOWN["Odd"]
 

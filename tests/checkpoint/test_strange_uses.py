@@ -18,14 +18,13 @@ from distopt.backends import current
 from distopt.backends.single import Single
 from distopt.checkpoint import Checkpointer, CheckpointError
 from distopt.checkpoint.background import BackgroundSave
-from distopt.checkpoint.local import LocalSink
+from distopt.checkpoint.cli import check
+from distopt.checkpoint.commit import Attempt
 from distopt.checkpoint.manifest import Manifest
-from distopt.checkpoint.memory import HostMemory
 from distopt.checkpoint.reader import candidates
-from distopt.checkpoint.report import check
-from distopt.checkpoint.snapshot import take_snapshot
-from distopt.checkpoint.storage import open_storage
-from distopt.checkpoint.writer import Attempt
+from distopt.checkpoint.snapshot import HostMemory, take_snapshot
+from distopt.checkpoint.storage.base import open_storage
+from distopt.checkpoint.storage.posix import LocalSink
 from tests import workers
 from tests.checkpoint.test_exchange import run
 

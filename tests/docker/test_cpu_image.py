@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from distopt.config import load_config
-from distopt.launch.manifests import manifests
+from distopt.launch.platforms.kubernetes.manifests import manifests
 from tests.docker import engine as engines
 from tests.docker.engine import IMAGE, Engine
 from tests.docker.pods import SUBNET, network, podman_run
@@ -60,7 +60,14 @@ def root(engine: Engine, image: dict[str, Any]) -> Iterator[Path]:
 def test_the_image_runs_without_privileges_under_an_init_with_labels_and_a_health_check(image: dict[str, Any]) -> None:
     config = image["Config"]
     assert (config["User"], config["Entrypoint"]) == ("1000:1000", ["tini", "--"])
-    assert image["Healthcheck"]["Test"] == ["CMD", "python", "-m", "distopt.launch.probe", "127.0.0.1", "8080"]
+    assert image["Healthcheck"]["Test"] == [
+        "CMD",
+        "python",
+        "-m",
+        "distopt.launch.worker.health_probe",
+        "127.0.0.1",
+        "8080",
+    ]
     labels = {key.removeprefix("org.opencontainers.image."): value for key, value in image["Labels"].items()}
     assert {"title", "licenses", "version"} <= labels.keys()
     assert re.fullmatch(r"[0-9a-f]{40}", labels["revision"])
@@ -109,7 +116,7 @@ def test_the_health_check_fails_while_the_run_s_endpoint_says_that_it_is_stalled
 ) -> None:
     serve = (
         "import sys; from datetime import timedelta\n"
-        "from distopt.train.serve import StatusServer; from distopt.train.status import Status\n"
+        "from distopt.train.serve import StatusServer; from distopt.train.monitor import Status\n"
         "print('up', flush=True)\n"
         "for line in sys.stdin:\n"
         "    server = StatusServer(Status(), port=8080, stall=timedelta(seconds=float(line)))\n"

@@ -15,11 +15,11 @@ import kubernetes_validate
 import pytest
 
 from distopt.config import load_config
-from distopt.launch import probe
-from distopt.launch.manifests import manifests
-from distopt.launch.platforms.kubernetes import Platform
+from distopt.launch.platforms.kubernetes.manifests import manifests
+from distopt.launch.platforms.kubernetes.platform import Platform
+from distopt.launch.worker import health_probe
+from distopt.train.monitor import Status
 from distopt.train.serve import StatusServer
-from distopt.train.status import Status
 from tests.docker.guide import README, ROOT, launches, objects
 
 # The oldest and the newest release whose schemas are published for the validator.
@@ -101,7 +101,7 @@ def container(kind: str, *overrides: str) -> dict[str, Any]:
 def test_probes_ask_what_the_run_serves() -> None:
     worker = container("job", "serve.port=8081", "serve.host=0.0.0.0")
     assert worker["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": 8081}
-    alive = ["python", "-m", "distopt.launch.probe", "127.0.0.1", "8081"]
+    alive = ["python", "-m", "distopt.launch.worker.health_probe", "127.0.0.1", "8081"]
     assert worker["livenessProbe"]["exec"] == {"command": alive}
     assert container("job", "serve.port=8081")["livenessProbe"] == worker["livenessProbe"]
     assert "readinessProbe" not in container("job", "serve.port=8081"), "the kubelet does not reach a pod's loopback"
@@ -111,14 +111,14 @@ def test_probes_ask_what_the_run_serves() -> None:
 @pytest.mark.parametrize(("stalled", "expected"), [(timedelta(0), 1), (timedelta(hours=1), 0)])
 def test_a_pod_is_alive_unless_its_worker_says_that_it_is_stalled(stalled: timedelta, expected: int) -> None:
     with StatusServer(Status(), port=0, stall=stalled) as server:
-        assert probe.main(["127.0.0.1", str(server.port)]) == expected
-    assert probe.main(["127.0.0.1", str(server.port)]) == 0, "its engine is starting it again"
+        assert health_probe.main(["127.0.0.1", str(server.port)]) == expected
+    assert health_probe.main(["127.0.0.1", str(server.port)]) == 0, "its engine is starting it again"
 
 
 def test_a_worker_that_listens_and_says_nothing_is_not_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(health_probe, "TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        assert probe.main(["127.0.0.1", str(mute.getsockname()[1])]) == 1
+        assert health_probe.main(["127.0.0.1", str(mute.getsockname()[1])]) == 1
 
 
 def test_no_probe_waits_for_what_waits_for_readiness() -> None:
@@ -141,7 +141,7 @@ def test_no_probe_waits_for_what_waits_for_readiness() -> None:
 
 def test_process_1_of_a_pod_that_is_told_to_stop_ends_with_143_as_its_workers_do() -> None:
     engine = ["sh", "-c", "trap 'exit 1' TERM; echo up; while :; do sleep 0.1; done"]
-    agent = [sys.executable, "-m", "distopt.launch.agent", "--", *engine]
+    agent = [sys.executable, "-m", "distopt.launch.worker.host_agent", "--", *engine]
     with subprocess.Popen(agent, stdout=subprocess.PIPE, text=True) as pod:
         assert pod.stdout is not None
         assert pod.stdout.readline() == "up\n"
@@ -150,7 +150,16 @@ def test_process_1_of_a_pod_that_is_told_to_stop_ends_with_143_as_its_workers_do
 
 
 def test_a_pod_that_is_there_before_the_first_one_has_an_address_waits_for_it_and_can_be_stopped() -> None:
-    agent = [sys.executable, "-m", "distopt.launch.agent", "--meet", "flights-0.invalid:29400", "--", "echo", "started"]
+    agent = [
+        sys.executable,
+        "-m",
+        "distopt.launch.worker.host_agent",
+        "--meet",
+        "flights-0.invalid:29400",
+        "--",
+        "echo",
+        "started",
+    ]
     with subprocess.Popen(agent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as pod:
         assert pod.stderr is not None
         assert pod.stderr.readline() == "agent: waiting for flights-0.invalid:29400: it has no address yet\n"
@@ -160,7 +169,16 @@ def test_a_pod_that_is_there_before_the_first_one_has_an_address_waits_for_it_an
 
 
 def test_the_first_pod_starts_its_engine_once_its_own_name_has_an_address() -> None:
-    agent = [sys.executable, "-m", "distopt.launch.agent", "--meet", "localhost:29400", "--", "echo", "started"]
+    agent = [
+        sys.executable,
+        "-m",
+        "distopt.launch.worker.host_agent",
+        "--meet",
+        "localhost:29400",
+        "--",
+        "echo",
+        "started",
+    ]
     assert subprocess.run(agent, capture_output=True, text=True, timeout=60, check=True).stdout == "started\n"
 
 

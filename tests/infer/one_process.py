@@ -12,7 +12,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from distopt.reduce.local import LocalParameter, local_parameter
+from distopt.sharding import LocalParameter, local_parameter
 
 
 @contextmanager

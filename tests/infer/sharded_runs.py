@@ -20,7 +20,7 @@ from distopt import backends, optim
 from distopt.checkpoint import Checkpointer, CheckpointError
 from distopt.infer import gather, shard, sharded_plate
 from distopt.reduce import DisagreementError
-from distopt.reduce.local import local_parameters
+from distopt.sharding import local_parameters
 
 DATA = torch.linspace(-2.0, 3.0, 23, dtype=torch.float64)
 CUTS = {1: [], 2: [5], 3: [4, 19], 4: [2, 3, 15]}

@@ -12,8 +12,8 @@ import torch
 
 from distopt import backends
 from distopt.infer.gathering import gather, gather_rows, read_local, write_local
-from distopt.infer.sharded import sharded_plate
-from distopt.reduce.local import LocalParameterError
+from distopt.infer.sharded_plate import sharded_plate
+from distopt.sharding import LocalParameterError
 from tests.workers import world
 
 SIZES = [3, 1, 4]

@@ -16,9 +16,9 @@ from pyro.infer.autoguide import AutoNormal
 from distopt import backends
 from distopt.infer import SVI as DistributedSVI
 from distopt.infer import noise_seed, seed_noise
-from distopt.infer.sharded import sharded_plate, share_plates
+from distopt.infer.sharded_plate import sharded_plate, share_plates
 from distopt.optim import Adam, DistributedOptimizer
-from distopt.reduce.noise import noise_state
+from distopt.rng import noise_state
 from tests.workers import world
 
 NUM_STEPS, FEW = 600, 40

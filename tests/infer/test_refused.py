@@ -21,8 +21,8 @@ from pyro.infer.autoguide import (
 )
 from torch import Tensor
 
-from distopt.infer.sharded import shard, sharded_plate
-from distopt.reduce.local import LocalParameterError, is_local, local_parameters
+from distopt.infer.sharded_plate import shard, sharded_plate
+from distopt.sharding import LocalParameterError, is_local, local_parameters
 from tests.infer.sharded_models import DATA, W, nested, normal_normal, outside
 
 pytestmark = pytest.mark.usefixtures("same_noise_in_every_row")

@@ -27,8 +27,8 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 from torch.distributions import constraints
 
-from distopt.infer.sharded import shard, sharded_plate, share_plates
-from distopt.reduce.local import is_local, local_parameters
+from distopt.infer.sharded_plate import shard, sharded_plate, share_plates
+from distopt.sharding import is_local, local_parameters
 from tests.infer.one_process import assert_same, gradients_of_all, gradients_of_ranks
 from tests.infer.sharded_models import DATA, SHARDS, W, init, nested, normal_normal, outside, two_plates
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from distopt.config import parse_config
 from distopt.launch import checks
 from distopt.launch.cli import app
-from distopt.launch.libraries import mpi_of_horovod
 from distopt.launch.platforms import horovodrun, mpirun
+from distopt.launch.platforms.mpi import mpi_of_horovod
 
 TASK = "name: run\ntask: mytasks.house:House\n"
 

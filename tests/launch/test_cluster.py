@@ -12,10 +12,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from distopt.launch import asking
+from distopt.launch import runs
 from distopt.launch.cli import app
-from distopt.launch.cluster import Cluster, ClusterError, _place
-from distopt.launch.manifests import manifests
+from distopt.launch.platforms.kubernetes.job import Cluster, ClusterError, _place
+from distopt.launch.platforms.kubernetes.manifests import manifests
 from tests.launch.api_server import Server
 from tests.launch.kubernetes_config import BASE, KINDS, config_of
 
@@ -93,7 +93,7 @@ def distopt(api, tmp_path, monkeypatch) -> Callable[..., tuple[int, str, str]]:
     (tmp_path / "run.yaml").write_text(BASE)
     kube_config = pytest.importorskip("kubernetes.config.kube_config")
     monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
-    monkeypatch.setattr(asking, "POLL_S", 0.05)
+    monkeypatch.setattr(runs, "POLL_S", 0.05)
     monkeypatch.chdir(tmp_path)
 
     def command(*words: str) -> tuple[int, str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distopt.launch.events import Reader
+from distopt.launch.worker.events import Reader
 from tests.launch import order_task
 from tests.launch.launching import Launched, wait_until
 

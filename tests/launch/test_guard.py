@@ -15,8 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from distopt.launch import events, own_horovodrun, report, rounds, terminal
-from distopt.launch.guard import LAST_WORDS_BYTES, place
+from distopt.launch import failure_report
+from distopt.launch.worker import elastic, events, horovod_driver, terminal
+from distopt.launch.worker.supervisor import LAST_WORDS_BYTES, place
 from tests.launch.launching import wait_until
 
 TIMEOUT_S = 30
@@ -25,7 +26,7 @@ HEADER = "--- 2026-01-01T00:00:00.000+00:00 rank 0 of 2, attempt 0\nTraceback (m
 
 def guard(folder: Path, code: str, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "distopt.launch.guard", "run", "--", sys.executable, "-c", code],
+        [sys.executable, "-m", "distopt.launch.worker.supervisor", "run", "--", sys.executable, "-c", code],
         cwd=folder, env={**os.environ, **(env or {})}, **options,
     )  # fmt: skip
 
@@ -119,7 +120,7 @@ def test_report_puts_the_culprit_before_ranks_that_lost_their_connection_earlier
     (tmp_path / "logs/rank-0.log").write_text(f"{HEADER}Connection reset by peer\n")
     (tmp_path / "logs/rank-1.log").write_text(f"{HEADER}ValueError: no\n")
     ends = [events.End(rank, 0, "host", 1, time, 1) for rank, time in ((0, 10.0), (1, 11.0))]
-    said = report.failure(tmp_path, ends, 1, 3.0, "engine.log")
+    said = failure_report.failure(tmp_path, ends, 1, 3.0, "engine.log")
     assert "rank 1 on host died first" in said
     assert "After it: rank 0 on host ended with exit status 1 (Connection reset by peer)" in said
 
@@ -131,7 +132,7 @@ def test_report_names_the_rank_that_told_the_others_of_its_error_though_it_ended
     )
     (tmp_path / "logs/rank-1.log").write_text(f"{HEADER}ValueError: no\nTrace Shapes:\n")
     ends = [events.End(0, 0, "host", 1, 10.0, 1), events.End(1, 0, "host", 2, 11.0, -15, stopped=True)]
-    said = report.failure(tmp_path, ends, 1, 3.0, "engine.log")
+    said = failure_report.failure(tmp_path, ends, 1, 3.0, "engine.log")
     assert "rank 1 on host died first: it failed at step 3: ValueError: no" in said
     assert "Told of its error, and ended by that: rank 0 on host." in said
     assert "rank-1.log ends with" in said and "waiting" not in said
@@ -145,14 +146,14 @@ def test_report_is_of_the_last_life_though_an_earlier_one_had_more_attempts():
         for kind, later, status in ((events.Start, 0.0, None), (events.End, 0.5, 1))
         for rank in (0, 1)
     ]
-    assert report.last_attempt(seen) == seen[-4:]
+    assert failure_report.last_attempt(seen) == seen[-4:]
     shrunk = [*seen, events.Start(0, 1, "host", 1, 4.0)]  # an elastic world went on with one rank
-    assert report.last_attempt(shrunk) == shrunk[-1:]
-    assert report.last_attempt([]) == []
+    assert failure_report.last_attempt(shrunk) == shrunk[-1:]
+    assert failure_report.last_attempt([]) == []
 
 
 def test_out_of_memory_is_told_as_such():
-    assert "out of memory" in report.cause(events.End(0, 0, "host", 1, 0.0, -9, out_of_memory=True))
+    assert "out of memory" in failure_report.cause(events.End(0, 0, "host", 1, 0.0, -9, out_of_memory=True))
 
 
 @pytest.fixture
@@ -163,8 +164,8 @@ def rendezvous(tmp_path) -> Iterator[tuple[dict[str, str], list[str]]]:
     class Rendezvous(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
-            if rounds.read(tmp_path / "run")[0]:
-                rounds.begin(tmp_path / "run", 2)
+            if elastic.read(tmp_path / "run")[0]:
+                elastic.begin(tmp_path / "run", 2)
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b"0,2,0,1,0,2")
@@ -197,7 +198,7 @@ UNTIL_ASKED = PLACE + (
 def elastic_guard(folder: Path, code: str, env: dict[str, str]) -> subprocess.Popen:
     """Starts a guard in the first round, and returns when its worker is at work."""
     (folder / "run").mkdir()
-    rounds.begin(folder / "run", 1)
+    elastic.begin(folder / "run", 1)
     running = guard(folder, code, env)
     wait_until(lambda: (folder / "ready").exists(), "the worker ready", TIMEOUT_S)
     return running
@@ -221,7 +222,7 @@ def test_worker_of_elastic_horovod_that_lost_the_others_starts_again_in_its_new_
 def test_worker_of_a_round_that_is_over_saves_and_starts_again_in_its_new_place(tmp_path, rendezvous):
     env, asked = rendezvous
     running = elastic_guard(tmp_path, UNTIL_ASKED, env)
-    rounds.end(tmp_path / "run", 1)
+    elastic.end(tmp_path / "run", 1)
     assert running.wait(TIMEOUT_S) == 0
     assert asked == ["/rank_and_size/here:0"]
     assert (tmp_path / "run/logs/rank-1.log").read_text().splitlines()[1:] == ["1 of 3", "saved"]
@@ -232,7 +233,7 @@ def test_worker_of_a_round_that_is_over_saves_and_starts_again_in_its_new_place(
 def test_worker_left_behind_on_a_lost_host_ends_for_good_when_it_sees_a_later_round(tmp_path, rendezvous):
     env, asked = rendezvous
     running = elastic_guard(tmp_path, UNTIL_ASKED, env)
-    rounds.begin(tmp_path / "run", 3)
+    elastic.begin(tmp_path / "run", 3)
     assert running.wait(TIMEOUT_S) == 143
     assert asked == []
     assert ends_in_order(tmp_path) == [(0, 143, True)]
@@ -245,13 +246,13 @@ def ssh(tmp_path, monkeypatch) -> Path:
     program.write_text(f'#!/bin/sh\ntest "$1 $2 $4" = "-T -- true" && test -e "{tmp_path}/$3"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(own_horovodrun, "ASK_EVERY_S", 0.0)
+    monkeypatch.setattr(horovod_driver, "ASK_EVERY_S", 0.0)
     return tmp_path
 
 
 def test_lost_host_is_named_again_when_it_answers_and_the_others_are_not_asked(ssh):
     lost: set[str] = set()
-    hosts = own_horovodrun.Answering(lambda: {"one.invalid": 1, "two.invalid": 2}, lost.__contains__)
+    hosts = horovod_driver.Answering(lambda: {"one.invalid": 1, "two.invalid": 2}, lost.__contains__)
     find = hosts.find_available_hosts_and_slots
     assert find() == {"one.invalid": 1, "two.invalid": 2}
     lost.add("two.invalid")

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from distopt.launch.cli import app
 from distopt.launch.jobs import FollowedJob
-from distopt.launch.platforms.common import find_mpirun
+from distopt.launch.platforms.mpi import find_mpirun
 from tests.control_groups import control_group
 from tests.launch.launching import Launched, wait_until, write_config
 

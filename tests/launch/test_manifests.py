@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distopt.config import parse_config
-from distopt.launch import manifests as module
-from distopt.launch.manifests import manifests
 from distopt.launch.platforms import platform
+from distopt.launch.platforms.kubernetes import manifests as module
+from distopt.launch.platforms.kubernetes.manifests import manifests
 from tests.launch.kubernetes_config import BASE, KINDS, config_of
 
 CRDS = Path(__file__).parents[3] / "shared" / "crds"

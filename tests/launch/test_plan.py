@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from distopt.config import RunConfig, parse_config
-from distopt.config.platforms import SECRET_NAME
+from distopt.config.launch import SECRET_NAME
 from distopt.launch import ssh
 from distopt.launch.cli import app
 from distopt.launch.plan import Command, Plan
-from distopt.launch.platforms import mpirun, platform, slurm
+from distopt.launch.platforms import mpirun, platform
+from distopt.launch.platforms.slurm import platform as slurm
 
 BASE = "name: flights\ntask: distopt.examples.flights:Flights\ndata: {global_batch: 4096}\n"
 # Addresses that documentation may use (RFC 5737), so that no host here has one and no name is looked up.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distopt.launch.events import End, Reader
+from distopt.launch.worker.events import End, Reader
 from tests.launch.launching import write_config
 
 SCRIPT = Path(__file__).with_name("dying_script.py")

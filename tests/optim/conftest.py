@@ -2,7 +2,7 @@ import pyro
 import pytest
 import torch
 
-from distopt.optim import bulk
+from distopt.optim import packing
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +21,6 @@ def fresh_param_store():
 def loops(request, monkeypatch):
     """Runs a test with the compiled loops over parameters and with those in Python."""
     if request.param == "python":
-        monkeypatch.setattr(bulk, "_compiled", None)
-    elif bulk._compiled is None:
+        monkeypatch.setattr(packing, "_compiled", None)
+    elif packing._compiled is None:
         pytest.skip("no compiler was there when distopt was installed")

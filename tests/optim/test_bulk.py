@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distopt.optim
-from distopt.optim import bulk
-from distopt.optim.arena import Arena
-from distopt.optim.blocks import blocks_of
+from distopt.optim import packing
+from distopt.optim.packing import Arena, blocks_of
 from tests.optim.trajectories import OPTIMIZERS, SHAPES, Schedule, run
 
-needs_compiled = pytest.mark.skipif(bulk._compiled is None, reason="no compiler was there when distopt was installed")
+needs_compiled = pytest.mark.skipif(
+    packing._compiled is None, reason="no compiler was there when distopt was installed"
+)
 quick = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -72,11 +73,11 @@ ODD = ["complex", "empty", "fake", "integers", "meta", "negative", "sparse", "su
 
 def in_python(function, *args):
     """What `function` of `bulk` returns without the compiled loops, or the error it raises."""
-    kept, bulk._compiled = bulk._compiled, None
+    kept, packing._compiled = packing._compiled, None
     try:
         return outcome(function, *args)
     finally:
-        bulk._compiled = kept
+        packing._compiled = kept
 
 
 def outcome(function, *args):
@@ -104,7 +105,7 @@ def test_gradients_are_gathered_as_python_gathers_them(shapes, dtype, gradients,
     if moved is not None:
         with torch.no_grad():
             params[moved % len(params)].data = params[moved % len(params)].detach().clone()
-    found = bulk.gather(params, arena.flat, mine)
+    found = packing.gather(params, arena.flat, mine)
     if found is None:
         assert set(gradients[: len(params)]) != {"dense"}
         return
@@ -129,18 +130,18 @@ def test_whatever_the_tensors_are_the_answers_are_those_of_python(shapes, gradie
     params += [odd_parameter(kind) for kind in odd]
     order.shuffle(params)
     tensors = tuple(params)
-    assert outcome(bulk.has_dense_gradients, tensors) == in_python(bulk.has_dense_gradients, tensors)
+    assert outcome(packing.has_dense_gradients, tensors) == in_python(packing.has_dense_gradients, tensors)
     for others in (tensors, tuple(params), tensors[1:], tensors[::-1], (*tensors[:-1], torch.zeros(3))):
-        assert bulk.same(tensors, others) is in_python(bulk.same, tensors, others)
+        assert packing.same(tensors, others) is in_python(packing.same, tensors, others)
     versions = [p._version for p in params]
-    raised = in_python(bulk.bump_versions, tensors)
+    raised = in_python(packing.bump_versions, tensors)
     grown = [p._version - v for p, v in zip(params, versions, strict=True)]
     versions = [p._version for p in params]
-    assert outcome(bulk.bump_versions, tensors) == raised
+    assert outcome(packing.bump_versions, tensors) == raised
     assert [p._version - v for p, v in zip(params, versions, strict=True)] == grown
     buffer = torch.zeros(sum(p.numel() for p in params))
     if odd:
-        assert not bulk.gather(tensors, buffer, torch.zeros_like(buffer))
+        assert not packing.gather(tensors, buffer, torch.zeros_like(buffer))
 
 
 @needs_compiled
@@ -149,22 +150,22 @@ def test_odd_memory_is_neither_read_nor_written(kind):
     odd, p = odd_parameter(kind), parameter((3,))
     p.grad = torch.ones(3)
     for home, buffer in ((odd, torch.zeros(3)), (p, odd), (odd, odd)):
-        assert not bulk.gather((p,), home, buffer)
+        assert not packing.gather((p,), home, buffer)
 
 
 @needs_compiled
 def test_places_change_when_and_only_when_a_parameter_is_moved():
     params = tuple(parameter(shape) for shape in SHAPES)
-    before, before_in_python = bulk.places(params), in_python(bulk.places, params)
-    assert bulk.places(params) == before
+    before, before_in_python = packing.places(params), in_python(packing.places, params)
+    assert packing.places(params) == before
     params[3].data = params[3].detach().clone()
-    assert bulk.places(params) != before
-    assert in_python(bulk.places, params) != before_in_python
+    assert packing.places(params) != before
+    assert in_python(packing.places, params) != before_in_python
 
 
 @needs_compiled
 def test_arguments_of_other_types_are_left_to_python_or_refused():
-    compiled, p = bulk._compiled, parameter((3,))
+    compiled, p = packing._compiled, parameter((3,))
     p.grad = torch.ones(3)
     for function in (compiled.places, compiled.bump, compiled.dense):
         for wrong in ([p], None, 1, (p, None), (p, 1), (p, "x")):
@@ -189,14 +190,14 @@ def test_no_reference_is_kept_or_lost():
         return [sys.getrefcount(x) for x in held] + [p.grad._use_count() for p in params]
 
     def call():
-        bulk.same(params, params)
-        bulk.places(params)
-        bulk.bump_versions(params)
-        bulk.has_dense_gradients(params)
-        assert bulk.gather(params, arena.flat, buffer)
-        assert not bulk.gather(params[1:], arena.flat, buffer)
-        bulk._compiled.places((*params, None))
-        bulk._compiled.gather((1,), arena.flat, buffer)
+        packing.same(params, params)
+        packing.places(params)
+        packing.bump_versions(params)
+        packing.has_dense_gradients(params)
+        assert packing.gather(params, arena.flat, buffer)
+        assert not packing.gather(params[1:], arena.flat, buffer)
+        packing._compiled.places((*params, None))
+        packing._compiled.gather((1,), arena.flat, buffer)
 
     call()
     before, blocks = counts(), sys.getallocatedblocks()
@@ -213,20 +214,20 @@ def test_trajectories_are_the_same_bits_without_the_compiled_loops(name, monkeyp
         schedule = Schedule.random(seed, num_calls=16)
         compiled, _ = run(lambda: getattr(distopt.optim, name)(OPTIMIZERS[name]), schedule, torch.float32)
         with monkeypatch.context() as patch:
-            patch.setattr(bulk, "_compiled", None)
+            patch.setattr(packing, "_compiled", None)
             python, _ = run(lambda: getattr(distopt.optim, name)(OPTIMIZERS[name]), schedule, torch.float32)
         assert all(torch.equal(a, b) for a, b in zip(compiled, python, strict=True))
 
 
 def test_loops_are_compiled_where_a_compiler_is():
-    assert bulk._compiled is not None or shutil.which("g++") is None, "is this installed as the Makefile does it?"
+    assert packing._compiled is not None or shutil.which("g++") is None, "is this installed as the Makefile does it?"
 
 
 @needs_compiled
 def test_loops_compiled_for_another_torch_are_not_used(monkeypatch, caplog):
-    monkeypatch.setattr(bulk._compiled, "TORCH", "1.13.1")
+    monkeypatch.setattr(packing._compiled, "TORCH", "1.13.1")
     with caplog.at_level(logging.DEBUG, logger="distopt.optim"):
-        assert bulk._loaded() is None
+        assert packing._loaded() is None
     assert "compiled for torch 1.13.1" in caplog.text
 
 
@@ -234,5 +235,5 @@ def test_without_compiled_loops_python_is_used(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "distopt.optim._bulk", None)
     monkeypatch.delattr(distopt.optim, "_bulk", raising=False)
     with caplog.at_level(logging.DEBUG, logger="distopt.optim"):
-        assert bulk._loaded() is None
+        assert packing._loaded() is None
     assert "in Python" in caplog.text

@@ -9,7 +9,7 @@ import torch
 from distopt.optim.adagrad_rmsprop import AdagradRMSProp
 from distopt.optim.clipped_adam import ClippedAdam
 from distopt.optim.dct_adam import DCTAdam, from_frequency, to_frequency
-from distopt.optim.rmsprop import OnePassRMSprop
+from distopt.optim.kernels import OnePassRMSprop
 
 PAIRS = {
     "adagrad_rmsprop": (AdagradRMSProp, pyro.optim.adagrad_rmsprop.AdagradRMSProp, {"eta": 0.5, "t": 0.2}),

@@ -13,7 +13,7 @@ from torch import Tensor
 from distopt.backends import current
 from distopt.optim import SGD, Adam, DistributedOptimizer
 from distopt.reduce import layout
-from distopt.reduce.control import NUM_SLOTS
+from distopt.reduce.messages import NUM_SLOTS
 from tests.reduce.option_bodies import schedules_agree_on_the_averaged_metric, sparse_gradients_cross_as_sparse
 from tests.reduce.steps import Values, by_rank, counting_calls, step_with, store_values, unconstrained
 from tests.reduce.training_bodies import TRAINING

@@ -11,7 +11,7 @@ import pyro
 import torch
 
 import distopt
-from distopt.backends import watch
+from distopt.backends import heartbeat
 from distopt.optim import SGD, DistributedOptimizer
 from tests.workers import backend_name
 
@@ -38,7 +38,7 @@ def train(fault: str, timeout_s: str = "8", num_steps: str = "6") -> None:
 
 def raise_amid_heartbeats() -> None:
     """Both ranks fail while their heartbeats are nearly always inside the store's code."""
-    watch.BEAT_S = 0.0
+    heartbeat.BEAT_S = 0.0
     backend = distopt.init(backend_name())
     backend.barrier()
     raise ValueError("a bad row in the data")

@@ -24,7 +24,7 @@ from distopt.optim import (
     TorchMultiOptimizer,
 )
 from distopt.reduce import DriftError
-from distopt.reduce.local import LocalParameter, PlateShard, mark_local
+from distopt.sharding import LocalParameter, PlateShard, mark_local
 from tests.reduce.steps import Values, by_rank, noise, step_with, store_values, unconstrained
 
 

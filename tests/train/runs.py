@@ -12,10 +12,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from distopt.checkpoint.exchange import read_replicated
+from distopt.checkpoint.pyro_files import read_replicated
 from distopt.config import load_config
 from distopt.train import run
-from distopt.train.metrics import read_metrics
+from distopt.train.loggers import read_metrics
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

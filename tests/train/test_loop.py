@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distopt.config import parse_config
+from distopt.train.loggers import read_metrics
 from distopt.train.loop import make_optimizer
-from distopt.train.metrics import read_metrics
-from distopt.train.pace import STRAGGLER_RATIO
-from distopt.train.status import Status
+from distopt.train.monitor import STRAGGLER_RATIO, Status
 from distopt.train.task import TaskError
 from tests.control_groups import control_group
 from tests.train.runs import (

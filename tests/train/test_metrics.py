@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from distopt.train.metrics import FILE_NAME, Metrics, read_metrics
+from distopt.train.loggers import FILE_NAME, Metrics, read_metrics
 
 
 def write(folder: Path, first: int, steps: range, *, tensorboard: bool = False) -> None:

@@ -6,7 +6,7 @@ import torch
 
 from distopt.backends import current
 from distopt.backends.single import Single
-from distopt.train.pace import WARM_UP_STEPS, Pace, RankPace, describe_straggler
+from distopt.train.monitor import WARM_UP_STEPS, Pace, RankPace, describe_straggler
 from tests import workers
 
 

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from distopt.train.progress import StepProgress, printer
+from distopt.train.loggers import StepProgress, printer
 
 
 def run(console: Console) -> None:

@@ -14,8 +14,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from distopt.train import serve
+from distopt.train.monitor import Status
 from distopt.train.serve import ServeError, StatusServer
-from distopt.train.status import Status
 
 PATHS = ("/healthz", "/readyz", "/livez", "/metrics")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,19 +14,56 @@ import torch
 from torch import Tensor, nn
 
 from distopt.backends import Backend, BackendError, current
-from distopt.optim.distributed.adopt import as_ours, names_of, takes_metric
-from distopt.optim.distributed.own import spread_nonfinite_, tell_own, total_norm
-from distopt.optim.distributed.passes import Passes
-from distopt.optim.flat import FlatGradients
+from distopt.optim.arguments import args_for
+from distopt.optim.clipping import global_norm
+from distopt.optim.distributed.convert import as_ours, names_of, takes_metric
 from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.optim import PyroOptim, _evaluated
-from distopt.reduce import DisagreementError, DriftError, PeerError, Reduced, Reducer, Settings
+from distopt.optim.packing import FlatGradients
+from distopt.reduce import Brought, DisagreementError, DriftError, PeerError, Reduced, Reducer, Settings
 from distopt.reduce.agreement import share_values_
-from distopt.reduce.control import Control, Kind
-from distopt.reduce.finite import explain_nonfinite
-from distopt.reduce.joins import is_joining, joining
-from distopt.reduce.noise import NoisePolicy
-from distopt.reduce.power_sgd import PowerSgd
+from distopt.reduce.comm_hooks.power_sgd import PowerSgd
+from distopt.reduce.drift import explain_nonfinite, is_finite
+from distopt.reduce.messages import Control, Kind
+from distopt.reduce.reducer import is_joining, joining
+from distopt.rng import NoisePolicy
+
+# Gradients of several calls of the optimizer, added up for one step.
+
+
+class Passes:
+    """Adds up gradients call by call.
+
+    Args:
+        num: Calls that make one step.
+    """
+
+    def __init__(self, num: int) -> None:
+        self._num, self._seen = num, 0
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(self, params: Iterable[Tensor]) -> Iterable[Tensor] | None:
+        """Adds this call's gradients; returns the parameters of all calls with their sums in `.grad`, once complete."""
+        if self._num == 1:
+            return params
+        params = list(params)
+        self._seen += 1
+        for param in params:
+            if param.grad is not None:
+                _, before = self._kept.get(id(param), (param, None))
+                self._kept[id(param)] = (param, param.grad.clone() if before is None else before + param.grad)
+        if self._seen < self._num:
+            return None
+        summed = self.take()
+        return {id(param): param for param in (*params, *summed)}.values()
+
+    def take(self) -> list[Tensor]:
+        """Returns the parameters of the calls since the last step with their sums in `.grad`, and begins anew."""
+        self._seen, kept, self._kept = 0, self._kept, {}
+        for param, gradient in kept.values():
+            param.grad = gradient
+        return [param for param, _ in kept.values()]
+
 
 logger = logging.getLogger("distopt.optim")
 
@@ -394,3 +432,45 @@ class DistributedOptimizer(PyroOptim):
         if not isinstance(self.optim, PyroLRScheduler):
             raise AttributeError(f"step() is for schedulers; this wraps a {type(self.optim).__name__}.")
         return self.optim
+
+
+# What the ranks must know of gradients that one of them alone steps by: those of its sharded plates.
+
+
+def tell_own(optim: PyroOptim, brought: Brought, said: Control) -> None:
+    """Writes into `said` what decides how all ranks step: whether they are finite, and their norm where that clips.
+
+    Raises:
+        ValueError: `clip_args` is a callable and wants a global norm for some of them.
+    """
+    if optim.nonfinite != "step" or optim.scaler is not None:
+        said.nonfinite = not all(is_finite(gradient) for _, _, gradient in brought.own)
+    args = optim.pt_clip_args
+    if not callable(args):
+        if args.get("global_norm") is not None:
+            said.own_square = brought.own_square()
+        return
+    for name, _, _ in brought.own:
+        if args_for("clip_args", args, name).get("global_norm") is not None:
+            raise ValueError(
+                f"clip_args is a callable and gives global_norm for {name!r}, which is one rank's own, so the ranks "
+                "cannot tell over which parameters the norm goes. Give clip_args={'global_norm': ...}, which is for "
+                "all, or clip_norm for this one."
+            )
+
+
+def total_norm(optim: PyroOptim, reduced: Reduced) -> float | None:
+    """Returns the norm over all parameters of all ranks, bit by bit the same on each; None where none has its own."""
+    if not reduced.heard.own_square:
+        return None
+    shared = [part.buffer for part in reduced.dense]
+    shared += [gradient for _, _, gradient in reduced.loose[: len(reduced.loose) - reduced.num_own]]
+    total = math.sqrt(float(global_norm(shared)) ** 2 + reduced.heard.own_square)
+    return total if optim.scaler is None else total / optim.scaler.get_scale()
+
+
+def spread_nonfinite_(optim: PyroOptim, reduced: Reduced) -> None:
+    """Makes gradients infinite where some rank's own are not finite, so that all scalers skip the step and back off."""
+    if optim.scaler is not None and reduced.heard.num_nonfinite:
+        for gradient in [part.buffer for part in reduced.dense] + [each for _, _, each in reduced.loose]:
+            gradient.fill_(math.inf)

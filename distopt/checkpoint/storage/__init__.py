@@ -1,0 +1,1 @@
+"""Where checkpoints lie: a folder of this machine, or an object store."""

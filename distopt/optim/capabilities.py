@@ -1,0 +1,98 @@
+"""What is known of the torch optimizers: which may be packed or listed, and which switches make them quick."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from distopt.optim.adagrad_rmsprop import AdagradRMSProp
+from distopt.optim.clipped_adam import ClippedAdam
+from distopt.optim.dct_adam import DCTAdam
+from distopt.optim.kernels import OnePassRMSprop
+
+ELEMENTWISE: frozenset[Any] = frozenset(
+    {
+        AdagradRMSProp,
+        ClippedAdam,
+        torch.optim.ASGD,
+        torch.optim.Adadelta,
+        torch.optim.Adagrad,
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.Adamax,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.RMSprop,
+        torch.optim.Rprop,
+        torch.optim.SGD,
+    }
+)
+"""Optimizers that treat every element alike, so that one step on a packed tensor is a step on each parameter."""
+
+_FUSED = frozenset({torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad})
+_FUSED_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+_FOREACH = frozenset(
+    {
+        torch.optim.ASGD,
+        torch.optim.Adadelta,
+        torch.optim.Adamax,
+        torch.optim.RAdam,
+        torch.optim.Rprop,
+    }
+)
+_QUICKER: dict[Any, Any] = {torch.optim.RMSprop: OnePassRMSprop}
+
+
+def quicker(constructor: Any) -> Any:
+    """Returns what computes the same as `constructor` in less time, given memory that it may overwrite."""
+    return _QUICKER.get(constructor, constructor)
+
+
+def packs(constructor: Any) -> bool:
+    """Returns whether parameters may be packed into one tensor; state is then of the parameter's shape."""
+    return constructor in ELEMENTWISE
+
+
+def shares(constructor: Any, args: Mapping[str, Any]) -> bool:
+    """Returns whether several parameters may be given to one optimizer of this kind."""
+    return (constructor in ELEMENTWISE or constructor is DCTAdam) and not args.get("differentiable")
+
+
+def switches(
+    constructor: Any, args: Mapping[str, Any], dtype: torch.dtype, device: str, listed: bool
+) -> dict[str, Any]:
+    """Returns further arguments that make the optimizer quick; none where the user has chosen."""
+    if any(args.get(k) is not None for k in ("fused", "foreach")) or args.get("capturable"):
+        return {}
+    if constructor in _FUSED and dtype in _FUSED_DTYPES and (device == "cpu" or constructor is not torch.optim.Adagrad):
+        return {"fused": True}
+    if listed and constructor in _FOREACH:
+        return {"foreach": True}
+    return {}
+
+
+def check_arguments(args: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError when a number among the optimizer's arguments is NaN."""
+    for key, value in args.items():
+        numbers = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(v, float) and math.isnan(v) for v in numbers):
+            raise ValueError(f"{where}: {key} is {value!r}, expected a finite number.")
+
+
+def check_constructor(constructor: Any) -> None:
+    """Raises for optimizers that no per-parameter step can serve."""
+    if constructor is torch.optim.LBFGS:
+        raise ValueError(
+            "LBFGS needs a closure that it can call many times in one step, which an optimizer of `SVI` never has. "
+            "Use Adam, or `torch.optim.LBFGS` directly on `pyro.get_param_store().named_parameters()`."
+        )
+    if not callable(constructor):
+        raise TypeError(f"optim_constructor is {constructor!r}, expected a torch.optim.Optimizer class.")
+
+
+def drifts(args: Mapping[str, Any]) -> bool:
+    """Returns whether the optimizer changes its own hyper-parameters as it steps."""
+    return bool(args.get("lrd", 1.0) != 1.0)

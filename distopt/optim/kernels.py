@@ -1,0 +1,264 @@
+"""Torch's one-pass Adam kernel, which with the right constants is also ClippedAdam, RMSprop and AdagradRMSProp.
+
+The kernel computes, in one pass over memory,
+
+    g <- g + weight_decay * p;  m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2
+    p <- p - lr / (1 - beta1^k) * m / (sqrt(v) / sqrt(1 - beta2^k) + eps)
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What Pyro's own optimizers have in common: checks of their arguments, and the closure.
+
+
+def check_at_least_zero(optimizer: str, **values: float) -> None:
+    """Raises ValueError for a negative number or NaN among `values`."""
+    for name, value in values.items():
+        if not value >= 0.0:
+            raise ValueError(f"{optimizer}: {name} is {value}, expected a number >= 0.")
+
+
+def check_betas(optimizer: str, betas: tuple[float, float]) -> None:
+    """Raises ValueError unless both decay rates are in [0, 1)."""
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"{optimizer}: betas are {betas}, expected two numbers in [0, 1).")
+
+
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """Returns what `closure` returns, called with gradients; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+_kernel: Any = getattr(torch, "_fused_adam_", None)
+_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+
+def is_fusable(tensors: Sequence[Tensor]) -> bool:
+    """Returns whether the kernel takes `tensors`: dense, of one dtype and device that it knows."""
+    kinds = {(t.dtype, t.device, t.layout) for t in tensors}
+    dtype, device, layout = next(iter(kinds))
+    return (
+        _kernel is not None
+        and len(kinds) == 1
+        and dtype in _DTYPES
+        and device.type in ("cpu", "cuda")
+        and layout is torch.strided
+        and all(map(Tensor.is_contiguous, tensors))
+    )
+
+
+def adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    *,
+    step: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """Runs the kernel in place; all tensors are at step number `step`, which may be infinite (no bias correction)."""
+    number = torch.full((), step, dtype=torch.float32, device=params[0].device)
+    _kernel(
+        params,
+        grads,
+        means,
+        squares,
+        [],
+        [number] * len(params),
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=maximize,
+    )
+
+
+def scaled_descent_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    squares: list[Tensor],
+    *,
+    lr: float,
+    decay: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """Steps `params` by `lr * g / (sqrt(v) + eps)` with `v` the running mean of `g^2`; `grads` may be overwritten.
+
+    With `beta1 = 0` the mean is the gradient, whose memory serves for it; at step infinity nothing is corrected.
+    """
+    adam_(
+        params,
+        grads,
+        grads,
+        squares,
+        step=math.inf,
+        lr=lr,
+        beta1=0.0,
+        beta2=decay,
+        eps=eps,
+        weight_decay=weight_decay,
+        maximize=maximize,
+    )
+
+
+# Steps of Adam with clipped gradients over lists of tensors, each at its own step number and learning rate.
+
+
+_SMALL_NUMEL = 16_384  # up to here a call for each costs more than a pass over its memory
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """What tensors must have in common to be stepped together."""
+
+    betas: tuple[float, float]
+    eps: float
+    clip_norm: float
+    weight_decay: float = 0.0
+    centered_variance: bool = False
+
+
+@dataclass(slots=True)
+class Pending:
+    """One tensor and what steps it; `state` holds `step`, the number of this step, `exp_avg` and `exp_avg_sq`."""
+
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Any]
+    lr: float
+
+
+def started(state: dict[str, Any], like: Tensor) -> dict[str, Any]:
+    """Returns `state` at its next step; an empty one gets moments of the shape of `like`."""
+    if not state:
+        state.update(step=0, exp_avg=torch.zeros_like(like), exp_avg_sq=torch.zeros_like(like))
+    state["step"] += 1
+    return state
+
+
+def step_all_(pending: Sequence[Pending], hyper: Hyper) -> None:
+    """Takes the steps that are `pending`, in as few calls as may be; gradients may be overwritten."""
+    grads = [x.grad for x in pending]
+    if hyper.centered_variance or not is_fusable([*grads, *[x.param for x in pending]]):
+        _step_foreach(pending, hyper)
+        return
+    _clip_(grads, hyper.clip_norm)
+    alike: dict[tuple[int, float], list[Pending]] = defaultdict(list)
+    for x in pending:
+        alike[int(x.state["step"]), x.lr].append(x)
+    for (step, lr), same in alike.items():
+        _step_fused(same, hyper, step, lr)
+
+
+def _step_fused(pending: Sequence[Pending], hyper: Hyper, step: int, lr: float) -> None:
+    """One pass over memory for all tensors of one step count; `eps` is added where the kernel divides by it."""
+    constants: dict[str, Any] = {
+        "step": step,
+        "lr": lr,
+        "beta1": hyper.betas[0],
+        "beta2": hyper.betas[1],
+        "eps": hyper.eps / math.sqrt(1 - hyper.betas[1] ** step),
+        "weight_decay": hyper.weight_decay,
+    }
+    means, squares = [x.state["exp_avg"] for x in pending], [x.state["exp_avg_sq"] for x in pending]
+    adam_([x.param for x in pending], [x.grad for x in pending], means, squares, **constants)
+
+
+def _clip_(grads: Sequence[Tensor], bound: float) -> None:
+    """Clips each number, of big tensors in one pass over memory where a list takes two."""
+    small = []
+    for g in grads:
+        if g.numel() > _SMALL_NUMEL:
+            g.clamp_(-bound, bound)
+        else:
+            small.append(g)
+    if small:
+        torch._foreach_clamp_min_(small, -bound)
+        torch._foreach_clamp_max_(small, bound)
+
+
+def _step_foreach(pending: Sequence[Pending], hyper: Hyper) -> None:
+    """The same by lists of tensors of any dtype, and with the variance of the gradient in place of its square."""
+    beta1, beta2 = hyper.betas
+    params, grads = [x.param for x in pending], [x.grad for x in pending]
+    means, squares = [x.state["exp_avg"] for x in pending], [x.state["exp_avg_sq"] for x in pending]
+    _clip_(grads, hyper.clip_norm)
+    if hyper.weight_decay != 0:
+        grads = list(torch._foreach_add(grads, params, alpha=hyper.weight_decay))
+    torch._foreach_mul_(means, beta1)
+    torch._foreach_add_(means, grads, alpha=1 - beta1)
+    deviations = list(torch._foreach_sub(grads, means)) if hyper.centered_variance else grads
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, deviations, deviations, 1 - beta2)
+    scales = torch._foreach_sqrt(squares)
+    torch._foreach_add_(scales, hyper.eps)
+    sizes = [-x.lr * math.sqrt(1 - beta2 ** x.state["step"]) / (1 - beta1 ** x.state["step"]) for x in pending]
+    torch._foreach_addcdiv_(params, means, scales, sizes)
+
+
+# Torch's RMSprop in one pass over memory.
+
+
+class OnePassRMSprop(torch.optim.RMSprop):
+    """`torch.optim.RMSprop`, whose plain form (no momentum, not centered) is stepped by the fused kernel of Adam.
+
+    Arguments and state are those of `torch.optim.RMSprop`; dense gradients may be overwritten.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step for every parameter that has a gradient; returns what `closure` returned."""
+        for group in self.param_groups:
+            params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
+            grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+            if closure is not None or not params or not _is_plain(group) or not is_fusable(params + grads):
+                return super().step(closure)
+            states = [self.state[p] for p in params]
+            for p, state in zip(params, states, strict=True):
+                if not state:
+                    state["step"] = torch.zeros(())
+                    state["square_avg"] = torch.zeros_like(p)
+                state["step"] += 1
+            scaled_descent_(
+                params,
+                grads,
+                [s["square_avg"] for s in states],
+                lr=group["lr"],
+                decay=group["alpha"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+            )
+        return None
+
+
+def _is_plain(group: dict[str, Any]) -> bool:
+    return (
+        group["momentum"] == 0
+        and not group["centered"]
+        and not group["capturable"]
+        and not group["differentiable"]
+        and not isinstance(group["lr"], Tensor)
+        and 0.0 < group["alpha"] < 1.0
+    )

@@ -1,0 +1,1 @@
+"""Communication hooks: how the gradients of one bucket cross the network."""

@@ -1,0 +1,1 @@
+"""Kubernetes: the objects of a run, and the job that they make."""

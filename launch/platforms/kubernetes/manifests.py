@@ -1,0 +1,313 @@
+"""The Kubernetes objects of a run, as plain dictionaries: one function per kind of resource."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from distopt.config import RunConfig, dump_yaml
+
+from ...file_names import CONFIG_VARIABLE
+from ...plan import env_of_workers, worker_argv
+from ..torchrun import FRESH_STORE, torchrun_argv
+
+Manifest = dict[str, Any]
+
+PORT = 29400
+HOME = "/tmp"
+LABEL = "distopt.run"
+KUEUE = "kueue.x-k8s.io/queue-name"
+MPI_HOME = "/home/mpiuser"
+
+
+def manifests(config: RunConfig) -> list[Manifest]:
+    """Returns the objects to create, the one that stands for the run last."""
+    return _KINDS[config.launch.kubernetes.kind](config)
+
+
+def _job(config: RunConfig) -> list[Manifest]:
+    """An Indexed Job, and the headless Service by which its pods find one another; no operator is needed."""
+    address = f"{config.name}-0.{config.name}:{config.launch.port or PORT}"
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(config),
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,  # the rendezvous comes before readiness
+            "selector": {LABEL: config.name},
+            "ports": [{"name": "rendezvous", "port": config.launch.port or PORT}],
+        },
+    }
+    pod = _pod(config, _torchrun(config, address), subdomain=config.name)
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(config),
+        "spec": {**_indexed(config, pod), **_time_limit(config)},
+    }
+    return [service, job]
+
+
+def _jobset(config: RunConfig) -> list[Manifest]:
+    """A JobSet of one Indexed Job: when a pod fails for good, all start again."""
+    address = f"{config.name}-workers-0-0.{config.name}:{config.launch.port or PORT}"
+    job = {**_indexed(config, _pod(config, _torchrun(config, address))), "backoffLimit": 0, **_time_limit(config)}
+    jobset = {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": _metadata(config),
+        "spec": {
+            "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True, "subdomain": config.name},
+            "failurePolicy": {"maxRestarts": config.launch.max_restarts},
+            "replicatedJobs": [{"name": "workers", "replicas": 1, "template": {"spec": job}}],
+        },
+    }
+    return [jobset]
+
+
+def _trainjob(config: RunConfig) -> list[Manifest]:
+    """A TrainJob with the fields that Kubeflow trainer 2.0 to 2.3 share; the runtime sets PET_* and owns the pods."""
+    launch = config.launch
+    trainer = {
+        "image": launch.kubernetes.image,
+        "command": _agent(config, _by_torchrun(config, [])),
+        "env": _env(config),
+        "numNodes": launch.num_hosts,
+        "numProcPerNode": launch.workers,
+        "resourcesPerNode": _resources(config),
+    }
+    trainjob = {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": _metadata(config),
+        "spec": {"runtimeRef": {"name": launch.kubernetes.runtime}, "trainer": trainer},
+    }
+    return [trainjob]
+
+
+def _pytorchjob(config: RunConfig) -> list[Manifest]:
+    """A PyTorchJob: a master and the other nodes as workers; the operator tells torchrun where it is by PET_*."""
+    launch = config.launch
+    place = [
+        "--nnodes=$(PET_NNODES)",
+        "--node-rank=$(PET_NODE_RANK)",
+        "--master-addr=$(PET_MASTER_ADDR)",
+        "--master-port=$(PET_MASTER_PORT)",
+    ]
+    pod = _pod(config, _agent(config, _by_torchrun(config, place)), container="pytorch")
+    replicas = {"Master": 1, **({"Worker": launch.num_hosts - 1} if launch.num_hosts > 1 else {})}
+    job = {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "metadata": _metadata(config),
+        "spec": {
+            "nprocPerNode": str(launch.workers),
+            "runPolicy": _run_policy(config),
+            "pytorchReplicaSpecs": {
+                role: {"replicas": count, "restartPolicy": "OnFailure", "template": _without_restarts(pod)}
+                for role, count in replicas.items()
+            },
+        },
+    }
+    return [job]
+
+
+def _mpijob(config: RunConfig) -> list[Manifest]:
+    """An MPIJob: a launcher with horovodrun or mpirun, workers with sshd; the operator makes a pair of keys per job."""
+    launch = config.launch
+    size = launch.num_hosts * launch.workers
+    if config.reduce.backend == "horovod":
+        engine = ["horovodrun", "--gloo", "-np", str(size), "--hostfile", "/etc/mpi/hostfile"]
+    else:
+        passed = sorted({entry["name"] for entry in _env(config)})
+        engine = ["mpirun", "-n", str(size), "--hostfile", "/etc/mpi/hostfile", "--bind-to", "none", "--map-by", "slot"]
+        engine += [word for name in passed for word in ("-x", name)]
+    leader = _pod(config, _agent(config, [*engine, *_worker(config)]), gpus=False)
+    sshd = ["/usr/sbin/sshd", "-De", "-f", f"{MPI_HOME}/.sshd_config"]
+    replicas = {"Launcher": (1, leader), "Worker": (launch.num_hosts, _pod(config, sshd))}
+    job = {
+        "apiVersion": "kubeflow.org/v2beta1",
+        "kind": "MPIJob",
+        "metadata": _metadata(config),
+        "spec": {
+            "slotsPerWorker": launch.workers,
+            "launcherCreationPolicy": "WaitForWorkersReady",
+            "sshAuthMountPath": f"{MPI_HOME}/.ssh",
+            "mpiImplementation": "OpenMPI",
+            "runPolicy": {**_run_policy(config), "cleanPodPolicy": "Running"},
+            "mpiReplicaSpecs": {
+                role: {"replicas": count, "restartPolicy": "Never", "template": _without_restarts(pod)}
+                for role, (count, pod) in replicas.items()
+            },
+        },
+    }
+    return [job]
+
+
+_KINDS: Mapping[str, Callable[[RunConfig], list[Manifest]]] = {
+    "job": _job,
+    "jobset": _jobset,
+    "trainjob": _trainjob,
+    "pytorchjob": _pytorchjob,
+    "mpijob": _mpijob,
+}
+
+
+def _metadata(config: RunConfig) -> Manifest:
+    queue = config.launch.kubernetes.queue
+    labels = {LABEL: config.name, **({KUEUE: queue} if queue else {})}
+    return {"name": config.name, "namespace": config.launch.kubernetes.namespace, "labels": labels}
+
+
+def _indexed(config: RunConfig, pod: Manifest) -> Manifest:
+    hosts = config.launch.num_hosts
+    return {
+        "completionMode": "Indexed",
+        "completions": hosts,
+        "parallelism": hosts,
+        "backoffLimit": config.launch.max_restarts,
+        "template": pod,
+    }
+
+
+def _time_limit(config: RunConfig) -> Manifest:
+    limit = config.launch.kubernetes.time_limit_s
+    return {"activeDeadlineSeconds": limit} if limit else {}
+
+
+def _run_policy(config: RunConfig) -> Manifest:
+    return {"backoffLimit": config.launch.max_restarts, "cleanPodPolicy": "None", **_time_limit(config)}
+
+
+def _torchrun(config: RunConfig, address: str) -> list[str]:
+    launch = config.launch
+    least = launch.min_hosts or launch.num_hosts
+    nodes = str(least) if least == launch.num_hosts else f"{least}:{launch.num_hosts}"
+    place = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={address}", f"--rdzv-id={config.name}"]
+    return _agent(config, _by_torchrun(config, place), meet=address)
+
+
+def _by_torchrun(config: RunConfig, place: list[str]) -> list[str]:
+    words, worker = torchrun_argv(config, place, config.launch.kubernetes.python), _worker(config)
+    return words[: -len(worker)] + worker
+
+
+def _worker(config: RunConfig) -> list[str]:
+    return [_literal(word) for word in worker_argv(config, config.launch.kubernetes.python)]
+
+
+def _agent(config: RunConfig, engine: list[str], meet: str | None = None) -> list[str]:
+    """Puts the agent in front: process 1 of a container ignores SIGTERM unless it handles it, and must reap orphans."""
+    options = ["--meet", meet] if meet else []
+    return [config.launch.kubernetes.python, "-m", "distopt.launch.worker.host_agent", *options, "--", *engine]
+
+
+def _env(config: RunConfig) -> list[Manifest]:
+    """Returns the variables of the pods; secrets are references, and the configuration travels as a variable."""
+    fixed = env_of_workers(config, **FRESH_STORE, DISTOPT_ECHO="1", HOME=HOME)
+    fixed[CONFIG_VARIABLE] = dump_yaml(config)
+    values: list[Manifest] = [{"name": name, "value": _literal(value)} for name, value in fixed.items()]
+    references = config.launch.kubernetes.secrets.items()
+    return values + [
+        {"name": name, "valueFrom": {"secretKeyRef": {"name": reference.secret, "key": reference.key}}}
+        for name, reference in references
+    ]
+
+
+def _literal(value: str) -> str:
+    """Keeps Kubernetes from expanding `$(NAME)`; it takes two dollars for one, wherever they stand."""
+    return value.replace("$", "$$")
+
+
+def _resources(config: RunConfig, gpus: bool = True) -> Manifest:
+    wanted = config.launch.kubernetes
+    amounts = {"cpu": wanted.cpu, "memory": wanted.memory}
+    if gpus and wanted.gpus:
+        amounts[wanted.gpu_resource] = str(wanted.gpus)
+    return {"requests": amounts, "limits": dict(amounts)}
+
+
+def _health(config: RunConfig) -> Manifest:
+    """Returns the probes of a worker that serves, and its port where it serves beyond the pod's own loopback."""
+    serve, kind = config.serve, config.launch.kubernetes.kind
+    # An MPIJob's worker is an sshd until the launcher, which waits for workers that are ready, starts ranks in it.
+    if serve.port is None or kind == "mpijob":
+        return {}
+    address = ipaddress.ip_address(serve.host)
+    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(serve.host, serve.host)
+    command = [config.launch.kubernetes.python, "-m", "distopt.launch.worker.health_probe", here, str(serve.port)]
+    timing = {"periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 3}
+    found: Manifest = {"livenessProbe": {"exec": {"command": command}, **timing}}
+    if not address.is_loopback:
+        found["ports"] = [{"name": "serve", "containerPort": serve.port}]
+        # A PyTorchJob's pods find each other by a Service that names ready pods alone, and are ready when they met.
+        if kind != "pytorchjob":
+            found["readinessProbe"] = {"httpGet": {"path": "/readyz", "port": serve.port}, **timing}
+    return found
+
+
+def _pod(
+    config: RunConfig, command: list[str], container: str = "worker", subdomain: str | None = None, gpus: bool = True
+) -> Manifest:
+    """Returns a pod template whose processes have no privileges and can write to volumes and /tmp alone."""
+    wanted = config.launch.kubernetes
+    claims = dict.fromkeys(volume.claim for volume in wanted.volumes)  # one may be mounted at several paths
+    spec: Manifest = {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "terminationGracePeriodSeconds": round(config.launch.grace_s) + 15,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": wanted.user,
+            "runAsGroup": wanted.user,
+            "fsGroup": wanted.user,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [{"name": container, **_container(config, command, gpus)}],
+        "volumes": [
+            {"name": "tmp", "emptyDir": {}},
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},
+            *({"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in claims),
+        ],
+    }
+    optional = {
+        "subdomain": subdomain,
+        "serviceAccountName": wanted.service_account,
+        "nodeSelector": dict(wanted.node_selector),
+        "imagePullSecrets": [{"name": name} for name in wanted.image_pull_secrets],
+    }
+    spec |= {key: value for key, value in optional.items() if value}
+    return {"metadata": {"labels": {LABEL: config.name}}, "spec": spec}
+
+
+def _container(config: RunConfig, command: list[str], gpus: bool) -> Manifest:
+    """Returns what a pod runs; all but its name."""
+    wanted = config.launch.kubernetes
+    return {
+        "image": wanted.image,
+        "command": command,
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # where no guard has left its rank's last words
+        "env": _env(config),
+        "resources": _resources(config, gpus),
+        **_health(config),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [
+            {"name": "tmp", "mountPath": HOME},
+            {"name": "shm", "mountPath": "/dev/shm"},
+            *(
+                {"name": volume.claim, "mountPath": volume.path, "readOnly": volume.read_only}
+                for volume in wanted.volumes
+            ),
+        ],
+    }
+
+
+def _without_restarts(pod: Manifest) -> Manifest:
+    """Leaves the restart policy to the operator's own field."""
+    return {**pod, "spec": {key: value for key, value in pod["spec"].items() if key != "restartPolicy"}}

@@ -1,0 +1,1 @@
+"""Slurm: the batch script of a run, and its job."""

@@ -1,0 +1,150 @@
+"""Slurm: one batch script, with torchrun on each node under srun, or srun starting workers of Horovod and MPI."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+from distopt.config import RunConfig
+
+from ...file_names import LOGS
+from ...plan import Command, Plan, env_of_workers, run_files, worker_argv
+from ..torchrun import FRESH_STORE, torchrun_argv
+from .job import Slurm
+
+SCRIPT = "job.sh"
+TIMEOUT_S = 60
+
+
+class Platform:
+    """Submits a batch job; the cluster finds the nodes."""
+
+    def problems(self, config: RunConfig) -> list[str]:
+        """Returns what keeps the job from being submitted, what the cluster itself says of it included."""
+        problems = []
+        if config.launch.hosts:
+            problems.append("launch.hosts: Slurm finds the hosts itself; set launch.nodes to their number")
+        if config.reduce.backend == "single":
+            problems.append("reduce.backend: found single, a world of one worker; set reduce.backend=auto")
+        if shutil.which("sbatch") is None:
+            return [*problems, "launch.platform: there is no sbatch on PATH; submit from a login node of the cluster"]
+        return problems or self._refused(config)
+
+    def _refused(self, config: RunConfig) -> list[str]:
+        """Asks the cluster whether it would take the job: more processes than slots, an unknown partition, …."""
+        argv = ["sbatch", "--test-only", *_options(config)]
+        done = subprocess.run(argv, input=_script(config), capture_output=True, text=True, timeout=TIMEOUT_S)
+        if done.returncode == 0:
+            return []
+        said = " ".join(done.stderr.split())[:300]
+        return [f"launch.slurm: the cluster refuses the job: {said}; `sinfo -o '%P %D %c %m %l'` shows what it has"]
+
+    def plan(self, config: RunConfig) -> Plan:
+        """Renders the batch script and the command that submits it."""
+        path = config.run_dir / SCRIPT
+        argv = ["sbatch", "--parsable", *_options(config), "--", str(path)]
+        return Plan("slurm", (Command(tuple(argv)),), {**run_files(config), path: _script(config)})
+
+    def job(self, config: RunConfig) -> Slurm:
+        """Returns the run on the cluster, whether it has been submitted or not."""
+        return Slurm(config.run_dir, self.plan(config).commands[0].argv, config.launch.grace_s)
+
+
+def _by_torchrun(config: RunConfig) -> bool:
+    return config.reduce.backend in ("auto", "torch_dist")
+
+
+def _options(config: RunConfig) -> list[str]:
+    """Returns sbatch's options; on the command line, where spaces and quotes are no matter."""
+    launch, slurm = config.launch, config.launch.slurm
+    tasks, cpus = (
+        (1, launch.workers * slurm.cpus_per_worker) if _by_torchrun(config) else (launch.workers, slurm.cpus_per_worker)
+    )
+    asked = {
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "time": slurm.time,
+        "mem": slurm.memory,
+        "constraint": slurm.constraint,
+        "gpus-per-node": slurm.gpus_per_node or None,
+    }
+    least = launch.min_hosts or launch.num_hosts
+    return [
+        f"--job-name={config.name}",
+        f"--nodes={least}" if least == launch.num_hosts else f"--nodes={least}-{launch.num_hosts}",
+        f"--ntasks-per-node={tasks}",
+        f"--cpus-per-task={cpus}",
+        f"--chdir={os.getcwd()}",
+        f"--output={str(config.run_dir.resolve() / LOGS).replace('%', '%%')}/slurm.log",
+        "--open-mode=append",
+        "--requeue",
+        f"--signal=B:USR1@{slurm.requeue_before_end_s}",
+        *(f"--{key}={value}" for key, value in asked.items() if value is not None),
+    ]
+
+
+def _script(config: RunConfig) -> str:
+    """Returns the batch script.
+
+    Slurm sends USR1 before it ends or preempts the job: workers save, and the job queues again. The step runs in the
+    background, because a shell answers no signal while it waits for a command.
+    """
+    env = env_of_workers(config, **(FRESH_STORE if _by_torchrun(config) else {}))
+    exports = "\n".join(f"export {key}={shlex.quote(value)}" for key, value in sorted(env.items()))
+    return _SCRIPT.format(name=config.name, exports=exports, step=_step(config), port=config.launch.port or 29400)
+
+
+def _step(config: RunConfig) -> str:
+    """Returns srun's command line, in the shell's words."""
+    worker = ["srun", "--kill-on-bad-exit=1", "--unbuffered"]
+    if not _by_torchrun(config):
+        return shlex.join([*worker, f"--mpi={config.launch.slurm.mpi}", *worker_argv(config, sys.executable)])
+    launch = config.launch
+    least = launch.min_hosts or launch.num_hosts
+    nodes = str(least) if least == launch.num_hosts else f"{least}:{launch.num_hosts}"
+    engine = torchrun_argv(config, [f"--nnodes={nodes}", "--rdzv-backend=c10d"])
+    program, options = engine[:3], engine[3:]
+    place = '--rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$LEADER:$PORT" --local-addr="$SLURMD_NODENAME"'
+    conf = "--rdzv-conf=is_host=$((SLURM_NODEID == 0))"
+    agent = shlex.join([sys.executable, "-m", "distopt.launch.worker.host_agent", "--", *program])
+    # Each node's own variables are expanded by a shell there.
+    inner = f"exec {agent} {place} {conf} {shlex.join(options)}"
+    return shlex.join([*worker, "bash", "-c", inner])
+
+
+_SCRIPT = """\
+#!/bin/bash
+# distopt: run {name}
+set -u
+{exports}
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export DISTOPT_HOSTS=$(echo "$hosts" | paste -sd ,)
+export LEADER=$(echo "$hosts" | head -n 1)
+export PORT=$(({port} + SLURM_JOB_ID % 1000))
+
+# Before the time limit or a preemption: a last checkpoint, and once more into the queue.
+requeue=
+save() {{
+  requeue=1
+  scancel --signal=TERM "$SLURM_JOB_ID"
+}}
+trap save USR1
+
+{step} &
+step=$!
+status=0
+while kill -0 "$step" 2> /dev/null; do
+  wait "$step"
+  status=$?
+done
+# A preemption with a time of grace signals the workers alone, and Slurm requeues no job that has ended by itself.
+preempted='PreemptTime=[0-9]'
+if [ -n "$requeue" ] || [[ $(scontrol show job "$SLURM_JOB_ID") =~ $preempted ]]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
+"""

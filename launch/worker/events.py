@@ -1,0 +1,108 @@
+"""What happened to workers, one line of JSON per start and end, in `run_dir/logs/rank-N.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from ..file_names import LOGS
+
+# The line that a guard writes above each attempt in its rank's log; a worker's own lines may begin with dashes, too.
+HEADER = re.compile(rb"^--- \d{4}-\d\d-\d\dT\S+ rank \d+ of \d+, attempt \d+")
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a worker.
+
+    `time` is seconds since the epoch on the worker's host. `status` is the exit status of one that has ended, negative
+    for a signal; `stopped` says whether it had been asked to end.
+    """
+
+    rank: int
+    attempt: int
+    host: str
+    pid: int
+    time: float
+    status: int | None = None
+    stopped: bool = False
+    out_of_memory: bool = False
+
+
+class Start(Event):
+    """A worker has been started."""
+
+
+class End(Event):
+    """A worker has ended."""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended by itself, and not well."""
+        return self.status != 0 and not self.stopped
+
+
+def append(run_dir: Path, event: Event) -> None:
+    """Adds one line to the file of the event's rank; each file has one writer at a time."""
+    line = json.dumps({"event": type(event).__name__.lower(), **asdict(event)})
+    with (run_dir / LOGS / f"rank-{event.rank}.jsonl").open("a") as file:
+        file.write(line + "\n")
+
+
+class Reader:
+    """Reads what has been appended since it last looked, over all ranks, in the order of time.
+
+    It begins with what is new after its own creation, or with everything where `from_start` is set.
+    """
+
+    def __init__(self, run_dir: Path, *, from_start: bool = False) -> None:
+        self._logs = run_dir / LOGS
+        existing = [] if from_start else self._logs.glob("rank-*.jsonl")
+        self._offsets = {path: path.stat().st_size for path in existing}
+        self.seen: list[Event] = []
+
+    def new(self) -> list[Event]:
+        """Returns the events since the last call."""
+        found = [event for path in sorted(self._logs.glob("rank-*.jsonl")) for event in self._read(path)]
+        found.sort(key=lambda event: event.time)
+        self.seen += found
+        return found
+
+    def _read(self, path: Path) -> Iterator[Event]:
+        with path.open("rb") as file:
+            file.seek(self._offsets.get(path, 0))
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # half written
+                self._offsets[path] = self._offsets.get(path, 0) + len(line)
+                fields = json.loads(line)
+                yield {"start": Start, "end": End}[fields.pop("event")](**fields)
+
+
+def now() -> str:
+    """Returns the time of day with its zone."""
+    return datetime.now().astimezone().isoformat(timespec="milliseconds")
+
+
+def oom_kills() -> int:
+    """Returns how often the kernel killed for want of memory in this process's control group (v1 or v2)."""
+    count = 0
+    try:
+        groups = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return 0
+    for line in groups:
+        _, controllers, path = line.split(":", 2)
+        v1 = "memory" in controllers.split(",")
+        root, name = ("/sys/fs/cgroup/memory", "memory.oom_control") if v1 else ("/sys/fs/cgroup", "memory.events")
+        try:
+            text = Path(os.path.normpath(root + path), name).read_text()
+        except OSError:
+            continue
+        count += sum(int(number) for number in re.findall(r"^oom_kill (\d+)$", text, re.MULTILINE))
+    return count
