@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from .file_names import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS
+from distopt.launchers import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS
 
 Phase = Literal["unknown", "pending", "running", "stopped", "done", "failed"]
 
