@@ -27,7 +27,7 @@ WORLD_SIZE_VARIABLE = "DISTOPT_WORLD_SIZE"  # the allowed numbers of workers, as
 
 # Variables that users and tests set.
 FAILPOINT_VARIABLE = "DISTOPT_FAILPOINT"  # where a save is made to fail (distopt/checkpoint/failpoint.py)
-TRUSTED_VARIABLE = "DISTOPT_TRUSTED_TASKS"  # the packages from which a YAML may name code
+TRUSTED_VARIABLE = "DISTOPT_TRUSTED_TASKS"  # packages, with commas; where set, a YAML may name code of no others
 
 # Files of a run directory.
 CHECKPOINTS = "checkpoints"

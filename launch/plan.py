@@ -11,7 +11,6 @@ from pathlib import Path
 from distopt.config import RunConfig, dump_yaml
 from distopt.launchers import (
     CONFIG_FILE,
-    CONFIG_VARIABLE,
     CWD_VARIABLE,
     GRACE_VARIABLE,
     HOSTS_VARIABLE,
@@ -87,13 +86,18 @@ def run_files(config: RunConfig) -> dict[Path, str]:
     return {config.run_dir / CONFIG_FILE: dump_yaml(config)}
 
 
-def worker_argv(config: RunConfig, python: str) -> list[str]:
-    """Returns the command of one worker: the training loop, or the user's script, watched by a guard."""
+def worker_argv(config: RunConfig, python: str, config_source: str | None = None) -> list[str]:
+    """Returns the command of one worker: the training loop, or the user's script, watched by a guard.
+
+    Args:
+        config: The run.
+        python: The interpreter, where the worker runs.
+        config_source: What `distopt train` reads; by default the file in the run directory.
+    """
     guard = [python, "-m", "distopt.launch.worker.supervisor", str(config.run_dir), "--"]
     if config.script is not None:
         return [*guard, python, _operand(config.script), *config.script_args]
-    shared = config.launch.platform != "kubernetes"  # pods read it from a variable
-    source = _operand(str(config.run_dir / CONFIG_FILE)) if shared else f"@{CONFIG_VARIABLE}"
+    source = config_source or _operand(str(config.run_dir / CONFIG_FILE))
     return [*guard, python, "-m", "distopt.launch", "train", source]
 
 

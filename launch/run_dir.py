@@ -26,11 +26,6 @@ class RunDirectoryError(RuntimeError):
     """The run directory cannot be used; the message says why."""
 
 
-def record_dir(config: RunConfig) -> Path:
-    """Returns where this machine keeps a run's record; on Kubernetes the run directory is on a volume elsewhere."""
-    return RUNS / config.name if config.launch.platform == "kubernetes" else config.run_dir
-
-
 @contextmanager
 def submission(config: RunConfig, plan: Plan, run_dir: Path) -> Iterator[Path]:
     """Holds the run directory, with the plan's files and secrets written, until the launcher is done with the run.

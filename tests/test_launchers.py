@@ -59,7 +59,7 @@ ENVIRONMENTS = {
     "the environment": exported,
 }
 
-# Which of two launchers started the process where the variables of both are set: what is run inside of what in practice.
+# Which of two launchers started the process where the variables of both are set: what runs inside of what in practice.
 INNER = {
     # One torchrun on each node is what the others start; its workers start none of them.
     "torchrun": {"horovodrun", "mpirun (Open MPI)", "mpirun (MPICH)", "srun", "a PMI launcher", "Kubernetes"},

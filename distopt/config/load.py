@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from distopt.config.base import ConfigError
 from distopt.config.launch import SECRET_NAME
 from distopt.config.schema import RunConfig
 from distopt.config.yaml_source import MAX_BYTES, UnsafeYAML, parse_yaml
@@ -34,14 +35,6 @@ _EXPECTED = {
     "path_type": "a path",
     "finite_number": "a finite number",
 }
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message has one line per mistake, each with its file and key."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = list(problems)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

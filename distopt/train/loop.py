@@ -23,7 +23,7 @@ from torch import nn
 import distopt.optim
 from distopt.backends import Backend, BackendError, init
 from distopt.checkpoint import Checkpointer, CheckpointError, Restored
-from distopt.config import RunConfig, differences
+from distopt.config import ConfigError, RunConfig, differences
 from distopt.data import GlobalBatches, Loader
 from distopt.infer import SVI, seed_noise
 from distopt.launchers import CHECKPOINTS, LauncherError, find_rank
@@ -40,7 +40,7 @@ REPORT = "report.html"
 _INIT_ROWS = 1024
 # What a user mends by reading one line; anything else is a defect and shows where it happened.
 _SHARED_ERRORS = (BackendError, PeerError, DisagreementError, DriftError)
-_PLAIN_ERRORS = (*_SHARED_ERRORS, LauncherError, TaskError, CheckpointError, ServeError)
+_PLAIN_ERRORS = (*_SHARED_ERRORS, ConfigError, LauncherError, TaskError, CheckpointError, ServeError)
 
 
 def run(config: RunConfig) -> int:
@@ -151,7 +151,7 @@ class _Worker:
         error, task = None, None
         try:
             task = load_task(self.config.task or "", self.config.task_args)
-        except TaskError as problem:
+        except (ConfigError, TaskError) as problem:
             error = str(problem)
         told = self.backend.all_gather_json({"error": error, "setup": setup_of(self.config)})
         if task is None or any(each["error"] for each in told):

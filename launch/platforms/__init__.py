@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
-from typing import cast
 
 from .base import Platform
 
-_HOMES = {"kubernetes": ".kubernetes.platform", "slurm": ".slurm.platform"}
+PLATFORMS: Mapping[str, str] = {
+    "local": ".local:LocalPlatform",
+    "torchrun": ".torchrun:TorchrunPlatform",
+    "horovodrun": ".horovodrun:HorovodrunPlatform",
+    "mpirun": ".mpirun:MpirunPlatform",
+    "slurm": ".slurm.platform:SlurmPlatform",
+    "kubernetes": ".kubernetes.platform:KubernetesPlatform",
+}
+"""What the values of `launch.platform` stand for; a module is imported when its platform is chosen."""
 
 
-def platform(name: str) -> Platform:
-    """Returns the platform `name`: the class `Platform` of the module that holds it."""
-    return cast(Platform, import_module(_HOMES.get(name, f".{name}"), __package__).Platform())
+def load_platform(name: str) -> Platform:
+    """Returns the platform that `launch.platform` names."""
+    module, _, class_name = PLATFORMS[name].partition(":")
+    chosen: Platform = getattr(import_module(module, __package__), class_name)()
+    return chosen

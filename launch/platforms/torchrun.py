@@ -10,6 +10,7 @@ from distopt.launchers import HEARTBEAT_VARIABLE, RENDEZVOUS_PORT, format_range
 
 from .. import network, ssh
 from ..plan import Command, Plan, env_of_workers, run_files, worker_argv
+from .base import Platform
 
 # With the agent's store shared over restarts, new workers read the addresses of dead ones: half of the restarts of
 # torch 2.13 on one node failed, and none with a store per restart.
@@ -18,7 +19,7 @@ RENDEZVOUS_FILE = "rendezvous"
 FILE_STORE = "--rdzv-conf=store_type=file,keep_alive_interval=60"  # each sign of life makes the file longer
 
 
-class Platform:
+class TorchrunPlatform(Platform):
     """torchrun on this machine, or on each of several hosts, reached by ssh."""
 
     def problems(self, config: RunConfig) -> list[str]:
@@ -67,8 +68,17 @@ class Platform:
         return Command(tuple(ssh.remote(config, host, words)), host=host)
 
 
-def torchrun_argv(config: RunConfig, place: list[str], python: str = sys.executable) -> list[str]:
-    """Returns torchrun's command line; `place` are the options that differ between hosts."""
+def torchrun_argv(
+    config: RunConfig, place: list[str], worker: list[str] | None = None, python: str = sys.executable
+) -> list[str]:
+    """Returns torchrun's command line.
+
+    Args:
+        config: The run.
+        place: The options that differ between hosts.
+        worker: The command of each worker; by default one on this machine.
+        python: The interpreter that torchrun is run by.
+    """
     launch = config.launch
     return [
         *(python, "-m", "torch.distributed.run"),
@@ -78,7 +88,7 @@ def torchrun_argv(config: RunConfig, place: list[str], python: str = sys.executa
         f"--shutdown-timeout={round(launch.grace_s) + 5}",  # guards kill what is late, and write it down
         "--no-python",
         "--",
-        *worker_argv(config, python),
+        *(worker or worker_argv(config, python)),
     ]
 
 

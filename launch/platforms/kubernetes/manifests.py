@@ -18,6 +18,7 @@ HOME = "/tmp"
 LABEL = "distopt.run"
 KUEUE = "kueue.x-k8s.io/queue-name"
 MPI_HOME = "/home/mpiuser"
+CONFIG_IN_ENV = f"@{CONFIG_VARIABLE}"  # how workers are told to read the configuration from a variable
 
 
 def manifests(config: RunConfig) -> list[Manifest]:
@@ -188,12 +189,11 @@ def _torchrun(config: RunConfig, address: str) -> list[str]:
 
 
 def _by_torchrun(config: RunConfig, place: list[str]) -> list[str]:
-    words, worker = torchrun_argv(config, place, config.launch.kubernetes.python), _worker(config)
-    return words[: -len(worker)] + worker
+    return torchrun_argv(config, place, _worker(config), config.launch.kubernetes.python)
 
 
 def _worker(config: RunConfig) -> list[str]:
-    return [_literal(word) for word in worker_argv(config, config.launch.kubernetes.python)]
+    return [_literal(word) for word in worker_argv(config, config.launch.kubernetes.python, CONFIG_IN_ENV)]
 
 
 def _agent(config: RunConfig, engine: list[str], meet: str | None = None) -> list[str]:

@@ -12,23 +12,32 @@ from distopt.config import RunConfig
 from distopt.launchers import HOSTS_VARIABLE, LOGS, RENDEZVOUS_PORT, format_range
 
 from ...plan import Command, Plan, env_of_workers, run_files, worker_argv
+from ..base import Platform
 from ..torchrun import FRESH_STORE, torchrun_argv
-from .job import Slurm
+from .job import BATCH_LOG, SlurmJob
 
 SCRIPT = "job.sh"
 TIMEOUT_S = 60
 
 
-class Platform:
+class SlurmPlatform(Platform):
     """Submits a batch job; the cluster finds the nodes."""
+
+    finds_hosts = True
 
     def problems(self, config: RunConfig) -> list[str]:
         """Returns what keeps the job from being submitted, what the cluster itself says of it included."""
+        launch = config.launch
         problems = []
-        if config.launch.hosts:
+        if launch.hosts:
             problems.append("launch.hosts: Slurm finds the hosts itself; set launch.nodes to their number")
         if config.reduce.backend == "single":
             problems.append("reduce.backend: found single, a world of one worker; set reduce.backend=auto")
+        if 0 < launch.slurm.gpus_per_node < launch.workers:
+            problems.append(
+                f"launch.workers: {launch.workers} on each host, but launch.slurm.gpus_per_node is "
+                f"{launch.slurm.gpus_per_node}; each worker needs one"
+            )
         if shutil.which("sbatch") is None:
             return [*problems, "launch.platform: there is no sbatch on PATH; submit from a login node of the cluster"]
         return problems or self._refused(config)
@@ -48,9 +57,9 @@ class Platform:
         argv = ["sbatch", "--parsable", *_options(config), "--", str(path)]
         return Plan("slurm", (Command(tuple(argv)),), {**run_files(config), path: _script(config)})
 
-    def job(self, config: RunConfig) -> Slurm:
+    def job(self, config: RunConfig) -> SlurmJob:
         """Returns the run on the cluster, whether it has been submitted or not."""
-        return Slurm(config.run_dir, self.plan(config).commands[0].argv, config.launch.grace_s)
+        return SlurmJob(config.run_dir, self.plan(config).commands[0].argv, config.launch.grace_s)
 
 
 def _by_torchrun(config: RunConfig) -> bool:
@@ -78,7 +87,7 @@ def _options(config: RunConfig) -> list[str]:
         f"--ntasks-per-node={tasks}",
         f"--cpus-per-task={cpus}",
         f"--chdir={os.getcwd()}",
-        f"--output={str(config.run_dir.resolve() / LOGS).replace('%', '%%')}/slurm.log",
+        f"--output={str(config.run_dir.resolve() / LOGS).replace('%', '%%')}/{BATCH_LOG}",
         "--open-mode=append",
         "--requeue",
         f"--signal=B:USR1@{slurm.requeue_before_end_s}",
