@@ -52,7 +52,10 @@ def launch(
     from . import runs
 
     run = _load(config, overrides)
-    plan, problems, warnings = runs.prepare(run)
+    try:
+        plan, problems, warnings = runs.prepare(run)
+    except runs.ERRORS as error:
+        _refuse([f"{config}: {error}"])
     if problems:
         _refuse([f"{config}: {problem}" for problem in problems])
     for warning in warnings:

@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from distopt.config.base import ConfigError
 from distopt.config.launch import SECRET_NAME
+from distopt.config.plugins import REFERENCE_PATTERN
 from distopt.config.schema import RunConfig
 from distopt.config.yaml_source import MAX_BYTES, UnsafeYAML, parse_yaml
 
@@ -157,8 +158,10 @@ def _said(key: str, details: Sequence[ErrorDetails]) -> str:
         return _unknown(key)
     if kind == "missing":
         return "missing, and it has no default"
-    if kind == "value_error":
-        return first["msg"].removeprefix("Value error, ")
+    # A union's other members only say that it is none of theirs, but this one knew the value and refused it.
+    for detail in details:
+        if detail["type"] == "value_error":
+            return detail["msg"].removeprefix("Value error, ")
     expected = " or ".join(dict.fromkeys(_expectation(detail) for detail in details))
     hint = ""
     if kind == "literal_error" and isinstance(value, str):
@@ -171,6 +174,8 @@ def _expectation(detail: ErrorDetails) -> str:
     kind = detail["type"]
     if kind == "literal_error":
         return "one of " + str(detail["ctx"]["expected"]).replace("'", "").replace(" or ", ", ")
+    if kind == "string_pattern_mismatch" and detail["ctx"]["pattern"] == REFERENCE_PATTERN:
+        return "`module:Name` of code of yours"
     if kind == "string_pattern_mismatch":
         return f"a string like {detail['ctx']['pattern']}"
     said = detail["msg"].removeprefix("Input should be ").replace("String should have", "a string with")
