@@ -15,8 +15,8 @@ from pathlib import Path
 import yaml
 
 from distopt.config import MAY_CHANGE, RunConfig, differences
+from distopt.launchers import CHECKPOINTS, CONFIG_FILE
 
-from .file_names import CHECKPOINTS, CONFIG_FILE
 from .network import is_here, slot_problems
 from .platforms.base import Platform
 

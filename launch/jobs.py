@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from .file_names import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS
+from distopt.launchers import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS
 
 Phase = Literal["unknown", "pending", "running", "stopped", "done", "failed"]
 

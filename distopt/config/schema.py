@@ -13,7 +13,8 @@ from pydantic import Field, field_validator, model_validator
 from distopt.config.base import Section
 from distopt.config.catalog import ElboName, OptimizerName, SchedulerName
 from distopt.config.launch import LaunchConfig
-from distopt.config.plugins import TRUSTED_VARIABLE, Reference, is_reference, trusted_packages
+from distopt.config.plugins import Reference, is_reference, trusted_packages
+from distopt.launchers import TRUSTED_VARIABLE
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 

@@ -54,8 +54,8 @@ class RunInfo:
 class Logger:
     """Receives the measurements of a run, on rank 0; subclass it and override the methods that you need.
 
-    An instance is made with the `args` of its entry in `log.loggers`. What a method raises ends the run on all ranks, so
-    a logger that can do without its server catches the server's errors itself.
+    An instance is made with the `args` of its entry in `log.loggers`. What a method raises ends the run on all ranks,
+    so a logger that can do without its server catches the server's errors itself.
 
     Example:
         >>> class BestElbo(Logger):
@@ -130,7 +130,7 @@ class Loggers(Logger):
 
 
 class JsonLinesLogger(Logger):
-    """Writes one JSON object per line to `metrics.jsonl` in the run directory; the report's figures are drawn from it."""
+    """Writes one JSON object per line to `metrics.jsonl` in the run directory, which the report reads."""
 
     def start(self, run: RunInfo) -> None:
         """Opens the file, with the rows up to the step that the run resumes from."""
@@ -167,7 +167,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 class TensorBoardLogger(Logger):
-    """Writes TensorBoard events to `tensorboard/` in the run directory; does nothing if the package is not installed."""
+    """Writes TensorBoard events to `tensorboard/` in the run directory, or nothing without the package."""
 
     def __init__(self) -> None:
         self._events: Any = None

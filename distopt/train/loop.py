@@ -13,11 +13,11 @@ from rich.console import Console
 from torch import nn
 
 from distopt.backends import Backend, BackendError, init
-from distopt.backends.environment import find_place
 from distopt.checkpoint import Checkpointer, CheckpointError, Restored
 from distopt.config import ConfigError, RunConfig, dump_yaml
 from distopt.data import GlobalBatches, Loader
 from distopt.infer import SVI, seed_noise
+from distopt.launchers import CHECKPOINTS, LauncherError, find_rank
 from distopt.optim import DistributedOptimizer
 from distopt.reduce import DisagreementError, DriftError, PeerError
 from distopt.train.components import make_loggers, make_loss, make_optimizer, refused
@@ -29,7 +29,6 @@ from distopt.train.setup import count_rows, load_task_on_all_ranks, set_up_proce
 from distopt.train.signals import StopSignals
 from distopt.train.task import TaskError, TaskRows
 
-CHECKPOINTS = "checkpoints"
 REPORT = "report.html"
 
 # Rows that the parameters are made from. A guide's first call needs some rows, and all of them might not fit in memory.
@@ -37,7 +36,7 @@ _INIT_ROWS = 1024
 
 # Errors that a user fixes after reading one line; any other error is a defect, and its traceback shows where.
 _SHARED_ERRORS = (BackendError, PeerError, DisagreementError, DriftError)  # raised on all ranks already
-_PLAIN_ERRORS = (*_SHARED_ERRORS, ConfigError, TaskError, CheckpointError, ServeError)
+_PLAIN_ERRORS = (*_SHARED_ERRORS, ConfigError, LauncherError, TaskError, CheckpointError, ServeError)
 
 
 def run(config: RunConfig) -> int:
@@ -56,9 +55,10 @@ def run(config: RunConfig) -> int:
     backend: Backend | None = None
     try:
         status = Status()
-        place = find_place()
+        rank_info = find_rank()
+        local_rank = (rank_info and rank_info.local_rank) or 0
         # The server starts before the ranks have met: whether they ever will is when one wants to ask.
-        with StopSignals() as stop, serving(config.serve, status, (place and place.local_rank) or 0):
+        with StopSignals() as stop, serving(config.serve, status, local_rank):
             backend = init(config.reduce.backend, timeout=timedelta(seconds=config.reduce.timeout_s))
             stop.hold()
             return _Worker(config, backend, status, stop).run()
@@ -156,7 +156,7 @@ class _Worker:
         )
 
     def _make_parameters(self) -> None:
-        """Makes the parameters: from the same rows and samples on all ranks, or of a sharded task from each rank's rows.
+        """Makes the parameters from the same rows and samples on all ranks; a sharded task's from the rank's own rows.
 
         A step that takes all rows would need too many here, so at most `_INIT_ROWS` of a step's rows are used.
         """
@@ -190,11 +190,13 @@ class _Worker:
         """Restores a checkpoint if there is one to resume from; returns the steps that are done already."""
         resume = self.config.checkpoint.resume
         which = int(resume) if isinstance(resume, str) and resume.isdigit() else resume
-        restored: Restored | None = checkpointer.restore(which)  # type: ignore[arg-type]  # a str is checked there
+        restored: Restored | None = checkpointer.restore(which)
         first_step = 0
         if restored is not None:
             first_step = restored.step
-            workers = "" if restored.world_size == self.backend.world_size else f", saved by {restored.world_size} workers"
+            workers = (
+                "" if restored.world_size == self.backend.world_size else f", saved by {restored.world_size} workers"
+            )
             self.print(f"resuming from step {first_step:,} ({restored.path}{workers})")
             self.status.checkpoint_at = time.monotonic()
 
@@ -305,7 +307,9 @@ class _Worker:
         try:
             figure = elbo_figure(history, self.batches.num_rows)
         except ImportError:
-            report.text(f"There is no figure without matplotlib: pip install matplotlib. The numbers are in {FILE_NAME}.")
+            report.text(
+                f"There is no figure without matplotlib: pip install matplotlib. The numbers are in {FILE_NAME}."
+            )
         else:
             report.figure(figure, "Evidence lower bound per row, mean over the ranks.")
         if self.paces:

@@ -149,7 +149,7 @@ class PaceMeter:
 
 
 def describe_straggler(paces: Sequence[RankPace]) -> str | None:
-    """Returns a sentence on the rank that keeps the others waiting, and how much slower it is; None if there is none."""
+    """Returns a sentence about the rank that keeps the others waiting; None if no rank does."""
     if len(paces) < 2:
         return None
 
@@ -158,6 +158,7 @@ def describe_straggler(paces: Sequence[RankPace]) -> str | None:
     if slowest.work_s < STRAGGLER_RATIO * usual_s:
         return None
     return (
-        f"rank {slowest.rank} on {slowest.host} is a straggler: its work for a step takes {1e3 * slowest.work_s:.3g} ms, "
-        f"{slowest.work_s / usual_s:.1f} times the median of the other ranks ({1e3 * usual_s:.3g} ms)"
+        f"rank {slowest.rank} on {slowest.host} is a straggler: its work for a step takes "
+        f"{1e3 * slowest.work_s:.3g} ms, {slowest.work_s / usual_s:.1f} times the median of the other ranks "
+        f"({1e3 * usual_s:.3g} ms)"
     )

@@ -81,7 +81,8 @@ def check_same_setup(setups: list[dict[str, Any]]) -> None:
     """Raises a `TaskError` that shows where the first rank that differs from rank 0 does."""
     for rank, setup in enumerate(setups):
         lines = [
-            f"{key}: {first!r} on rank 0, {other!r} on rank {rank}" for key, first, other in differences(setups[0], setup)
+            f"{key}: {first!r} on rank 0, {other!r} on rank {rank}"
+            for key, first, other in differences(setups[0], setup)
         ]
         if lines:
             raise TaskError("\n  ".join(["ranks have different configuration, code or versions:", *lines]))

@@ -57,7 +57,7 @@ class Task(ABC):
     def report(self, report: Report) -> None:
         """Adds the results to the report; called on rank 0 when the run is done."""
 
-    def collect(self) -> None:
+    def collect(self) -> None:  # noqa: B027  # optional
         """Collects what is distributed over the ranks, for `report`; called on all ranks when the run is done."""
 
 
@@ -102,7 +102,7 @@ def load_task(reference: str, arguments: Mapping[str, Any]) -> Task:
         raise TaskError(f"task_args: {reference.partition(':')[2]}: {error}") from error
 
     if inspect.isabstract(build):
-        missing = sorted(build.__abstractmethods__)
+        missing = sorted(vars(build)["__abstractmethods__"])
     else:
         task = build(**arguments)
         missing = [member for member in _REQUIRED if not hasattr(task, member)]

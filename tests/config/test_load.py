@@ -93,7 +93,10 @@ def test_unknown_key_is_answered_in_the_form_of_the_style_guide():
         ("optim: {scheduler: {name: Exponential}}", "Did you mean ExponentialLR?"),
         ("log: {loggers: mine:A}", "log.loggers: found 'mine:A' (str), expected a list."),
         ("log: {loggers: [mine:A, mine]}", "log.loggers.1.name: found 'mine' (str), expected module:Name of your own"),
-        ("log: {loggers: [{name: mine:A, nam: x}]}", "log.loggers.0.nam: unknown key. Did you mean log.loggers.0.name?"),
+        (
+            "log: {loggers: [{name: mine:A, nam: x}]}",
+            "log.loggers.0.nam: unknown key. Did you mean log.loggers.0.name?",
+        ),
         ("checkpoint: {resume: [1]}", "checkpoint.resume: found [1] (list), expected an integer or a string."),
         ("script: train.py", "found both of task and script"),
         ("script_args: [a]", "found script_args without script"),

@@ -9,8 +9,9 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from distopt.launchers import LAUNCH_FILE, STOP_FILE
+
 from ...failure_report import log_of
-from ...file_names import LAUNCH_FILE, STOP_FILE
 from ...jobs import PlatformError, State, SubmittedJob
 
 TIMEOUT_S = 60
