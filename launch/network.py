@@ -6,8 +6,10 @@ import fcntl
 import ipaddress
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
+
+from .findings import Finding
 
 if TYPE_CHECKING:  # guards and agents start with the standard library alone
     from distopt.config import RunConfig
@@ -66,29 +68,41 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def host_problems(hosts: Sequence[str]) -> list[str]:
-    """Returns what would make workers of several hosts call the wrong machine."""
-    problems = []
-    for host in hosts:
-        address = resolve(host)
-        if address is None:
-            problems.append(
-                f"launch.hosts: {host} resolves to no address here; add it to /etc/hosts or name its address instead"
-            )
-        elif len(hosts) > 1 and is_loopback(address):
-            problems.append(
-                f"launch.hosts: {host} resolves to {address}, where no other host reaches it; "
-                "correct /etc/hosts or name the address that the others use"
-            )
-    return problems
+def check_name(host: str, *, alone: bool) -> Finding | None:
+    """Returns what would make workers of other hosts call the wrong machine by this name."""
+    address = resolve(host)
+    if address is None:
+        return Finding(
+            "launch.hosts",
+            f"{host} resolves to no address here",
+            "add it to /etc/hosts or name its address instead",
+        )
+    if is_loopback(address) and not alone:
+        return Finding(
+            "launch.hosts",
+            f"{host} resolves to {address}, where no other host reaches it",
+            "correct /etc/hosts or name the address that the others use",
+        )
+    return None
 
 
-def slot_problems(config: RunConfig, host: str, cores: int) -> list[str]:
-    """Returns whether a host has fewer cores than it gets processes; two processes have room anywhere."""
+def check_cores(config: RunConfig, host: str, cores: int) -> Iterator[Finding]:
+    """Yields that a host has fewer cores than it gets processes; two processes have room anywhere."""
     workers = config.launch.workers
-    if workers <= max(2, cores) or config.launch.oversubscribe:
-        return []
-    return [
-        f"launch.workers: {workers} processes, but {host} has {cores} cores; "
-        f"set launch.workers={cores}, or launch.oversubscribe=true to let them share"
-    ]
+    if workers > max(2, cores) and not config.launch.oversubscribe:
+        yield Finding(
+            "launch.workers",
+            f"{workers} processes, but {host} has {cores} cores",
+            f"set launch.workers={cores}, or launch.oversubscribe=true to let them share",
+        )
+
+
+def bind_error(address: str, port: int) -> str:
+    """Returns why no process can listen at a port of this machine; empty when one can."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            return error.strerror or str(error)
+    return ""
