@@ -15,11 +15,12 @@ from pathlib import Path
 import yaml
 
 from distopt.config import MAY_CHANGE, RunConfig, differences
+from distopt.launchers import CHECKPOINTS, CONFIG_FILE
 
-from .file_names import CHECKPOINTS, CONFIG_FILE
 from .findings import Finding
-from .network import bind_error, check_cores, is_here
 from .platforms import Platform
+from .ssh import check_cores
+from .worker.network import bind_error, is_here
 
 
 def check(config: RunConfig, platform: Platform) -> list[Finding]:

@@ -18,11 +18,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from distopt.config import RunConfig
+from distopt.launchers import HOSTS_VARIABLE, INTERFACE_VARIABLE, RENDEZVOUS_PORT
 
-from . import network, ssh
+from . import ssh
 from .findings import Finding, Severity, failures
 from .platforms.mpi import BUILD_HOROVOD, find_mpirun, is_mpich, mpi_of_horovod
-from .platforms.torchrun import DEFAULT_PORT
+from .worker import network
 
 PROBE_TIMEOUT_S = 120
 
@@ -187,7 +188,7 @@ def _run_dir(config: RunConfig) -> Finding:
 
 
 def _port(config: RunConfig) -> Finding:
-    port = config.launch.port or DEFAULT_PORT
+    port = config.launch.port or RENDEZVOUS_PORT
     if error := network.bind_error("", port):
         return Finding("port", f"{port}: {error}", "launch.port=29500", "warning")
     return Finding("port", f"{port} is free here", severity="ok")
@@ -207,7 +208,7 @@ def _hosts(config: RunConfig) -> list[Finding]:
 
 def _host(config: RunConfig, host: str, mark: Path) -> Iterator[Finding]:
     """Asks a host for its clock, for a file that this one has just written, and for its Python."""
-    if wrong_name := network.check_name(host, alone=len(config.launch.hosts) == 1):
+    if wrong_name := ssh.check_name(host, alone=len(config.launch.hosts) == 1):
         yield replace(wrong_name, subject=host)
         return
 
@@ -266,12 +267,12 @@ def _all_reduce_over_hosts(config: RunConfig, examined: list[Finding]) -> Findin
 
     addresses = [network.resolve(host) or host for host in hosts]
     env = {
-        "DISTOPT_HOSTS": ",".join(addresses),
+        HOSTS_VARIABLE: ",".join(addresses),
         "MASTER_ADDR": addresses[0],
-        "MASTER_PORT": str(config.launch.port or DEFAULT_PORT),
+        "MASTER_PORT": str(config.launch.port or RENDEZVOUS_PORT),
         "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": str(len(hosts)),
-        **({"DISTOPT_INTERFACE": config.launch.interface} if config.launch.interface else {}),
+        **({INTERFACE_VARIABLE: config.launch.interface} if config.launch.interface else {}),
     }
     # The agent tells gloo which interface has the host's address.
     agent = [sys.executable, "-m", "distopt.launch.worker.host_agent", "--", sys.executable, "-c", _ALL_REDUCE]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from distopt.config import RunConfig
 
-from . import network
 from .findings import Finding
+from .worker import network
 
 SSH = "/usr/bin/ssh"
 # Without keepalives, engines wait for ever for the session of a host that has gone.
@@ -51,7 +51,7 @@ def wrapper(config: RunConfig) -> dict[Path, str]:
 def check_hosts(config: RunConfig) -> Iterator[Finding]:
     """Yields what keeps the hosts of a run from working together; each is tried within the connection's timeout."""
     hosts = config.launch.hosts
-    wrong_names = [finding for host in hosts if (finding := network.check_name(host, alone=len(hosts) == 1))]
+    wrong_names = [finding for host in hosts if (finding := check_name(host, alone=len(hosts) == 1))]
     yield from wrong_names
     if wrong_names:
         return
@@ -60,6 +60,35 @@ def check_hosts(config: RunConfig) -> Iterator[Finding]:
     with ThreadPoolExecutor(max(1, len(others))) as pool:
         for findings in pool.map(lambda host: list(_check_host(config, host)), others):
             yield from findings
+
+
+def check_name(host: str, *, alone: bool) -> Finding | None:
+    """Returns what would make workers of other hosts call the wrong machine by this name."""
+    address = network.resolve(host)
+    if address is None:
+        return Finding(
+            "launch.hosts",
+            f"{host} resolves to no address here",
+            "add it to /etc/hosts or name its address instead",
+        )
+    if network.is_loopback(address) and not alone:
+        return Finding(
+            "launch.hosts",
+            f"{host} resolves to {address}, where no other host reaches it",
+            "correct /etc/hosts or name the address that the others use",
+        )
+    return None
+
+
+def check_cores(config: RunConfig, host: str, cores: int) -> Iterator[Finding]:
+    """Yields that a host has fewer cores than it gets processes; two processes have room anywhere."""
+    workers = config.launch.workers
+    if workers > max(2, cores) and not config.launch.oversubscribe:
+        yield Finding(
+            "launch.workers",
+            f"{workers} processes, but {host} has {cores} cores",
+            f"set launch.workers={cores}, or launch.oversubscribe=true to let them share",
+        )
 
 
 def check_folder(config: RunConfig, path: Path) -> list[Finding]:
@@ -101,7 +130,7 @@ def _check_host(config: RunConfig, host: str) -> Iterator[Finding]:
 
     match done.returncode:
         case 0:
-            yield from network.check_cores(config, host, int(done.stdout.split()[-1]))
+            yield from check_cores(config, host, int(done.stdout.split()[-1]))
         case 255:  # of ssh itself, whose banner is left out
             message = " ".join(line for line in done.stderr.splitlines() if line.strip("@ "))[:300]
             yield Finding(key, f"{host} cannot be reached: {message}", by_hand)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from distopt.config import RunConfig
 
-from .. import network, ssh
+from .. import ssh
 from ..findings import Finding
 from ..plan import STOP_BY_FILE, Command, Plan, env_of_workers, run_files, worker_argv
+from ..worker import network
 from .base import Platform
 from .mpi import find_mpirun, is_mpich, mpi_of_horovod, open_mpi_env, secret_variables
 

@@ -7,17 +7,18 @@ import sys
 from collections.abc import Iterator
 
 from distopt.config import RunConfig
+from distopt.launchers import HEARTBEAT_VARIABLE, RENDEZVOUS_PORT, format_range
 
-from .. import network, ssh
+from .. import ssh
 from ..findings import Finding
 from ..plan import Command, Plan, env_of_workers, run_files, worker_argv
+from ..worker import network
 from .base import Platform
 
 # With one store for all restarts, new workers read the addresses of dead ones: half of the restarts of torch 2.13 on
 # one node failed, and none with a store per restart.
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
-DEFAULT_PORT = 29400
 RENDEZVOUS_FILE = "rendezvous"
 
 # The keep-alive is rare because each one makes the file longer.
@@ -63,14 +64,14 @@ class TorchrunPlatform(Platform):
         addresses = [network.resolve(name) or name for name in launch.hosts]
 
         rendezvous = [
-            f"--nnodes={format_nodes(config)}",
-            *_rendezvous(addresses[0], launch.port or DEFAULT_PORT, index),
+            f"--nnodes={format_range(launch.host_counts)}",
+            *_rendezvous(addresses[0], launch.port or RENDEZVOUS_PORT, index),
             f"--rdzv-id={config.name}",
             f"--local-addr={addresses[index]}",
         ]
         torchrun = torchrun_argv(config, rendezvous)
         agent = [sys.executable, "-m", "distopt.launch.worker.host_agent", "--", *torchrun]
-        env = env_of_workers(config, **FRESH_STORE, DISTOPT_HEARTBEAT="1")
+        env = env_of_workers(config, **FRESH_STORE, **{HEARTBEAT_VARIABLE: "1"})
         if network.is_here(host):
             return Command(tuple(agent), env, host=host)
 
@@ -102,13 +103,6 @@ def torchrun_argv(
         "--",
         *(worker or worker_argv(config, python)),
     ]
-
-
-def format_nodes(config: RunConfig) -> str:
-    """Returns the number of hosts as torchrun's `--nnodes` takes it: `4`, or `2:4` for an elastic run."""
-    most = config.launch.num_hosts
-    least = config.launch.min_hosts or most
-    return str(most) if least == most else f"{least}:{most}"
 
 
 def _rendezvous(address: str, port: int, index: int) -> list[str]:

@@ -11,8 +11,8 @@ import yaml
 
 from distopt.config import RunConfig, dump_yaml
 from distopt.config.launch import DNS_LABEL
+from distopt.launchers import CONFIG_FILE
 
-from ...file_names import CONFIG_FILE
 from ...findings import Finding
 from ...plan import Plan
 from ...run_dir import RUNS

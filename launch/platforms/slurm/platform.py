@@ -10,12 +10,12 @@ import sys
 from collections.abc import Iterator
 
 from distopt.config import RunConfig
+from distopt.launchers import HOSTS_VARIABLE, LOGS, RENDEZVOUS_PORT, format_range
 
-from ...file_names import LOGS
 from ...findings import Finding
 from ...plan import Command, Plan, env_of_workers, run_files, worker_argv
 from ..base import Platform, check_gpus
-from ..torchrun import DEFAULT_PORT, FRESH_STORE, format_nodes, torchrun_argv
+from ..torchrun import FRESH_STORE, torchrun_argv
 from .job import BATCH_LOG, SlurmJob
 
 SCRIPT = "job.sh"
@@ -87,7 +87,7 @@ def _options(config: RunConfig) -> list[str]:
     log_folder = str(config.run_dir.resolve() / LOGS).replace("%", "%%")
     return [
         f"--job-name={config.name}",
-        f"--nodes={format_nodes(config).replace(':', '-')}",
+        f"--nodes={format_range(launch.host_counts).replace(':', '-')}",
         f"--ntasks-per-node={tasks}",
         f"--cpus-per-task={cpus}",
         f"--chdir={os.getcwd()}",
@@ -107,8 +107,13 @@ def _script(config: RunConfig) -> str:
     """
     env = env_of_workers(config, **(FRESH_STORE if _is_torchrun(config) else {}))
     exports = "\n".join(f"export {key}={shlex.quote(value)}" for key, value in sorted(env.items()))
-    port = config.launch.port or DEFAULT_PORT
-    return _SCRIPT.format(name=config.name, exports=exports, step=_step(config), port=port)
+    return _SCRIPT.format(
+        name=config.name,
+        exports=exports,
+        step=_step(config),
+        hosts=HOSTS_VARIABLE,
+        port=config.launch.port or RENDEZVOUS_PORT,
+    )
 
 
 def _step(config: RunConfig) -> str:
@@ -117,7 +122,7 @@ def _step(config: RunConfig) -> str:
     if not _is_torchrun(config):
         return shlex.join([*srun, f"--mpi={config.launch.slurm.mpi}", *worker_argv(config, sys.executable)])
 
-    torchrun = torchrun_argv(config, [f"--nnodes={format_nodes(config)}", "--rdzv-backend=c10d"])
+    torchrun = torchrun_argv(config, [f"--nnodes={format_range(config.launch.host_counts)}", "--rdzv-backend=c10d"])
     program, options = torchrun[:3], torchrun[3:]
     agent = shlex.join([sys.executable, "-m", "distopt.launch.worker.host_agent", "--", *program])
 
@@ -133,7 +138,7 @@ _SCRIPT = """\
 set -u
 {exports}
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export DISTOPT_HOSTS=$(echo "$hosts" | paste -sd ,)
+export {hosts}=$(echo "$hosts" | paste -sd ,)
 export LEADER=$(echo "$hosts" | head -n 1)
 export PORT=$(({port} + SLURM_JOB_ID % 1000))
 

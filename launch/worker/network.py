@@ -6,13 +6,7 @@ import fcntl
 import ipaddress
 import socket
 import struct
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
-
-from .findings import Finding
-
-if TYPE_CHECKING:  # guards and agents start with the standard library alone
-    from distopt.config import RunConfig
+from collections.abc import Sequence
 
 # linux/sockios.h
 _SIOCGIFADDR = 0x8915
@@ -59,42 +53,6 @@ def interface_among(hosts: Sequence[str]) -> str | None:
     """Returns the interface that has the address of one of `hosts`: the one by which they know this machine."""
     addresses = {resolve(host) for host in hosts}
     return next((name for name, address in interfaces().items() if address in addresses), None)
-
-
-def free_port() -> int:
-    """Returns a port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def check_name(host: str, *, alone: bool) -> Finding | None:
-    """Returns what would make workers of other hosts call the wrong machine by this name."""
-    address = resolve(host)
-    if address is None:
-        return Finding(
-            "launch.hosts",
-            f"{host} resolves to no address here",
-            "add it to /etc/hosts or name its address instead",
-        )
-    if is_loopback(address) and not alone:
-        return Finding(
-            "launch.hosts",
-            f"{host} resolves to {address}, where no other host reaches it",
-            "correct /etc/hosts or name the address that the others use",
-        )
-    return None
-
-
-def check_cores(config: RunConfig, host: str, cores: int) -> Iterator[Finding]:
-    """Yields that a host has fewer cores than it gets processes; two processes have room anywhere."""
-    workers = config.launch.workers
-    if workers > max(2, cores) and not config.launch.oversubscribe:
-        yield Finding(
-            "launch.workers",
-            f"{workers} processes, but {host} has {cores} cores",
-            f"set launch.workers={cores}, or launch.oversubscribe=true to let them share",
-        )
 
 
 def bind_error(address: str, port: int) -> str:
