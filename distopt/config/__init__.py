@@ -6,6 +6,7 @@ Imports neither torch nor pyro, so that a bad configuration is refused before an
 from distopt.config.compare import differences
 from distopt.config.launch import LaunchConfig
 from distopt.config.load import ConfigError, dump_yaml, load_config, parse_config
+from distopt.config.reduce import ReduceConfig, ReduceOptions
 from distopt.config.schema import (
     MAY_CHANGE,
     CheckpointConfig,
@@ -13,7 +14,6 @@ from distopt.config.schema import (
     DataConfig,
     LogConfig,
     OptimConfig,
-    ReduceConfig,
     RunConfig,
     SchedulerConfig,
     ServeConfig,
@@ -30,6 +30,7 @@ __all__ = [
     "LogConfig",
     "OptimConfig",
     "ReduceConfig",
+    "ReduceOptions",
     "RunConfig",
     "SchedulerConfig",
     "ServeConfig",

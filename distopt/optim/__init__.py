@@ -21,9 +21,18 @@ if TYPE_CHECKING:
         DistributedMultiOptimizer,
         DistributedOptimizer,
         HorovodOptimizer,
+        ReduceOptions,
+        StepInfo,
     )
 
-_DISTRIBUTED = ("DDPOptimizer", "DistributedMultiOptimizer", "DistributedOptimizer", "HorovodOptimizer")
+_DISTRIBUTED = (
+    "DDPOptimizer",
+    "DistributedMultiOptimizer",
+    "DistributedOptimizer",
+    "HorovodOptimizer",
+    "ReduceOptions",
+    "StepInfo",
+)
 
 __all__ = [
     "DDPOptimizer",
@@ -37,7 +46,9 @@ __all__ = [
     "PyroLRScheduler",
     "PyroMultiOptimizer",
     "PyroOptim",
+    "ReduceOptions",
     "ScaledELBO",
+    "StepInfo",
     "TorchMultiOptimizer",
     "by_name",
     "is_scheduler",
