@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from .file_names import CHECKPOINTS, LOGS
+from distopt.launchers import CHECKPOINTS, LOGS
+
 from .worker.events import HEADER, End, Event, Start
 
 # How a rank that did nothing wrong ends when another has gone; seen with gloo, NCCL, Horovod and MPI.

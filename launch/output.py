@@ -6,8 +6,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distopt.config import RunConfig
-
 from .failure_report import log_of
 from .jobs import Job
 from .worker.events import HEADER
@@ -44,12 +42,6 @@ class Output:
                 if self._headers or not HEADER.match(line):
                     sys.stdout.write((f"[{rank}] " if several else "") + line.decode("utf-8", "replace"))
         sys.stdout.flush()
-
-
-def all_ranks(config: RunConfig) -> range:
-    """Returns the ranks whose output can be asked for; on Kubernetes the numbers of the nodes."""
-    launch = config.launch
-    return range(launch.num_hosts if launch.platform == "kubernetes" else launch.world_sizes[-1])
 
 
 def of_job(job: Job) -> Read:

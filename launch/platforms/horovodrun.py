@@ -12,13 +12,14 @@ from distopt.config import RunConfig
 
 from .. import network, ssh
 from ..plan import STOP_BY_FILE, Command, Plan, env_of_workers, run_files, worker_argv
+from .base import Platform
 from .mpi import find_mpirun, is_mpich, mpi_of_horovod, open_mpi_env, secret_variables
 
 # Seconds before a host whose worker has failed is taken back, when it answers; doubled each time.
 COOLDOWN_S = ("5", "600")
 
 
-class Platform:
+class HorovodrunPlatform(Platform):
     """horovodrun on this machine, or from this machine over several hosts, which it reaches by ssh."""
 
     def problems(self, config: RunConfig) -> list[str]:

@@ -9,10 +9,11 @@ from distopt.config import RunConfig
 
 from .. import network, ssh
 from ..plan import STOP_BY_FILE, Command, Plan, env_of_workers, run_files, worker_argv
+from .base import Platform
 from .mpi import BUILD_HOROVOD, find_mpirun, is_mpich, mpi_of_horovod, open_mpi_env, secret_variables
 
 
-class Platform:
+class MpirunPlatform(Platform):
     """mpirun on this machine, or from this machine over several hosts."""
 
     def problems(self, config: RunConfig) -> list[str]:

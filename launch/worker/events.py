@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from ..file_names import LOGS
+from distopt.launchers import LOGS
 
 # The line that a guard writes above each attempt in its rank's log; a worker's own lines may begin with dashes, too.
 HEADER = re.compile(rb"^--- \d{4}-\d\d-\d\dT\S+ rank \d+ of \d+, attempt \d+")
