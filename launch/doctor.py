@@ -21,8 +21,9 @@ from typing import Literal
 from distopt.config import RunConfig
 from distopt.launchers import HOSTS_VARIABLE, INTERFACE_VARIABLE, RENDEZVOUS_PORT
 
-from . import network, ssh
+from . import ssh
 from .platforms.mpi import BUILD_HOROVOD, find_mpirun, is_mpich, mpi_of_horovod
+from .worker import network
 
 PROBE_TIMEOUT_S = 120
 CLOCK_WARNING_S = 2.0  # torchrun compares the hosts' clocks, and drops a host whose heartbeat seems 15 s old
@@ -166,7 +167,7 @@ def _hosts(config: RunConfig) -> list[Finding]:
 def _host(config: RunConfig, host: str, mark: Path) -> Iterator[Finding]:
     """Asks a host for its clock, for a file that this one has just written, and for its Python."""
     address = network.resolve(host)
-    if problems := network.host_problems(config.launch.hosts if len(config.launch.hosts) > 1 else [host]):
+    if problems := ssh.host_problems(config.launch.hosts if len(config.launch.hosts) > 1 else [host]):
         for problem in (problem for problem in problems if f" {host} " in problem):
             yield Finding(host, "failure", problem, "correct /etc/hosts")
             return

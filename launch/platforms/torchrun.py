@@ -8,8 +8,9 @@ import sys
 from distopt.config import RunConfig
 from distopt.launchers import HEARTBEAT_VARIABLE, RENDEZVOUS_PORT, format_range
 
-from .. import network, ssh
+from .. import ssh
 from ..plan import Command, Plan, env_of_workers, run_files, worker_argv
+from ..worker import network
 from .base import Platform
 
 # With the agent's store shared over restarts, new workers read the addresses of dead ones: half of the restarts of
@@ -31,7 +32,7 @@ class TorchrunPlatform(Platform):
                 f"reduce.backend: found {config.reduce.backend}, but torchrun starts workers of torch_dist; "
                 "set reduce.backend=auto or another launch.platform"
             )
-        if unresolved := network.host_problems(hosts):
+        if unresolved := ssh.host_problems(hosts):
             return problems + unresolved
         return problems + ssh.unreachable(config, [host for host in hosts if not network.is_here(host)])
 
