@@ -15,37 +15,31 @@ from pathlib import Path
 import yaml
 
 from distopt.config import MAY_CHANGE, RunConfig, differences
+from distopt.launchers import CHECKPOINTS, CONFIG_FILE
 
-from .file_names import CHECKPOINTS, CONFIG_FILE
-from .network import is_here, slot_problems
 from .platforms.base import Platform
-from .run_dir import record_dir
-
-BATCH = ("slurm", "kubernetes")  # platforms whose hosts are found, and their ports and slots known, elsewhere
+from .ssh import slot_problems
+from .worker.network import is_here
 
 
 def problems(config: RunConfig, platform: Platform) -> list[str]:
     """Returns every reason not to start, each with what was found, expected, and the mend."""
     return [
         *platform.problems(config),
-        *(problem for problem, here in _code(config) if here or not _in_image(config)),
-        *_nodes(config),
-        *_slots(config),
-        *_secrets(config),
+        *(problem for problem, here in _code(config) if here or not platform.image(config)),
+        *_nodes(config, platform),
+        *_slots(config, platform),
+        *_secrets(config, platform),
         *_global_batch(config),
-        *_port(config),
-        *_run_directory(config),
+        *_port(config, platform),
+        *_run_directory(config, platform.record_dir(config)),
     ]
 
 
-def warnings(config: RunConfig) -> list[str]:
+def warnings(config: RunConfig, platform: Platform) -> list[str]:
     """Returns what may be wrong and cannot be told here: code that is not on this machine may be in a pod's image."""
-    image = config.launch.kubernetes.image
-    return [f"{said}; it must be in {image}" for said, here in _code(config) if not here and _in_image(config)]
-
-
-def _in_image(config: RunConfig) -> bool:
-    return config.launch.platform == "kubernetes"
+    image = platform.image(config)
+    return [f"{said}; it must be in {image}" for said, here in _code(config) if not here and image]
 
 
 def _code(config: RunConfig) -> Iterator[tuple[str, bool]]:
@@ -151,34 +145,31 @@ def _global_batch(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _nodes(config: RunConfig) -> Iterator[str]:
+def _nodes(config: RunConfig, platform: Platform) -> Iterator[str]:
     launch = config.launch
-    if launch.platform not in BATCH and launch.nodes not in (None, 1) and not launch.hosts:
+    if not platform.finds_hosts and launch.nodes not in (None, 1) and not launch.hosts:
         yield (
             f"launch.nodes: found {launch.nodes}, but {launch.platform} finds no hosts by itself; name them in "
             "launch.hosts, or take launch.platform=slurm or kubernetes"
         )
 
 
-def _secrets(config: RunConfig) -> Iterator[str]:
-    for name in config.launch.secrets if not _in_image(config) else ():
+def _secrets(config: RunConfig, platform: Platform) -> Iterator[str]:
+    for name in config.launch.secrets if not platform.image(config) else ():
         if name not in os.environ:
             yield f"launch.secrets: {name} is not set in your environment, from which workers get it; export it"
 
 
-def _slots(config: RunConfig) -> Iterator[str]:
+def _slots(config: RunConfig, platform: Platform) -> Iterator[str]:
     """Refuses more processes than there is room for; other hosts are asked over ssh, a Slurm cluster by itself."""
     launch = config.launch
-    if launch.platform not in BATCH and not (launch.hosts and not any(map(is_here, launch.hosts))):
+    if not platform.finds_hosts and not (launch.hosts and not any(map(is_here, launch.hosts))):
         yield from slot_problems(config, "this machine", len(os.sched_getaffinity(0)))
-    for key, gpus in (("slurm.gpus_per_node", launch.slurm.gpus_per_node), ("kubernetes.gpus", launch.kubernetes.gpus)):
-        if key.startswith(launch.platform) and 0 < gpus < launch.workers:
-            yield f"launch.workers: {launch.workers} on each host, but launch.{key} is {gpus}; each worker needs one"
 
 
-def _port(config: RunConfig) -> Iterator[str]:
+def _port(config: RunConfig, platform: Platform) -> Iterator[str]:
     port = config.launch.port
-    if port is None or config.launch.hosts or config.launch.platform in BATCH:
+    if port is None or config.launch.hosts or platform.finds_hosts:
         return
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -191,9 +182,8 @@ def _port(config: RunConfig) -> Iterator[str]:
             )
 
 
-def _run_directory(config: RunConfig) -> Iterator[str]:
+def _run_directory(config: RunConfig, here: Path) -> Iterator[str]:
     """Refuses to go on from the checkpoints of another configuration, whose parameters would silently be taken over."""
-    here = record_dir(config)
     recorded = config.run_dir / CONFIG_FILE
     for parent in (here, *here.parents):
         if parent.exists():

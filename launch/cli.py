@@ -49,19 +49,22 @@ def launch(
     It is checked first, and refused with status 2 when it cannot run. Ctrl-C has it save and end. The exit status is
     the run's: 0 done, 130 or 143 stopped by Ctrl-C or SIGTERM with a checkpoint written, 1 failed.
     """
-    from . import checks, output, runs
+    from . import runs
 
     run = _load(config, overrides)
-    plan, problems = runs.prepare(run)
+    try:
+        plan, problems, warnings = runs.prepare(run)
+    except runs.ERRORS as error:
+        _refuse([f"{config}: {error}"])
     if problems:
         _refuse([f"{config}: {problem}" for problem in problems])
-    for warning in checks.warnings(run):
+    for warning in warnings:
         typer.echo(f"{config}: warning: {warning}", err=True)
     if dry_run:
         typer.echo(str(plan), nl=False)
         return
     try:
-        status = runs.start(run, plan, detach=detach, ranks=output.all_ranks(run) if all_ranks else (0,))
+        status = runs.start(run, plan, detach=detach, ranks=runs.ranks_of(run) if all_ranks else (0,))
     except runs.Refused as error:
         _refuse([f"{config}: {error}"])
     raise typer.Exit(status)
@@ -73,10 +76,11 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
     An engine starts it once per rank; without one it is a world of its own.
     """
-    from .worker.processes import die_with_parent
-    from .worker.supervisor import started_by_engine
+    from distopt.launchers import find_launcher
 
-    if started_by_engine():
+    from .worker.processes import die_with_parent
+
+    if find_launcher() is not None:
         die_with_parent()
     run = _load(config, overrides)
     from distopt import train as training  # imports torch
@@ -122,11 +126,11 @@ def logs(
 
     A line of dashes begins each attempt, in the order of time.
     """
-    from . import output, runs
+    from . import runs
 
     try:
         directory = runs.find(run)
-        ranks = output.all_ranks(runs.recorded(directory))
+        ranks = runs.ranks_of(runs.recorded(directory))
         if rank not in ranks:
             _refuse([f"--rank: found {rank}, but the run has {ranks.start} to {ranks.stop - 1}"])
         runs.print_logs(runs.job(directory), ranks if all_ranks else (rank,), follow=follow)

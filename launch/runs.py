@@ -12,17 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distopt.config import ConfigError, RunConfig, load_config
+from distopt.launchers import CONFIG_FILE, LAUNCH_FILE, LOGS
 
 from . import checks, failure_report, output, ssh
 from .attach import follow, say
-from .file_names import CONFIG_FILE, LAUNCH_FILE, LOGS
-from .jobs import FollowedJob, Job, JobError, State, SubmittedJob, read_record
+from .jobs import FollowedJob, Job, JobError, PlatformError, State, SubmittedJob
 from .plan import Plan
-from .platforms import platform
-from .platforms.base import Platform
-from .platforms.kubernetes.job import ClusterError
-from .platforms.slurm.job import SlurmError
-from .run_dir import RUNS, RunDirectoryError, claim, record, record_dir, submission
+from .platforms import load_platform
+from .run_dir import RUNS, RunDirectoryError, claim, record, submission
 from .worker.events import Reader
 
 DETACHED_LOG = "launcher.log"
@@ -33,11 +30,16 @@ class Refused(RuntimeError):
     """The run was not started; the message says why."""
 
 
-def prepare(config: RunConfig) -> tuple[Plan | None, list[str]]:
-    """Returns the plan, or the problems that keep the run from being started."""
-    chosen = platform(config.launch.platform)
-    problems = checks.problems(config, chosen)
-    return (None, problems) if problems else (chosen.plan(config), [])
+def prepare(config: RunConfig) -> tuple[Plan | None, list[str], list[str]]:
+    """Returns the plan, or the problems that keep the run from being started; and what may be wrong."""
+    platform = load_platform(config.launch.platform)
+    problems = checks.problems(config, platform)
+    return None if problems else platform.plan(config), problems, checks.warnings(config, platform)
+
+
+def ranks_of(config: RunConfig) -> range:
+    """Returns the numbers by which the output of a run is asked for."""
+    return load_platform(config.launch.platform).ranks(config)
 
 
 def start(config: RunConfig, plan: Plan | None, *, detach: bool, ranks: Sequence[int] = (0,)) -> int:
@@ -50,11 +52,11 @@ def start(config: RunConfig, plan: Plan | None, *, detach: bool, ranks: Sequence
         Refused: Another launcher is in the run directory, or the engine refused the run.
     """
     assert plan is not None
-    chosen = platform(config.launch.platform)
-    directory = record_dir(config)
+    platform = load_platform(config.launch.platform)
+    directory = platform.record_dir(config)
     try:
-        if (job := submitted(chosen, config)) is not None:
-            return _submit(config, plan, job, None if detach else ranks)
+        if (job := platform.job(config)) is not None:
+            return _submit(config, plan, job, directory, None if detach else ranks)
         if detach:
             return _leave(config, directory)
         with submission(config, plan, directory):
@@ -68,12 +70,10 @@ def start(config: RunConfig, plan: Plan | None, *, detach: bool, ranks: Sequence
         raise Refused(str(error)) from error
 
 
-def _submit(config: RunConfig, plan: Plan, job: SubmittedJob, ranks: Sequence[int] | None) -> int:
-    directory = record_dir(config)
+def _submit(config: RunConfig, plan: Plan, job: SubmittedJob, directory: Path, ranks: Sequence[int] | None) -> int:
     _refuse_second(config, job, directory)
     read, followed = output.of_job(job), ranks or ()
-    # On Kubernetes a name belongs to one run; a Slurm job appends to the logs of those before.
-    before = [len(read(rank, 0)) if config.launch.platform == "slurm" else 0 for rank in followed]
+    before = [len(read(rank, 0)) for rank in followed]  # a job may append to the logs of those before
     happened = Reader(directory)
     with submission(config, plan, directory):
         reference = job.submit()
@@ -86,18 +86,14 @@ def _submit(config: RunConfig, plan: Plan, job: SubmittedJob, ranks: Sequence[in
 
 
 def _refuse_second(config: RunConfig, job: SubmittedJob, directory: Path) -> None:
-    """Refuses a run that its engine still has: two would write into one run directory."""
-    on_slurm = config.launch.platform == "slurm"
-    if on_slurm and not ((directory / LAUNCH_FILE).exists() and "reference" in read_record(directory)):
-        return  # no job was submitted from there
+    """Refuses a run whose name the platform still keeps for an earlier one."""
     state = job.state()
-    # A Slurm job that has ended takes no name; a Kubernetes object does until it is deleted.
-    if state.phase == "unknown" or (on_slurm and state.ended):
+    if not job.keeps_name(state):
         return
     known = state.phase + (f", {state.detail}" if state.detail else "")
     raise Refused(
         f"name: the engine has a run {config.name} already ({known}); `distopt stop {shlex.quote(str(directory))}` "
-        f"{'ends' if on_slurm else 'ends and deletes'} it (its checkpoints stay), or choose another name"
+        "ends it and frees its name (its checkpoints stay), or choose another name"
     )
 
 
@@ -134,7 +130,7 @@ def _modified(path: Path) -> int:
 # How a run is, what it prints, and its end: asked of the engine that has it.
 
 
-ERRORS = (JobError, SlurmError, ClusterError, ConfigError)
+ERRORS = (JobError, ConfigError)
 POLL_S = 1.0
 PATIENCE_S = 300.0  # with an engine that gives no answer
 
@@ -163,17 +159,10 @@ def recorded(directory: Path) -> RunConfig:
     return load_config(directory / CONFIG_FILE)
 
 
-def submitted(chosen: Platform, config: RunConfig) -> SubmittedJob | None:
-    """Returns the run on an engine that keeps it, or None where the launcher itself keeps it."""
-    make = getattr(chosen, "job", None)
-    found: SubmittedJob | None = make(config) if make is not None else None
-    return found
-
-
 def job(directory: Path) -> Job:
     """Returns the run that was launched from a directory."""
     config = recorded(directory)
-    return submitted(platform(config.launch.platform), config) or FollowedJob(directory)
+    return load_platform(config.launch.platform).job(config) or FollowedJob(directory)
 
 
 def print_logs(job: Job, ranks: Sequence[int], *, follow: bool) -> None:
@@ -201,10 +190,8 @@ def _wait_for_end(run: Job, limit_s: float) -> State:
     end = time.monotonic() + limit_s
     while not (state := run.state()).ended and state.phase != "unknown":
         if time.monotonic() > end:
-            kill = getattr(run, "kill", None)
-            if kill is None:
+            if not run.kill():
                 return state
-            kill()
             end = float("inf")
         time.sleep(POLL_S)
     return state
@@ -240,8 +227,8 @@ def follow_submitted(run: SubmittedJob, directory: Path, grace_s: float, shown: 
                     _wait_for_end(run, grace_s + 20)
                     return 128 + asked[0]
                 if state.ended or state.phase == "unknown":
-                    return _report(state, directory, happened)
-            except (SlurmError, ClusterError) as error:  # controllers and networks have their moments
+                    return _report(run, state, directory, happened)
+            except PlatformError as error:  # controllers and networks have their moments
                 if said != (said := f"no answer: {error}"):
                     say(said)
                 if asked or time.monotonic() - last_answer > PATIENCE_S:
@@ -256,10 +243,10 @@ def follow_submitted(run: SubmittedJob, directory: Path, grace_s: float, shown: 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def _report(state: State, directory: Path, happened: Reader) -> int:
+def _report(run: SubmittedJob, state: State, directory: Path, happened: Reader) -> int:
     if state.phase == "done":
         return 0
     seen = failure_report.last_attempt(happened.new())
     if seen:
-        print(failure_report.failure(directory, seen, 1, 0.0, "slurm.log"), file=sys.stderr)
+        print(failure_report.failure(directory, seen, 1, 0.0, run.launcher_log), file=sys.stderr)
     return 1

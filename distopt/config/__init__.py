@@ -3,9 +3,10 @@
 Imports neither torch nor pyro, so that a bad configuration is refused before any worker starts.
 """
 
+from distopt.config.base import ConfigError
 from distopt.config.compare import differences
 from distopt.config.launch import LaunchConfig
-from distopt.config.load import ConfigError, dump_yaml, load_config, parse_config
+from distopt.config.load import dump_yaml, load_config, parse_config
 from distopt.config.schema import (
     MAY_CHANGE,
     CheckpointConfig,

@@ -14,7 +14,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from distopt.config.base import ConfigError
 from distopt.config.launch import SECRET_NAME
+from distopt.config.plugins import REFERENCE_PATTERN
 from distopt.config.schema import RunConfig
 from distopt.config.yaml_source import MAX_BYTES, UnsafeYAML, parse_yaml
 
@@ -34,14 +36,6 @@ _EXPECTED = {
     "path_type": "a path",
     "finite_number": "a finite number",
 }
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message has one line per mistake, each with its file and key."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = list(problems)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -164,8 +158,10 @@ def _said(key: str, details: Sequence[ErrorDetails]) -> str:
         return _unknown(key)
     if kind == "missing":
         return "missing, and it has no default"
-    if kind == "value_error":
-        return first["msg"].removeprefix("Value error, ")
+    # A union's other members only say that it is none of theirs, but this one knew the value and refused it.
+    for detail in details:
+        if detail["type"] == "value_error":
+            return detail["msg"].removeprefix("Value error, ")
     expected = " or ".join(dict.fromkeys(_expectation(detail) for detail in details))
     hint = ""
     if kind == "literal_error" and isinstance(value, str):
@@ -178,6 +174,8 @@ def _expectation(detail: ErrorDetails) -> str:
     kind = detail["type"]
     if kind == "literal_error":
         return "one of " + str(detail["ctx"]["expected"]).replace("'", "").replace(" or ", ", ")
+    if kind == "string_pattern_mismatch" and detail["ctx"]["pattern"] == REFERENCE_PATTERN:
+        return "`module:Name` of code of yours"
     if kind == "string_pattern_mismatch":
         return f"a string like {detail['ctx']['pattern']}"
     said = detail["msg"].removeprefix("Input should be ").replace("String should have", "a string with")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,12 +11,10 @@ from pydantic import Field, field_validator, model_validator
 
 from distopt.config.base import Section
 from distopt.config.launch import LaunchConfig
+from distopt.config.plugins import Reference, trusted_packages
+from distopt.launchers import TRUSTED_VARIABLE
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-TASK_PATTERN = r"^[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z][A-Za-z0-9_]*$"
-
-TRUSTED_VARIABLE = "DISTOPT_TRUSTED_TASKS"
-"""Environment variable that names packages: with it, tasks from elsewhere and scripts are refused."""
 
 MAY_CHANGE = ("name", "run_dir", "launch", "log", "serve", "reduce", "checkpoint", "data.prefetch", "train.num_steps")
 """Keys that may differ when a run goes on from its checkpoints: where and how long it runs, not what it computes."""
@@ -177,11 +173,10 @@ class RunConfig(Section):
     """Folder for everything the run writes, relative to where the command is given; by default `runs/<name>`."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     """Seed of noise, initial values and the order of data."""
-    task: Annotated[str, Field(pattern=TASK_PATTERN)] | None = None
-    """`module:Name` of the task to train. It is imported, so it is code: use configurations that you trust.
-
-    With `DISTOPT_TRUSTED_TASKS=mytasks,distopt.examples` in the environment, only tasks below these packages are taken.
-    """
+    task: Reference | None = None
+    """`module:Name` of the task to train. Like every `module:Name` it is imported, so it is code: use only
+    configurations that you trust. With `DISTOPT_TRUSTED_TASKS=mytasks,distopt.examples` in the environment, a
+    configuration that names code outside these packages is refused."""
     task_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the task."""
     script: Annotated[str, Field(min_length=1)] | None = None
@@ -226,13 +221,6 @@ class RunConfig(Section):
             raise ValueError("control characters are not allowed in a path")
         return path
 
-    @field_validator("task")
-    @classmethod
-    def _task_is_not_the_standard_library(cls, task: str | None) -> str | None:
-        if task is not None and task.split(":")[0].split(".")[0] in sys.stdlib_module_names:
-            raise ValueError(f"{task.split(':')[0]!r} belongs to Python's standard library and holds no task")
-        return task
-
     @model_validator(mode="after")
     def _one_thing_to_run(self) -> RunConfig:
         if (self.task is None) == (self.script is None):
@@ -244,15 +232,10 @@ class RunConfig(Section):
             raise ValueError("task_args are given, but no task; arguments of a script go to script_args")
         return self
 
-    @model_validator(mode="after")
-    def _code_is_trusted(self) -> RunConfig:
-        """Keeps to the packages that the user's environment declares, where it does: a config is code otherwise."""
-        trusted = os.environ.get(TRUSTED_VARIABLE, "").replace(",", " ").split()
-        module = (self.task or "").split(":")[0]
-        if trusted and not any(module == prefix or module.startswith(f"{prefix}.") for prefix in trusted):
-            found = f"task {self.task}" if self.task else f"script {self.script}"
-            raise ValueError(
-                f"found {found}, but your {TRUSTED_VARIABLE} allows tasks of {', '.join(trusted)} alone; "
-                "add its package there if you trust it"
-            )
-        return self
+    @field_validator("script")
+    @classmethod
+    def _scripts_are_trusted(cls, script: str | None) -> str | None:
+        """Refuses a script if the environment declares trusted packages: a path belongs to none of them."""
+        if script is not None and (trusted := trusted_packages()):
+            raise ValueError(f"found {script}, but your {TRUSTED_VARIABLE} allows only code of {', '.join(trusted)}")
+        return script

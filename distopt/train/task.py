@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
+from distopt.config.plugins import load_reference
 
 if TYPE_CHECKING:
     from distopt.train.report import Report
@@ -76,19 +77,11 @@ def load_task(path: str, arguments: Mapping[str, Any]) -> Task:
     """Imports `module:Name` and calls it with `arguments`.
 
     Raises:
-        TaskError: the module cannot be imported, has no such name, refuses the arguments, or lacks members of `Task`.
+        ConfigError: The module cannot be imported, or has no such name.
+        TaskError: It refuses the arguments, or lacks members of `Task`.
     """
-    module_name, _, name = path.partition(":")
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise TaskError(
-            f"task: {path}: {error}; is it installed, or does the run start in the folder that holds it?"
-        ) from error
-    if not hasattr(module, name):
-        known = ", ".join(sorted(key for key, value in vars(module).items() if isinstance(value, type)))
-        raise TaskError(f"task: {path}: {module_name} has no {name}. Classes in it: {known}.")
-    build = getattr(module, name)
+    build = load_reference(path, "task")
+    name = path.partition(":")[2]
     try:
         inspect.signature(build).bind(**arguments)
     except TypeError as error:

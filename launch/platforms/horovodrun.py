@@ -10,15 +10,17 @@ from pathlib import Path
 
 from distopt.config import RunConfig
 
-from .. import network, ssh
+from .. import ssh
 from ..plan import STOP_BY_FILE, Command, Plan, env_of_workers, run_files, worker_argv
+from ..worker import network
+from .base import Platform
 from .mpi import find_mpirun, is_mpich, mpi_of_horovod, open_mpi_env, secret_variables
 
 # Seconds before a host whose worker has failed is taken back, when it answers; doubled each time.
 COOLDOWN_S = ("5", "600")
 
 
-class Platform:
+class HorovodrunPlatform(Platform):
     """horovodrun on this machine, or from this machine over several hosts, which it reaches by ssh."""
 
     def problems(self, config: RunConfig) -> list[str]:
@@ -44,7 +46,7 @@ class Platform:
             problems.append(
                 "launch.min_hosts: horovodrun is elastic over Gloo alone; set launch.horovod_controller=gloo"
             )
-        if unresolved := network.host_problems(hosts):
+        if unresolved := ssh.host_problems(hosts):
             return problems + unresolved
         return problems + ssh.unreachable(config, [host for host in hosts if not network.is_here(host)])
 

@@ -7,10 +7,10 @@ import sys
 from distopt.config import RunConfig
 
 from ..plan import Command, Plan, env_of_workers, run_files, worker_argv
-from . import base
+from .base import Platform
 
 
-class Platform:
+class LocalPlatform(Platform):
     """Starts all workers on this machine; nothing listens beyond the loopback interface that need not."""
 
     def problems(self, config: RunConfig) -> list[str]:
@@ -40,15 +40,15 @@ class Platform:
             run_files(config),
         )
 
-    def _engine(self, config: RunConfig) -> base.Platform | None:
+    def _engine(self, config: RunConfig) -> Platform | None:
         from . import horovodrun, mpirun, torchrun
 
         match config.reduce.backend:
             case "single":
                 return None
             case "horovod":
-                return horovodrun.Platform()
+                return horovodrun.HorovodrunPlatform()
             case "mpi":
-                return mpirun.Platform()
+                return mpirun.MpirunPlatform()
             case _:
-                return torchrun.Platform()
+                return torchrun.TorchrunPlatform()

@@ -6,19 +6,21 @@ import os
 import sys
 
 from distopt.config import RunConfig
+from distopt.launchers import HEARTBEAT_VARIABLE, RENDEZVOUS_PORT, format_range
 
-from .. import network, ssh
+from .. import ssh
 from ..plan import Command, Plan, env_of_workers, run_files, worker_argv
+from ..worker import network
+from .base import Platform
 
 # With the agent's store shared over restarts, new workers read the addresses of dead ones: half of the restarts of
 # torch 2.13 on one node failed, and none with a store per restart.
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-DEFAULT_PORT = 29400
 RENDEZVOUS_FILE = "rendezvous"
 FILE_STORE = "--rdzv-conf=store_type=file,keep_alive_interval=60"  # each sign of life makes the file longer
 
 
-class Platform:
+class TorchrunPlatform(Platform):
     """torchrun on this machine, or on each of several hosts, reached by ssh."""
 
     def problems(self, config: RunConfig) -> list[str]:
@@ -30,7 +32,7 @@ class Platform:
                 f"reduce.backend: found {config.reduce.backend}, but torchrun starts workers of torch_dist; "
                 "set reduce.backend=auto or another launch.platform"
             )
-        if unresolved := network.host_problems(hosts):
+        if unresolved := ssh.host_problems(hosts):
             return problems + unresolved
         return problems + ssh.unreachable(config, [host for host in hosts if not network.is_here(host)])
 
@@ -54,20 +56,30 @@ class Platform:
         launch = config.launch
         host = launch.hosts[index]
         addresses = [network.resolve(name) or name for name in launch.hosts]
-        least = launch.min_hosts or len(launch.hosts)
-        nodes = str(least) if least == len(launch.hosts) else f"{least}:{len(launch.hosts)}"
-        place = [f"--nnodes={nodes}", *_rendezvous(addresses[0], launch.port or DEFAULT_PORT, index)]
+        place = [
+            f"--nnodes={format_range(launch.host_counts)}",
+            *_rendezvous(addresses[0], launch.port or RENDEZVOUS_PORT, index),
+        ]
         engine = torchrun_argv(config, [*place, f"--rdzv-id={config.name}", f"--local-addr={addresses[index]}"])
         agent = [sys.executable, "-m", "distopt.launch.worker.host_agent", "--", *engine]
-        env = env_of_workers(config, **FRESH_STORE, DISTOPT_HEARTBEAT="1")
+        env = env_of_workers(config, **FRESH_STORE, **{HEARTBEAT_VARIABLE: "1"})
         if network.is_here(host):
             return Command(tuple(agent), env, host=host)
         words = ["env", "-C", os.getcwd(), *(f"{key}={value}" for key, value in sorted(env.items())), *agent]
         return Command(tuple(ssh.remote(config, host, words)), host=host)
 
 
-def torchrun_argv(config: RunConfig, place: list[str], python: str = sys.executable) -> list[str]:
-    """Returns torchrun's command line; `place` are the options that differ between hosts."""
+def torchrun_argv(
+    config: RunConfig, place: list[str], worker: list[str] | None = None, python: str = sys.executable
+) -> list[str]:
+    """Returns torchrun's command line.
+
+    Args:
+        config: The run.
+        place: The options that differ between hosts.
+        worker: The command of each worker; by default one on this machine.
+        python: The interpreter that torchrun is run by.
+    """
     launch = config.launch
     return [
         *(python, "-m", "torch.distributed.run"),
@@ -77,7 +89,7 @@ def torchrun_argv(config: RunConfig, place: list[str], python: str = sys.executa
         f"--shutdown-timeout={round(launch.grace_s) + 5}",  # guards kill what is late, and write it down
         "--no-python",
         "--",
-        *worker_argv(config, python),
+        *(worker or worker_argv(config, python)),
     ]
 
 

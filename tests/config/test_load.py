@@ -164,7 +164,7 @@ def test_only_tasks_of_declared_packages_are_taken_where_some_are_declared(text,
     if allowed:
         parse_config(f"name: run\n{text}")
         return
-    with pytest.raises(ConfigError, match="allows tasks of mytasks, distopt.examples alone"):
+    with pytest.raises(ConfigError, match="allows only code of mytasks, distopt.examples"):
         parse_config(f"name: run\n{text}")
 
 

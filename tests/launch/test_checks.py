@@ -16,6 +16,7 @@ from distopt.launch import checks
 from distopt.launch.cli import app
 from distopt.launch.platforms import horovodrun, mpirun
 from distopt.launch.platforms.mpi import mpi_of_horovod
+from distopt.launch.platforms.slurm.platform import SlurmPlatform
 
 TASK = "name: run\ntask: mytasks.house:House\n"
 
@@ -80,7 +81,7 @@ def test_bad_input_is_refused_with_its_mend(folder, text, said):
 
 def test_more_workers_than_gpus_of_a_slurm_node_are_refused():
     asked = ["launch.platform=slurm", "launch.workers=4", "launch.slurm={gpus_per_node: 2}"]
-    (said,) = checks._slots(parse_config(TASK, asked))
+    said = SlurmPlatform().problems(parse_config(TASK, asked))[0]
     assert "4 on each host, but launch.slurm.gpus_per_node is 2" in said
 
 
@@ -156,20 +157,20 @@ def test_library_of_another_mpi_than_mpirun_is_refused(mpirun_of, horovod_for, b
     pytest.importorskip("mpi4py")
     mpi(mpirun_of, horovod_for)
     config = parse_config(TASK, ["launch.platform=mpirun", f"reduce.backend={backend}"])
-    found = mpirun.Platform().problems(config)
+    found = mpirun.MpirunPlatform().problems(config)
     assert (len(found), said in "".join(found)) == (int(bool(said)), True), found
 
 
 def test_mpi4py_that_is_missing_is_refused(mpi, monkeypatch):
     mpi("MPICH", None)
     monkeypatch.setattr(mpirun, "find_spec", lambda name: None)
-    (said,) = mpirun.Platform().problems(parse_config(TASK, ["launch.platform=mpirun"]))
+    (said,) = mpirun.MpirunPlatform().problems(parse_config(TASK, ["launch.platform=mpirun"]))
     assert "auto takes mpi4py, which is not installed; `pip install 'distopt[mpi]'`" in said
 
 
 def test_horovodrun_over_mpich_is_refused_with_what_starts_it(mpi):
     mpi("MPICH", "MPICH")
-    found = horovodrun.Platform().problems(
+    found = horovodrun.HorovodrunPlatform().problems(
         parse_config(TASK, ["launch.platform=horovodrun", "launch.horovod_controller=mpi"])
     )
     assert "set launch.platform=mpirun, which starts Horovod over MPICH" in "".join(found)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from distopt.config import parse_config
-from distopt.launch.platforms import platform
+from distopt.launch.platforms import load_platform
 from tests.launch import order_task, slurm
 from tests.launch.launching import wait_until, write_config
 
@@ -39,14 +39,14 @@ pytestmark = pytest.mark.timeout(240)
     ],
 )  # fmt: skip
 def test_job_is_the_golden_one(name, overrides, golden):
-    golden(f"slurm-{name}.txt", str(platform("slurm").plan(parse_config(BASE, overrides))).split("END\n\n", 1)[1])
+    golden(f"slurm-{name}.txt", str(load_platform("slurm").plan(parse_config(BASE, overrides))).split("END\n\n", 1)[1])
 
 
 @pytest.mark.parametrize("name", ["torchrun", "mpi"])
 def test_job_is_one_that_bash_can_read(name, tmp_path):
     backend = {"torchrun": "torch_dist", "mpi": "mpi"}[name]
     odd = parse_config(BASE, [f"reduce.backend={backend}", 'launch.env={ODD: "\'; touch canary; $(id) \\" é"}'])
-    plan = platform("slurm").plan(odd)
+    plan = load_platform("slurm").plan(odd)
     (script,) = [text for path, text in plan.files.items() if path.name == "job.sh"]
     check = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, timeout=30)
     assert (check.returncode, check.stderr) == (0, "")

@@ -10,17 +10,21 @@ import yaml
 
 from distopt.config import RunConfig, dump_yaml
 from distopt.config.launch import DNS_LABEL
+from distopt.launchers import CONFIG_FILE
 
-from ...file_names import CONFIG_FILE
 from ...plan import Plan
-from .job import Cluster
+from ...run_dir import RUNS
+from ..base import Platform
+from .job import KubernetesJob
 from .manifests import manifests
 
 MAX_NAME = 50  # operators append roles and indices, and a host name ends at 63
 
 
-class Platform:
+class KubernetesPlatform(Platform):
     """Submits the run's objects through the Kubernetes API, and follows them there."""
+
+    finds_hosts = True
 
     def problems(self, config: RunConfig) -> list[str]:
         """Returns what keeps the run from being submitted."""
@@ -36,6 +40,11 @@ class Platform:
             problems.append("launch.hosts: Kubernetes finds the hosts itself; set launch.nodes to their number")
         if config.launch.secrets:
             problems.append("launch.secrets: pods read secrets from Secrets; use launch.kubernetes.secrets")
+        if 0 < wanted.gpus < config.launch.workers:
+            problems.append(
+                f"launch.workers: {config.launch.workers} on each host, but launch.kubernetes.gpus is {wanted.gpus}; "
+                "each worker needs one"
+            )
         return problems + self._backend(config) + self._run_directory(config) + self._operator(config)
 
     def _backend(self, config: RunConfig) -> list[str]:
@@ -79,10 +88,22 @@ class Platform:
         note = "created through the Kubernetes API, as `kubectl create -f` would"
         if config.launch.kubernetes.kind == "trainjob":
             note += "; volumes and the user of its pods are those of the ClusterTrainingRuntime"
-        record = Path("runs") / config.name  # the run directory is on a volume of the cluster
+        record = self.record_dir(config)
         files = {record / CONFIG_FILE: dump_yaml(config), record / "manifest.yaml": text}
         return Plan("kubernetes", (), files, notes=(note,))
 
-    def job(self, config: RunConfig) -> Cluster:
+    def job(self, config: RunConfig) -> KubernetesJob:
         """Returns the run on the cluster, whether it has been submitted or not."""
-        return Cluster(config, manifests(config))
+        return KubernetesJob(config, manifests(config))
+
+    def record_dir(self, config: RunConfig) -> Path:
+        """Returns a folder in `runs/`: the run directory is on a volume of the cluster."""
+        return RUNS / config.name
+
+    def ranks(self, config: RunConfig) -> range:
+        """Returns the numbers of the nodes: a pod's log has the output of all its ranks."""
+        return range(config.launch.num_hosts)
+
+    def image(self, config: RunConfig) -> str | None:
+        """Returns the image of the pods."""
+        return config.launch.kubernetes.image or "the image of the pods"

@@ -9,26 +9,35 @@ import subprocess
 import sys
 
 from distopt.config import RunConfig
+from distopt.launchers import HOSTS_VARIABLE, LOGS, RENDEZVOUS_PORT, format_range
 
-from ...file_names import LOGS
 from ...plan import Command, Plan, env_of_workers, run_files, worker_argv
+from ..base import Platform
 from ..torchrun import FRESH_STORE, torchrun_argv
-from .job import Slurm
+from .job import BATCH_LOG, SlurmJob
 
 SCRIPT = "job.sh"
 TIMEOUT_S = 60
 
 
-class Platform:
+class SlurmPlatform(Platform):
     """Submits a batch job; the cluster finds the nodes."""
+
+    finds_hosts = True
 
     def problems(self, config: RunConfig) -> list[str]:
         """Returns what keeps the job from being submitted, what the cluster itself says of it included."""
+        launch = config.launch
         problems = []
-        if config.launch.hosts:
+        if launch.hosts:
             problems.append("launch.hosts: Slurm finds the hosts itself; set launch.nodes to their number")
         if config.reduce.backend == "single":
             problems.append("reduce.backend: found single, a world of one worker; set reduce.backend=auto")
+        if 0 < launch.slurm.gpus_per_node < launch.workers:
+            problems.append(
+                f"launch.workers: {launch.workers} on each host, but launch.slurm.gpus_per_node is "
+                f"{launch.slurm.gpus_per_node}; each worker needs one"
+            )
         if shutil.which("sbatch") is None:
             return [*problems, "launch.platform: there is no sbatch on PATH; submit from a login node of the cluster"]
         return problems or self._refused(config)
@@ -48,9 +57,9 @@ class Platform:
         argv = ["sbatch", "--parsable", *_options(config), "--", str(path)]
         return Plan("slurm", (Command(tuple(argv)),), {**run_files(config), path: _script(config)})
 
-    def job(self, config: RunConfig) -> Slurm:
+    def job(self, config: RunConfig) -> SlurmJob:
         """Returns the run on the cluster, whether it has been submitted or not."""
-        return Slurm(config.run_dir, self.plan(config).commands[0].argv, config.launch.grace_s)
+        return SlurmJob(config.run_dir, self.plan(config).commands[0].argv, config.launch.grace_s)
 
 
 def _by_torchrun(config: RunConfig) -> bool:
@@ -72,14 +81,13 @@ def _options(config: RunConfig) -> list[str]:
         "constraint": slurm.constraint,
         "gpus-per-node": slurm.gpus_per_node or None,
     }
-    least = launch.min_hosts or launch.num_hosts
     return [
         f"--job-name={config.name}",
-        f"--nodes={least}" if least == launch.num_hosts else f"--nodes={least}-{launch.num_hosts}",
+        f"--nodes={format_range(launch.host_counts).replace(':', '-')}",
         f"--ntasks-per-node={tasks}",
         f"--cpus-per-task={cpus}",
         f"--chdir={os.getcwd()}",
-        f"--output={str(config.run_dir.resolve() / LOGS).replace('%', '%%')}/slurm.log",
+        f"--output={str(config.run_dir.resolve() / LOGS).replace('%', '%%')}/{BATCH_LOG}",
         "--open-mode=append",
         "--requeue",
         f"--signal=B:USR1@{slurm.requeue_before_end_s}",
@@ -95,7 +103,13 @@ def _script(config: RunConfig) -> str:
     """
     env = env_of_workers(config, **(FRESH_STORE if _by_torchrun(config) else {}))
     exports = "\n".join(f"export {key}={shlex.quote(value)}" for key, value in sorted(env.items()))
-    return _SCRIPT.format(name=config.name, exports=exports, step=_step(config), port=config.launch.port or 29400)
+    return _SCRIPT.format(
+        name=config.name,
+        exports=exports,
+        step=_step(config),
+        hosts=HOSTS_VARIABLE,
+        port=config.launch.port or RENDEZVOUS_PORT,
+    )
 
 
 def _step(config: RunConfig) -> str:
@@ -103,9 +117,7 @@ def _step(config: RunConfig) -> str:
     worker = ["srun", "--kill-on-bad-exit=1", "--unbuffered"]
     if not _by_torchrun(config):
         return shlex.join([*worker, f"--mpi={config.launch.slurm.mpi}", *worker_argv(config, sys.executable)])
-    launch = config.launch
-    least = launch.min_hosts or launch.num_hosts
-    nodes = str(least) if least == launch.num_hosts else f"{least}:{launch.num_hosts}"
+    nodes = format_range(config.launch.host_counts)
     engine = torchrun_argv(config, [f"--nnodes={nodes}", "--rdzv-backend=c10d"])
     program, options = engine[:3], engine[3:]
     place = '--rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$LEADER:$PORT" --local-addr="$SLURMD_NODENAME"'
@@ -122,7 +134,7 @@ _SCRIPT = """\
 set -u
 {exports}
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export DISTOPT_HOSTS=$(echo "$hosts" | paste -sd ,)
+export {hosts}=$(echo "$hosts" | paste -sd ,)
 export LEADER=$(echo "$hosts" | head -n 1)
 export PORT=$(({port} + SLURM_JOB_ID % 1000))
 
