@@ -10,6 +10,7 @@ from distopt.optim.arguments import by_name
 from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.multi import MixedMultiOptimizer, MultiOptimizer, Newton, PyroMultiOptimizer, TorchMultiOptimizer
 from distopt.optim.optim import PyroOptim
+from distopt.optim.packed_state import PackedState, StateColumns
 from distopt.optim.packing import FlatGradients, pack
 from distopt.optim.pytorch_optimizers import *  # noqa: F403
 from distopt.optim.pytorch_optimizers import __all__ as _generated
@@ -43,11 +44,13 @@ __all__ = [
     "MixedMultiOptimizer",
     "MultiOptimizer",
     "Newton",
+    "PackedState",
     "PyroLRScheduler",
     "PyroMultiOptimizer",
     "PyroOptim",
     "ReduceOptions",
     "ScaledELBO",
+    "StateColumns",
     "StepInfo",
     "TorchMultiOptimizer",
     "by_name",

@@ -22,6 +22,7 @@ from distopt.optim.clipping import global_norm
 from distopt.optim.distributed.convert import as_ours, takes_metric
 from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.optim import PyroOptim, _evaluated
+from distopt.optim.packed_state import PackedState
 from distopt.optim.packing import FlatGradients
 from distopt.reduce import Brought, DisagreementError, DriftError, PeerError, Reduced, Reducer
 from distopt.reduce.agreement import share_values_
@@ -378,6 +379,14 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
     def set_state(self, state_dict: Mapping[str, Any]) -> None:
         """Replaces the wrapped optimizer's state; every rank must call it."""
         self.optim.set_state(state_dict)
+
+    def packed_state(self) -> PackedState:
+        """As the wrapped optimizer's; the same on every rank."""
+        return self.optim.packed_state()
+
+    def set_packed_state(self, packed: PackedState) -> None:
+        """As the wrapped optimizer's; every rank must call it."""
+        self.optim.set_packed_state(packed)
 
     @property
     def rank_local_state(self) -> PowerSgd | None:
