@@ -20,7 +20,7 @@ from distopt.launchers import (
     format_range,
 )
 
-from . import network
+from .worker import network
 
 # Tells guards to watch for the stop file.
 STOP_BY_FILE = {WATCH_STOP_VARIABLE: "1"}

@@ -7,6 +7,7 @@ from distopt.config.base import ConfigError
 from distopt.config.compare import differences
 from distopt.config.launch import LaunchConfig
 from distopt.config.load import dump_yaml, load_config, parse_config
+from distopt.config.reduce import ReduceConfig, ReduceOptions
 from distopt.config.schema import (
     MAY_CHANGE,
     CheckpointConfig,
@@ -15,7 +16,6 @@ from distopt.config.schema import (
     LogConfig,
     LoggerConfig,
     OptimConfig,
-    ReduceConfig,
     RunConfig,
     SchedulerConfig,
     ServeConfig,
@@ -33,6 +33,7 @@ __all__ = [
     "LoggerConfig",
     "OptimConfig",
     "ReduceConfig",
+    "ReduceOptions",
     "RunConfig",
     "SchedulerConfig",
     "ServeConfig",

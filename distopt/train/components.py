@@ -21,7 +21,7 @@ from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim
 from distopt.optim.pytorch_optimizers import OPTIMIZERS, SCHEDULERS
 from distopt.train.loggers import JsonLinesLogger, Logger, ProgressLogger, TensorBoardLogger
 
-StepSchedule: TypeAlias = Callable[[DistributedOptimizer, float], None]
+StepSchedule: TypeAlias = Callable[[DistributedOptimizer, float | None], None]
 """Takes a step of the optimizer's learning-rate schedule, given the loss."""
 
 

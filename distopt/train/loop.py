@@ -18,7 +18,7 @@ from distopt.config import ConfigError, RunConfig, dump_yaml
 from distopt.data import GlobalBatches, Loader
 from distopt.infer import SVI, seed_noise
 from distopt.launchers import CHECKPOINTS, LauncherError, find_rank
-from distopt.optim import DistributedOptimizer
+from distopt.optim import DistributedOptimizer, StepInfo
 from distopt.reduce import DisagreementError, DriftError, PeerError
 from distopt.train.components import make_loggers, make_loss, make_optimizer, refused
 from distopt.train.loggers import FILE_NAME, Logger, Loggers, RunInfo, printer, read_metrics
@@ -99,8 +99,8 @@ class _Worker:
             self.optimizer = DistributedOptimizer(
                 optimizer,
                 backend=backend,
+                reduce=config.reduce,
                 noise=config.train.noise,
-                **config.reduce.model_dump(exclude={"backend", "timeout_s"}),
             )
         loss = make_loss(config)
         self.svi = SVI(self.task.model, self.task.guide, self.optimizer, loss, weight=self.batches.weight)
@@ -228,17 +228,16 @@ class _Worker:
             for step in range(first_step + 1, num_steps + 1):
                 is_last = step == num_steps
                 is_logged = is_last or step % self.config.log.every_steps == 0
-                loss = self._step(step, loader, measure_norm=is_logged)
-                window.add(loss)
+                info = self._step(step, loader, measure_norm=is_logged)
+                window.add(info)
                 loggers.after_step(step)
                 if is_logged:
-                    loggers.log(step, self._measure(*window.close()))
+                    loggers.log(step, self._measure(info, window))
 
                 self.status.checkpoint_at = checkpointer.committed_at or self.status.checkpoint_at
-                stop = self.optimizer.any_flag
-                if stop or is_last or self._is_save_due(step):
+                if info.stop or is_last or self._is_save_due(step):
                     self._save(checkpointer, step)
-                if stop:
+                if info.stop:
                     return step
 
         if first_step >= num_steps:
@@ -246,27 +245,27 @@ class _Worker:
         self.status.progress()
         return max(first_step, num_steps)
 
-    def _step(self, step: int, loader: Loader, *, measure_norm: bool) -> float:
-        """Takes step number `step`, counted from 1; returns the loss, mean over the ranks."""
-        config, optimizer = self.config, self.optimizer
+    def _step(self, step: int, loader: Loader, *, measure_norm: bool) -> StepInfo:
+        """Takes step number `step`, counted from 1; returns what the ranks learned from each other in it."""
+        config = self.config
         index = step - 1  # data, random streams and the optimizer count from 0
         # Random streams are seeded by step, so a resumed run draws what an undisturbed one would.
         seed_noise(config.seed, index, self.backend.rank, config.train.noise)
-        optimizer.local_step = index
-        optimizer.local_flag = self.stop.received != 0
-        optimizer.measure_norm = measure_norm
 
         scheduler = config.optim.scheduler
         with self.pace.step():
-            loss = self.svi.step(*loader.batch(index))
+            batch = loader.batch(index)
+            stop = self.stop.received != 0
+            info = self.svi.step_with(batch, step=index, stop=stop, measure_norm=measure_norm)
             if scheduler is not None and step % scheduler.every_steps == 0:
-                self.step_schedule(optimizer, loss)
-        self.status.skipped_steps = optimizer.num_skipped_steps
-        return loss
+                self.step_schedule(self.optimizer, info.loss)
+        self.status.skipped_steps = self.optimizer.num_skipped_steps
+        return info
 
-    def _measure(self, loss: float, steps_per_s: float) -> dict[str, float]:
-        """Returns the values that loggers get: those of the window that ends now, and those of its last step."""
-        norm = self.optimizer.gradient_norm
+    def _measure(self, info: StepInfo, window: _Window) -> dict[str, float]:
+        """Returns the values for the loggers: those of the window, which ends here, and those of its last step."""
+        loss, steps_per_s = window.close()
+        norm = info.gradient_norm
         self.status.all_reduce_s = self.backend.all_reduce_s
         self.status.all_reduce_bytes = self.backend.all_reduce_bytes
         return {
@@ -328,9 +327,10 @@ class _Window:
         self._losses: list[float] = []
         self._since_s = time.monotonic()
 
-    def add(self, loss: float) -> None:
+    def add(self, info: StepInfo) -> None:
         """Adds a step."""
-        self._losses.append(loss)
+        assert info.loss is not None
+        self._losses.append(info.loss)
 
     def close(self) -> tuple[float, float]:
         """Returns the mean loss and the steps per second, and starts the next window."""

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from distopt.launchers import GRACE_VARIABLE, HEARTBEAT_VARIABLE, HOSTS_VARIABLE, INTERFACE_VARIABLE
 
-from ..network import interface_among, is_here, resolve
+from .network import interface_among, is_here, resolve
 from .processes import adopt_orphans, die_with_parent, kill_descendants
 
 SILENCE_S = 25.0  # longer than ssh takes to give up (ServerAliveInterval times ServerAliveCountMax)

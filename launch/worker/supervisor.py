@@ -34,7 +34,7 @@ from distopt.launchers import (
     parse_range,
 )
 
-from . import elastic, events, terminal
+from . import elastic, events, rank_log, terminal
 from .host_agent import interface_env
 from .processes import die_with_parent
 
@@ -95,10 +95,9 @@ class Guard:
         self._told, self._kill_at = False, float("inf")
         if self._elastic and (number := elastic.read(self.run_dir)[0]):
             self._round, self.attempt = number, number - 1
-        logs = self.run_dir / LOGS
-        logs.mkdir(parents=True, exist_ok=True)
-        with (logs / f"rank-{self.rank}.log").open("ab", buffering=0) as log:
-            log.write(f"--- {events.now()} rank {self.rank} of {self.world_size}, attempt {self.attempt}\n".encode())
+        (self.run_dir / LOGS).mkdir(parents=True, exist_ok=True)
+        with rank_log.log_of(self.run_dir, self.rank).open("ab", buffering=0) as log:
+            log.write(rank_log.header(self.rank, self.world_size, self.attempt))
             status = self._refused(log)
             if status is None:
                 self._record(events.Start)
@@ -202,9 +201,7 @@ class Guard:
 def leave_last_words(run_dir: Path, rank: int) -> None:
     """Tells Kubernetes of what a rank died, where this is a pod: the kubelet puts it into the pod's status."""
     if LAST_WORDS.exists():
-        from .. import failure_report
-
-        text = "\n".join(failure_report.traceback_of(run_dir, rank)).encode()[-LAST_WORDS_BYTES:]
+        text = "\n".join(rank_log.traceback_of(run_dir, rank)).encode()[-LAST_WORDS_BYTES:]
         LAST_WORDS.write_bytes(f"rank {rank}: ".encode() + text)
 
 
