@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from distopt.config import MAY_CHANGE, RunConfig, differences
+from distopt.config import MAY_CHANGE, RunConfig, comparable, differences
 
 from .file_names import CHECKPOINTS, CONFIG_FILE
 from .network import is_here, slot_problems
@@ -200,7 +200,7 @@ def _run_directory(config: RunConfig, here: Path) -> Iterator[str]:
         return
     changes = [
         f"{key}: {old!r} there, {new!r} now"
-        for key, old, new in differences(before, config.model_dump(mode="json"), MAY_CHANGE)
+        for key, old, new in differences(comparable(before), comparable(config.model_dump(mode="json")), MAY_CHANGE)
     ]
     if changes:
         yield (

@@ -15,9 +15,6 @@ from distopt.config.plugins import TRUSTED_VARIABLE, Reference, trusted_packages
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
-MAY_CHANGE = ("name", "run_dir", "launch", "log", "serve", "reduce", "checkpoint", "data.prefetch", "train.num_steps")
-"""Keys that may differ when a run goes on from its checkpoints: where and how long it runs, not what it computes."""
-
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
