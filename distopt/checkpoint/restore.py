@@ -28,6 +28,7 @@ from distopt.checkpoint.statefile import StateReader
 from distopt.checkpoint.storage.base import Storage, is_url, open_storage
 from distopt.checkpoint.storage.names import step_of
 from distopt.config import differences
+from distopt.launchers import CHECKPOINTS
 from distopt.rng import restore_noise, seed_stream, set_up_quietly
 
 REPLICATED = "replicated"
@@ -101,7 +102,7 @@ def _choose_path(path: str) -> tuple[Storage, list[Candidate]]:
     else:
         if not is_url(path) and Path(path).is_file():
             raise CheckpointError(f"{path}: a file; a checkpoint is a folder, such as RUN/checkpoints/step-00000100.")
-        inner = Path(path) / "checkpoints"
+        inner = Path(path) / CHECKPOINTS
         storage = open_storage(inner if not is_url(path) and inner.is_dir() else path)
         chosen = candidates(storage)
 
