@@ -71,10 +71,10 @@ class RunState:
             self.per_rank[name] = _checked(value, f"per_rank[{name!r}]", "an object")
 
         # What lossy compression of gradients has not sent yet differs between ranks, and belongs to the optimizer.
-        if isinstance(self.optimizer, DistributedOptimizer) and self.optimizer.of_rank is not None:
+        if isinstance(self.optimizer, DistributedOptimizer) and self.optimizer.rank_local_state is not None:
             if "compression" in self.per_rank:
                 raise ValueError("per_rank: the name 'compression' is taken by the optimizer's compression errors")
-            self.per_rank["compression"] = self.optimizer.of_rank
+            self.per_rank["compression"] = self.optimizer.rank_local_state
 
 
 def _checked(value: Any, where: str, expected: str) -> Stateful:

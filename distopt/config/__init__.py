@@ -7,13 +7,13 @@ from distopt.config.base import ConfigError
 from distopt.config.compare import MAY_CHANGE, comparable, differences
 from distopt.config.launch import LaunchConfig
 from distopt.config.load import dump_yaml, load_config, parse_config
+from distopt.config.reduce import ReduceConfig, ReduceOptions
 from distopt.config.schema import (
     CheckpointConfig,
     ClipConfig,
     DataConfig,
     LogConfig,
     OptimConfig,
-    ReduceConfig,
     RunConfig,
     SchedulerConfig,
     ServeConfig,
@@ -30,6 +30,7 @@ __all__ = [
     "LogConfig",
     "OptimConfig",
     "ReduceConfig",
+    "ReduceOptions",
     "RunConfig",
     "SchedulerConfig",
     "ServeConfig",

@@ -223,10 +223,12 @@ def test_config_of_a_user_is_compared_in_full(folder):
 def restore_compressed(directory):
     """One rank's body: returns the parameter, and this rank's error of each compressed gradient."""
     weights = pyro.param("weights", torch.zeros(12, 10)).unconstrained()
-    optimizer = distopt.optim.DistributedOptimizer(distopt.optim.SGD({"lr": 1.0}), compression="powersgd")
+    optimizer = distopt.optim.DistributedOptimizer(
+        distopt.optim.SGD({"lr": 1.0}), reduce=distopt.optim.ReduceOptions(compression="powersgd")
+    )
     with Checkpointer(directory, {"optimizer": optimizer}) as checkpointer:
         assert checkpointer.restore().step == 3
-    return weights.detach().numpy(), optimizer.of_rank.state_dict()["errors"]["weights"].numpy()
+    return weights.detach().numpy(), optimizer.rank_local_state.state_dict()["errors"]["weights"].numpy()
 
 
 def test_errors_of_compressed_gradients_when_restored_are_what_the_parameter_lacks(folder):
