@@ -19,9 +19,6 @@ from distopt.launchers import TRUSTED_VARIABLE
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
-MAY_CHANGE = ("name", "run_dir", "launch", "log", "serve", "reduce", "checkpoint", "data.prefetch", "train.num_steps")
-"""Keys that may differ when a run resumes: they say where and how long it runs, not what it computes."""
-
 CODE_KEYS = ("task", "train.loss", "optim.name", "optim.scheduler.name", "log.loggers", "launch.platform")
 """Keys that may name code of the user as `module:Name`."""
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from torch import nn
 
 from distopt.backends import Backend, BackendError, init
-from distopt.checkpoint import Checkpointer, CheckpointError, Restored
-from distopt.config import ConfigError, RunConfig, dump_yaml
+from distopt.checkpoint import Checkpointer, CheckpointError, Restored, Retention
+from distopt.config import MAY_CHANGE, ConfigError, RunConfig, dump_yaml
 from distopt.data import GlobalBatches, Loader
 from distopt.infer import SVI, seed_noise
 from distopt.launchers import CHECKPOINTS, LauncherError, find_rank
@@ -23,6 +23,7 @@ from distopt.reduce import DisagreementError, DriftError, PeerError
 from distopt.train.components import make_loggers, make_loss, make_optimizer, refused
 from distopt.train.loggers import FILE_NAME, Logger, Loggers, RunInfo, printer, read_metrics
 from distopt.train.monitor import PaceMeter, RankPace, Status, describe_straggler
+from distopt.train.recorded_config import recorded_config
 from distopt.train.report import Report, elbo_figure, paces_table
 from distopt.train.serve import ServeError, serving
 from distopt.train.setup import count_rows, load_task_on_all_ranks, set_up_process
@@ -178,12 +179,11 @@ class _Worker:
         config = self.config
         return Checkpointer(
             config.run_dir / CHECKPOINTS,
-            optimizer=self.optimizer,
-            modules=self.modules,
+            {"optimizer": self.optimizer, **self.modules},
+            keep=Retention(config.checkpoint.keep_last, config.checkpoint.keep_every_steps),
+            config=recorded_config(config),
+            ignore_keys=MAY_CHANGE,
             backend=self.backend,
-            config=config.model_dump(mode="json"),
-            keep_last=config.checkpoint.keep_last,
-            keep_every_steps=config.checkpoint.keep_every_steps,
         )
 
     def _resume(self, checkpointer: Checkpointer) -> int:
