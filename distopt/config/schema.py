@@ -104,8 +104,11 @@ class OptimConfig(Section):
 class ReduceConfig(Section):
     """How gradients of many workers become one."""
 
-    backend: Literal["auto", "single", "torch_dist", "horovod", "mpi"] = "auto"
-    """The library that carries them; `auto` is `torch_dist` unless the platform's engine belongs to another."""
+    backend: Literal["auto", "single", "torch_dist", "horovod", "mpi"] | Reference = "auto"
+    """The library that carries them; `auto` takes the one that the platform's launcher belongs to, mostly `torch_dist`.
+
+    `module:Name` takes a subclass of `distopt.backends.Backend` of your own.
+    """
     op: Literal["average", "sum", "adasum"] = "average"
     """What becomes of the workers' gradients; `sum` is as many times as large as the average as there are workers."""
     bucket_mib: Positive = 25.0

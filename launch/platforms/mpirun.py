@@ -6,6 +6,7 @@ import sys
 from importlib.util import find_spec
 
 from distopt.config import RunConfig
+from distopt.config.plugins import is_reference
 
 from .. import ssh
 from ..plan import STOP_BY_FILE, Command, Plan, env_of_workers, run_files, worker_argv
@@ -55,7 +56,7 @@ def library_problems(config: RunConfig, program: str) -> list[str]:
         return (
             [] if find_spec("mpi4py") else [f"reduce.backend: {backend} takes mpi4py, which is not installed; {mend}"]
         )
-    if backend == "torch_dist" or built == needed:
+    if backend == "torch_dist" or is_reference(backend) or built == needed:
         return []
     other = f"it was built for {built}, and {program} is {needed}'s"
     found = {None: "it is not installed", "none": "it was built without MPI"}.get(built, other)
