@@ -19,7 +19,15 @@ from distopt.launchers import TRUSTED_VARIABLE
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
-CODE_KEYS = ("task", "train.loss", "optim.name", "optim.scheduler.name", "log.loggers", "launch.platform")
+CODE_KEYS = (
+    "task",
+    "train.loss",
+    "optim.name",
+    "optim.scheduler.name",
+    "reduce.backend",
+    "log.loggers",
+    "launch.platform",
+)
 """Keys that may name code of the user as `module:Name`."""
 
 
