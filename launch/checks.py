@@ -43,35 +43,37 @@ def check(config: RunConfig, platform: Platform) -> list[Finding]:
 
 
 def _check_code(config: RunConfig, image: str | None) -> Iterator[Finding]:
-    """Yields what is wrong with the script or the task; code that is not here may still be in an image."""
+    """Yields what is wrong with the script and with every `module:Name`; what is not here may still be in an image."""
+    findings: list[tuple[bool, Finding]] = []
     if config.script is not None:
         path = Path(config.script)
-        is_found = path.is_file()
-        findings = [*_check_syntax(path, "script")] if is_found else [_missing_script(path)]
-    else:
-        assert config.task is not None
-        is_found = isinstance(_find_module(config.task.partition(":")[0]), ModuleSpec)
-        findings = list(check_task(config.task))
+        exists = path.is_file()
+        problems = [*_check_syntax(path, "script")] if exists else [_missing_script(path)]
+        findings += [(exists, problem) for problem in problems]
+    for key, reference in config.references():
+        exists = isinstance(_find_module(reference.partition(":")[0], key), ModuleSpec)
+        findings += [(exists, problem) for problem in check_reference(reference, key)]
 
-    if image is None or is_found:
-        yield from findings
-    else:
-        yield from (replace(finding, fix=f"it must be in {image}", severity="warning") for finding in findings)
+    for exists, finding in findings:
+        if image is None or exists:
+            yield finding
+        else:
+            yield replace(finding, fix=f"it must be in {image}", severity="warning")
 
 
 def _missing_script(path: Path) -> Finding:
     return Finding("script", f"{path}: no such file in {Path.cwd()}", "give its path from there")
 
 
-def check_task(task: str) -> Iterator[Finding]:
-    """Yields that `module:Name` is not there.
+def check_reference(reference: str, key: str) -> Iterator[Finding]:
+    """Yields that `module:Name`, which the configuration has at `key`, is not there.
 
     Example:
-        >>> print(*check_task("distopt.config.schema:RunConfg"))  # doctest: +ELLIPSIS
+        >>> print(*check_reference("distopt.config.schema:RunConfg", "task"))  # doctest: +ELLIPSIS
         task: .../schema.py has no 'RunConfg'; did you mean distopt.config.schema:RunConfig?
     """
-    module, _, name = task.partition(":")
-    spec = _find_module(module)
+    module, _, name = reference.partition(":")
+    spec = _find_module(module, key)
     if isinstance(spec, Finding):
         yield spec
         return
@@ -79,7 +81,7 @@ def check_task(task: str) -> Iterator[Finding]:
     if path.suffix != ".py":
         return  # compiled: only importing it can tell
 
-    syntax_errors = list(_check_syntax(path, "task"))
+    syntax_errors = list(_check_syntax(path, key))
     if syntax_errors:
         yield from syntax_errors
         return
@@ -87,10 +89,10 @@ def check_task(task: str) -> Iterator[Finding]:
     if names is not None and name not in names:
         near = difflib.get_close_matches(name, names, 1)
         hint = f"did you mean {module}:{near[0]}?" if near else f"it has: {', '.join(sorted(names)[:20])}"
-        yield Finding("task", f"{path} has no {name!r}", hint)
+        yield Finding(key, f"{path} has no {name!r}", hint)
 
 
-def _find_module(module: str) -> ModuleSpec | Finding:
+def _find_module(module: str, key: str) -> ModuleSpec | Finding:
     """Returns where a module is, without importing its parents, or what is wrong."""
     first, *rest = module.split(".")
     sys.path.insert(0, os.getcwd())  # where `python -m` starts its search in each worker
@@ -107,13 +109,13 @@ def _find_module(module: str) -> ModuleSpec | Finding:
         if spec is None:
             break
         if spec.submodule_search_locations is None:
-            return Finding("task", f"{module}: {path} is a module and not a package, so it has no submodule {name}")
+            return Finding(key, f"{module}: {path} is a module and not a package, so it has no submodule {name}")
         path += f".{name}"
         spec = PathFinder.find_spec(path, list(spec.submodule_search_locations))
 
     if spec is None:
         return Finding(
-            "task",
+            key,
             f"no module {path!r} for {sys.executable} in {Path.cwd()}",
             "check the spelling, that it is installed here, or run the command from the folder that contains it",
         )
