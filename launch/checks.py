@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from distopt.config import MAY_CHANGE, RunConfig, differences
+from distopt.config import MAY_CHANGE, RunConfig, comparable, differences
 from distopt.launchers import CHECKPOINTS, CONFIG_FILE
 
 from .findings import Finding
@@ -233,7 +233,7 @@ def _check_recorded_config(config: RunConfig) -> Iterator[Finding]:
 
     changes = [
         f"\n    {key}: {old!r} there, {new!r} now"
-        for key, old, new in differences(before, config.model_dump(mode="json"), MAY_CHANGE)
+        for key, old, new in differences(comparable(before), comparable(config.model_dump(mode="json")), MAY_CHANGE)
     ]
     if changes:
         yield Finding(
