@@ -17,8 +17,8 @@ from distopt.launch.cli import app
 from distopt.launch.jobs import PlatformError
 from distopt.launch.platforms.kubernetes.job import KubernetesJob, _address
 from distopt.launch.platforms.kubernetes.manifests import manifests
-from tests.launch.api_server import Server
-from tests.launch.kubernetes_config import BASE, KINDS, config_of
+from tests.kubernetes.api_server import Server
+from tests.kubernetes.run_config import BASE, KINDS, config_of
 
 CONTAINER = {"name": "worker", "image": "x", "imageID": "x", "ready": False, "restartCount": 0}
 
