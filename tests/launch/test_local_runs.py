@@ -282,7 +282,7 @@ def test_run_whose_output_nobody_reads_any_more_saves_and_ends_as_at_a_hang_up(t
         launcher.stdout.close()
         said = launcher.stderr.read()
     assert (launcher.returncode, (tmp_path / "saved").exists()) == (143, True), said
-    assert said.startswith("distopt: SIGHUP: a last checkpoint, then the end") and "Traceback" not in said
+    assert said.startswith("distopt: received SIGHUP: saving a checkpoint and stopping") and "Traceback" not in said
 
 
 def test_run_whose_launcher_was_killed_is_told_as_such_and_can_be_launched_again(start, tmp_path, distopt):
