@@ -22,9 +22,18 @@ if TYPE_CHECKING:
         DistributedMultiOptimizer,
         DistributedOptimizer,
         HorovodOptimizer,
+        ReduceOptions,
+        StepInfo,
     )
 
-_DISTRIBUTED = ("DDPOptimizer", "DistributedMultiOptimizer", "DistributedOptimizer", "HorovodOptimizer")
+_DISTRIBUTED = (
+    "DDPOptimizer",
+    "DistributedMultiOptimizer",
+    "DistributedOptimizer",
+    "HorovodOptimizer",
+    "ReduceOptions",
+    "StepInfo",
+)
 
 __all__ = [
     "DDPOptimizer",
@@ -39,8 +48,10 @@ __all__ = [
     "PyroLRScheduler",
     "PyroMultiOptimizer",
     "PyroOptim",
+    "ReduceOptions",
     "ScaledELBO",
     "StateColumns",
+    "StepInfo",
     "TorchMultiOptimizer",
     "by_name",
     "is_scheduler",
