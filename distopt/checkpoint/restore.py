@@ -18,8 +18,7 @@ import torch
 from distopt.backends.base import Backend, Json
 from distopt.checkpoint import run_state
 from distopt.checkpoint.columns import own_groups, untabulate
-from distopt.checkpoint.commit import describe_error
-from distopt.checkpoint.errors import CheckpointError, ConfigMismatchError, CorruptCheckpointError
+from distopt.checkpoint.errors import CheckpointError, ConfigMismatchError, CorruptCheckpointError, describe_error
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.reader import Candidate, candidates, check_files, read_manifest, verify
 from distopt.checkpoint.run_state import RunState

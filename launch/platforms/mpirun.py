@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 
 from distopt.config import RunConfig
+from distopt.config.plugins import is_reference
 
 from .. import ssh
 from ..findings import Finding
@@ -73,7 +74,7 @@ def _check_library(config: RunConfig, program: str) -> Iterator[Finding]:
                 "`pip install 'distopt[mpi]'` beside your MPI",
             )
         return
-    if backend == "torch_dist" or built_for == needed:
+    if backend == "torch_dist" or is_reference(backend) or built_for == needed:
         return
 
     other = f"it was built for {built_for}, and {program} is {needed}'s"
