@@ -12,7 +12,7 @@ class GlobalBatches:
     Each epoch is a permutation of all rows, drawn from the seed and the number of the epoch. The epochs are placed one
     after the other and cut into batches of `global_batch` rows, so every batch is full, and a batch may hold the end of
     one epoch and the beginning of the next. Which rows are in batch `t` therefore depends on the seed and on `t` alone:
-    a run that is resumed with another number of workers sees the same batches, and `t` is all that a checkpoint records.
+    a run that resumes with another number of workers sees the same batches, and `t` is all that a checkpoint records.
 
     If `world_size` does not divide the batch, some ranks read one row more, and `weight` corrects for it.
 
