@@ -25,7 +25,7 @@ from distopt.backends import Backend, BackendError, init
 from distopt.checkpoint import Checkpointer, CheckpointError, Restored, Retention
 from distopt.config import MAY_CHANGE, ConfigError, RunConfig, differences
 from distopt.data import GlobalBatches, Loader
-from distopt.infer import SVI, seed_noise
+from distopt.infer import SVI, seed_all
 from distopt.launchers import CHECKPOINTS, LauncherError, find_rank
 from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim, StepInfo
 from distopt.reduce import DisagreementError, DriftError, PeerError
@@ -147,7 +147,7 @@ class _Worker:
         hosts = self.backend.all_gather_json(self.backend.node_rank)
         torch.set_num_threads(max(1, cores // hosts.count(self.backend.node_rank)))
         pyro.clear_param_store()
-        seed_noise(self.config.seed)
+        seed_all(self.config.seed)
         error, task = None, None
         try:
             task = load_task(self.config.task or "", self.config.task_args)
@@ -176,7 +176,7 @@ class _Worker:
 
     def _begin(self) -> None:
         """Makes the parameters, from the same rows and noise on all ranks; of a sharded task, from each rank's own."""
-        seed_noise(self.config.seed)
+        seed_all(self.config.seed)
         if getattr(self.task, "sharded", False):
             rows = self.batches.rows(0)
         else:
@@ -230,7 +230,7 @@ class _Worker:
 
     def _step(self, step: int, loader: Loader, *, measure_norm: bool) -> StepInfo:
         config, optimizer = self.config, self.optimizer
-        seed_noise(config.seed, step, self.backend.rank, config.train.noise)
+        seed_all(config.seed, step, self.backend.rank, config.train.noise)
         scheduler = config.optim.scheduler
         with self.pace.step():
             batch, stop = loader.batch(step), self.stop.received != 0
@@ -255,7 +255,7 @@ class _Worker:
         config = self.config
         history = read_metrics(config.run_dir)
         report = Report(config.name, self.console, history)
-        seed_noise(config.seed, config.train.num_steps)
+        seed_all(config.seed, config.train.num_steps)
         with torch.no_grad():
             self.task.report(report)
         report.heading("How the ELBO rose")
