@@ -46,14 +46,14 @@ def _check_code(config: RunConfig, image: str | None) -> Iterator[Finding]:
     """Yields what is wrong with the script or the task; code that is not here may still be in an image."""
     if config.script is not None:
         path = Path(config.script)
-        is_found = path.is_file()
-        findings = [*_check_syntax(path, "script")] if is_found else [_missing_script(path)]
+        exists = path.is_file()
+        findings = [*_check_syntax(path, "script")] if exists else [_missing_script(path)]
     else:
         assert config.task is not None
-        is_found = isinstance(_find_module(config.task.partition(":")[0]), ModuleSpec)
+        exists = isinstance(_find_module(config.task.partition(":")[0]), ModuleSpec)
         findings = list(check_task(config.task))
 
-    if image is None or is_found:
+    if image is None or exists:
         yield from findings
     else:
         yield from (replace(finding, fix=f"it must be in {image}", severity="warning") for finding in findings)

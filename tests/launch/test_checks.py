@@ -239,7 +239,7 @@ def test_run_that_was_never_launched_is_refused_with_those_that_were(command, fo
 
 def test_status_without_any_run_says_so(folder):
     result = CliRunner().invoke(app, ["status"])
-    assert (result.exit_code, "no run was launched from here" in result.stderr) == (0, True)
+    assert (result.exit_code, "no run was launched from this folder" in result.stderr) == (0, True)
 
 
 def test_run_directory_with_checkpoints_of_another_config_is_refused_with_the_differences(folder):
