@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distopt.examples.flights import COLUMNS, Flights
-from distopt.infer import gather, sharded_plate
+from distopt.infer import gather_local, sharded_plate
 
 if TYPE_CHECKING:
     from distopt.train.report import Report
@@ -68,7 +68,7 @@ class Aircraft(Flights):
 
     def collect(self) -> None:
         """Brings the aircraft's effects together, on every worker."""
-        self.effects = gather("aircraft")
+        self.effects = gather_local("aircraft")
 
     def report(self, report: Report) -> None:
         """Tells which aircraft are late and which are early."""

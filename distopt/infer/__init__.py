@@ -1,6 +1,6 @@
 """What distribution changes in inference."""
 
-from distopt.infer.gathering import gather, gather_rows, read_local, write_local
+from distopt.infer.gathering import gather_local, gather_rows, read_local, write_local
 from distopt.infer.sharded_plate import shard, sharded_plate
 from distopt.infer.svi import SVI
 from distopt.rng import NoisePolicy, rank_seed, seed_all
@@ -10,7 +10,7 @@ __all__ = [
     "SVI",
     "LocalParameterError",
     "NoisePolicy",
-    "gather",
+    "gather_local",
     "gather_rows",
     "rank_seed",
     "read_local",

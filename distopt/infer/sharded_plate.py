@@ -48,8 +48,8 @@ class sharded_plate(pyro.plate):  # type: ignore[misc]  # noqa: N801  # reads li
         subsample_size: Size of a minibatch of this rank's datapoints; None for all.
         subsample: (batch,) int64 indices into this rank's datapoints, in [0, size), as in `pyro.plate`.
         dim: As in `pyro.plate`.
-        rows: (size,) the global index of each datapoint, for `gather` and checkpoints. None: rank 0 holds the first
-            ones, rank 1 the next ones, and so on.
+        rows: (size,) the global index of each datapoint, for `gather_local` and checkpoints. None: rank 0 holds the
+            first ones, rank 1 the next ones, and so on.
         replicated: Names (or patterns, as in `fnmatch`) of parameters that have this rank's `size` in their shape by
             chance.
         num_shards: Over how many ranks the plate is split. None: all of the world.

@@ -18,7 +18,7 @@ from torch.distributions import constraints
 
 from distopt import backends, optim
 from distopt.checkpoint import Checkpointer, CheckpointError
-from distopt.infer import gather, shard, sharded_plate
+from distopt.infer import gather_local, shard, sharded_plate
 from distopt.reduce import DisagreementError
 from distopt.sharding import local_parameters
 
@@ -167,7 +167,7 @@ def parameters_of_all() -> dict[str, Tensor]:
     local = local_parameters()
     found = {name: value.detach().clone() for name, value in pyro.get_param_store().items() if name not in local}
     for name in local:
-        found |= gather(name)
+        found |= gather_local(name)
     return found
 
 
