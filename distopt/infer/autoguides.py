@@ -106,7 +106,7 @@ def _refuse_joint(guide: AutoGuide, local: Mapping[str, tuple[PlateShard, int]])
         kind = type(guide).__name__
         raise LocalParameterError(
             f"{kind} keeps all its variables in one joint parameter, and {name!r} is in the sharded plate "
-            f"{plate.name!r}, whose datapoints are on different ranks. Use AutoNormal, or one guide for each kind of variables: guide = "
+            f"{plate.name!r}, whose datapoints are on different ranks. Use AutoNormal, or separate guides: guide = "
             "AutoGuideList(model); guide.append(AutoNormal(poutine.block(model, "
             f"expose=[{', '.join(map(repr, local))}]))); guide.append({kind}(poutine.block(model, "
             f"hide=[{', '.join(map(repr, local))}])))"
