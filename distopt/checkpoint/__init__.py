@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         DirectoryInUseError,
     )
     from distopt.checkpoint.restore import Restored
+    from distopt.checkpoint.retention import Retention
     from distopt.constraints import register_constraint
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "CorruptCheckpointError",
     "DirectoryInUseError",
     "Restored",
+    "Retention",
     "register_constraint",
 ]
 
@@ -33,6 +35,7 @@ _HOME = {
     "CorruptCheckpointError": "distopt.checkpoint.errors",
     "DirectoryInUseError": "distopt.checkpoint.errors",
     "Restored": "distopt.checkpoint.restore",
+    "Retention": "distopt.checkpoint.retention",
     "register_constraint": "distopt.constraints",
 }
 

@@ -12,7 +12,7 @@ from distopt.checkpoint.commit import Attempt, describe_error, write_checkpoint
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.failpoint import failpoint
 from distopt.checkpoint.manifest import FileRecord, Manifest
-from distopt.checkpoint.retention import remove_leftovers, retain
+from distopt.checkpoint.retention import Retention, remove_leftovers, retain
 from distopt.checkpoint.snapshot import Snapshot
 from distopt.checkpoint.storage.base import Storage
 
@@ -27,7 +27,7 @@ class BackgroundSave:
         attempt: which try of which step; rank 0 of it leads.
         snapshots: what this rank writes, by file name without suffix. They must not change until `over` is set.
         describe: makes rank 0's manifest of all files.
-        keep: how many of the last checkpoints stay, and of which multiples all.
+        keep: Which checkpoints are kept.
         committed: called in the thread once the checkpoint is committed.
     """
 
@@ -37,14 +37,14 @@ class BackgroundSave:
         attempt: Attempt,
         snapshots: Mapping[str, Snapshot],
         describe: Callable[[Mapping[str, FileRecord]], Manifest],
-        keep: tuple[int, int | None],
+        keep: Retention,
         committed: Callable[[], None],
     ) -> None:
         self.step = attempt.step
         self.over = threading.Event()
         """Set once the checkpoint is committed or has failed; cleaning up may still go on."""
         self.error: Exception | None = None
-        self._told = False
+        self._is_raised = False
         self._bytes = 0
         self._storage, self._attempt, self._keep = storage, attempt, keep
         self._snapshots, self._describe, self._committed = snapshots, describe, committed
@@ -60,7 +60,7 @@ class BackgroundSave:
             self._commit()
             failpoint("after_acknowledge", self._attempt.rank)
             if self._attempt.rank == 0 and self.error is None:
-                retain(self._storage, *self._keep)
+                retain(self._storage, self._keep)
         except Exception as error:
             logger.error("%s: older checkpoints were not cleaned up: %s", self._storage.root, describe_error(error))
 
@@ -82,8 +82,8 @@ class BackgroundSave:
         """
         if not self.over.wait(patience.total_seconds()):
             raise CheckpointError(f"step {self.step}: still not saved after {patience.total_seconds():g} s.")
-        if self.error is not None and not self._told:
-            self._told = True
+        if self.error is not None and not self._is_raised:
+            self._is_raised = True
             raise CheckpointError(self._failure()) from self.error
 
     def _commit(self) -> None:
@@ -112,5 +112,5 @@ class BackgroundSave:
         needed = f" ({self._bytes:,} bytes of this rank)" if isinstance(self.error, OSError) and self._bytes else ""
         return (
             f"step {self.step} was NOT saved in {self._storage.root}: {describe_error(self.error)}{needed}. "
-            "Training goes on; the last good checkpoint stands."
+            "Training continues; the last good checkpoint remains."
         )

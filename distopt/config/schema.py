@@ -17,9 +17,6 @@ from distopt.launchers import TRUSTED_VARIABLE
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
-MAY_CHANGE = ("name", "run_dir", "launch", "log", "serve", "reduce", "checkpoint", "data.prefetch", "train.num_steps")
-"""Keys that may differ when a run goes on from its checkpoints: where and how long it runs, not what it computes."""
-
 
 class TrainConfig(Section):
     """The training loop."""

@@ -189,7 +189,7 @@ class Reducer:
             bucket_mib=self.options.bucket_mib,
             groups=self.options.groups,
             carries_control=self._hook.carries_control,
-            control_device=getattr(self.backend, "json_device", torch.device("cpu")),
+            control_device=self.backend.control_device,
         )
 
     def _use_layout(self, layout: Layout) -> None:

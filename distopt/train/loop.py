@@ -22,8 +22,8 @@ from torch import nn
 
 import distopt.optim
 from distopt.backends import Backend, BackendError, init
-from distopt.checkpoint import Checkpointer, CheckpointError, Restored
-from distopt.config import ConfigError, RunConfig, differences
+from distopt.checkpoint import Checkpointer, CheckpointError, Restored, Retention
+from distopt.config import MAY_CHANGE, ConfigError, RunConfig, differences
 from distopt.data import GlobalBatches, Loader
 from distopt.infer import SVI, seed_noise
 from distopt.launchers import CHECKPOINTS, LauncherError, find_rank
@@ -31,6 +31,7 @@ from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim, Step
 from distopt.reduce import DisagreementError, DriftError, PeerError
 from distopt.train.loggers import FILE_NAME, Metrics, StepProgress, printer, read_metrics
 from distopt.train.monitor import Pace, RankPace, Status, describe_straggler
+from distopt.train.recorded_config import recorded_config
 from distopt.train.report import Report, elbo_figure, paces_table
 from distopt.train.serve import ServeError, serving
 from distopt.train.signals import StopSignals
@@ -120,12 +121,11 @@ class _Worker:
             config.run_dir.mkdir(parents=True, exist_ok=True)
         with Checkpointer(
             config.run_dir / CHECKPOINTS,
-            optimizer=self.optimizer,
-            modules=self.modules,
+            {"optimizer": self.optimizer, **self.modules},
+            keep=Retention(config.checkpoint.keep_last, config.checkpoint.keep_every_steps),
+            config=recorded_config(config),
+            ignore_keys=MAY_CHANGE,
             backend=self.backend,
-            config=config.model_dump(mode="json"),
-            keep_last=config.checkpoint.keep_last,
-            keep_every_steps=config.checkpoint.keep_every_steps,
         ) as checkpointer:
             restored = checkpointer.restore(_which(config.checkpoint.resume))
             first = self._after_restore(restored)

@@ -16,7 +16,7 @@ from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.failpoint import failpoint
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.reader import CheckedFile, candidates, verify
-from distopt.checkpoint.retention import remove_leftovers, retain
+from distopt.checkpoint.retention import Retention, remove_leftovers, retain
 from distopt.checkpoint.storage.posix import LocalSink, LocalStorage
 
 TIMEOUT = timedelta(seconds=10)
@@ -45,7 +45,7 @@ def save(root: Path, step: int, rank: int = 0, world_size: int = 1, timeout: tim
         print(f"ACK {step}", flush=True)
         failpoint("after_acknowledge", rank)
         if rank == 0:
-            retain(storage, 2, None)
+            retain(storage, Retention(2))
     finally:
         storage.unlock()
 

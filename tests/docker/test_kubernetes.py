@@ -82,9 +82,7 @@ def test_every_launch_command_of_the_guide_is_a_valid_configuration(command: str
     _, _, path, *overrides = shlex.split(command)
     config = load_config(ROOT / path, [word for word in overrides if "=" in word])
     assert (config.launch.platform, config.serve.port) == ("kubernetes", 8080)
-    found = [
-        problem for problem in KubernetesPlatform().problems(config) if "Kubernetes client is missing" not in problem
-    ]
+    found = [finding for finding in KubernetesPlatform().check(config) if "client is missing" not in finding.message]
     assert found == []
     (run,) = [manifest for manifest in manifests(config) if manifest["kind"].lower() == config.launch.kubernetes.kind]
     assert run["metadata"]["namespace"] == "distopt"

@@ -116,7 +116,7 @@ def test_commands_submit_a_run_ask_about_it_read_it_and_stop_it(distopt, api):
     assert distopt("logs", "flights", "--follow") == (0, "step 1\n", "")
     # The object of a run that has ended keeps its name.
     status, _, said = distopt("launch", "run.yaml")
-    assert (status, "the engine has a run flights already (done); `distopt stop runs/flights`" in said) == (2, True)
+    assert (status, "kubernetes already has a run flights (done); `distopt stop runs/flights`" in said) == (2, True)
     assert distopt("stop", "flights") == (0, "stopped\tthere is no Job flights in namespace default\n", "")
     assert distopt("stop", "flights") == (0, "unknown\tthere is no Job flights in namespace default\n", "")
     assert distopt("status")[1].startswith("runs/flights\tunknown\tthere is no Job flights")

@@ -24,7 +24,7 @@ CRDS = Path(__file__).parents[3] / "shared" / "crds"
 @pytest.mark.parametrize("kind", KINDS)
 def test_manifest_is_the_golden_one(kind, golden, monkeypatch):
     config = config_of(kind)
-    assert load_platform("kubernetes").problems(config) == []
+    assert list(load_platform("kubernetes").check(config)) == []
     monkeypatch.setattr(module, "dump_yaml", lambda config: "the configuration")  # any new key would change it
     plan = load_platform("kubernetes").plan(config)
     (text,) = [text for path, text in plan.files.items() if path.name == "manifest.yaml"]
@@ -161,8 +161,8 @@ def test_trainjob_sets_nothing_that_the_operator_sets():
     ],
 )
 def test_bad_input_is_refused(overrides, said):
-    found = load_platform("kubernetes").problems(parse_config(BASE, overrides))
-    assert said in "\n".join(found)
+    found = load_platform("kubernetes").check(parse_config(BASE, overrides))
+    assert said in "\n".join(map(str, found))
 
 
 def test_configuration_reaches_the_worker_through_its_variable(monkeypatch):

@@ -98,7 +98,7 @@ def test_detached_run_is_asked_read_and_stopped_with_its_workers_saved(submit, t
     wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 3, "all workers ready")
     assert "\trunning\t" in distopt(cluster, tmp_path, "status").stdout
     second = distopt(cluster, tmp_path, "launch", "run.yaml", "launch.workers=1", "launch.nodes=3")
-    assert (second.returncode, "the engine has a run run already (running, job" in second.stderr) == (2, True)
+    assert (second.returncode, "slurm already has a run run (running, job" in second.stderr) == (2, True)
     assert "rank 2 does wait" in distopt(cluster, tmp_path, "logs", "run", "--rank", "2").stdout
     stopped = distopt(cluster, tmp_path, "stop", "run")
     assert stopped.stdout.startswith("stopped\t"), stopped.stdout + stopped.stderr

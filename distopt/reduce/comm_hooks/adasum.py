@@ -53,13 +53,13 @@ def adasum_(backend: Backend, flat: Tensor, offsets: list[int]) -> None:
 
     if num_beyond:
         partner = rank - num_paired if rank >= num_paired else (rank + num_paired if rank < num_beyond else None)
-        received = backend.exchange(flat, partner)
+        received = backend.send_recv(flat, partner)
         if received is not None and rank < num_paired:
             _combine_(flat, received, offsets)
 
     distance = 1
     while distance < num_paired:
-        received = backend.exchange(flat, rank ^ distance if rank < num_paired else None)
+        received = backend.send_recv(flat, rank ^ distance if rank < num_paired else None)
         if received is not None:
             first, second = (flat, received) if rank < rank ^ distance else (received, flat)
             _combine_(first, second, offsets)
@@ -67,7 +67,7 @@ def adasum_(backend: Backend, flat: Tensor, offsets: list[int]) -> None:
         distance *= 2
 
     if num_beyond:
-        received = backend.exchange(flat, partner)
+        received = backend.send_recv(flat, partner)
         if received is not None and rank >= num_paired:
             flat.copy_(received)
 
