@@ -28,7 +28,7 @@ from distopt.constraints import ConstraintError, build_constraint, describe_cons
 from distopt.optim.packing import Segments
 from distopt.reduce.errors import DisagreementError, PeerError, ranks_by_value
 from distopt.reduce.layout import ParamSpec
-from distopt.rng import noise_state, set_apart
+from distopt.rng import generator_digest, separate_streams
 from distopt.sharding import local_parameter
 
 
@@ -90,7 +90,7 @@ class Agreement:
         self._check_steps(messages)
         self._check_options(messages)
         if self._is_first and self._options["noise"] == "independent":
-            set_apart([each["noise"] for each in messages], self._backend.rank)
+            separate_streams([each["noise"] for each in messages], self._backend.rank)
         self._is_first = False
 
         # A name that no rank's store holds any more is given up. One that is gone on some ranks is created anew there.
@@ -128,7 +128,7 @@ class Agreement:
             "step": changes.step,
             "activity": changes.activity,
             "options": self._options,
-            "noise": noise_state() if self._is_first else None,
+            "noise": generator_digest() if self._is_first else None,
             "new": sorted(changes.names),
             "sparse": sorted(changes.sparse),
             "dense": sorted(changes.dense),

@@ -212,31 +212,23 @@ class Stepper:
         """Steps the wrapped optimizer by reduced gradients, in the same way on all ranks."""
         reducer = self.reducer
         reducer.backend.note(reducer.step, "optimizer")
-        num_skipped = self.optim.num_skipped_steps
-        self.optim.total_norm = total_norm(self.optim, reduced)
-        spread_nonfinite_(self.optim, reduced)
-        if reduced.summary.num_nonfinite and self.optim.nonfinite != "step":
-            self._refuse_rank_local(reduced)
-        else:
-            try:
-                loose = [*reduced.loose, *reduced.rank_local]
-                self.optim.step_gradients(reduced.dense, loose, *args, **kwargs)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"{error} {self._explain_nonfinite(reduced)}") from None
+        try:
+            stepped = self.optim.clip_and_step(
+                reduced.dense,
+                [*reduced.loose, *reduced.rank_local],
+                *args,
+                total_norm=total_norm(self.optim, reduced),
+                is_finite=not reduced.summary.num_nonfinite,
+                **kwargs,
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} {self._explain_nonfinite(reduced)}") from None
 
-        if self.optim.num_skipped_steps > num_skipped:
+        if not stepped:
             logger.warning(self._explain_nonfinite(reduced))
             reducer.forget_errors()
         reducer.step += 1
         reducer.backend.note(reducer.step, "model")
-
-    def _refuse_rank_local(self, reduced: ReducedGradients) -> None:
-        """Leaves out, on all ranks, a step for which a rank-local parameter has a gradient that is not finite."""
-        if self.optim.nonfinite == "raise":
-            raise FloatingPointError(
-                f"a rank's own parameter has a gradient that is not finite. {self._explain_nonfinite(reduced)}"
-            )
-        self.optim.num_skipped_steps += 1
 
     def _explain_nonfinite(self, reduced: ReducedGradients) -> str:
         reducer = self.reducer
@@ -283,10 +275,3 @@ def total_norm(optim: PyroOptim, reduced: ReducedGradients) -> float | None:
         return None
     total = math.sqrt(float(global_norm(reduced.shared())) ** 2 + square)
     return total if optim.scaler is None else total / optim.scaler.get_scale()
-
-
-def spread_nonfinite_(optim: PyroOptim, reduced: ReducedGradients) -> None:
-    """Makes gradients infinite where some rank-local ones are not finite, so that all scalers skip and back off."""
-    if optim.scaler is not None and reduced.summary.num_nonfinite:
-        for gradient in [*reduced.shared(), *(each for _, _, each in reduced.rank_local)]:
-            gradient.fill_(math.inf)
