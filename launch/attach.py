@@ -95,7 +95,7 @@ class _Run:
             self._kill_at = min(self._kill_at, time.monotonic() + FINISH_S)
         elif any(states):
             lost = [index for index, state in enumerate(states) if state]
-            if states.count(None) < (self.plan.least or len(states)):
+            if states.count(None) < (self.plan.min_hosts or len(states)):
                 self.ask_to_stop()
             else:
                 self._rejoin(lost)
@@ -123,9 +123,9 @@ class _Run:
             self._tell(host_agent.ALIVE)
         for event in self._events.new():
             if isinstance(event, events.End) and event.failed:
-                what = f"{failure_report.cause(event)}{failure_report.why(self.run_dir, event)}"
-                say(f"{failure_report.name(event)} {what}")
-                if self.plan.together:
+                what = f"{failure_report.describe_end(event)}{failure_report.describe_error(self.run_dir, event)}"
+                say(f"{failure_report.describe_rank(event)} {what}")
+                if self.plan.ends_together:
                     self._end_at = min(self._end_at, time.monotonic() + FINISH_S)
         if time.monotonic() > self._end_at:
             self.ask_to_stop()  # the engine should have ended the others; MPICH's does not before MPI_Init
@@ -183,11 +183,11 @@ class _Run:
 
     def result(self) -> int:
         statuses = [process.wait() for process in self.processes]
-        if (not any(statuses) and self._all_finished()) or (self.plan.least is not None and 0 in statuses):
+        if (not any(statuses) and self._all_finished()) or (self.plan.min_hosts is not None and 0 in statuses):
             return 0
         last = failure_report.last_attempt(self._events.seen)
-        if self.signal is not None and not self._late and failure_report.stopped_well(last):
-            say("; ".join(filter(None, ["stopped", failure_report.going_on(self.run_dir)])))
+        if self.signal is not None and not self._late and failure_report.all_stopped(last):
+            say("; ".join(filter(None, ["stopped", failure_report.resume_hint(self.run_dir)])))
             return 130 if self.signal == signal.SIGINT else 143
         seconds = time.monotonic() - self.started
         engine = next((status for status in statuses if status), 0)
@@ -195,7 +195,7 @@ class _Run:
             if command.host is not None and status:
                 say(f"{command.host}: " + ("the connection was lost" if status == 255 else f"exit status {status}"))
         sys.stdout.flush()
-        text = failure_report.failure(self.run_dir, last, engine, seconds, ENGINE_LOG)
+        text = failure_report.describe_failure(self.run_dir, last, engine, seconds, ENGINE_LOG)
         (self.run_dir / LOGS / FAILURE_FILE).write_text(text + "\n")
         print(text, file=sys.stderr)
         return 1
@@ -203,9 +203,9 @@ class _Run:
     def _all_finished(self) -> bool:
         """Whether the workers say so too: Open MPI's mpirun exits with 0 when the connection to a host is reset."""
         end = time.monotonic() + SHOWN_S
-        while self.plan.together and self.signal is None:
+        while self.plan.ends_together and self.signal is None:
             self._events.new()
-            if failure_report.finished(failure_report.last_attempt(self._events.seen)):
+            if failure_report.all_succeeded(failure_report.last_attempt(self._events.seen)):
                 break
             if time.monotonic() > end:
                 return False
