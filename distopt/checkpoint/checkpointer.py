@@ -23,11 +23,12 @@ from distopt.backends import current
 from distopt.backends.base import Backend, Json
 from distopt.checkpoint import run_state
 from distopt.checkpoint.background import BackgroundSave
+from distopt.checkpoint.chunks import chunk_digest
 from distopt.checkpoint.codec import NoTensors, decode, encode
 from distopt.checkpoint.columns import share_groups, tabulate
-from distopt.checkpoint.commit import Attempt, chunk_digest, describe_error
+from distopt.checkpoint.commit import Attempt
 from distopt.checkpoint.consensus import agree_no_error, agree_to_save, claim
-from distopt.checkpoint.errors import CheckpointError
+from distopt.checkpoint.errors import CheckpointError, describe_error
 from distopt.checkpoint.failpoint import failpoint
 from distopt.checkpoint.manifest import FileRecord, Manifest, config_as_json
 from distopt.checkpoint.reader import candidates
@@ -47,7 +48,7 @@ from distopt.checkpoint.sharded_params import ShardedReader, capture_local, plat
 from distopt.checkpoint.snapshot import HostMemory, Snapshot, take_snapshot, without_collection
 from distopt.checkpoint.storage.base import open_storage
 from distopt.checkpoint.storage.names import step_number
-from distopt.rng import capture_noise, digest_noise
+from distopt.rng import capture_rng_state, rng_state_digest
 from distopt.sharding import local_parameters
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ class Checkpointer:
         self.committed_at: float | None = None
         """When the state that was committed last was copied, by `time.monotonic()`; None before the first commit."""
 
-        claim(self._backend, self._storage)
+        self._claimed = claim(self._backend, self._storage)
         known = [each.manifest.generation for each in candidates(self._storage) if each.manifest]
         self._generation = max(known, default=-1) + 1
 
@@ -179,7 +180,7 @@ class Checkpointer:
                 with without_collection():
                     snapshots = self._snapshot()
                 message["buffers"] = _digest(snapshots["buffers"])
-                message["noise"] = digest_noise(snapshots["own"].tree["noise"])
+                message["noise"] = rng_state_digest(snapshots["own"].tree["noise"])
                 message["plates"] = plate_sizes()
         except Exception as error:
             message["error"] = describe_error(error)
@@ -266,14 +267,14 @@ class Checkpointer:
     def close(self) -> None:
         """Waits for the save in progress and lets other jobs use the directory."""
         self._finish()
-        self._storage.unlock()
+        self._claimed.close()
 
     def _snapshot(self) -> dict[str, Snapshot]:
         """Copies this rank's state, by kind."""
         optimizer = self._state.optimizer
         outside, buffers, names = run_state.capture_modules(self._state.modules)
         own = {
-            "noise": capture_noise(self._backend.device),
+            "noise": capture_rng_state(self._backend.device),
             "extras": {name: each.state_dict() for name, each in self._state.per_rank.items()},
         }
         states: dict[str, Any] = {"own": own, "buffers": buffers}

@@ -7,13 +7,17 @@ the same branch and raise the same error.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from distopt.backends.base import Backend
-from distopt.checkpoint.commit import describe_error
-from distopt.checkpoint.errors import CheckpointError
+from distopt.checkpoint.chunks import read_small
+from distopt.checkpoint.errors import CheckpointError, describe_error
 from distopt.checkpoint.retention import remove_leftovers
 from distopt.checkpoint.storage.base import Storage
+from distopt.checkpoint.storage.names import LOCK
+
+_MAX_TOKEN_BYTES = 4096
 
 
 def agree_no_error(backend: Backend, error: Exception | None, where: str) -> None:
@@ -29,18 +33,22 @@ def agree_no_error(backend: Backend, error: Exception | None, where: str) -> Non
             raise CheckpointError(f"{source}: {text}") from error
 
 
-def claim(backend: Backend, storage: Storage) -> None:
+def claim(backend: Backend, storage: Storage) -> ExitStack:
     """Takes the directory for this job, on all ranks or on none, and removes what dead attempts left; collective.
+
+    Returns:
+        What holds the directory; closing it lets another job write there.
 
     Raises:
         DirectoryInUseError: Another job has it (on rank 0; the others raise the same message).
         CheckpointError: A rank cannot write there, or does not see what rank 0 writes.
     """
+    claimed = ExitStack()
     error: Exception | None = None
     token = ""
     try:
         if backend.rank == 0:
-            token = storage.lock()
+            token = claimed.enter_context(storage.lock())
             remove_leftovers(storage)
         storage.check_writable()
     except Exception as caught:
@@ -51,7 +59,7 @@ def claim(backend: Backend, storage: Storage) -> None:
 
         # A path may be a local folder of each host: only a rank that reads rank 0's token sees the same files.
         token = backend.all_gather_json(token)[0]
-        sees_token = backend.all_gather_json(storage.lock_token() == token)
+        sees_token = backend.all_gather_json(_token(storage) == token)
         blind = [rank for rank, same in enumerate(sees_token) if not same]
         if blind:
             raise CheckpointError(
@@ -59,10 +67,19 @@ def claim(backend: Backend, storage: Storage) -> None:
                 "directory must be on a file system that all workers share; or give the URL of an object store."
             )
     except CheckpointError:
-        storage.unlock()
+        claimed.close()
         if isinstance(error, CheckpointError):
             raise error from None
         raise
+    return claimed
+
+
+def _token(storage: Storage) -> str:
+    """Returns the token of the job that holds the directory, as seen from here; empty where there is none."""
+    try:
+        return read_small(storage, "", LOCK, _MAX_TOKEN_BYTES).decode(errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def agree_to_save(step: int, messages: Sequence[dict[str, Any]]) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.failpoint import failpoint
+from distopt.checkpoint.manifest import MANIFEST
 from distopt.checkpoint.reader import Candidate, candidates, verify
 from distopt.checkpoint.storage.base import Storage
+from distopt.checkpoint.storage.names import is_leftover, step_of
 
 MIN_LAST = 2
 """One checkpoint may turn out to be damaged; the one before it is what a run then resumes from."""
@@ -108,10 +110,18 @@ def remove_leftovers(storage: Storage, in_progress: str = "") -> None:
         storage: Where.
         in_progress: A folder that stays: in an object store, other ranks may be writing to it already.
     """
-    for folder in storage.leftovers():
+    for folder in _leftovers(storage):
         if folder == in_progress:
             continue
         try:
             storage.remove(folder)
         except OSError as error:
             logger.warning("%s/%s is left over and cannot be deleted: %s", storage.root, folder, error)
+
+
+def _leftovers(storage: Storage) -> Iterator[str]:
+    """Yields the folders of attempts that died and of interrupted deletions."""
+    for folder in storage.folders():
+        unfinished = not storage.commits_by_rename and step_of(folder) is not None
+        if is_leftover(folder) or (unfinished and MANIFEST not in storage.files(folder)):
+            yield folder

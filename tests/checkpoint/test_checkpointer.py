@@ -22,7 +22,7 @@ from distopt.checkpoint import Checkpointer, CheckpointError, ConfigMismatchErro
 from distopt.checkpoint.reader import candidates, verify
 from distopt.checkpoint.retention import remove_leftovers
 from distopt.checkpoint.storage.base import open_storage
-from distopt.checkpoint.storage.posix import LocalSink
+from distopt.checkpoint.storage.posix import PosixWriteStream
 from tests import workers
 from tests.checkpoint.faults import ROOT
 
@@ -38,8 +38,8 @@ def checkpointer(root, state=None, **settings):
 
 def test_second_job_on_a_directory_is_refused_and_a_dead_ones_lock_is_free(tmp_path):
     script = (
-        "import sys; from distopt.checkpoint.storage.posix import LocalStorage; from pathlib import Path\n"
-        "LocalStorage(Path(sys.argv[1])).lock(); print('locked', flush=True); sys.stdin.read()"
+        "import sys; from distopt.checkpoint.storage.posix import PosixStorage; from pathlib import Path\n"
+        "PosixStorage(Path(sys.argv[1])).lock().__enter__(); print('locked', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path)],
@@ -137,8 +137,9 @@ def test_directory_without_permission_is_refused_for_an_ordinary_user(tmp_path):
         if "pytest" in parent.name:
             parent.chmod(0o755)
     script = (
-        "import os, sys; from pathlib import Path; from distopt.checkpoint.storage.posix import LocalStorage\n"
-        "os.setuid(65534)\ntry: LocalStorage(Path(sys.argv[1])).lock()\nexcept PermissionError as error: print(error)"
+        "import os, sys; from pathlib import Path; from distopt.checkpoint.storage.posix import PosixStorage\n"
+        "os.setuid(65534)\ntry: PosixStorage(Path(sys.argv[1])).lock().__enter__()\n"
+        "except PermissionError as error: print(error)"
     )
     found = subprocess.run(
         [sys.executable, "-c", script, str(closed)], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -163,14 +164,14 @@ def test_error_in_the_thread_alone_surfaces_at_wait_and_nothing_is_committed(tmp
 
 def test_step_goes_on_while_the_disk_is_slow_and_a_save_in_between_is_skipped_or_waits(tmp_path, monkeypatch, caplog):
     gate, entered = threading.Event(), threading.Event()
-    close = LocalSink.close
+    close = PosixWriteStream.close
 
     def slow(sink):
         entered.set()
         assert gate.wait(60)
         close(sink)
 
-    monkeypatch.setattr(LocalSink, "close", slow)
+    monkeypatch.setattr(PosixWriteStream, "close", slow)
     with checkpointer(tmp_path, when_busy="skip", timeout=timedelta(seconds=0.05)) as keeper:
         value(1)
         keeper.save(1)  # returns, though the disk does not answer
@@ -307,7 +308,7 @@ def test_url_holds_checkpoints_and_the_manifest_is_the_commit(scheme, tmp_path, 
         keeper.save(5)
         keeper.wait()
     with checkpointer(url) as keeper:
-        assert keeper.restore(f"{url}/{open_storage(url).folders()[0]}").step == 3
+        assert keeper.restore(f"{url}/{candidates(open_storage(url))[-1].folder}").step == 3
         assert keeper.steps() == [3, 5]
 
 
@@ -388,7 +389,7 @@ def test_errno_of_every_kind_is_named_in_the_failure(tmp_path, monkeypatch):
                 raise OSError(code, os.strerror(code))
 
             with monkeypatch.context() as patch:
-                patch.setattr(LocalSink, "write", fail)
+                patch.setattr(PosixWriteStream, "write", fail)
                 keeper.save(1)
                 with pytest.raises(CheckpointError, match=os.strerror(code)):
                     keeper.wait()

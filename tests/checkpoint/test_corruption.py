@@ -20,7 +20,7 @@ import torch
 from distopt.backends.single import Single
 from distopt.checkpoint import Checkpointer, CheckpointError, CorruptCheckpointError
 from distopt.checkpoint import reader as reader_module
-from distopt.checkpoint.commit import by_chunk, chunk_digest
+from distopt.checkpoint.chunks import by_chunk, chunk_digest
 from distopt.checkpoint.manifest import CHUNK_BYTES, MANIFEST, FileRecord, Manifest, seal
 from distopt.checkpoint.reader import verify
 from distopt.checkpoint.statefile import StateReader

@@ -24,7 +24,7 @@ from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.reader import candidates
 from distopt.checkpoint.snapshot import HostMemory, take_snapshot
 from distopt.checkpoint.storage.base import open_storage
-from distopt.checkpoint.storage.posix import LocalSink
+from distopt.checkpoint.storage.posix import PosixWriteStream
 from tests import workers
 from tests.checkpoint.test_exchange import run
 
@@ -181,7 +181,7 @@ def test_times_of_files_say_nothing_about_which_is_the_newest(tmp_path):
 
 def test_rolling_back_while_a_save_is_under_way_waits_for_it_and_goes_on_from_the_step_asked_for(tmp_path, monkeypatch):
     entered, gate = threading.Event(), threading.Event()
-    close = LocalSink.close
+    close = PosixWriteStream.close
 
     def slow(sink):
         entered.set()
@@ -193,7 +193,7 @@ def test_rolling_back_while_a_save_is_under_way_waits_for_it_and_goes_on_from_th
             fill(step)
             keeper.save(step)
         keeper.wait()
-        monkeypatch.setattr(LocalSink, "close", slow)
+        monkeypatch.setattr(PosixWriteStream, "close", slow)
         fill(4)
         keeper.save(4)
         assert entered.wait(60)
@@ -260,7 +260,7 @@ def test_rank_that_writes_to_an_object_store_before_rank_0_does_keeps_its_files(
 
     leader, follower = save(0), save(1)
     follower.start()
-    while ".prepared-00001.json" not in storage.files(storage.work_folder(1, "0123456789ab")):
+    while ".prepared-00001.json" not in storage.files("step-00000001-0123456789ab"):
         time.sleep(0.01)
     leader.start()
     for one in (leader, follower):

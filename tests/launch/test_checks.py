@@ -104,13 +104,29 @@ def test_script_with_a_syntax_error_is_refused_with_its_line(folder):
 
 
 def test_task_is_found_in_the_folder_of_the_command_without_being_imported(folder):
-    assert list(checks.check_task("mytasks.house:House")) == []
+    assert list(checks._check_code(parse_config(TASK), None)) == []
     assert "mytasks" not in sys.modules
 
 
 def test_task_of_a_module_that_makes_its_names_is_left_to_the_import(folder):
     (folder / "mytasks" / "made.py").write_text("from os.path import *\n")
-    assert list(checks.check_task("mytasks.made:Anything")) == []
+    assert list(checks._check_code(parse_config("name: run\ntask: mytasks.made:Anything"), None)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("optim: {name: mytasks.house:Hose}", "optim.name: "),
+        ("train: {loss: mytasks.house:Hose}", "train.loss: "),
+        ("optim: {scheduler: {name: mytasks.house:Hose}}", "optim.scheduler.name: "),
+        ("log: {loggers: [mytasks.house:House, mytasks.house:Hose]}", "log.loggers: "),
+        ("reduce: {backend: mytasks.house:Hose}", "reduce.backend: "),
+    ],
+)
+def test_every_key_that_names_code_is_checked_without_importing_it(folder, text, said):
+    problem = refusal(folder, TASK + text)
+    path = folder / "mytasks" / "house.py"
+    assert problem == f"run.yaml: {said}{path} has no 'Hose'; did you mean mytasks.house:House?\n"
 
 
 def test_port_in_use_is_refused(folder):
@@ -239,7 +255,7 @@ def test_run_that_was_never_launched_is_refused_with_those_that_were(command, fo
 
 def test_status_without_any_run_says_so(folder):
     result = CliRunner().invoke(app, ["status"])
-    assert (result.exit_code, "no run was launched from here" in result.stderr) == (0, True)
+    assert (result.exit_code, "no run was launched from this folder" in result.stderr) == (0, True)
 
 
 def test_run_directory_with_checkpoints_of_another_config_is_refused_with_the_differences(folder):
