@@ -54,7 +54,7 @@ class MpirunPlatform(Platform):
             files |= ssh.wrapper(config)
         argv = (program, *options, *worker_argv(config, sys.executable))
         command = Command(argv, env, secret_variables(config))
-        return Plan("mpirun", (command,), files, stop_by_file=True, together=True)
+        return Plan("mpirun", (command,), files, stop_by_file=True, ends_together=True)
 
 
 def _check_library(config: RunConfig, program: str) -> Iterator[Finding]:
