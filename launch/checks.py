@@ -15,10 +15,11 @@ from pathlib import Path
 import yaml
 
 from distopt.config import MAY_CHANGE, RunConfig, differences
+from distopt.launchers import CHECKPOINTS, CONFIG_FILE
 
-from .file_names import CHECKPOINTS, CONFIG_FILE
-from .network import is_here, slot_problems
 from .platforms.base import Platform
+from .ssh import slot_problems
+from .worker.network import is_here
 
 
 def problems(config: RunConfig, platform: Platform) -> list[str]:

@@ -76,10 +76,11 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
     An engine starts it once per rank; without one it is a world of its own.
     """
-    from .worker.processes import die_with_parent
-    from .worker.supervisor import started_by_engine
+    from distopt.launchers import find_launcher
 
-    if started_by_engine():
+    from .worker.processes import die_with_parent
+
+    if find_launcher() is not None:
         die_with_parent()
     run = _load(config, overrides)
     from distopt import train as training  # imports torch

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Literal
 
 from distopt.config import RunConfig
+from distopt.launchers import HOSTS_VARIABLE, INTERFACE_VARIABLE, RENDEZVOUS_PORT
 
-from . import network, ssh
+from . import ssh
 from .platforms.mpi import BUILD_HOROVOD, find_mpirun, is_mpich, mpi_of_horovod
-from .platforms.torchrun import DEFAULT_PORT
+from .worker import network
 
 PROBE_TIMEOUT_S = 120
 CLOCK_WARNING_S = 2.0  # torchrun compares the hosts' clocks, and drops a host whose heartbeat seems 15 s old
@@ -166,7 +167,7 @@ def _hosts(config: RunConfig) -> list[Finding]:
 def _host(config: RunConfig, host: str, mark: Path) -> Iterator[Finding]:
     """Asks a host for its clock, for a file that this one has just written, and for its Python."""
     address = network.resolve(host)
-    if problems := network.host_problems(config.launch.hosts if len(config.launch.hosts) > 1 else [host]):
+    if problems := ssh.host_problems(config.launch.hosts if len(config.launch.hosts) > 1 else [host]):
         for problem in (problem for problem in problems if f" {host} " in problem):
             yield Finding(host, "failure", problem, "correct /etc/hosts")
             return
@@ -195,7 +196,7 @@ def _host(config: RunConfig, host: str, mark: Path) -> Iterator[Finding]:
 
 
 def _port(config: RunConfig) -> Finding:
-    port = config.launch.port or DEFAULT_PORT
+    port = config.launch.port or RENDEZVOUS_PORT
     with socket.socket() as probe:
         try:
             probe.bind(("", port))
@@ -231,12 +232,12 @@ def _all_reduce_of_hosts(config: RunConfig, found: list[Finding]) -> Finding:
         return Finding("all-reduce over hosts", "warning", "not tried while one is broken", "mend it first")
     addresses = [network.resolve(host) or host for host in hosts]
     env = {
-        "DISTOPT_HOSTS": ",".join(addresses),
+        HOSTS_VARIABLE: ",".join(addresses),
         "MASTER_ADDR": addresses[0],
-        "MASTER_PORT": str(config.launch.port or DEFAULT_PORT),
+        "MASTER_PORT": str(config.launch.port or RENDEZVOUS_PORT),
         "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": str(len(hosts)),
-        **({"DISTOPT_INTERFACE": config.launch.interface} if config.launch.interface else {}),
+        **({INTERFACE_VARIABLE: config.launch.interface} if config.launch.interface else {}),
     }
     # The agent tells gloo which interface has the host's address.
     agent = [sys.executable, "-m", "distopt.launch.worker.host_agent", "--", sys.executable, "-c", _REDUCE]

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from .file_names import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS
+from distopt.launchers import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS
+
+from .worker.rank_log import read_log
 
 Phase = Literal["unknown", "pending", "running", "stopped", "done", "failed"]
 
@@ -135,10 +137,7 @@ class FollowedJob(Job):
 
     def logs(self, rank: int) -> str:
         """Returns a rank's log."""
-        from .failure_report import log_of
-
-        path = log_of(self.run_dir, rank)
-        return path.read_text(errors="replace") if path.exists() else ""
+        return read_log(self.run_dir, rank).decode(errors="replace")
 
     def stop(self) -> None:
         """Sends SIGTERM to the launcher, which stops its engine."""

@@ -6,9 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .failure_report import log_of
 from .jobs import Job
-from .worker.events import HEADER
+from .worker.rank_log import HEADER, read_log
 
 Read = Callable[[int, int], bytes]
 
@@ -51,13 +50,4 @@ def of_job(job: Job) -> Read:
 
 def of_files(run_dir: Path) -> Read:
     """Reads the logs in a run directory."""
-
-    def read(rank: int, offset: int) -> bytes:
-        try:
-            with log_of(run_dir, rank).open("rb") as file:
-                file.seek(offset)
-                return file.read()
-        except FileNotFoundError:
-            return b""
-
-    return read
+    return lambda rank, offset: read_log(run_dir, rank, offset)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from distopt.config import RunConfig
+from distopt.launchers import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS, SECRETS_FILE, STOP_FILE
 
-from .file_names import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS, SECRETS_FILE, STOP_FILE
 from .plan import Plan
 
 RUNS = Path("runs")

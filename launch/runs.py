@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distopt.config import ConfigError, RunConfig, load_config
+from distopt.launchers import CONFIG_FILE, LAUNCH_FILE, LOGS
 
 from . import checks, failure_report, output, ssh
 from .attach import follow, say
-from .file_names import CONFIG_FILE, LAUNCH_FILE, LOGS
 from .jobs import FollowedJob, Job, JobError, PlatformError, State, SubmittedJob
 from .plan import Plan
 from .platforms import load_platform

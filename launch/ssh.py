@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distopt.config import RunConfig
 
-from . import network
+from .worker import network
 
 SSH = "/usr/bin/ssh"
 # Without keepalives, engines wait for ever for the session of a host that has gone.
@@ -89,4 +89,32 @@ def _try(config: RunConfig, host: str) -> str | None:
         return f"launch.hosts: {host} has no {sys.executable}; install distopt there in the same place, or share it"
     if done.returncode:
         return f"launch.hosts: {host} has no folder {here}; the command must be given in a folder that all hosts share"
-    return next(iter(network.slot_problems(config, host, int(done.stdout.split()[-1]))), None)
+    return next(iter(slot_problems(config, host, int(done.stdout.split()[-1]))), None)
+
+
+def host_problems(hosts: Sequence[str]) -> list[str]:
+    """Returns what would make workers of several hosts call the wrong machine."""
+    problems = []
+    for host in hosts:
+        address = network.resolve(host)
+        if address is None:
+            problems.append(
+                f"launch.hosts: {host} resolves to no address here; add it to /etc/hosts or name its address instead"
+            )
+        elif len(hosts) > 1 and network.is_loopback(address):
+            problems.append(
+                f"launch.hosts: {host} resolves to {address}, where no other host reaches it; "
+                "correct /etc/hosts or name the address that the others use"
+            )
+    return problems
+
+
+def slot_problems(config: RunConfig, host: str, cores: int) -> list[str]:
+    """Returns whether a host has fewer cores than it gets processes; two processes have room anywhere."""
+    workers = config.launch.workers
+    if workers <= max(2, cores) or config.launch.oversubscribe:
+        return []
+    return [
+        f"launch.workers: {workers} processes, but {host} has {cores} cores; "
+        f"set launch.workers={cores}, or launch.oversubscribe=true to let them share"
+    ]

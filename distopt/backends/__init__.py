@@ -10,8 +10,8 @@ from datetime import timedelta
 from typing import Literal, TypeAlias
 
 from distopt.backends.base import DEFAULT_TIMEOUT, Backend, BackendError, Handle, Json, Op
-from distopt.backends.environment import Place, find_place
 from distopt.backends.single import Single
+from distopt.launchers import LauncherError, RankInfo, find_launcher, find_rank
 
 __all__ = ["Backend", "BackendError", "BackendName", "Handle", "Json", "Op", "current", "init"]
 
@@ -79,11 +79,11 @@ def current() -> Backend:
         return _current
     adopted = _adopt(DEFAULT_TIMEOUT)
     if adopted is None:
-        place = find_place()
-        if place is not None and place.world_size > 1:
+        rank_info = _find_rank()
+        if rank_info is not None and rank_info.world_size > 1:
             raise BackendError(
-                f"This process was started by {place.starter} as rank {place.rank} of {place.world_size}, but "
-                "distopt.init() was never called. Call it once, before the first step."
+                f"This process was started by {rank_info.launcher} as rank {rank_info.rank} of {rank_info.world_size}, "
+                "but distopt.init() was never called. Call it once, before the first step."
             )
         adopted = Single()
     _current = adopted
@@ -91,52 +91,60 @@ def current() -> Backend:
 
 
 def _start(backend: str, timeout: timedelta) -> Backend:
-    place = find_place()
+    rank_info = _find_rank()
     if backend == "auto":
         adopted = _adopt(timeout)
         if adopted is not None:
             return adopted
-        backend = _choose(place)
+        backend = _choose()
     if backend == "single":
         return Single(timeout=timeout)
     if backend == "horovod":
         from distopt.backends.horovod import Horovod
 
-        return _whole(Horovod.start(timeout=timeout), place)
+        return _whole(Horovod.start(timeout=timeout), rank_info)
     if backend == "mpi":
         from distopt.backends.mpi import Mpi
 
-        return _whole(Mpi(timeout=timeout), place)
+        return _whole(Mpi(timeout=timeout), rank_info)
     from distopt.backends.torch_dist import TorchDist
 
-    if place is None:
+    if rank_info is None:
         raise BackendError(
             "init('torch_dist'): no launcher's variables are in the environment. Start the script by torchrun or "
             "`distopt launch`, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."
         )
-    return TorchDist.start(place, timeout=timeout)
+    return TorchDist.start(rank_info, timeout=timeout)
 
 
-def _whole(backend: Backend, place: Place | None) -> Backend:
+def _whole(backend: Backend, rank_info: RankInfo | None) -> Backend:
     """Refuses a world that fell apart: processes whose MPI is not their launcher's each find themselves alone."""
-    if place is None or place.world_size == backend.world_size:
+    if rank_info is None or rank_info.world_size == backend.world_size:
         return backend
     found = backend.world_size
     backend.close()
     raise BackendError(
-        f"{place.starter} started {place.world_size} workers, but this one finds a world of {found} over "
+        f"{rank_info.launcher} started {rank_info.world_size} workers, but this one finds a world of {found} over "
         f"{backend.name}. Is that library built for the MPI whose mpirun or srun started it? Use that MPI's mpirun, or "
         "another backend."
     )
 
 
-def _choose(place: Place | None) -> str:
-    if place is None:
+def _find_rank() -> RankInfo | None:
+    """What the launcher tells this process; variables that make no sense are an error like any other of `init`."""
+    try:
+        return find_rank()
+    except LauncherError as error:
+        raise BackendError(str(error)) from error
+
+
+def _choose() -> str:
+    """The backend that the launcher's processes can use."""
+    launcher = find_launcher()
+    if launcher is None:
         return "single"
-    if place.starter == "horovodrun":
-        return "horovod"
-    if not place.starter.startswith("mpirun"):
-        return "torch_dist"
+    if launcher.backend != "mpi":
+        return launcher.backend
     try:
         import horovod.torch as hvd
     except ImportError:

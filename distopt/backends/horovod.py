@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from distopt.backends.base import DEFAULT_TIMEOUT, BackendError, Op
-from distopt.backends.environment import Place
 from distopt.backends.heartbeat import make_side_store
 from distopt.backends.torch_dist import choose_device
 from distopt.backends.world import Pending, World
+from distopt.launchers import RankInfo
 
 MEND = (
     "Horovod is not installed for this torch. `make setup-dev` builds it, or `python tools/build_horovod.py` into the "
@@ -68,8 +68,8 @@ class Horovod(World):
             )
         self._set, self._own = process_set or hvd.global_process_set, own
         rank, world_size = (hvd.rank(), hvd.size()) if process_set is None else (process_set.rank(), process_set.size())
-        place = Place("horovod", rank, world_size, hvd.local_rank(), hvd.local_size(), hvd.cross_rank())
-        super().__init__(place, device or choose_device(place), timeout)
+        rank_info = RankInfo("horovod", rank, world_size, hvd.local_rank(), hvd.local_size(), hvd.cross_rank())
+        super().__init__(rank_info, device or choose_device(rank_info), timeout)
         self._ops = {"sum": hvd.Sum, "min": hvd.Min, "max": hvd.Max}
         self._in_flight: dict[str, int] = {}
         self.open()

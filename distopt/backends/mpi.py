@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from distopt.backends.base import DEFAULT_TIMEOUT, BackendError, Op
-from distopt.backends.environment import Place
 from distopt.backends.heartbeat import make_side_store
 from distopt.backends.torch_dist import choose_device
 from distopt.backends.world import Pending, World
+from distopt.launchers import RankInfo
 
 _COMBINE = {"sum": torch.add, "min": torch.minimum, "max": torch.maximum}
 _SPIN_S = 2e-4
@@ -51,9 +51,9 @@ class Mpi(World):
         self._ops = {"sum": MPI.SUM, "min": MPI.MIN, "max": MPI.MAX}
         self._half_ops: dict[tuple[str, torch.dtype], Any] = {}
         local = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
-        place = Place("mpirun", self._comm.rank, self._comm.size, local.rank, local.size)
+        rank_info = RankInfo("mpirun", self._comm.rank, self._comm.size, local.rank, local.size)
         local.Free()
-        super().__init__(place, device or choose_device(place), timeout)
+        super().__init__(rank_info, device or choose_device(rank_info), timeout)
         self.open()
 
     def _start_all_reduce(self, tensor: Tensor, op: Op) -> Pending:

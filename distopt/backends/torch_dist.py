@@ -15,8 +15,8 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from distopt.backends.base import DEFAULT_TIMEOUT, BackendError, Op
-from distopt.backends.environment import Place, find_rendezvous
 from distopt.backends.world import Pending, World
+from distopt.launchers import LauncherError, RankInfo, find_rendezvous
 
 _OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 _SHORTEST_WAIT_S = 2e-3  # torch counts in milliseconds, and takes 0 for no timeout at all
@@ -26,7 +26,7 @@ class TorchDist(World):
     """A `torch.distributed` process group: the default backend.
 
     Args:
-        place: This process's rank and world size.
+        rank_info: This process's rank and world size.
         group: Process group to use; the default one when None.
         device: Where parameters live by default; chosen by local rank when None.
         timeout: For every wait.
@@ -38,52 +38,54 @@ class TorchDist(World):
 
     def __init__(
         self,
-        place: Place,
+        rank_info: RankInfo,
         *,
         group: Any = None,
         device: torch.device | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
         own: bool = False,
     ) -> None:
-        super().__init__(place, device or choose_device(place), timeout)
+        super().__init__(rank_info, device or choose_device(rank_info), timeout)
         self._group, self._own = group, own
         self._has_gloo = "gloo" in str(dist.get_backend_config(group))
         self.open()
 
     @classmethod
     def start(
-        cls, place: Place, *, device: torch.device | None = None, timeout: timedelta = DEFAULT_TIMEOUT
+        cls, rank_info: RankInfo, *, device: torch.device | None = None, timeout: timedelta = DEFAULT_TIMEOUT
     ) -> TorchDist:
         """Meets the other ranks at MASTER_ADDR:MASTER_PORT and returns the backend.
 
         Raises:
             BackendError: The address cannot be reached or not all ranks came within the timeout.
         """
-        address, port = find_rendezvous(place)
-        device = device or choose_device(place)
+        try:
+            address, port = find_rendezvous(rank_info)
+        except LauncherError as error:
+            raise BackendError(str(error)) from error
+        device = device or choose_device(rank_info)
         engine = "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
         try:
-            # The launcher's agent may hold the store (torchrun does); then no rank opens it, and env:// knows that.
-            method = f"tcp://{address}:{port}" if place.starter == "srun" else "env://"
-            store = _local_store(address, port, place, timeout)
+            store = _local_store(address, port, rank_info, timeout)
             dist.init_process_group(
                 engine,
-                init_method=method if store is None else None,
+                # torchrun's agent may hold the store; then no rank opens it, which torch reads from the environment.
+                init_method=f"tcp://{address}:{port}" if store is None else None,
                 store=store,
-                rank=place.rank,
-                world_size=place.world_size,
+                rank=rank_info.rank,
+                world_size=rank_info.world_size,
                 timeout=timeout,
             )
         except (RuntimeError, OSError, ValueError) as error:
             raise BackendError(
-                f"rank {place.rank} of {place.world_size}, started by {place.starter}: not all ranks met at "
-                f"{address}:{port} within {timeout.total_seconds():g} s. Check that MASTER_ADDR is the host of rank 0 "
-                f"and can be reached from here, that MASTER_PORT is free there, and that {place.world_size} processes "
-                f"were started. torch says: {str(error).splitlines()[0]}"
+                f"rank {rank_info.rank} of {rank_info.world_size}, started by {rank_info.launcher}: not all ranks met "
+                f"at {address}:{port} within {timeout.total_seconds():g} s. Check that MASTER_ADDR is the host of rank "
+                f"0 and can be reached from here, that MASTER_PORT is free there, and that {rank_info.world_size} "
+                f"processes were started. torch says: {str(error).splitlines()[0]}"
             ) from error
-        return cls(place, device=device, timeout=timeout, own=True)
+        return cls(rank_info, device=device, timeout=timeout, own=True)
 
     @classmethod
     def adopt(cls, group: Any = None, *, timeout: timedelta = DEFAULT_TIMEOUT) -> TorchDist:
@@ -97,7 +99,9 @@ class TorchDist(World):
                 f"rank {dist.get_rank()} of {dist.get_world_size()} is not in the process group that it was given. Use "
                 "it on its own ranks alone (`if torch.distributed.get_rank(group) >= 0:`), and another on the others."
             )
-        return cls(Place("the script", dist.get_rank(group), dist.get_world_size(group)), group=group, timeout=timeout)
+        return cls(
+            RankInfo("the script", dist.get_rank(group), dist.get_world_size(group)), group=group, timeout=timeout
+        )
 
     @property
     def json_device(self) -> torch.device:
@@ -135,13 +139,13 @@ class TorchDist(World):
             dist.destroy_process_group()
 
 
-def _local_store(address: str, port: int, place: Place, timeout: timedelta) -> Store | None:
+def _local_store(address: str, port: int, rank_info: RankInfo, timeout: timedelta) -> Store | None:
     """Where all ranks are on this machine, a store that listens there alone; torch's own listens on all interfaces."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or address not in ("127.0.0.1", "localhost"):
         return None
-    is_master = place.rank == 0
+    is_master = rank_info.rank == 0
     listener = socket.create_server(("127.0.0.1", port)).detach() if is_master else None
-    return TCPStore("127.0.0.1", port, place.world_size, is_master, timeout, master_listen_fd=listener)
+    return TCPStore("127.0.0.1", port, rank_info.world_size, is_master, timeout, master_listen_fd=listener)
 
 
 class _Works:
@@ -179,10 +183,10 @@ def _poll_work(work: Any, seconds: float) -> bool:
     return True
 
 
-def choose_device(place: Place) -> torch.device:
+def choose_device(rank_info: RankInfo) -> torch.device:
     """Returns this process's GPU when the machine has one for each of its processes, else the CPU."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    local_rank = place.local_rank or 0
-    if gpus and gpus >= (place.local_size or local_rank + 1):
+    local_rank = rank_info.local_rank or 0
+    if gpus and gpus >= (rank_info.local_size or local_rank + 1):
         return torch.device("cuda", local_rank)
     return torch.device("cpu")

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from distopt.backends.base import BackendError, Handle, Json, Op
-from distopt.backends.environment import Place
 from distopt.backends.heartbeat import BEAT_S, Failure, Watch
+from distopt.launchers import RankInfo
 
 LINGER = timedelta(seconds=3)
 """How long a failing rank stays for the others to read its cause, and they look for one when a connection closes."""
@@ -67,24 +67,24 @@ class World(ABC):
     """A world of several processes; subclasses start its collectives.
 
     Args:
-        place: Rank, world size and what else the launcher told.
+        rank_info: Rank, world size and what else the launcher told.
         device: Where this rank's parameters live by default.
         timeout: What a wait without a timeout of its own waits for.
     """
 
     library: ClassVar[str]
 
-    def __init__(self, place: Place, device: torch.device, timeout: timedelta) -> None:
+    def __init__(self, rank_info: RankInfo, device: torch.device, timeout: timedelta) -> None:
         self.name = self.library
-        self.rank, self.world_size = place.rank, place.world_size
+        self.rank, self.world_size = rank_info.rank, rank_info.world_size
         self.device, self.timeout = device, timeout
         self.waiting = 0  # collectives started and not yet seen to be done
         self.all_reduce_s, self.all_reduce_bytes = 0.0, 0
         self.closed = False
         self._watch: Watch | None = None
         self._way_out: WayOut | None = None
-        self.local_rank, self.node_rank = place.local_rank or 0, place.node_rank or 0
-        self._place = place
+        self.local_rank, self.node_rank = rank_info.local_rank or 0, rank_info.node_rank or 0
+        self._rank_info = rank_info
 
     # What a subclass starts.
 
@@ -187,12 +187,12 @@ class World(ABC):
 
     def open(self) -> None:
         """Starts the heartbeat and the way out; a collective call, made once the collectives work."""
-        if self._place.node_rank is None or self._place.local_rank is None:
+        if self._rank_info.node_rank is None or self._rank_info.local_rank is None:
             hosts = self.all_gather_json(socket.gethostname())
             names = list(dict.fromkeys(hosts))
-            if self._place.node_rank is None:
+            if self._rank_info.node_rank is None:
                 self.node_rank = names.index(hosts[self.rank])
-            if self._place.local_rank is None:
+            if self._rank_info.local_rank is None:
                 self.local_rank = hosts[: self.rank].count(hosts[self.rank])
         if self.world_size > 1:
             self._watch = Watch(self._make_store(), self.rank, self.world_size)
@@ -245,8 +245,8 @@ class World(ABC):
 
     def _where(self, what: str) -> str:
         watch = self._watch
-        place = f", step {watch.step}, phase {watch.phase!r}" if watch is not None else ""
-        return f"rank {self.rank} of {self.world_size}{place}: {self.name} {what}"
+        location = f", step {watch.step}, phase {watch.phase!r}" if watch is not None else ""
+        return f"rank {self.rank} of {self.world_size}{location}: {self.name} {what}"
 
     def _second(self, failure: Failure) -> str:
         said = f"{failure}. Rank {self.rank} of {self.world_size} stops because of it."

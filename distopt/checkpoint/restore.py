@@ -19,6 +19,7 @@ from distopt.checkpoint.statefile import StateReader
 from distopt.checkpoint.storage.base import Storage, is_url, open_storage
 from distopt.checkpoint.storage.names import step_of
 from distopt.config import MAY_CHANGE, differences
+from distopt.launchers import CHECKPOINTS
 from distopt.rng import restore_noise, seed_stream
 
 REPLICATED = "replicated"
@@ -84,7 +85,7 @@ def _choose_path(place: str) -> tuple[Storage, list[Candidate]]:
     else:
         if not is_url(place) and Path(place).is_file():
             raise CheckpointError(f"{place}: a file; a checkpoint is a folder, such as RUN/checkpoints/step-00000100.")
-        inner = Path(place) / "checkpoints"
+        inner = Path(place) / CHECKPOINTS
         storage = open_storage(inner if not is_url(place) and inner.is_dir() else place)
         chosen = candidates(storage)
     if not chosen:

@@ -219,10 +219,15 @@ class LaunchConfig(Section):
         return len(self.hosts) or self.nodes or 1
 
     @property
+    def host_counts(self) -> range:
+        """Numbers of hosts that the run may have: one, unless it is elastic."""
+        return range(self.min_hosts or self.num_hosts, self.num_hosts + 1)
+
+    @property
     def world_sizes(self) -> range:
         """Numbers of workers that the run may have: one, unless it is elastic."""
-        least = self.min_hosts or self.num_hosts
-        return range(least * self.workers, self.num_hosts * self.workers + 1, self.workers)
+        hosts = self.host_counts
+        return range(hosts[0] * self.workers, hosts[-1] * self.workers + 1, self.workers)
 
     @model_validator(mode="before")
     @classmethod

@@ -18,11 +18,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from distopt.config.base import ConfigError
+from distopt.launchers import TRUSTED_VARIABLE
 
 REFERENCE_PATTERN = r"^[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z][A-Za-z0-9_]*$"
-
-TRUSTED_VARIABLE = "DISTOPT_TRUSTED_TASKS"
-"""Environment variable that names packages, separated by commas; if it is set, only code of these packages is run."""
 
 
 def trusted_packages() -> list[str]:

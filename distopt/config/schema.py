@@ -11,7 +11,8 @@ from pydantic import Field, field_validator, model_validator
 
 from distopt.config.base import Section
 from distopt.config.launch import LaunchConfig
-from distopt.config.plugins import TRUSTED_VARIABLE, Reference, trusted_packages
+from distopt.config.plugins import Reference, trusted_packages
+from distopt.launchers import TRUSTED_VARIABLE
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 

@@ -22,11 +22,11 @@ from torch import nn
 
 import distopt.optim
 from distopt.backends import Backend, BackendError, init
-from distopt.backends.environment import find_place
 from distopt.checkpoint import Checkpointer, CheckpointError, Restored
 from distopt.config import ConfigError, RunConfig, differences
 from distopt.data import GlobalBatches, Loader
 from distopt.infer import SVI, seed_noise
+from distopt.launchers import CHECKPOINTS, LauncherError, find_rank
 from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim
 from distopt.reduce import DisagreementError, DriftError, PeerError
 from distopt.train.loggers import FILE_NAME, Metrics, StepProgress, printer, read_metrics
@@ -36,12 +36,11 @@ from distopt.train.serve import ServeError, serving
 from distopt.train.signals import StopSignals
 from distopt.train.task import Task, TaskError, TaskRows, load_task
 
-CHECKPOINTS = "checkpoints"
 REPORT = "report.html"
 _INIT_ROWS = 1024
 # What a user mends by reading one line; anything else is a defect and shows where it happened.
 _SHARED_ERRORS = (BackendError, PeerError, DisagreementError, DriftError)
-_PLAIN_ERRORS = (*_SHARED_ERRORS, ConfigError, TaskError, CheckpointError, ServeError)
+_PLAIN_ERRORS = (*_SHARED_ERRORS, ConfigError, LauncherError, TaskError, CheckpointError, ServeError)
 
 
 def run(config: RunConfig) -> int:
@@ -59,9 +58,9 @@ def run(config: RunConfig) -> int:
     """
     backend: Backend | None = None
     try:
-        status, place = Status(), find_place()
+        status, rank_info = Status(), find_rank()
         # Served before the ranks have met: waiting for the others is when one wants to ask.
-        with StopSignals() as stop, serving(config.serve, status, (place and place.local_rank) or 0):
+        with StopSignals() as stop, serving(config.serve, status, (rank_info and rank_info.local_rank) or 0):
             backend = init(config.reduce.backend, timeout=timedelta(seconds=config.reduce.timeout_s))
             stop.hold()
             return _Worker(config, backend, status, stop).run()

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from distopt.config import RunConfig
 
-from .. import network, ssh
+from .. import ssh
 from ..plan import STOP_BY_FILE, Command, Plan, env_of_workers, run_files, worker_argv
+from ..worker import network
 from .base import Platform
 from .mpi import find_mpirun, is_mpich, mpi_of_horovod, open_mpi_env, secret_variables
 
@@ -45,7 +46,7 @@ class HorovodrunPlatform(Platform):
             problems.append(
                 "launch.min_hosts: horovodrun is elastic over Gloo alone; set launch.horovod_controller=gloo"
             )
-        if unresolved := network.host_problems(hosts):
+        if unresolved := ssh.host_problems(hosts):
             return problems + unresolved
         return problems + ssh.unreachable(config, [host for host in hosts if not network.is_here(host)])
 

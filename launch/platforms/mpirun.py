@@ -7,8 +7,9 @@ from importlib.util import find_spec
 
 from distopt.config import RunConfig
 
-from .. import network, ssh
+from .. import ssh
 from ..plan import STOP_BY_FILE, Command, Plan, env_of_workers, run_files, worker_argv
+from ..worker import network
 from .base import Platform
 from .mpi import BUILD_HOROVOD, find_mpirun, is_mpich, mpi_of_horovod, open_mpi_env, secret_variables
 
@@ -31,7 +32,7 @@ class MpirunPlatform(Platform):
             )
         elif config.task is not None:  # a script may bring a library of its own
             problems += library_problems(config, program)
-        if unresolved := network.host_problems(hosts):
+        if unresolved := ssh.host_problems(hosts):
             return problems + unresolved
         return problems + ssh.unreachable(config, [host for host in hosts if not network.is_here(host)])
 

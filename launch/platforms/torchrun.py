@@ -6,15 +6,16 @@ import os
 import sys
 
 from distopt.config import RunConfig
+from distopt.launchers import HEARTBEAT_VARIABLE, RENDEZVOUS_PORT, format_range
 
-from .. import network, ssh
+from .. import ssh
 from ..plan import Command, Plan, env_of_workers, run_files, worker_argv
+from ..worker import network
 from .base import Platform
 
 # With the agent's store shared over restarts, new workers read the addresses of dead ones: half of the restarts of
 # torch 2.13 on one node failed, and none with a store per restart.
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-DEFAULT_PORT = 29400
 RENDEZVOUS_FILE = "rendezvous"
 FILE_STORE = "--rdzv-conf=store_type=file,keep_alive_interval=60"  # each sign of life makes the file longer
 
@@ -31,7 +32,7 @@ class TorchrunPlatform(Platform):
                 f"reduce.backend: found {config.reduce.backend}, but torchrun starts workers of torch_dist; "
                 "set reduce.backend=auto or another launch.platform"
             )
-        if unresolved := network.host_problems(hosts):
+        if unresolved := ssh.host_problems(hosts):
             return problems + unresolved
         return problems + ssh.unreachable(config, [host for host in hosts if not network.is_here(host)])
 
@@ -55,12 +56,13 @@ class TorchrunPlatform(Platform):
         launch = config.launch
         host = launch.hosts[index]
         addresses = [network.resolve(name) or name for name in launch.hosts]
-        least = launch.min_hosts or len(launch.hosts)
-        nodes = str(least) if least == len(launch.hosts) else f"{least}:{len(launch.hosts)}"
-        place = [f"--nnodes={nodes}", *_rendezvous(addresses[0], launch.port or DEFAULT_PORT, index)]
+        place = [
+            f"--nnodes={format_range(launch.host_counts)}",
+            *_rendezvous(addresses[0], launch.port or RENDEZVOUS_PORT, index),
+        ]
         engine = torchrun_argv(config, [*place, f"--rdzv-id={config.name}", f"--local-addr={addresses[index]}"])
         agent = [sys.executable, "-m", "distopt.launch.worker.host_agent", "--", *engine]
-        env = env_of_workers(config, **FRESH_STORE, DISTOPT_HEARTBEAT="1")
+        env = env_of_workers(config, **FRESH_STORE, **{HEARTBEAT_VARIABLE: "1"})
         if network.is_here(host):
             return Command(tuple(agent), env, host=host)
         words = ["env", "-C", os.getcwd(), *(f"{key}={value}" for key, value in sorted(env.items())), *agent]

@@ -10,64 +10,19 @@ import torch.distributed as dist
 
 from distopt import backends
 from distopt.backends import Backend, BackendError, current, init
-from distopt.backends.environment import STARTERS, Place, find_place, find_rendezvous
 from distopt.backends.single import Single
 from distopt.backends.torch_dist import TorchDist
+from tests.test_launchers import ENVIRONMENTS, open_mpi, torchrun
 from tests.workers import free_port
-
-ENVIRONMENTS = {
-    "torchrun": {"TORCHELASTIC_RUN_ID": "1", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    | {"GROUP_RANK": "1"},
-    "horovodrun": {"HOROVOD_RANK": "3", "HOROVOD_SIZE": "4", "HOROVOD_LOCAL_RANK": "1", "HOROVOD_LOCAL_SIZE": "2"}
-    | {"HOROVOD_CROSS_RANK": "1"},
-    "mpirun (Open MPI)": {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
-    "mpirun (MPICH)": {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"},
-    "srun": {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID": "0", "SLURM_LOCALID": "1"},
-    "Kubernetes": {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"},
-    "the environment": {"MASTER_ADDR": "h", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"},
-}
 
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that nobody has started, with no backend yet."""
     for variables in ENVIRONMENTS.values():
-        for variable in (*variables, "MASTER_ADDR", "MASTER_PORT"):
+        for variable in variables(0, 1):
             monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(backends, "_current", None)
-
-
-@pytest.mark.parametrize("starter", ENVIRONMENTS)
-def test_each_launcher_is_recognised_by_its_variables(starter: str) -> None:
-    place = find_place(ENVIRONMENTS[starter])
-    assert place is not None
-    assert (place.starter, place.rank, place.world_size, place.local_rank) == (starter, 3, 4, 1)
-
-
-def test_every_launcher_of_the_table_has_an_example() -> None:
-    assert {starter.name for starter in STARTERS} == set(ENVIRONMENTS)
-
-
-def test_batch_script_of_slurm_is_a_lone_process() -> None:
-    assert find_place({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "5"}) is None
-
-
-def test_torchrun_inside_srun_is_torchrun() -> None:
-    place = find_place(ENVIRONMENTS["srun"] | ENVIRONMENTS["torchrun"])
-    assert place is not None and place.starter == "torchrun"
-
-
-@pytest.mark.parametrize("change", [{"RANK": "x"}, {"RANK": "4"}])
-def test_variables_that_make_no_sense_are_an_error_that_shows_them(change: dict[str, str]) -> None:
-    with pytest.raises(BackendError, match="RANK='[x4]'"):
-        find_place(ENVIRONMENTS["torchrun"] | change)
-
-
-def test_srun_meets_at_the_first_node_of_the_step() -> None:
-    place = Place("srun", 1, 4)
-    variables = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "dn[3-5],gpu1"}
-    assert find_rendezvous(place, variables) == ("dn3", 15000 + 7 * 16 + 2)
-    assert find_rendezvous(place, variables | {"MASTER_ADDR": "h", "MASTER_PORT": "9"}) == ("h", 9)
 
 
 def test_lone_process_gets_a_world_of_one() -> None:
@@ -81,10 +36,18 @@ def test_lone_process_gets_a_world_of_one() -> None:
 
 
 def test_init_that_was_left_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable, value in ENVIRONMENTS["torchrun"].items():
+    for variable, value in torchrun(3, 4).items():
         monkeypatch.setenv(variable, value)
     with pytest.raises(BackendError, match=r"started by torchrun as rank 3 of 4, but distopt.init\(\) was never"):
         current()
+
+
+def test_rank_that_makes_no_sense_is_an_error_of_init(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value in torchrun(4, 4).items():
+        monkeypatch.setenv(variable, value)
+    for start in (init, current):
+        with pytest.raises(BackendError, match="torchrun says RANK='4' of WORLD_SIZE='4'"):
+            start()
 
 
 def test_process_group_of_the_script_is_adopted_and_left_alone() -> None:
@@ -121,7 +84,7 @@ def test_wrong_address_is_an_error_with_the_address(monkeypatch: pytest.MonkeyPa
 
 
 def test_address_that_is_missing_names_the_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable, value in ENVIRONMENTS["mpirun (Open MPI)"].items():
+    for variable, value in open_mpi(3, 4).items():
         monkeypatch.setenv(variable, value)
     with pytest.raises(BackendError, match="MASTER_ADDR and MASTER_PORT not set"):
         init("torch_dist")

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from distopt.config import parse_config
-from distopt.launch import doctor, network
+from distopt.launch import doctor
+from distopt.launch.worker import network
 
 
 def run_config(*overrides: str):

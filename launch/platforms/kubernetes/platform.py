@@ -10,8 +10,8 @@ import yaml
 
 from distopt.config import RunConfig, dump_yaml
 from distopt.config.launch import DNS_LABEL
+from distopt.launchers import CONFIG_FILE
 
-from ...file_names import CONFIG_FILE
 from ...plan import Plan
 from ...run_dir import RUNS
 from ..base import Platform

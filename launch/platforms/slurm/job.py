@@ -9,9 +9,10 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...failure_report import log_of
-from ...file_names import LAUNCH_FILE, STOP_FILE
+from distopt.launchers import LAUNCH_FILE, STOP_FILE
+
 from ...jobs import PlatformError, State, SubmittedJob
+from ...worker.rank_log import read_log
 
 TIMEOUT_S = 60
 BATCH_LOG = "slurm.log"  # the batch script's own output, beside the logs of the ranks
@@ -89,8 +90,7 @@ class SlurmJob(SubmittedJob):
 
     def logs(self, rank: int) -> str:
         """Returns what a rank has printed so far."""
-        path = log_of(self.run_dir, rank)
-        return path.read_text(errors="replace") if path.exists() else ""
+        return read_log(self.run_dir, rank).decode(errors="replace")
 
     def stop(self) -> None:
         """Has the workers save and end; a job that still waits is cancelled."""

@@ -9,8 +9,8 @@ import subprocess
 import sys
 
 from distopt.config import RunConfig
+from distopt.launchers import HOSTS_VARIABLE, LOGS, RENDEZVOUS_PORT, format_range
 
-from ...file_names import LOGS
 from ...plan import Command, Plan, env_of_workers, run_files, worker_argv
 from ..base import Platform
 from ..torchrun import FRESH_STORE, torchrun_argv
@@ -81,10 +81,9 @@ def _options(config: RunConfig) -> list[str]:
         "constraint": slurm.constraint,
         "gpus-per-node": slurm.gpus_per_node or None,
     }
-    least = launch.min_hosts or launch.num_hosts
     return [
         f"--job-name={config.name}",
-        f"--nodes={least}" if least == launch.num_hosts else f"--nodes={least}-{launch.num_hosts}",
+        f"--nodes={format_range(launch.host_counts).replace(':', '-')}",
         f"--ntasks-per-node={tasks}",
         f"--cpus-per-task={cpus}",
         f"--chdir={os.getcwd()}",
@@ -104,7 +103,13 @@ def _script(config: RunConfig) -> str:
     """
     env = env_of_workers(config, **(FRESH_STORE if _by_torchrun(config) else {}))
     exports = "\n".join(f"export {key}={shlex.quote(value)}" for key, value in sorted(env.items()))
-    return _SCRIPT.format(name=config.name, exports=exports, step=_step(config), port=config.launch.port or 29400)
+    return _SCRIPT.format(
+        name=config.name,
+        exports=exports,
+        step=_step(config),
+        hosts=HOSTS_VARIABLE,
+        port=config.launch.port or RENDEZVOUS_PORT,
+    )
 
 
 def _step(config: RunConfig) -> str:
@@ -112,9 +117,7 @@ def _step(config: RunConfig) -> str:
     worker = ["srun", "--kill-on-bad-exit=1", "--unbuffered"]
     if not _by_torchrun(config):
         return shlex.join([*worker, f"--mpi={config.launch.slurm.mpi}", *worker_argv(config, sys.executable)])
-    launch = config.launch
-    least = launch.min_hosts or launch.num_hosts
-    nodes = str(least) if least == launch.num_hosts else f"{least}:{launch.num_hosts}"
+    nodes = format_range(config.launch.host_counts)
     engine = torchrun_argv(config, [f"--nnodes={nodes}", "--rdzv-backend=c10d"])
     program, options = engine[:3], engine[3:]
     place = '--rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$LEADER:$PORT" --local-addr="$SLURMD_NODENAME"'
@@ -131,7 +134,7 @@ _SCRIPT = """\
 set -u
 {exports}
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export DISTOPT_HOSTS=$(echo "$hosts" | paste -sd ,)
+export {hosts}=$(echo "$hosts" | paste -sd ,)
 export LEADER=$(echo "$hosts" | head -n 1)
 export PORT=$(({port} + SLURM_JOB_ID % 1000))
 
