@@ -47,6 +47,7 @@ from distopt.checkpoint.sharded_params import ShardedReader, capture_local, plat
 from distopt.checkpoint.snapshot import HostMemory, Snapshot, take_snapshot, without_collection
 from distopt.checkpoint.storage.base import Storage, open_storage
 from distopt.checkpoint.storage.names import step_number
+from distopt.optim.distributed import DistributedOptimizer
 from distopt.rng import capture_noise, digest_noise, set_up_quietly
 from distopt.sharding import local_parameters
 
@@ -277,7 +278,8 @@ class Checkpointer:
 
     def _extras_of_rank(self) -> dict[str, run_state.Stateful]:
         """Returns `rank_extras` and, of an optimizer whose compression is lossy, the errors that it makes up for."""
-        kept: run_state.Stateful | None = getattr(self._optimizer, "of_rank", None)
+        distributed = self._optimizer if isinstance(self._optimizer, DistributedOptimizer) else None
+        kept = None if distributed is None else distributed.rank_local_state
         return self._rank_extras if kept is None else {"compression": kept} | self._rank_extras
 
     def _start(self, step: int, place: Json, snapshots: dict[str, Snapshot], words: list[dict[str, Any]]) -> None:

@@ -7,6 +7,7 @@ from distopt.config.base import ConfigError
 from distopt.config.compare import differences
 from distopt.config.launch import LaunchConfig
 from distopt.config.load import dump_yaml, load_config, parse_config
+from distopt.config.reduce import ReduceConfig, ReduceOptions
 from distopt.config.schema import (
     MAY_CHANGE,
     CheckpointConfig,
@@ -14,7 +15,6 @@ from distopt.config.schema import (
     DataConfig,
     LogConfig,
     OptimConfig,
-    ReduceConfig,
     RunConfig,
     SchedulerConfig,
     ServeConfig,
@@ -31,6 +31,7 @@ __all__ = [
     "LogConfig",
     "OptimConfig",
     "ReduceConfig",
+    "ReduceOptions",
     "RunConfig",
     "SchedulerConfig",
     "ServeConfig",

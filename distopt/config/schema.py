@@ -9,17 +9,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from distopt.config.base import Section
+from distopt.config.base import Positive, Section
 from distopt.config.launch import LaunchConfig
 from distopt.config.plugins import Reference, trusted_packages
+from distopt.config.reduce import ReduceConfig
 from distopt.launchers import TRUSTED_VARIABLE
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 MAY_CHANGE = ("name", "run_dir", "launch", "log", "serve", "reduce", "checkpoint", "data.prefetch", "train.num_steps")
 """Keys that may differ when a run goes on from its checkpoints: where and how long it runs, not what it computes."""
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class TrainConfig(Section):
@@ -99,27 +98,6 @@ class OptimConfig(Section):
     """A gradient that is NaN or infinite somewhere is stepped by, left out on all workers and counted, or an error."""
     scheduler: SchedulerConfig | None = None
     """The learning-rate schedule; null keeps the rate."""
-
-
-class ReduceConfig(Section):
-    """How gradients of many workers become one."""
-
-    backend: Literal["auto", "single", "torch_dist", "horovod", "mpi"] = "auto"
-    """The library that carries them; `auto` is `torch_dist` unless the platform's engine belongs to another."""
-    op: Literal["average", "sum", "adasum"] = "average"
-    """What becomes of the workers' gradients; `sum` is as many times as large as the average as there are workers."""
-    bucket_mib: Positive = 25.0
-    """Size in MiB of the buffers that are reduced one at a time."""
-    compression: Literal["none", "fp16", "bf16", "powersgd"] = "none"
-    """What is done to gradients on the wire."""
-    power_sgd_rank: Annotated[int, Field(ge=1)] = 2
-    """Rank of the approximation that `powersgd` sends; more is closer and slower."""
-    overlap: bool = False
-    """Whether reductions start during the backward pass."""
-    drift_every_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps between two comparisons of the workers' parameters and optimizer states, bit by bit; 0 never compares."""
-    timeout_s: Positive = 300.0
-    """Seconds that a rank waits for the others before it ends with an error naming them."""
 
 
 class CheckpointConfig(Section):
@@ -230,6 +208,20 @@ class RunConfig(Section):
             raise ValueError("script_args are given, but no script; arguments of a task go to task_args")
         if self.task is None and self.task_args:
             raise ValueError("task_args are given, but no task; arguments of a script go to script_args")
+        return self
+
+    @model_validator(mode="after")
+    def _no_gradient_is_lost(self) -> RunConfig:
+        calls = self.reduce.backward_passes_per_step
+        for key, steps in (
+            ("train.num_steps", self.train.num_steps),
+            ("checkpoint.every_steps", self.checkpoint.every_steps),
+        ):
+            if steps is not None and steps % calls:
+                raise ValueError(
+                    f"{key} is {steps}, expected a multiple of reduce.backward_passes_per_step ({calls}): a checkpoint "
+                    "does not hold gradients that wait for the rest of their step"
+                )
         return self
 
     @field_validator("script")

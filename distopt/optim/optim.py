@@ -19,6 +19,7 @@ from distopt.optim.capabilities import check_arguments, check_constructor, drift
 from distopt.optim.clipping import Clip, clip_by_global_norm_
 from distopt.optim.grouping import Grouping
 from distopt.optim.groups import Member
+from distopt.optim.packed_state import PackedState
 from distopt.optim.packing import FlatGradients, has_dense_gradients
 from distopt.optim.parameters import Roster
 from distopt.optim.plan import FlatPlan, Plan, all_finite, nonfinite_names
@@ -189,6 +190,40 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             self._groups.extract(m for m, _ in live)
             self._groups.place(live)
             self._forget_plans()
+
+    def packed_state(self) -> PackedState:
+        """Returns what `get_state` returns in columns, which is quicker to make, to copy and to write.
+
+        Tensors may be the optimizer's memory, until its next step: copy what is needed longer, and write to none.
+
+        Cost: calls in proportion to the groups of parameters that are stepped together, not to the parameters, while
+        those are packed and the parameter store holds them by name.
+
+        Example:
+            >>> import pyro
+            >>> pyro.clear_param_store()
+            >>> x = pyro.param("x", torch.ones(2))
+            >>> x.sum().backward()
+            >>> optim = PyroOptim(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})
+            >>> optim([x.unconstrained()])
+            >>> optim.packed_state().columns[0].columns
+            {'momentum_buffer': tensor([1., 1.])}
+        """
+        if not self._roster.is_in_store():
+            return PackedState.from_states(self.get_state())  # names that only `get_state` can tell
+
+        groups = [group.packed() for group in self._groups]
+        seen = {m.name for m in self._roster} if self._waiting else ()
+        waiting = {name: state for name, state in self._waiting.items() if name not in seen}
+        return PackedState.merged([PackedState.from_states(waiting), *groups])
+
+    def set_packed_state(self, packed: PackedState) -> None:
+        """Does what `set_state` does with `packed.unpack()`; `packed` may be changed afterwards.
+
+        Raises:
+            ValueError: As `set_state`.
+        """
+        self.set_state(packed.unpack())
 
     def save(self, filename: str | Path) -> None:
         """Writes `get_state()` to the file `filename`; `pyro.optim` can read it."""

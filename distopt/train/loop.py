@@ -27,7 +27,7 @@ from distopt.config import ConfigError, RunConfig, differences
 from distopt.data import GlobalBatches, Loader
 from distopt.infer import SVI, seed_noise
 from distopt.launchers import CHECKPOINTS, LauncherError, find_rank
-from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim
+from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim, StepInfo
 from distopt.reduce import DisagreementError, DriftError, PeerError
 from distopt.train.loggers import FILE_NAME, Metrics, StepProgress, printer, read_metrics
 from distopt.train.monitor import Pace, RankPace, Status, describe_straggler
@@ -100,8 +100,8 @@ class _Worker:
             self.optimizer = DistributedOptimizer(
                 wrapped,
                 backend=backend,
+                reduce=config.reduce,
                 noise=config.train.noise,
-                **config.reduce.model_dump(exclude={"backend", "timeout_s"}),
             )
         with refused("train.loss_args"):
             loss = getattr(pyro.infer, config.train.loss)(
@@ -216,32 +216,30 @@ class _Worker:
         with log, Loader(TaskRows(self.task), self.batches, num_ahead=config.data.prefetch) as loader:
             for step in range(first, num_steps):
                 is_logged = (step + 1) % config.log.every_steps == 0 or step + 1 == num_steps
-                loss = self._step(step, loader, measure=is_logged)
-                log.after(step + 1, loss, is_logged)
+                info = self._step(step, loader, measure_norm=is_logged)
+                log.after(step + 1, info, is_logged)
                 status.checkpoint_at = checkpointer.committed_at or status.checkpoint_at
-                stopping = self.optimizer.any_flag
-                if stopping or step + 1 == num_steps or (every is not None and (step + 1) % every == 0):
+                if info.stop or step + 1 == num_steps or (every is not None and (step + 1) % every == 0):
                     self._save(checkpointer, step + 1)
-                if stopping:
+                if info.stop:
                     return step + 1
         if first >= num_steps:
             self.say(f"all {num_steps:,} steps were done before")
         status.progress()
         return max(first, num_steps)
 
-    def _step(self, step: int, loader: Loader, *, measure: bool) -> float:
+    def _step(self, step: int, loader: Loader, *, measure_norm: bool) -> StepInfo:
         config, optimizer = self.config, self.optimizer
         seed_noise(config.seed, step, self.backend.rank, config.train.noise)
-        optimizer.local_step, optimizer.local_flag = step, self.stop.received != 0
-        optimizer.measure_norm = measure
         scheduler = config.optim.scheduler
         with self.pace.step():
-            loss = self.svi.step(*loader.batch(step))
+            batch, stop = loader.batch(step), self.stop.received != 0
+            info = self.svi.step_with(batch, step=step, stop=stop, measure_norm=measure_norm)
             if scheduler is not None and (step + 1) % scheduler.every_steps == 0:
-                self.step_schedule(optimizer, loss)
+                self.step_schedule(optimizer, info.loss)
         self.status.skipped_steps = optimizer.num_skipped_steps
         self.status.finish_step(step + 1)
-        return loss
+        return info
 
     def _save(self, checkpointer: Checkpointer, step: int) -> None:
         began = time.monotonic()
@@ -299,21 +297,22 @@ class _Log:
             self._bar.__exit__(*error)
             self._metrics.close()
 
-    def after(self, step: int, loss: float, is_logged: bool) -> None:
+    def after(self, step: int, info: StepInfo, is_logged: bool) -> None:
         """Notes that `step` steps are done."""
-        self._losses.append(loss)
+        assert info.loss is not None
+        self._losses.append(info.loss)
         if self._bar is not None:
             self._bar.advance(step)
         if is_logged:
-            self._measured(step)
+            self._measured(step, info.gradient_norm)
 
-    def _measured(self, step: int) -> None:
+    def _measured(self, step: int, gradient_norm: float | None) -> None:
         worker, now = self._worker, time.monotonic()
         steps_per_s = len(self._losses) / max(now - self._since, 1e-9)
         loss = sum(self._losses) / len(self._losses)
         self._since, self._losses = now, []
         status = worker.status
-        status.loss, status.gradient_norm = loss, worker.optimizer.gradient_norm
+        status.loss, status.gradient_norm = loss, gradient_norm
         status.rows_per_s = steps_per_s * worker.batches.global_batch
         status.all_reduce_s, status.all_reduce_bytes = worker.backend.all_reduce_s, worker.backend.all_reduce_bytes
         if self._bar is None or self._metrics is None:
@@ -328,7 +327,7 @@ class _Log:
         )
 
 
-def make_optimizer(config: RunConfig) -> tuple[PyroOptim, Callable[[DistributedOptimizer, float], None]]:
+def make_optimizer(config: RunConfig) -> tuple[PyroOptim, Callable[[DistributedOptimizer, float | None], None]]:
     """Returns the optimizer that the config names, and what steps its schedule with the loss of the step.
 
     Raises:

@@ -229,7 +229,9 @@ def train_compressed(directory, stop, resume="never", undone=0):
     generator = torch.Generator().manual_seed(backend.rank)
     gradients = [torch.randn(12, 10, generator=generator) for _ in range(stop)]
     weights = pyro.param("weights", torch.zeros(12, 10)).unconstrained()
-    optimizer = distopt.optim.DistributedOptimizer(packed_adam(), compression="powersgd")
+    optimizer = distopt.optim.DistributedOptimizer(
+        packed_adam(), reduce=distopt.optim.ReduceOptions(compression="powersgd")
+    )
     with Checkpointer(directory, optimizer=optimizer, keep_last=9) as checkpointer:
         for gradient in gradients[:undone]:
             weights.grad = gradient.clone()

@@ -64,7 +64,8 @@ def test_interpolation_sees_overrides():
 def test_unknown_key_is_answered_in_the_form_of_the_style_guide():
     assert problems(MINIMAL + "reduce: {bucket_mb: 3}") == [
         "configs/flights.yaml: reduce.bucket_mb: unknown key. Did you mean reduce.bucket_mib? "
-        "Known: backend, bucket_mib, compression, drift_every_steps, op, overlap, power_sgd_rank, timeout_s."
+        "Known: backend, backward_passes_per_step, bucket_mib, compression, drift_every_steps, "
+        "gradient_predivide_factor, groups, op, overlap, power_sgd_rank, sparse_as_dense, timeout_s."
     ]
 
 

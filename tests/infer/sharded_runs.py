@@ -158,7 +158,7 @@ def sharded_svi(case: str, optimizer: str, op: str = "average") -> tuple[SVI, Te
     else:
         model = shard(chosen.model, "rows")
         guide = shard(chosen.make_guide(model), "rows")
-    distributed = optim.DistributedOptimizer(getattr(optim, kind)(*args), op=op)
+    distributed = optim.DistributedOptimizer(getattr(optim, kind)(*args), reduce=optim.ReduceOptions(op=op))
     return SVI(model, guide, distributed, chosen.loss()), shard_of(backend.rank, backend.world_size)
 
 
