@@ -274,11 +274,14 @@ class Disturbed:
 
     def _pids(self, event: Event, launch: Launch) -> list[int]:
         """The process of a rank, or any one of the run, the same for both signals of an event."""
-        if event.target == "any":
-            family = sorted(process.pid for process in self.processes() if process.pid != launch.process.pid)
-            return [family[int(event.after * 1000) % len(family)]] if family else []
-        newest = [pid for rank, pid in lives(self.folder) if str(rank) == event.target]
-        return newest[-1:]
+        fresh = [
+            pid for rank, pid in lives(self.folder) if str(rank) == event.target and (rank, pid) not in launch.known
+        ]
+        if fresh:
+            return fresh[-1:]
+        # The rank has not come so far that it would have said who it is.
+        family = sorted(process.pid for process in self.processes() if process.pid != launch.process.pid)
+        return [family[int(event.after * 1000) % len(family)]] if family else []
 
     def _end(self, launch: Launch) -> None:
         """Waits for a launch's end and looks at its exit status, and for what it has left running."""
