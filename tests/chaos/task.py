@@ -57,7 +57,7 @@ class Recorded(Line):
 def make_reads_fail(folder: Path) -> None:
     """Has opening, listing and reading below `checkpoints` raise OSError while the file `FAULTS` is there.
 
-    The file holds the share of calls that fail. Each failure is written down, so that a test can see that there were any.
+    The file holds the share of calls that fail. Each failure is written down, for a test to see.
     """
     chance = random.Random(os.getpid())
 

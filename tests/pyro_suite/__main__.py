@@ -42,18 +42,17 @@ def main(selection: list[str]) -> int:
         except NoSource as error:
             print(f"test-pyro: {error}", file=sys.stderr)
             return 1
-    found = differences(plain, ours, expected_failures())
-    for name, results in (("pyro.optim", plain), ("distopt.optim", ours)):
-        counts = Counter(outcome.partition(":")[0] for outcome in results.values())
-        print(f"over {name}: " + ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
+    problems = differences(plain, ours, expected_failures())
+    counts = Counter(outcome.partition(":")[0] for outcome in ours.values())
+    print("over distopt.optim: " + ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
     for test, outcome in sorted(plain.items()):
         if outcome.partition(":")[0] in ("failure", "error"):
             print(f"fails over pyro.optim, too: {test}: {outcome}")
-    if not plain:
+    if not ours:
         print("test-pyro: no test was selected", file=sys.stderr)
         return 1
-    print("\n".join(found) or f"{len(ours)} tests, each as over pyro.optim")
-    return 1 if found else 0
+    print("\n".join(problems) or f"{len(ours)} tests, none of which is worse than over pyro.optim")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -17,13 +16,14 @@ EXPECTED = Path(__file__).with_name("expected_failures.txt")
 GOOD = ("passed", "skipped")
 
 
-def outcomes(selection: Sequence[str], scratch: Path, *, jobs: int = 2) -> tuple[dict[str, str], dict[str, str]]:
+def outcomes(selection: Sequence[str], scratch: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Returns the outcome of each selected test by its name, over `pyro.optim` and over `distopt.optim`.
+
+    Over `pyro.optim` only those tests run that did not pass over `distopt.optim`: of the others nothing is asked.
 
     Args:
         selection: Arguments of pytest: files and tests, relative to Pyro's repository.
         scratch: A folder to write the two copies to.
-        jobs: How many of the two run at once.
 
     Raises:
         NoSource: Pyro's tests cannot be had here.
@@ -33,9 +33,9 @@ def outcomes(selection: Sequence[str], scratch: Path, *, jobs: int = 2) -> tuple
         folder.mkdir(parents=True)
         fetch(folder)
     replace_optimizers(folders[1] / "tests")
-    with ThreadPoolExecutor(jobs) as pool:
-        plain, ours = pool.map(lambda folder: _run(folder, selection), folders)
-    return plain, ours
+    ours = _run(folders[1], selection)
+    doubtful = [test for test, outcome in ours.items() if outcome != "passed"]
+    return _run(folders[0], doubtful) if doubtful else {}, ours
 
 
 def expected_failures(path: Path = EXPECTED) -> dict[str, str]:
@@ -58,29 +58,37 @@ def expected_failures(path: Path = EXPECTED) -> dict[str, str]:
 def differences(plain: Mapping[str, str], ours: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:
     """Lists the tests that distopt changes for the worse, and the expected failures that came true no more.
 
-    A test that fails on plain Pyro, too, is not ours; one that only plain Pyro or only distopt ran is listed.
+    A test that fails on plain Pyro, too, is not ours.
     """
-    found = [f"{test}: ran over {where} alone" for test, where in _unpaired(plain, ours)]
-    for test in sorted(plain.keys() & ours.keys()):
-        if plain[test] not in GOOD:
-            continue
-        if ours[test] != plain[test] and test not in expected:
-            found.append(f"{test}: {plain[test]} over pyro.optim, over distopt.optim: {ours[test]}")
-        elif ours[test] == plain[test] and test in expected:
-            found.append(f"{test}: passes though expected_failures.txt lists it: remove its line ({expected[test]})")
-    return found
-
-
-def _unpaired(plain: Mapping[str, str], ours: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    for test in sorted(plain.keys() ^ ours.keys()):
-        yield test, "pyro.optim" if test in plain else "distopt.optim"
+    worse = [
+        f"{test}: {plain.get(test, 'passed')} over pyro.optim, over distopt.optim: {outcome}"
+        for test, outcome in sorted(ours.items())
+        if outcome not in ("passed", plain.get(test)) and plain.get(test, "passed") in GOOD and test not in expected
+    ]
+    healed = [
+        f"{test}: passes though expected_failures.txt lists it: remove its line ({reason})"
+        for test, reason in sorted(expected.items())
+        if ours.get(test) == "passed"
+    ]
+    return worse + healed
 
 
 def _run(folder: Path, selection: Sequence[str]) -> dict[str, str]:
     """Runs one copy by pytest with Pyro's own settings, in a process without our conftest and plugins."""
     results = folder / "results.xml"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={results}", *selection]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={results}",
+        "-o",
+        "junit_family=xunit1",
+        *selection,
+    ]
     done = subprocess.run(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -92,11 +100,19 @@ def _run(folder: Path, selection: Sequence[str]) -> dict[str, str]:
 def _read(results: Path) -> Iterator[tuple[str, str]]:
     """Yields (test, outcome) of pytest's JUnit file; an outcome that is not good ends with its message."""
     for case in ElementTree.parse(results).iter("testcase"):
-        test = f"{case.get('classname')}::{case.get('name')}"
         problem = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        test = _node_id(case.get("file"), case.get("classname") or "", case.get("name") or "")
         if problem is None:
             yield test, "passed"
         elif problem.tag == "skipped":
             yield test, "skipped"
         else:
             yield test, f"{problem.tag}: {' '.join((problem.get('message') or '').split())[:300]}"
+
+
+def _node_id(file: str | None, classname: str, name: str) -> str:
+    """Returns what pytest calls a test on its command line; of a file that could not be imported, its path."""
+    if file is None:
+        return f"{name.replace('.', '/')}.py"
+    module = file.removesuffix(".py").replace("/", ".")
+    return "::".join([file, *classname.removeprefix(module).strip(".").split("."), name]).replace("::::", "::")
