@@ -4,16 +4,16 @@ Imports neither torch nor pyro, so that a bad configuration is refused before an
 """
 
 from distopt.config.base import ConfigError
-from distopt.config.compare import differences
+from distopt.config.compare import MAY_CHANGE, comparable, differences
 from distopt.config.launch import LaunchConfig
 from distopt.config.load import dump_yaml, load_config, parse_config
 from distopt.config.reduce import ReduceConfig, ReduceOptions
 from distopt.config.schema import (
-    MAY_CHANGE,
     CheckpointConfig,
     ClipConfig,
     DataConfig,
     LogConfig,
+    LoggerConfig,
     OptimConfig,
     RunConfig,
     SchedulerConfig,
@@ -29,6 +29,7 @@ __all__ = [
     "DataConfig",
     "LaunchConfig",
     "LogConfig",
+    "LoggerConfig",
     "OptimConfig",
     "ReduceConfig",
     "ReduceOptions",
@@ -36,6 +37,7 @@ __all__ = [
     "SchedulerConfig",
     "ServeConfig",
     "TrainConfig",
+    "comparable",
     "differences",
     "dump_yaml",
     "load_config",

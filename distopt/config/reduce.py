@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import Field, ValidationError, model_validator
 
 from distopt.config.base import Positive, Section
+from distopt.config.plugins import Reference
 
 Names: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
 """A list in the YAML; a tuple here, so that options can be hashed."""
@@ -88,8 +89,9 @@ class ReduceOptions(Section):
 class ReduceConfig(ReduceOptions):
     """How gradients of many workers become one, and the library that sends them."""
 
-    backend: Literal["auto", "single", "torch_dist", "horovod", "mpi"] = "auto"
-    """The library that carries them; `auto` is `torch_dist` unless the platform's engine belongs to another."""
+    backend: Literal["auto", "single", "torch_dist", "horovod", "mpi"] | Reference = "auto"
+    """The library that sends them; `auto` takes the one that the platform's launcher belongs to, mostly `torch_dist`;
+    `module:Name` takes a subclass of `distopt.backends.Backend` of your own."""
     timeout_s: Positive = 300.0
     """Seconds that a rank waits for the others before it ends with an error naming them."""
 

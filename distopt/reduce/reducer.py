@@ -254,7 +254,7 @@ class Reducer:
             bucket_mib=self.options.bucket_mib,
             groups=self.options.groups,
             rides=self._exchange.rides,
-            control_device=getattr(self.backend, "json_device", torch.device("cpu")),
+            control_device=self.backend.control_device,
         )
         if self._overlap is not None:
             self._overlap.close()

@@ -5,12 +5,14 @@ Two methods are enough, here for a command that takes care of the rest:
 
     import sys
 
+    from distopt.launch.findings import Finding
     from distopt.launch.plan import Command, Plan, env_of_workers, run_files, worker_argv
     from distopt.launch.platforms import Platform
 
     class Parallel(Platform):
-        def problems(self, config):
-            return ["launch.hosts: remove them; this platform starts workers here"] if config.launch.hosts else []
+        def check(self, config):
+            if config.launch.hosts:
+                yield Finding("launch.hosts", "found hosts, but parallel-run starts workers here", "remove them")
 
         def plan(self, config):
             command = Command(("parallel-run", *worker_argv(config, sys.executable)), env_of_workers(config))

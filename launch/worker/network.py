@@ -53,3 +53,14 @@ def interface_among(hosts: Sequence[str]) -> str | None:
     """Returns the interface that has the address of one of `hosts`: the one by which they know this machine."""
     addresses = {resolve(host) for host in hosts}
     return next((name for name, address in interfaces().items() if address in addresses), None)
+
+
+def bind_error(address: str, port: int) -> str:
+    """Returns why no process can listen at a port of this machine; empty when one can."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            return error.strerror or str(error)
+    return ""

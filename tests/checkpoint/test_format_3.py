@@ -80,7 +80,7 @@ def test_run_of_one_rank_when_restored_has_the_numbers_of_plain_torch(folder):
         {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.9}, {"clip_norm": 1000.0}
     )
     modules = {"model": made.model, "guide": made.guide}
-    with Checkpointer(folder / "one_rank", optimizer=optimizer, modules=modules, backend=Single()) as checkpointer:
+    with Checkpointer(folder / "one_rank", {"optimizer": optimizer, **modules}, backend=Single()) as checkpointer:
         restored = checkpointer.restore()
     assert (restored.step, restored.progress, restored.world_size) == (3, None, 1)
     assert_rng_is_seeded(seed_of(7, 2, 0))  # each step is seeded, and this one draws nothing
@@ -175,11 +175,9 @@ def restore_two_ranks(directory):
         pyro.param("local", torch.zeros(len(rows), 2), event_dim=1)
     with Checkpointer(
         directory,
-        optimizer=optimizer,
-        modules={"norm": norm},
+        {"optimizer": optimizer, "norm": norm, "counter": counter},
+        per_rank={"own": own},
         config={"name": "two", "reduce": {"op": "average"}, "sizes": [1, 2]},
-        extras={"counter": counter},
-        rank_extras={"own": own},
     ) as checkpointer:
         restored = checkpointer.restore()
     assert (restored.step, restored.progress, restored.world_size) == (4, {"epoch": 2}, 2)
@@ -225,10 +223,12 @@ def test_config_of_a_user_is_compared_in_full(folder):
 def restore_compressed(directory):
     """One rank's body: returns the parameter, and this rank's error of each compressed gradient."""
     weights = pyro.param("weights", torch.zeros(12, 10)).unconstrained()
-    optimizer = distopt.optim.DistributedOptimizer(distopt.optim.SGD({"lr": 1.0}), compression="powersgd")
-    with Checkpointer(directory, optimizer=optimizer) as checkpointer:
+    optimizer = distopt.optim.DistributedOptimizer(
+        distopt.optim.SGD({"lr": 1.0}), reduce=distopt.optim.ReduceOptions(compression="powersgd")
+    )
+    with Checkpointer(directory, {"optimizer": optimizer}) as checkpointer:
         assert checkpointer.restore().step == 3
-    return weights.detach().numpy(), optimizer.of_rank.state_dict()["errors"]["weights"].numpy()
+    return weights.detach().numpy(), optimizer.rank_local_state.state_dict()["errors"]["weights"].numpy()
 
 
 def test_errors_of_compressed_gradients_when_restored_are_what_the_parameter_lacks(folder):

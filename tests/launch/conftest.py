@@ -1,8 +1,7 @@
-"""Golden files, and runs that are really started."""
+"""Runs that are really started."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,29 +11,7 @@ import pytest
 from tests.launch.hosts import Hosts, missing
 from tests.launch.launching import Launched, write_config
 
-GOLDEN = Path(__file__).parent / "golden"
 SUM = Path(__file__).with_name("sum_script.py")
-
-
-def pytest_addoption(parser):
-    parser.addoption("--update-golden", action="store_true", help="write the launcher's golden files anew")
-
-
-@pytest.fixture
-def golden(request) -> Callable[[str, str], None]:
-    """Compares a text with a file in tests/launch/golden, or writes that file anew with --update-golden."""
-
-    def compare(name: str, text: str) -> None:
-        program = Path(sys.executable)
-        for place, word in ((program, "PYTHON"), (program.parent, "BIN"), (Path.cwd(), "FOLDER")):
-            text = text.replace(str(place), word)
-        path = GOLDEN / name
-        if request.config.getoption("--update-golden", default=False):
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
-        assert text == path.read_text(), f"{name} differs; `make golden` writes it anew, if that is meant"
-
-    return compare
 
 
 @pytest.fixture

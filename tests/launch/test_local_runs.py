@@ -260,7 +260,7 @@ def test_detached_run_is_asked_about_read_and_stopped_by_its_name(start, tmp_pat
     assert distopt("status", "run")[1] == "runs/run\tstopped\texit status 143\n"
     assert distopt("logs", "run", "--follow")[1].endswith("rank 0 does wait\n")
     assert (tmp_path / "saved-0").exists()
-    assert "distopt: stopped" in (first.run_dir / "logs" / "launcher.log").read_text()
+    assert "distopt: stopped" in (first.run_dir / "logs" / "detached.log").read_text()
 
 
 TALKING = """
@@ -282,7 +282,7 @@ def test_run_whose_output_nobody_reads_any_more_saves_and_ends_as_at_a_hang_up(t
         launcher.stdout.close()
         said = launcher.stderr.read()
     assert (launcher.returncode, (tmp_path / "saved").exists()) == (143, True), said
-    assert said.startswith("distopt: SIGHUP: a last checkpoint, then the end") and "Traceback" not in said
+    assert said.startswith("distopt: received SIGHUP: saving a checkpoint and stopping") and "Traceback" not in said
 
 
 def test_run_whose_launcher_was_killed_is_told_as_such_and_can_be_launched_again(start, tmp_path, distopt):
@@ -294,6 +294,6 @@ def test_run_whose_launcher_was_killed_is_told_as_such_and_can_be_launched_again
     for command in ("status", "stop"):
         status, out, _ = distopt(command, "run")
         assert status == 0
-        assert re.search(r"failed\tthe launcher, process \d+ on .*, was killed\n", out), out
+        assert re.search(r"failed\t`distopt launch`, process \d+ on .*, was killed\n", out), out
     assert start(*SINGLE, "script_args=[show, x]").wait() == 0
     assert distopt("status", "run")[1] == "runs/run\tdone\texit status 0\n"

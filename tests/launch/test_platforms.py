@@ -28,14 +28,16 @@ import signal
 import subprocess
 import sys
 
+from distopt.launch.findings import Finding
 from distopt.launch.jobs import State, SubmittedJob
 from distopt.launch.plan import Command, Plan, env_of_workers, run_files, worker_argv
 from distopt.launch.platforms import Platform
 
 
 class Loopback(Platform):
-    def problems(self, config):
-        return [] if config.launch.port else ["launch.port: missing; name a free one"]
+    def check(self, config):
+        if config.launch.port is None:
+            yield Finding("launch.port", "missing", "name a free one")
 
     def plan(self, config):
         return Plan("loopback", tuple(self.command(config, rank) for rank in self.ranks(config)), run_files(config))
@@ -132,7 +134,7 @@ def test_users_platform_starts_a_run_that_ends_well(module, port, start, tmp_pat
     assert json.loads((run.run_dir / "launch.json").read_text())["platform"] == "loopback"
 
 
-def test_users_platform_is_asked_for_its_problems_and_its_plan(module, port, tmp_path):
+def test_users_platform_is_asked_for_its_findings_and_its_plan(module, port, tmp_path):
     write_config(tmp_path)
     platform = f"launch.platform={module(USERS_PLATFORMS)}:Loopback"
     refused = CliRunner().invoke(app, ["launch", "run.yaml", platform])
@@ -158,7 +160,7 @@ def test_users_platform_with_a_job_of_its_own_is_asked_followed_and_stopped(modu
 
     assert distopt("status").startswith("runs/run\trunning\tprocess group ")
     assert "rank 1 does wait" in distopt("logs", "run", "--rank", "1")
-    assert "a run run already (running, process group" in distopt("launch", "run.yaml", *chosen)
+    assert "already has a run run (running, process group" in distopt("launch", "run.yaml", *chosen)
     assert distopt("stop", "run").startswith("done\t")
     assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
     wait_until(lambda: run.processes() == [], "all processes of the run gone")
@@ -169,7 +171,7 @@ def test_users_platform_with_a_job_of_its_own_is_asked_followed_and_stopped(modu
     [
         ("class Other: ...", "Other", "Other, expected a subclass of distopt.launch.platforms.Platform"),
         (USERS_PLATFORMS, "Loopbak", "has no Loopbak; did you mean Loopback?"),
-        ("from distopt.launch.platforms import Platform\nclass Half(Platform):\n    def problems(self, config): ...",
+        ("from distopt.launch.platforms import Platform\nclass Half(Platform):\n    def check(self, config): ...",
          "Half", "Half lacks methods that distopt.launch.platforms.Platform requires: plan"),
     ],
 )  # fmt: skip

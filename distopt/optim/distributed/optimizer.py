@@ -428,30 +428,22 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
     def _apply(self, reduced: Reduced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         reducer, heard = self.reducer, reduced.heard
         reducer.backend.note(reducer.step, "optimizer")
-        num_skipped = self.optim.num_skipped_steps
-        self.optim.total_norm = total_norm(self.optim, reduced)
-        spread_nonfinite_(self.optim, reduced)
-        if heard.num_nonfinite and self.optim.nonfinite != "step":
-            self._refuse_local(reduced)
-        else:
-            try:
-                flats = [FlatGradients(*part) for part in reduced.dense]
-                self.optim.step_gradients(flats, reduced.loose, *args, **kwargs)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"{error} {self._explain_nonfinite(reduced)}") from None
-        if self.optim.num_skipped_steps > num_skipped:
+        try:
+            stepped = self.optim.clip_and_step(
+                [FlatGradients(*part) for part in reduced.dense],
+                reduced.loose,
+                *args,
+                total_norm=total_norm(self.optim, reduced),
+                is_finite=not heard.num_nonfinite,
+                **kwargs,
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} {self._explain_nonfinite(reduced)}") from None
+        if not stepped:
             logger.warning(self._explain_nonfinite(reduced))
             reducer.forget_errors()
         reducer.step += 1
         reducer.backend.note(reducer.step, "model")
-
-    def _refuse_local(self, reduced: Reduced) -> None:
-        """Leaves out, on all ranks, a step for which a rank's own parameter has a gradient that is not finite."""
-        if self.optim.nonfinite == "raise":
-            raise FloatingPointError(
-                f"a rank's own parameter has a gradient that is not finite. {self._explain_nonfinite(reduced)}"
-            )
-        self.optim.num_skipped_steps += 1
 
     def _explain_nonfinite(self, reduced: Reduced) -> str:
         reducer = self.reducer
@@ -527,10 +519,3 @@ def total_norm(optim: PyroOptim, reduced: Reduced) -> float | None:
     shared += [gradient for _, _, gradient in reduced.loose[: len(reduced.loose) - reduced.num_own]]
     total = math.sqrt(float(global_norm(shared)) ** 2 + reduced.heard.own_square)
     return total if optim.scaler is None else total / optim.scaler.get_scale()
-
-
-def spread_nonfinite_(optim: PyroOptim, reduced: Reduced) -> None:
-    """Makes gradients infinite where some rank's own are not finite, so that all scalers skip the step and back off."""
-    if optim.scaler is not None and reduced.heard.num_nonfinite:
-        for gradient in [part.buffer for part in reduced.dense] + [each for _, _, each in reduced.loose]:
-            gradient.fill_(math.inf)

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from distopt.launch import runs
 from distopt.launch.cli import app
 from distopt.launch.jobs import PlatformError
-from distopt.launch.platforms.kubernetes.job import KubernetesJob, _place
+from distopt.launch.platforms.kubernetes.job import KubernetesJob, _address
 from distopt.launch.platforms.kubernetes.manifests import manifests
-from tests.launch.api_server import Server
-from tests.launch.kubernetes_config import BASE, KINDS, config_of
+from tests.kubernetes.api_server import Server
+from tests.kubernetes.run_config import BASE, KINDS, config_of
 
 CONTAINER = {"name": "worker", "image": "x", "imageID": "x", "ready": False, "restartCount": 0}
 
@@ -54,8 +54,8 @@ def write_status(cluster: KubernetesJob, status: dict) -> None:
     """Does what the controller of the run's kind would do."""
     from kubernetes.client import CustomObjectsApi
 
-    place = (*_place(cluster.objects[-1], cluster.namespace), cluster.name)
-    CustomObjectsApi(cluster.api).patch_namespaced_custom_object(*place, {"status": status})
+    address = (*_address(cluster.objects[-1], cluster.namespace), cluster.name)
+    CustomObjectsApi(cluster.api).patch_namespaced_custom_object(*address, {"status": status})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,7 +116,7 @@ def test_commands_submit_a_run_ask_about_it_read_it_and_stop_it(distopt, api):
     assert distopt("logs", "flights", "--follow") == (0, "step 1\n", "")
     # The object of a run that has ended keeps its name.
     status, _, said = distopt("launch", "run.yaml")
-    assert (status, "the engine has a run flights already (done); `distopt stop runs/flights`" in said) == (2, True)
+    assert (status, "kubernetes already has a run flights (done); `distopt stop runs/flights`" in said) == (2, True)
     assert distopt("stop", "flights") == (0, "stopped\tthere is no Job flights in namespace default\n", "")
     assert distopt("stop", "flights") == (0, "unknown\tthere is no Job flights in namespace default\n", "")
     assert distopt("status")[1].startswith("runs/flights\tunknown\tthere is no Job flights")
