@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from distopt.launch.platforms import horovodrun, mpirun
 from tests.launch.hosts import Hosts, missing
 from tests.launch.launching import Launched, write_config
 
@@ -60,3 +61,16 @@ def on_hosts(hosts, start, tmp_path) -> Callable[..., Launched]:
         return start(*script, *places, *chosen, *args, prefix=hosts.run(1), **options)
 
     return launched
+
+
+@pytest.fixture
+def pretended_mpi(monkeypatch) -> Callable[[str, str | None], None]:
+    """Pretends which MPI the mpirun here belongs to, and which one Horovod was built for."""
+
+    def pretend(mpirun_of: str, horovod_for: str | None) -> None:
+        for module in (mpirun, horovodrun):
+            monkeypatch.setattr(module, "find_mpirun", lambda: "mpirun")
+            monkeypatch.setattr(module, "is_mpich", lambda program: mpirun_of == "MPICH")
+            monkeypatch.setattr(module, "mpi_of_horovod", lambda: horovod_for)
+
+    return pretend
