@@ -1,0 +1,5 @@
+"""Steps that are recorded once and run from the recording."""
+
+from distopt.infer.capture.step import StepCapture, StepResult
+
+__all__ = ["StepCapture", "StepResult"]
