@@ -9,7 +9,6 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 
-#include <cmath>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -22,7 +21,7 @@ namespace {
 
 // Direct arithmetic.
 
-enum class Code { add, sub, rsub, mul, div, neg, square, copy, sum, where, eq, ne, lt, le, gt, ge, reciprocal, sqrt };
+enum class Code { add, sub, rsub, mul, div, neg, square, copy, sum, where, eq, ne, lt, le, gt, ge, reciprocal };
 enum class Layout : int { scalar = 0, contiguous = 1, strided = 2 };
 
 struct Operand {
@@ -120,7 +119,6 @@ Kernel arithmetic(Code code) {
     // ATen's sum of one element begins with zero, which makes 0.0 of -0.0.
     case Code::sum: return [](const Direct& d, const void* const* p) { unary<T, T>(d, p, [](T x) { return T(0) + x; }); };
     case Code::reciprocal: return [](const Direct& d, const void* const* p) { unary<T, T>(d, p, [](T x) { return T(1) / x; }); };
-    case Code::sqrt: return [](const Direct& d, const void* const* p) { unary<T, T>(d, p, [](T x) { return std::sqrt(x); }); };
     case Code::where: return where_kernel<T>;
     case Code::eq: return [](const Direct& d, const void* const* p) { binary<T, bool>(d, p, [](T x, T y) { return x == y; }); };
     case Code::ne: return [](const Direct& d, const void* const* p) { binary<T, bool>(d, p, [](T x, T y) { return x != y; }); };
@@ -145,7 +143,7 @@ Kernel cast_from(at::ScalarType from) {
 
 Code code_of(const std::string& name) {
   static const std::vector<std::string> names = {"add", "sub", "rsub", "mul", "div", "neg", "square", "copy", "sum",
-                                                 "where", "eq", "ne", "lt", "le", "gt", "ge", "reciprocal", "sqrt"};
+                                                 "where", "eq", "ne", "lt", "le", "gt", "ge", "reciprocal"};
   for (size_t i = 0; i < names.size(); ++i) {
     if (names[i] == name) return static_cast<Code>(i);
   }
@@ -304,9 +302,9 @@ class Program {
       param_expected_.emplace_back(param);
       requires_grad_.push_back(param.requires_grad());
     }
-    with_grad_.assign(params.size(), 0);
+    with_grad_.assign(params.size(), no_grad);
     for (int index : with_grad) {
-      with_grad_[index] = 1;
+      with_grad_[index] = written_grad;
       grad_expected_.emplace_back(param_tensors_[index].grad());
     }
     for (const auto& arg : args) arg_expected_.emplace_back(arg);
@@ -314,10 +312,13 @@ class Program {
 
   void add_loss(int slot) { losses_.push_back(slot); }
   void add_check(int slot, bool answer) { checks_.push_back({slot, answer}); }
+  // Adds the value of `slot` to the gradient that the parameter has.
+  void add_accumulation(int param, int slot) { accumulations_.emplace_back(param, slot); }
   void add_gradient(int param, int slot, const at::Tensor& like) { grads_.push_back({param, slot, Expected(like)}); }
 
   void finish(int num_slots) {
     slots_.resize(num_slots);
+    for (const auto& each : accumulations_) with_grad_[each.first] = accumulated_grad;
     std::vector<char> kept(num_slots, 0);
     std::vector<int> last(num_slots, -1);
     for (auto& [slot, tensor] : fixed_) slots_[slot] = tensor;
@@ -326,6 +327,7 @@ class Program {
     for (int slot : losses_) kept[slot] = 1;
     for (const auto& each : checks_) kept[each.slot] = 1;
     for (const auto& each : grads_) kept[each.slot] = 1;
+    for (const auto& each : accumulations_) kept[each.second] = 1;
     for (int i = 0; i < static_cast<int>(code_.size()); ++i) {
       for (const auto& a : code_[i].args) {
         if (a.kind == Kind::slot) last[a.slot] = i;
@@ -355,6 +357,7 @@ class Program {
     const int status = set_values(args);
     if (status != Status::ran) return clear(status);
     running_ = true;
+    const auto saved = save_written();
     auto generator = at::detail::getDefaultCPUGenerator();
     at::Tensor state;
     {
@@ -368,20 +371,21 @@ class Program {
       run_code();
       failed = failed_check();
     } catch (...) {
-      restore(generator, state);
+      restore(generator, state, saved);
       running_ = false;
-      clear(0);
+      clear(Status::inputs_differ);
       throw;
     }
     running_ = false;
     if (failed >= 0) {
-      restore(generator, state);
+      restore(generator, state, saved);
       return clear(failed);
     }
     for (auto& each : foreign_) {
       if (each.written) each.tensor.unsafeGetTensorImpl()->bump_version();
     }
     for (int slot : losses_) losses.push_back(slots_[slot].toTensor().item<double>());
+    accumulate_gradients();
     hand_out_gradients();
     return clear(Status::ran);
   }
@@ -446,8 +450,8 @@ class Program {
     for (const auto& param : param_tensors_) slots_[slot++] = param;
     for (size_t i = 0; i < param_tensors_.size(); ++i) {
       const at::Tensor& g = param_tensors_[i].grad();
-      if (g.defined() != (with_grad_[i] != 0)) return Status::gradients_differ;
-      if (!with_grad_[i]) continue;
+      if (g.defined() != (with_grad_[i] != no_grad)) return Status::gradients_differ;
+      if (with_grad_[i] == no_grad) continue;
       if (!grad_expected_[grad++].matches(g)) return Status::gradients_differ;
       slots_[slot++] = g;
     }
@@ -527,9 +531,49 @@ class Program {
     return Status::ran;
   }
 
-  static void restore(at::Generator& generator, const at::Tensor& state) {
-    std::lock_guard<std::mutex> lock(generator.mutex());
-    generator.set_state(state);
+  using Saved = std::vector<std::pair<at::Tensor, at::Tensor>>;
+
+  // Tensors outside that the step writes to, and copies of their values: a step that fails must leave nothing behind.
+  Saved save_written() const {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    Saved saved;
+    for (const auto& each : foreign_) {
+      if (each.written) saved.emplace_back(each.tensor, each.tensor.clone());
+    }
+    for (size_t i = 0; i < with_grad_.size(); ++i) {
+      if (with_grad_[i] == written_grad) saved.emplace_back(param_tensors_[i].grad(), param_tensors_[i].grad().clone());
+    }
+    return saved;
+  }
+
+  static void restore(at::Generator& generator, const at::Tensor& state, const Saved& saved) {
+    {
+      std::lock_guard<std::mutex> lock(generator.mutex());
+      generator.set_state(state);
+    }
+    at::AutoDispatchBelowADInplaceOrView guard;
+    for (const auto& [tensor, values] : saved) tensor.copy_(values);
+  }
+
+  // As AccumulateGrad does for a gradient that is there: one addition, in place.
+  void accumulate_gradients() {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    for (const auto& [param, slot] : accumulations_) {
+      at::Tensor& grad = param_tensors_[param].mutable_grad();
+      const at::Tensor& value = slots_[slot].toTensor();
+      if (grad.is_contiguous() && value.is_contiguous() && grad.numel() <= max_direct && grad.scalar_type() == at::kFloat) {
+        add_to<float>(grad, value);
+      } else {
+        grad.add_(value);
+      }
+    }
+  }
+
+  template <class T>
+  static void add_to(at::Tensor& grad, const at::Tensor& value) {
+    T* to = static_cast<T*>(grad.mutable_data_ptr());
+    const T* from = static_cast<const T*>(value.const_data_ptr());
+    for (int64_t i = 0, n = grad.numel(); i < n; ++i) to[i] += from[i];
   }
 
   // Gradients become views of one buffer, which is used again unless somebody still holds one of them.
@@ -601,6 +645,10 @@ class Program {
     return status;
   }
 
+  // What becomes of a gradient that a parameter has before the step.
+  enum : char { no_grad, written_grad, accumulated_grad };
+  static constexpr int64_t max_direct = 2048;
+
   std::vector<Instruction> code_;
   std::vector<Direct> directs_;
   std::vector<py::function> hosts_;
@@ -614,8 +662,9 @@ class Program {
   std::vector<int> losses_, transient_;
   std::vector<Check> checks_;
   std::vector<Gradient> grads_;
+  std::vector<std::pair<int, int>> accumulations_;
   std::vector<at::Tensor> views_;
-  std::vector<std::pair<c10::Storage, long>> storages_;
+  std::vector<std::pair<c10::Storage, size_t>> storages_;
   size_t num_inputs_ = 0;
   bool running_ = false;
 };
@@ -637,6 +686,7 @@ PYBIND11_MODULE(_graph, m) {
       .def("set_inputs", &Program::set_inputs)
       .def("add_loss", &Program::add_loss)
       .def("add_check", &Program::add_check)
+      .def("add_accumulation", &Program::add_accumulation)
       .def("add_gradient", &Program::add_gradient)
       .def("finish", &Program::finish)
       .def("run",

@@ -24,7 +24,6 @@ from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
-import opt_einsum
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
@@ -36,7 +35,7 @@ import distopt
 _STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
 _TORCH_MODULES = os.path.join(os.path.dirname(torch.__file__), "nn", "modules") + os.sep
 _EXAMPLES = os.path.join(os.path.dirname(distopt.__file__), "examples") + os.sep
-_LIBRARIES = tuple(os.path.dirname(str(m.__file__)) + os.sep for m in (torch, pyro, np, opt_einsum, distopt))
+_LIBRARIES = tuple(os.path.dirname(str(m.__file__)) + os.sep for m in (torch, pyro, np, distopt))
 
 _PACKAGES = frozenset({"torch", "pyro", "numpy", "opt_einsum", "distopt", ""})
 
@@ -55,11 +54,15 @@ Step = tuple[str, Any]  # (".", attribute) or ("[", constant)
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """What a function loads or assigns: a global, closure cell or first argument, and the attributes and items from there."""
+    """What a function loads or assigns: a global, closure cell or `self`, and attributes and items from there."""
 
     root: str  # "global", "cell" or "self"
     name: str
     steps: tuple[Step, ...] = ()
+
+    def then(self, kind: str, key: Any) -> Path:
+        """Returns the path one step further."""
+        return Path(self.root, self.name, (*self.steps, (kind, key)))
 
 
 @functools.cache
@@ -72,6 +75,8 @@ def is_user_file(file: str) -> bool:
         return True
     if file.startswith(_EXAMPLES):
         return True
+    if f"{os.sep}opt_einsum{os.sep}" in file:
+        return False  # Pyro's, for enumerated variables
     in_stdlib = file.startswith(_STDLIB) and "site-packages" not in file
     return not (file.startswith((*_LIBRARIES, "<frozen")) or in_stdlib)
 
@@ -117,12 +122,14 @@ class Watch:
         A frame does not know its function, so the garbage collector is asked, once for all. Functions that the step
         itself made are gone by now: nobody else can change what they close over, or an enclosing function has it too.
         """
+        # One pass over all objects takes some 30 ms, whatever the number of functions that are looked for.
         calls = list(self.frames.values())
         codes = list(dict.fromkeys(call.code for call in calls if call.code.co_freevars))
         functions: dict[CodeType, list[types.FunctionType]] = {code: [] for code in codes}
         for referrer in gc.get_referrers(*codes) if codes else ():
             if isinstance(referrer, types.FunctionType) and referrer.__code__ in functions and referrer.__closure__:
                 functions[referrer.__code__].append(referrer)
+
         for call in calls:
             named = [
                 dict(zip(call.code.co_freevars, each.__closure__ or (), strict=True))
@@ -172,6 +179,7 @@ class Watch:
     def _on_c_call(self, frame: FrameType, function: Any) -> None:
         if self._importing:
             return
+        # Prints, clocks and files: what they do to the user, or to the model, would stop with the capture.
         name = getattr(function, "__name__", "")
         module = getattr(function, "__module__", None)
         if name in _READS and isinstance(getattr(function, "__self__", None), Tensor):
@@ -200,48 +208,66 @@ def _content(cell: Any) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def paths_of(code: CodeType) -> tuple[Path, ...]:
-    """Returns the paths that a function's bytecode loads or assigns, longest forms and all their beginnings."""
-    loaded: dict[Path, None] = {}
-    instance = code.co_varnames[0] if code.co_argcount and code.co_varnames[0] in ("self", "cls") else None
-    current: Path | None = None
-    indexed: tuple[Path, Any] | None = None
+    """Returns the paths that a function's bytecode loads or assigns, each with all its beginnings."""
+    reader = _PathReader(code)
     for instruction in dis.get_instructions(code):
-        name, value = instruction.opname, instruction.argval
-        if name in _SKIPPED:
-            continue
-        before_index, indexed = indexed, None
-        if name in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            loaded[Path("global", value)] = None
-            current = None
-        elif name in ("STORE_DEREF", "DELETE_DEREF") and value in code.co_freevars:
-            loaded[Path("cell", value)] = None
-            current = None
-        elif name in _STORES:
-            base = before_index[0] if name.endswith("SUBSCR") and before_index else current
-            if base is not None:
-                step = (".", value) if name.endswith("ATTR") else ("[", before_index[1] if before_index else ...)
-                loaded[Path(base.root, base.name, (*base.steps, step))] = None
-            current = None
-        elif name in ("LOAD_GLOBAL", "LOAD_NAME"):
-            current = Path("global", value)
-        elif name in ("LOAD_DEREF", "LOAD_CLASSDEREF") and value in code.co_freevars:
-            current = Path("cell", value)
-        elif name == "LOAD_FAST" and value == instance:
-            current = Path("self", value)
-        elif name in ("LOAD_ATTR", "LOAD_METHOD") and current is not None:
-            current = Path(current.root, current.name, (*current.steps, (".", value)))
-        elif name == "LOAD_CONST" and current is not None:
-            indexed = (current, value)
-            continue
-        elif name == "BINARY_SUBSCR" and before_index is not None:
-            current = Path(before_index[0].root, before_index[0].name, (*before_index[0].steps, ("[", before_index[1])))
+        if instruction.opname not in _SKIPPED:
+            reader.read(instruction.opname, instruction.argval)
+    return tuple(reader.paths)
+
+
+class _PathReader:
+    """Follows what lies on top of the stack as long as it is a path, instruction by instruction.
+
+    An instruction that it does not know ends the path, so that what it returns was loaded for certain; what it misses
+    are values that travel through variables and function calls, which the callee's own bytecode shows.
+    """
+
+    def __init__(self, code: CodeType) -> None:
+        self.paths: dict[Path, None] = {}
+        self._free = frozenset(code.co_freevars)
+        self._instance = code.co_varnames[0] if code.co_argcount and code.co_varnames[0] in ("self", "cls") else None
+        self._current: Path | None = None
+        self._indexed: tuple[Path, Any] | None = None  # a path, and the constant that was loaded on top of it
+
+    def read(self, name: str, value: Any) -> None:
+        """Takes the next instruction."""
+        indexed, self._indexed = self._indexed, None
+        current = self._current
+        if name == "LOAD_CONST" and current is not None:
+            self._indexed = (current, value)
         elif name == "COPY" and current is not None:
-            continue  # self.count += 1 copies self before it loads the attribute
+            pass  # self.count += 1 copies self before it loads the attribute
+        elif name in _STORES:
+            self._store(name, value, indexed)
         else:
-            current = None
-        if current is not None:
-            loaded[current] = None
-    return tuple(loaded)
+            self._current = self._root(name, value) or self._extended(name, value, indexed)
+            if self._current is not None:
+                self.paths[self._current] = None
+
+    def _root(self, name: str, value: Any) -> Path | None:
+        if name in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"):
+            return Path("global", value)
+        if name in ("LOAD_DEREF", "LOAD_CLASSDEREF", "STORE_DEREF", "DELETE_DEREF") and value in self._free:
+            return Path("cell", value)
+        if name == "LOAD_FAST" and value == self._instance:
+            return Path("self", value)
+        return None
+
+    def _extended(self, name: str, value: Any, indexed: tuple[Path, Any] | None) -> Path | None:
+        if name in ("LOAD_ATTR", "LOAD_METHOD") and self._current is not None:
+            return self._current.then(".", value)
+        if name == "BINARY_SUBSCR" and indexed is not None:
+            return indexed[0].then("[", indexed[1])
+        return None
+
+    def _store(self, name: str, value: Any, indexed: tuple[Path, Any] | None) -> None:
+        by_item = name.endswith("SUBSCR")
+        base = indexed[0] if by_item and indexed is not None else self._current
+        if base is not None:
+            key = (indexed[1] if indexed is not None else ...) if by_item else value
+            self.paths[base.then("[" if by_item else ".", key)] = None
+        self._current = None
 
 
 class Assumptions:
@@ -257,12 +283,13 @@ class Assumptions:
     def __init__(self, watch: Watch, roots: dict[str, Any], earlier: Assumptions | None = None) -> None:
         self._environment: dict[str, Any] = {}
         self._earlier = earlier
+
         self._names: dict[int, str] = {}
         self._tests: dict[str, tuple[str, str, Any]] = {}  # by expression: (description, operator, value)
-        self.effects = list(watch.effects)
         for call, cells in watch.calls():
             for path in paths_of(call.code):
                 self._follow(path, call.module_globals, call.instance, cells)
+
         for module in watch.modules.values():
             self._add_module(module)
         for name, root in roots.items():
@@ -281,6 +308,8 @@ class Assumptions:
 
     def _follow(self, path: Path, module_globals: Any, instance: Any, cells: dict[str, Any]) -> None:
         """Adds the test of one path, if it leads to a value now."""
+        # The source is Python code that the compiled test runs; the text is what a message shows. Nothing of the user's
+        # may run: properties and methods are left alone here, and are watched as functions of their own if they run.
         value: Any
         if path.root == "global":
             if path.name not in module_globals or not self._lasts(module_globals):
@@ -305,20 +334,21 @@ class Assumptions:
             except (AttributeError, KeyError, IndexError, TypeError):
                 return
             text += f".{step[1]}" if step[0] == "." else f"[{step[1]!r}]"
+
         self._add(text, source, value)
 
     def _add(self, text: str, source: str, value: Any) -> None:
         if source in self._tests:
             return
+
+        # Tensors are compared by identity here: their values are read by the program, or compared by it.
         if is_plain(value):
             self._tests[source] = (text, "plain", value)
         elif isinstance(value, Tensor | np.ndarray):
             self._tests[source] = (text, "is", value)
         elif isinstance(value, list | dict | set | tuple):
             self._add_container(text, source, value)
-        elif isinstance(value, types.ModuleType | type):
-            pass
-        elif isinstance(value, types.FunctionType | nn.Module) or not callable(value):
+        elif not isinstance(value, types.ModuleType | type | types.MethodType | types.BuiltinFunctionType):
             self._tests[source] = (text, "is", value)
             self._add_settings(text, source, value, depth=2)
 
@@ -340,6 +370,10 @@ class Assumptions:
         for hooks in ("_forward_hooks", "_forward_pre_hooks"):
             self._tests[f"len({name}.{hooks})"] = (f"{text}'s hooks", "==", len(getattr(module, hooks)))
 
+        for key, child in module._modules.items():
+            self._tests[f"{name}._modules[{key!r}]"] = (f"{text}'s layer {key}", "is", child)
+        self._tests[f"len({name}._modules)"] = (f"{text}'s layers", "==", len(module._modules))
+
     def _add_settings(self, text: str, source: str, value: Any, depth: int) -> None:
         """Compares the attributes of handlers, distributions and ELBOs, whose code is Pyro's and is not watched."""
         if isinstance(value, functools.partial):
@@ -347,6 +381,7 @@ class Assumptions:
                 inner = f"{source}.func" if index == 0 else f"{source}.args[{index - 1}]"
                 self._add_settings(f"{text}'s argument", inner, each, depth)
             return
+
         if depth == 0 or not isinstance(value, Messenger | Distribution | Transform | pyro.infer.ELBO):
             return
         for key, each in vars(value).items():
@@ -409,12 +444,14 @@ def _take(value: Any, source: str, step: Step) -> tuple[Any, str]:
         AttributeError: There is no such attribute, or a property or method stands there: its code is watched itself.
     """
     kind, key = step
+
     if kind == "[":
         if not isinstance(value, list | tuple | dict):
             raise TypeError(key)
         return value[key], f"{source}[{key!r}]"
     if isinstance(getattr(type(value), key, None), property | types.FunctionType | types.MethodDescriptorType):
         raise AttributeError(key)
+
     if isinstance(value, nn.Module):
         # nn.Module.__getattr__ is slow, and PyroModule's has effects.
         for table in ("_parameters", "_buffers", "_modules"):

@@ -35,7 +35,6 @@ _BINARY = {
 _UNARY = {
     aten.neg.default: "neg",
     aten.reciprocal.default: "reciprocal",
-    aten.sqrt.default: "sqrt",
     aten.clone.default: "copy",
 }
 _COMPARISONS = {
@@ -71,11 +70,14 @@ def direct_op(op: Op, recording: Recording) -> DirectOp | None:
         return None
     out = recording.infos[op.outs[0]]
     size = math.prod(out.shape)
+
+    # Results are written one after the other into a buffer that stays, so they must lie in memory that way.
     if out.device.type != "cpu" or not 0 < size <= MAX_ELEMENTS or not _is_contiguous(out):
         return None
     named = _named(op, recording, out)
     if named is None:
         return None
+
     name, args, dtypes = named
     operands = []
     for argument, dtype in zip(args, dtypes, strict=True):
@@ -88,6 +90,7 @@ def direct_op(op: Op, recording: Recording) -> DirectOp | None:
 
 def _named(op: Op, recording: Recording, out: TensorInfo) -> tuple[str, list[Any], list[torch.dtype]] | None:
     """Returns the operation's name in the C++ loop, its arguments, and the type that each must have."""
+    # Types must agree but for Python numbers, which torch casts to the tensors' type before it computes, as done here.
     function, args = op.function, op.args
     floating = out.dtype in _FLOATS
     if function in _BINARY and floating:
@@ -98,10 +101,12 @@ def _named(op: Op, recording: Recording, out: TensorInfo) -> tuple[str, list[Any
         return _UNARY[function], args[:1], [out.dtype]
     if function is aten.pow.Tensor_Scalar and floating and type(args[1]) in (int, float) and args[1] in (1, 2):
         return ("square" if args[1] == 2 else "copy"), args[:1], [out.dtype]
+
     if function in _COMPARISONS and out.dtype == torch.bool and not op.kwargs:
         dtypes = {recording.infos[slot].dtype for slot in op.ins}
         if len(dtypes) == 1 and (dtype := dtypes.pop()) in _FLOATS and isinstance(args[0], Slot):
             return _COMPARISONS[function], args[:2], [dtype] * 2
+
     if function is aten.where.self and floating:
         return "where", args, [torch.bool, out.dtype, out.dtype]
     return _cast_or_sum(op, recording, out) if floating else None

@@ -7,13 +7,15 @@ writes in place, and each can be left out, which the tests use to compare them o
 from __future__ import annotations
 
 import copy
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distopt.infer.capture.recording import Argument, Op, Recording, Slot, aten, slots_in, substitute
+from distopt.infer.capture.recording import Argument, Op, Recording, Slot, TensorInfo, aten, slots_in, substitute
 
 MAX_FOLDED_BYTES = 1 << 16
 """Results of constants are kept up to this size each: larger ones are computed anew, for memory costs more."""
@@ -32,6 +34,17 @@ _VIEWS = frozenset(
         aten.permute.default,
     }
 )
+# Their results depend on what their argument looks like, and on none of its values.
+_VALUE_FREE = frozenset(
+    {
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.full_like.default,
+        aten.new_zeros.default,
+        aten.new_ones.default,
+        aten.new_full.default,
+    }
+)
 _COPIES = frozenset({aten._to_copy.default, aten.clone.default})
 
 
@@ -42,6 +55,8 @@ def shorten(recording: Recording, passes: Iterable[str] | None = None) -> Record
     short.alias = list(recording.alias)
     short.lifted = dict(recording.lifted)
     short.compared = dict(recording.compared)
+    short.grads = list(recording.grads)
+    short.accumulated = {}
     keep_lifted_writable(short)
     for name in PASSES if passes is None else passes:
         PASSES[name](short)
@@ -87,6 +102,7 @@ def remove_dead(recording: Recording) -> None:
         needed = (
             op.is_host
             or op.is_random
+            or all(slot < 0 for slot in op.outs)  # it only checks its arguments, as linear algebra does for errors
             or any(slot in live for slot in op.outs)
             or not written.isdisjoint(live_memory)
             or not written.isdisjoint(outside)
@@ -97,6 +113,38 @@ def remove_dead(recording: Recording) -> None:
             live.update(used)
             live_memory.update(alias[slot] for slot in used)
     recording.ops = kept[::-1]
+
+
+def accumulate_at_end(recording: Recording) -> None:
+    """Takes the addition to a gradient that was there out of the list, where it is the only operation on it.
+
+    Autograd adds each parameter's gradient once per backward pass. The program adds it when all checks have held, so
+    that a step that fails has changed nothing.
+    """
+    uses: dict[int, list[Op]] = {}
+    for op in recording.ops:
+        for slot in (*op.ins, *op.outs):
+            if recording.num_params <= slot < recording.num_inputs:
+                uses.setdefault(slot, []).append(op)
+
+    shared = Counter(recording.alias)
+    removed: set[int] = set()
+    for position, index in enumerate(recording.with_grad):
+        slot = recording.num_params + position
+        ops = {id(op): op for op in uses.get(slot, ())}
+        if len(ops) != 1 or recording.grads[index] != slot or shared[slot] != 1:
+            continue
+        ((key, op),) = ops.items()
+        value = op.args[1] if len(op.args) > 1 else None
+        if op.function is not aten.add_.Tensor or op.kwargs or len(op.args) != 2 or not isinstance(value, Slot):
+            continue
+
+        like, grad = recording.infos[value.index], recording.infos[slot]
+        if (like.shape, like.dtype) == (grad.shape, grad.dtype) and value.index != slot:
+            recording.accumulated[index] = value.index
+            recording.grads[index] = -1
+            removed.add(key)
+    recording.ops = [op for op in recording.ops if id(op) not in removed]
 
 
 def drop_identities(recording: Recording) -> None:
@@ -110,6 +158,9 @@ def drop_identities(recording: Recording) -> None:
         source, out = op.args[0].index, op.outs[0]
         if source == out or out < 0:
             continue
+
+        # A copy may be dropped for what it copies only if neither is written to, now or through a view of it. A view
+        # of the same shape and strides is the same memory anyhow.
         shared = recording.alias[source] == recording.alias[out]
         alike = recording.infos[source] == recording.infos[out]
         unwritten = not {recording.alias[source], recording.alias[out]} & written
@@ -147,18 +198,32 @@ def fold_constants(recording: Recording) -> None:
         and tensor.device.type == "cpu"
         and tensor.numel() * tensor.element_size() <= MAX_COMPARED_FOLD_BYTES
     }
+
+    # Each constant remembers the outside tensors that it was computed from: these are compared before each step.
     sources: dict[int, frozenset[int]] = {slot: frozenset() for slot in known}
     sources |= {slot: frozenset([slot]) for slot in comparable}
     known |= {slot: tensor.detach().clone() for slot, tensor in comparable.items()}
 
     kept: list[Op] = []
     for op in recording.ops:
-        constant = op.is_pure and all(slot in known for slot in op.ins) and -1 not in op.outs
-        results = _results(op, known) if constant else []
-        if not results or any(recording.alias[out] in written for out in op.outs) or _size(results) > MAX_FOLDED_BYTES:
+        results: list[Tensor] = []
+        if op.is_pure and -1 not in op.outs:
+            if all(slot in known for slot in op.ins):
+                results = _results(op, known)
+            elif op.function in _VALUE_FREE and math.prod(recording.infos[op.outs[0]].shape) <= MAX_FOLDED_BYTES:
+                results = _results(op, {slot: _empty(recording.infos[slot]) for slot in op.ins})
+
+        # A copy of an expanded tensor lies in memory in another way, which later operations were not recorded for.
+        alike = [TensorInfo.of(tensor) for tensor in results] == [recording.infos[out] for out in op.outs]
+        if (
+            not (results and alike)
+            or any(recording.alias[out] in written for out in op.outs)
+            or _size(results) > MAX_FOLDED_BYTES
+        ):
             kept.append(op)
             continue
-        origin = frozenset().union(*(sources[slot] for slot in op.ins))
+
+        origin = frozenset().union(*(sources.get(slot, frozenset()) for slot in op.ins))
         for slot, tensor in zip(op.outs, results, strict=True):
             known[slot] = recording.lifted[slot] = tensor
             sources[slot] = origin
@@ -177,6 +242,10 @@ def _results(op: Op, known: dict[int, Tensor]) -> list[Tensor]:
     return list(result) if isinstance(result, list | tuple) else [result]
 
 
+def _empty(info: TensorInfo) -> Tensor:
+    return torch.empty_strided(info.shape, info.stride, dtype=info.dtype, device=info.device)
+
+
 def _size(tensors: list[Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
@@ -191,6 +260,8 @@ def merge_equal(recording: Recording) -> None:
 
     replaced: dict[int, int] = {}
     _merge_constants(recording, written, replaced)
+
+    # Memory that is written to after an operation read it would give a later, equal expression another value.
     seen: dict[Any, list[int]] = {}
     kept: list[Op] = []
     for index, op in enumerate(recording.ops):
@@ -207,6 +278,7 @@ def merge_equal(recording: Recording) -> None:
                 continue
             seen[key] = op.outs
         kept.append(op)
+
     recording.ops = kept
     _replace_outputs(recording, replaced)
 
@@ -239,9 +311,7 @@ def _replace(op: Op, replaced: dict[int, int]) -> None:
         return slot
 
     op.args = [substitute(argument, lambda slot: Slot(final(slot))) for argument in op.args]
-    op.kwargs = {
-        name: substitute(argument, lambda slot: Slot(final(slot))) for name, argument in op.kwargs.items()
-    }
+    op.kwargs = {name: substitute(argument, lambda slot: Slot(final(slot))) for name, argument in op.kwargs.items()}
     op.ins = [final(slot) for slot in op.ins]
     if op.writes:
         op.writes = [final(slot) for slot in op.writes]
@@ -258,17 +328,21 @@ def _replace_outputs(recording: Recording, replaced: dict[int, int]) -> None:
         _replace(op, replaced)
     recording.losses = [Slot(final(loss.index)) if isinstance(loss, Slot) else loss for loss in recording.losses]
     recording.grads = [final(slot) for slot in recording.grads]
+    recording.accumulated = {index: final(slot) for index, slot in recording.accumulated.items()}
     recording.checks = [type(check)(final(check.slot), check.answer, check.line) for check in recording.checks]
 
 
 def remove_unused_constants(recording: Recording) -> None:
     """Lets go of constants that no operation reads any more."""
-    used = {slot for op in recording.ops for argument in (op.args, list(op.kwargs.values())) for slot in slots_in(argument)}
+    used = {
+        slot for op in recording.ops for argument in (op.args, list(op.kwargs.values())) for slot in slots_in(argument)
+    }
     used.update(recording.outputs())
     recording.lifted = {slot: tensor for slot, tensor in recording.lifted.items() if slot in used}
 
 
 PASSES: dict[str, Callable[[Recording], None]] = {
+    "accumulate_at_end": accumulate_at_end,
     "remove_dead": remove_dead,
     "drop_identities": drop_identities,
     "fold_constants": fold_constants,

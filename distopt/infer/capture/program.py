@@ -59,7 +59,8 @@ def build(recording: Recording, params: Sequence[Tensor], args: Sequence[Tensor]
     """
     if compiled is None:
         return PythonProgram(recording, params, args)
-    return _Lowering(recording, direct).build(params, args)
+    program: Program = _Lowering(recording, direct).build(params, args)
+    return program
 
 
 class _Lowering:
@@ -76,25 +77,31 @@ class _Lowering:
         self._program = compiled.Program()
         self._fixed: dict[int, Tensor] = {}
 
-    def build(self, params: Sequence[Tensor], args: Sequence[Tensor]) -> Program:
+    def build(self, params: Sequence[Tensor], args: Sequence[Tensor]) -> Any:
         recording, program = self._recording, self._program
         for slot, tensor in recording.lifted.items():
             self._fixed[slot] = tensor
             program.set_fixed(slot, tensor)
         for op in recording.ops:
             self._add(op)
+
+        # What comes from outside is looked at before each run: pointers and strides were computed for what it was.
         for slot, tensor in recording.foreign.items():
             program.set_foreign(slot, tensor, recording.compared.get(slot), recording.alias[slot] in self._written)
         program.set_inputs(tuple(params), recording.with_grad, list(args))
+
         for slot in recording.loss_slots():
             program.add_loss(slot)
         for check in recording.checks:
             program.add_check(check.slot, check.answer)
+        for index, slot in recording.accumulated.items():
+            program.add_accumulation(index, slot)
         for index, slot in enumerate(recording.grads):
             if slot >= 0 and not recording.num_params <= slot < recording.num_inputs:
                 info = recording.infos[slot]
                 like = torch.empty_strided(info.shape, info.stride, dtype=info.dtype, device=info.device)
                 program.add_gradient(index, slot, like)
+
         program.finish(len(recording.infos))
         return program
 
@@ -110,9 +117,11 @@ class _Lowering:
             schema = op.function._schema
             self._program.add_op(schema.name, schema.overload_name, _arguments(op), op.outs)
             return
+
+        # Operands with a fixed address are handed over as tensors, the others as slots, read when the program runs.
         out = self._recording.infos[op.outs[0]]
         result = torch.empty(out.shape, dtype=out.dtype)
-        operands = []
+        operands: list[tuple[int, Tensor | None, int, list[int]]] = []
         for value, layout, offsets in direct.operands:
             if isinstance(value, Slot) and value.index not in self._fixed:
                 operands.append((value.index, None, layout, offsets))
@@ -146,12 +155,13 @@ def _call(op: Op, values: Any) -> list[Tensor]:
 
 def _arguments(op: Op) -> list[tuple[str, Any]]:
     """Returns each argument of the operator's schema as (kind, value)."""
-    arguments = []
+    arguments: list[tuple[str, Any]] = []
     for position, argument in enumerate(op.function._schema.arguments):
         if position < len(op.args):
             value = op.args[position]
         else:
             value = op.kwargs.get(argument.name, argument.default_value)
+
         if isinstance(value, Slot):
             arguments.append(("slot", value.index))
         elif isinstance(value, list) and any(isinstance(each, Slot) for each in value):
@@ -180,28 +190,44 @@ class PythonProgram:
         status = self._inputs_status(store, args)
         if status != RAN:
             return status, []
+
         state = torch.get_rng_state()
+        saved = [(tensor, tensor.clone()) for tensor in self._written_tensors()]
         self._running = True
         try:
             with torch.no_grad():
                 values = self._run_ops(args)
         except BaseException:
-            torch.set_rng_state(state)
+            _restore(state, saved)
             raise
         finally:
             self._running = False
+
         for index, check in enumerate(self._recording.checks):
             if bool(values[check.slot]) != check.answer:
-                torch.set_rng_state(state)
+                _restore(state, saved)
                 return index, []
-        self._hand_out_gradients(values)
+        with torch.no_grad():
+            self._hand_out_gradients(values)
         return RAN, [values[slot].item() for slot in self._recording.loss_slots()]
+
+    def _written_tensors(self) -> list[Tensor]:
+        """Returns the tensors outside that the step writes to: a step that fails must leave nothing behind."""
+        recording = self._recording
+        written = recording.written()
+        tensors = [tensor for slot, tensor in recording.foreign.items() if recording.alias[slot] in written]
+        grads = [self._params[index].grad for index in recording.with_grad if index not in recording.accumulated]
+        return tensors + [grad for grad in grads if grad is not None]
 
     def _inputs_status(self, store: dict[str, Tensor], args: Sequence[Tensor]) -> int:
         recording = self._recording
-        if len(store) != len(self._params) or any(a is not b for a, b in zip(store.values(), self._params, strict=True)):
+        if len(store) != len(self._params) or any(
+            a is not b for a, b in zip(store.values(), self._params, strict=True)
+        ):
             return INPUTS_DIFFER
-        if [_layout(each) for each in self._params] != self._param_layouts or [_layout(each) for each in args] != self._args:
+        if [_layout(each) for each in self._params] != self._param_layouts or [
+            _layout(each) for each in args
+        ] != self._args:
             return INPUTS_DIFFER
         if [index for index, param in enumerate(self._params) if param.grad is not None] != recording.with_grad:
             return GRADIENTS_DIFFER
@@ -213,10 +239,12 @@ class PythonProgram:
         return RAN
 
     def _run_ops(self, args: Sequence[Tensor]) -> dict[int, Tensor]:
+        # Values live to the end of the step: the loop in C++ frees each after its last use.
         recording = self._recording
         values: dict[int, Tensor] = {**recording.lifted, **recording.foreign}
         inputs = [*self._params, *(self._params[index].grad for index in recording.with_grad), *args]
-        values.update(enumerate(tensor.detach() for tensor in inputs if tensor is not None))
+        values.update((slot, tensor.detach()) for slot, tensor in enumerate(inputs) if tensor is not None)
+
         for op in recording.ops:
             if op.is_host:
                 op.function.function(*(values[slot] for slot in op.ins))
@@ -228,9 +256,20 @@ class PythonProgram:
 
     def _hand_out_gradients(self, values: dict[int, Tensor]) -> None:
         recording = self._recording
+        for index, slot in recording.accumulated.items():
+            grad = self._params[index].grad
+            assert grad is not None
+            grad.add_(values[slot])
         for param, slot in zip(self._params, recording.grads, strict=True):
             if slot >= 0 and not recording.num_params <= slot < recording.num_inputs:
                 param.grad = values[slot].clone(memory_format=torch.preserve_format)
+
+
+def _restore(state: Tensor, saved: list[tuple[Tensor, Tensor]]) -> None:
+    torch.set_rng_state(state)
+    with torch.no_grad():
+        for tensor, values in saved:
+            tensor.copy_(values)
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Records one step while it runs: every operation that reaches torch's dispatcher, and every value that Python reads."""
+"""Records one step while it runs: operations that reach torch's dispatcher, and values that Python reads."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from pyro import poutine
 from pyro.infer.util import torch_item
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from distopt.infer.capture.recording import (
+    UNINITIALIZED,
     Check,
     HostCall,
     Op,
     Recording,
     Slot,
     TensorInfo,
-    UNINITIALIZED,
     aten,
     is_random,
 )
@@ -84,7 +84,7 @@ def model_line() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Appends each operation that runs inside it to a `Recording`.
 
     A tensor carries its slot as an attribute, so that nothing is kept alive that the step itself would free; all other
@@ -93,7 +93,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recording = Recording()
         self._attribute = f"_distopt_slot_{next(_serial)}"
         self._tagged: list[Tensor] = []
@@ -104,6 +104,7 @@ class Recorder(TorchDispatchMode):
         self._sources: dict[int, frozenset[int]] = {}  # of static slots: the foreign tensors that they come from
         self._generator_state: Tensor | None = None
         self.first_argument = 0  # the first slot that is an argument's
+        # A recorded step that raises an error is taken again eagerly, so its writes must be undone first.
         self._undo: dict[int, tuple[Tensor, Tensor]] = {}  # by alias: a foreign tensor, and its values before
 
     # Slots.
@@ -227,11 +228,13 @@ class Recorder(TorchDispatchMode):
                 return [encode(each) for each in value]
             return value
 
+        # Arguments are encoded before the operation runs: it may change what a tensor looks like.
         op = Op(function, [encode(each) for each in args], {}, [], ins, [], model_line())
         op.kwargs = {name: encode(value) for name, value in kwargs.items()}
         inplace_view = _INPLACE_VIEW in function.tags
-        if schema.is_mutable and not inplace_view:
+        if not inplace_view:
             op.writes = _written_slots(schema, op)
+
         self._look_at(function, args, kwargs, op)
 
         random_op = is_random(function)
@@ -241,11 +244,13 @@ class Recorder(TorchDispatchMode):
         if random_op:
             self._generator_state = torch.get_rng_state()
 
+        # squeeze_, t_ and their like are recorded as the view that they are, under a new slot: shapes would go stale.
         if inplace_view:
             name = schema.name.split("::")[1].rstrip("_")
             op.function = getattr(getattr(aten, name), function._overloadname)
         op.outs = self._outs(result, aliases, keep=schema.is_mutable and not inplace_view)
         self._mark_static(op, random_op)
+
         self.recording.ops.append(op)
         return result
 
@@ -256,24 +261,14 @@ class Recorder(TorchDispatchMode):
                 outs.append(-1)
                 continue
             slot = self.slot_of(tensor) if keep else None
-            if slot is None:
-                if tensor.layout is not torch.strided:
-                    self.refuse(f"an operation returns a tensor of layout {tensor.layout}")
-                    slot = self.new_slot_without_memory(tensor)
-                else:
-                    storage = _storage(tensor)
-                    slot = self.new_slot(tensor, aliases.get(storage, self._alias_of_storage.get(storage)))
+            if slot is None and tensor.layout is torch.strided:
+                storage = _storage(tensor)
+                slot = self.new_slot(tensor, aliases.get(storage, self._alias_of_storage.get(storage)))
+            elif slot is None:
+                self.refuse(f"an operation returns a tensor of layout {tensor.layout}")
+                slot = self.new_slot(tensor)
             outs.append(slot)
         return outs
-
-    def new_slot_without_memory(self, tensor: Tensor) -> int:
-        """Gives a sparse tensor a slot; the recording is refused."""
-        recording = self.recording
-        slot = len(recording.infos)
-        recording.infos.append(TensorInfo(tuple(tensor.shape), tensor.dtype, (), tensor.device))
-        recording.alias.append(slot)
-        setattr(tensor, self._attribute, slot)
-        return slot
 
     def _first_seen(self, function: Any, tensor: Tensor) -> int:
         if function is not aten.lift_fresh.default:
@@ -288,7 +283,9 @@ class Recorder(TorchDispatchMode):
         return slot
 
     def _look_at(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], op: Op) -> None:
-        """Refuses operations whose results Python reads or whose shapes follow from values, and saves what is undone."""
+        """Refuses results that Python reads and shapes that follow from values; saves what may have to be undone."""
+        # torch tags what cannot be replayed blindly. Indexing is tagged for the sake of masks alone, and masks that are
+        # constants, as triangular matrices have them, are as good as integers.
         recording = self.recording
         tags = function.tags
         reads = torch.Tag.data_dependent_output in tags
@@ -298,6 +295,7 @@ class Recorder(TorchDispatchMode):
             masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
             decisive = [slot for mask in masks if (slot := self.slot_of(mask)) is not None]
             sizes = bool(masks)
+
         if reads or sizes:
             what = "the size of a result" if sizes else str(function)
             for slot in dict.fromkeys(decisive):
@@ -307,6 +305,7 @@ class Recorder(TorchDispatchMode):
                     if source not in recording.compared:
                         self._compare(source)
 
+        # Offsets within an argument's memory differ between slices of one data set, and as_strided has absolute ones.
         if function in (aten.as_strided.default, aten.as_strided_.default) and op.args[0].index < recording.num_inputs:
             self.refuse("as_strided counts from the start of an argument's memory")
         for slot in op.writes:
@@ -336,6 +335,7 @@ class Recorder(TorchDispatchMode):
             if not writes_constants or foreign:
                 self._static = {slot for slot in self._static if recording.alias[slot] not in written}
             return
+
         if random_op or op.function in UNINITIALIZED or not all(slot in self._static for slot in op.ins):
             return
         sources = frozenset().union(*(self._sources.get(slot, frozenset()) for slot in op.ins))
@@ -393,12 +393,14 @@ class _Functions(TorchFunctionMode):
         self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        # Reads by Pyro's ELBOs and warnings are harmless; all others are the model's.
         if function is torch.Tensor.item and _is_elbo(sys._getframe(1)):
             # The ELBO sums Python floats, that is doubles: the same sum of tensors of one double each is as exact.
             tensor = args[0].detach()
             return tensor.double() if tensor.is_floating_point() else function(*args, **kwargs)
         if function in (torch.Tensor.__bool__, torch.Tensor.is_nonzero) and _is_warning():
             return False
+
         if function in _READS:
             self._recorder.read(args[0], f".{function.__name__}()")
         elif function in _MEMORY:
@@ -426,7 +428,7 @@ def _is_elbo(frame: FrameType) -> bool:
 
 
 def _is_warning() -> bool:
-    """Returns whether pyro.util.warn_if_nan, or warn_if_inf, is reading a value: nothing follows from it but a warning."""
+    """Returns whether pyro.util.warn_if_nan or warn_if_inf reads a value: nothing follows from it but a warning."""
     frame: FrameType | None = sys._getframe(2)
     for _ in range(4):
         if frame is None:
@@ -438,15 +440,28 @@ def _is_warning() -> bool:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _storage_numel(tensor: Tensor) -> int:
     return tensor.untyped_storage().nbytes() // tensor.element_size()
 
 
+# Operators that write to running statistics although their schema does not say so: by name, the arguments' positions.
+_UNDECLARED_WRITES = {
+    "aten::native_batch_norm": (3, 4),
+    "aten::cudnn_batch_norm": (3, 4),
+    "aten::miopen_batch_norm": (3, 4),
+    "aten::batch_norm_update_stats": (1, 2),
+}
+
+
 def _written_slots(schema: Any, op: Op) -> list[int]:
-    writes = []
+    writes = [
+        op.args[position].index
+        for position in _UNDECLARED_WRITES.get(schema.name, ())
+        if isinstance(op.args[position], Slot)
+    ]
     for position, argument in enumerate(schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
@@ -455,9 +470,13 @@ def _written_slots(schema: Any, op: Op) -> list[int]:
     return writes
 
 
-def _python_generators() -> tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state(legacy=True)
-    return random.getstate(), name, keys.tobytes(), *rest
+def _python_generators() -> dict[str, Any]:
+    return {"python": random.getstate(), "numpy": np.random.get_state(legacy=True)}
+
+
+def _same_generators(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    (name_a, keys_a, *rest_a), (name_b, keys_b, *rest_b) = a["numpy"], b["numpy"]
+    return a["python"] == b["python"] and (name_a, rest_a) == (name_b, rest_b) and np.array_equal(keys_a, keys_b)
 
 
 @dataclass(slots=True)
@@ -468,11 +487,13 @@ class RecordedStep:
         recording: The list of its operations.
         losses: The loss of each component that the ELBO returned.
         params: All parameters that the store held before the step, in its order.
+        used: Those that the step named, as Pyro's SVI collects them.
     """
 
     recording: Recording
     losses: list[float]
     params: list[Tensor]
+    used: list[Tensor]
 
 
 def record(
@@ -490,6 +511,8 @@ def record(
     store = pyro.get_param_store()
     before = dict(store._params)
     params = list(before.values())
+
+    # Slots of what the program will be given: parameters, then the gradients that they have, then arguments.
     recorder = Recorder()
     recording = recorder.recording
     for param in params:
@@ -503,6 +526,8 @@ def record(
         recorder.add_input(tensor)
     recording.num_inputs = len(recording.infos)
 
+    # The step is a true one, so nothing is put back unless the model raises an error: then the caller takes the step
+    # again, eagerly, and the error that the user sees must be that step's.
     saved_grads = [(param, param.grad, None if param.grad is None else param.grad.clone()) for param in params]
     rng_state = torch.get_rng_state()
     python_state = _python_generators()
@@ -513,18 +538,20 @@ def record(
     except BaseException:
         recorder.close()
         torch.set_rng_state(rng_state)
-        random.setstate(python_state[0])
-        np.random.set_state(python_state[1])
+        random.setstate(python_state["python"])
+        np.random.set_state(python_state["numpy"])
         for param, grad, values in saved_grads:
             param.grad = grad if grad is None else grad.copy_(values)
         recorder.undo_writes()
         raise
-    if any(not _same_state(a, b) for a, b in zip(python_state, _python_generators(), strict=True)):
+
+    if not _same_generators(python_state, _python_generators()):
         recorder.refuse("random numbers of Python's random or of NumPy are drawn")
     losses = _take_losses(recorder, loss)
-    _take_params(recorder, before, capture)
+    used = list(dict.fromkeys(site["value"].unconstrained() for site in capture.trace.nodes.values()))
+    _take_params(recorder, before, used)
     recorder.close()
-    return RecordedStep(recording, losses, params)
+    return RecordedStep(recording, losses, params, used)
 
 
 def _take_losses(recorder: Recorder, loss: Any) -> list[float]:
@@ -545,25 +572,29 @@ def _take_losses(recorder: Recorder, loss: Any) -> list[float]:
     return values
 
 
-def _take_params(recorder: Recorder, before: dict[str, Tensor], capture: Any) -> None:
+def _take_params(recorder: Recorder, before: dict[str, Tensor], used_params: list[Tensor]) -> None:
     """Notes which parameters the step named, and where their gradients come from."""
     recording = recorder.recording
     after = pyro.get_param_store()._params
     if list(after) != list(before) or any(after[name] is not before[name] for name in before):
         recorder.refuse("the step itself creates or replaces parameters of the store", transient=True)
         return
-    used = {id(site["value"].unconstrained()) for site in capture.trace.nodes.values()}
+    recording.requires_grad = [param.requires_grad for param in before.values()]
+    left = {id(param) for param in used_params}
+    seen: set[int] = set()
     for index, param in enumerate(before.values()):
-        if id(param) in used:
+        recording.grads.append(-1)
+        if id(param) in seen:
+            continue  # one parameter may have several names
+        seen.add(id(param))
+        if id(param) in left:
             recording.used_params.append(index)
-        grad = param.grad
-        slot = None if grad is None else recorder.slot_of(grad)
-        if grad is not None and slot is None:
-            recorder.refuse("a gradient is not computed from the recorded operations")
-        recording.grads.append(-1 if slot is None else slot)
-    if len(used) != len(recording.used_params):
+            left.remove(id(param))
+        if param.grad is not None:
+            slot = recorder.slot_of(param.grad)
+            if slot is None:
+                recorder.refuse("a gradient is not computed from the recorded operations")
+            else:
+                recording.grads[index] = slot
+    if left:
         recorder.refuse("the step names parameters that are not in the store")
-
-
-def _same_state(a: Any, b: Any) -> bool:
-    return bool(a == b)

@@ -31,7 +31,8 @@ class TensorInfo(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> TensorInfo:
         """Returns the description of `tensor`."""
-        return cls(tuple(tensor.shape), tensor.dtype, tensor.stride(), tensor.device)
+        stride = tensor.stride() if tensor.layout is torch.strided else ()
+        return cls(tuple(tensor.shape), tensor.dtype, stride, tensor.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,7 @@ class Recording:
         alias: By slot, the first slot with the same memory.
         num_inputs: Slots [0, num_inputs) are the parameters, then the gradients that they had, then the arguments.
         num_params: How many of them are parameters.
+        requires_grad: Per parameter, whether it required a gradient.
         with_grad: Indices of the parameters that had a gradient before the step.
         lifted: Tensors that were made from Python numbers, by slot: copies of their values.
         foreign: Tensors that existed before the step and are neither parameters nor arguments, by slot.
@@ -145,6 +147,7 @@ class Recording:
         losses: Slot, or number, of each loss; a tuple loss has several.
         loss_type: The type of a tuple loss, None for a single one.
         grads: Per parameter, the slot of its new gradient, -1 for none.
+        accumulated: By parameter that had a gradient, the slot of what is added to it at the end of the step.
         used_params: Indices of the parameters that the step named, as Pyro's SVI collects them.
         refusal: Why the step cannot be captured, None if it can.
         transient: Whether another step may be captured nevertheless.
@@ -155,6 +158,7 @@ class Recording:
     alias: list[int] = field(default_factory=list)
     num_inputs: int = 0
     num_params: int = 0
+    requires_grad: list[bool] = field(default_factory=list)
     with_grad: list[int] = field(default_factory=list)
     lifted: dict[int, Tensor] = field(default_factory=dict)
     foreign: dict[int, Tensor] = field(default_factory=dict)
@@ -163,6 +167,7 @@ class Recording:
     losses: list[Slot | float] = field(default_factory=list)
     loss_type: Any = None
     grads: list[int] = field(default_factory=list)
+    accumulated: dict[int, int] = field(default_factory=dict)
     used_params: list[int] = field(default_factory=list)
     refusal: str | None = None
     transient: bool = False
@@ -173,7 +178,8 @@ class Recording:
 
     def outputs(self) -> list[int]:
         """Returns the slots that a captured step must compute."""
-        return [*self.loss_slots(), *(slot for slot in self.grads if slot >= 0), *(check.slot for check in self.checks)]
+        grads = (slot for slot in (*self.grads, *self.accumulated.values()) if slot >= 0)
+        return [*self.loss_slots(), *grads, *(check.slot for check in self.checks)]
 
     def written(self) -> set[int]:
         """Returns the alias classes that some operation writes to in place."""
@@ -185,6 +191,7 @@ def difference(a: Recording, b: Recording) -> str | None:
 
     Answers of checks are not compared: another answer takes another branch, which shows in the operations.
     """
+    # The first difference is the one that explains the others: all slots behind it are shifted.
     for op_a, op_b in zip(a.ops, b.ops, strict=False):
         if op_a.function != op_b.function or op_a.outs != op_b.outs or op_a.writes != op_b.writes:
             return f"{op_a.describe()} in one step, {op_b.describe()} in another"
@@ -197,6 +204,8 @@ def difference(a: Recording, b: Recording) -> str | None:
 
 
 def _other_difference(a: Recording, b: Recording) -> str | None:
+    # Outside tensors are compared by identity: one that is new in each step may hold anything in the next one. Tensors
+    # that are made from Python numbers are new in each step as well, and are compared by their bytes.
     if a.infos != b.infos or a.alias != b.alias:
         return "the shapes of tensors differ from step to step"
     for slot in sorted(a.foreign.keys() | b.foreign.keys()):
@@ -228,6 +237,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Returns whether two tensors are equal in shape, dtype and every byte."""
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
-    bytes_a = a.detach().contiguous().reshape(-1).view(torch.uint8) if a.numel() else a
-    bytes_b = b.detach().contiguous().reshape(-1).view(torch.uint8) if b.numel() else b
-    return torch.equal(bytes_a, bytes_b)
+    return torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    packed = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return packed.view(-1).view(torch.uint8)

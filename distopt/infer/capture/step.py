@@ -22,7 +22,7 @@ from distopt.infer.capture.assumptions import Assumptions, Watch, is_plain
 from distopt.infer.capture.passes import shorten
 from distopt.infer.capture.program import Program
 from distopt.infer.capture.recorder import RecordedStep, record
-from distopt.infer.capture.recording import Recording, difference
+from distopt.infer.capture.recording import Recording, TensorInfo, difference, same_bits
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class _Captured:
     short: Recording
     assumptions: Assumptions
     params: list[Tensor]  # those that the step names
+    store: list[Tensor]  # all that there were
     runs: int = 0
     failed_checks: int = 0
 
@@ -65,6 +66,7 @@ class _Pending:
 
     recording: Recording
     assumptions: Assumptions
+    viewed: bool  # whether the model saw other tensors with the memory of the arguments
 
 
 @dataclass(slots=True)
@@ -74,7 +76,7 @@ class _Variant:
     captured: list[_Captured] = field(default_factory=list)
     pending: list[_Pending] = field(default_factory=list)
     misses: int = 0
-    last_miss: str = ""
+    viewed: bool = True  # the last recording's
 
 
 class StepCapture:
@@ -125,7 +127,7 @@ class StepCapture:
         self._direct = direct
         self._variants: dict[Any, _Variant] = {}
         self._num_programs = 0
-        elbo = getattr(loss_and_grads, "__self__", None)
+        self._elbo = elbo = getattr(loss_and_grads, "__self__", None)
         if not isinstance(elbo, pyro.infer.ELBO) or type(elbo).__name__.startswith("Jit"):
             self._refuse("the loss is no method of a pyro.infer.ELBO, or one that traces by itself")
 
@@ -135,6 +137,8 @@ class StepCapture:
         Raises:
             Exception: Whatever an eager step raises, from an eager step.
         """
+        # The first step is never recorded: guides set themselves up in it, and ELBOs look how deep plates are nested,
+        # with extra runs of the model that no later step has.
         self.num_steps += 1
         if self.num_steps == 1 or self.refusal is not None or not _is_plain_context():
             return self._eager(model, guide, args, kwargs)
@@ -142,6 +146,7 @@ class StepCapture:
         if key is None:
             self._refuse(f"an argument is a {tensors}, whose contents cannot be compared from step to step")
             return self._eager(model, guide, args, kwargs)
+
         variant = self._variants.setdefault(key, _Variant())
         if variant.captured and _is_comparison_step(self.num_steps):
             return self._compare(variant, model, guide, args, kwargs)
@@ -168,6 +173,9 @@ class StepCapture:
         store = pyro.get_param_store()._params
         often_failed = True
         tried = False
+
+        # A program that does not fit costs next to nothing: it looks at its inputs before it runs an operation. One
+        # whose check fails has run in vain, and has put back what it changed.
         for captured in variant.captured:
             if not captured.assumptions():
                 continue
@@ -185,12 +193,15 @@ class StepCapture:
                 captured.failed_checks += 1
                 total = captured.runs + captured.failed_checks
                 often_failed = often_failed and total >= 8 and captured.failed_checks > MAX_FAILED_CHECKS * total
+
         if tried and not often_failed:
             return self._eager(model, guide, args, kwargs)
         if self._num_programs >= MAX_PROGRAMS:
             if not tried:
-                self._refuse(f"more than {MAX_PROGRAMS} programs would be needed: shapes, plain arguments or values that "
-                             "the model reads keep changing")
+                self._refuse(
+                    f"more than {MAX_PROGRAMS} programs would be needed: shapes, plain arguments or values that "
+                    "the model reads keep changing"
+                )
             return self._eager(model, guide, args, kwargs)
         return self._record(variant, model, guide, args, kwargs)
 
@@ -198,21 +209,28 @@ class StepCapture:
         self, variant: _Variant, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> StepResult:
         """Records the step, and captures it if an earlier recording is equal."""
-        # The first recording sees the arguments themselves, the second other tensors with the same memory: the two are
+        # One recording sees the arguments themselves, the other one other tensors with the same memory: the two are
         # unequal if the model gets at an argument by another way too, or asks for its identity.
-        if variant.pending:
+        variant.viewed = viewed = not variant.viewed
+        if viewed:
             args, kwargs = _views(args, kwargs)
         watched = self._take_recorded(model, guide, args, kwargs)
         if watched is None:
             return self._eager(model, guide, args, kwargs)
+
         step, watch = watched
         result = _recorded_result(step)
+        if watch.effects:
+            self._refuse(f"the model calls {watch.effects[0]}, which a captured step would not")
+            return result
         if self._has_refusal(step.recording, variant):
             return result
 
-        roots = {"elbo": self.loss_and_grads.__self__, "model": model, "guide": guide}
+        # A recording waits until an equal one comes. Recordings of other branches wait beside it; one that took the
+        # same branches and differs all the same shows that the step depends on something that the list does not hold.
+        roots = {"elbo": self._elbo, "model": model, "guide": guide}
         for pending in variant.pending:
-            if _other_branch(pending.recording, step.recording):
+            if _other_branch(pending.recording, step.recording) or pending.viewed == viewed:
                 continue
             unlike = self._unlike(pending, step.recording)
             if unlike is None:
@@ -224,7 +242,8 @@ class StepCapture:
             variant.pending.remove(pending)
             self._miss(variant, unlike)
             break
-        variant.pending.append(_Pending(step.recording, Assumptions(watch, roots)))
+
+        variant.pending.append(_Pending(step.recording, Assumptions(watch, roots), viewed))
         if len(variant.pending) > MAX_PROGRAMS:
             self._refuse(f"branches on values take more than {MAX_PROGRAMS} ways, {step.recording.checks[0].line}")
         return result
@@ -249,8 +268,6 @@ class StepCapture:
         return step, watch
 
     def _has_refusal(self, recording: Recording, variant: _Variant) -> bool:
-        if recording.refusal is None and recording.checks and _writes_outside(recording):
-            recording.refusal = f"the step branches on values, at {recording.checks[0].line}, and writes to tensors"
         if recording.refusal is None:
             return False
         if recording.transient:
@@ -262,39 +279,41 @@ class StepCapture:
     def _capture(
         self, variant: _Variant, step: RecordedStep, assumptions: Assumptions, args: Any, kwargs: dict[str, Any]
     ) -> None:
-        if assumptions.effects:
-            self._refuse(f"the model calls {assumptions.effects[0]}, which a captured step would not")
-            return
         short = shorten(step.recording)
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         tensors = list(dict.fromkeys(tensors))
         program = programs.build(short, step.params, tensors, direct=self._direct)
-        params = [step.params[index] for index in step.recording.used_params]
-        variant.captured.append(_Captured(program, step.recording, short, assumptions, params))
+        captured = _Captured(program, step.recording, short, assumptions, step.used, step.params)
+        variant.captured.append(captured)
         self._num_programs += 1
 
     def _compare(
         self, variant: _Variant, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> StepResult:
         """Records a step anew and compares it with the programs that would have run."""
-        candidates = [captured for captured in variant.captured if captured.assumptions()]
+        store = list(pyro.get_param_store()._params.values())
+        candidates = [captured for captured in variant.captured if _would_run(captured, store)]
         watched = self._take_recorded(model, guide, args, kwargs)
         if watched is None:
             return self._eager(model, guide, args, kwargs)
+
         recording = watched[0].recording
         if recording.refusal is not None and not recording.transient:
             self._refuse(recording.refusal)
             return _recorded_result(watched[0])
+
+        # This step was a true one and is right whatever comes out. Programs that would not have run now, for another
+        # branch or for values as they were earlier, are no party to the comparison.
         for captured in candidates:
             if _other_branch(captured.recording, recording) or recording.transient:
-                continue
-            if captured.recording.with_grad != recording.with_grad:
                 continue
             unlike = difference(captured.recording, recording)
             if unlike is not None:
                 logger.warning(
                     "step %d was recorded again and is not the captured one: %s. Steps since the last comparison may "
-                    "have used outdated values; from here on they run eagerly.", self.num_steps, unlike
+                    "have used outdated values; from here on they run eagerly.",
+                    self.num_steps,
+                    unlike,
                 )
                 self._refuse(unlike)
                 break
@@ -302,7 +321,6 @@ class StepCapture:
 
     def _miss(self, variant: _Variant, reason: str) -> None:
         variant.misses += 1
-        variant.last_miss = reason
         if variant.misses >= MAX_MISSES:
             self._refuse(reason)
 
@@ -318,8 +336,7 @@ def _recorded_result(step: RecordedStep) -> StepResult:
     for loss in step.losses:
         warn_if_nan(loss, "loss")
     kind = step.recording.loss_type
-    params = [step.params[index] for index in step.recording.used_params]
-    return StepResult(step.losses[0] if kind is None else kind(step.losses), params)
+    return StepResult(step.losses[0] if kind is None else kind(step.losses), step.used)
 
 
 def _result(captured: _Captured, computed: list[float]) -> StepResult:
@@ -332,6 +349,20 @@ def _result(captured: _Captured, computed: list[float]) -> StepResult:
     return StepResult(losses[0] if recording.loss_type is None else recording.loss_type(losses), captured.params)
 
 
+def _would_run(captured: _Captured, store: list[Tensor]) -> bool:
+    """Returns whether everything that a program takes for granted holds now, but for its checks."""
+    recording = captured.short
+    return (
+        captured.assumptions()
+        and len(store) == len(captured.store)
+        and all(a is b for a, b in zip(store, captured.store, strict=True))
+        and recording.requires_grad == [param.requires_grad for param in store]
+        and recording.with_grad == [index for index, param in enumerate(store) if param.grad is not None]
+        and recording.infos[: len(store)] == [TensorInfo.of(param) for param in store]
+        and all(same_bits(recording.foreign[slot], values) for slot, values in recording.compared.items())
+    )
+
+
 def _other_branch(a: Recording, b: Recording) -> bool:
     """Returns whether two recordings differ because a branch went another way."""
     for one, other in zip(a.checks, b.checks, strict=False):
@@ -340,11 +371,6 @@ def _other_branch(a: Recording, b: Recording) -> bool:
         if one.answer != other.answer:
             return True
     return False
-
-
-def _writes_outside(recording: Recording) -> bool:
-    written = recording.written()
-    return any(recording.alias[slot] in written for slot in (*range(recording.num_inputs), *recording.foreign))
 
 
 def _is_comparison_step(step: int) -> bool:
@@ -371,6 +397,7 @@ def _key_of(model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
     (None, type) where an argument's contents cannot be compared.
     """
+    # Tensors are numbered, each object once: f(x, x) is another step than f(x, y), since x has one slot.
     leaves, structure = tree_flatten((args, kwargs))
     tensors: dict[Tensor, int] = {}
     components: list[Any] = [model, guide, structure, torch.get_default_dtype()]
@@ -382,6 +409,7 @@ def _key_of(model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any
             components.append((type(leaf), leaf))
         else:
             return None, type(leaf).__name__
+
     try:
         key = tuple(components)
         hash(key)
@@ -395,4 +423,5 @@ def _views(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ..
     leaves, structure = tree_flatten((args, kwargs))
     views: dict[int, Tensor] = {}
     fresh = [views.setdefault(id(x), x.detach()) if isinstance(x, Tensor) else x for x in leaves]
-    return tree_unflatten(fresh, structure)
+    viewed: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(fresh, structure)
+    return viewed

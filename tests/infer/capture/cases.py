@@ -194,7 +194,11 @@ class Network:
     def __init__(self):
         torch.manual_seed(5)
         self.layers = torch.nn.Sequential(
-            torch.nn.Linear(1, 4), torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(4), torch.nn.Tanh(), torch.nn.Linear(4, 1)
+            torch.nn.Linear(1, 4),
+            torch.nn.Dropout(0.5),
+            torch.nn.BatchNorm1d(4),
+            torch.nn.Tanh(),
+            torch.nn.Linear(4, 1),
         )
 
     def __call__(self, x):
@@ -292,8 +296,12 @@ def captured_cases() -> dict[str, Case]:
         "factor, mask by data": Case(Trace_ELBO, factors, AutoNormal),
         "writes in place": Case(Trace_ELBO, writes_in_place, AutoNormal),
         "autoregression": Case(Trace_ELBO, autoregressive, AutoNormal),
-        "network in training": Case(Trace_ELBO, Network(), lambda model: AutoNormal(poutine.block(model, expose=["loc"]))),
-        "network evaluated": Case(Trace_ELBO, evaluated, lambda model: AutoNormal(poutine.block(model, expose=["loc"]))),
+        "network in training": Case(
+            Trace_ELBO, Network(), lambda model: AutoNormal(poutine.block(model, expose=["loc"]))
+        ),
+        "network evaluated": Case(
+            Trace_ELBO, evaluated, lambda model: AutoNormal(poutine.block(model, expose=["loc"]))
+        ),
         "autoencoder": Case(Trace_ELBO, autoencoder, lambda model: autoencoder.guide),
         "PyroModule": Case(Trace_ELBO, Bayesian(), AutoNormal),
     }
