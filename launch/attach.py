@@ -12,8 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+from distopt.launchers import FAILURE_FILE, LOGS, STOP_FILE
+
 from . import failure_report, output
-from .file_names import FAILURE_FILE, LOGS, STOP_FILE
 from .plan import Command, Plan
 from .worker import events, host_agent, terminal
 from .worker.processes import adopt_orphans, die_with_parent, kill_descendants

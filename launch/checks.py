@@ -6,87 +6,92 @@ import ast
 import difflib
 import importlib.util
 import os
-import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 import yaml
 
-from distopt.config import MAY_CHANGE, RunConfig, differences
+from distopt.config import MAY_CHANGE, RunConfig, comparable, differences
+from distopt.launchers import CHECKPOINTS, CONFIG_FILE
 
-from .file_names import CHECKPOINTS, CONFIG_FILE
-from .network import is_here, slot_problems
-from .platforms.base import Platform
-from .run_dir import record_dir
-
-BATCH = ("slurm", "kubernetes")  # platforms whose hosts are found, and their ports and slots known, elsewhere
+from .findings import Finding
+from .platforms import Platform
+from .ssh import check_cores
+from .worker.network import bind_error, is_here
 
 
-def problems(config: RunConfig, platform: Platform) -> list[str]:
-    """Returns every reason not to start, each with what was found, expected, and the mend."""
+def check(config: RunConfig, platform: Platform) -> list[Finding]:
+    """Returns all that is wrong with a run on its platform; it is not started where one of them is a failure."""
     return [
-        *platform.problems(config),
-        *(problem for problem, here in _code(config) if here or not _in_image(config)),
-        *_nodes(config),
-        *_slots(config),
-        *_secrets(config),
-        *_global_batch(config),
-        *_port(config),
-        *_run_directory(config),
+        *platform.check(config),
+        *_check_code(config, platform.image(config)),
+        *_check_nodes(config, platform),
+        *_check_local_cores(config, platform),
+        *_check_secrets(config, platform),
+        *_check_global_batch(config),
+        *_check_port(config, platform),
+        *_check_writable(platform.record_dir(config)),
+        *_check_recorded_config(config),
     ]
 
 
-def warnings(config: RunConfig) -> list[str]:
-    """Returns what may be wrong and cannot be told here: code that is not on this machine may be in a pod's image."""
-    image = config.launch.kubernetes.image
-    return [f"{said}; it must be in {image}" for said, here in _code(config) if not here and _in_image(config)]
+# The run's code. It is read and parsed, never imported: importing a task imports torch, which takes seconds, and runs
+# whatever stands at the top level of its module.
 
 
-def _in_image(config: RunConfig) -> bool:
-    return config.launch.platform == "kubernetes"
-
-
-def _code(config: RunConfig) -> Iterator[tuple[str, bool]]:
-    """Yields what is wrong with the run's code, and whether the code was found here."""
+def _check_code(config: RunConfig, image: str | None) -> Iterator[Finding]:
+    """Yields what is wrong with the script or the task; code that is not here may still be in an image."""
     if config.script is not None:
         path = Path(config.script)
-        if not path.is_file():
-            yield f"script: {path}: no such file in {Path.cwd()}", False
-        else:
-            yield from ((said, True) for said in _syntax(path, "script"))
-    if config.task is not None:
-        found = not isinstance(_find_module(config.task.partition(":")[0]), str)
-        yield from ((said, found) for said in task_problems(config.task))
+        is_found = path.is_file()
+        findings = [*_check_syntax(path, "script")] if is_found else [_missing_script(path)]
+    else:
+        assert config.task is not None
+        is_found = isinstance(_find_module(config.task.partition(":")[0]), ModuleSpec)
+        findings = list(check_task(config.task))
+
+    if image is None or is_found:
+        yield from findings
+    else:
+        yield from (replace(finding, fix=f"it must be in {image}", severity="warning") for finding in findings)
 
 
-def task_problems(task: str) -> Iterator[str]:
-    """Finds out whether `module:Name` is there by reading the file, since importing it could take seconds.
+def _missing_script(path: Path) -> Finding:
+    return Finding("script", f"{path}: no such file in {Path.cwd()}", "give its path from there")
+
+
+def check_task(task: str) -> Iterator[Finding]:
+    """Yields that `module:Name` is not there.
 
     Example:
-        >>> list(task_problems("distopt.config.schema:RunConfg"))  # doctest: +ELLIPSIS
-        ["task: distopt.config.schema has no 'RunConfg'. Did you mean distopt.config.schema:RunConfig? (.../schema.py)"]
+        >>> print(*check_task("distopt.config.schema:RunConfg"))  # doctest: +ELLIPSIS
+        task: .../schema.py has no 'RunConfg'; did you mean distopt.config.schema:RunConfig?
     """
     module, _, name = task.partition(":")
     spec = _find_module(module)
-    if isinstance(spec, str):
-        yield f"task: {spec}"
+    if isinstance(spec, Finding):
+        yield spec
         return
-    origin = Path(spec.origin or "")
-    if origin.suffix != ".py":
-        return  # compiled: only the import can tell
-    found = list(_syntax(origin, "task"))
-    yield from found
-    names = None if found else _names(ast.parse(origin.read_bytes()))
+    path = Path(spec.origin or "")
+    if path.suffix != ".py":
+        return  # compiled: only importing it can tell
+
+    syntax_errors = list(_check_syntax(path, "task"))
+    if syntax_errors:
+        yield from syntax_errors
+        return
+    names = _names_bound(ast.parse(path.read_bytes()))
     if names is not None and name not in names:
         near = difflib.get_close_matches(name, names, 1)
-        meant = f"Did you mean {module}:{near[0]}?" if near else f"It has: {', '.join(sorted(names)[:20])}."
-        yield f"task: {module} has no {name!r}. {meant} ({origin})"
+        hint = f"did you mean {module}:{near[0]}?" if near else f"it has: {', '.join(sorted(names)[:20])}"
+        yield Finding("task", f"{path} has no {name!r}", hint)
 
 
-def _find_module(module: str) -> ModuleSpec | str:
-    """Returns where a module is, without running its parents, or what is wrong."""
+def _find_module(module: str) -> ModuleSpec | Finding:
+    """Returns where a module is, without importing its parents, or what is wrong."""
     first, *rest = module.split(".")
     sys.path.insert(0, os.getcwd())  # where `python -m` starts its search in each worker
     try:
@@ -95,32 +100,37 @@ def _find_module(module: str) -> ModuleSpec | str:
         spec = None
     finally:
         sys.path.pop(0)
-    so_far = first
-    for part in rest:
+
+    # `find_spec("a.b")` would import `a`, so each level is looked up in the folders of the one above.
+    path = first
+    for name in rest:
         if spec is None:
             break
         if spec.submodule_search_locations is None:
-            return f"{module}: {so_far} is a module and no package, so it holds no {part}"
-        so_far += f".{part}"
-        spec = PathFinder.find_spec(so_far, list(spec.submodule_search_locations))
+            return Finding("task", f"{module}: {path} is a module and not a package, so it has no submodule {name}")
+        path += f".{name}"
+        spec = PathFinder.find_spec(path, list(spec.submodule_search_locations))
+
     if spec is None:
-        return (
-            f"no module {so_far!r} for {sys.executable} in {Path.cwd()}; "
-            "is it spelt right, installed here, or below the folder where the command is given?"
+        return Finding(
+            "task",
+            f"no module {path!r} for {sys.executable} in {Path.cwd()}",
+            "check the spelling, that it is installed here, or run the command from the folder that contains it",
         )
     return spec
 
 
-def _syntax(path: Path, key: str) -> Iterator[str]:
+def _check_syntax(path: Path, key: str) -> Iterator[Finding]:
     try:
         ast.parse(path.read_bytes(), str(path))
-    except (SyntaxError, ValueError) as error:
-        where = f"{path}:{error.lineno}" if isinstance(error, SyntaxError) else str(path)
-        yield f"{key}: {where}: {error.msg if isinstance(error, SyntaxError) else error}"
+    except SyntaxError as error:
+        yield Finding(key, f"{path}:{error.lineno}: {error.msg}")
+    except (OSError, ValueError) as error:  # not readable, or null bytes
+        yield Finding(key, f"{path}: {error}")
 
 
-def _names(tree: ast.Module) -> set[str] | None:
-    """Returns the names that a module binds; None where that cannot be told without running it."""
+def _names_bound(tree: ast.Module) -> set[str] | None:
+    """Returns the names that a module binds; None where only running it can tell."""
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -132,91 +142,103 @@ def _names(tree: ast.Module) -> set[str] | None:
     return None if {"*", "__getattr__"} & names else names
 
 
-def _global_batch(config: RunConfig) -> Iterator[str]:
-    """Refuses parts that are unequal without need; an elastic run, whose world changes, has them weighted."""
-    batch, sizes = config.data.global_batch, config.launch.world_sizes
-    if batch is None or config.script is not None:
-        return
-    workers = sizes[-1]
-    if batch < workers:
-        yield (
-            f"data.global_batch: {batch} rows cannot be shared by {workers} workers, each needs at least one; "
-            f"take data.global_batch={workers}, or fewer workers"
-        )
-    elif len(sizes) == 1 and batch % workers:
-        below = batch - batch % workers
-        yield (
-            f"data.global_batch: {batch} rows cannot be divided evenly among {workers} workers; "
-            f"take data.global_batch={below} or {below + workers}, or another number of workers"
-        )
+# Hosts, processes and ports.
 
 
-def _nodes(config: RunConfig) -> Iterator[str]:
+def _check_nodes(config: RunConfig, platform: Platform) -> Iterator[Finding]:
     launch = config.launch
-    if launch.platform not in BATCH and launch.nodes not in (None, 1) and not launch.hosts:
-        yield (
-            f"launch.nodes: found {launch.nodes}, but {launch.platform} finds no hosts by itself; name them in "
-            "launch.hosts, or take launch.platform=slurm or kubernetes"
+    if launch.nodes not in (None, 1) and not platform.finds_hosts and not launch.hosts:
+        yield Finding(
+            "launch.nodes",
+            f"found {launch.nodes}, but {launch.platform} does not find hosts by itself",
+            "name them in launch.hosts, or set launch.platform to slurm or kubernetes",
         )
 
 
-def _secrets(config: RunConfig) -> Iterator[str]:
-    for name in config.launch.secrets if not _in_image(config) else ():
+def _check_local_cores(config: RunConfig, platform: Platform) -> Iterator[Finding]:
+    """Yields that this machine has too few cores; platforms ask other hosts, and clusters know their own."""
+    hosts = config.launch.hosts
+    runs_here = not platform.finds_hosts and (not hosts or any(map(is_here, hosts)))
+    if runs_here:
+        yield from check_cores(config, "this machine", len(os.sched_getaffinity(0)))
+
+
+def _check_secrets(config: RunConfig, platform: Platform) -> Iterator[Finding]:
+    if platform.image(config) is not None:
+        return  # its workers inherit nothing from here
+    for name in config.launch.secrets:
         if name not in os.environ:
-            yield f"launch.secrets: {name} is not set in your environment, from which workers get it; export it"
-
-
-def _slots(config: RunConfig) -> Iterator[str]:
-    """Refuses more processes than there is room for; other hosts are asked over ssh, a Slurm cluster by itself."""
-    launch = config.launch
-    if launch.platform not in BATCH and not (launch.hosts and not any(map(is_here, launch.hosts))):
-        yield from slot_problems(config, "this machine", len(os.sched_getaffinity(0)))
-    for key, gpus in (("slurm.gpus_per_node", launch.slurm.gpus_per_node), ("kubernetes.gpus", launch.kubernetes.gpus)):
-        if key.startswith(launch.platform) and 0 < gpus < launch.workers:
-            yield f"launch.workers: {launch.workers} on each host, but launch.{key} is {gpus}; each worker needs one"
-
-
-def _port(config: RunConfig) -> Iterator[str]:
-    port = config.launch.port
-    if port is None or config.launch.hosts or config.launch.platform in BATCH:
-        return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            yield (
-                f"launch.port: {port} cannot be used on this machine: {error.strerror}; "
-                f"`ss -ltnp sport = :{port}` shows by whom it is in use, launch.port=null takes a free one"
+            yield Finding(
+                "launch.secrets", f"{name} is not set in your environment, from which workers inherit it", "export it"
             )
 
 
-def _run_directory(config: RunConfig) -> Iterator[str]:
-    """Refuses to go on from the checkpoints of another configuration, whose parameters would silently be taken over."""
-    here = record_dir(config)
+def _check_global_batch(config: RunConfig) -> Iterator[Finding]:
+    """Refuses shares of unequal size unless they are needed: an elastic run, whose world changes, weights them."""
+    batch = config.data.global_batch
+    sizes = config.launch.world_sizes
+    workers = sizes[-1]
+    if batch is None or config.script is not None:
+        return
+
+    if batch < workers:
+        yield Finding(
+            "data.global_batch",
+            f"{batch} rows cannot be shared by {workers} workers, each needs at least one",
+            f"set data.global_batch={workers}, or use fewer workers",
+        )
+    elif len(sizes) == 1 and batch % workers:
+        below = batch - batch % workers
+        yield Finding(
+            "data.global_batch",
+            f"{batch} rows cannot be divided evenly among {workers} workers",
+            f"set data.global_batch={below} or {below + workers}, or use another number of workers",
+        )
+
+
+def _check_port(config: RunConfig, platform: Platform) -> Iterator[Finding]:
+    port = config.launch.port
+    if port is None or config.launch.hosts or platform.finds_hosts:
+        return
+    if error := bind_error("127.0.0.1", port):
+        yield Finding(
+            "launch.port",
+            f"{port} cannot be used on this machine: {error}",
+            f"`ss -ltnp sport = :{port}` shows what uses it, launch.port=null takes a free one",
+        )
+
+
+# The run directory.
+
+
+def _check_writable(directory: Path) -> Iterator[Finding]:
+    """Yields that the folder cannot be made or written to, judged by the nearest of its parents that is there."""
+    parent = next(path for path in (directory, *directory.parents) if path.exists())
+    if not parent.is_dir():
+        yield Finding("run_dir", f"{parent} is a file", "choose another run_dir")
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        yield Finding("run_dir", f"{parent} cannot be written to", "choose another run_dir, or change its permissions")
+
+
+def _check_recorded_config(config: RunConfig) -> Iterator[Finding]:
+    """Refuses to resume from the checkpoints of another configuration, whose parameters would be loaded silently."""
     recorded = config.run_dir / CONFIG_FILE
-    for parent in (here, *here.parents):
-        if parent.exists():
-            if not parent.is_dir():
-                yield f"run_dir: {parent} is a file; choose another run_dir"
-            elif not os.access(parent, os.W_OK | os.X_OK):
-                yield f"run_dir: {parent} cannot be written to; choose another run_dir, or change its permissions"
-            break
     if not recorded.is_file() or not any((config.run_dir / CHECKPOINTS).glob("step-*")):
         return
     try:
         before = yaml.safe_load(recorded.read_text())
     except (OSError, yaml.YAMLError) as error:
-        yield f"run_dir: {recorded} cannot be read ({error}); choose another run_dir"
+        yield Finding("run_dir", f"{recorded} cannot be read ({error})", "choose another run_dir")
         return
+
     changes = [
-        f"{key}: {old!r} there, {new!r} now"
-        for key, old, new in differences(before, config.model_dump(mode="json"), MAY_CHANGE)
+        f"\n    {key}: {old!r} there, {new!r} now"
+        for key, old, new in differences(comparable(before), comparable(config.model_dump(mode="json")), MAY_CHANGE)
     ]
     if changes:
-        yield (
-            f"run_dir: {config.run_dir} holds checkpoints of another configuration:\n    "
-            + "\n    ".join(changes)
-            + f"\n  To start anew, choose another run_dir (run_dir={config.run_dir}-2) or move this one away; "
-            "to go on with it, take back the changes."
+        yield Finding(
+            "run_dir",
+            f"{config.run_dir} holds checkpoints of another configuration:{''.join(changes)}",
+            f"to start anew, choose another run_dir (run_dir={config.run_dir}-2) or move this one away; "
+            "to resume, undo the changes",
         )

@@ -49,20 +49,25 @@ def launch(
     It is checked first, and refused with status 2 when it cannot run. Ctrl-C has it save and end. The exit status is
     the run's: 0 done, 130 or 143 stopped by Ctrl-C or SIGTERM with a checkpoint written, 1 failed.
     """
-    from . import checks, output, runs
+    from . import checks, runs
+    from .findings import failures
+    from .platforms import load_platform
 
     run = _load(config, overrides)
-    plan, problems = runs.prepare(run)
-    if problems:
-        _refuse([f"{config}: {problem}" for problem in problems])
-    for warning in checks.warnings(run):
-        typer.echo(f"{config}: warning: {warning}", err=True)
-    if dry_run:
-        typer.echo(str(plan), nl=False)
-        return
     try:
-        status = runs.start(run, plan, detach=detach, ranks=output.all_ranks(run) if all_ranks else (0,))
-    except runs.Refused as error:
+        platform = load_platform(run.launch.platform)
+        findings = checks.check(run, platform)
+        if refused := failures(findings):
+            _refuse([f"{config}: {finding}" for finding in refused])
+        for finding in findings:
+            typer.echo(f"{config}: warning: {finding}", err=True)
+
+        plan = platform.plan(run)
+        if dry_run:
+            typer.echo(str(plan), nl=False)
+            return
+        status = runs.start(run, platform, plan, detach=detach, ranks=platform.ranks(run) if all_ranks else (0,))
+    except (*runs.ERRORS, runs.LaunchRefused) as error:
         _refuse([f"{config}: {error}"])
     raise typer.Exit(status)
 
@@ -73,10 +78,11 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
     An engine starts it once per rank; without one it is a world of its own.
     """
-    from .worker.processes import die_with_parent
-    from .worker.supervisor import started_by_engine
+    from distopt.launchers import find_launcher
 
-    if started_by_engine():
+    from .worker.processes import die_with_parent
+
+    if find_launcher() is not None:
         die_with_parent()
     run = _load(config, overrides)
     from distopt import train as training  # imports torch
@@ -103,7 +109,7 @@ def status(
         typer.echo("no run was launched from here (none in runs/)", err=True)
     for directory in directories:
         try:
-            state = runs.job(directory).state()
+            state = runs.job_of(directory).state()
             typer.echo(f"{directory}\t{state.phase}\t{state.detail}")
         except runs.ERRORS as error:
             typer.echo(f"{directory}\tunknown\t{error}")
@@ -122,14 +128,16 @@ def logs(
 
     A line of dashes begins each attempt, in the order of time.
     """
-    from . import output, runs
+    from . import runs
+    from .platforms import load_platform
 
     try:
         directory = runs.find(run)
-        ranks = output.all_ranks(runs.recorded(directory))
+        recorded = runs.recorded_config(directory)
+        ranks = load_platform(recorded.launch.platform).ranks(recorded)
         if rank not in ranks:
             _refuse([f"--rank: found {rank}, but the run has {ranks.start} to {ranks.stop - 1}"])
-        runs.print_logs(runs.job(directory), ranks if all_ranks else (rank,), follow=follow)
+        runs.print_logs(runs.job_of(directory), ranks if all_ranks else (rank,), until_end=follow)
     except runs.ERRORS as error:
         _refuse([str(error)])
 
@@ -166,7 +174,7 @@ def doctor(
     from . import doctor as physician
 
     run = _load(config, overrides) if config is not None else None
-    raise typer.Exit(physician.print_all(run, as_json=as_json, echo=typer.echo))
+    raise typer.Exit(physician.print_findings(run, as_json=as_json, echo=typer.echo))
 
 
 @config_app.command()
@@ -202,7 +210,7 @@ def diff(config: Config, run: Run, overrides: Overrides = None) -> None:
 
     now = _load(config, overrides).model_dump(mode="json")
     try:
-        before = runs.recorded(runs.find(run)).model_dump(mode="json")
+        before = runs.recorded_config(runs.find(run)).model_dump(mode="json")
     except runs.ERRORS as error:
         _refuse([str(error)])
     found = list(differences(before, now))

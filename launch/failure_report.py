@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from .file_names import CHECKPOINTS, LOGS
-from .worker.events import HEADER, End, Event, Start
+from distopt.launchers import CHECKPOINTS, LOGS
+
+from .worker.events import End, Event, Start
+from .worker.rank_log import last_attempt_lines, last_line, last_lines, log_of, traceback_of
 
 # How a rank that did nothing wrong ends when another has gone; seen with gloo, NCCL, Horovod and MPI.
 _BEREFT = re.compile(
@@ -18,7 +20,6 @@ _BEREFT = re.compile(
 )
 # What distopt raises on the ranks that a failed one has told of its error.
 _TOLD = re.compile(r"PeerError: rank (?P<rank>\d+) of \d+ failed at (?P<what>step \d+: .*)")
-MAX_TRACEBACK_LINES = 30
 
 
 def name(event: Event) -> str:
@@ -77,11 +78,11 @@ def failure(run_dir: Path, seen: Sequence[Event], status: int, seconds: float, e
     lines = [f"distopt: the run failed after {timedelta(seconds=round(seconds))} (exit status {status} of the engine)."]
     ends = {event.rank: event for event in seen if isinstance(event, End)}
     silent = [event for event in seen if isinstance(event, Start) and event.rank not in ends]
-    told = {rank: match for rank in ends if (match := _TOLD.search("\n".join(_last_attempt_of(run_dir, rank))))}
+    told = {rank: match for rank in ends if (match := _TOLD.search("\n".join(last_attempt_lines(run_dir, rank))))}
     source = next((int(match["rank"]) for match in told.values() if int(match["rank"]) in ends), None)
     # One that told the others may have been ended by the engine while it was still printing its traceback.
     culprits = [end for rank, end in ends.items() if rank == source or (end.failed and rank not in told)]
-    culprits.sort(key=lambda end: (end.rank != source, bool(_BEREFT.search(_last_line(run_dir, end.rank))), end.time))
+    culprits.sort(key=lambda end: (end.rank != source, bool(_BEREFT.search(last_line(run_dir, end.rank))), end.time))
     if culprits:
         first = culprits[0]
         what = next((match["what"] for match in told.values() if int(match["rank"]) == first.rank), "")
@@ -101,7 +102,7 @@ def failure(run_dir: Path, seen: Sequence[Event], status: int, seconds: float, e
         lines += [f"  {log_of(run_dir, culprits[0].rank)} ends with:", *(f"    {line}" for line in text)]
     if not culprits:
         lines += [f"  {run_dir / LOGS / engine_log} ends with:"]
-        lines += [f"    {line}" for line in _tail(run_dir / LOGS / engine_log)]
+        lines += [f"    {line}" for line in last_lines(run_dir / LOGS / engine_log)]
     lines += [f"  {line[0].upper()}{line[1:]}." for line in [going_on(run_dir)] if line]
     return "\n".join(lines)
 
@@ -112,38 +113,7 @@ def going_on(run_dir: Path) -> str:
     return "the same command goes on from the last checkpoint" if there else ""
 
 
-def log_of(run_dir: Path, rank: int) -> Path:
-    """Returns where a rank's output is kept."""
-    return run_dir / LOGS / f"rank-{rank}.log"
-
-
-def traceback_of(run_dir: Path, rank: int) -> list[str]:
-    """Returns the last traceback in a rank's log of its last attempt, else its last lines."""
-    lines = _last_attempt_of(run_dir, rank)
-    starts = [number for number, line in enumerate(lines) if "Traceback (most recent call last)" in line]
-    return lines[starts[-1] :][-MAX_TRACEBACK_LINES:] if starts else lines[-10:]
-
-
-def _last_attempt_of(run_dir: Path, rank: int) -> list[str]:
-    lines = _tail(log_of(run_dir, rank), 2000)
-    header = max((number for number, line in enumerate(lines) if HEADER.match(line.encode())), default=-1)
-    return lines[header + 1 :]
-
-
-def _last_line(run_dir: Path, rank: int) -> str:
-    return next((line for line in reversed(traceback_of(run_dir, rank)) if line.strip()), "")
-
-
 def why(run_dir: Path, end: End) -> str:
     """Returns the last line of a rank that has ended by an error of its own."""
-    line = _last_line(run_dir, end.rank) if (end.status or 0) > 0 else ""
+    line = last_line(run_dir, end.rank) if (end.status or 0) > 0 else ""
     return f" ({line.strip()[:200]})" if line else ""
-
-
-def _tail(path: Path, count: int = 20) -> list[str]:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 256 * 1024))
-            return file.read().decode("utf-8", "replace").splitlines()[-count:]
-    except OSError:
-        return []

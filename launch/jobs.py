@@ -7,11 +7,14 @@ import json
 import os
 import signal
 import socket
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
-from .file_names import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS
+from distopt.launchers import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS
+
+from .worker.rank_log import read_log
 
 Phase = Literal["unknown", "pending", "running", "stopped", "done", "failed"]
 
@@ -29,31 +32,75 @@ class State:
         return self.phase in ("stopped", "done", "failed")
 
 
-class Job(Protocol):
-    """A run that has been started."""
-
-    def state(self) -> State:
-        """Asks the engine how the run is."""
-
-    def logs(self, rank: int) -> str:
-        """Returns what a rank has printed so far; on Kubernetes, what the node of that number has."""
-
-    def stop(self) -> None:
-        """Asks the engine to end the run; workers write a last checkpoint."""
-
-
-class SubmittedJob(Job, Protocol):
-    """A run that an engine keeps when the launcher has gone."""
-
-    def submit(self) -> str:
-        """Hands the run over and returns the engine's name for it."""
-
-
 class JobError(RuntimeError):
     """A run that cannot be asked or stopped from here; the message says from where."""
 
 
-class FollowedJob:
+class PlatformError(JobError):
+    """A platform refused something or did not answer; the message has its own text.
+
+    Where a run is followed, a question that ends like this is asked again for some minutes.
+    """
+
+
+class Job(ABC):
+    """A run that has been started."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """Asks the platform for the run's state.
+
+        Raises:
+            PlatformError: It gave no answer. A run that it does not know is no error; its phase is `unknown`.
+        """
+
+    @abstractmethod
+    def logs(self, rank: int) -> str:
+        """Returns what a rank has printed so far, empty where there is nothing yet.
+
+        Args:
+            rank: One of the platform's `ranks`.
+        """
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Asks the platform to end the run, and returns at once; workers write a last checkpoint."""
+
+    def kill(self) -> bool:
+        """Ends what is still there after `stop` and the grace time.
+
+        Returns:
+            Whether it can: false, the default, is for a platform that kills by itself.
+        """
+        return False
+
+
+class SubmittedJob(Job):
+    """A run that a cluster keeps, whether `distopt launch` still follows it or not."""
+
+    launcher_log: ClassVar[str] = ""
+    """Name of the file in `run_dir/logs` with the output of the launcher on the cluster; empty where there is none."""
+
+    @abstractmethod
+    def submit(self) -> str:
+        """Hands the run over, whole or not at all.
+
+        Returns:
+            What the platform calls the run, for the user; `distopt` records it in the run directory.
+
+        Raises:
+            PlatformError: The platform refuses it; nothing has been left there.
+        """
+
+    def keeps_name(self, state: State) -> bool:
+        """Returns whether a run in this state keeps another one of its name from being submitted.
+
+        By default only one that has not ended does: both would write into one run directory.
+        """
+        return state.phase != "unknown" and not state.ended
+
+
+class FollowedJob(Job):
     """A run whose engine is a process below a launcher, which holds the run directory's lock as long as it lives."""
 
     def __init__(self, run_dir: Path) -> None:
@@ -90,10 +137,7 @@ class FollowedJob:
 
     def logs(self, rank: int) -> str:
         """Returns a rank's log."""
-        from .failure_report import log_of
-
-        path = log_of(self.run_dir, rank)
-        return path.read_text(errors="replace") if path.exists() else ""
+        return read_log(self.run_dir, rank).decode(errors="replace")
 
     def stop(self) -> None:
         """Sends SIGTERM to the launcher, which stops its engine."""

@@ -6,11 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distopt.config import RunConfig
-
-from .failure_report import log_of
 from .jobs import Job
-from .worker.events import HEADER
+from .worker.rank_log import HEADER, read_log
 
 Read = Callable[[int, int], bytes]
 
@@ -46,12 +43,6 @@ class Output:
         sys.stdout.flush()
 
 
-def all_ranks(config: RunConfig) -> range:
-    """Returns the ranks whose output can be asked for; on Kubernetes the numbers of the nodes."""
-    launch = config.launch
-    return range(launch.num_hosts if launch.platform == "kubernetes" else launch.world_sizes[-1])
-
-
 def of_job(job: Job) -> Read:
     """Reads what an engine has kept."""
     return lambda rank, offset: job.logs(rank).encode()[offset:]
@@ -59,13 +50,4 @@ def of_job(job: Job) -> Read:
 
 def of_files(run_dir: Path) -> Read:
     """Reads the logs in a run directory."""
-
-    def read(rank: int, offset: int) -> bytes:
-        try:
-            with log_of(run_dir, rank).open("rb") as file:
-                file.seek(offset)
-                return file.read()
-        except FileNotFoundError:
-            return b""
-
-    return read
+    return lambda rank, offset: read_log(run_dir, rank, offset)

@@ -9,12 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distopt.config import RunConfig, dump_yaml
+from distopt.launchers import (
+    CONFIG_FILE,
+    CWD_VARIABLE,
+    GRACE_VARIABLE,
+    HOSTS_VARIABLE,
+    INTERFACE_VARIABLE,
+    WATCH_STOP_VARIABLE,
+    WORLD_SIZE_VARIABLE,
+    format_range,
+)
 
-from . import network
-from .file_names import CONFIG_FILE, CONFIG_VARIABLE
+from .worker import network
 
 # Tells guards to watch for the stop file.
-STOP_BY_FILE = {"DISTOPT_WATCH_STOP": "1"}
+STOP_BY_FILE = {WATCH_STOP_VARIABLE: "1"}
 
 
 @dataclass(frozen=True)
@@ -77,13 +86,18 @@ def run_files(config: RunConfig) -> dict[Path, str]:
     return {config.run_dir / CONFIG_FILE: dump_yaml(config)}
 
 
-def worker_argv(config: RunConfig, python: str) -> list[str]:
-    """Returns the command of one worker: the training loop, or the user's script, watched by a guard."""
+def worker_argv(config: RunConfig, python: str, config_source: str | None = None) -> list[str]:
+    """Returns the command of one worker: the training loop, or the user's script, watched by a guard.
+
+    Args:
+        config: The run.
+        python: The interpreter, where the worker runs.
+        config_source: What `distopt train` reads; by default the file in the run directory.
+    """
     guard = [python, "-m", "distopt.launch.worker.supervisor", str(config.run_dir), "--"]
     if config.script is not None:
         return [*guard, python, _operand(config.script), *config.script_args]
-    shared = config.launch.platform != "kubernetes"  # pods read it from a variable
-    source = _operand(str(config.run_dir / CONFIG_FILE)) if shared else f"@{CONFIG_VARIABLE}"
+    source = config_source or _operand(str(config.run_dir / CONFIG_FILE))
     return [*guard, python, "-m", "distopt.launch", "train", source]
 
 
@@ -94,15 +108,14 @@ def _operand(path: str) -> str:
 
 def env_of_workers(config: RunConfig, **more: str) -> dict[str, str]:
     """Returns the variables that guards and workers need, the numbers of workers that are allowed among them."""
-    sizes = config.launch.world_sizes
-    interface = {"DISTOPT_INTERFACE": config.launch.interface} if config.launch.interface else {}
+    interface = {INTERFACE_VARIABLE: config.launch.interface} if config.launch.interface else {}
     hosts = [network.resolve(host) or host for host in config.launch.hosts]
-    elsewhere = {"DISTOPT_HOSTS": ",".join(hosts), "DISTOPT_CWD": os.getcwd()} if hosts else {}
+    elsewhere = {HOSTS_VARIABLE: ",".join(hosts), CWD_VARIABLE: os.getcwd()} if hosts else {}
     return {
-        "DISTOPT_WORLD_SIZE": ":".join(map(str, dict.fromkeys((sizes[0], sizes[-1])))),
+        WORLD_SIZE_VARIABLE: format_range(config.launch.world_sizes),
         **interface,
         **elsewhere,
-        "DISTOPT_GRACE_S": f"{config.launch.grace_s:g}",
+        GRACE_VARIABLE: f"{config.launch.grace_s:g}",
         **more,
         **config.launch.env,
     }

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from distopt.config import RunConfig
+from distopt.launchers import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS, SECRETS_FILE, STOP_FILE
 
-from .file_names import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS, SECRETS_FILE, STOP_FILE
 from .plan import Plan
 
 RUNS = Path("runs")
@@ -24,11 +24,6 @@ RUNS = Path("runs")
 
 class RunDirectoryError(RuntimeError):
     """The run directory cannot be used; the message says why."""
-
-
-def record_dir(config: RunConfig) -> Path:
-    """Returns where this machine keeps a run's record; on Kubernetes the run directory is on a volume elsewhere."""
-    return RUNS / config.name if config.launch.platform == "kubernetes" else config.run_dir
 
 
 @contextmanager

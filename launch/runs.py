@@ -1,4 +1,4 @@
-"""From a checked configuration to a run that has been started and, unless it is left alone, has ended."""
+"""Starts runs, finds those that were started, and asks for their state, their output and their end."""
 
 from __future__ import annotations
 
@@ -11,136 +11,146 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distopt.config import ConfigError, RunConfig, load_config
+from distopt.config import ConfigError, RunConfig, dump_yaml, load_config
+from distopt.launchers import CONFIG_FILE, LAUNCH_FILE, LOGS
 
-from . import checks, failure_report, output, ssh
+from . import failure_report, output, ssh
 from .attach import follow, say
-from .file_names import CONFIG_FILE, LAUNCH_FILE, LOGS
-from .jobs import FollowedJob, Job, JobError, State, SubmittedJob, read_record
+from .jobs import FollowedJob, Job, JobError, PlatformError, State, SubmittedJob
 from .plan import Plan
-from .platforms import platform
-from .platforms.base import Platform
-from .platforms.kubernetes.job import ClusterError
-from .platforms.slurm.job import SlurmError
-from .run_dir import RUNS, RunDirectoryError, claim, record, record_dir, submission
+from .platforms import Platform, load_platform
+from .run_dir import RUNS, RunDirectoryError, claim, record, submission
 from .worker.events import Reader
+
+ERRORS = (JobError, ConfigError)
+"""What asking for a run raises where there is none, or where its platform gives no answer."""
 
 DETACHED_LOG = "launcher.log"
 START_TIMEOUT_S = 60
+POLL_S = 1.0
+PATIENCE_S = 300.0  # with a platform that does not answer
+KILL_MARGIN_S = 20.0  # after the grace time
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Refused(RuntimeError):
+class LaunchRefused(RuntimeError):
     """The run was not started; the message says why."""
 
 
-def prepare(config: RunConfig) -> tuple[Plan | None, list[str]]:
-    """Returns the plan, or the problems that keep the run from being started."""
-    chosen = platform(config.launch.platform)
-    problems = checks.problems(config, chosen)
-    return (None, problems) if problems else (chosen.plan(config), [])
+# Starting. The configuration has been checked. Either the platform has a job, which is submitted and, unless the user
+# detaches, followed by asking for its state; or `distopt launch` starts the plan's commands and stays with them. To
+# detach from the latter means to leave a second `distopt launch` behind, which does just that.
 
 
-def start(config: RunConfig, plan: Plan | None, *, detach: bool, ranks: Sequence[int] = (0,)) -> int:
-    """Starts a prepared run, and shows what some ranks print.
+def start(config: RunConfig, platform: Platform, plan: Plan, *, detach: bool, ranks: Sequence[int] = (0,)) -> int:
+    """Starts a run and shows what some ranks print.
+
+    Args:
+        config: The run, checked.
+        platform: Its platform.
+        plan: What that has rendered.
+        detach: Whether to return as soon as it has been started.
+        ranks: Whose output is shown.
 
     Returns:
-        The run's exit status; 0 for a run that has been started and left.
+        The run's exit status; 0 for one that has been started and left.
 
     Raises:
-        Refused: Another launcher is in the run directory, or the engine refused the run.
+        LaunchRefused: Another process uses the run directory, or the platform refused the run.
     """
-    assert plan is not None
-    chosen = platform(config.launch.platform)
-    directory = record_dir(config)
+    directory = platform.record_dir(config)
     try:
-        if (job := submitted(chosen, config)) is not None:
-            return _submit(config, plan, job, None if detach else ranks)
+        job = platform.job(config)
+        if job is not None:
+            return _submit(config, plan, job, directory, None if detach else ranks)
         if detach:
-            return _leave(config, directory)
+            return _detach(config, directory)
         with submission(config, plan, directory):
-            if unseen := ssh.blind(config, directory / LAUNCH_FILE):
-                record(directory, plan, status=2)
-                raise Refused("; ".join(unseen))
-            status = follow(plan, directory, config.launch.grace_s, ranks)
-            record(directory, plan, status=status)
-        return status
+            return _run_here(config, plan, directory, ranks)
     except (RunDirectoryError, *ERRORS) as error:
-        raise Refused(str(error)) from error
+        raise LaunchRefused(str(error)) from error
 
 
-def _submit(config: RunConfig, plan: Plan, job: SubmittedJob, ranks: Sequence[int] | None) -> int:
-    directory = record_dir(config)
-    _refuse_second(config, job, directory)
-    read, followed = output.of_job(job), ranks or ()
-    # On Kubernetes a name belongs to one run; a Slurm job appends to the logs of those before.
-    before = [len(read(rank, 0)) if config.launch.platform == "slurm" else 0 for rank in followed]
-    happened = Reader(directory)
+def _run_here(config: RunConfig, plan: Plan, directory: Path, ranks: Sequence[int]) -> int:
+    # Only now, since it takes a file that has just been written to tell whether the hosts share the folder.
+    if not_shared := ssh.check_folder(config, directory / LAUNCH_FILE):
+        record(directory, plan, status=2)
+        raise LaunchRefused("\n".join(map(str, not_shared)))
+
+    status = follow(plan, directory, config.launch.grace_s, ranks)
+    record(directory, plan, status=status)
+    return status
+
+
+def _submit(config: RunConfig, plan: Plan, job: SubmittedJob, directory: Path, ranks: Sequence[int] | None) -> int:
+    """Hands a run over; follows it where there are `ranks` to show."""
+    _refuse_name_in_use(config, job, directory)
+    read = output.of_job(job)
+    lengths = [len(read(rank, 0)) for rank in ranks or ()]  # a job may append to the logs of an earlier one
+    events = Reader(directory)
+
     with submission(config, plan, directory):
         reference = job.submit()
         record(directory, plan, reference=reference)
     say(f"submitted: {reference}")
+
     if ranks is None:
-        say(f"`distopt status {directory}`, `distopt logs {directory}` and `distopt stop {directory}` ask the engine")
+        say(_commands_for(directory))
         return 0
-    return follow_submitted(job, directory, config.launch.grace_s, output.Output(ranks, read, before), happened)
+    return follow_submitted(job, directory, config.launch.grace_s, output.Output(ranks, read, lengths), events)
 
 
-def _refuse_second(config: RunConfig, job: SubmittedJob, directory: Path) -> None:
-    """Refuses a run that its engine still has: two would write into one run directory."""
-    on_slurm = config.launch.platform == "slurm"
-    if on_slurm and not ((directory / LAUNCH_FILE).exists() and "reference" in read_record(directory)):
-        return  # no job was submitted from there
+def _refuse_name_in_use(config: RunConfig, job: SubmittedJob, directory: Path) -> None:
+    """Refuses a run whose name the platform still keeps for an earlier one."""
     state = job.state()
-    # A Slurm job that has ended takes no name; a Kubernetes object does until it is deleted.
-    if state.phase == "unknown" or (on_slurm and state.ended):
-        return
-    known = state.phase + (f", {state.detail}" if state.detail else "")
-    raise Refused(
-        f"name: the engine has a run {config.name} already ({known}); `distopt stop {shlex.quote(str(directory))}` "
-        f"{'ends' if on_slurm else 'ends and deletes'} it (its checkpoints stay), or choose another name"
-    )
+    if job.keeps_name(state):
+        known = ", ".join(filter(None, [state.phase, state.detail]))
+        raise LaunchRefused(
+            f"name: {config.launch.platform} already has a run {config.name} ({known}); "
+            f"`distopt stop {shlex.quote(str(directory))}` ends it and frees its name (its checkpoints stay), "
+            "or choose another name"
+        )
 
 
-def _leave(config: RunConfig, directory: Path) -> int:
-    """Starts a launcher of its own for the run, and waits until it has the run directory."""
+def _detach(config: RunConfig, directory: Path) -> int:
+    """Starts another `distopt launch` that stays with the run, and waits until it has the run directory."""
     claim(directory)
     source = directory / f".{CONFIG_FILE}.detached"
-    from distopt.config import dump_yaml
-
     source.write_text(dump_yaml(config))
-    before = _modified(directory / LAUNCH_FILE)
-    with (directory / LOGS / DETACHED_LOG).open("w") as log:
-        launcher = subprocess.Popen(
+    before = _modified_ns(directory / LAUNCH_FILE)
+    log_path = directory / LOGS / DETACHED_LOG
+    with log_path.open("w") as log:
+        process = subprocess.Popen(
             [sys.executable, "-m", "distopt.launch", "launch", "--", str(source)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
+
     end = time.monotonic() + START_TIMEOUT_S
-    while _modified(directory / LAUNCH_FILE) == before and launcher.poll() is None and time.monotonic() < end:
+    while _modified_ns(directory / LAUNCH_FILE) == before and process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
-    if launcher.poll() not in (None, 0):
-        said = (directory / LOGS / DETACHED_LOG).read_text().strip()
-        raise Refused(said.removeprefix(f"{source}: "))
-    say(f"process {launcher.pid} follows the run; `distopt status {directory}`, also `logs` and `stop`, ask about it")
+    if process.poll() not in (None, 0):
+        raise LaunchRefused(log_path.read_text().strip().removeprefix(f"{source}: "))
+    say(f"process {process.pid} follows the run; {_commands_for(directory)}")
     return 0
 
 
-def _modified(path: Path) -> int:
+def _commands_for(directory: Path) -> str:
+    run = shlex.quote(str(directory))
+    return f"see `distopt status {run}` and `distopt logs {run}`; `distopt stop {run}` ends it"
+
+
+def _modified_ns(path: Path) -> int:
     try:
         return os.stat(path).st_mtime_ns
     except FileNotFoundError:
         return 0
 
 
-# How a run is, what it prints, and its end: asked of the engine that has it.
-
-
-ERRORS = (JobError, SlurmError, ClusterError, ConfigError)
-POLL_S = 1.0
-PATIENCE_S = 300.0  # with an engine that gives no answer
+# Finding runs that were started.
 
 
 def find(run: str) -> Path:
-    """Returns the directory of a run that is named by it, or by its name in runs/.
+    """Returns the directory of a run, which is named by that directory or by its name in runs/.
 
     Raises:
         JobError: There is none.
@@ -148,6 +158,7 @@ def find(run: str) -> Path:
     for directory in (Path(run), RUNS / run):
         if (directory / LAUNCH_FILE).exists():
             return directory
+
     known = ", ".join(path.name for path in all_runs()) or "none"
     hint = " A run is named by its directory or its name, not by its YAML." if run.endswith((".yaml", ".yml")) else ""
     raise JobError(f"{run}: no run was launched there (no {LAUNCH_FILE}). Known in {RUNS}: {known}.{hint}")
@@ -158,108 +169,116 @@ def all_runs() -> list[Path]:
     return sorted(path.parent for path in RUNS.glob(f"*/{LAUNCH_FILE}"))
 
 
-def recorded(directory: Path) -> RunConfig:
-    """Returns the configuration with which a run was launched."""
+def recorded_config(directory: Path) -> RunConfig:
+    """Returns the configuration with which a run was launched.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
     return load_config(directory / CONFIG_FILE)
 
 
-def submitted(chosen: Platform, config: RunConfig) -> SubmittedJob | None:
-    """Returns the run on an engine that keeps it, or None where the launcher itself keeps it."""
-    make = getattr(chosen, "job", None)
-    found: SubmittedJob | None = make(config) if make is not None else None
-    return found
+def job_of(directory: Path) -> Job:
+    """Returns the run that was launched from a directory.
+
+    Raises:
+        ConfigError: Its configuration or its platform cannot be loaded.
+    """
+    config = recorded_config(directory)
+    return load_platform(config.launch.platform).job(config) or FollowedJob(directory)
 
 
-def job(directory: Path) -> Job:
-    """Returns the run that was launched from a directory."""
-    config = recorded(directory)
-    return submitted(platform(config.launch.platform), config) or FollowedJob(directory)
+# Asking for a run's output and its end.
 
 
-def print_logs(job: Job, ranks: Sequence[int], *, follow: bool) -> None:
+def print_logs(job: Job, ranks: Sequence[int], *, until_end: bool) -> None:
     """Prints what some ranks have printed, once or until the run has ended."""
     shown = output.Output(ranks, output.of_job(job), headers=True)
     while True:
-        ended = not follow or job.state().ended
+        # Asked before the output is read, so that nothing that is printed in between is missed.
+        is_last = not until_end or job.state().ended
         shown.show()
-        if ended:
+        if is_last:
             return
         time.sleep(POLL_S)
 
 
 def stop(directory: Path) -> State:
-    """Asks a run to end and waits for it; what is still there after the grace time is killed, where it can be."""
-    run = job(directory)
-    was_known = run.state().phase != "unknown"
-    run.stop()
-    state = _wait_for_end(run, recorded(directory).launch.grace_s + 20)
-    # An engine may forget a run once it has ended; one that it never knew was not stopped.
+    """Stops a run and waits for its end; what is still there after the grace time is killed, where that can be done."""
+    job = job_of(directory)
+    was_known = job.state().phase != "unknown"
+    job.stop()
+    state = _wait_for_end(job, recorded_config(directory).launch.grace_s + KILL_MARGIN_S)
+    # A platform may forget a run once it has ended; one that it never knew was not stopped.
     return State("stopped", state.detail) if was_known and state.phase == "unknown" else state
 
 
-def _wait_for_end(run: Job, limit_s: float) -> State:
+def _wait_for_end(job: Job, limit_s: float) -> State:
     end = time.monotonic() + limit_s
-    while not (state := run.state()).ended and state.phase != "unknown":
+    while not (state := job.state()).ended and state.phase != "unknown":
         if time.monotonic() > end:
-            kill = getattr(run, "kill", None)
-            if kill is None:
+            if not job.kill():
                 return state
-            kill()
             end = float("inf")
         time.sleep(POLL_S)
     return state
 
 
-def follow_submitted(run: SubmittedJob, directory: Path, grace_s: float, shown: output.Output, happened: Reader) -> int:
-    """Shows a submitted run's phases and its output until it ends; Ctrl-C and SIGTERM stop it.
+def follow_submitted(job: SubmittedJob, directory: Path, grace_s: float, shown: output.Output, events: Reader) -> int:
+    """Shows a submitted run's states and its output until it ends; Ctrl-C and SIGTERM stop it.
 
     Args:
-        run: The run.
+        job: The run.
         directory: Its record.
         grace_s: Seconds for the last checkpoint.
-        shown: Prints what its ranks do.
-        happened: Reads what its guards have written down since it was submitted.
+        shown: Prints the output of its ranks.
+        events: Reads what its supervisors have recorded since it was submitted.
 
     Returns:
         0 when it is done, 130 or 143 when it was stopped by a signal, 1 otherwise.
     """
-    asked: list[int] = []
-    before = {number: signal.signal(number, lambda got, _: asked.append(got)) for number in _SIGNALS}
-    said, last_answer = "", time.monotonic()
+    received: list[int] = []
+    handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in STOP_SIGNALS}
+    last_line = ""
+    last_answer = time.monotonic()
+
+    def say_if_new(line: str) -> None:
+        nonlocal last_line
+        if line != last_line:
+            say(line)
+        last_line = line
+
     try:
         while True:
             try:
-                state = run.state()
-                if said != (said := f"{state.phase}: {state.detail}" if state.detail else state.phase):
-                    say(said)
+                state = job.state()
+                say_if_new(f"{state.phase}: {state.detail}" if state.detail else state.phase)
                 shown.show()
                 last_answer = time.monotonic()
-                if asked:
-                    say(f"{signal.Signals(asked[0]).name}: a last checkpoint, then the end")
-                    run.stop()
-                    _wait_for_end(run, grace_s + 20)
-                    return 128 + asked[0]
+                if received:
+                    name = signal.Signals(received[0]).name
+                    say(f"received {name}: saving a checkpoint and stopping (at most {grace_s:g} s)")
+                    job.stop()
+                    _wait_for_end(job, grace_s + KILL_MARGIN_S)
+                    return 128 + received[0]
                 if state.ended or state.phase == "unknown":
-                    return _report(state, directory, happened)
-            except (SlurmError, ClusterError) as error:  # controllers and networks have their moments
-                if said != (said := f"no answer: {error}"):
-                    say(said)
-                if asked or time.monotonic() - last_answer > PATIENCE_S:
-                    say(f"the run may go on: `distopt status {directory}` asks again")
+                    return _report(job, state, directory, events)
+            except PlatformError as error:  # controllers and networks fail for a while, and the run continues
+                say_if_new(f"no answer: {error}")
+                if received or time.monotonic() - last_answer > PATIENCE_S:
+                    say(f"the run may still be running: {_commands_for(directory)}")
                     return 1
             time.sleep(POLL_S)
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def _report(state: State, directory: Path, happened: Reader) -> int:
+def _report(job: SubmittedJob, state: State, directory: Path, events: Reader) -> int:
+    """Prints who died first, where supervisors have written that into the run directory; returns the exit status."""
     if state.phase == "done":
         return 0
-    seen = failure_report.last_attempt(happened.new())
-    if seen:
-        print(failure_report.failure(directory, seen, 1, 0.0, "slurm.log"), file=sys.stderr)
+    last_attempt = failure_report.last_attempt(events.new())
+    if last_attempt:
+        print(failure_report.failure(directory, last_attempt, 1, 0.0, job.launcher_log), file=sys.stderr)
     return 1

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from distopt.config import RunConfig
 
-from . import network
+from .findings import Finding
+from .worker import network
 
 SSH = "/usr/bin/ssh"
 # Without keepalives, engines wait for ever for the session of a host that has gone.
@@ -47,14 +48,51 @@ def wrapper(config: RunConfig) -> dict[Path, str]:
     return {config.run_dir / FOLDER / "ssh": f'{text}exec {shlex.join([SSH, *options(config)])} "$@"\n'}
 
 
-def unreachable(config: RunConfig, hosts: Sequence[str]) -> list[str]:
-    """Tries every host at once and returns what keeps the launcher out, each within the connection's timeout."""
-    with ThreadPoolExecutor(max(1, len(hosts))) as pool:
-        return [problem for problem in pool.map(lambda host: _try(config, host), hosts) if problem]
+def check_hosts(config: RunConfig) -> Iterator[Finding]:
+    """Yields what keeps the hosts of a run from working together; each is tried within the connection's timeout."""
+    hosts = config.launch.hosts
+    wrong_names = [finding for host in hosts if (finding := check_name(host, alone=len(hosts) == 1))]
+    yield from wrong_names
+    if wrong_names:
+        return
+
+    others = [host for host in hosts if not network.is_here(host)]
+    with ThreadPoolExecutor(max(1, len(others))) as pool:
+        for findings in pool.map(lambda host: list(_check_host(config, host)), others):
+            yield from findings
 
 
-def blind(config: RunConfig, path: Path) -> list[str]:
-    """Returns what keeps hosts from seeing a file that has just been written here: each has a folder of its own."""
+def check_name(host: str, *, alone: bool) -> Finding | None:
+    """Returns what would make workers of other hosts call the wrong machine by this name."""
+    address = network.resolve(host)
+    if address is None:
+        return Finding(
+            "launch.hosts",
+            f"{host} resolves to no address here",
+            "add it to /etc/hosts or name its address instead",
+        )
+    if network.is_loopback(address) and not alone:
+        return Finding(
+            "launch.hosts",
+            f"{host} resolves to {address}, where no other host reaches it",
+            "correct /etc/hosts or name the address that the others use",
+        )
+    return None
+
+
+def check_cores(config: RunConfig, host: str, cores: int) -> Iterator[Finding]:
+    """Yields that a host has fewer cores than it gets processes; two processes have room anywhere."""
+    workers = config.launch.workers
+    if workers > max(2, cores) and not config.launch.oversubscribe:
+        yield Finding(
+            "launch.workers",
+            f"{workers} processes, but {host} has {cores} cores",
+            f"set launch.workers={cores}, or launch.oversubscribe=true to let them share",
+        )
+
+
+def check_folder(config: RunConfig, path: Path) -> list[Finding]:
+    """Returns the hosts that do not see a file which has just been written here: they do not share the folder."""
     hosts = [host for host in config.launch.hosts if not network.is_here(host)]
 
     def look(host: str) -> int:
@@ -63,30 +101,40 @@ def blind(config: RunConfig, path: Path) -> list[str]:
 
     with ThreadPoolExecutor(max(1, len(hosts))) as pool:
         return [
-            f"launch.hosts: {host} does not see {path}, which is here; the command must be given in a folder that all "
-            "hosts share"
+            Finding(
+                "launch.hosts",
+                f"{host} does not see {path}, which is here",
+                "run the command in a folder that all hosts share",
+            )
             for host, status in zip(hosts, pool.map(look, hosts), strict=True)
             if status == 1
         ]
 
 
-def _try(config: RunConfig, host: str) -> str | None:
+def _check_host(config: RunConfig, host: str) -> Iterator[Finding]:
+    key = "launch.hosts"
     here = str(Path.cwd())
     limit_s = config.launch.ssh.connect_timeout_s + 15
-    look = 'cd -- "$0" || exit 3; test -x "$1" || exit 4; nproc'
-    argv = remote(config, host, ["sh", "-c", look, here, sys.executable])
-    by_hand = shlex.join([*argv[:-3], "--", host, "true"])
+    script = 'cd -- "$0" || exit 3; test -x "$1" || exit 4; nproc'
+    argv = remote(config, host, ["sh", "-c", script, here, sys.executable])
+    by_hand = f"try `{shlex.join([*argv[:-3], '--', host, 'true'])}`"
+
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=limit_s, stdin=subprocess.DEVNULL)
     except FileNotFoundError:
-        return f"launch.hosts: there is no {SSH} here; install openssh-client"
+        yield Finding(key, f"there is no {SSH} here", "install openssh-client")
+        return
     except subprocess.TimeoutExpired:
-        return f"launch.hosts: {host} answered nothing within {limit_s} s; try `{by_hand}`"
-    if done.returncode == 255:
-        said = " ".join(line for line in done.stderr.splitlines() if line.strip("@ "))[:300]  # without ssh's banner
-        return f"launch.hosts: {host} cannot be reached: {said}; try `{by_hand}`"
-    if done.returncode == 4:
-        return f"launch.hosts: {host} has no {sys.executable}; install distopt there in the same place, or share it"
-    if done.returncode:
-        return f"launch.hosts: {host} has no folder {here}; the command must be given in a folder that all hosts share"
-    return next(iter(network.slot_problems(config, host, int(done.stdout.split()[-1]))), None)
+        yield Finding(key, f"{host} did not answer within {limit_s} s", by_hand)
+        return
+
+    match done.returncode:
+        case 0:
+            yield from check_cores(config, host, int(done.stdout.split()[-1]))
+        case 255:  # of ssh itself, whose banner is left out
+            message = " ".join(line for line in done.stderr.splitlines() if line.strip("@ "))[:300]
+            yield Finding(key, f"{host} cannot be reached: {message}", by_hand)
+        case 4:
+            yield Finding(key, f"{host} has no {sys.executable}", "install distopt there at the same path, or share it")
+        case _:
+            yield Finding(key, f"{host} has no folder {here}", "run the command in a folder that all hosts share")

@@ -25,7 +25,7 @@ MIN_TESTED_SHARE = 0.60
 DIALECT = frozenset(
     "place places placed part parts own said told heard brought news word words found noise mend engine guard".split()
 )
-"""Words that are the name of no thing here, alone or within a longer name: each has a word of the field in its place."""
+"""Words that are the name of no thing here, alone or within a longer name; each has a word of the field instead."""
 
 NOT_OURS = {
     ("distopt/optim/multi.py", "parts"),  # an argument of pyro.optim.MixedMultiOptimizer

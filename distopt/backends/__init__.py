@@ -1,4 +1,4 @@
-"""What one worker can say to the others.
+"""What one rank can say to the others.
 
 `init()` is the one line that makes a script distributed; `current()` is the backend that everything else uses.
 """
@@ -6,18 +6,27 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import Literal, TypeAlias
+from importlib import import_module
+from inspect import isabstract
 
 from distopt.backends.base import DEFAULT_TIMEOUT, Backend, BackendError, Handle, Json, Op
-from distopt.backends.environment import Place, find_place
 from distopt.backends.single import Single
+from distopt.config.base import ConfigError
+from distopt.config.plugins import is_reference, load_reference
+from distopt.launchers import LauncherError, RankInfo, find_launcher, find_rank
 
-__all__ = ["Backend", "BackendError", "BackendName", "Handle", "Json", "Op", "current", "init"]
+__all__ = ["BACKENDS", "Backend", "BackendError", "Handle", "Json", "Op", "current", "init"]
 
-BackendName: TypeAlias = Literal["auto", "single", "torch_dist", "horovod", "mpi"]
+BACKENDS: Mapping[str, str] = {
+    "single": "distopt.backends.single:Single",
+    "torch_dist": "distopt.backends.torch_dist:TorchDist",
+    "horovod": "distopt.backends.horovod:Horovod",
+    "mpi": "distopt.backends.mpi:Mpi",
+}
+"""The backends that have a name of their own; each is imported, with its library, when it is chosen."""
 
-_NAMES = ("auto", "single", "torch_dist", "horovod", "mpi")
 _current: Backend | None = None
 
 
@@ -27,17 +36,18 @@ def init(backend: str = "auto", *, timeout: timedelta = DEFAULT_TIMEOUT, world_s
     A second call returns the same backend; after its `close()` a new one can be made.
 
     Args:
-        backend: `single`, `torch_dist`, `horovod` or `mpi`; `auto` finds out from the environment who started the
-            process: torchrun, Kubernetes, srun: torch_dist; horovodrun: horovod; mpirun: horovod when it was built
-            with MPI, else mpi; nobody: single, or what the script itself has initialised.
-        timeout: For every wait that is not given its own.
-        world_size: Refuses a world of any other size, None takes what comes.
+        backend: `single`, `torch_dist`, `horovod` or `mpi`; or `module:Name`, a subclass of `Backend` of your own.
+            `auto` takes what the script itself has initialised, else what the launcher's processes can use: torch_dist
+            for torchrun, srun and Kubernetes; horovod for horovodrun; for mpirun horovod where it was built with MPI,
+            else mpi; single for a process that was started by hand.
+        timeout: For meeting the others, and for every wait that is not given its own.
+        world_size: The number of ranks that the script needs; None accepts any.
 
     Raises:
         BackendError: A library is missing, the ranks did not meet, or the world has another size; says what to change.
 
     Cost:
-        Collective: all ranks call it. A second or two, for connections and the first exchange.
+        Collective: all ranks call it. It takes a second or two, for connections and the first collectives.
 
     Example:
         >>> backend = init("single")
@@ -47,20 +57,18 @@ def init(backend: str = "auto", *, timeout: timedelta = DEFAULT_TIMEOUT, world_s
         True
     """
     global _current
-    if backend not in _NAMES:
-        raise BackendError(f"backend={backend!r}: unknown. Known: {', '.join(_NAMES)}.")
-    if _current is not None and not getattr(_current, "closed", False):
-        if backend not in ("auto", _current.name):
-            raise BackendError(
-                f"init({backend!r}): this process already uses {_current.name}. Call close() on that backend first."
-            )
-    else:
-        _current = _start(backend, timeout)
-    if world_size is not None and _current.world_size != world_size:
-        found = _current.world_size
+    chosen = None if backend == "auto" else _load_backend(backend)
+    if _current is None or _current.closed:
+        _current = _start_auto(timeout) if chosen is None else chosen.start(_rank_info(), timeout=timeout)
+    elif chosen is not None and not isinstance(_current, chosen):
         raise BackendError(
-            f"{world_size} workers were asked for, this world has {found}. Start the script through its launcher "
-            "(`distopt launch`, torchrun, horovodrun, mpirun), or ask for as many as there are."
+            f"init({backend!r}): this process already uses {_current.name}. Call close() on that backend first."
+        )
+
+    if world_size is not None and _current.world_size != world_size:
+        raise BackendError(
+            f"expected {world_size} workers, but this world has {_current.world_size}. Start {world_size} processes "
+            "with a launcher (`distopt launch`, torchrun, horovodrun, mpirun), or change world_size."
         )
     return _current
 
@@ -75,68 +83,68 @@ def current() -> Backend:
         BackendError: A launcher started this process, and the script never called `distopt.init()`.
     """
     global _current
-    if _current is not None and not getattr(_current, "closed", False):
+    if _current is not None and not _current.closed:
         return _current
+
     adopted = _adopt(DEFAULT_TIMEOUT)
     if adopted is None:
-        place = find_place()
-        if place is not None and place.world_size > 1:
+        rank_info = _rank_info()
+        if rank_info is not None and rank_info.world_size > 1:
             raise BackendError(
-                f"This process was started by {place.starter} as rank {place.rank} of {place.world_size}, but "
-                "distopt.init() was never called. Call it once, before the first step."
+                f"This process was started by {rank_info.launcher} as rank {rank_info.rank} of {rank_info.world_size}, "
+                "but distopt.init() was never called. Call it once, before the first step."
             )
         adopted = Single()
     _current = adopted
     return _current
 
 
-def _start(backend: str, timeout: timedelta) -> Backend:
-    place = find_place()
-    if backend == "auto":
-        adopted = _adopt(timeout)
-        if adopted is not None:
-            return adopted
-        backend = _choose(place)
-    if backend == "single":
-        return Single(timeout=timeout)
-    if backend == "horovod":
-        from distopt.backends.horovod import Horovod
+def _rank_info() -> RankInfo | None:
+    """What the launcher told this process; variables that make no sense are an error like any other of `init`."""
+    try:
+        return find_rank()
+    except LauncherError as error:
+        raise BackendError(str(error)) from error
 
-        return _whole(Horovod.start(timeout=timeout), place)
-    if backend == "mpi":
-        from distopt.backends.mpi import Mpi
 
-        return _whole(Mpi(timeout=timeout), place)
-    from distopt.backends.torch_dist import TorchDist
-
-    if place is None:
+def _load_backend(name: str) -> type[Backend]:
+    """The class that a name or `module:Name` stands for."""
+    if name not in BACKENDS and not is_reference(name):
         raise BackendError(
-            "init('torch_dist'): no launcher's variables are in the environment. Start the script by torchrun or "
-            "`distopt launch`, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."
+            f"backend={name!r}: unknown. Known: auto, {', '.join(BACKENDS)}, or module:Name for a backend of your own."
         )
-    return TorchDist.start(place, timeout=timeout)
+    if not is_reference(name):
+        module, _, class_name = BACKENDS[name].partition(":")
+        shipped: type[Backend] = getattr(import_module(module), class_name)
+        return shipped
+
+    try:
+        loaded = load_reference(name, "backend")
+    except ConfigError as error:
+        raise BackendError(str(error)) from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Backend)):
+        raise BackendError(f"backend={name!r}: expected a subclass of distopt.backends.Backend.")
+    if isabstract(loaded):
+        missing = ", ".join(sorted(loaded.__abstractmethods__))
+        raise BackendError(f"backend={name!r}: it lacks methods that distopt.backends.Backend requires: {missing}.")
+    return loaded
 
 
-def _whole(backend: Backend, place: Place | None) -> Backend:
-    """Refuses a world that fell apart: processes whose MPI is not their launcher's each find themselves alone."""
-    if place is None or place.world_size == backend.world_size:
-        return backend
-    found = backend.world_size
-    backend.close()
-    raise BackendError(
-        f"{place.starter} started {place.world_size} workers, but this one finds a world of {found} over "
-        f"{backend.name}. Is that library built for the MPI whose mpirun or srun started it? Use that MPI's mpirun, or "
-        "another backend."
-    )
+def _start_auto(timeout: timedelta) -> Backend:
+    adopted = _adopt(timeout)
+    if adopted is not None:
+        return adopted
+    return _load_backend(_choose_backend()).start(_rank_info(), timeout=timeout)
 
 
-def _choose(place: Place | None) -> str:
-    if place is None:
+def _choose_backend() -> str:
+    """The name of the backend that the launcher's processes can use."""
+    launcher = find_launcher()
+    if launcher is None:
         return "single"
-    if place.starter == "horovodrun":
-        return "horovod"
-    if not place.starter.startswith("mpirun"):
-        return "torch_dist"
+    if launcher.backend != "mpi":
+        return launcher.backend
+
     try:
         import horovod.torch as hvd
     except ImportError:
@@ -152,6 +160,7 @@ def _adopt(timeout: timedelta) -> Backend | None:
         from distopt.backends.torch_dist import TorchDist
 
         return TorchDist.adopt(timeout=timeout)
+
     hvd = sys.modules.get("horovod.torch")
     if hvd is not None and hvd.is_initialized():
         from distopt.backends.horovod import Horovod

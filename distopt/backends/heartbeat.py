@@ -1,4 +1,4 @@
-"""The side channel: each rank's heartbeat and the first failure, so that an error can name its cause."""
+"""The side channel: a store with each rank's heartbeat and the first failure, so that an error can name its cause."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,95 +18,138 @@ from distopt.backends.base import BackendError, Json
 T = TypeVar("T")
 
 BEAT_S = 0.5
-"""Seconds between two heartbeats of a rank, and between two looks at whether another has failed."""
+"""Seconds between two heartbeats of a rank, and between two checks whether another has failed."""
 
-BEATS, ASKS = "distopt-watch", "distopt-ask"
-"""The names of the threads that speak to stores."""
+CLIENT_TIMEOUT = timedelta(seconds=30)
+"""How long a rank tries to reach the store on rank 0."""
+
+BEAT_THREAD = "distopt-heartbeat"
+STORE_THREAD = "distopt-store-call"
+"""The names of the threads that call stores."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a rank said before it stopped; one that has `ended` did so by itself, and the others still wait for it."""
+    """Why a rank stopped, as it reported itself.
+
+    Attributes:
+        rank: Whose report it is.
+        step: The step that the rank was at.
+        phase: What it was doing there.
+        error: The exception's type and message, as in "ValueError: a bad row".
+        traceback: The exception's traceback.
+        exited: Whether it left without an error while others still wait for it.
+    """
 
     rank: int
     step: int
     phase: str
-    error: str  # "ValueError: the message"
+    error: str
     traceback: str
-    ended: bool = False
+    exited: bool = False
 
     def __str__(self) -> str:
-        if self.ended:
+        if self.exited:
             return (
-                f"rank {self.rank} has left the run after step {self.step}, and the others still wait for it. Every "
+                f"rank {self.rank} exited after step {self.step} while other ranks were still waiting for it. Every "
                 "rank must make the same calls; for uneven data use `with optimizer.join():`"
             )
         return f"rank {self.rank} failed first, at step {self.step} in phase {self.phase!r}: {self.error}"
 
 
-class Watch:
-    """One rank's heartbeat in a store all ranks can reach, kept by a daemon thread.
+# Collectives cannot carry news of a failure: a rank that failed takes part in none, and one that waits is inside C++
+# code. So every rank has a second connection, to a small store that lives on rank 0, and a thread that writes to it
+# twice a second. It has these keys:
+#   beat/RANK   where the rank is, with a counter that tells a living rank from one that stopped
+#   failure     the first Failure; compare_set lets one rank win, so all of them report one cause
+#   seen/RANK   set once the rank has read `failure`; who failed waits for these, so that nobody misses the cause
+#   exited      the first rank that left without an error
 
-    It never takes part in a collective, so it still speaks when a collective hangs. A store's server can itself be what
-    died, and a torch store can then block for ever, so every read from another thread goes through `_within`.
+
+class Heartbeat:
+    """One rank's heartbeat in a store that all ranks can reach, kept by a daemon thread.
+
+    It takes part in no collective, so it still works while a collective hangs. The store's server can itself be what
+    died, and a call of a torch store can then block without end, so every call from another thread than the heartbeat's
+    goes through `call_within`.
 
     Args:
-        store: A client of this watch alone.
-        rank: This process's.
-        world_size: How many ranks write here.
+        store: A client that is used here and nowhere else.
+        rank: This process's rank.
+        world_size: How many ranks write to the store.
+
+    Attributes:
+        step: The step that this rank is at; the backend's `note` sets it.
+        phase: What this rank is doing there.
+        calls: Number of collectives that this rank has started.
+        failure: The first failure of another rank, once this one has read it.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
-        self.rank, self.world_size = rank, world_size
-        self.step, self.phase, self.calls = 0, "init", 0
+        self.rank = rank
+        self.world_size = world_size
+        self.step = 0
+        self.phase = "init"
+        self.calls = 0
         self.failure: Failure | None = None
-        self._store, self._lock = store, threading.Lock()
-        self._stop, self._beat = threading.Event(), 0
-        self._publish()
-        self._thread = threading.Thread(target=self._run, name=BEATS, daemon=True)
+
+        self._store = store
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._beat = 0
+        self._publish_beat()
+        self._thread = threading.Thread(target=self._run, name=BEAT_THREAD, daemon=True)
         self._thread.start()
 
     def fail(self, error: str, traceback: str, linger_s: float) -> None:
-        """Publishes why this rank stops, unless another was first; stays until all have read it, or `linger_s`."""
-        own = Failure(self.rank, self.step, self.phase, error, traceback)
-        within(linger_s + 1.0, lambda: self._tell(own, linger_s))
+        """Publishes why this rank stops, unless another was first; returns once all have read it, or after a while.
 
-    def end(self) -> None:
-        """Publishes that this rank takes part in nothing any more, unless it has failed."""
-        own = Failure(self.rank, self.step, self.phase, "", "", ended=True)
-        within(1.0, lambda: self._store.compare_set("ended", "", json.dumps(vars(own))))
+        Args:
+            error: The exception's type and message.
+            traceback: The exception's traceback.
+            linger_s: How long to stay for the others.
+        """
+        failure = Failure(self.rank, self.step, self.phase, error, traceback)
+        call_within(linger_s + 1.0, lambda: self._publish_failure(failure, linger_s))
 
-    def look(self, patience_s: float) -> Failure | None:
-        """Returns the first failure, waiting up to `patience_s` for one to be told."""
-        deadline = time.monotonic() + patience_s
+    def exit(self) -> None:
+        """Publishes that this rank takes part in no further collective; a failure that was published stays."""
+        failure = Failure(self.rank, self.step, self.phase, "", "", exited=True)
+        call_within(1.0, lambda: self._store.compare_set("exited", "", json.dumps(asdict(failure))))
+
+    def wait_for_failure(self, timeout_s: float) -> Failure | None:
+        """Returns the first failure of another rank, or None when none is published in time."""
+        deadline = time.monotonic() + timeout_s
         while self.failure is None and time.monotonic() < deadline:
             if self._stop.wait(0.05):
                 break
         return self.failure
 
-    def describe_missing(self, ranks: list[int] | None = None) -> str:
-        """Says which ranks are behind this one or silent, and where each was last seen.
+    def describe_missing(self) -> str:
+        """Returns which ranks are behind this one or silent, and where each was last seen.
 
-        Two readings, a little more than a heartbeat apart, tell a living rank from one that stopped: clocks of
-        different machines are never compared.
+        Two readings, a little more than a heartbeat apart, tell a living rank from one that stopped: the clocks of two
+        machines are never compared.
         """
-        first = within(5.0, self._read_all)
+        first = call_within(5.0, self._read_beats)
         time.sleep(2.5 * BEAT_S)
-        second = within(5.0, self._read_all)
+        second = call_within(5.0, self._read_beats)
         if first is None or second is None:
-            return "the store on rank 0's side does not answer: that process or its machine is stopped or unreachable"
-        lines = []
-        for rank in ranks if ranks is not None else range(self.world_size):
-            seen, still = second.get(rank), first.get(rank)
+            return "rank 0, whose store does not answer: its process or machine has stopped or is unreachable"
+
+        missing = []
+        for rank in range(self.world_size):
+            before = first.get(rank)
+            now = second.get(rank)
             if rank == self.rank:
                 continue
-            if seen is None:
-                lines.append(f"rank {rank} (never seen)")
-            elif still is not None and seen["beat"] == still["beat"]:
-                lines.append(f"rank {rank} (stopped or unreachable; last seen at {_where(seen)})")
-            elif seen["calls"] < self.calls:
-                lines.append(f"rank {rank} (alive, at {_where(seen)})")
-        return ", ".join(lines) or "none: all other ranks are alive and have started this collective"
+            if now is None:
+                missing.append(f"rank {rank} (never seen)")
+            elif before is not None and now["beat"] == before["beat"]:
+                missing.append(f"rank {rank} (stopped or unreachable; last seen at {_location(now)})")
+            elif now["calls"] < self.calls:
+                missing.append(f"rank {rank} (alive, at {_location(now)})")
+        return ", ".join(missing) or "no other rank: all are alive and have started this collective"
 
     def close(self) -> None:
         """Ends the heartbeat; returns after at most 2 s, even if the store does not answer."""
@@ -115,105 +158,107 @@ class Watch:
 
     @staticmethod
     def is_stuck() -> bool:
-        """Whether a thread of this process still waits for an answer of a store.
+        """Returns whether a thread of this process still waits for a store's answer.
 
-        Should the answer come while Python ends, it would end the thread within the store's C++ code, which aborts.
+        An answer that comes while Python ends would make Python end the thread within the store's C++ code, and abort.
         """
-        return any(thread.name in (BEATS, ASKS) for thread in threading.enumerate())
+        return any(thread.name in (BEAT_THREAD, STORE_THREAD) for thread in threading.enumerate())
 
     def _run(self) -> None:
         try:
             while not self._stop.wait(BEAT_S):
-                self._publish()
+                self._publish_beat()
                 if self.failure is None:
-                    self._look()
-        except RuntimeError:  # the store's server is gone; whoever waits for it will say so
+                    self._read_failure()
+        except RuntimeError:  # the store's server has gone; whoever waits in a collective reports that
             return
 
-    def _publish(self) -> None:
+    def _publish_beat(self) -> None:
         self._beat += 1
-        place = {"beat": self._beat, "step": self.step, "phase": self.phase, "calls": self.calls}
+        beat = {"beat": self._beat, "step": self.step, "phase": self.phase, "calls": self.calls}
         with self._lock:
-            self._store.set(f"beat/{self.rank}", json.dumps(place))
+            self._store.set(f"beat/{self.rank}", json.dumps(beat))
 
-    def _look(self) -> None:
+    def _read_failure(self) -> None:
         with self._lock:
             if self._store.check(["failure"]):
-                told = json.loads(self._store.get("failure"))
-                self._store.set(f"heard/{self.rank}", "1")
-            elif self._store.check(["ended"]):
-                told = json.loads(self._store.get("ended"))
+                failure = Failure(**json.loads(self._store.get("failure")))
+                self._store.set(f"seen/{self.rank}", "1")
+            elif self._store.check(["exited"]):
+                failure = Failure(**json.loads(self._store.get("exited")))
             else:
                 return
-        if told["rank"] != self.rank:
-            self.failure = Failure(**told)
+        if failure.rank != self.rank:
+            self.failure = failure
 
-    def _tell(self, own: Failure, linger_s: float) -> None:
+    def _publish_failure(self, failure: Failure, linger_s: float) -> None:
         with self._lock:
-            first = json.loads(self._store.compare_set("failure", "", json.dumps(vars(own))))
-            self._store.set(f"heard/{self.rank}", "1")
-        others = [f"heard/{rank}" for rank in range(self.world_size)]
+            first = json.loads(self._store.compare_set("failure", "", json.dumps(asdict(failure))))
+            self._store.set(f"seen/{self.rank}", "1")
+
+        # Once this process ends, so may the store. The rank that failed first stays until all have read its cause.
+        readers = [f"seen/{rank}" for rank in range(self.world_size)]
         deadline = time.monotonic() + (linger_s if first["rank"] == self.rank else 0)
         while time.monotonic() < deadline:
             with self._lock:
-                if self._store.check(others):
+                if self._store.check(readers):
                     return
             time.sleep(0.05)
 
-    def _read_all(self) -> dict[int, dict[str, Any]]:
+    def _read_beats(self) -> dict[int, dict[str, Any]]:
         with self._lock:
             keys = {rank: f"beat/{rank}" for rank in range(self.world_size)}
             return {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._store.check([key])}
 
 
-def within(seconds: float, call: Callable[[], T]) -> T | None:
-    """Returns `call()`, or None when it raises or has not returned after `seconds` (it is then left behind)."""
+def call_within(timeout_s: float, call: Callable[[], T]) -> T | None:
+    """Returns `call()`, or None where it raises or does not return in time; its thread is then left behind."""
     result: list[T] = []
 
     def run() -> None:
         try:
             result.append(call())
-        except RuntimeError:  # a store's way to say that it is gone
+        except RuntimeError:  # how a store reports that its server has gone
             pass
 
-    thread = threading.Thread(target=run, name=ASKS, daemon=True)
+    thread = threading.Thread(target=run, name=STORE_THREAD, daemon=True)
     thread.start()
-    thread.join(seconds)
+    thread.join(timeout_s)
     return result[0] if result else None
 
 
-def _where(seen: dict[str, Any]) -> str:
-    return f"step {seen['step']}, phase {seen['phase']!r}"
+def _location(beat: dict[str, Any]) -> str:
+    return f"step {beat['step']}, phase {beat['phase']!r}"
 
 
-# A store for the side channel where the library brings none: a TCP store on rank 0, bound to one address.
+def start_store(rank: int, gather_json: Callable[[Json], list[Json]]) -> Store:
+    """Starts a store on rank 0 and returns this rank's client, for libraries that come without a store.
 
-
-CLIENT_TIMEOUT = timedelta(seconds=30)
-
-
-def make_side_store(rank: int, gather: Callable[[Json], list[Json]]) -> Store:
-    """Returns a client of a new store on rank 0; a collective call.
-
-    The server listens on the loopback address when all ranks share a machine, else on rank 0's own address, never on
-    all
-    interfaces: it asks nobody for a password. It holds JSON and is read by nothing that unpickles.
+    The server listens on the loopback address when all ranks share a machine, else on rank 0's own address, and never
+    on all interfaces, since it asks for no password. It holds JSON, and nothing that reads it unpickles.
 
     Args:
-        rank: This process's.
-        gather: An `all_gather_json`.
+        rank: This process's rank.
+        gather_json: The backend's `all_gather_json`.
+
+    Raises:
+        BackendError: Rank 0 has no address, or this rank does not reach it.
+
+    Cost:
+        Collective: two calls of `gather_json`.
     """
-    hosts = gather(socket.gethostname())
+    hosts = gather_json(socket.gethostname())
     address, listener = "127.0.0.1", None
     if rank == 0:
         if len(set(hosts)) > 1:
-            address = _own_address()
+            address = _this_address()
         listener = socket.create_server((address, 0))
-    where = gather([address, listener.getsockname()[1]] if listener is not None else None)[0]
+    address, port = gather_json([address, listener.getsockname()[1]] if listener is not None else None)[0]
+
     try:
         return TCPStore(
-            where[0],
-            where[1],
+            address,
+            port,
             is_master=rank == 0,
             wait_for_workers=False,
             timeout=CLIENT_TIMEOUT,
@@ -221,15 +266,15 @@ def make_side_store(rank: int, gather: Callable[[Json], list[Json]]) -> Store:
         )
     except RuntimeError as error:
         raise BackendError(
-            f"rank {rank} cannot reach rank 0's heartbeat store at {where[0]}:{where[1]}. Check that the name "
-            f"{hosts[0]!r} means an address that the other machines can reach. torch says: {error}"
+            f"rank {rank} cannot reach rank 0's heartbeat store at {address}:{port}. Check that the host name "
+            f"{hosts[0]!r} stands for an address that the other machines can reach. torch says: {error}"
         ) from error
 
 
-def _own_address() -> str:
+def _this_address() -> str:
     try:
-        return socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)[0][4][0].__str__()
+        return str(socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)[0][4][0])
     except OSError as error:
         raise BackendError(
-            f"rank 0's host name {socket.gethostname()!r} has no address. Give it one in the hosts file."
+            f"rank 0's host name {socket.gethostname()!r} has no address. Add one to the hosts file."
         ) from error

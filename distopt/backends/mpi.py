@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from distopt.backends.base import DEFAULT_TIMEOUT, BackendError, Op
-from distopt.backends.environment import Place
-from distopt.backends.heartbeat import make_side_store
-from distopt.backends.torch_dist import choose_device
-from distopt.backends.world import Pending, World
+from distopt.backends.heartbeat import start_store
+from distopt.backends.world import PendingCollective, World, refuse_split_world
+from distopt.launchers import RankInfo
 
 _COMBINE = {"sum": torch.add, "min": torch.minimum, "max": torch.maximum}
 _SPIN_S = 2e-4
@@ -25,16 +24,19 @@ class Mpi(World):
     """An MPI communicator.
 
     Tensors on a GPU and tensors that are not contiguous go through a copy on the CPU. MPI has no 16-bit floating-point
-    type, so those are combined by a callback of ours.
+    type, so such tensors are combined by a callback in Python.
 
     Args:
-        communicator: `mpi4py.MPI.Comm` to use; a duplicate of the world's when None, so that a script's own messages
-            and ours never meet.
+        communicator: The `mpi4py.MPI.Comm` to use; a duplicate of the world's when None, which keeps the messages of
+            distopt apart from those of the script.
         device: Where parameters live by default; chosen by local rank when None.
-        timeout: For every wait.
+        timeout: For every wait that is not given its own.
+
+    Raises:
+        BackendError: mpi4py is not installed or finds no MPI library.
     """
 
-    library = "mpi"
+    name = "mpi"
 
     def __init__(
         self, *, communicator: Any = None, device: torch.device | None = None, timeout: timedelta = DEFAULT_TIMEOUT
@@ -46,43 +48,59 @@ class Mpi(World):
                 f"mpi4py is not installed or finds no MPI library ({error}). `make setup-dev` installs both, or "
                 "`pip install 'distopt[mpi]'` beside the cluster's own MPI."
             ) from error
-        self._mpi, self._own = MPI, communicator is None
+
+        self._mpi = MPI
+        self._owns_comm = communicator is None
         self._comm = MPI.COMM_WORLD.Dup() if communicator is None else communicator
+        local = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
+        rank_info = RankInfo("mpirun", self._comm.rank, self._comm.size, local.rank, local.size)
+        local.Free()
+        super().__init__(rank_info, device=device, timeout=timeout)
+
         self._ops = {"sum": MPI.SUM, "min": MPI.MIN, "max": MPI.MAX}
         self._half_ops: dict[tuple[str, torch.dtype], Any] = {}
-        local = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
-        place = Place("mpirun", self._comm.rank, self._comm.size, local.rank, local.size)
-        local.Free()
-        super().__init__(place, device or choose_device(place), timeout)
         self.open()
 
-    def _start_all_reduce(self, tensor: Tensor, op: Op) -> Pending:
+    @classmethod
+    def start(cls, rank_info: RankInfo | None, *, timeout: timedelta = DEFAULT_TIMEOUT) -> Self:
+        """Initialises MPI, unless the script has, and returns the backend.
+
+        Raises:
+            BackendError: mpi4py is not installed, or found another number of ranks than the launcher started.
+        """
+        backend = cls(timeout=timeout)
+        refuse_split_world(backend, rank_info)
+        return backend
+
+    def _start_all_reduce(self, tensor: Tensor, op: Op) -> PendingCollective:
         host = _on_host(tensor)
         mpi_op = self._half_op(op, tensor.dtype) if tensor.dtype in (torch.float16, torch.bfloat16) else self._ops[op]
         request = self._comm.Iallreduce(self._mpi.IN_PLACE, self._buffer(host), op=mpi_op)
         return _MpiPending([request], tensor, host)
 
-    def _start_broadcast(self, tensor: Tensor, root: int) -> Pending:
+    def _start_broadcast(self, tensor: Tensor, root: int) -> PendingCollective:
         host = _on_host(tensor)
         return _MpiPending([self._comm.Ibcast(_raw(host, self._mpi), root=root)], tensor, host)
 
-    def _start_all_gather(self, tensor: Tensor, gathered: Tensor) -> Pending:
-        sent, host = _on_host(tensor), _on_host(gathered)
+    def _start_all_gather(self, tensor: Tensor, gathered: Tensor) -> PendingCollective:
+        sent = _on_host(tensor)
+        host = _on_host(gathered)
         request = self._comm.Iallgather(_raw(sent, self._mpi), _raw(host, self._mpi))
         return _MpiPending([request], gathered, host, sent)
 
-    def _start_exchange(self, tensor: Tensor, peer: int | None, received: Tensor) -> Pending:
+    def _start_send_recv(self, tensor: Tensor, peer: int | None, received: Tensor) -> PendingCollective:
         if peer is None:
             return _MpiPending([], received, received)
-        sent, host = _on_host(tensor), _on_host(received)
+        sent = _on_host(tensor)
+        host = _on_host(received)
         requests = [self._comm.Irecv(_raw(host, self._mpi), peer), self._comm.Isend(_raw(sent, self._mpi), peer)]
         return _MpiPending(requests, received, host, sent)
 
     def _make_store(self) -> Store:
-        return make_side_store(self.rank, self.all_gather_json)
+        return start_store(self.rank, self.all_gather_json)
 
     def _leave(self) -> None:
-        if self._own:
+        if self._owns_comm:
             self._comm.Free()
 
     def _buffer(self, host: Tensor) -> Any:
@@ -91,12 +109,14 @@ class Mpi(World):
         return host.numpy()
 
     def _half_op(self, op: Op, dtype: torch.dtype) -> Any:
+        """An MPI operation that reads 16-bit integers as the floating-point numbers that they stand for."""
         key = (op, dtype)
         if key not in self._half_ops:
             combine: Any = _COMBINE[op]
 
             def function(incoming: Any, combined: Any, datatype: Any) -> None:
-                left, right = torch.frombuffer(incoming, dtype=dtype), torch.frombuffer(combined, dtype=dtype)
+                left = torch.frombuffer(incoming, dtype=dtype)
+                right = torch.frombuffer(combined, dtype=dtype)
                 combine(left, right, out=right)
 
             self._half_ops[key] = self._mpi.Op.Create(function, commute=True)
@@ -104,13 +124,24 @@ class Mpi(World):
 
 
 class _MpiPending:
-    """Requests of MPI, which makes progress only while it is asked."""
+    """Requests of MPI, and the tensor that gets their result.
+
+    Args:
+        requests: What MPI returned.
+        tensor: What the caller reads.
+        host: What MPI writes: `tensor` itself, or its copy on the CPU.
+        sent: What MPI reads until the requests are done; kept alive here.
+    """
 
     def __init__(self, requests: list[Any], tensor: Tensor, host: Tensor, sent: Tensor | None = None) -> None:
-        self._requests, self._tensor, self._host = requests, tensor, host
-        self._sent = sent  # MPI reads it until the request is done
+        self._requests = requests
+        self._tensor = tensor
+        self._host = host
+        self._sent = sent
 
     def poll(self, seconds: float) -> bool:
+        # MPI makes progress only while it is called. So a short wait spins, giving the core to whoever wants it (other
+        # ranks, where there are more of them than cores), and a longer one sleeps between two calls.
         started = time.monotonic()
         while not all([request.Test() for request in self._requests]):
             waited = time.monotonic() - started
@@ -120,6 +151,7 @@ class _MpiPending:
                 os.sched_yield()
             else:
                 time.sleep(2e-5)
+
         if self._host.data_ptr() != self._tensor.data_ptr():
             self._tensor.copy_(self._host)
         return True
@@ -130,4 +162,5 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 
 def _raw(host: Tensor, mpi: Any) -> Any:
+    """A buffer of bytes, for collectives that only copy."""
     return [host.reshape(-1).view(torch.uint8).numpy(), mpi.BYTE]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from distopt.backends.base import DEFAULT_TIMEOUT, Handle, Json, Op
+from distopt.backends.base import DEFAULT_TIMEOUT, Backend, Handle, Json, Op
+from distopt.launchers import RankInfo
 
 
 class _Done:
@@ -15,25 +17,28 @@ class _Done:
         pass
 
 
-class Single:
+class Single(Backend):
     """The backend of one process; every collective is the identity.
 
     Args:
-        device: Where parameters live by default; the first GPU when there is one.
-        timeout: Kept, never needed.
+        device: Where parameters live by default; the first GPU where there is one.
+        timeout: Kept for those who ask, since nothing here waits.
 
     Example:
         >>> Single().all_gather_json({"rows": 3})
         [{'rows': 3}]
     """
 
+    name = "single"
+
     def __init__(self, device: torch.device | None = None, timeout: timedelta = DEFAULT_TIMEOUT) -> None:
-        self.name = "single"
-        self.rank = self.local_rank = self.node_rank = 0
-        self.world_size = 1
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.timeout, self.closed = timeout, False
-        self.all_reduce_s, self.all_reduce_bytes = 0.0, 0
+        device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__(RankInfo("this process", 0, 1), device=device, timeout=timeout)
+
+    @classmethod
+    def start(cls, rank_info: RankInfo | None, *, timeout: timedelta) -> Self:
+        """Returns a world of this process alone, whoever started it."""
+        return cls(timeout=timeout)
 
     def all_reduce(self, tensor: Tensor, op: Op = "sum") -> Handle:
         """Leaves `tensor` as it is."""
@@ -44,13 +49,13 @@ class Single:
         return _Done()
 
     def all_gather(self, tensor: Tensor, timeout: timedelta | None = None) -> Tensor:
-        """Returns `tensor` under a leading axis of one."""
+        """Returns a copy of `tensor` under a leading axis of one."""
         return tensor.clone().unsqueeze(0)
 
-    def exchange(self, tensor: Tensor, peer: int | None, timeout: timedelta | None = None) -> Tensor | None:
-        """Has nobody to swap with: `peer` must be None."""
+    def send_recv(self, tensor: Tensor, peer: int | None, timeout: timedelta | None = None) -> Tensor | None:
+        """Returns None; there is no other rank, so `peer` must be None."""
         if peer is not None:
-            raise ValueError(f"exchange with rank {peer}: this world has one rank.")
+            raise ValueError(f"send_recv with rank {peer}: this world has one rank.")
         return None
 
     def all_gather_json(self, value: Json, timeout: timedelta | None = None) -> list[Json]:
@@ -59,13 +64,3 @@ class Single:
 
     def barrier(self, timeout: timedelta | None = None) -> None:
         """Returns at once."""
-
-    def note(self, step: int, phase: str) -> None:
-        """Has nobody to tell."""
-
-    def fail(self, error: BaseException) -> None:
-        """Has nobody to tell."""
-
-    def close(self) -> None:
-        """Lets `init` make another."""
-        self.closed = True

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
         DirectoryInUseError,
     )
     from distopt.checkpoint.restore import Restored
+    from distopt.checkpoint.retention import Retention
+    from distopt.checkpoint.storage.base import ReadStream, Storage, WriteStream, register_storage
     from distopt.constraints import register_constraint
 
 __all__ = [
@@ -22,8 +24,13 @@ __all__ = [
     "ConfigMismatchError",
     "CorruptCheckpointError",
     "DirectoryInUseError",
+    "ReadStream",
     "Restored",
+    "Retention",
+    "Storage",
+    "WriteStream",
     "register_constraint",
+    "register_storage",
 ]
 
 _HOME = {
@@ -32,13 +39,18 @@ _HOME = {
     "ConfigMismatchError": "distopt.checkpoint.errors",
     "CorruptCheckpointError": "distopt.checkpoint.errors",
     "DirectoryInUseError": "distopt.checkpoint.errors",
+    "ReadStream": "distopt.checkpoint.storage.base",
     "Restored": "distopt.checkpoint.restore",
+    "Retention": "distopt.checkpoint.retention",
+    "Storage": "distopt.checkpoint.storage.base",
+    "WriteStream": "distopt.checkpoint.storage.base",
     "register_constraint": "distopt.constraints",
+    "register_storage": "distopt.checkpoint.storage.base",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Imports torch and pyro only when something that needs them is asked for: the writer needs neither."""
+    """Imports torch and pyro only when something that needs them is used: writing a checkpoint needs neither."""
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'distopt.checkpoint' has no attribute {name!r}")

@@ -1,76 +1,101 @@
-"""What the ranks of one run agree on about their directory, through the process group and before training needs it."""
+"""What the ranks of one run agree on about their directory, through the process group and before training needs it.
+
+Each function gathers one small JSON value per rank and lets every rank decide from all of them, so that all ranks take
+the same branch and raise the same error.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
-from distopt.backends.base import Backend, Json
-from distopt.checkpoint.commit import describe_error
-from distopt.checkpoint.errors import CheckpointError
+from distopt.backends.base import Backend
+from distopt.checkpoint.chunks import read_small
+from distopt.checkpoint.errors import CheckpointError, describe_error
 from distopt.checkpoint.retention import remove_leftovers
 from distopt.checkpoint.storage.base import Storage
+from distopt.checkpoint.storage.names import LOCK
 
-
-def gather(backend: Backend, value: Json) -> list[Any]:
-    """Returns every rank's value, without a collective in a world of one."""
-    return backend.all_gather_json(value) if backend.world_size > 1 else [value]
+_MAX_TOKEN_BYTES = 4096
 
 
 def agree_no_error(backend: Backend, error: Exception | None, where: str) -> None:
-    """Raises on all ranks when one has an error, naming rank and cause; collective."""
-    texts = gather(backend, None if error is None else describe_error(error))
+    """Raises on all ranks if one of them has an error, naming rank and cause; collective.
+
+    An error that one rank alone raised would leave the others waiting in their next collective, and all that they could
+    report is the timeout.
+    """
+    texts = backend.all_gather_json(None if error is None else describe_error(error))
     for rank, text in enumerate(texts):
         if text:
-            place = f"{where}, rank {rank} of {len(texts)}" if len(texts) > 1 else where
-            raise CheckpointError(f"{place}: {text}") from error
+            source = f"{where}, rank {rank} of {len(texts)}" if len(texts) > 1 else where
+            raise CheckpointError(f"{source}: {text}") from error
 
 
-def claim(backend: Backend, storage: Storage) -> None:
+def claim(backend: Backend, storage: Storage) -> ExitStack:
     """Takes the directory for this job, on all ranks or on none, and removes what dead attempts left; collective.
 
+    Returns:
+        What holds the directory; closing it lets another job write there.
+
     Raises:
-        DirectoryInUseError: when another job has it (on rank 0; the others raise the same words).
-        CheckpointError: when a rank cannot write there, or does not see what rank 0 writes.
+        DirectoryInUseError: Another job has it (on rank 0; the others raise the same message).
+        CheckpointError: A rank cannot write there, or does not see what rank 0 writes.
     """
+    claimed = ExitStack()
     error: Exception | None = None
     token = ""
     try:
         if backend.rank == 0:
-            token = storage.lock()
+            token = claimed.enter_context(storage.lock())
             remove_leftovers(storage)
         storage.check_writable()
     except Exception as caught:
         error = caught
+
     try:
         agree_no_error(backend, error, f"{storage.root} cannot hold checkpoints")
-        token = gather(backend, token)[0]
-        seen = gather(backend, storage.lock_token() == token)
-        blind = [rank for rank, same in enumerate(seen) if not same]
+
+        # A path may be a local folder of each host: only a rank that reads rank 0's token sees the same files.
+        token = backend.all_gather_json(token)[0]
+        sees_token = backend.all_gather_json(_token(storage) == token)
+        blind = [rank for rank, same in enumerate(sees_token) if not same]
         if blind:
             raise CheckpointError(
-                f"{storage.root}: rank(s) {blind} of {len(seen)} do not see what rank 0 writes there. The directory "
-                "must be on a file system that all workers share; or give the URL of an object store."
+                f"{storage.root}: rank(s) {blind} of {len(sees_token)} do not see what rank 0 writes there. The "
+                "directory must be on a file system that all workers share; or give the URL of an object store."
             )
     except CheckpointError:
-        storage.unlock()
+        claimed.close()
         if isinstance(error, CheckpointError):
             raise error from None
         raise
+    return claimed
 
 
-def agree_to_save(step: int, words: list[dict[str, Any]]) -> str:
-    """Returns why a save is left out, by the words of all ranks; empty when it goes on.
+def _token(storage: Storage) -> str:
+    """Returns the token of the job that holds the directory, as seen from here; empty where there is none."""
+    try:
+        return read_small(storage, "", LOCK, _MAX_TOKEN_BYTES).decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def agree_to_save(step: int, messages: Sequence[dict[str, Any]]) -> str:
+    """Returns why a save is left out, decided from the messages of all ranks; empty when it is to be written.
 
     Raises:
-        CheckpointError: on all ranks, when one of them cannot take part.
+        CheckpointError: On all ranks, when one of them cannot take part.
     """
-    for rank, word in enumerate(words):
-        if word["error"]:
-            raise CheckpointError(f"step {step}, rank {rank} of {len(words)}: {word['error']}")
-    steps = [word["step"] for word in words]
+    for rank, message in enumerate(messages):
+        if message["error"]:
+            raise CheckpointError(f"step {step}, rank {rank} of {len(messages)}: {message['error']}")
+
+    steps = [message["step"] for message in messages]
     if len(set(steps)) > 1:
         raise CheckpointError(f"ranks save different steps: {steps}. Call save at the same steps on every rank.")
-    busy = [rank for rank, word in enumerate(words) if word["busy"]]
+    busy = [rank for rank, message in enumerate(messages) if message["busy"]]
     if busy:
-        return f"not saved: rank(s) {busy} still write the save before"
-    return "saved already" if words[0]["saved"] else ""
+        return f"skipped: rank(s) {busy} are still writing the previous checkpoint"
+    return "already saved" if messages[0]["saved"] else ""

@@ -12,8 +12,16 @@ class CorruptCheckpointError(CheckpointError):
 
 
 class ConfigMismatchError(CheckpointError):
-    """The checkpoint was written by a run of another configuration; the differences are in the message."""
+    """The checkpoint was written by a run with another configuration; the message has the differences."""
 
 
 class DirectoryInUseError(CheckpointError):
     """Another running job writes its checkpoints into this directory."""
+
+
+def describe_error(error: BaseException) -> str:
+    """Returns an error as one text for logs, notes and other ranks.
+
+    The message alone where it explains itself, with the type where it does not: `KeyError: 'x'`.
+    """
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

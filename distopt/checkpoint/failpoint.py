@@ -10,6 +10,8 @@ import os
 import signal
 import threading
 
+from distopt.launchers import FAILPOINT_VARIABLE
+
 NAMES = (
     "after_agreement",
     "after_snapshot",
@@ -32,7 +34,7 @@ def failpoint(name: str, rank: int) -> None:
     Raises:
         OSError: when the environment asks for `raise`.
     """
-    wanted = os.environ.get("DISTOPT_FAILPOINT")
+    wanted = os.environ.get(FAILPOINT_VARIABLE)
     if not wanted:
         return
     point, *ranks, action = wanted.split(":")
@@ -45,4 +47,4 @@ def failpoint(name: str, rank: int) -> None:
     elif action == "raise":
         raise OSError(5, f"failpoint {name}")
     else:
-        raise ValueError(f"DISTOPT_FAILPOINT={wanted}: the action is {action!r}, known are kill, raise, hang")
+        raise ValueError(f"{FAILPOINT_VARIABLE}={wanted}: the action is {action!r}, known are kill, raise, hang")

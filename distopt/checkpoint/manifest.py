@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
+from pathlib import PurePath
 from typing import Any
 
 from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError
@@ -166,3 +169,35 @@ def unseal(raw: bytes, where: str) -> dict[str, Any]:
 
 def _canonical(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False).encode() + b"\n"
+
+
+def config_as_json(config: Any, path: str = "config") -> Any:
+    """Returns a configuration as JSON holds it: tuples as lists, numpy's numbers as Python's, paths as strings.
+
+    Args:
+        config: Nested mappings, sequences and plain values.
+        path: The key of `config`, for errors.
+
+    Raises:
+        CheckpointError: A value is none of these; the message has its key.
+
+    Example:
+        >>> config_as_json({"clip": float("inf"), "sizes": ((1, 2), 3)})
+        {'clip': 'inf', 'sizes': [[1, 2], 3]}
+    """
+    if isinstance(config, Mapping):
+        return {str(key): config_as_json(value, f"{path}.{key}") for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [config_as_json(item, f"{path}[{index}]") for index, item in enumerate(config)]
+    if config is None or isinstance(config, (bool, str)):
+        return config
+    if isinstance(config, Integral):
+        return int(config)
+    if isinstance(config, Real):
+        return float(config) if math.isfinite(config) else repr(float(config))
+    if isinstance(config, PurePath):
+        return str(config)
+    kind = f"{type(config).__module__}.{type(config).__qualname__}"
+    raise CheckpointError(
+        f"{path}: a {kind} cannot be recorded with a checkpoint; give numbers, strings, lists and dicts."
+    )

@@ -90,8 +90,7 @@ def import_pyro(
     step = step_number(step)
     state = _imported(params, optimizer, modules)
     storage = open_storage(directory)
-    storage.lock()
-    try:
+    with storage.lock():
         generation = max((one.manifest.generation for one in candidates(storage) if one.manifest), default=-1) + 1
         attempt = Attempt(step, uuid.uuid4().hex[:12], 0, 1, timedelta(minutes=5))
         memory, noise = HostMemory(), {"noise": capture_noise(torch.device("cpu")), "extras": {}}
@@ -102,9 +101,7 @@ def import_pyro(
         write_checkpoint(
             storage, attempt, files, lambda records: Manifest(step, attempt.id, generation, 1, records, about=about)
         )
-        return f"{storage.root}/{storage.final_folder(step, attempt.id)}"
-    finally:
-        storage.unlock()
+        return f"{storage.root}/{attempt.final_folder(storage)}"
 
 
 def _imported(

@@ -1,4 +1,7 @@
-"""How a checkpoint is found and read: every byte is checked against its digest before it is used."""
+"""How a checkpoint is found and read: every byte is checked against its digest before it is used.
+
+There is no way around the check: whatever reads a file of a checkpoint does so through `CheckedFile`.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from types import TracebackType
 import xxhash
 
 from distopt.checkpoint import tensorfile
-from distopt.checkpoint.commit import by_chunk, read_small, thread_pool
+from distopt.checkpoint.chunks import by_chunk, read_small, thread_pool
 from distopt.checkpoint.errors import CorruptCheckpointError
 from distopt.checkpoint.manifest import CHUNK_BYTES, MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest
-from distopt.checkpoint.storage.base import Source, Storage
+from distopt.checkpoint.storage.base import ReadStream, Storage
 from distopt.checkpoint.storage.names import step_of
 
 _CACHED_BYTES = 512 << 10
@@ -31,22 +34,22 @@ class Candidate:
 
     @property
     def age(self) -> tuple[float, int]:
-        """Sorts by (generation, step); an unreadable one counts as of the newest generation, so that it is named."""
+        """Sorts by (generation, step); an unreadable one counts as of the newest generation, so that it is reported."""
         return (self.manifest.generation if self.manifest else float("inf"), self.step)
 
 
 def candidates(storage: Storage) -> list[Candidate]:
     """Returns what may be a checkpoint, newest first."""
-    found = [_candidate(storage, folder) for folder in storage.folders()]
-    return sorted((one for one in found if one is not None), key=lambda one: one.age, reverse=True)
+    read = [_candidate(storage, folder, step_of(folder)) for folder in storage.folders()]
+    return sorted((each for each in read if each is not None), key=lambda each: each.age, reverse=True)
 
 
 def read_manifest(storage: Storage, folder: str) -> Manifest:
     """Returns the manifest of one folder.
 
     Raises:
-        CorruptCheckpointError: when it is not whole, or is that of another step.
-        OSError: when it cannot be read.
+        CorruptCheckpointError: It is not whole, or of another step than the folder.
+        OSError: It cannot be read.
     """
     where = f"{storage.root}/{folder}/{MANIFEST}"
     manifest = Manifest.decode(read_small(storage, folder, MANIFEST, MAX_MANIFEST_BYTES), where)
@@ -55,13 +58,14 @@ def read_manifest(storage: Storage, folder: str) -> Manifest:
     return manifest
 
 
-def _candidate(storage: Storage, folder: str) -> Candidate | None:
-    step = step_of(folder)
-    assert step is not None
+def _candidate(storage: Storage, folder: str, step: int | None) -> Candidate | None:
+    """Returns what a folder is, None when it is no checkpoint and never was one."""
+    if step is None:
+        return None
     try:
         return Candidate(folder, step, read_manifest(storage, folder))
     except FileNotFoundError:
-        if not storage.published_is_committed:
+        if not storage.commits_by_rename:
             return None  # an attempt that was never committed
         return Candidate(folder, step, None, f"{storage.root}/{folder}: {MANIFEST} is missing.")
     except (OSError, CorruptCheckpointError) as error:
@@ -72,12 +76,12 @@ def check_files(storage: Storage, folder: str, manifest: Manifest) -> None:
     """Compares the folder's list of files and their sizes with the manifest; reads no data.
 
     Raises:
-        CorruptCheckpointError: naming the first file that is missing, surplus or of another size.
+        CorruptCheckpointError: Naming the first file that is missing, surplus or of another size.
     """
-    there = {name for name in storage.files(folder) if not name.startswith(".")} - {MANIFEST}
-    for name in sorted(manifest.files.keys() - there):
+    present = {name for name in storage.files(folder) if not name.startswith(".")} - {MANIFEST}
+    for name in sorted(manifest.files.keys() - present):
         raise CorruptCheckpointError(f"{storage.root}/{folder}: {name} is missing.")
-    for name in sorted(there - manifest.files.keys()):
+    for name in sorted(present - manifest.files.keys()):
         raise CorruptCheckpointError(f"{storage.root}/{folder}: {name} is not in its manifest.")
     for name, record in manifest.files.items():
         CheckedFile(storage, folder, name, record, manifest).close()
@@ -87,7 +91,7 @@ def verify(storage: Storage, folder: str, names: Iterable[str] | None = None) ->
     """Reads every byte of a checkpoint (or of the files in `names`) and compares it with the manifest.
 
     Raises:
-        CorruptCheckpointError: naming the first file that differs, and where.
+        CorruptCheckpointError: Naming the first file that differs, and where.
     """
     manifest = read_manifest(storage, folder)
     check_files(storage, folder, manifest)
@@ -98,22 +102,33 @@ def verify(storage: Storage, folder: str, names: Iterable[str] | None = None) ->
 
 
 class CheckedFile:
-    """One file of a checkpoint: what is read from it is what was written, or an error is raised."""
+    """One file of a checkpoint: what is read from it is what was written, or an error is raised.
+
+    Args:
+        storage: Where the checkpoint is.
+        folder: Its folder.
+        name: The file's name.
+        record: What the manifest says of the file.
+        manifest: The manifest, for messages.
+
+    Raises:
+        CorruptCheckpointError: The file cannot be opened, or has another size.
+    """
 
     def __init__(self, storage: Storage, folder: str, name: str, record: FileRecord, manifest: Manifest) -> None:
         self._where = f"{storage.root}/{folder}/{name}"
         self._record = record
         self._manifest = manifest
-        self._kept: tuple[int, bytearray] = (-1, bytearray())
+        self._cached: tuple[int, bytearray] = (-1, bytearray())  # the chunk read last: its neighbours often follow
         try:
-            self._source: Source = storage.open(folder, name)
+            self._stream: ReadStream = storage.open(folder, name)
         except OSError as error:
             raise CorruptCheckpointError(f"{self._where}: {error}.") from error
         self.size = record.size
-        if self._source.size != record.size:
-            self._source.close()
+        if self._stream.size != record.size:
+            self._stream.close()
             raise CorruptCheckpointError(
-                f"{self._where} has {self._source.size:,} bytes, its manifest says {record.size:,}."
+                f"{self._where} has {self._stream.size:,} bytes, its manifest says {record.size:,}."
             )
 
     def __enter__(self) -> CheckedFile:
@@ -125,8 +140,8 @@ class CheckedFile:
         self.close()
 
     def close(self) -> None:
-        """Lets the file go."""
-        self._source.close()
+        """Releases the file."""
+        self._stream.close()
 
     def read(self, offset: int, count: int) -> bytes:
         """Returns `count` checked bytes from `offset` on."""
@@ -138,7 +153,11 @@ class CheckedFile:
     def read_into(self, offset: int, pieces: Sequence[memoryview], pool: ThreadPoolExecutor) -> None:
         """Fills the pieces, in order, with the bytes from `offset` on; chunks are read and hashed in parallel.
 
-        Chunks that lie wholly inside go straight into the pieces; of one at the border all is read, to check it.
+        Chunks that lie wholly inside go straight into the pieces. One at the border is read as a whole, since its
+        digest is of all its bytes.
+
+        Raises:
+            CorruptCheckpointError: A byte that was read, or another one of its chunk, is not what was written.
         """
         whole = []
         position = offset
@@ -149,6 +168,7 @@ class CheckedFile:
             else:
                 self._copy_from(index, position - index * CHUNK_BYTES, chunk)
             position += length
+
         if len(whole) == 1:
             self._read_chunk(*whole[0])
         else:
@@ -173,7 +193,7 @@ class CheckedFile:
         return min(CHUNK_BYTES, self.size - index * CHUNK_BYTES)
 
     def _check_chunk(self, index: int) -> None:
-        self._load_chunk(index)  # and not its bytes as the result, which would pile up
+        self._load_chunk(index)  # without returning its bytes, which would pile up in the results
 
     def _load_chunk(self, index: int) -> bytearray:
         raw = bytearray(self._chunk_size(index))
@@ -181,24 +201,27 @@ class CheckedFile:
         return raw
 
     def _copy_from(self, index: int, start: int, pieces: Sequence[memoryview]) -> None:
-        if self._kept[0] != index:
-            self._kept = (index, self._load_chunk(index))
-        view = memoryview(self._kept[1])[start:]
+        if self._cached[0] != index:
+            self._cached = (index, self._load_chunk(index))
+        view = memoryview(self._cached[1])[start:]
         for piece in pieces:
             piece[:] = view[: len(piece)]
             view = view[len(piece) :]
 
     def _read_chunk(self, index: int, pieces: Sequence[memoryview]) -> None:
-        digest, offset = xxhash.xxh3_128(), index * CHUNK_BYTES
+        digest = xxhash.xxh3_128()
+        offset = index * CHUNK_BYTES
         try:
             for piece in pieces:
+                # Read and hashed half a megabyte at a time: memory is then passed over once, not twice.
                 for start in range(0, len(piece), _CACHED_BYTES):
-                    part = piece[start : start + _CACHED_BYTES]
-                    self._source.read_into(offset, [part])
-                    digest.update(part)
-                    offset += len(part)
+                    segment = piece[start : start + _CACHED_BYTES]
+                    self._stream.read_into(offset, [segment])
+                    digest.update(segment)
+                    offset += len(segment)
         except (OSError, EOFError) as error:
             raise CorruptCheckpointError(f"{self._where}: {error}.") from error
+
         if digest.hexdigest() != self._record.chunks[index]:
             start = index * CHUNK_BYTES
             raise CorruptCheckpointError(
@@ -207,10 +230,10 @@ class CheckedFile:
             )
 
     def _other_step(self) -> str:
-        """Says so when the file is simply another checkpoint's; the unchecked header is trusted for no more."""
+        """Returns a remark if the file is that of another checkpoint; the unchecked header is used for nothing else."""
         try:
             raw = bytearray(min(self.size, 4096))
-            self._source.read_into(0, [memoryview(raw)])
+            self._stream.read_into(0, [memoryview(raw)])
             start = raw.index(b'{"step":"') + len(b'{"step":"')
             step = int(raw[start : raw.index(b'"', start)])
         except (OSError, EOFError, ValueError):

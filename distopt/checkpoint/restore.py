@@ -1,38 +1,51 @@
-"""Which checkpoint a run goes on from, and what of it each rank reads."""
+"""Which checkpoint a run resumes from, and what of it each rank reads.
+
+Rank 0 alone lists the directory and names the checkpoints to try; the others follow its list, since two ranks that look
+at a moment's distance may see different ones. Every rank then reads and checks its files, and only when all have
+succeeded is any of it put to use: a checkpoint that one rank cannot read counts as damaged on all of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distopt.backends.base import Backend
+from distopt.backends.base import Backend, Json
+from distopt.checkpoint import run_state
 from distopt.checkpoint.columns import own_groups, untabulate
-from distopt.checkpoint.errors import CheckpointError, ConfigMismatchError, CorruptCheckpointError
+from distopt.checkpoint.errors import CheckpointError, ConfigMismatchError, CorruptCheckpointError, describe_error
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.reader import Candidate, candidates, check_files, read_manifest, verify
+from distopt.checkpoint.run_state import RunState
 from distopt.checkpoint.sharded_params import LocalState, ShardedReader
 from distopt.checkpoint.statefile import StateReader
 from distopt.checkpoint.storage.base import Storage, is_url, open_storage
 from distopt.checkpoint.storage.names import step_of
-from distopt.config import MAY_CHANGE, differences
-from distopt.rng import restore_noise, seed_stream
+from distopt.config import differences
+from distopt.launchers import CHECKPOINTS
+from distopt.rng import restore_noise, seed_stream, set_up_quietly
 
 REPLICATED = "replicated"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Restored:
-    """The checkpoint that a run goes on from."""
+    """The checkpoint that a run was restored from."""
 
     step: int
+    """Steps done when it was saved."""
     progress: Any
+    """What rank 0 passed to `save` as `progress`."""
     path: str
+    """Its folder or URL."""
     world_size: int
-    """Ranks that wrote it, which may be more or fewer than now."""
+    """Number of ranks that wrote it, which may be more or fewer than now."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +54,10 @@ class Loaded:
 
     manifest: Manifest
     replicated: dict[str, Any]
-    own: Mapping[str, Any]
+    rank_local: Mapping[str, Any]
+    """Random number generators and objects of this rank; empty on a rank that the saving run did not have."""
     buffers: Mapping[str, Any]
-    local: LocalState
+    local_params: LocalState
 
 
 def rank_name(rank: int) -> str:
@@ -56,87 +70,145 @@ def buffers_name(rank: int) -> str:
     return f"buffers-{rank:05d}"
 
 
+# Choosing: which checkpoints to try, best first.
+
+
 def choose(storage: Storage, which: str | int | Path) -> tuple[Storage, list[Candidate]]:
     """Returns where to look and the checkpoints to try, best first; none when there is none and "auto" was asked for.
 
     Raises:
-        CheckpointError: when the step or path that was asked for is not there.
+        CheckpointError: The step or path that was asked for is not there.
     """
     if which == "auto":
         return storage, candidates(storage)
     if isinstance(which, int):
-        found = candidates(storage)
-        chosen = [one for one in found if one.step == which]
+        known = candidates(storage)
+        chosen = [each for each in known if each.step == which]
         if not chosen:
             raise CheckpointError(
-                f"{storage.root}: no checkpoint of step {which}; there are {sorted(one.step for one in found)}."
+                f"{storage.root}: no checkpoint of step {which}; there are {sorted(each.step for each in known)}."
             )
         return storage, chosen[:1]
     return _choose_path(str(which))
 
 
-def _choose_path(place: str) -> tuple[Storage, list[Candidate]]:
-    place = place.rstrip("/")
-    parent, _, name = place.rpartition("/")
+def _choose_path(path: str) -> tuple[Storage, list[Candidate]]:
+    path = path.rstrip("/")
+    parent, _, name = path.rpartition("/")
     if step_of(name) is not None:
         storage = open_storage(parent or ".")
-        chosen = [one for one in candidates(storage) if one.folder == name]
+        chosen = [each for each in candidates(storage) if each.folder == name]
     else:
-        if not is_url(place) and Path(place).is_file():
-            raise CheckpointError(f"{place}: a file; a checkpoint is a folder, such as RUN/checkpoints/step-00000100.")
-        inner = Path(place) / "checkpoints"
-        storage = open_storage(inner if not is_url(place) and inner.is_dir() else place)
+        if not is_url(path) and Path(path).is_file():
+            raise CheckpointError(f"{path}: a file; a checkpoint is a folder, such as RUN/checkpoints/step-00000100.")
+        inner = Path(path) / CHECKPOINTS
+        storage = open_storage(inner if not is_url(path) and inner.is_dir() else path)
         chosen = candidates(storage)
+
     if not chosen:
         raise CheckpointError(
-            f"{place}: no checkpoint there. Give a folder like RUN/checkpoints/step-00000100, or one that holds such."
+            f"{path}: no checkpoint there. Give a folder like RUN/checkpoints/step-00000100, or one that holds such."
         )
     return storage, chosen
 
 
-def check_config(manifest: Manifest, config: Any, where: str) -> None:
-    """Refuses a checkpoint of another configuration.
+def choose_on_all_ranks(
+    backend: Backend, storage: Storage, which: int | str | Path
+) -> tuple[Storage, list[tuple[str, str, str]]]:
+    """Returns where to look, and (folder, attempt, what is wrong with it) of each checkpoint to try; collective.
 
     Raises:
-        ConfigMismatchError: with one line per difference.
+        CheckpointError: Rank 0 did not find what was asked for; on all ranks.
+    """
+    choice: dict[str, Json] = {}
+    if backend.rank == 0:
+        try:
+            chosen_storage, chosen = choose(storage, which)
+            tries = [(each.folder, each.manifest.attempt if each.manifest else "", each.error) for each in chosen]
+            choice = {"error": None, "root": chosen_storage.root, "tries": tries}
+        except Exception as error:
+            choice = {"error": describe_error(error)}
+
+    choice = backend.all_gather_json(choice)[0]
+    if choice["error"]:
+        raise CheckpointError(choice["error"])
+    root = choice["root"]
+    return (storage if root == storage.root else open_storage(root)), choice["tries"]
+
+
+def check_config(manifest: Manifest, config: Any, ignore_keys: Collection[str], where: str) -> None:
+    """Refuses a checkpoint of another configuration.
+
+    Args:
+        manifest: Of the checkpoint; one that was saved without a configuration is not compared.
+        config: Of this run; None is not compared.
+        ignore_keys: Dotted keys that may differ, with all below them.
+        where: The checkpoint, for the message.
+
+    Raises:
+        ConfigMismatchError: With one line per difference.
     """
     if config is None or manifest.config is None:
         return
-    found = differences(manifest.config, config, MAY_CHANGE)
-    lines = [f"{key}: {saved!r} in the checkpoint, {now!r} now" for key, saved, now in found]
+    lines = [
+        f"{key}: {saved!r} in the checkpoint, {now!r} now"
+        for key, saved, now in differences(manifest.config, config, ignore_keys)
+    ]
     if lines:
         raise ConfigMismatchError(
-            f"{where} was written by a run of another configuration:\n  " + "\n  ".join(lines) + "\n"
-            "Give this run another run_dir, or restore with any_config=True if the difference is meant."
+            f"{where} was written by a run with another configuration:\n  " + "\n  ".join(lines) + "\n"
+            "Give this run another directory, or restore with any_config=True if the difference is intended."
         )
 
 
-def read_for_rank(storage: Storage, folder: str, attempt: str, backend: Backend, rows: ShardedReader) -> Loaded:
+# Reading: what each rank needs, checked.
+
+
+def read_on_all_ranks(
+    storage: Storage, folder: str, attempt: str, backend: Backend, rows: ShardedReader
+) -> tuple[Loaded | None, str]:
+    """Returns what this rank has read if every rank could read its files, else the first rank's error; collective."""
+    loaded, problem = None, ""
+    try:
+        loaded = _read_for_rank(storage, folder, attempt, backend, rows)
+    except Exception as error:  # raised on one rank alone, it would leave the others waiting
+        problem = describe_error(error)
+    problems = [text for text in backend.all_gather_json(problem) if text]
+    return (None, problems[0]) if problems else (loaded, "")
+
+
+def _read_for_rank(storage: Storage, folder: str, attempt: str, backend: Backend, rows: ShardedReader) -> Loaded:
     """Reads and checks what one rank needs; all ranks together read every file.
 
     Raises:
-        CorruptCheckpointError: naming the file that is not what was written.
-        CheckpointError: when the folder changed since rank 0 has chosen it.
+        CorruptCheckpointError: Naming the file that is not what was written.
+        CheckpointError: The folder has changed since rank 0 chose it.
     """
     rank, world_size = backend.rank, backend.world_size
     manifest = read_manifest(storage, folder)
     if manifest.attempt != attempt:
-        raise CheckpointError(f"{storage.root}/{folder} is another on rank {rank} than on rank 0: is the disk shared?")
+        raise CheckpointError(
+            f"{storage.root}/{folder} is another checkpoint on rank {rank} than on rank 0: is the disk shared?"
+        )
     check_files(storage, folder, manifest)
     accelerator = backend.device if backend.device.type != "cpu" else None
 
     def load(name: str) -> Any:
         return StateReader(storage, folder, manifest, name).load(accelerator)
 
-    own_buffers = buffers_name(rank) if f"{buffers_name(rank)}.json.gz" in manifest.files else buffers_name(0)
-    own = 0 if rank >= manifest.world_size and _noise_is_shared(manifest) else rank
+    # A rank that the saving run did not have takes rank 0's buffers; its generators start anew, unless all ranks drew
+    # the same numbers.
+    buffers = buffers_name(rank) if f"{buffers_name(rank)}.json.gz" in manifest.files else buffers_name(0)
+    source = 0 if rank >= manifest.world_size and _rng_is_shared(manifest) else rank
     loaded = Loaded(
         manifest,
         load_replicated(StateReader(storage, folder, manifest, REPLICATED), accelerator),
-        load(rank_name(own)) if own < manifest.world_size else {},
-        load(own_buffers) if f"{own_buffers}.json.gz" in manifest.files else {},
+        load(rank_name(source)) if source < manifest.world_size else {},
+        load(buffers) if f"{buffers}.json.gz" in manifest.files else {},
         rows.read(storage, folder, manifest),
     )
+
+    # Files of ranks that are gone are used by no one and still checked: all of the checkpoint is good, or none of it.
     orphans = range(rank + world_size, manifest.world_size, world_size)
     names = [rank_name(other) for other in orphans] + [buffers_name(other) for other in orphans]
     verify(storage, folder, [file for file in manifest.files if file.partition(".")[0] in names])
@@ -144,43 +216,76 @@ def read_for_rank(storage: Storage, folder: str, attempt: str, backend: Backend,
 
 
 def load_replicated(reader: StateReader, accelerator: torch.device | None = None) -> dict[str, Any]:
-    """Returns the state that is alike on all ranks: params, optimizer (by parameter name, or None), modules, extras.
+    """Returns the state that is equal on all ranks: params, optimizer (by parameter name, or None), modules, extras.
 
     Raises:
-        CorruptCheckpointError: when a byte differs from what was written, or something is missing.
+        CorruptCheckpointError: A byte differs from what was written, or something is missing.
     """
     state = reader.load(accelerator)
-    parts = {"params", "optimizer", "tables", "modules", "module_params", "extras"}
-    if not isinstance(state, dict) or state.keys() != parts:
+    keys = {"params", "optimizer", "tables", "modules", "module_params", "extras"}
+    if not isinstance(state, dict) or state.keys() != keys:
         raise CorruptCheckpointError("the replicated state is not that of a run.")
     tables = state.pop("tables")
     optimizer = state["optimizer"] and own_groups(state["optimizer"], tables)
     return state | {"params": untabulate(state["params"], tables), "optimizer": optimizer}
 
 
-def _noise_is_shared(manifest: Manifest) -> bool:
-    noise = manifest.about.get("noise")
-    return isinstance(noise, list) and len(noise) > 1 and len(set(map(str, noise))) == 1
+def _rng_is_shared(manifest: Manifest) -> bool:
+    """Returns whether all ranks stood at the same point of the same stream of random numbers."""
+    digests = manifest.about.get("noise")
+    return isinstance(digests, list) and len(digests) > 1 and len(set(map(str, digests))) == 1
 
 
-def apply_noise(loaded: Loaded, backend: Backend) -> str:
-    """Sets this rank's generators; returns a line for the log when it cannot simply go on with its own.
+# Applying: the run takes up what was read.
 
-    A rank that had none gets a stream of its own, the same at each resume from this checkpoint; when all ranks drew the
-    same noise, it joins them.
+
+def apply_loaded(loaded: Loaded, state: RunState, backend: Backend) -> None:
+    """Puts the run's objects, Pyro's store and the random number generators into the state that was read.
+
+    Raises:
+        CheckpointError: An object does not accept its state, or this process lacks something; objects before it have
+            been restored already.
+    """
+    if loaded.local_params.problem:
+        raise CheckpointError(loaded.local_params.problem)
+    saved = loaded.replicated
+    run_state.apply_params(saved["params"] | loaded.local_params.params, state.modules)
+    run_state.apply_modules(saved["modules"], state.modules)
+    run_state.apply_modules(loaded.buffers, state.modules)
+    if state.optimizer is not None and saved["optimizer"] is not None:
+        run_state.apply_optimizer(saved["optimizer"] | loaded.local_params.optimizer, state.optimizer)
+    unused = run_state.apply_objects(saved["extras"], state.objects)
+    if loaded.manifest.world_size == backend.world_size:
+        unused += run_state.apply_objects(loaded.rank_local["extras"], state.per_rank)
+
+    if unused:
+        logger.warning(
+            "ignoring state of %s in the checkpoint: no such object was passed to Checkpointer", ", ".join(unused)
+        )
+    set_up_quietly(state.modules.values(), backend.device)
+    _apply_rng(loaded, backend)
+
+
+def _apply_rng(loaded: Loaded, backend: Backend) -> None:
+    """Sets this rank's generators, and says so in the log when they do not simply continue.
+
+    A rank that had none gets a stream that no other rank has, the same at each resume from this checkpoint; when all
+    ranks drew the same numbers, it joins them.
     """
     manifest, rank = loaded.manifest, backend.rank
-    if loaded.own:
+    if loaded.rank_local:
         try:
-            restore_noise(loaded.own["noise"], backend.device)
+            restore_noise(loaded.rank_local["noise"], backend.device)
         except ValueError as error:
             raise CorruptCheckpointError(str(error)) from error
     else:
         seed_stream(f"{manifest.attempt}:{manifest.step}:{rank}", backend.device)
-    if backend.world_size == manifest.world_size:
-        return ""
-    return (
-        f"resumed on {backend.world_size} rank(s) from a checkpoint of {manifest.world_size}: ranks that were there go "
-        "on with their noise, others "
-        + ("share it, since all drew the same" if _noise_is_shared(manifest) else "start new streams of their own")
-    )
+    if backend.world_size != manifest.world_size:
+        newcomers = "share them, since all ranks drew the same" if _rng_is_shared(manifest) else "start new ones"
+        logger.warning(
+            "resumed on %d rank(s) from a checkpoint of %d: ranks that were there continue their random "
+            "number streams, others %s",
+            backend.world_size,
+            manifest.world_size,
+            newcomers,
+        )

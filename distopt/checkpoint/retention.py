@@ -1,60 +1,100 @@
-"""Which checkpoints stay: the last few and every m-th, and never fewer than what a fallback needs."""
+"""Which checkpoints are kept: the newest ones and every m-th, and never fewer than a fallback needs."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.failpoint import failpoint
+from distopt.checkpoint.manifest import MANIFEST
 from distopt.checkpoint.reader import Candidate, candidates, verify
 from distopt.checkpoint.storage.base import Storage
+from distopt.checkpoint.storage.names import is_leftover, step_of
 
-MIN_KEPT = 2
+MIN_LAST = 2
+"""One checkpoint may turn out to be damaged; the one before it is what a run then resumes from."""
+
 logger = logging.getLogger(__name__)
 
 
-def surplus(newest_first: Sequence[Candidate], keep_last: int, keep_every_steps: int | None) -> list[str]:
-    """Returns the folders to delete, oldest first.
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints of a run are kept.
 
-    Beside those that are too many, these are the ones of a future that the run gave up by going back to an older step.
-    Unreadable ones stay while they are among the newest: somebody may want to look at them.
-    """
-    whole = [one for one in newest_first if one.manifest is not None]
-    if not whole:
-        return []
-    whole = [one for one in whole if not _is_abandoned(one, whole)]
-    kept = whole[: max(keep_last, MIN_KEPT)]
-    oldest = min(one.step for one in kept)
-    doomed = []
-    for one in newest_first:
-        milestone = keep_every_steps is not None and one.step % keep_every_steps == 0 and one.manifest is not None
-        if _is_abandoned(one, whole) or (one.step < oldest and not milestone):
-            doomed.append(one.folder)
-    return doomed[::-1]
-
-
-def _is_abandoned(one: Candidate, whole: Sequence[Candidate]) -> bool:
-    """Has a later generation saved this step or one before it?"""
-    return any(other.age[0] > one.age[0] and other.step <= one.step for other in whole)
-
-
-def retain(storage: Storage, keep_last: int, keep_every_steps: int | None) -> None:
-    """Deletes what is not kept, once the newest has been read back: nothing goes before its successor is proven.
+    Args:
+        last: The number of newest checkpoints to keep, at least 2.
+        every_steps: Checkpoints at multiples of this many steps are also kept, without limit; None keeps only the
+            newest ones.
 
     Raises:
-        CheckpointError: when the newest checkpoint does not read as it was written; nothing is deleted then.
-        OSError: from the disk.
+        ValueError: A number is too small.
+
+    Example:
+        >>> Retention(5, every_steps=1000)
+        Retention(last=5, every_steps=1000)
     """
-    found = candidates(storage)
-    doomed = surplus(found, keep_last, keep_every_steps)
-    if doomed:
-        newest = next(one for one in found if one.manifest is not None)
+
+    last: int = 3
+    every_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.last < MIN_LAST:
+            raise ValueError(
+                f"Retention: last is {self.last}; keep at least {MIN_LAST} checkpoints, so that there is one to fall "
+                "back to if the newest is damaged"
+            )
+        if self.every_steps is not None and self.every_steps < 1:
+            raise ValueError(
+                f"Retention: every_steps is {self.every_steps}; give 1 or more, or None to keep only the newest ones"
+            )
+
+    def surplus(self, newest_first: Sequence[Candidate]) -> list[str]:
+        """Returns the folders to delete, oldest first.
+
+        Besides those that are too many, these are the ones of a future that the run gave up by going back to an older
+        step. Unreadable ones stay while they are among the newest, so that they can be examined.
+        """
+        readable = [each for each in newest_first if each.manifest is not None]
+        if not readable:
+            return []
+
+        current = [each for each in readable if not _is_abandoned(each, readable)]
+        oldest = min(each.step for each in current[: self.last])
+        surplus: list[str] = []
+        for each in newest_first:
+            milestone = self.every_steps is not None and each.step % self.every_steps == 0 and each.manifest is not None
+            if _is_abandoned(each, current) or (each.step < oldest and not milestone):
+                surplus.append(each.folder)
+        return surplus[::-1]
+
+
+def _is_abandoned(candidate: Candidate, readable: Sequence[Candidate]) -> bool:
+    """Returns whether a later generation has saved this step or one before it."""
+    return any(other.age[0] > candidate.age[0] and other.step <= candidate.step for other in readable)
+
+
+def retain(storage: Storage, keep: Retention) -> None:
+    """Deletes the checkpoints that are not kept.
+
+    The newest one is read back first: nothing is deleted before its successor is known to be readable.
+
+    Raises:
+        CheckpointError: The newest checkpoint is not what was written; nothing is deleted then.
+        OSError: From the disk.
+    """
+    newest_first = candidates(storage)
+    surplus = keep.surplus(newest_first)
+    if surplus:
+        newest = next(each for each in newest_first if each.manifest is not None)
         try:
             verify(storage, newest.folder)
         except CheckpointError as error:
             raise CheckpointError(f"{error} Older checkpoints are kept.") from error
-    for folder in doomed:
+
+    for folder in surplus:
+        # Renamed before it is deleted: a folder that is half deleted must not look like a damaged checkpoint.
         aside = storage.set_aside(folder)
         failpoint("after_set_aside", 0)
         storage.remove(aside)
@@ -63,17 +103,25 @@ def retain(storage: Storage, keep_last: int, keep_every_steps: int | None) -> No
     failpoint("after_retention", 0)
 
 
-def remove_leftovers(storage: Storage, under_way: str = "") -> None:
-    """Deletes what dead attempts and unfinished deletions have left; only the writer that holds the lock may.
+def remove_leftovers(storage: Storage, in_progress: str = "") -> None:
+    """Deletes what attempts that died and interrupted deletions have left; only the holder of the lock may.
 
     Args:
-        storage: where.
-        under_way: a folder that stays: in an object store other ranks may be writing to it already.
+        storage: Where.
+        in_progress: A folder that stays: in an object store, other ranks may be writing to it already.
     """
-    for folder in storage.leftovers():
-        if folder == under_way:
+    for folder in _leftovers(storage):
+        if folder == in_progress:
             continue
         try:
             storage.remove(folder)
         except OSError as error:
-            logger.warning("%s/%s is left over, and cannot be deleted: %s", storage.root, folder, error)
+            logger.warning("%s/%s is left over and cannot be deleted: %s", storage.root, folder, error)
+
+
+def _leftovers(storage: Storage) -> Iterator[str]:
+    """Yields the folders of attempts that died and of interrupted deletions."""
+    for folder in storage.folders():
+        unfinished = not storage.commits_by_rename and step_of(folder) is not None
+        if is_leftover(folder) or (unfinished and MANIFEST not in storage.files(folder)):
+            yield folder

@@ -1,6 +1,6 @@
-"""The live state of a run: what is captured from Pyro's store, the optimizer and modules, and how it is put back.
+"""The live state of a run: what is captured from Pyro's store, optimizers and modules, and how it is put back.
 
-Tensors stay the objects they are wherever shape and dtype allow: optimizers and modules go on holding them.
+Tensors stay the objects they are wherever shape and dtype allow: optimizers and modules keep holding them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.distributions.constraints import Constraint
 
 from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from distopt.constraints import ConstraintError, build_constraint, describe_constraint
+from distopt.optim import DistributedOptimizer
 
 
 @runtime_checkable
@@ -28,6 +29,60 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: Any) -> Any:
         """Takes up a state that `state_dict` returned."""
+
+
+class RunState:
+    """The objects whose state a checkpoint holds, sorted by how that is captured and restored.
+
+    This is the only place that asks what an object is; everything after it works on the sorted mappings.
+
+    Args:
+        state: By name: the optimizer, modules, and other objects with a state that is equal on all ranks.
+        per_rank: By name: objects with a state that differs between ranks.
+
+    Raises:
+        TypeError: An object has no state, or is a class where an object of it is expected.
+        ValueError: A name is in both, or there are two optimizers.
+    """
+
+    def __init__(self, state: Mapping[str, Any], per_rank: Mapping[str, Any]) -> None:
+        self.optimizer: PyroOptim | None = None
+        self.optimizer_name = ""
+        self.modules: dict[str, nn.Module] = {}
+        self.objects: dict[str, Stateful] = {}
+        self.per_rank: dict[str, Stateful] = {}
+
+        twice = sorted(state.keys() & per_rank.keys())
+        if twice:
+            raise ValueError(
+                f"{', '.join(twice)}: in state and in per_rank; an object is either equal on all ranks or not"
+            )
+        for name, value in state.items():
+            if isinstance(value, PyroOptim):
+                if self.optimizer is not None:
+                    raise ValueError(f"state: {self.optimizer_name!r} and {name!r} are two optimizers; give one")
+                self.optimizer = value
+                self.optimizer_name = name
+            elif isinstance(value, nn.Module):
+                self.modules[name] = value
+            else:
+                self.objects[name] = _checked(value, f"state[{name!r}]", "a PyroOptim, an nn.Module or an object")
+        for name, value in per_rank.items():
+            self.per_rank[name] = _checked(value, f"per_rank[{name!r}]", "an object")
+
+        # What lossy compression of gradients has not sent yet differs between ranks, and belongs to the optimizer.
+        if isinstance(self.optimizer, DistributedOptimizer) and self.optimizer.rank_local_state is not None:
+            if "compression" in self.per_rank:
+                raise ValueError("per_rank: the name 'compression' is taken by the optimizer's compression errors")
+            self.per_rank["compression"] = self.optimizer.rank_local_state
+
+
+def _checked(value: Any, where: str, expected: str) -> Stateful:
+    """Returns `value` if it has a state; a class has the methods of its objects, but no state."""
+    if isinstance(value, type) or not isinstance(value, Stateful):
+        kind = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+        raise TypeError(f"{where} is {kind}; expected {expected} with state_dict() and load_state_dict()")
+    return value
 
 
 def described(constraint: Constraint, where: str) -> dict[str, Any]:
@@ -55,10 +110,14 @@ def built(description: Any, where: str) -> Constraint:
 
 
 def capture_params(skip: Callable[[str], bool] = lambda name: False) -> dict[str, Any]:
-    """Returns each parameter of Pyro's store by name: its unconstrained value and its constraint, described."""
+    """Returns each parameter of Pyro's store by name: its unconstrained value and its constraint, described.
+
+    Args:
+        skip: Returns whether the parameter of a name is left out.
+    """
     store = pyro.get_param_store()
     constraints = store.get_state()["constraints"]
-    captured = {}
+    captured: dict[str, Any] = {}
     for name, value in store.named_parameters():
         if skip(name):
             continue
@@ -75,13 +134,19 @@ def apply_params(saved: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> 
 
     A parameter that is there with the same shape, dtype and device takes the value in place. One that a module of
     `modules` registers is written into the module's own tensor. One that came later than the checkpoint is removed.
+
+    Args:
+        saved: What `capture_params` returned; tensors may end up in the store.
+        modules: The run's modules by name.
     """
     store = pyro.get_param_store()
     homes = _module_parameters(modules)
     live = dict(store.named_parameters())
     for name in live.keys() - saved.keys():
         del store[name]
-    values, constraints = {}, {}
+
+    values: dict[str, Tensor] = {}
+    constraints: dict[str, Constraint] = {}
     for name, entry in saved.items():
         value = entry["value"]
         constraints[name] = (
@@ -89,6 +154,8 @@ def apply_params(saved: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> 
             if "constraint" in entry
             else torch.distributions.constraints.real
         )
+
+        # Optimizers and modules hold the live tensor, so the saved numbers go into it wherever they fit.
         target = live.get(name, homes.get(normalize_param_name(name)))
         if target is not None and target.shape == value.shape and target.dtype == value.dtype:
             with torch.no_grad():
@@ -103,22 +170,25 @@ def apply_params(saved: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> 
 
 def _module_parameters(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Returns the modules' parameters under the names `pyro.module` and PyroModule register them by, with dots only."""
-    found: dict[str, Tensor] = {}
+    by_name: dict[str, Tensor] = {}
     for key, module in modules.items():
         for prefix in (key, getattr(module, "_pyro_name", key)):
             for name, parameter in module.named_parameters():
-                found[f"{prefix}.{name.removesuffix('_unconstrained')}".lstrip(".")] = parameter
-    return found
+                by_name[f"{prefix}.{name.removesuffix('_unconstrained')}".lstrip(".")] = parameter
+    return by_name
 
 
 def capture_modules(modules: Mapping[str, nn.Module]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Returns three parts of the modules' `state_dict`s, by module and key.
+    """Splits the modules' `state_dict`s in three, each by module and key.
 
-    These are: the parameters that are not in Pyro's store; buffers and extra state, apart since batch statistics differ
-    between ranks; and of each parameter in the store its name there.
+    Returns:
+        The parameters that are not in Pyro's store; buffers and extra state, apart since batch statistics differ
+        between ranks; and of each parameter in the store its name there.
     """
     stored = {id(value): name for name, value in pyro.get_param_store().named_parameters()}
-    outside, buffers, names = {}, {}, {}
+    outside: dict[str, Any] = {}
+    buffers: dict[str, Any] = {}
+    names: dict[str, Any] = {}
     for prefix, module in modules.items():
         parameters = dict(module.named_parameters(remove_duplicate=False))
         state = module.state_dict(keep_vars=True)
@@ -133,15 +203,15 @@ def capture_modules(modules: Mapping[str, nn.Module]) -> tuple[dict[str, Any], d
 
 
 def apply_modules(saved: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
-    """Loads what `capture_modules` returned (either of the first two parts) into the modules.
+    """Loads what `capture_modules` returned (one of its first two results) into the modules.
 
     Raises:
-        CheckpointError: when a module is not given, or has not the tensors that were saved.
+        CheckpointError: A module is not given, or has not the tensors that were saved.
     """
     for prefix, state in saved.items():
         if prefix not in modules:
             raise CheckpointError(
-                f"the checkpoint has a module {prefix!r}; give it in modules, there are {[*modules]}."
+                f"the checkpoint has a module {prefix!r}; pass it to Checkpointer in state, which has {[*modules]}."
             )
         try:
             unexpected = modules[prefix].load_state_dict(state, strict=False).unexpected_keys
@@ -150,12 +220,12 @@ def apply_modules(saved: Mapping[str, Any], modules: Mapping[str, nn.Module]) ->
         if unexpected:
             raise CheckpointError(
                 f"module {prefix!r} has no {', '.join(unexpected)}, which the checkpoint has. Is it another model, or "
-                "does it make them on first use? Then call it once before restoring."
+                "does it create them on first use? Then call it once before restoring."
             )
 
 
 def capture_optimizer(optimizer: PyroOptim) -> dict[str, Any]:
-    """Returns the optimizer's state by parameter name, that of parameters not seen since it was loaded included."""
+    """Returns the optimizer's state by parameter name, including loaded state that still waits for its parameter."""
     state = dict(getattr(optimizer, "_state_waiting_to_be_consumed", {}))
     state.update(optimizer.get_state())
     if None in state:
@@ -167,7 +237,7 @@ def capture_optimizer(optimizer: PyroOptim) -> dict[str, Any]:
 
 
 def apply_optimizer(state: Mapping[str, Any], optimizer: PyroOptim) -> None:
-    """Gives the optimizer that state, instead of what it has.
+    """Replaces the optimizer's state.
 
     pyro.optim ignores new state for parameters that it has stepped already, so there its objects are dropped first.
     """
@@ -178,15 +248,18 @@ def apply_optimizer(state: Mapping[str, Any], optimizer: PyroOptim) -> None:
     optimizer.set_state(dict(state))
 
 
-def apply_extras(saved: Mapping[str, Any], extras: Mapping[str, Stateful]) -> list[str]:
-    """Loads each saved extra into the object of its name; returns the names of those that are not given.
+def apply_objects(saved: Mapping[str, Any], objects: Mapping[str, Stateful]) -> list[str]:
+    """Loads each saved state into the object of its name.
+
+    Returns:
+        The names of saved states for which there is no object.
 
     Raises:
-        CorruptCheckpointError: when an object does not accept the state.
+        CorruptCheckpointError: An object does not accept the state.
     """
-    for name in saved.keys() & extras.keys():
+    for name in saved.keys() & objects.keys():
         try:
-            extras[name].load_state_dict(saved[name])
+            objects[name].load_state_dict(saved[name])
         except (KeyError, TypeError, ValueError) as error:
-            raise CorruptCheckpointError(f"extras/{name} does not take the saved state: {error!r}.") from error
-    return sorted(saved.keys() - extras.keys())
+            raise CorruptCheckpointError(f"{name} does not accept the saved state: {error!r}.") from error
+    return sorted(saved.keys() - objects.keys())

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from distopt.backends.base import Backend, Json
 from distopt.checkpoint import run_state
-from distopt.checkpoint.consensus import gather
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.statefile import RowReader, StateReader
@@ -76,7 +75,7 @@ class ShardedReader:
     """
 
     def __init__(self, backend: Backend) -> None:
-        sizes = gather(backend, plate_sizes())
+        sizes = backend.all_gather_json(plate_sizes())
         self._entries = local_parameters()
         self._device = backend.device
         self._own: dict[str, NDArray[np.int64]] = {}

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distopt.checkpoint.chunks import thread_pool
 from distopt.checkpoint.codec import Json, Place, TensorNote, encode, path_of
-from distopt.checkpoint.commit import thread_pool
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.statefile import MAX_JSON_BYTES, OWN_ENTRY_BYTES, STORED, bytes_of, reinterpret
 from distopt.checkpoint.tensorfile import encode_header

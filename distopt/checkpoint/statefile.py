@@ -16,8 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from distopt.checkpoint.chunks import thread_pool
 from distopt.checkpoint.codec import Json, TensorNote, decode
-from distopt.checkpoint.commit import thread_pool
 from distopt.checkpoint.errors import CorruptCheckpointError
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.reader import CheckedFile

@@ -3,17 +3,18 @@
 Imports neither torch nor pyro, so that a bad configuration is refused before any worker starts.
 """
 
-from distopt.config.compare import differences
+from distopt.config.base import ConfigError
+from distopt.config.compare import MAY_CHANGE, comparable, differences
 from distopt.config.launch import LaunchConfig
-from distopt.config.load import ConfigError, dump_yaml, load_config, parse_config
+from distopt.config.load import dump_yaml, load_config, parse_config
+from distopt.config.reduce import ReduceConfig, ReduceOptions
 from distopt.config.schema import (
-    MAY_CHANGE,
     CheckpointConfig,
     ClipConfig,
     DataConfig,
     LogConfig,
+    LoggerConfig,
     OptimConfig,
-    ReduceConfig,
     RunConfig,
     SchedulerConfig,
     ServeConfig,
@@ -28,12 +29,15 @@ __all__ = [
     "DataConfig",
     "LaunchConfig",
     "LogConfig",
+    "LoggerConfig",
     "OptimConfig",
     "ReduceConfig",
+    "ReduceOptions",
     "RunConfig",
     "SchedulerConfig",
     "ServeConfig",
     "TrainConfig",
+    "comparable",
     "differences",
     "dump_yaml",
     "load_config",

@@ -1,8 +1,22 @@
-"""What all sections of a configuration have in common."""
+"""What all of `distopt.config` rests on: the base of its sections and its error."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Sequence
+from typing import Annotated, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""A finite number above 0."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message has one line per mistake, which names its key."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
 
 
 class Section(BaseModel):

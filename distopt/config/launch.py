@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from distopt.config.base import Section
+from distopt.config.plugins import Reference
 
 # Hosts from a file, as Open MPI, MPICH and horovodrun write them.
 
@@ -175,8 +176,9 @@ class KubernetesConfig(Section):
 class LaunchConfig(Section):
     """Where and how the run is started; `platform` alone changes between machines."""
 
-    platform: Literal["local", "torchrun", "horovodrun", "mpirun", "slurm", "kubernetes"] = "local"
-    """The engine that starts the workers; `local` is this machine, through the engine that `reduce.backend` needs."""
+    platform: Literal["local", "torchrun", "horovodrun", "mpirun", "slurm", "kubernetes"] | Reference = "local"
+    """What starts the workers: a launcher or cluster, this machine through the launcher that `reduce.backend` needs
+    (`local`), or a platform of yours, `module:Name` of a subclass of `distopt.launch.platforms.Platform`."""
     workers: Annotated[int, Field(ge=1)] = 1
     """Processes per host, at most one for each of its cores."""
     oversubscribe: bool = False
@@ -217,10 +219,15 @@ class LaunchConfig(Section):
         return len(self.hosts) or self.nodes or 1
 
     @property
+    def host_counts(self) -> range:
+        """Numbers of hosts that the run may have: one, unless it is elastic."""
+        return range(self.min_hosts or self.num_hosts, self.num_hosts + 1)
+
+    @property
     def world_sizes(self) -> range:
         """Numbers of workers that the run may have: one, unless it is elastic."""
-        least = self.min_hosts or self.num_hosts
-        return range(least * self.workers, self.num_hosts * self.workers + 1, self.workers)
+        hosts = self.host_counts
+        return range(hosts[0] * self.workers, hosts[-1] * self.workers + 1, self.workers)
 
     @model_validator(mode="before")
     @classmethod

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceTailAdaptive_ELBO
 
 from distopt.infer.sharded_plate import share_plates
-from distopt.optim.distributed import DistributedOptimizer
+from distopt.optim.distributed import DistributedOptimizer, StepInfo
 from distopt.rng import generators_state, set_generators_state
 
 
@@ -73,19 +74,54 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         """
         if not isinstance(self.optim, DistributedOptimizer):
             return float(super().step(*args, **kwargs))
+        loss = self.step_with(args, kwargs).loss
+        assert loss is not None
+        return loss
+
+    def step_with(
+        self,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        step: int | None = None,
+        stop: bool = False,
+        measure_norm: bool = False,
+    ) -> StepInfo:
+        """Does what `step` does, and shares what a training loop needs to know.
+
+        Args:
+            args: The arguments of model and guide.
+            kwargs: Their keyword arguments.
+            step: Number of the step in the caller's loop; a rank that has left out a step is reported then.
+            stop: Whether this rank asks all ranks to stop.
+            measure_norm: Whether to compute the norm of the gradient.
+
+        Returns:
+            What the ranks have learned from each other; its loss is this rank's own, in nats, when the call only added
+            gradients to those of the next one (`backward_passes_per_step`).
+
+        Raises:
+            TypeError: The optimizer is not distributed.
+            Exception: As for `step`.
+
+        Cost:
+            That of `step`.
+        """
+        if not isinstance(self.optim, DistributedOptimizer):
+            raise TypeError(f"step_with() needs a DistributedOptimizer, found {type(self.optim).__name__}; use step().")
+        kwargs = kwargs or {}
         try:
-            if self.optim.is_new:
+            if not self.optim.is_synchronized:
                 self._meet(*args, **kwargs)
             with poutine.trace(param_only=True) as capture:
-                loss = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+                loss = float(self.loss_and_grads(self.model, self.guide, *args, **kwargs))
         except Exception as error:
             self.optim.abort(error)
             raise
         params = {site["value"].unconstrained() for site in capture.trace.nodes.values()}
-        self.optim.local_loss = float(loss)
-        self.optim(params)
+        info = self.optim.step_with(params, loss=loss, step=step, stop=stop, measure_norm=measure_norm)
         self.optim.zero_grad(params)
-        return float(loss if self.optim.mean_loss is None else self.optim.mean_loss)
+        return info if info.loss is not None else replace(info, loss=loss)
 
     def _meet(self, *args: Any, **kwargs: Any) -> None:
         """Agrees on the first values of the parameters before a gradient is computed from them."""

@@ -10,6 +10,7 @@ from distopt.optim.arguments import by_name
 from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.multi import MixedMultiOptimizer, MultiOptimizer, Newton, PyroMultiOptimizer, TorchMultiOptimizer
 from distopt.optim.optim import PyroOptim
+from distopt.optim.packed_state import PackedState, StateColumns
 from distopt.optim.packing import FlatGradients, pack
 from distopt.optim.pytorch_optimizers import *  # noqa: F403
 from distopt.optim.pytorch_optimizers import __all__ as _generated
@@ -21,9 +22,18 @@ if TYPE_CHECKING:
         DistributedMultiOptimizer,
         DistributedOptimizer,
         HorovodOptimizer,
+        ReduceOptions,
+        StepInfo,
     )
 
-_DISTRIBUTED = ("DDPOptimizer", "DistributedMultiOptimizer", "DistributedOptimizer", "HorovodOptimizer")
+_DISTRIBUTED = (
+    "DDPOptimizer",
+    "DistributedMultiOptimizer",
+    "DistributedOptimizer",
+    "HorovodOptimizer",
+    "ReduceOptions",
+    "StepInfo",
+)
 
 __all__ = [
     "DDPOptimizer",
@@ -34,10 +44,14 @@ __all__ = [
     "MixedMultiOptimizer",
     "MultiOptimizer",
     "Newton",
+    "PackedState",
     "PyroLRScheduler",
     "PyroMultiOptimizer",
     "PyroOptim",
+    "ReduceOptions",
     "ScaledELBO",
+    "StateColumns",
+    "StepInfo",
     "TorchMultiOptimizer",
     "by_name",
     "is_scheduler",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from distopt.optim.capabilities import drifts
 from distopt.optim.clipping import Clip, clip_each_, clip_segments_
+from distopt.optim.packed_state import PackedState, Row, StateColumns, exactly, pack_rows
 from distopt.optim.packing import Arena, Block, blocks_of, bump_versions, gather, has_dense_gradients
 from distopt.optim.state import (
     SCALARS,
@@ -24,7 +26,10 @@ from distopt.optim.state import (
     optimizer_of,
     optimizer_part,
     state_dict_of,
+    state_of_one,
 )
+
+_shape = attrgetter("shape")
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +70,9 @@ class Group(Protocol):
     def states(self) -> list[State]:
         """Returns the states of all members, in their order; they share no memory with it."""
 
+    def packed(self) -> PackedState:
+        """Returns the states of all members in columns; tensors may be the optimizer's memory."""
+
     def has_lost(self, member: Member) -> bool:
         """Returns whether `member` was moved since it was placed here: to other storage, dtype or device."""
 
@@ -96,16 +104,11 @@ def _laid_out_as(value: Tensor, param: Tensor) -> Tensor:
 
 def restored_switches(group: dict[str, Any], args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     """Returns the entries of parameter group `group` as the user's own optimizer would have them."""
-    entries = {k: v for k, v in group.items() if k != "params"}
+    entries = {k: copied(v) for k, v in group.items() if k != "params"}
     for key in extra:
         if key in entries:
             entries[key] = args.get(key)
     return entries
-
-
-def single(group: dict[str, Any], state: dict[str, Any]) -> State:
-    """Returns the state dict of one parameter from its hyper-parameters and its state."""
-    return {"state": {0: state} if state else {}, "param_groups": [group | {"params": [0]}]}
 
 
 def with_schedule(handle: Any, part: State) -> State:
@@ -196,26 +199,29 @@ class PackedGroup:
         self._step(*args, **kwargs)
         bump_versions(self.params)
 
+    def columns(self) -> StateColumns:
+        """Returns the state of all members, in their order; its columns are the optimizer's memory."""
+        optimizer, flat = optimizer_of(self.handle), self.arena.flat
+        values = optimizer.state.get(flat, {})
+        columns = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.shape == flat.shape}
+        scalars = {k: copied(v) for k, v in values.items() if k not in columns}
+        shapes: tuple[Any, ...] = tuple(map(_shape, self.params)) if columns else ((),) * len(self.params)
+
+        group = restored_switches(optimizer.param_groups[0], self.members[0].args, self.extra)
+        shared = with_schedule(self.handle, state_of_one(group, scalars))
+        return StateColumns(self.names, shapes, shared, columns)
+
+    def packed(self) -> PackedState:
+        """Returns the state of all members; its columns are the optimizer's memory."""
+        return PackedState((self.columns(),))
+
     def states(self) -> list[State]:
-        """Returns the states of all members, in their order: parts of one copy for each kind of state.
+        """Returns the states of all members, in their order: views of one copy for each kind of state.
 
         A copy for each member would take ten times as long, and as long again to save.
         """
-        optimizer, flat, count = optimizer_of(self.handle), self.arena.flat, len(self.members)
-        values: dict[str, Sequence[Any]] = {}
-        for key, value in optimizer.state.get(flat, {}).items():
-            if not isinstance(value, Tensor):
-                values[key] = [value] * count
-            elif value.shape == flat.shape:
-                parts = torch.split_with_sizes(value.clone(), self.numels)
-                values[key] = [v if p.dim() == 1 else v.view(p.shape) for v, p in zip(parts, self.params, strict=True)]
-            else:
-                values[key] = value.repeat(count, *[1] * value.dim()).unbind()
-        group = restored_switches(optimizer.param_groups[0], self.members[0].args, self.extra)
-        if not values:
-            return [with_schedule(self.handle, single(group, {})) for _ in self.members]
-        each = (dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True))
-        return [with_schedule(self.handle, single(group, state)) for state in each]
+        live = self.columns()
+        return replace(live, columns={key: column.clone() for key, column in live.columns.items()}).states()
 
 
 class ListGroup:
@@ -328,13 +334,28 @@ class ListGroup:
         self._unstarted.difference_update(map(id, first))
         yield from filter(None, (first, others))
 
+    def packed(self) -> PackedState:
+        """Returns the state of all members; tensors may be the optimizer's memory."""
+        if self.alone:
+            return PackedState(alone={self.members[0].name: copied(state_dict_of(self.handle), tensors=False)})
+        columns, unpacked = pack_rows(self._rows())
+        return PackedState(tuple(columns), {row.name: row.state() for row in unpacked})
+
     def states(self) -> list[State]:
         """Returns the states of all members, in their order; they share no memory with it."""
         if self.alone:
             return [copied(state_dict_of(self.handle))]
-        optimizer, states = optimizer_of(self.handle), []
-        for m in self.members:
-            state = copied(optimizer.state.get(m.param, {}))
-            own = optimizer.param_groups[0] if self._own is None else self._own[id(m)]
-            states.append(with_schedule(self.handle, single(restored_switches(own, m.args, self.extra), state)))
-        return states
+        return [row._replace(values=copied(row.values)).state() for row in self._rows()]
+
+    def _rows(self) -> Iterator[Row]:
+        """Yields what torch keeps for each member, in their order."""
+        optimizer = optimizer_of(self.handle)
+        values = dict(zip(map(id, optimizer.state), optimizer.state.values(), strict=True))  # tensors hash slowly
+        frame: State = {}
+        for i, m in enumerate(self.members):
+            own = None if self._own is None else self._own[id(m)]
+            if own is not None or i == 0:
+                group = restored_switches(own or optimizer.param_groups[0], m.args, self.extra)
+                frame = with_schedule(self.handle, state_of_one(group, {}))
+            key = None if own is None else exactly(frame) or id(own)
+            yield Row(m.name, values.get(id(m.param), {}), frame, key)

@@ -64,14 +64,24 @@ class Roster:
 
         None when one of them is new, or when the store does not hold every member by its name any more.
         """
-        if self._sorted is None:
-            self._sorted = _Sorted.of(self._members.values())
-        names, tensors, ids, members = self._sorted
+        names, tensors, ids, members = self._by_name()
         if not same(tuple(map(pyro.get_param_store()._params.get, names)), tensors):
             return None
         wanted = set(map(id, params))
         found = list(compress(members, map(wanted.__contains__, ids)))
         return found if len(found) == len(wanted) else None
+
+    def is_in_store(self) -> bool:
+        """Returns whether the store holds every member by its name, and no tensor by two names."""
+        store = pyro.get_param_store()._params
+        names, tensors, *_ = self._by_name()
+        is_held = same(tuple(map(store.get, names)), tensors)
+        return is_held and len(set(map(id, store.values()))) == len(store)
+
+    def _by_name(self) -> _Sorted:
+        if self._sorted is None:
+            self._sorted = _Sorted.of(self._members.values())
+        return self._sorted
 
     def names(self, params: Iterable[Tensor]) -> list[str]:
         """Returns the name of each of `params`; names outlive the store, strangers get one."""

@@ -57,14 +57,19 @@ def with_optimizer_part(state: State, part: State) -> State:
     return {"scheduler": state["scheduler"], "optimizer": part} if "optimizer" in state else part
 
 
-def copied(value: Any) -> Any:
-    """Returns a copy of nested state that shares no tensor with it."""
+def state_of_one(group: dict[str, Any], values: dict[str, Any]) -> State:
+    """Returns the state dict of one parameter from its hyper-parameters and what torch keeps for it."""
+    return {"state": {0: values} if values else {}, "param_groups": [group | {"params": [0]}]}
+
+
+def copied(value: Any, *, tensors: bool = True) -> Any:
+    """Returns a copy of nested state that shares no tensor with it, or (without `tensors`) the same tensors."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return value.detach().clone() if tensors else value
     if isinstance(value, dict):
-        return {k: copied(v) for k, v in value.items()}
+        return {k: copied(v, tensors=tensors) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(copied(v) for v in value) if type(value) in (list, tuple) else value
+        return type(value)(copied(v, tensors=tensors) for v in value) if type(value) in (list, tuple) else value
     return value
 
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from distopt.backends import Backend
+from distopt.config.reduce import ReduceOptions
 from distopt.reduce.agreement import Agreement, News
 from distopt.reduce.buckets import Cleared, fill_bucket_, take_out_
+from distopt.reduce.comm_hooks import make_hook
 from distopt.reduce.comm_hooks.power_sgd import PowerSgd
 from distopt.reduce.drift import checksums, explain_drift, fold
 from distopt.reduce.errors import PeerError
@@ -31,9 +33,9 @@ from distopt.reduce.messages import (
     read_control,
     write_control,
 )
-from distopt.reduce.options import Settings
 from distopt.reduce.overlap import Overlap
 from distopt.reduce.sparse import sum_sparse
+from distopt.rng import NoisePolicy
 from distopt.sharding import any_local, local_parameter
 
 # Whose `join` is open: a rank that is done follows the calls of one optimizer, and cannot know another's.
@@ -86,29 +88,33 @@ class Reducer:
 
     Args:
         backend: Link to the other ranks.
-        settings: How to reduce, the same on all ranks.
+        options: How to reduce, the same on all ranks.
+        noise: Whether ranks draw independent noise or the same.
         state: Returns the optimizer's state by parameter name, for the drift watch.
     """
 
     def __init__(
         self,
         backend: Backend,
-        settings: Settings,
+        options: ReduceOptions,
+        noise: NoisePolicy = "independent",
         state: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
-        self.backend, self.settings = backend, settings
+        self.backend = backend
+        self.options = options
         self.step = 0
         self.num_agreements = 0
         self.entries: dict[str, Entry] = {}
         self._state = state
-        self._exchange = settings.make_exchange(backend)
-        self._agreement = Agreement(backend, settings.describe(), self.tensor_of)
+        self._exchange = make_hook(options, backend)
+        described = options.model_dump(mode="json", include=set(ReduceOptions.model_fields))
+        self._agreement = Agreement(backend, described | {"noise": noise}, self.tensor_of)
         self._overlap: Overlap | None = None
         self.cleared = Cleared()
         self.layout = self._build()
 
     @property
-    def of_rank(self) -> PowerSgd | None:
+    def rank_local_state(self) -> PowerSgd | None:
         """What keeps state that differs between ranks, to be checkpointed; None when nothing does."""
         return self._exchange if isinstance(self._exchange, PowerSgd) else None
 
@@ -124,7 +130,7 @@ class Reducer:
         self.cleared.restore(own)
         brought.own = [(self._name(param), param, param.grad) for param in own if param.grad is not None]
         brought.params = params
-        brought.num_summed = self.backend.world_size if self.settings.op == "sum" else 1
+        brought.num_summed = self.backend.world_size if self.options.op == "sum" else 1
         return brought
 
     def _look_at_shared(self, params: Sequence[Tensor]) -> Brought:
@@ -195,7 +201,7 @@ class Reducer:
         """
         said.news = bool(brought is not None and brought.news)
         sums = None
-        if self.settings.drift_every_steps and said.step % self.settings.drift_every_steps == 0:
+        if self.options.drift_every_steps and said.step % self.options.drift_every_steps == 0:
             sums = checksums(zip(self.layout.names, self.layout.params, strict=True), self._state())
             said.checksum = fold(sums)
         heard = self._round(brought, said)
@@ -230,7 +236,7 @@ class Reducer:
             news.names = set(brought.news)
             for name, (_, gradient) in brought.news.items():
                 if gradient is not None:
-                    is_sparse = gradient.is_sparse and not self.settings.sparse_as_dense
+                    is_sparse = gradient.is_sparse and not self.options.sparse_as_dense
                     (news.sparse if is_sparse else news.dense).add(name)
         self.backend.note(said.step, "agree")
         self.num_agreements += 1
@@ -245,14 +251,14 @@ class Reducer:
         layout = Layout(
             self.entries,
             {name: tensor for name, tensor in tensors.items() if tensor is not None},
-            bucket_mib=self.settings.bucket_mib,
-            groups=self.settings.groups,
+            bucket_mib=self.options.bucket_mib,
+            groups=self.options.groups,
             rides=self._exchange.rides,
-            control_device=getattr(self.backend, "json_device", torch.device("cpu")),
+            control_device=self.backend.control_device,
         )
         if self._overlap is not None:
             self._overlap.close()
-        if self.settings.overlap:
+        if self.options.overlap:
             self._overlap = Overlap(layout, self._start_early)
         return layout
 
@@ -316,13 +322,13 @@ class Reducer:
         self._start([bucket], brought)
 
     def _scale_before(self) -> float:
-        if self.settings.op != "average":
+        if self.options.op != "average":
             return 1.0
-        by_size = self._exchange.scales_first and self.settings.predivide == 1.0
-        return 1.0 / (self.backend.world_size if by_size else self.settings.predivide)
+        by_size = self._exchange.scales_first and self.options.gradient_predivide_factor == 1.0
+        return 1.0 / (self.backend.world_size if by_size else self.options.gradient_predivide_factor)
 
     def _scale_after(self, num_active: int) -> float:
-        if self.settings.op != "average":
+        if self.options.op != "average":
             return 1.0
         return 1.0 / (num_active * self._scale_before())
 

@@ -108,12 +108,12 @@ class Report:
 
 def paces_table(report: Report, paces: Sequence[RankPace]) -> None:
     """Adds who waited for whom: the slowest ranks, the slowest first, and the straggler if there is one."""
-    shown = sorted(paces, key=lambda pace: -pace.own_s)[:MAX_RANKS]
+    shown = sorted(paces, key=lambda pace: -pace.work_s)[:MAX_RANKS]
     rest = f" The {MAX_RANKS} slowest of {len(paces)} ranks." if len(paces) > MAX_RANKS else ""
     report.table(
         "Who waited for whom",
-        ["rank", "on", "its own part of a step (ms)", "waiting for the others (ms)"],
-        [[str(each.rank), each.host, f"{1e3 * each.own_s:.3g}", f"{1e3 * each.waiting_s:.3g}"] for each in shown],
+        ["rank", "on", "work for a step (ms)", "waiting for the others (ms)"],
+        [[str(each.rank), each.host, f"{1e3 * each.work_s:.3g}", f"{1e3 * each.waiting_s:.3g}"] for each in shown],
         f"Means over the steps since the run was last started. Waiting includes sending the gradients.{rest}",
     )
     straggler = describe_straggler(paces)

@@ -1,19 +1,67 @@
-"""The contract that every platform fulfils."""
+"""The contract of platforms: all that the rest of `launch` asks one."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import ClassVar
 
 from distopt.config import RunConfig
 
+from ..findings import Finding
+from ..jobs import SubmittedJob
 from ..plan import Plan
 
 
-class Platform(Protocol):
-    """One way to start workers. Rendering comes first and touches nothing; what was rendered is then submitted."""
+class Platform(ABC):
+    """One way to start workers: through a launcher such as torchrun, or as a job of a cluster.
 
-    def problems(self, config: RunConfig) -> list[str]:
-        """Returns what would keep this platform from starting the run, each with its mend; empty when all is well."""
+    An instance is made without arguments and keeps no state; all that it answers follows from the configuration. It
+    first renders a plan, which touches nothing and is what `--dry-run` prints. `distopt launch` then carries the plan
+    out itself, or hands the run over to a cluster if the platform has a `job`.
 
+    `check` and `plan` are required. The other members have defaults for a platform that runs the code of this machine
+    on hosts that the configuration names, below a `distopt launch` that stays until the run ends.
+    """
+
+    finds_hosts: ClassVar[bool] = False
+    """Whether the platform chooses the hosts: `launch.nodes` is their number, and what they have is not checked."""
+
+    @abstractmethod
+    def check(self, config: RunConfig) -> Iterable[Finding]:
+        """Returns what would keep this platform from starting the run, each with its fix.
+
+        It may ask hosts and clusters, but changes nothing. What holds on every platform is checked elsewhere
+        (`launch/checks.py`).
+        """
+
+    @abstractmethod
     def plan(self, config: RunConfig) -> Plan:
         """Returns the commands and files that start the run."""
+
+    def job(self, config: RunConfig) -> SubmittedJob | None:
+        """Returns the run as a cluster keeps it, submitted or not; None if `distopt launch` keeps it itself."""
+        return None
+
+    def record_dir(self, config: RunConfig) -> Path:
+        """Returns the folder on this machine where `distopt launch` keeps its record of the run."""
+        return config.run_dir
+
+    def ranks(self, config: RunConfig) -> range:
+        """Returns the numbers that `distopt logs --rank` accepts."""
+        return range(config.launch.world_sizes[-1])
+
+    def image(self, config: RunConfig) -> str | None:
+        """Returns the name of what holds the workers' code and environment; None if they use this machine's."""
+        return None
+
+
+def check_gpus(config: RunConfig, key: str, gpus: int) -> Iterator[Finding]:
+    """Yields that a host, whose GPUs `key` of the YAML counts, has too few of them; 0 is for a run on CPUs."""
+    if 0 < gpus < config.launch.workers:
+        yield Finding(
+            "launch.workers",
+            f"{config.launch.workers} on each host, but {key} is {gpus}",
+            "each worker needs one",
+        )

@@ -1,54 +1,57 @@
-"""This machine, through the engine that the backend belongs to."""
+"""This machine, through the launcher that the backend belongs to."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 from distopt.config import RunConfig
 
+from ..findings import Finding
 from ..plan import Command, Plan, env_of_workers, run_files, worker_argv
-from . import base
+from .base import Platform
 
 
-class Platform:
-    """Starts all workers on this machine; nothing listens beyond the loopback interface that need not."""
+class LocalPlatform(Platform):
+    """Starts all workers on this machine, and lets them listen on the loopback interface alone where it can."""
 
-    def problems(self, config: RunConfig) -> list[str]:
-        """Returns what keeps the backend's engine from starting here."""
-        problems = []
+    def check(self, config: RunConfig) -> Iterator[Finding]:
+        """Yields what would keep the backend's launcher from starting here."""
         if config.launch.hosts:
-            problems.append(
-                "launch.hosts: found hosts, but launch.platform is local, which is this machine; "
-                "set launch.platform to torchrun or horovodrun, or remove the hosts"
+            yield Finding(
+                "launch.hosts",
+                "found hosts, but launch.platform is local, which is this machine",
+                "set launch.platform to torchrun or horovodrun, or remove the hosts",
             )
         if config.reduce.backend == "single" and config.launch.workers != 1:
-            problems.append(
-                f"launch.workers: found {config.launch.workers}, but reduce.backend is single, a world of one worker; "
-                "set launch.workers=1 or reduce.backend=auto"
+            yield Finding(
+                "launch.workers",
+                f"found {config.launch.workers}, but reduce.backend is single, a world of one worker",
+                "set launch.workers=1 or reduce.backend=auto",
             )
-        engine = self._engine(config)
-        return problems + (engine.problems(config) if engine else [])
+
+        launcher = self._launcher(config)
+        if launcher is not None:
+            yield from launcher.check(config)
 
     def plan(self, config: RunConfig) -> Plan:
-        """Renders torchrun, horovodrun, or a lone Python process."""
-        engine = self._engine(config)
-        if engine:
-            return engine.plan(config)
-        return Plan(
-            "local",
-            (Command(tuple(worker_argv(config, sys.executable)), env_of_workers(config)),),
-            run_files(config),
-        )
+        """Renders torchrun, horovodrun, mpirun, or one Python process for a world of one."""
+        launcher = self._launcher(config)
+        if launcher is not None:
+            return launcher.plan(config)
 
-    def _engine(self, config: RunConfig) -> base.Platform | None:
-        from . import horovodrun, mpirun, torchrun
+        worker = Command(tuple(worker_argv(config, sys.executable)), env_of_workers(config))
+        return Plan("local", (worker,), run_files(config))
+
+    def _launcher(self, config: RunConfig) -> Platform | None:
+        from . import horovodrun, mpirun, torchrun  # one of them is needed, and none for a world of one
 
         match config.reduce.backend:
             case "single":
                 return None
             case "horovod":
-                return horovodrun.Platform()
+                return horovodrun.HorovodrunPlatform()
             case "mpi":
-                return mpirun.Platform()
+                return mpirun.MpirunPlatform()
             case _:
-                return torchrun.Platform()
+                return torchrun.TorchrunPlatform()

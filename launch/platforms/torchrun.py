@@ -1,52 +1,60 @@
-"""torchrun, PyTorch's own launcher: one on each host; starts workers, restarts them all when one dies."""
+"""torchrun, PyTorch's launcher: one on each host; it starts workers, and restarts them all when one dies."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 
 from distopt.config import RunConfig
+from distopt.launchers import HEARTBEAT_VARIABLE, RENDEZVOUS_PORT, format_range
 
-from .. import network, ssh
+from .. import ssh
+from ..findings import Finding
 from ..plan import Command, Plan, env_of_workers, run_files, worker_argv
+from ..worker import network
+from .base import Platform
 
-# With the agent's store shared over restarts, new workers read the addresses of dead ones: half of the restarts of
-# torch 2.13 on one node failed, and none with a store per restart.
+# With one store for all restarts, new workers read the addresses of dead ones: half of the restarts of torch 2.13 on
+# one node failed, and none with a store per restart.
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-DEFAULT_PORT = 29400
+
 RENDEZVOUS_FILE = "rendezvous"
-FILE_STORE = "--rdzv-conf=store_type=file,keep_alive_interval=60"  # each sign of life makes the file longer
+
+# The keep-alive is rare because each one makes the file longer.
+FILE_STORE = "--rdzv-conf=store_type=file,keep_alive_interval=60"
 
 
-class Platform:
-    """torchrun on this machine, or on each of several hosts, reached by ssh."""
+class TorchrunPlatform(Platform):
+    """torchrun on this machine, or on each of several hosts, which are reached by ssh."""
 
-    def problems(self, config: RunConfig) -> list[str]:
-        """Returns what keeps torchrun from starting."""
-        hosts = config.launch.hosts
-        problems = []
+    def check(self, config: RunConfig) -> Iterator[Finding]:
+        """Yields what would keep torchrun from starting."""
         if config.reduce.backend in ("horovod", "mpi"):
-            problems.append(
-                f"reduce.backend: found {config.reduce.backend}, but torchrun starts workers of torch_dist; "
-                "set reduce.backend=auto or another launch.platform"
+            yield Finding(
+                "reduce.backend",
+                f"found {config.reduce.backend}, but torchrun starts workers of torch_dist",
+                "set reduce.backend=auto or another launch.platform",
             )
-        if unresolved := network.host_problems(hosts):
-            return problems + unresolved
-        return problems + ssh.unreachable(config, [host for host in hosts if not network.is_here(host)])
+        yield from ssh.check_hosts(config)
 
     def plan(self, config: RunConfig) -> Plan:
-        """Renders one torchrun on the loopback interface, or one on each host, the first one holding the rendezvous."""
+        """Renders one torchrun on the loopback interface, or one on each host; the first one hosts the rendezvous."""
         launch = config.launch
         if launch.hosts:
             commands = tuple(self._on_host(config, index) for index in range(len(launch.hosts)))
             return Plan("torchrun", commands, run_files(config), heartbeat=True, least=launch.min_hosts)
-        # A file, since a rendezvous over TCP listens on all interfaces and unpickles what it is sent.
-        meeting = config.run_dir / RENDEZVOUS_FILE
-        files = {**run_files(config), meeting: ""}
-        place = ["--rdzv-backend=c10d", FILE_STORE, f"--rdzv-endpoint={meeting.resolve()}"]
+
+        files = run_files(config)
         if launch.port is not None:
-            place, files = _rendezvous("127.0.0.1", launch.port, 0), run_files(config)
-        argv = torchrun_argv(config, [*place, f"--rdzv-id={config.name}", "--local-addr=127.0.0.1"])
+            rendezvous = _rendezvous("127.0.0.1", launch.port, 0)
+        else:
+            # A file, since a rendezvous over TCP listens on all interfaces and unpickles what it is sent.
+            path = config.run_dir / RENDEZVOUS_FILE
+            files[path] = ""
+            rendezvous = ["--rdzv-backend=c10d", FILE_STORE, f"--rdzv-endpoint={path.resolve()}"]
+
+        argv = torchrun_argv(config, [*rendezvous, f"--rdzv-id={config.name}", "--local-addr=127.0.0.1"])
         env = env_of_workers(config, **FRESH_STORE, GLOO_SOCKET_IFNAME="lo")
         return Plan("torchrun", (Command(tuple(argv), env),), files)
 
@@ -54,30 +62,46 @@ class Platform:
         launch = config.launch
         host = launch.hosts[index]
         addresses = [network.resolve(name) or name for name in launch.hosts]
-        least = launch.min_hosts or len(launch.hosts)
-        nodes = str(least) if least == len(launch.hosts) else f"{least}:{len(launch.hosts)}"
-        place = [f"--nnodes={nodes}", *_rendezvous(addresses[0], launch.port or DEFAULT_PORT, index)]
-        engine = torchrun_argv(config, [*place, f"--rdzv-id={config.name}", f"--local-addr={addresses[index]}"])
-        agent = [sys.executable, "-m", "distopt.launch.worker.host_agent", "--", *engine]
-        env = env_of_workers(config, **FRESH_STORE, DISTOPT_HEARTBEAT="1")
+
+        rendezvous = [
+            f"--nnodes={format_range(launch.host_counts)}",
+            *_rendezvous(addresses[0], launch.port or RENDEZVOUS_PORT, index),
+            f"--rdzv-id={config.name}",
+            f"--local-addr={addresses[index]}",
+        ]
+        torchrun = torchrun_argv(config, rendezvous)
+        agent = [sys.executable, "-m", "distopt.launch.worker.host_agent", "--", *torchrun]
+        env = env_of_workers(config, **FRESH_STORE, **{HEARTBEAT_VARIABLE: "1"})
         if network.is_here(host):
             return Command(tuple(agent), env, host=host)
-        words = ["env", "-C", os.getcwd(), *(f"{key}={value}" for key, value in sorted(env.items())), *agent]
-        return Command(tuple(ssh.remote(config, host, words)), host=host)
+
+        # ssh passes on no environment and starts in the home folder, so both are on the command line.
+        argv = ["env", "-C", os.getcwd(), *(f"{key}={value}" for key, value in sorted(env.items())), *agent]
+        return Command(tuple(ssh.remote(config, host, argv)), host=host)
 
 
-def torchrun_argv(config: RunConfig, place: list[str], python: str = sys.executable) -> list[str]:
-    """Returns torchrun's command line; `place` are the options that differ between hosts."""
+def torchrun_argv(
+    config: RunConfig, rendezvous: list[str], worker: list[str] | None = None, python: str = sys.executable
+) -> list[str]:
+    """Returns torchrun's command line.
+
+    Args:
+        config: The run.
+        rendezvous: How the hosts meet, in torchrun's options.
+        worker: The command of each worker; by default one on this machine.
+        python: The interpreter that torchrun is run by.
+    """
     launch = config.launch
     return [
         *(python, "-m", "torch.distributed.run"),
-        *place,
+        *rendezvous,
         f"--nproc-per-node={launch.workers}",
         f"--max-restarts={launch.max_restarts}",
-        f"--shutdown-timeout={round(launch.grace_s) + 5}",  # guards kill what is late, and write it down
+        # After the grace time, so that supervisors kill what is late and write it down before torchrun kills them.
+        f"--shutdown-timeout={round(launch.grace_s) + 5}",
         "--no-python",
         "--",
-        *worker_argv(config, python),
+        *(worker or worker_argv(config, python)),
     ]
 
 

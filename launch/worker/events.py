@@ -7,13 +7,9 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 
-from ..file_names import LOGS
-
-# The line that a guard writes above each attempt in its rank's log; a worker's own lines may begin with dashes, too.
-HEADER = re.compile(rb"^--- \d{4}-\d\d-\d\dT\S+ rank \d+ of \d+, attempt \d+")
+from distopt.launchers import LOGS
 
 
 @dataclass(frozen=True)
@@ -82,11 +78,6 @@ class Reader:
                 self._offsets[path] = self._offsets.get(path, 0) + len(line)
                 fields = json.loads(line)
                 yield {"start": Start, "end": End}[fields.pop("event")](**fields)
-
-
-def now() -> str:
-    """Returns the time of day with its zone."""
-    return datetime.now().astimezone().isoformat(timespec="milliseconds")
 
 
 def oom_kills() -> int:

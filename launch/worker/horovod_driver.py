@@ -18,8 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import network
-from . import elastic
+from . import elastic, network
 
 ASK_EVERY_S = 5.0
 ASK_TIMEOUT_S = 30.0

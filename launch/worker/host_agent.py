@@ -19,7 +19,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from ..network import interface_among, is_here, resolve
+from distopt.launchers import GRACE_VARIABLE, HEARTBEAT_VARIABLE, HOSTS_VARIABLE, INTERFACE_VARIABLE
+
+from .network import interface_among, is_here, resolve
 from .processes import adopt_orphans, die_with_parent, kill_descendants
 
 SILENCE_S = 25.0  # longer than ssh takes to give up (ServerAliveInterval times ServerAliveCountMax)
@@ -31,8 +33,8 @@ ALIVE = b"alive\n"
 
 def interface_env(env: dict[str, str] | os._Environ[str]) -> dict[str, str]:
     """Returns the variables that tell gloo, NCCL and Horovod which interface has this host's address."""
-    hosts = env.get("DISTOPT_HOSTS", "").split(",")
-    name = env.get("DISTOPT_INTERFACE") or (interface_among(hosts) if hosts != [""] else None)
+    hosts = env.get(HOSTS_VARIABLE, "").split(",")
+    name = env.get(INTERFACE_VARIABLE) or (interface_among(hosts) if hosts != [""] else None)
     variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE")
     return {variable: name for variable in variables if variable not in env} if name else {}
 
@@ -71,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    grace_s = float(os.environ.get("DISTOPT_GRACE_S", "30"))
+    grace_s = float(os.environ.get(GRACE_VARIABLE, "30"))
     adopt_orphans()
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -84,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
         engine_argv, stdin=subprocess.DEVNULL, env={**os.environ, **interface_env(os.environ)},
         start_new_session=True, preexec_fn=die_with_parent,
     )  # fmt: skip
-    watched = "DISTOPT_HEARTBEAT" in os.environ
+    watched = HEARTBEAT_VARIABLE in os.environ
     heard, kill_at = time.monotonic(), float("inf")
     try:
         while engine.poll() is None and time.monotonic() < kill_at:

@@ -19,52 +19,40 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from ..file_names import LOGS, SECRETS_FILE, STOP_FILE
-from . import elastic, events, terminal
+from distopt.launchers import (
+    CWD_VARIABLE,
+    ECHO_VARIABLE,
+    GRACE_VARIABLE,
+    LOGS,
+    SECRETS_FILE,
+    STOP_FILE,
+    WATCH_STOP_VARIABLE,
+    WORLD_SIZE_VARIABLE,
+    LauncherError,
+    RankInfo,
+    find_rank,
+    parse_range,
+)
+
+from . import elastic, events, rank_log, terminal
 from .host_agent import interface_env
 from .processes import die_with_parent
 
-# What each engine calls the rank and the number of workers; the first pair that is set counts.
-ENGINES = (
-    ("RANK", "WORLD_SIZE"),  # torchrun
-    ("HOROVOD_RANK", "HOROVOD_SIZE"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("PMI_RANK", "PMI_SIZE"),  # MPICH
-    ("SLURM_PROCID", "SLURM_NTASKS"),
-)
 POLL_S = 0.5
 LAST_WORDS, LAST_WORDS_BYTES = Path("/dev/termination-log"), 3000
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-
-
-def place(env: os._Environ[str] | dict[str, str]) -> tuple[int, int]:
-    """Returns this worker's rank and the number of workers, whichever engine started it; a lone process is 0 of 1.
-
-    Example:
-        >>> place({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4"})
-        (3, 4)
-    """
-    for rank, world_size in ENGINES:
-        if rank in env and world_size in env:
-            return int(env[rank]), int(env[world_size])
-    return 0, 1
-
-
-def started_by_engine() -> bool:
-    """Whether an engine has started this process, directly or through a guard."""
-    return any(rank in os.environ and size in os.environ for rank, size in ENGINES)
 
 
 class Guard:
     """One worker's keeper, from its start to its end."""
 
     def __init__(self, run_dir: Path, command: Sequence[str]) -> None:
-        self.rank, self.world_size = place(os.environ)
+        self._read_rank()
         self.command = list(command)
         self.run_dir = run_dir
         self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        self.grace_s = float(os.environ.get("DISTOPT_GRACE_S", "30"))
-        self.stop_file = run_dir / STOP_FILE if "DISTOPT_WATCH_STOP" in os.environ else None
+        self.grace_s = float(os.environ.get(GRACE_VARIABLE, "30"))
+        self.stop_file = run_dir / STOP_FILE if WATCH_STOP_VARIABLE in os.environ else None
         self.asked_to_stop = False
         self._elastic = elastic.is_elastic(os.environ)
         self._round = 0
@@ -86,10 +74,16 @@ class Guard:
             if not place_now:
                 break
             os.environ.update(place_now)
-            self.rank, self.world_size = place(os.environ)
+            self._read_rank()
             self.attempt += 1
             status = self._attempt()
         return status
+
+    def _read_rank(self) -> None:
+        """Takes the rank and world size from whichever launcher started this process; alone it is rank 0 of 1."""
+        rank_info = find_rank() or RankInfo("by hand", 0, 1)
+        self.rank = rank_info.rank
+        self.world_size = rank_info.world_size
 
     def _still_wanted(self) -> bool:
         """Waits a moment; false when this worker has been asked to end."""
@@ -101,10 +95,9 @@ class Guard:
         self._told, self._kill_at = False, float("inf")
         if self._elastic and (number := elastic.read(self.run_dir)[0]):
             self._round, self.attempt = number, number - 1
-        logs = self.run_dir / LOGS
-        logs.mkdir(parents=True, exist_ok=True)
-        with (logs / f"rank-{self.rank}.log").open("ab", buffering=0) as log:
-            log.write(f"--- {events.now()} rank {self.rank} of {self.world_size}, attempt {self.attempt}\n".encode())
+        (self.run_dir / LOGS).mkdir(parents=True, exist_ok=True)
+        with rank_log.log_of(self.run_dir, self.rank).open("ab", buffering=0) as log:
+            log.write(rank_log.header(self.rank, self.world_size, self.attempt))
             status = self._refused(log)
             if status is None:
                 self._record(events.Start)
@@ -114,12 +107,12 @@ class Guard:
 
     def _refused(self, log: IO[bytes]) -> int | None:
         """Refuses a world that is not the one asked for: an engine may go on with fewer workers, and exit 0."""
-        smallest, _, largest = os.environ.get("DISTOPT_WORLD_SIZE", "").partition(":")
-        if not smallest or int(smallest) <= self.world_size <= int(largest or smallest):
+        allowed = os.environ.get(WORLD_SIZE_VARIABLE)
+        if not allowed or self.world_size in parse_range(allowed):
             return None
         log.write(
-            f"distopt: the engine started {self.world_size} workers, {smallest} were asked for. Did a host not join? "
-            "launch.min_hosts allows a world of changing size.\n".encode()
+            f"distopt: the engine started {self.world_size} workers, {parse_range(allowed)[0]} were asked for. "
+            "Did a host not join? launch.min_hosts allows a world of changing size.\n".encode()
         )
         self._record(events.Start)
         return 3
@@ -127,7 +120,7 @@ class Guard:
     def _watch(self, log: IO[bytes]) -> int:
         screen = terminal.open_for(self.rank)
         worker, output = self._start(screen)
-        sink = terminal.Tee(log, screen, echo="DISTOPT_ECHO" in os.environ)
+        sink = terminal.Tee(log, screen, echo=ECHO_VARIABLE in os.environ)
         watched = [output, self._wake]
         try:
             while watched != [self._wake] or worker.poll() is None:
@@ -208,9 +201,7 @@ class Guard:
 def leave_last_words(run_dir: Path, rank: int) -> None:
     """Tells Kubernetes of what a rank died, where this is a pod: the kubelet puts it into the pod's status."""
     if LAST_WORDS.exists():
-        from .. import failure_report
-
-        text = "\n".join(failure_report.traceback_of(run_dir, rank)).encode()[-LAST_WORDS_BYTES:]
+        text = "\n".join(rank_log.traceback_of(run_dir, rank)).encode()[-LAST_WORDS_BYTES:]
         LAST_WORDS.write_bytes(f"rank {rank}: ".encode() + text)
 
 
@@ -227,9 +218,13 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) < 3 or argv[1] != "--":
         print("usage: python -m distopt.launch.worker.supervisor RUN_DIR -- COMMAND [ARGUMENT …]", file=sys.stderr)
         return 2
-    if directory := os.environ.get("DISTOPT_CWD"):
+    if directory := os.environ.get(CWD_VARIABLE):
         os.chdir(directory)
-    guard = Guard(Path(argv[0]), argv[2:])
+    try:
+        guard = Guard(Path(argv[0]), argv[2:])
+    except LauncherError as error:
+        print(f"distopt: {error}", file=sys.stderr)
+        return 2
     status = guard.run()
     if status and not guard.asked_to_stop:
         leave_last_words(guard.run_dir, guard.rank)

@@ -11,21 +11,22 @@ import sys
 import termios
 from typing import IO
 
-VARIABLE = "DISTOPT_TERMINAL"
+from distopt.launchers import TERMINAL_VARIABLE
+
 _ESCAPE = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 
 
 def lend() -> dict[str, str]:
     """Returns the variable that tells rank 0's guard where this process's terminal is; empty without one."""
     try:
-        return {VARIABLE: f"{socket.gethostname()}:{os.ttyname(sys.stdout.fileno())}"}
+        return {TERMINAL_VARIABLE: f"{socket.gethostname()}:{os.ttyname(sys.stdout.fileno())}"}
     except (OSError, ValueError):
         return {}
 
 
 def open_for(rank: int) -> IO[bytes] | None:
     """Returns the terminal that was lent, for rank 0 on the terminal's own machine."""
-    host, _, device = os.environ.get(VARIABLE, "").partition(":")
+    host, _, device = os.environ.get(TERMINAL_VARIABLE, "").partition(":")
     if rank != 0 or not device or host != socket.gethostname():
         return None
     try:

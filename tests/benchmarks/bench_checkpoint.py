@@ -25,7 +25,7 @@ import torch
 from pyro.optim import Adam
 
 from distopt.backends.single import Single
-from distopt.checkpoint import Checkpointer
+from distopt.checkpoint import Checkpointer, Retention
 from distopt.checkpoint.reader import read_manifest
 from distopt.checkpoint.restore import REPLICATED, load_replicated
 from distopt.checkpoint.statefile import StateReader
@@ -125,7 +125,7 @@ def large(root: Path, where: str) -> None:
     for index in range(8):
         pyro.param(f"large.{index}", torch.randn(LARGE_MIB // 8 * (1 << 18)))
     sides = Sides()
-    with Checkpointer(root / "ours", backend=Single(), keep_last=2) as keeper:
+    with Checkpointer(root / "ours", backend=Single(), keep=Retention(2)) as keeper:
         before = resident_mib()
         first = timed(lambda: keeper.save(0))
         keeper.wait()
@@ -200,7 +200,7 @@ def small(root: Path, where: str) -> None:
         tensors += [value for value in entry["state"][0].values() if isinstance(value, torch.Tensor)]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     sides = Sides()
-    with Checkpointer(root / "small", backend=Single(), optimizer=optimizer) as keeper:
+    with Checkpointer(root / "small", {"optimizer": optimizer}, backend=Single()) as keeper:
         for step in range(SMALL_ROUNDS):
 
             def save(step: int = step) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.failpoint import failpoint
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.reader import CheckedFile, candidates, verify
-from distopt.checkpoint.retention import remove_leftovers, retain
-from distopt.checkpoint.storage.posix import LocalSink, LocalStorage
+from distopt.checkpoint.retention import Retention, remove_leftovers, retain
+from distopt.checkpoint.storage.posix import PosixStorage, PosixWriteStream
 
 TIMEOUT = timedelta(seconds=10)
 
@@ -34,25 +35,22 @@ def content(step: int, name: str) -> bytes:
 
 
 def save(root: Path, step: int, rank: int = 0, world_size: int = 1, timeout: timedelta = TIMEOUT) -> None:
-    storage = LocalStorage(root)
+    storage = PosixStorage(root)
     attempt = Attempt(step, f"{step:012x}", rank, world_size, timeout)
-    if rank == 0:
-        storage.lock()
-        remove_leftovers(storage)
-    try:
+    with storage.lock() if rank == 0 else nullcontext():
+        if rank == 0:
+            remove_leftovers(storage)
         files = {name: [memoryview(content(step, name))] for name in names(rank)}
         write_checkpoint(storage, attempt, files, lambda records: Manifest(step, attempt.id, 0, world_size, records))
         print(f"ACK {step}", flush=True)
         failpoint("after_acknowledge", rank)
         if rank == 0:
-            retain(storage, 2, None)
-    finally:
-        storage.unlock()
+            retain(storage, Retention(2))
 
 
 def newest_good(root: Path) -> int:
     """Returns the step that a resuming run would take; its files hold what was saved, whatever happened."""
-    storage = LocalStorage(root)
+    storage = PosixStorage(root)
     for one in candidates(storage):
         try:
             manifest = verify(storage, one.folder)
@@ -68,9 +66,9 @@ def newest_good(root: Path) -> int:
 
 def plant(fault: str) -> None:
     if fault == "no-fsync":
-        LocalSink.close = LocalSink.abandon
+        PosixWriteStream.close = PosixWriteStream.abandon
     elif fault == "no-folder-fsync":
-        LocalStorage._sync = lambda self, path: None
+        PosixStorage._sync = lambda self, path: None
     else:
         raise ValueError(fault)
 

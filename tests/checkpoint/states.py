@@ -18,13 +18,9 @@ def commit_state(root, state, step=1, attempt="0123456789ab"):
     """Writes `state` as the replicated state of a one-rank checkpoint; returns (storage, folder)."""
     storage = open_storage(root)
     files = take_snapshot(state, HostMemory(), "replicated").files("replicated", {"step": str(step)})
-    write_checkpoint(
-        storage,
-        Attempt(step, attempt, 0, 1, timedelta(seconds=10)),
-        files,
-        lambda records: Manifest(step, attempt, 0, 1, records),
-    )
-    return storage, storage.final_folder(step, attempt)
+    one_try = Attempt(step, attempt, 0, 1, timedelta(seconds=10))
+    write_checkpoint(storage, one_try, files, lambda records: Manifest(step, attempt, 0, 1, records))
+    return storage, one_try.final_folder(storage)
 
 
 def assert_equal(one, other):

@@ -20,7 +20,7 @@ import torch
 from distopt.backends.single import Single
 from distopt.checkpoint import Checkpointer, CheckpointError, CorruptCheckpointError
 from distopt.checkpoint import reader as reader_module
-from distopt.checkpoint.commit import by_chunk, chunk_digest
+from distopt.checkpoint.chunks import by_chunk, chunk_digest
 from distopt.checkpoint.manifest import CHUNK_BYTES, MANIFEST, FileRecord, Manifest, seal
 from distopt.checkpoint.reader import verify
 from distopt.checkpoint.statefile import StateReader
@@ -33,7 +33,7 @@ LAST, BEFORE = "step-00000002", "step-00000001"
 def template(tmp_path_factory):
     """Two checkpoints of a module with buffers, of parameters large and small, and an optimizer."""
     root = tmp_path_factory.mktemp("template")
-    with Checkpointer(root, modules={"norm": torch.nn.BatchNorm1d(3)}, backend=Single()) as checkpointer:
+    with Checkpointer(root, {"norm": torch.nn.BatchNorm1d(3)}, backend=Single()) as checkpointer:
         for step in (1, 2):
             pyro.clear_param_store()
             torch.rand(1)  # so that the noise differs
@@ -56,7 +56,7 @@ def restored_step(root, caplog):
     pyro.clear_param_store()
     with (
         caplog.at_level(logging.WARNING),
-        Checkpointer(root, modules={"norm": torch.nn.BatchNorm1d(3)}, backend=Single()) as checkpointer,
+        Checkpointer(root, {"norm": torch.nn.BatchNorm1d(3)}, backend=Single()) as checkpointer,
     ):
         restored = checkpointer.restore()
     for name in ("small", "large"):
@@ -204,9 +204,9 @@ def test_run_when_all_checkpoints_are_bad_does_not_start_from_zero(root):
     for folder in (LAST, BEFORE):
         flip(root / folder / "replicated.json.gz")
     with Checkpointer(root, backend=Single()) as checkpointer:
-        with pytest.raises(CheckpointError, match="none of 2 checkpoint.s. is good"):
+        with pytest.raises(CheckpointError, match="none of the 2 checkpoints can be loaded"):
             checkpointer.restore()
-        with pytest.raises(CheckpointError, match="none of 1"):
+        with pytest.raises(CheckpointError, match="none of the 1"):
             checkpointer.restore(2)
 
 

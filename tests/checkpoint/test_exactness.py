@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
 
 import distopt.optim
 from distopt.backends import current
-from distopt.checkpoint import Checkpointer
+from distopt.checkpoint import Checkpointer, Retention
 from tests import workers
 
 STEPS, LATE = 12, 99
@@ -112,8 +112,8 @@ def train(name, directory, *, stop=STEPS, saves=(), resume="never", rank=0, worl
     svi = SVI(model, guide, Averaged(optimizer) if world_size > 1 else optimizer, Trace_ELBO(num_particles=2))
     history = Losses()
     losses = history.values
-    keep = {"modules": {"guide": guide}, "rank_extras": {"losses": history}, "keep_last": 100}
-    with Checkpointer(directory, optimizer=optimizer, **keep) as checkpointer:
+    state = {"optimizer": optimizer, "guide": guide}
+    with Checkpointer(directory, state, per_rank={"losses": history}, keep=Retention(100)) as checkpointer:
         restored = checkpointer.restore(resume)
         step = restored.step if restored else 0
         while step < stop:
@@ -229,8 +229,10 @@ def train_compressed(directory, stop, resume="never", undone=0):
     generator = torch.Generator().manual_seed(backend.rank)
     gradients = [torch.randn(12, 10, generator=generator) for _ in range(stop)]
     weights = pyro.param("weights", torch.zeros(12, 10)).unconstrained()
-    optimizer = distopt.optim.DistributedOptimizer(packed_adam(), compression="powersgd")
-    with Checkpointer(directory, optimizer=optimizer, keep_last=9) as checkpointer:
+    optimizer = distopt.optim.DistributedOptimizer(
+        packed_adam(), reduce=distopt.optim.ReduceOptions(compression="powersgd")
+    )
+    with Checkpointer(directory, {"optimizer": optimizer}, keep=Retention(9)) as checkpointer:
         for gradient in gradients[:undone]:
             weights.grad = gradient.clone()
             optimizer([weights])
@@ -262,11 +264,11 @@ def test_parameters_when_restored_are_packed_again_by_the_optimizer(tmp_path):
         pyro.param(f"x{size}", torch.zeros(size))
     optimizer = packed_adam()
     step(optimizer)
-    with Checkpointer(tmp_path, optimizer=optimizer) as checkpointer:
+    with Checkpointer(tmp_path, {"optimizer": optimizer}) as checkpointer:
         checkpointer.save(1)
     pyro.clear_param_store()
     optimizer = packed_adam()
-    with Checkpointer(tmp_path, optimizer=optimizer) as checkpointer:
+    with Checkpointer(tmp_path, {"optimizer": optimizer}) as checkpointer:
         checkpointer.restore()
     for (address, size), (following, _) in pairwise(step(optimizer)):
         assert following == address + size  # side by side in one buffer
@@ -280,7 +282,7 @@ def test_rolling_back_in_a_running_process_equals_having_gone_on_from_there(name
     optimizer = OPTIMIZERS[name]()
     guide = AutoNormal(model)
     svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=2))
-    with Checkpointer(tmp_path / "rolled", optimizer=optimizer, modules={"guide": guide}) as checkpointer:
+    with Checkpointer(tmp_path / "rolled", {"optimizer": optimizer, "guide": guide}) as checkpointer:
         losses = []
         for attempt in range(2):
             for step in range(4 if attempt else 0, STEPS):

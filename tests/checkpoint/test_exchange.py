@@ -48,7 +48,7 @@ def test_files_of_pyro_when_imported_are_what_a_run_goes_on_from_and_come_out_ag
     assert imported.exit_code == 0, imported.output
     pyro.clear_param_store()
     optimizer = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.9})
-    with Checkpointer(root / "run", optimizer=optimizer, backend=Single()) as checkpointer:
+    with Checkpointer(root / "run", {"optimizer": optimizer}, backend=Single()) as checkpointer:
         assert checkpointer.restore().step == 70
         assert_equal({name: value.detach() for name, value in pyro.get_param_store().named_parameters()}, params)
         assert isinstance(
@@ -121,7 +121,7 @@ def test_state_dict_of_a_guide_when_imported_is_what_a_run_goes_on_from_and_come
     imported = run("import", "--module", f"guide={tmp_path / 'guide.pt'}", "--to", tmp_path / "run", "--step", 9)
     assert imported.exit_code == 0, imported.output
     other = guide_of(3)
-    with Checkpointer(tmp_path / "run", modules={"guide": other}, backend=Single()) as checkpointer:
+    with Checkpointer(tmp_path / "run", {"guide": other}, backend=Single()) as checkpointer:
         assert checkpointer.restore().step == 9
         assert_equal(dict(other.state_dict()), expected)
         other()

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from distopt.backends.single import Single
-from distopt.checkpoint import Checkpointer, CheckpointError, register_constraint
+from distopt.checkpoint import Checkpointer, CheckpointError, Retention, register_constraint
 from distopt.checkpoint.columns import tabulate, untabulate
 from distopt.checkpoint.errors import CorruptCheckpointError
 from distopt.checkpoint.reader import candidates, read_manifest
@@ -226,12 +226,12 @@ def test_modules_when_restored_have_their_buffers_and_parameters_in_the_tensors_
     net = Net()
     fill(net)
     expected = {name: value.clone() for name, value in net.state_dict().items()}
-    with Checkpointer(tmp_path, modules={"net": net}, backend=Single()) as checkpointer:
+    with Checkpointer(tmp_path, {"net": net}, backend=Single()) as checkpointer:
         checkpointer.save(1)
     pyro.clear_param_store()
     other = Net()
     before = dict(other.named_parameters())
-    with Checkpointer(tmp_path, modules={"net": other}, backend=Single()) as checkpointer:
+    with Checkpointer(tmp_path, {"net": other}, backend=Single()) as checkpointer:
         checkpointer.restore()
     assert_equal(dict(other.state_dict()), expected)
     fill(other)
@@ -243,7 +243,7 @@ def test_modules_when_restored_have_their_buffers_and_parameters_in_the_tensors_
 def test_extras_when_saved_are_loaded_into_the_object_of_that_name(tmp_path):
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     scaler._lazy_init_scale_growth_tracker(torch.device("cpu"))
-    with Checkpointer(tmp_path, extras={"scaler": scaler}, backend=Single()) as checkpointer:
+    with Checkpointer(tmp_path, {"scaler": scaler}, backend=Single()) as checkpointer:
         checkpointer.save(5, progress={"epoch": 2, "rows": [1, 2]})
         checkpointer.wait()
         scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0})
@@ -267,7 +267,7 @@ def test_noise_when_restored_goes_on_with_the_same_numbers(tmp_path):
 
 def test_state_that_changes_after_save_returned_is_saved_as_it_was(tmp_path):
     value = pyro.param("x", torch.zeros(300_000)).unconstrained()
-    with Checkpointer(tmp_path, keep_last=5, backend=Single()) as checkpointer:
+    with Checkpointer(tmp_path, keep=Retention(5), backend=Single()) as checkpointer:
         for step in range(1, 6):
             with torch.no_grad():
                 value.fill_(step)
@@ -281,7 +281,7 @@ def test_state_that_changes_after_save_returned_is_saved_as_it_was(tmp_path):
 
 
 def test_checkpoints_when_there_are_many_the_last_and_every_mth_stay(tmp_path):
-    with Checkpointer(tmp_path, keep_last=2, keep_every_steps=4, backend=Single()) as checkpointer:
+    with Checkpointer(tmp_path, keep=Retention(2, every_steps=4), backend=Single()) as checkpointer:
         for step in range(1, 12):
             checkpointer.save(step)
     assert [one.step for one in candidates(open_storage(tmp_path))] == [11, 10, 8, 4]

@@ -22,7 +22,7 @@ def train(directory):
     """A save, steps, and a look whether it has been committed in between; runs under strace."""
     value = pyro.param("x", torch.zeros(1000)).unconstrained()
     optimizer = Adam({"lr": 0.1})
-    with Checkpointer(directory, optimizer=optimizer, backend=Single()) as keeper:
+    with Checkpointer(directory, {"optimizer": optimizer}, backend=Single()) as keeper:
         keeper.save(1)
         print("copied")
         for step in STEPS:

@@ -16,7 +16,7 @@ import torch
 
 from distopt.backends import current
 from distopt.backends.single import Single
-from distopt.checkpoint import Checkpointer, CheckpointError
+from distopt.checkpoint import Checkpointer, CheckpointError, Retention
 from distopt.checkpoint.background import BackgroundSave
 from distopt.checkpoint.cli import check
 from distopt.checkpoint.commit import Attempt
@@ -24,13 +24,13 @@ from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.reader import candidates
 from distopt.checkpoint.snapshot import HostMemory, take_snapshot
 from distopt.checkpoint.storage.base import open_storage
-from distopt.checkpoint.storage.posix import LocalSink
+from distopt.checkpoint.storage.posix import PosixWriteStream
 from tests import workers
 from tests.checkpoint.test_exchange import run
 
 
-def checkpointer(root, **settings):
-    return Checkpointer(root, backend=Single(), **settings)
+def checkpointer(root, state=None, **settings):
+    return Checkpointer(root, state, backend=Single(), **settings)
 
 
 def fill(number):
@@ -117,13 +117,42 @@ def test_config_of_odd_values_equals_itself_after_a_resume(tmp_path):
         keeper.save(1)
         keeper.wait()
         assert keeper.restore().step == 1
-    with pytest.raises(CheckpointError, match=r"config\.model\[1\]: a builtins\.object cannot be kept"):
+    with pytest.raises(CheckpointError, match=r"config\.model\[1\]: a builtins\.object cannot be recorded"):
         checkpointer(tmp_path, config={"model": [1, object()]})
 
 
-def test_keeping_every_none_of_steps_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="keep_every_steps is 0: give 1 or more, or None"):
-        checkpointer(tmp_path, keep_every_steps=0)
+def test_retention_that_keeps_too_little_is_refused():
+    with pytest.raises(ValueError, match="every_steps is 0; give 1 or more, or None"):
+        Retention(3, every_steps=0)
+    with pytest.raises(ValueError, match="last is 1; keep at least 2 checkpoints"):
+        Retention(1)
+
+
+@pytest.mark.parametrize(
+    ("state", "per_rank", "kind", "message"),
+    [
+        (
+            {"a": {}},
+            {},
+            TypeError,
+            r"state\['a'\] is a dict; expected a PyroOptim, an nn.Module or an object with state_dict",
+        ),
+        (
+            {"a": pyro.optim.Adam({}), "b": pyro.optim.SGD({})},
+            {},
+            ValueError,
+            "'a' and 'b' are two optimizers; give one",
+        ),
+        ({"a": torch.nn.Linear}, {}, TypeError, r"state\['a'\] is the class Linear"),
+        ({}, {"a": 3}, TypeError, r"per_rank\['a'\] is a int; expected an object with state_dict"),
+        ({"a": torch.nn.Linear(1, 1)}, {"a": torch.nn.Linear(1, 1)}, ValueError, "a: in state and in per_rank"),
+    ],
+    ids=["no state", "two optimizers", "class", "no state per rank", "same name"],
+)
+def test_objects_that_cannot_be_saved_are_refused_at_once(state, per_rank, kind, message, tmp_path):
+    with pytest.raises(kind, match=message):
+        Checkpointer(tmp_path, state, per_rank=per_rank, backend=Single())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_of_others_stay_and_leftovers_that_cannot_be_deleted_stop_no_run(tmp_path, caplog):
@@ -134,7 +163,7 @@ def test_files_of_others_stay_and_leftovers_that_cannot_be_deleted_stop_no_run(t
         keeper.save(1)
         keeper.wait()
         assert keeper.restore().step == 1
-    assert f"{stuck} is left over, and cannot be deleted" in caplog.text
+    assert f"{stuck} is left over and cannot be deleted" in caplog.text
     assert (tmp_path / ".tmp-notes").read_text() == "mine"
 
 
@@ -152,19 +181,19 @@ def test_times_of_files_say_nothing_about_which_is_the_newest(tmp_path):
 
 def test_rolling_back_while_a_save_is_under_way_waits_for_it_and_goes_on_from_the_step_asked_for(tmp_path, monkeypatch):
     entered, gate = threading.Event(), threading.Event()
-    close = LocalSink.close
+    close = PosixWriteStream.close
 
     def slow(sink):
         entered.set()
         assert gate.wait(60)
         close(sink)
 
-    with checkpointer(tmp_path, keep_last=9, keep_every_steps=2) as keeper:
+    with checkpointer(tmp_path, keep=Retention(9, every_steps=2)) as keeper:
         for step in (1, 2, 3):
             fill(step)
             keeper.save(step)
         keeper.wait()
-        monkeypatch.setattr(LocalSink, "close", slow)
+        monkeypatch.setattr(PosixWriteStream, "close", slow)
         fill(4)
         keeper.save(4)
         assert entered.wait(60)
@@ -176,7 +205,7 @@ def test_rolling_back_while_a_save_is_under_way_waits_for_it_and_goes_on_from_th
         keeper.save(3)
         keeper.wait()
         keeper._finish()
-        # 4 is of the future that was given up, though a multiple of keep_every_steps; 2 lies before the new 3.
+        # 4 is of the future that was given up, though a multiple of every_steps; 2 lies before the new 3.
         assert keeper.steps() == [1, 2, 3]
         assert keeper.restore().step == 3
         assert torch.equal(pyro.param("x").detach(), torch.full((4,), 30.0))
@@ -226,12 +255,12 @@ def test_rank_that_writes_to_an_object_store_before_rank_0_does_keeps_its_files(
         attempt = Attempt(1, "0123456789ab", rank, 2, timedelta(seconds=10))
         snapshots = {f"rank-{rank:05d}": take_snapshot({"x": torch.ones(3)}, HostMemory(), "own")}
         return BackgroundSave(
-            storage, attempt, snapshots, lambda files: Manifest(1, attempt.id, 0, 2, files), (2, None), lambda: None
+            storage, attempt, snapshots, lambda files: Manifest(1, attempt.id, 0, 2, files), Retention(2), lambda: None
         )
 
     leader, follower = save(0), save(1)
     follower.start()
-    while ".prepared-00001.json" not in storage.files(storage.work_folder(1, "0123456789ab")):
+    while ".prepared-00001.json" not in storage.files("step-00000001-0123456789ab"):
         time.sleep(0.01)
     leader.start()
     for one in (leader, follower):

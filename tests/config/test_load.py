@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from distopt.config import ConfigError, RunConfig, dump_yaml, load_config, parse_config
+from distopt.config.plugins import REFERENCE_PATTERN
+from distopt.config.schema import CODE_KEYS
 
 MINIMAL = "name: flights\ntask: distopt.examples.flights:Flights\n"
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{','.join([f'*a{i}'] * 9)}]\n" for i in range(9))
@@ -64,7 +68,8 @@ def test_interpolation_sees_overrides():
 def test_unknown_key_is_answered_in_the_form_of_the_style_guide():
     assert problems(MINIMAL + "reduce: {bucket_mb: 3}") == [
         "configs/flights.yaml: reduce.bucket_mb: unknown key. Did you mean reduce.bucket_mib? "
-        "Known: backend, bucket_mib, compression, drift_every_steps, op, overlap, power_sgd_rank, timeout_s."
+        "Known: backend, backward_passes_per_step, bucket_mib, compression, drift_every_steps, "
+        "gradient_predivide_factor, groups, op, overlap, power_sgd_rank, sparse_as_dense, timeout_s."
     ]
 
 
@@ -73,7 +78,7 @@ def test_unknown_key_is_answered_in_the_form_of_the_style_guide():
     [
         ("bucket_mib: 3", "bucket_mib: unknown key. Did you mean reduce.bucket_mib?"),
         (
-            "optim: {scheduler: {name: x, nam: x}}",
+            "optim: {scheduler: {name: StepLR, nam: x}}",
             "optim.scheduler.nam: unknown key. Did you mean optim.scheduler.name?",
         ),
         ("train: {num_steps: many}", "train.num_steps: found 'many' (str), expected an integer."),
@@ -83,9 +88,19 @@ def test_unknown_key_is_answered_in_the_form_of_the_style_guide():
         ("script: ''", "script: found '' (str), expected a string with at least 1 character."),
         ("launch: {platform: torchrn}", "Did you mean torchrun?"),
         ("train: {loss: TraceELBO}", "Did you mean Trace_ELBO?"),
+        ("optim: {name: Adamm}", "SGD, SparseAdam or module:Name of your own code, such as mypackage.module:MyClass."),
+        ("optim: {name: Adamm}", "Did you mean Adam?"),
+        ("optim: {name: os:system}", "optim.name: found os:system, but os belongs to Python's standard library"),
+        ("optim: {scheduler: {name: Exponential}}", "Did you mean ExponentialLR?"),
+        ("log: {loggers: mine:A}", "log.loggers: found 'mine:A' (str), expected a list."),
+        ("log: {loggers: [mine:A, mine]}", "log.loggers.1.name: found 'mine' (str), expected module:Name of your own"),
+        (
+            "log: {loggers: [{name: mine:A, nam: x}]}",
+            "log.loggers.0.nam: unknown key. Did you mean log.loggers.0.name?",
+        ),
         ("checkpoint: {resume: [1]}", "checkpoint.resume: found [1] (list), expected an integer or a string."),
         ("script: train.py", "found both of task and script"),
-        ("script_args: [a]", "script_args are given, but no script"),
+        ("script_args: [a]", "found script_args without script"),
         ("launch: {env: {A: [1]}}", "launch.env.A: found [1] (list), expected a string."),
         ("launch: {env: {API_KEY: x}}", "launch.secrets: [API_KEY]"),
         ("seed: ${oc.env:HF_TOKEN}", "name it in launch.secrets: [HF_TOKEN]"),
@@ -152,6 +167,11 @@ def test_hostile_document_is_refused_before_it_is_built(text, said, tmp_path, mo
 @pytest.mark.parametrize(
     ("text", "allowed"),
     [
+        ("task: mytasks:House\noptim: {name: mytasks.optim:Sophia}", True),
+        ("task: mytasks:House\noptim: {name: evil:Sophia}", False),
+        ("task: mytasks:House\noptim: {scheduler: {name: evil:Sophia}}", False),
+        ("task: mytasks:House\ntrain: {loss: evil:Loss}", False),
+        ("task: mytasks:House\nlog: {loggers: [mytasks:Logger, evil:Logger]}", False),
         ("task: mytasks.house:House", True),
         ("task: distopt.examples.flights:Flights", True),
         ("task: mytasksevil.house:House", False),
@@ -164,8 +184,33 @@ def test_only_tasks_of_declared_packages_are_taken_where_some_are_declared(text,
     if allowed:
         parse_config(f"name: run\n{text}")
         return
-    with pytest.raises(ConfigError, match="allows tasks of mytasks, distopt.examples alone"):
+    with pytest.raises(ConfigError, match="allows only code of mytasks, distopt.examples"):
         parse_config(f"name: run\n{text}")
+
+
+def test_code_of_the_user_is_listed_with_its_key():
+    optim = "optim={name: mine:Sophia, scheduler: {name: mine.rates:Warm}}"
+    config = parse_config(MINIMAL, [optim, "log.loggers=[mine:A, {name: mine:B, args: {url: x}}]"])
+    assert config.references() == [
+        ("task", "distopt.examples.flights:Flights"),
+        ("optim.name", "mine:Sophia"),
+        ("optim.scheduler.name", "mine.rates:Warm"),
+        ("log.loggers", "mine:A"),
+        ("log.loggers", "mine:B"),
+    ]
+    assert parse_config(dump_yaml(config)) == config
+
+
+def test_every_key_that_may_name_code_is_listed():
+    def sections(schema: dict, section: dict, prefix: str = "") -> Iterator[tuple[str, dict]]:
+        for name, field in section["properties"].items():
+            yield prefix + name, field
+            for reference in re.findall(r"'#/\$defs/(\w+)'", str(field)):
+                yield from sections(schema, schema["$defs"][reference], f"{prefix}{name}.")
+
+    schema = RunConfig.model_json_schema()
+    keys = [key for key, field in sections(schema, schema) if repr(REFERENCE_PATTERN) in str(field)]
+    assert {key.replace("loggers.name", "loggers") for key in keys} == set(CODE_KEYS)
 
 
 def test_hosts_are_read_from_a_hostfile_and_recorded(tmp_path):

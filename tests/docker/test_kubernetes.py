@@ -16,7 +16,7 @@ import pytest
 
 from distopt.config import load_config
 from distopt.launch.platforms.kubernetes.manifests import manifests
-from distopt.launch.platforms.kubernetes.platform import Platform
+from distopt.launch.platforms.kubernetes.platform import KubernetesPlatform
 from distopt.launch.worker import health_probe
 from distopt.train.monitor import Status
 from distopt.train.serve import StatusServer
@@ -82,7 +82,7 @@ def test_every_launch_command_of_the_guide_is_a_valid_configuration(command: str
     _, _, path, *overrides = shlex.split(command)
     config = load_config(ROOT / path, [word for word in overrides if "=" in word])
     assert (config.launch.platform, config.serve.port) == ("kubernetes", 8080)
-    found = [problem for problem in Platform().problems(config) if "Kubernetes client is missing" not in problem]
+    found = [finding for finding in KubernetesPlatform().check(config) if "client is missing" not in finding.message]
     assert found == []
     (run,) = [manifest for manifest in manifests(config) if manifest["kind"].lower() == config.launch.kubernetes.kind]
     assert run["metadata"]["namespace"] == "distopt"

@@ -158,7 +158,7 @@ def sharded_svi(case: str, optimizer: str, op: str = "average") -> tuple[SVI, Te
     else:
         model = shard(chosen.model, "rows")
         guide = shard(chosen.make_guide(model), "rows")
-    distributed = optim.DistributedOptimizer(getattr(optim, kind)(*args), op=op)
+    distributed = optim.DistributedOptimizer(getattr(optim, kind)(*args), reduce=optim.ReduceOptions(op=op))
     return SVI(model, guide, distributed, chosen.loss()), shard_of(backend.rank, backend.world_size)
 
 
@@ -184,7 +184,7 @@ def train_and_save(case: str, directory: str, num_steps: int, num_more: int) -> 
         svi, data = sharded_svi(case, "Adam")
         for _ in range(num_steps):
             svi.step(data)
-        with Checkpointer(directory, optimizer=svi.optim) as checkpointer:
+        with Checkpointer(directory, {"optimizer": svi.optim}) as checkpointer:
             checkpointer.save(num_steps)
             checkpointer.wait()
         return _go_on(svi, data, num_more)
@@ -194,7 +194,7 @@ def resume(case: str, directory: str, num_more: int) -> tuple[dict[str, Any], fl
     """One rank's part of a run that goes on from there, on any number of ranks."""
     with float64():
         svi, data = sharded_svi(case, "Adam")
-        with Checkpointer(directory, optimizer=svi.optim) as checkpointer:
+        with Checkpointer(directory, {"optimizer": svi.optim}) as checkpointer:
             try:
                 checkpointer.restore()
                 raise AssertionError("restored before it was known which datapoints are here")

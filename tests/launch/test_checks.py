@@ -1,4 +1,4 @@
-"""Bad input is refused with exit status 2 before any process starts, naming what was found and the mend."""
+"""Bad input is refused with exit status 2 before any process starts, naming what was found and the fix."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from distopt.launch import checks
 from distopt.launch.cli import app
 from distopt.launch.platforms import horovodrun, mpirun
 from distopt.launch.platforms.mpi import mpi_of_horovod
+from distopt.launch.platforms.slurm.platform import SlurmPlatform
 
 TASK = "name: run\ntask: mytasks.house:House\n"
 
@@ -54,12 +55,12 @@ def refusal(folder, text: str, *args: str) -> str:
         ("name: run\nscript: nosuch.py", "run.yaml: script: nosuch.py: no such file in "),
         ("name: run\ntask: nosuch.house:House", "no module 'nosuch' for "),
         ("name: run\ntask: mytasks.hose:House", "no module 'mytasks.hose' for "),
-        ("name: run\ntask: mytasks.house.room:House", "mytasks.house is a module and no package"),
-        ("name: run\ntask: mytasks.house:Hose", "mytasks.house has no 'Hose'. Did you mean mytasks.house:House?"),
+        ("name: run\ntask: mytasks.house.room:House", "mytasks.house is a module and not a package"),
+        ("name: run\ntask: mytasks.house:Hose", "mytasks/house.py has no 'Hose'; did you mean mytasks.house:House?"),
         (TASK + "data: {global_batch: 2}\nlaunch: {workers: 3}",
-         "data.global_batch: 2 rows cannot be shared by 3 workers, each needs at least one; take data.global_batch=3"),
+         "data.global_batch: 2 rows cannot be shared by 3 workers, each needs at least one; set data.global_batch=3"),
         (TASK + "data: {global_batch: 100}\nlaunch: {workers: 3, oversubscribe: true}",
-         "data.global_batch: 100 rows cannot be divided evenly among 3 workers; take data.global_batch=99 or 102"),
+         "data.global_batch: 100 rows cannot be divided evenly among 3 workers; set data.global_batch=99 or 102"),
         (TASK + "launch: {workers: 9999}", "or launch.oversubscribe=true to let them share"),
         (TASK + "launch: {platform: kubernetes, workers: 4, kubernetes: {gpus: 1}}", "launch.kubernetes.gpus is 1"),
         (TASK + "launch: {platform: kubernetes}", "launch.kubernetes.image: missing"),
@@ -70,17 +71,17 @@ def refusal(folder, text: str, *args: str) -> str:
         (TASK + "run_dir: mytasks/house.py/run", "run_dir: mytasks/house.py is a file"),
         (TASK + "launch: {platform: horovodrun, hosts: [localhost], min_hosts: 1}",
          "launch.min_hosts: elastic Horovod cannot survive a death on a single host; name two"),
-        (TASK + "launch: {nodes: 2}", "launch.nodes: found 2, but local finds no hosts by itself; name them in"),
+        (TASK + "launch: {nodes: 2}", "launch.nodes: found 2, but local does not find hosts by itself; name them in"),
         (TASK + "launch: {secrets: [NOT_SET]}", "launch.secrets: NOT_SET is not set in your environment, from which"),
     ],
 )  # fmt: skip
-def test_bad_input_is_refused_with_its_mend(folder, text, said):
+def test_bad_input_is_refused_with_its_fix(folder, text, said):
     assert said in refusal(folder, text)
 
 
 def test_more_workers_than_gpus_of_a_slurm_node_are_refused():
     asked = ["launch.platform=slurm", "launch.workers=4", "launch.slurm={gpus_per_node: 2}"]
-    (said,) = checks._slots(parse_config(TASK, asked))
+    said = str(next(SlurmPlatform().check(parse_config(TASK, asked))))
     assert "4 on each host, but launch.slurm.gpus_per_node is 2" in said
 
 
@@ -103,13 +104,13 @@ def test_script_with_a_syntax_error_is_refused_with_its_line(folder):
 
 
 def test_task_is_found_in_the_folder_of_the_command_without_being_imported(folder):
-    assert list(checks.task_problems("mytasks.house:House")) == []
+    assert list(checks.check_task("mytasks.house:House")) == []
     assert "mytasks" not in sys.modules
 
 
 def test_task_of_a_module_that_makes_its_names_is_left_to_the_import(folder):
     (folder / "mytasks" / "made.py").write_text("from os.path import *\n")
-    assert list(checks.task_problems("mytasks.made:Anything")) == []
+    assert list(checks.check_task("mytasks.made:Anything")) == []
 
 
 def test_port_in_use_is_refused(folder):
@@ -123,7 +124,7 @@ def test_port_in_use_is_refused(folder):
 
 def test_horovod_that_is_not_installed_is_refused(folder, monkeypatch):
     monkeypatch.setattr(horovodrun, "find_spec", lambda name: None)
-    assert "Horovod was chosen, and it is not installed for " in refusal(folder, TASK + "reduce: {backend: horovod}")
+    assert "Horovod was chosen, but it is not installed for " in refusal(folder, TASK + "reduce: {backend: horovod}")
 
 
 @pytest.fixture
@@ -142,11 +143,11 @@ def mpi(monkeypatch):
 @pytest.mark.parametrize(
     ("mpirun_of", "horovod_for", "backend", "said"),
     [
-        ("Open MPI", None, "horovod", "takes Horovod, but it is not installed; `python tools/build_horovod.py`"),
-        ("Open MPI", "none", "horovod", "takes Horovod, but it was built without MPI"),
+        ("Open MPI", None, "horovod", "uses Horovod, but it is not installed; `python tools/build_horovod.py`"),
+        ("Open MPI", "none", "horovod", "uses Horovod, but it was built without MPI"),
         ("MPICH", "Open MPI", "horovod", "built for Open MPI, and mpirun is MPICH's; `python tools/build_"),
-        ("MPICH", "Open MPI", "auto", "auto takes Horovod, but it was built for Open MPI"),
-        ("Open MPI", "MPICH", "auto", "auto takes Horovod, but it was built for MPICH"),
+        ("MPICH", "Open MPI", "auto", "auto uses Horovod, but it was built for Open MPI"),
+        ("Open MPI", "MPICH", "auto", "auto uses Horovod, but it was built for MPICH"),
         ("Open MPI", "Open MPI", "horovod", ""),
         ("MPICH", "MPICH", "auto", ""),
         ("MPICH", "Open MPI", "mpi", ""),
@@ -156,23 +157,23 @@ def test_library_of_another_mpi_than_mpirun_is_refused(mpirun_of, horovod_for, b
     pytest.importorskip("mpi4py")
     mpi(mpirun_of, horovod_for)
     config = parse_config(TASK, ["launch.platform=mpirun", f"reduce.backend={backend}"])
-    found = mpirun.Platform().problems(config)
-    assert (len(found), said in "".join(found)) == (int(bool(said)), True), found
+    found = list(mpirun.MpirunPlatform().check(config))
+    assert (len(found), said in "".join(map(str, found))) == (int(bool(said)), True), found
 
 
 def test_mpi4py_that_is_missing_is_refused(mpi, monkeypatch):
     mpi("MPICH", None)
     monkeypatch.setattr(mpirun, "find_spec", lambda name: None)
-    (said,) = mpirun.Platform().problems(parse_config(TASK, ["launch.platform=mpirun"]))
-    assert "auto takes mpi4py, which is not installed; `pip install 'distopt[mpi]'`" in said
+    (said,) = mpirun.MpirunPlatform().check(parse_config(TASK, ["launch.platform=mpirun"]))
+    assert "auto uses mpi4py, which is not installed; `pip install 'distopt[mpi]'`" in str(said)
 
 
 def test_horovodrun_over_mpich_is_refused_with_what_starts_it(mpi):
     mpi("MPICH", "MPICH")
-    found = horovodrun.Platform().problems(
+    found = horovodrun.HorovodrunPlatform().check(
         parse_config(TASK, ["launch.platform=horovodrun", "launch.horovod_controller=mpi"])
     )
-    assert "set launch.platform=mpirun, which starts Horovod over MPICH" in "".join(found)
+    assert "set launch.platform=mpirun, which starts Horovod over MPICH" in "".join(map(str, found))
 
 
 def test_mpi_of_horovod_is_the_one_that_its_library_loads():
@@ -208,7 +209,7 @@ def test_code_that_may_be_in_the_image_alone_is_a_warning(code, warned, folder, 
 
 def test_code_that_is_here_is_checked_for_the_image_too(folder):
     said = refusal(folder, f"name: run\ntask: mytasks.house:Hose\n{KUBERNETES}")
-    assert "mytasks.house has no 'Hose'. Did you mean mytasks.house:House?" in said
+    assert "mytasks/house.py has no 'Hose'; did you mean mytasks.house:House?" in said
 
 
 def test_port_of_pods_may_be_in_use_here(folder):

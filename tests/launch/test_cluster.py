@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from distopt.launch import runs
 from distopt.launch.cli import app
-from distopt.launch.platforms.kubernetes.job import Cluster, ClusterError, _place
+from distopt.launch.jobs import PlatformError
+from distopt.launch.platforms.kubernetes.job import KubernetesJob, _place
 from distopt.launch.platforms.kubernetes.manifests import manifests
 from tests.launch.api_server import Server
 from tests.launch.kubernetes_config import BASE, KINDS, config_of
@@ -36,9 +37,9 @@ def api(server):
         yield api
 
 
-def cluster_of(kind: str, api) -> Cluster:
+def cluster_of(kind: str, api) -> KubernetesJob:
     config = config_of(kind)
-    return Cluster(config, manifests(config), api)
+    return KubernetesJob(config, manifests(config), api)
 
 
 def create_pod(api, name: str) -> None:
@@ -49,7 +50,7 @@ def create_pod(api, name: str) -> None:
     CoreV1Api(api).create_namespaced_pod("default", pod)
 
 
-def write_status(cluster: Cluster, status: dict) -> None:
+def write_status(cluster: KubernetesJob, status: dict) -> None:
     """Does what the controller of the run's kind would do."""
     from kubernetes.client import CustomObjectsApi
 
@@ -74,7 +75,7 @@ def test_run_is_submitted_asked_about_and_stopped(kind, api):
 
 def test_run_is_stopped_on_a_server_that_answers_with_a_status_where_later_ones_give_the_object(api):
     config = config_of("job", "name=old")
-    cluster = Cluster(config, manifests(config), api)
+    cluster = KubernetesJob(config, manifests(config), api)
     cluster.submit()
     cluster.stop()
     assert cluster.state().phase == "unknown"
@@ -115,7 +116,7 @@ def test_commands_submit_a_run_ask_about_it_read_it_and_stop_it(distopt, api):
     assert distopt("logs", "flights", "--follow") == (0, "step 1\n", "")
     # The object of a run that has ended keeps its name.
     status, _, said = distopt("launch", "run.yaml")
-    assert (status, "the engine has a run flights already (done); `distopt stop runs/flights`" in said) == (2, True)
+    assert (status, "kubernetes already has a run flights (done); `distopt stop runs/flights`" in said) == (2, True)
     assert distopt("stop", "flights") == (0, "stopped\tthere is no Job flights in namespace default\n", "")
     assert distopt("stop", "flights") == (0, "unknown\tthere is no Job flights in namespace default\n", "")
     assert distopt("status")[1].startswith("runs/flights\tunknown\tthere is no Job flights")
@@ -140,7 +141,7 @@ def test_machine_without_a_kubeconfig_is_refused(distopt, tmp_path):
 def test_second_run_of_the_same_name_is_refused_and_the_first_stays(api):
     cluster = cluster_of("job", api)
     cluster.submit()
-    with pytest.raises(ClusterError, match=r"409 Conflict.*`distopt stop flights` removes them"):
+    with pytest.raises(PlatformError, match=r"409 Conflict.*`distopt stop flights` removes them"):
         cluster.submit()
     assert cluster.state().phase == "pending"
 
@@ -173,7 +174,7 @@ def test_failed_run_names_the_pod_that_died_first_its_node_and_of_what(how, said
 SPEC = {"nodeName": "node1", "containers": [{"name": "worker", "image": "x"}]}
 
 
-def add_pod(cluster: Cluster, name: str, second: int, status: dict, **labels: str) -> None:
+def add_pod(cluster: KubernetesJob, name: str, second: int, status: dict, **labels: str) -> None:
     """Does what the controller of the run's kind and a kubelet would do."""
     from kubernetes.client import CoreV1Api
 
@@ -246,5 +247,5 @@ def test_cluster_that_is_not_there_is_named():
     client = pytest.importorskip("kubernetes.client")
     with client.ApiClient(client.Configuration(host="http://127.0.0.1:9")) as api:
         api.rest_client.pool_manager.connection_pool_kw["retries"] = False
-        with pytest.raises(ClusterError, match="the cluster cannot be reached"):
+        with pytest.raises(PlatformError, match="the cluster cannot be reached"):
             cluster_of("job", api).state()

@@ -1,4 +1,4 @@
-"""`distopt doctor`: what it finds here is so, and what is broken has the command that mends it."""
+"""`distopt doctor`: what it finds here is so, and what is broken has the command that fixes it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from distopt.config import parse_config
-from distopt.launch import doctor, network
+from distopt.launch import doctor
+from distopt.launch.worker import network
 
 
 def run_config(*overrides: str):
@@ -26,36 +27,36 @@ def test_doctor_finds_what_is_installed_and_that_workers_reach_one_another(tmp_p
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = {line["subject"]: line for line in json.loads(done.stdout)}
-    assert found["pyro-ppl"] == {"subject": "pyro-ppl", "verdict": "ok", "said": version("pyro-ppl"), "mend": ""}
-    assert "gloo" in found["torch.distributed"]["said"]
-    assert found["all-reduce"]["verdict"] == "ok"
+    assert found["pyro-ppl"] == {"subject": "pyro-ppl", "message": version("pyro-ppl"), "fix": "", "severity": "ok"}
+    assert "gloo" in found["torch.distributed"]["message"]
+    assert found["all-reduce"]["severity"] == "ok"
 
 
-def test_port_in_use_is_a_warning_with_its_mend():
+def test_port_in_use_is_a_warning_with_its_fix():
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         finding = doctor._port(run_config(f"launch.port={taken.getsockname()[1]}"))
-    assert (finding.verdict, finding.mend) == ("warning", "launch.port=29500")
+    assert (finding.severity, finding.fix) == ("warning", "launch.port=29500")
 
 
 def test_folder_that_cannot_be_written_to_is_a_failure():
-    finding = doctor._folder(run_config("run_dir=/proc/runs"))
-    assert finding.verdict == "failure"
-    assert "choose another run_dir" in str(finding)
+    finding = doctor._run_dir(run_config("run_dir=/proc/runs"))
+    assert finding.severity == "failure"
+    assert finding.fix == "choose another run_dir"
 
 
 def test_host_that_is_this_machine_has_its_clock_and_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = doctor._hosts(run_config("launch.hosts=[localhost]"))
-    assert [one.verdict for one in found] == ["ok", "ok", "ok"]
+    assert [one.severity for one in found] == ["ok", "ok", "ok"]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_host_that_resolves_nowhere_is_a_failure(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (finding,) = doctor._hosts(run_config("launch.hosts=[nosuch.invalid]"))
-    assert finding.verdict == "failure" and "resolves to no address" in finding.said
+    assert finding.severity == "failure" and "resolves to no address" in finding.message
 
 
 def test_interface_is_the_one_that_has_the_hosts_address():
@@ -69,7 +70,7 @@ from distopt.config import load_config
 from distopt.launch import doctor
 config = load_config("run.yaml")
 found = doctor._hosts(config)
-print(json.dumps([dataclasses.asdict(one) for one in [*found, doctor._all_reduce_of_hosts(config, found)]]))
+print(json.dumps([dataclasses.asdict(one) for one in [*found, doctor._all_reduce_over_hosts(config, found)]]))
 """
 
 
@@ -90,9 +91,9 @@ def test_hosts_in_good_order_are_found_so_and_reduce_together(hosts, tmp_path):
     # Without what doctor says of this machine, which takes as long again and has a test of its own above.
     _, found = examined(hosts, tmp_path, hosts.folder / "ssh_config", "dh1, dh2, dh3", "-c", OF_HOSTS)
     for name in ("dh1", "dh2", "dh3"):
-        assert [found[subject]["verdict"] for subject in (name, f"{name} clock", f"{name} folder")] == ["ok"] * 3
+        assert [found[subject]["severity"] for subject in (name, f"{name} clock", f"{name} folder")] == ["ok"] * 3
     done = found["all-reduce over hosts"]
-    assert (done["verdict"], done["said"].startswith("3 hosts: ")) == ("ok", True), done
+    assert (done["severity"], done["message"].startswith("3 hosts: ")) == ("ok", True), done
 
 
 def test_host_with_another_clock_and_folder_and_one_out_of_reach_are_failures(hosts, tmp_path):
@@ -106,19 +107,21 @@ def test_host_with_another_clock_and_folder_and_one_out_of_reach_are_failures(ho
         command = ["-m", "distopt.launch", "doctor", "run.yaml", "--json"]
         status, found = examined(hosts, tmp_path, settings, "dh1, dh2, 10.88.0.77", *command)
     assert status == 1
-    assert found["dh2"]["verdict"] == "ok"
-    assert found["dh2 clock"]["verdict"] == "failure" and found["dh2 clock"]["said"] == "120.0 s apart"
-    assert found["dh2 folder"]["verdict"] == "failure" and "not the same folder" in found["dh2 folder"]["said"]
-    assert found["10.88.0.77"]["verdict"] == "failure" and "10.88.0.77 cannot be asked" in found["10.88.0.77"]["said"]
-    assert found["all-reduce over hosts"]["verdict"] == "warning"
+    assert found["dh2"]["severity"] == "ok"
+    assert found["dh2 clock"]["severity"] == "failure" and found["dh2 clock"]["message"] == "120.0 s apart"
+    assert found["dh2 folder"]["severity"] == "failure" and "not the same folder" in found["dh2 folder"]["message"]
+    assert (
+        found["10.88.0.77"]["severity"] == "failure" and "10.88.0.77 cannot be asked" in found["10.88.0.77"]["message"]
+    )
+    assert found["all-reduce over hosts"]["severity"] == "warning"
 
 
-def test_horovod_that_was_built_for_another_mpi_is_a_warning_with_the_build_that_mends_it(tmp_path, monkeypatch):
+def test_horovod_that_was_built_for_another_mpi_is_a_warning_with_the_build_that_fixes_it(tmp_path, monkeypatch):
     program = tmp_path / "mpirun"  # what MPICH's says of itself
     program.write_text("#!/bin/sh\nprintf 'HYDRA build details:\\n    Version:      5.0.2\\n'\n")
     program.chmod(0o755)
     monkeypatch.setattr(doctor, "find_mpirun", lambda: str(program))
     monkeypatch.setattr(doctor, "mpi_of_horovod", lambda: "Open MPI")
     finding = doctor._mpi()
-    assert (finding.verdict, finding.mend) == ("warning", "python tools/build_horovod.py")
-    assert finding.said == f"mpirun (MPICH) 5.0.2 at {program}, but Horovod was built for Open MPI"
+    assert (finding.severity, finding.fix) == ("warning", "python tools/build_horovod.py")
+    assert finding.message == f"mpirun (MPICH) 5.0.2 at {program}, but Horovod was built for Open MPI"

@@ -17,8 +17,10 @@ import pytest
 
 from distopt.launch import failure_report
 from distopt.launch.worker import elastic, events, horovod_driver, terminal
-from distopt.launch.worker.supervisor import LAST_WORDS_BYTES, place
+from distopt.launch.worker.supervisor import LAST_WORDS_BYTES
+from distopt.launchers import TERMINAL_VARIABLE
 from tests.launch.launching import wait_until
+from tests.test_launchers import exported, horovodrun, mpich, open_mpi, srun, torchrun
 
 TIMEOUT_S = 30
 HEADER = "--- 2026-01-01T00:00:00.000+00:00 rank 0 of 2, attempt 0\nTraceback (most recent call last):\n"
@@ -39,16 +41,26 @@ def endings(folder: Path) -> list[dict]:
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        ({}, (0, 1)),
-        ({"RANK": "1", "WORLD_SIZE": "4", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, (1, 4)),
-        ({"HOROVOD_RANK": "2", "HOROVOD_SIZE": "3"}, (2, 3)),
-        ({"OMPI_COMM_WORLD_RANK": "2", "OMPI_COMM_WORLD_SIZE": "3"}, (2, 3)),
-        ({"PMI_RANK": "5", "PMI_SIZE": "6"}, (5, 6)),
-        ({"SLURM_PROCID": "7", "SLURM_NTASKS": "8"}, (7, 8)),
+        ({}, "rank 0 of 1"),
+        (torchrun(1, 4) | srun(0, 2), "rank 1 of 4"),
+        (horovodrun(2, 3), "rank 2 of 3"),
+        (exported(0, 2) | open_mpi(1, 4), "rank 1 of 4"),
+        (mpich(5, 6), "rank 5 of 6"),
+        (srun(7, 8), "rank 7 of 8"),
     ],
 )
-def test_place_is_read_from_whichever_engine_started_the_worker(env, expected):
-    assert place(env) == expected
+def test_rank_is_read_from_whichever_launcher_started_the_worker(env, expected, tmp_path):
+    assert guard(tmp_path, "", env).wait(TIMEOUT_S) == 0
+    (log,) = (tmp_path / "run/logs").glob("rank-*.log")
+    assert expected in log.read_text()
+
+
+def test_rank_that_makes_no_sense_is_refused(tmp_path):
+    refused = guard(tmp_path, "", torchrun(4, 4), stderr=subprocess.PIPE, text=True)
+    _, message = refused.communicate(timeout=TIMEOUT_S)
+    assert refused.returncode == 2
+    assert message.startswith("distopt: torchrun says RANK='4' of WORLD_SIZE='4'")
+    assert not (tmp_path / "run").exists()
 
 
 def test_output_of_every_kind_is_in_the_log_and_the_exit_status_is_the_workers(tmp_path):
@@ -64,14 +76,14 @@ def test_death_by_signal_is_written_down_and_told_as_a_shell_does(tmp_path):
 
 
 def test_world_of_another_size_than_asked_for_is_refused(tmp_path):
-    env = {"DISTOPT_WORLD_SIZE": "2", "RANK": "0", "WORLD_SIZE": "1"}
+    env = {"DISTOPT_WORLD_SIZE": "2", **torchrun(0, 1)}
     assert guard(tmp_path, "print('trained')", env).wait(TIMEOUT_S) == 3
     log = (tmp_path / "run/logs/rank-0.log").read_text()
     assert "the engine started 1 workers, 2 were asked for" in log and "trained" not in log
 
 
 def test_world_of_any_size_that_is_allowed_runs(tmp_path):
-    env = {"DISTOPT_WORLD_SIZE": "1:3", "RANK": "0", "WORLD_SIZE": "2"}
+    env = {"DISTOPT_WORLD_SIZE": "1:3", **torchrun(0, 2)}
     assert guard(tmp_path, "").wait(TIMEOUT_S) == 0
     assert guard(tmp_path, "", env).wait(TIMEOUT_S) == 0
 
@@ -104,7 +116,7 @@ def test_rank_0_has_the_terminal_and_its_log_has_plain_lines(tmp_path):
         "print('\\x1b[32mstep 1\\x1b[0m', end='\\r'); print('\\x1b[2Kstep 2')"
     )
     terminal.fcntl.ioctl(theirs, terminal.termios.TIOCSWINSZ, b"\x18\x00\x47\x00" + b"\0" * 4)
-    env = {terminal.VARIABLE: f"{os.uname().nodename}:{os.ttyname(theirs)}"}
+    env = {TERMINAL_VARIABLE: f"{os.uname().nodename}:{os.ttyname(theirs)}"}
     try:
         assert guard(tmp_path, code, env).wait(TIMEOUT_S) == 0
         drawn = os.read(ours, 65536)
@@ -273,10 +285,10 @@ def test_last_words_of_a_worker_that_died_are_left_where_a_pod_s_kubelet_reads_t
     words.touch()
     command = [sys.executable, "-c", f"print('é' * {LAST_WORDS_BYTES}); raise ValueError('boom')"]
     script = (
-        "import sys; from pathlib import Path; from distopt.launch import guard\n"
-        f"guard.LAST_WORDS = Path('termination-log'); sys.exit(guard.main(['run', '--', *{command!r}]))"
+        "import sys; from pathlib import Path; from distopt.launch.worker import supervisor\n"
+        f"supervisor.LAST_WORDS = Path('termination-log'); sys.exit(supervisor.main(['run', '--', *{command!r}]))"
     )
-    env = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
+    env = {**os.environ, **torchrun(1, 2)}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, timeout=TIMEOUT_S)
     assert done.returncode == 1
     text = words.read_text()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distopt.config import parse_config
-from distopt.launch.platforms import platform
+from distopt.launch.platforms import load_platform
 from distopt.launch.platforms.kubernetes import manifests as module
 from distopt.launch.platforms.kubernetes.manifests import manifests
 from tests.launch.kubernetes_config import BASE, KINDS, config_of
@@ -24,9 +24,9 @@ CRDS = Path(__file__).parents[3] / "shared" / "crds"
 @pytest.mark.parametrize("kind", KINDS)
 def test_manifest_is_the_golden_one(kind, golden, monkeypatch):
     config = config_of(kind)
-    assert platform("kubernetes").problems(config) == []
+    assert list(load_platform("kubernetes").check(config)) == []
     monkeypatch.setattr(module, "dump_yaml", lambda config: "the configuration")  # any new key would change it
-    plan = platform("kubernetes").plan(config)
+    plan = load_platform("kubernetes").plan(config)
     (text,) = [text for path, text in plan.files.items() if path.name == "manifest.yaml"]
     golden(f"kubernetes-{kind}.yaml", text)
 
@@ -161,8 +161,8 @@ def test_trainjob_sets_nothing_that_the_operator_sets():
     ],
 )
 def test_bad_input_is_refused(overrides, said):
-    found = platform("kubernetes").problems(parse_config(BASE, overrides))
-    assert said in "\n".join(found)
+    found = load_platform("kubernetes").check(parse_config(BASE, overrides))
+    assert said in "\n".join(map(str, found))
 
 
 def test_configuration_reaches_the_worker_through_its_variable(monkeypatch):

@@ -75,7 +75,7 @@ def test_library_of_another_mpi_is_refused_since_its_world_falls_apart(mpich, st
     write_config(tmp_path, more="reduce: {backend: mpi}")
     run = start(f"script={SUM}", "script_args=['0']", "launch.env={SUM_BACKEND: horovod}", python=mpich)
     assert run.wait() == 1
-    assert "mpirun (MPICH) started 2 workers, but this one finds a world of 1 over horovod" in run.err
+    assert "mpirun (MPICH) started 2 workers, but this one is in a world of 1 over horovod" in run.err
 
 
 def test_signal_reaches_each_worker_once_and_all_save_and_end(mpich, start, tmp_path):

@@ -18,7 +18,7 @@ from distopt.config.launch import SECRET_NAME
 from distopt.launch import ssh
 from distopt.launch.cli import app
 from distopt.launch.plan import Command, Plan
-from distopt.launch.platforms import mpirun, platform
+from distopt.launch.platforms import load_platform, mpirun
 from distopt.launch.platforms.slurm import platform as slurm
 
 BASE = "name: flights\ntask: distopt.examples.flights:Flights\ndata: {global_batch: 4096}\n"
@@ -50,7 +50,7 @@ def test_plan_is_the_golden_one(name, golden, monkeypatch):
     monkeypatch.setattr(mpirun, "is_mpich", lambda program: name.endswith("mpich"))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     config = parse_config(BASE, PLANS[name])
-    plan = platform(config.launch.platform).plan(config)
+    plan = load_platform(config.launch.platform).plan(config)
     # Without the configuration, which every new key of any section would change.
     plan = replace(plan, files={path: text for path, text in plan.files.items() if path.name != "config.yaml"})
     golden(f"{name}.txt", str(plan))

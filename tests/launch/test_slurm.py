@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from distopt.config import parse_config
-from distopt.launch.platforms import platform
+from distopt.launch.platforms import load_platform
 from tests.launch import order_task, slurm
 from tests.launch.launching import wait_until, write_config
 
@@ -39,14 +39,14 @@ pytestmark = pytest.mark.timeout(240)
     ],
 )  # fmt: skip
 def test_job_is_the_golden_one(name, overrides, golden):
-    golden(f"slurm-{name}.txt", str(platform("slurm").plan(parse_config(BASE, overrides))).split("END\n\n", 1)[1])
+    golden(f"slurm-{name}.txt", str(load_platform("slurm").plan(parse_config(BASE, overrides))).split("END\n\n", 1)[1])
 
 
 @pytest.mark.parametrize("name", ["torchrun", "mpi"])
 def test_job_is_one_that_bash_can_read(name, tmp_path):
     backend = {"torchrun": "torch_dist", "mpi": "mpi"}[name]
     odd = parse_config(BASE, [f"reduce.backend={backend}", 'launch.env={ODD: "\'; touch canary; $(id) \\" é"}'])
-    plan = platform("slurm").plan(odd)
+    plan = load_platform("slurm").plan(odd)
     (script,) = [text for path, text in plan.files.items() if path.name == "job.sh"]
     check = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, timeout=30)
     assert (check.returncode, check.stderr) == (0, "")
@@ -98,7 +98,7 @@ def test_detached_run_is_asked_read_and_stopped_with_its_workers_saved(submit, t
     wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 3, "all workers ready")
     assert "\trunning\t" in distopt(cluster, tmp_path, "status").stdout
     second = distopt(cluster, tmp_path, "launch", "run.yaml", "launch.workers=1", "launch.nodes=3")
-    assert (second.returncode, "the engine has a run run already (running, job" in second.stderr) == (2, True)
+    assert (second.returncode, "slurm already has a run run (running, job" in second.stderr) == (2, True)
     assert "rank 2 does wait" in distopt(cluster, tmp_path, "logs", "run", "--rank", "2").stdout
     stopped = distopt(cluster, tmp_path, "stop", "run")
     assert stopped.stdout.startswith("stopped\t"), stopped.stdout + stopped.stderr
@@ -149,7 +149,7 @@ def assert_requeued_resumed_and_done(cluster, run, number: str, folder: Path) ->
 
     wait_until(done, "the job done", 120)
     assert json.loads((folder / "mean.json").read_text()) == pytest.approx(order_task.expected_mean(NUM_STEPS), 1e-9)
-    assert "going on after step" in run.log(0)
+    assert "resuming from step" in run.log(0)
     assert "requeued 1 times" in distopt(cluster, folder, "status", "run").stdout
 
 
@@ -177,7 +177,7 @@ def test_job_that_must_yield_saves_its_last_step_and_resumes_from_there(how, ord
     wait_until(lambda: "stopped after step" in run.log(0), "a last checkpoint", 60)
     assert_requeued_resumed_and_done(cluster, run, number, tmp_path)
     (stopped,) = re.findall(r"stopped after step (\d+)", run.log(0))
-    assert re.findall(r"going on after step (\d+)", run.log(0)) == [stopped]
+    assert re.findall(r"resuming from step (\d+)", run.log(0)) == [stopped]
 
 
 @pytest.mark.parametrize("backend", ["mpi", pytest.param("horovod", marks=pytest.mark.slow)])

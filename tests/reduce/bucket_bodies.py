@@ -11,7 +11,7 @@ from pyro.infer.util import zero_grads
 from torch import Tensor
 
 from distopt.backends import current
-from distopt.optim import SGD, Adam, DistributedOptimizer
+from distopt.optim import SGD, Adam, DistributedOptimizer, ReduceOptions
 from distopt.reduce import layout
 from distopt.reduce.messages import NUM_SLOTS
 from tests.reduce.option_bodies import schedules_agree_on_the_averaged_metric, sparse_gradients_cross_as_sparse
@@ -35,18 +35,17 @@ def buckets_groups_and_factors_change_nothing() -> Values:
     values = []
     for option in options:
         pyro.clear_param_store()
-        optim = DistributedOptimizer(SGD({"lr": 1.0}), **option)  # type: ignore[arg-type]
+        optim = DistributedOptimizer(SGD({"lr": 1.0}), reduce=ReduceOptions(**option))  # type: ignore[arg-type]
         for i in range(5):
             pyro.param(f"p{i}", torch.zeros(10 * i + 1))
         for step in range(3):
-            optim.local_loss = 1.0
             touched = [i for i in range(5) if (i + step + rank) % 3]
-            step_with(optim, {f"p{i}": by_rank(10 * step + i, 10 * i + 1)[rank] for i in touched})
+            step_with(optim, {f"p{i}": by_rank(10 * step + i, 10 * i + 1)[rank] for i in touched}, loss=1.0)
         values.append(store_values())
     for other in values[1:]:
         for name, value in other.items():
             torch.testing.assert_close(torch.tensor(value), torch.tensor(values[0][name]))
-    total = DistributedOptimizer(SGD({"lr": 1.0}), op="sum")
+    total = DistributedOptimizer(SGD({"lr": 1.0}), reduce=ReduceOptions(op="sum"))
     pyro.param("sum", torch.zeros(2))
     step_with(total, {"sum": torch.ones(2)})
     assert unconstrained("sum").eq(-size).all()
@@ -59,7 +58,7 @@ def buckets_start_during_backward() -> Values:
     Two backward passes before a call are noticed in the first step that has the buckets.
     """
     rank, size = current().rank, current().world_size
-    optim = DistributedOptimizer(SGD({"lr": 1.0}), overlap=True, bucket_mib=0.0001)
+    optim = DistributedOptimizer(SGD({"lr": 1.0}), reduce=ReduceOptions(overlap=True, bucket_mib=0.0001))
     names = [f"p{i}" for i in range(5)]
     for step in range(5):
         left_out = names[2] if step == 3 and rank == 0 else None
@@ -120,7 +119,7 @@ def gradients_survive_a_round_that_is_made_again() -> Values:
     for clear_of in (lambda _: zero_grads, lambda _: _zero_in_place, lambda optim: optim.zero_grad):
         for bucket_mib in (25.0, 3.0):
             pyro.clear_param_store()
-            optim = DistributedOptimizer(SGD({"lr": 1.0}), bucket_mib=bucket_mib)
+            optim = DistributedOptimizer(SGD({"lr": 1.0}), reduce=ReduceOptions(bucket_mib=bucket_mib))
             _train_while_others_have_news(optim, clear_of(optim), shapes)
             assert optim.reducer.layout.looks_first == (bucket_mib == 3.0)
     return {"bias": unconstrained("bias").tolist()}
@@ -128,7 +127,7 @@ def gradients_survive_a_round_that_is_made_again() -> Values:
 
 def large_models_look_before_they_send() -> None:
     """A small all-reduce and one for each bucket; a round with news sends nothing large."""
-    optim = DistributedOptimizer(SGD({"lr": 1.0}), bucket_mib=3.0)
+    optim = DistributedOptimizer(SGD({"lr": 1.0}), reduce=ReduceOptions(bucket_mib=3.0))
     gradients: dict[str, Tensor | None] = {}
     for name in ("a", "b", "c"):
         pyro.param(name, torch.zeros(500_000))

@@ -40,8 +40,8 @@ def process_groups_average_alone() -> None:
     for _ in range(2):  # the second world finds what the first has left in the store, which is closed by then
         pyro.clear_param_store()
         optim = DDPOptimizer(SGD({"lr": 1.0}), process_group=groups[rank // 2])
-        optim.backend._watch._look()  # what its thread does twice a second
-        assert optim.backend._watch.failure is None
+        optim.backend._heartbeat._read_failure()  # what its thread does twice a second
+        assert optim.backend._heartbeat.failure is None
         _average_alone(optim, rank // 2)
     pyro.clear_param_store()
     whole = DDPOptimizer(SGD({"lr": 1.0}), bucket_cap_mb=1.0)

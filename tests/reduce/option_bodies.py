@@ -20,6 +20,7 @@ from distopt.optim import (
     MultiOptimizer,
     Newton,
     PyroLRScheduler,
+    ReduceOptions,
     SparseAdam,
     TorchMultiOptimizer,
 )
@@ -32,15 +33,14 @@ def sixteen_bits_stay_close_to_the_mean() -> Values:
     """Errors below 2^-10 and 2^-7 of the largest gradient, control slots exact, large float16 sums finite."""
     rank, size = current().rank, current().world_size
     for compression, bits in (("fp16", 10), ("bf16", 7)):
-        optim = DistributedOptimizer(SGD({"lr": 1.0}), compression=compression)
+        optim = DistributedOptimizer(SGD({"lr": 1.0}), reduce=ReduceOptions(compression=compression))
         pyro.param(compression, torch.zeros(300))
         gradients = by_rank(1, 300)
-        optim.local_loss = 1.0 + rank / 3
-        step_with(optim, {compression: gradients[rank]})
+        info = step_with(optim, {compression: gradients[rank]}, loss=1.0 + rank / 3)
         mean = torch.stack(gradients).mean(0)
         error = (unconstrained(compression) + mean).abs().max()
         assert 0 < error <= 2.0**-bits * torch.stack(gradients).abs().max()
-        assert optim.mean_loss == pytest.approx(1.0 + (size - 1) / 6, rel=1e-6)
+        assert info.loss == pytest.approx(1.0 + (size - 1) / 6, rel=1e-6)
     optim = HorovodOptimizer(SGD({"lr": 1.0}), compression="fp16")
     pyro.param("large", torch.zeros(2))
     step_with(optim, {"large": torch.full((2,), 60000.0)})
@@ -51,7 +51,7 @@ def sixteen_bits_stay_close_to_the_mean() -> Values:
 def power_sgd_converges_by_its_error_feedback() -> Values:
     """A fixed full-rank gradient arrives in full over some steps; a low-rank one at once; vectors are exact."""
     rank = current().rank
-    optim = DistributedOptimizer(SGD({"lr": 1.0}), compression="powersgd", power_sgd_rank=2)
+    optim = DistributedOptimizer(SGD({"lr": 1.0}), reduce=ReduceOptions(compression="powersgd", power_sgd_rank=2))
     for name, shape in (("full", (12, 10)), ("low", (12, 10)), ("vector", (7,))):
         pyro.param(name, torch.zeros(shape))
     column, rows, vectors = noise(5, 12, 1), by_rank(2, 1, 10), by_rank(3, 7)
@@ -82,7 +82,7 @@ def power_sgd_keeps_its_errors_while_parameters_come_and_go() -> Values:
         pyro.clear_param_store()
         for name in ("x", "y"):
             pyro.param(name, torch.zeros(12, 10))
-        optim = DistributedOptimizer(SGD({"lr": 1.0}), compression="powersgd", power_sgd_rank=1)
+        optim = DistributedOptimizer(SGD({"lr": 1.0}), reduce=ReduceOptions(compression="powersgd", power_sgd_rank=1))
         for step in range(8):
             step_with(optim, {"x": gradient})
             if disturbed:
@@ -104,7 +104,7 @@ def power_sgd_keeps_its_errors_while_parameters_come_and_go() -> Values:
 def adasum_follows_its_formula() -> Values:
     """The paper's recursion, written plainly in float64; equal gradients give their mean, orthogonal ones the sum."""
     rank, size = current().rank, current().world_size
-    optim = DistributedOptimizer(SGD({"lr": 1.0}), op="adasum")
+    optim = DistributedOptimizer(SGD({"lr": 1.0}), reduce=ReduceOptions(op="adasum"))
     gradients = {name: by_rank(seed, *shape) for seed, (name, shape) in enumerate([("a", (5,)), ("b", (2, 3))])}
     for name, each in gradients.items():
         pyro.param(name, torch.zeros(each[0].shape))
@@ -136,7 +136,8 @@ def sparse_gradients_cross_as_sparse() -> Values:
     for densify in (False, True):
         pyro.clear_param_store()
         optim = DistributedOptimizer(
-            SGD({"lr": 1.0}) if densify else SparseAdam({"lr": 0.1}), sparse_as_dense=densify, bucket_mib=1.0
+            SGD({"lr": 1.0}) if densify else SparseAdam({"lr": 0.1}),
+            reduce=ReduceOptions(sparse_as_dense=densify, bucket_mib=1.0),
         )
         pyro.param("table", torch.zeros(20, 3))
         pyro.param("dense", torch.zeros(2))
@@ -201,7 +202,7 @@ def drift_is_found_and_named() -> list[str]:
     messages = []
     for where in ("value", "state"):
         pyro.clear_param_store()
-        optim = DistributedOptimizer(Adam({"lr": 0.1}), drift_every_steps=2)
+        optim = DistributedOptimizer(Adam({"lr": 0.1}), reduce=ReduceOptions(drift_every_steps=2))
         for name in ("a", "b", "c"):
             pyro.param(name, torch.ones(50))
         for step in range(6):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distopt.backends import current
-from distopt.optim import PyroOptim
+from distopt.optim import DistributedOptimizer, StepInfo
 
 Values = dict[str, Any]
 
@@ -22,17 +22,18 @@ def store_values() -> Values:
     return {name: torch.view_as_real(p).tolist() if p.is_complex() else p.tolist() for name, p in sorted(named)}
 
 
-def step_with(optim: PyroOptim, gradients: Mapping[str, Tensor | None]) -> None:
+def step_with(optim: DistributedOptimizer, gradients: Mapping[str, Tensor | None], **shared: Any) -> StepInfo:
     """One optimizer call as SVI makes it: a set of parameters with gradients, replaced by zeros afterwards."""
     params = set()
     for name, gradient in gradients.items():
         param = pyro.param(name).unconstrained()
         param.grad = gradient
         params.add(param)
-    optim(params)
+    info = optim.step_with(params, **shared)
     for param in params:
         if param.grad is not None:
             param.grad = torch.zeros_like(param.grad)
+    return info
 
 
 def noise(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

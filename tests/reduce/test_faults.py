@@ -12,13 +12,13 @@ TIMEOUT_S = 4.0
 # What strikes rank 1 at step 3 -> what rank 0 must say.
 SAID = {
     "raises": "rank 1 failed first, at step 3 in phase 'model': ValueError: a bad row in the data",
-    "is killed": "Missing: rank 1 (stopped or unreachable; last seen at step",
-    "is stopped": "Missing: rank 1 (stopped or unreachable; last seen at step",
+    "is killed": "waiting for rank 1 (stopped or unreachable; last seen at step",
+    "is stopped": "waiting for rank 1 (stopped or unreachable; last seen at step",
     "leaves out a step of its loop": (
         "the ranks are at different calls of the optimizer: rank 0: step 3 (gradient), rank 1: step 4 (gradient)"
     ),
-    "leaves out a call": "rank 1 has left the run after step 5, and the others still wait for it",
-    "exits": "rank 1 has left the run after step 3, and the others still wait for it",
+    "leaves out a call": "rank 1 exited after step 5 while other ranks were still waiting for it",
+    "exits": "rank 1 exited after step 3 while other ranks were still waiting for it",
 }
 
 

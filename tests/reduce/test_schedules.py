@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distopt.backends import current
-from distopt.optim import Adam, DistributedOptimizer
+from distopt.optim import Adam, DistributedOptimizer, ReduceOptions
 from distopt.reduce import layout
 from tests import workers
 from tests.reduce.steps import noise, step_with, store_values
@@ -30,7 +30,7 @@ schedules = st.lists(
 def follow(schedule: Schedule, options: dict[str, Any], is_large: bool) -> list[dict[str, Any]]:
     """Steps by a schedule: [step][rank] -> names touched, in the order of creation; returns the store after each."""
     rank = current().rank
-    optim = DistributedOptimizer(Adam({"lr": 0.1}), **options)
+    optim = DistributedOptimizer(Adam({"lr": 0.1}), reduce=ReduceOptions(**options))
     stores = []
     with pytest.MonkeyPatch.context() as patch:
         if is_large:

@@ -17,7 +17,7 @@ from torch.distributions import constraints
 
 import distopt.infer
 from distopt.backends import current
-from distopt.optim import SGD, Adam, DistributedOptimizer
+from distopt.optim import SGD, Adam, DistributedOptimizer, ReduceOptions, StepInfo
 from distopt.reduce import DisagreementError, PeerError
 from tests.reduce.steps import Values, noise, step_with, store_values, unconstrained
 
@@ -50,11 +50,10 @@ def uneven_data_is_averaged_over_active_ranks() -> Values:
             if step == size:
                 pyro.param("late", torch.ones(1), constraint=constraints.positive)
                 gradients["late"] = torch.ones(1)
-            optim.local_loss = float(rank)
-            step_with(optim, gradients)
+            info = step_with(optim, gradients, loss=float(rank))
             active = [r for r in range(size) if step < 2 + r]
-            assert optim.num_active == len(active)
-            assert optim.mean_loss == sum(active) / len(active)
+            assert info.num_active == len(active)
+            assert info.loss == sum(active) / len(active)
     expected = 0.0
     for step in range(size + 1):
         active = [r for r in range(size) if step < 2 + r]
@@ -98,30 +97,30 @@ def second_optimizer_inside_a_join_is_refused() -> Values:
 def several_calls_make_one_step() -> Values:
     """Gradients of three calls are added up, whichever parameters each of them touched."""
     rank, size = current().rank, current().world_size
-    optim = DistributedOptimizer(SGD({"lr": 1.0}), backward_passes_per_step=3)
+    optim = DistributedOptimizer(SGD({"lr": 1.0}), reduce=ReduceOptions(backward_passes_per_step=3))
     pyro.param("x", torch.zeros(2))
     pyro.param("y", torch.zeros(2))
     for call in range(6):
-        optim.local_loss = float(call)
-        step_with(optim, {"x" if call % 3 else "y": torch.full((2,), float(rank + call))})
+        gradients: dict[str, Tensor | None] = {"x" if call % 3 else "y": torch.full((2,), float(rank + call))}
+        info = step_with(optim, gradients, loss=float(call))
+        assert call % 3 == 2 or info == StepInfo()
         assert (unconstrained("x").eq(0).all() and unconstrained("y").eq(0).all()) == (call < 2)
     mean = (size - 1) / 2
     torch.testing.assert_close(unconstrained("x"), torch.full((2,), -(4 * mean + 1 + 2 + 4 + 5)))
     torch.testing.assert_close(unconstrained("y"), torch.full((2,), -(2 * mean + 0 + 3)))
-    assert optim.mean_loss == 4.0
+    assert info.loss == 4.0
     return store_values()
 
 
 def calls_that_are_left_at_the_end_of_uneven_data_make_a_step() -> Values:
     """Rank r has 4 + r batches for steps of three calls: all have two steps in each epoch, and nothing is kept over."""
     rank, size = current().rank, current().world_size
-    optim = DistributedOptimizer(SGD({"lr": 1.0}), backward_passes_per_step=3)
+    optim = DistributedOptimizer(SGD({"lr": 1.0}), reduce=ReduceOptions(backward_passes_per_step=3))
     pyro.param("x", torch.zeros(2))
     for epoch in range(2):
         with optim.join():
             for batch in range(4 + rank % 2):
-                optim.local_loss = float(batch)
-                step_with(optim, {"x": torch.ones(2)})
+                step_with(optim, {"x": torch.ones(2)}, loss=float(batch))
         mean = sum(4 + each % 2 for each in range(size)) / size
         torch.testing.assert_close(unconstrained("x"), torch.full((2,), -(epoch + 1) * mean))
     return store_values()
@@ -165,10 +164,10 @@ def loss_and_flag_ride_along() -> None:
     optim = DistributedOptimizer(SGD({"lr": 1.0}))
     pyro.param("x", torch.zeros(2))
     for step in range(3):
-        optim.local_loss, optim.local_flag = 1000.0 * rank + step, step == 1 and rank == size - 1
-        step_with(optim, {"x": torch.ones(2)})
-        assert optim.mean_loss == pytest.approx(1000.0 * (size - 1) / 2 + step, rel=1e-6)
-        assert optim.any_flag == (step == 1)
+        stop = step == 1 and rank == size - 1
+        info = step_with(optim, {"x": torch.ones(2)}, loss=1000.0 * rank + step, stop=stop)
+        assert info.loss == pytest.approx(1000.0 * (size - 1) / 2 + step, rel=1e-6)
+        assert info.stop == (step == 1)
 
 
 def modules_share_their_parameters() -> Values:
@@ -262,14 +261,13 @@ def call_left_out_is_found_before_anything_is_stepped() -> Values:
     for step in range(5):
         if step == 3 and rank == 1:
             continue
-        optim.local_step = step
         if size > 1 and step == (4 if rank == 1 else 3):
             with pytest.raises(
                 DisagreementError, match="different calls of the optimizer: rank 0: step 3.*rank 1: step 4"
             ):
-                step_with(optim, {"x": torch.ones(2)})
+                step_with(optim, {"x": torch.ones(2)}, step=step)
             break
-        step_with(optim, {"x": torch.ones(2)})
+        step_with(optim, {"x": torch.ones(2)}, step=step)
     assert unconstrained("x").eq(-3 if size > 1 else -5).all()
     return store_values()
 

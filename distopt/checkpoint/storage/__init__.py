@@ -1,1 +1,1 @@
-"""Where checkpoints lie: a folder of this machine, or an object store."""
+"""Where checkpoints are stored: a folder of this machine, an object store, or a storage of your own."""

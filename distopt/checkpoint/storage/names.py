@@ -1,32 +1,84 @@
-"""Steps, and the folders that are named after them."""
+"""Names in a directory of checkpoints: which folder is a checkpoint, and of which step.
+
+step-00000123              a checkpoint, where folders can be renamed
+step-00000123-5f0c…        an attempt at one, and a checkpoint once it has a manifest, where they cannot
+.tmp-00000123-5f0c…        an attempt that is being written, where folders can be renamed
+.del-step-00000123-7a31…   a checkpoint that is being deleted
+.lock                      held by the job that writes here
+"""
 
 from __future__ import annotations
 
 import operator
+import os
 import re
 from typing import SupportsIndex
 
 from distopt.checkpoint.errors import CheckpointError
 
-_FOLDER = re.compile(r"step-(\d{8,19})(-[0-9a-f]{8,32})?")
+LOCK = ".lock"
+"""Name of the file, in the root, that holds the token of the job that writes there."""
+
+_CHECKPOINT = re.compile(r"step-(\d{8,19})(-[0-9a-f]{8,32})?")
+_LEFTOVER = re.compile(r"\.tmp-\d{8,19}-[0-9a-f]{8,32}|\.del-step-\d{8,19}-[0-9a-f]{8}")
+
+
+def work_folder(step: int, attempt: str, *, rename: bool) -> str:
+    """Returns the name of the folder that an attempt is written into.
+
+    Args:
+        step: Of the checkpoint.
+        attempt: Unique for each try, 8 to 32 hexadecimal digits.
+        rename: Whether the storage commits a folder by renaming it, see `Storage.commits_by_rename`.
+
+    Example:
+        >>> work_folder(123, "5f0c1a2b", rename=True), work_folder(123, "5f0c1a2b", rename=False)
+        ('.tmp-00000123-5f0c1a2b', 'step-00000123-5f0c1a2b')
+    """
+    return f"{'.tmp' if rename else 'step'}-{step:08d}-{attempt}"
+
+
+def final_folder(step: int, attempt: str, *, rename: bool) -> str:
+    """Returns the name of the folder once it is committed: one per step, or without renaming that of the attempt.
+
+    Example:
+        >>> final_folder(123, "5f0c1a2b", rename=True), final_folder(123, "5f0c1a2b", rename=False)
+        ('step-00000123', 'step-00000123-5f0c1a2b')
+    """
+    return f"step-{step:08d}" if rename else work_folder(step, attempt, rename=False)
+
+
+def doomed_folder(folder: str) -> str:
+    """Returns a new name for a checkpoint that is to be deleted; no two calls return the same."""
+    return f".del-{folder}-{os.urandom(4).hex()}"
+
+
+def is_leftover(folder: str) -> bool:
+    """Returns whether a folder's name is that of an attempt or deletion, and of nothing else that lies there.
+
+    Example:
+        >>> is_leftover(".tmp-00000123-5f0c1a2b"), is_leftover(".tmp-notes")
+        (True, False)
+    """
+    return _LEFTOVER.fullmatch(folder) is not None
 
 
 def step_of(folder: str) -> int | None:
-    """Returns the step that a folder's name tells, None for another name.
+    """Returns the step that a checkpoint's folder is named after, None for another name.
 
     Example:
-        >>> step_of("step-00000123"), step_of(".tmp-00000123-5f0c")
+        >>> step_of("step-00000123"), step_of(".tmp-00000123-5f0c1a2b")
         (123, None)
     """
-    match = _FOLDER.fullmatch(folder)
+    match = _CHECKPOINT.fullmatch(folder)
     return int(match[1]) if match else None
 
 
 def step_number(step: SupportsIndex) -> int:
-    """Returns a step as an int, numpy's and torch's included.
+    """Returns a step as an int; numpy's and torch's integers are accepted.
 
     Raises:
-        CheckpointError: for what no folder can be named after, or found by again.
+        CheckpointError: No folder can be named after it, or found again by its name.
 
     Example:
         >>> step_number(100)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 
 import pyro.optim
-from torch import Tensor
 
 from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.optim import PyroOptim
@@ -27,14 +25,8 @@ def as_ours(optim: pyro.optim.PyroOptim) -> PyroOptim:
     return ours
 
 
-def takes_metric(scheduler: PyroLRScheduler) -> bool:
-    """Whether its schedules are stepped with a metric, as `ReduceLROnPlateau` is."""
-    return "metrics" in inspect.signature(getattr(scheduler.pt_scheduler_constructor, "step", print)).parameters
-
-
-def names_of(groups: int | Sequence[Sequence[str | Tensor]] | None) -> Sequence[Sequence[str]] | int:
-    """Returns groups with the names of the parameters for their tensors."""
-    if groups is None or isinstance(groups, int):
-        return groups or ()
-    name = pyro.get_param_store().param_name
-    return [[each if isinstance(each, str) else str(name(each)) for each in group] for group in groups]
+def takes_metric(optim: PyroOptim) -> bool:
+    """Returns whether it is a scheduler whose schedules are stepped with a metric, as `ReduceLROnPlateau` is."""
+    if not isinstance(optim, PyroLRScheduler):
+        return False
+    return "metrics" in inspect.signature(getattr(optim.pt_scheduler_constructor, "step", print)).parameters

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyro.optim
 import torch
 from torch import Tensor, nn
 
 from distopt.backends import Backend, BackendError, current
+from distopt.config.reduce import ReduceOptions
 from distopt.optim.arguments import args_for
 from distopt.optim.clipping import global_norm
-from distopt.optim.distributed.convert import as_ours, names_of, takes_metric
+from distopt.optim.distributed.convert import as_ours, takes_metric
 from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.optim import PyroOptim, _evaluated
+from distopt.optim.packed_state import PackedState
 from distopt.optim.packing import FlatGradients
-from distopt.reduce import Brought, DisagreementError, DriftError, PeerError, Reduced, Reducer, Settings
+from distopt.reduce import Brought, DisagreementError, DriftError, PeerError, Reduced, Reducer
 from distopt.reduce.agreement import share_values_
 from distopt.reduce.comm_hooks.power_sgd import PowerSgd
 from distopt.reduce.drift import explain_nonfinite, is_finite
@@ -28,91 +32,74 @@ from distopt.reduce.messages import Control, Kind
 from distopt.reduce.reducer import is_joining, joining
 from distopt.rng import NoisePolicy
 
-# Gradients of several calls of the optimizer, added up for one step.
-
-
-class Passes:
-    """Adds up gradients call by call.
-
-    Args:
-        num: Calls that make one step.
-    """
-
-    def __init__(self, num: int) -> None:
-        self._num, self._seen = num, 0
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def add(self, params: Iterable[Tensor]) -> Iterable[Tensor] | None:
-        """Adds this call's gradients; returns the parameters of all calls with their sums in `.grad`, once complete."""
-        if self._num == 1:
-            return params
-        params = list(params)
-        self._seen += 1
-        for param in params:
-            if param.grad is not None:
-                _, before = self._kept.get(id(param), (param, None))
-                self._kept[id(param)] = (param, param.grad.clone() if before is None else before + param.grad)
-        if self._seen < self._num:
-            return None
-        summed = self.take()
-        return {id(param): param for param in (*params, *summed)}.values()
-
-    def take(self) -> list[Tensor]:
-        """Returns the parameters of the calls since the last step with their sums in `.grad`, and begins anew."""
-        self._seen, kept, self._kept = 0, self._kept, {}
-        for param, gradient in kept.values():
-            param.grad = gradient
-        return [param for param, _ in kept.values()]
-
-
 logger = logging.getLogger("distopt.optim")
 
-# Raised on every rank by itself, so there is nobody left to tell.
-_SHARED = (PeerError, DisagreementError, DriftError, BackendError)
+# Every rank raises these by itself, so there is no rank to inform.
+_RAISED_BY_ALL = (PeerError, DisagreementError, DriftError, BackendError)
 
 
-class DistributedOptimizer(PyroOptim):
-    """Steps by the gradients of all ranks; takes the place of the `PyroOptim` it wraps.
+@dataclass(frozen=True, slots=True)
+class StepInfo:
+    """What all ranks know after one call of a `DistributedOptimizer`; equal on all of them.
 
-    Gradients are packed into one buffer, which crosses in one all-reduce; the average is clipped and stepped by the
-    wrapped optimizer, equally on all ranks. Parameters may appear on any rank at any step: they take the value of the
-    lowest rank that has them and are created where they are missing. A parameter is stepped when any rank touched it;
-    where a gradient is absent it counts as zero; the mean is over the ranks that are active. Where ranks start from
-    different values, the gradients of the first step are those of each rank's own, unless `synchronize` was called
-    before; `distopt.infer.SVI` does.
+    Attributes:
+        loss: Mean of the ranks' losses, over those that gave one; None when none did.
+        stop: Whether any rank asked to stop.
+        num_active: Number of ranks whose gradients went into the step; 0 after a call that only added its gradients to
+            those of the next one (`backward_passes_per_step`).
+        gradient_norm: 2-norm of the gradient that all ranks stepped by, before clipping, without that of parameters
+            which belong to one rank alone; None unless it was asked for.
+    """
+
+    loss: float | None = None
+    stop: bool = False
+    num_active: int = 0
+    gradient_norm: float | None = None
+
+
+def _delegate(name: str, doc: str, *, writable: bool = False) -> Any:
+    """Returns a property that is the wrapped optimizer's attribute `name`."""
+
+    def read(optimizer: DistributedOptimizer) -> Any:
+        return getattr(optimizer.optim, name)
+
+    def write(optimizer: DistributedOptimizer, value: Any) -> None:
+        setattr(optimizer.optim, name, value)
+
+    return property(read, write if writable else None, doc=doc)
+
+
+class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
+    """Steps by the gradients of all ranks; used in place of the `PyroOptim` that it wraps.
+
+    Gradients are packed into one buffer, which is summed over the ranks by one all-reduce; the wrapped optimizer clips
+    the average and steps by it, in the same way on all ranks. Parameters may appear on any rank at any step: they take
+    the value of the lowest rank that has them and are created where they are missing. A parameter is stepped when any
+    rank touched it; where a gradient is absent it counts as zero; the mean is over the ranks that are active. Where
+    ranks start from different values, the gradients of the first step are computed from each rank's values, unless
+    `synchronize` was called before; `distopt.infer.SVI` does.
 
     Parameters of sharded plates are stepped by their rank alone; `global_norm` is over those of all ranks together.
 
+    It is a `pyro.optim.PyroOptim` because Pyro's SVI accepts nothing else, but runs none of its code: everything public
+    is defined here. `optim`, `options`, `noise`, `backend`, `reducer` and `is_synchronized` say what it is made of;
+    calling it, `step_with`, `zero_grad`, `synchronize`, `join`, `abort` and, over a scheduler, `step` are what a
+    training loop calls; `get_state`, `set_state`, `save`, `load` and `rank_local_state` are its state. `nonfinite`,
+    `scaler`, `num_skipped_steps`, `nonfinite_names`, `optim_objs` and `pt_...` are the wrapped optimizer's. Setting any
+    other attribute is an error.
+
     Args:
-        pyro_optim: The optimizer to wrap: of `distopt.optim` or `pyro.optim`, a scheduler too. State it has loaded is
+        optim: The optimizer to wrap: of `distopt.optim` or `pyro.optim`, a scheduler too. State that it has loaded is
             kept.
         backend: Link to the other ranks; `distopt.backends.current()` at the first step when None.
-        compression: `none`, `fp16`, `bf16` or `powersgd`.
-        op: `average`, `sum` (as many times as large as the average as there are ranks, for parameters of sharded plates
-            too) or `adasum` (which leaves those as `average` does).
-        backward_passes_per_step: Calls whose gradients are added up before one reduction and step. Particles, or
-            several `backward()` before one call, need nothing.
-        bucket_mib: Largest buffer in MiB; larger models cross in several.
-        overlap: Whether buffers start to cross while backward still runs. It must run equally often before each call.
-        groups: Parameters (names or tensors) that cross together, by group, or a number of groups.
-        gradient_predivide_factor: Gradients are divided by it before the sum, and multiplied after.
-        sparse_as_dense: Whether sparse gradients are made dense before they cross.
-        power_sgd_rank: Rank of PowerSGD's approximation.
-        noise: `independent`: ranks that draw the same noise when they first meet here, as they do after the same seed,
-            draw their own from then on, so `W` ranks are `W` particles. `shared`: their noise is left as it is.
-        drift_every_steps: Every so many steps a checksum of parameters and optimizer state rides along; 0: never.
-
-    Attributes:
-        local_loss: Set it before a call, and its mean over the active ranks is in `mean_loss` after it.
-        local_step: Set it before a call to the step of your own loop, and a rank that has left out one is found.
-        local_flag: Set it before a call, and `any_flag` says after it whether any rank has (to stop, to save).
-        num_active: Ranks whose gradients went into the last step.
-        measure_norm: Set it before a call, and `gradient_norm` holds after it the 2-norm of the gradient that all ranks
-            stepped by, before clipping; parameters of this rank alone are not in it.
+        reduce: How gradients of several ranks become one; the same on all ranks.
+        noise: `independent`: ranks whose random generators are in the same state at the first step, as they are after
+            the same seed, draw different noise from then on, so that `W` ranks are `W` particles. `shared`: their
+            generators are left as they are.
 
     Raises:
         PeerError: A rank has raised in its model; the same on all ranks, with its traceback.
-        DisagreementError: Ranks differ in shape, dtype or constraint of a parameter, in settings, or in their step.
+        DisagreementError: Ranks differ in shape, dtype or constraint of a parameter, in options, or in their step.
         DriftError: Replicas differ.
         BackendError: A rank is gone or late; names it and where it was last seen. The world is not usable afterwards.
 
@@ -126,65 +113,57 @@ class DistributedOptimizer(PyroOptim):
         >>> x = pyro.param("x", torch.ones(2))
         >>> x.square().sum().backward()
         >>> optim = DistributedOptimizer(Adam({"lr": 0.5}))
-        >>> optim([x.unconstrained()])
+        >>> optim.step_with([x.unconstrained()], loss=2.0)
+        StepInfo(loss=2.0, stop=False, num_active=1, gradient_norm=None)
         >>> pyro.param("x").detach()
         tensor([0.5000, 0.5000])
     """
 
     def __init__(
         self,
-        pyro_optim: pyro.optim.PyroOptim,
+        optim: pyro.optim.PyroOptim,
         *,
         backend: Backend | None = None,
-        compression: str = "none",
-        op: str = "average",
-        backward_passes_per_step: int = 1,
-        bucket_mib: float = 25.0,
-        overlap: bool = False,
-        groups: int | Sequence[Sequence[str | Tensor]] | None = None,
-        gradient_predivide_factor: float = 1.0,
-        sparse_as_dense: bool = False,
-        power_sgd_rank: int = 2,
+        reduce: ReduceOptions = ReduceOptions(),  # noqa: B008  # frozen
         noise: NoisePolicy = "independent",
-        drift_every_steps: int = 0,
     ) -> None:
-        if isinstance(pyro_optim, DistributedOptimizer):
-            raise TypeError(f"{type(pyro_optim).__name__} is distributed already; give the optimizer that it wraps.")
-        self.optim = as_ours(pyro_optim)
-        self.settings = Settings(
-            op=op,  # type: ignore[arg-type]  # checked there
-            compression=compression,  # type: ignore[arg-type]
-            power_sgd_rank=power_sgd_rank,
-            bucket_mib=bucket_mib,
-            groups=names_of(groups),
-            predivide=gradient_predivide_factor,
-            sparse_as_dense=sparse_as_dense,
-            overlap=overlap,
-            passes_per_step=backward_passes_per_step,
-            noise=noise,
-            drift_every_steps=drift_every_steps,
-        )
-        self.local_loss: float | None = None
-        self.mean_loss: float | None = None
-        self.local_step: int | None = None
-        self.local_flag = self.any_flag = False
-        self.num_active = 0
-        self.measure_norm = False
-        self.gradient_norm: float | None = None
+        if isinstance(optim, DistributedOptimizer):
+            raise TypeError(f"{type(optim).__name__} is distributed already; give the optimizer that it wraps.")
+        if not isinstance(reduce, ReduceOptions):
+            raise TypeError(f"reduce={reduce!r}: expected ReduceOptions(...) of distopt.optim.")
+        if noise not in get_args(NoisePolicy):
+            raise ValueError(f"noise={noise!r} should be 'independent' or 'shared'.")
+        self._optim = as_ours(optim)
+        self._options = reduce
+        self._noise = noise
         self._backend = backend
-        self._made: Reducer | None = None
-        self._passes = Passes(backward_passes_per_step)
+        self._reducer: Reducer | None = None
+        self._accumulator = GradientAccumulator(reduce.backward_passes_per_step)
         self._losses: list[float] = []
-
-    def __getattr__(self, name: str) -> Any:
-        # What is not said here is the wrapped optimizer's: pt_optim_args, nonfinite, num_skipped_steps …
-        if name == "optim":
-            raise AttributeError(name)
-        return getattr(self.optim, name)
+        self._stop = False
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = name in self.__dict__ or hasattr(type(self), name) or not hasattr(self.__dict__.get("optim"), name)
-        object.__setattr__(self if own else self.optim, name, value)
+        if not name.startswith("_") and not hasattr(type(self), name):
+            known = [each for each in dir(type(self)) if not each.startswith("_")]
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}. {hint}")
+        object.__setattr__(self, name, value)
+
+    @property
+    def optim(self) -> PyroOptim:
+        """The wrapped optimizer, which is this rank's own."""
+        return self._optim
+
+    @property
+    def options(self) -> ReduceOptions:
+        """How gradients are reduced."""
+        return self._options
+
+    @property
+    def noise(self) -> NoisePolicy:
+        """Whether the ranks draw `independent` noise, or all the same."""
+        return self._noise
 
     @property
     def backend(self) -> Backend:
@@ -194,15 +173,28 @@ class DistributedOptimizer(PyroOptim):
     @property
     def reducer(self) -> Reducer:
         """What reduces the gradients; made when it is first needed, so that `init` may come after the optimizer."""
-        if self._made is None:
-            self._made = Reducer(self._backend or current(), self.settings, self.optim.get_state)
-        return self._made
+        if self._reducer is None:
+            self._reducer = Reducer(self._backend or current(), self.options, self.noise, self.optim.get_state)
+        return self._reducer
 
     @property
-    def is_new(self) -> bool:
-        """Whether the ranks have not agreed on any parameter yet, so that each may hold first values of its own."""
+    def is_synchronized(self) -> bool:
+        """Whether the ranks have agreed on parameters before, so that these are equal; always with one rank."""
         reducer = self.reducer
-        return reducer.step == 0 and reducer.num_agreements == 0 and reducer.backend.world_size > 1
+        return reducer.step > 0 or reducer.num_agreements > 0 or reducer.backend.world_size == 1
+
+    # The wrapped optimizer's, by the names of pyro.optim and distopt.optim.
+
+    nonfinite = _delegate(
+        "nonfinite", "What to do with a gradient that is not finite: `step`, `skip` or `raise`.", writable=True
+    )
+    scaler = _delegate("scaler", "The scaler of a loss in mixed precision, None without.")
+    num_skipped_steps = _delegate("num_skipped_steps", "How many steps were skipped, on all ranks together.")
+    nonfinite_names = _delegate("nonfinite_names", "The parameters whose gradient was not finite at the last skip.")
+    optim_objs = _delegate("optim_objs", "The torch optimizer (or scheduler) of each parameter.")
+    pt_optim_constructor = _delegate("pt_optim_constructor", "The class of the torch optimizers.")
+    pt_optim_args = _delegate("pt_optim_args", "Its arguments, or a callable that returns them.")
+    pt_clip_args = _delegate("pt_clip_args", "The limits on gradients, or a callable that returns them.")
 
     # One step.
 
@@ -214,30 +206,70 @@ class DistributedOptimizer(PyroOptim):
             *args: Passed on to the torch optimizers' `step`; a closure is called once, before anything is read.
             **kwargs: Likewise.
         """
-        args, kwargs = _evaluated(args, kwargs)
-        if self.local_loss is not None:
-            self._losses.append(float(self.local_loss))
-            self.local_loss = None
-        gathered = self._passes.add(params)
-        if gathered is not None:
-            self._step_by(gathered, args, kwargs)
+        self._call(params, args, kwargs)
 
-    def _step_by(
-        self, params: Iterable[Tensor], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> None:
+    def step_with(
+        self,
+        params: Iterable[Tensor],
+        *args: Any,
+        loss: float | Tensor | None = None,
+        step: int | None = None,
+        stop: bool = False,
+        measure_norm: bool = False,
+        **kwargs: Any,
+    ) -> StepInfo:
+        """Does what a call does, and shares what a training loop needs to know; a collective call.
+
+        Args:
+            params: As for a call.
+            *args: As for a call.
+            loss: This rank's loss, whose mean over the ranks is returned.
+            step: Number of the step in the caller's loop; a rank that has left out a step is reported then.
+            stop: Whether this rank asks all ranks to stop, to save, or whatever the caller makes of it.
+            measure_norm: Whether to compute the norm of the gradient, which takes one pass over it.
+            **kwargs: As for a call.
+
+        Cost:
+            That of a call: all of it is sent with the gradients.
+        """
+        if loss is not None:
+            self._losses.append(float(loss))
+        self._stop |= stop
+        return self._call(params, args, kwargs, step, measure_norm)
+
+    def _call(
+        self,
+        params: Iterable[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        step: int | None = None,
+        measure_norm: bool = False,
+    ) -> StepInfo:
+        args, kwargs = _evaluated(args, kwargs)
+        accumulated = self._accumulator.add(params)
+        if accumulated is None:
+            return StepInfo()
+        if step is not None:
+            self.reducer.step = step
+        return self._reduce_and_step(accumulated, args, kwargs, measure_norm)
+
+    def _reduce_and_step(
+        self, params: Iterable[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], measure_norm: bool = False
+    ) -> StepInfo:
         reducer = self.reducer
-        if self.local_step is not None:
-            reducer.step, self.local_step = self.local_step, None
         reducer.backend.note(reducer.step, "reduce")
-        brought, said = reducer.look(params), self._say(Kind.GRADIENT)
-        if brought.own:
+        gradients, message = reducer.look(params), self._message(Kind.GRADIENT)
+        if gradients.own:
             try:
-                tell_own(self.optim, brought, said)
+                announce_local(self.optim, gradients, message)
             except ValueError as error:
                 self.abort(error)
                 raise
-        reduced = reducer.reduce(brought, said)
-        self._apply_reduced(reduced, args, kwargs or {})
+        reduced = reducer.reduce(gradients, message)
+        norm = reduced.norm() if measure_norm else None
+        self._apply(reduced, args, kwargs)
+        heard = reduced.heard
+        return StepInfo(heard.value, heard.num_flags > 0, heard.num_active, norm)
 
     def zero_grad(self, params: Iterable[Tensor]) -> None:
         """Sets the gradient of each of `params` that has one to zero, as Pyro's SVI does after each step.
@@ -247,39 +279,31 @@ class DistributedOptimizer(PyroOptim):
         """
         self.reducer.cleared.clear(params)
 
-    def collect(self, params: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
-        """As the wrapped optimizer's."""
-        return self.optim.collect(params)
-
-    def step_gradients(
-        self,
-        dense: Sequence[FlatGradients],
-        loose: Sequence[tuple[str, Tensor, Tensor]] = (),
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """Steps by gradients that are reduced already: the wrapped optimizer's, no collective."""
-        self.optim.step_gradients(dense, loose, *args, **kwargs)
-
-    def step(self, *args: Any, **kwargs: Any) -> None:
+    @property
+    def step(self) -> Callable[..., None]:
         """Steps the wrapped scheduler, for `ReduceLROnPlateau` with its metric averaged over the ranks.
+
+        Raises:
+            AttributeError: The wrapped optimizer is no scheduler, so that `hasattr(optimizer, "step")` tells.
 
         Cost:
             One all-reduce of the first bucket when there is a metric or `join` is open, else none.
         """
-        scheduler = self._scheduler()
+        if not isinstance(self.optim, PyroLRScheduler):
+            raise AttributeError(f"step() is for schedulers; this wraps a {self.optim.pt_optim_constructor.__name__}.")
+        return self._step_scheduler
+
+    def _step_scheduler(self, *args: Any, **kwargs: Any) -> None:
         metric = args[0] if args else kwargs.get("metrics")
         is_metric = (
-            isinstance(metric, (int, float, Tensor)) and not isinstance(metric, bool) and takes_metric(scheduler)
+            isinstance(metric, (int, float, Tensor)) and not isinstance(metric, bool) and takes_metric(self.optim)
         )
         if is_metric or is_joining(self.backend):
-            said = Control(
-                self.reducer.step, Kind.SCHEDULE, value=float(metric) if is_metric and metric is not None else None
-            )
-            heard = self.reducer.reduce(None, said).heard
+            value = float(metric) if is_metric and metric is not None else None
+            heard = self.reducer.reduce(None, Control(self.reducer.step, Kind.SCHEDULE, value=value)).heard
             if is_metric:
                 args, kwargs = (heard.value, *args[1:]), {k: v for k, v in kwargs.items() if k != "metrics"}
-        scheduler.step(*args, **kwargs)
+        self.optim.step(*args, **kwargs)
 
     # Taking part in other ways.
 
@@ -304,9 +328,9 @@ class DistributedOptimizer(PyroOptim):
             except Exception as error:
                 self.abort(error)
                 raise
-            left = self._passes.take()
-            if left:
-                self._step_by(left)
+            remaining = self._accumulator.take()
+            if remaining:
+                self._reduce_and_step(remaining, (), {})
             while self._follow():
                 pass
 
@@ -317,7 +341,7 @@ class DistributedOptimizer(PyroOptim):
         broken.
         """
         reducer = self.reducer
-        if isinstance(error, _SHARED) or reducer.backend.world_size == 1:
+        if isinstance(error, _RAISED_BY_ALL) or reducer.backend.world_size == 1:
             return
         reducer.backend.note(reducer.step, "abort")
         try:
@@ -349,17 +373,25 @@ class DistributedOptimizer(PyroOptim):
     # State.
 
     def get_state(self) -> dict[str, Any]:
-        """As the wrapped optimizer's; the same on every rank."""
+        """Returns the wrapped optimizer's state by parameter name; the same on every rank."""
         return self.optim.get_state()
 
     def set_state(self, state_dict: Mapping[str, Any]) -> None:
-        """As the wrapped optimizer's; every rank must call it."""
+        """Replaces the wrapped optimizer's state; every rank must call it."""
         self.optim.set_state(state_dict)
 
+    def packed_state(self) -> PackedState:
+        """As the wrapped optimizer's; the same on every rank."""
+        return self.optim.packed_state()
+
+    def set_packed_state(self, packed: PackedState) -> None:
+        """As the wrapped optimizer's; every rank must call it."""
+        self.optim.set_packed_state(packed)
+
     @property
-    def of_rank(self) -> PowerSgd | None:
-        """What has the state of this rank alone (`state_dict`, `load_state_dict`); None without lossy compression."""
-        return self.reducer.of_rank
+    def rank_local_state(self) -> PowerSgd | None:
+        """What holds state of this rank alone (`state_dict`, `load_state_dict`), to be saved; None if nothing."""
+        return self.reducer.rank_local_state
 
     def save(self, filename: str | Path) -> None:
         """Writes the state on rank 0; does nothing on the others."""
@@ -372,83 +404,103 @@ class DistributedOptimizer(PyroOptim):
 
     # Inside.
 
-    def _say(self, kind: Kind | None) -> Control:
-        losses = self._losses
+    def _message(self, kind: Kind | None) -> Control:
+        """Returns what this rank tells the others with its gradients; a loss and a wish to stop are told once."""
+        losses, self._losses = self._losses, []
+        stop, self._stop = self._stop, False
         value = sum(losses) / len(losses) if losses else None
-        self._losses = []
-        return Control(self.reducer.step, kind, flag=self.local_flag, value=value)
+        return Control(self.reducer.step, kind, flag=stop, value=value)
 
     def _follow(self) -> bool:
         """One round of a rank that has joined; False when no rank is active any more."""
         reducer = self.reducer
         reducer.backend.note(reducer.step, "join")
-        reduced = reducer.reduce(None, self._say(None))
+        reduced = reducer.reduce(None, self._message(None))
         if reduced.heard.num_active == 0:
             return False
         if reduced.heard.kind is Kind.SCHEDULE:
             value = reduced.heard.value
-            self._scheduler().step(*(() if value is None else (value,)))
+            self.optim.step(*(() if value is None else (value,)))
         elif reduced.heard.kind is Kind.GRADIENT:
-            self._apply_reduced(reduced, (), {})
+            self._apply(reduced, (), {})
         return True
 
-    def _apply_reduced(self, reduced: Reduced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _apply(self, reduced: Reduced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         reducer, heard = self.reducer, reduced.heard
         reducer.backend.note(reducer.step, "optimizer")
-        self.mean_loss, self.any_flag, self.num_active = heard.value, heard.num_flags > 0, heard.num_active
-        self.local_flag = False
-        if self.measure_norm:
-            self.gradient_norm = reduced.norm()
-        num_skipped = self.optim.num_skipped_steps
-        self.optim.total_norm = total_norm(self.optim, reduced)
-        spread_nonfinite_(self.optim, reduced)
-        if heard.num_nonfinite and self.optim.nonfinite != "step":
-            self._refuse_own(reduced)
-        else:
-            try:
-                flats = [FlatGradients(*part) for part in reduced.dense]
-                self.optim.step_gradients(flats, reduced.loose, *args, **kwargs)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"{error} {self._tell_nonfinite(reduced)}") from None
-        if self.optim.num_skipped_steps > num_skipped:
-            logger.warning(self._tell_nonfinite(reduced))
+        try:
+            stepped = self.optim.clip_and_step(
+                [FlatGradients(*part) for part in reduced.dense],
+                reduced.loose,
+                *args,
+                total_norm=total_norm(self.optim, reduced),
+                is_finite=not heard.num_nonfinite,
+                **kwargs,
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} {self._explain_nonfinite(reduced)}") from None
+        if not stepped:
+            logger.warning(self._explain_nonfinite(reduced))
             reducer.forget_errors()
         reducer.step += 1
         reducer.backend.note(reducer.step, "model")
 
-    def _refuse_own(self, reduced: Reduced) -> None:
-        """Leaves out, on all ranks, a step for which a rank's own parameter has a gradient that is not finite."""
-        if self.optim.nonfinite == "raise":
-            raise FloatingPointError(
-                f"a rank's own parameter has a gradient that is not finite. {self._tell_nonfinite(reduced)}"
-            )
-        self.optim.num_skipped_steps += 1
-
-    def _tell_nonfinite(self, reduced: Reduced) -> str:
+    def _explain_nonfinite(self, reduced: Reduced) -> str:
         reducer = self.reducer
         return explain_nonfinite(reducer.backend, reducer.layout.names, reduced.brought, reducer.step)
 
-    def _scheduler(self) -> PyroLRScheduler:
-        if not isinstance(self.optim, PyroLRScheduler):
-            raise AttributeError(f"step() is for schedulers; this wraps a {type(self.optim).__name__}.")
-        return self.optim
+
+class GradientAccumulator:
+    """Adds up the gradients of several calls of the optimizer for one step.
+
+    Args:
+        num_calls: Calls that make one step.
+    """
+
+    def __init__(self, num_calls: int) -> None:
+        self._num_calls = num_calls
+        self._num_added = 0
+        # By identity, since tensors compare by element; the parameter keeps its id from being given to another.
+        self._sums: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(self, params: Iterable[Tensor]) -> Iterable[Tensor] | None:
+        """Adds this call's gradients; returns the parameters of all calls with their sums in `.grad`, once complete."""
+        if self._num_calls == 1:
+            return params
+        params = list(params)
+        self._num_added += 1
+        for param in params:
+            if param.grad is not None:
+                _, before = self._sums.get(id(param), (param, None))
+                self._sums[id(param)] = (param, param.grad.clone() if before is None else before + param.grad)
+        if self._num_added < self._num_calls:
+            return None
+        return {id(param): param for param in (*params, *self.take())}.values()
+
+    def take(self) -> list[Tensor]:
+        """Returns the parameters of the calls since the last step with their sums in `.grad`, and starts over."""
+        sums, self._sums = self._sums, {}
+        self._num_added = 0
+        for param, gradient in sums.values():
+            param.grad = gradient
+        return [param for param, _ in sums.values()]
 
 
 # What the ranks must know of gradients that one of them alone steps by: those of its sharded plates.
 
 
-def tell_own(optim: PyroOptim, brought: Brought, said: Control) -> None:
-    """Writes into `said` what decides how all ranks step: whether they are finite, and their norm where that clips.
+def announce_local(optim: PyroOptim, brought: Brought, message: Control) -> None:
+    """Writes into `message` what decides how all ranks step: whether they are finite, and their norm where that clips.
 
     Raises:
         ValueError: `clip_args` is a callable and wants a global norm for some of them.
     """
     if optim.nonfinite != "step" or optim.scaler is not None:
-        said.nonfinite = not all(is_finite(gradient) for _, _, gradient in brought.own)
+        message.nonfinite = not all(is_finite(gradient) for _, _, gradient in brought.own)
     args = optim.pt_clip_args
     if not callable(args):
         if args.get("global_norm") is not None:
-            said.own_square = brought.own_square()
+            message.own_square = brought.own_square()
         return
     for name, _, _ in brought.own:
         if args_for("clip_args", args, name).get("global_norm") is not None:
@@ -467,10 +519,3 @@ def total_norm(optim: PyroOptim, reduced: Reduced) -> float | None:
     shared += [gradient for _, _, gradient in reduced.loose[: len(reduced.loose) - reduced.num_own]]
     total = math.sqrt(float(global_norm(shared)) ** 2 + reduced.heard.own_square)
     return total if optim.scaler is None else total / optim.scaler.get_scale()
-
-
-def spread_nonfinite_(optim: PyroOptim, reduced: Reduced) -> None:
-    """Makes gradients infinite where some rank's own are not finite, so that all scalers skip the step and back off."""
-    if optim.scaler is not None and reduced.heard.num_nonfinite:
-        for gradient in [part.buffer for part in reduced.dense] + [each for _, _, each in reduced.loose]:
-            gradient.fill_(math.inf)

@@ -2,87 +2,117 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.optim
+from torch import Tensor
 
+from distopt.backends import Backend
+from distopt.config.reduce import ReduceOptions
 from distopt.optim.distributed.optimizer import DistributedOptimizer
+from distopt.rng import NoisePolicy
 
 
 class DDPOptimizer(DistributedOptimizer):
     """`DistributedOptimizer` over `torch.distributed`, with the arguments that `DistributedDataParallel` users know.
 
-    It runs over any backend, so a script that uses it needs no change under horovodrun or mpirun.
+    It runs over any backend, so a script that uses it needs no change under horovodrun or mpirun. What else can be
+    chosen is in `ReduceOptions`: `DistributedOptimizer(optim, backend=..., reduce=ReduceOptions(...))`.
 
     Args:
-        pyro_optim: The optimizer to wrap.
+        optim: The optimizer to wrap.
         process_group: A `torch.distributed` group, whose ranks alone take part; all ranks when None.
         bucket_cap_mb: Largest buffer in MiB.
-        **options: As for `DistributedOptimizer`.
+        backend: As for `DistributedOptimizer`, unless `process_group` is given.
+        noise: As for `DistributedOptimizer`.
     """
 
     def __init__(
         self,
-        pyro_optim: pyro.optim.PyroOptim,
+        optim: pyro.optim.PyroOptim,
         process_group: Any = None,
         *,
         bucket_cap_mb: float = 25.0,
-        **options: Any,
+        backend: Backend | None = None,
+        noise: NoisePolicy = "independent",
     ) -> None:
         if process_group is not None:
             from distopt.backends.torch_dist import TorchDist
 
-            options["backend"] = TorchDist.adopt(process_group)
-        super().__init__(pyro_optim, bucket_mib=bucket_cap_mb, **options)
+            backend = TorchDist.adopt(process_group)
+        super().__init__(optim, backend=backend, reduce=ReduceOptions(bucket_mib=bucket_cap_mb), noise=noise)
 
 
 class HorovodOptimizer(DistributedOptimizer):
-    """`DistributedOptimizer` with the arguments of `horovod.torch.DistributedOptimizer`; takes the place of Pyro's.
+    """`DistributedOptimizer` with the arguments of `horovod.torch.DistributedOptimizer`; used in place of Pyro's.
 
-    It runs over any backend, so a script that uses it needs no change without Horovod.
+    It runs over any backend, so a script that uses it needs no change without Horovod. What else can be chosen is in
+    `ReduceOptions`: `DistributedOptimizer(optim, backend=..., reduce=ReduceOptions(...))`.
 
     Args:
-        pyro_optim: The optimizer to wrap.
-        compression: `hvd.Compression.none` or `.fp16`, or a name that `DistributedOptimizer` takes.
+        optim: The optimizer to wrap.
+        compression: `hvd.Compression.none` or `.fp16`, or a name that `ReduceOptions` takes.
+        backward_passes_per_step: Calls of this optimizer (not of `backward`) that make one step.
         op: `hvd.Average`, `hvd.Sum` or `hvd.Adasum`, or a name.
-        num_groups: A number of groups; `groups` is the newer word.
+        gradient_predivide_factor: Gradients are divided by it before the sum and multiplied by it afterwards.
+        num_groups: A number of groups, as before Horovod had `groups`.
+        groups: Parameters (names or tensors) that share a buffer, by group, or a number of groups.
+        sparse_as_dense: Whether sparse gradients are made dense before they are sent.
         process_set: A Horovod process set, whose ranks alone take part; all ranks when None.
-        **options: As for `DistributedOptimizer`, whose words are Horovod's: `backward_passes_per_step` (here it counts
-            calls of the optimizer, not of `backward`), `gradient_predivide_factor`, `groups`, `sparse_as_dense`.
+        backend: As for `DistributedOptimizer`, unless `process_set` is given.
+        noise: As for `DistributedOptimizer`.
     """
 
     def __init__(
         self,
-        pyro_optim: pyro.optim.PyroOptim,
+        optim: pyro.optim.PyroOptim,
         *,
         compression: Any = "none",
+        backward_passes_per_step: int = 1,
         op: Any = "average",
+        gradient_predivide_factor: float = 1.0,
         num_groups: int = 0,
+        groups: int | Sequence[Sequence[str | Tensor]] | None = None,
+        sparse_as_dense: bool = False,
         process_set: Any = None,
-        **options: Any,
+        backend: Backend | None = None,
+        noise: NoisePolicy = "independent",
     ) -> None:
         if process_set is not None:
             from distopt.backends.horovod import Horovod
 
-            options["backend"] = Horovod(process_set=process_set)
-        if num_groups:
-            options.setdefault("groups", num_groups)
-        super().__init__(pyro_optim, compression=_compression_name(compression), op=_op_name(op), **options)
+            backend = Horovod(process_set=process_set)
+        options = ReduceOptions(
+            op=_op_name(op),
+            compression=_compression_name(compression),
+            groups=num_groups if groups is None else _group_names(groups),
+            gradient_predivide_factor=gradient_predivide_factor,
+            sparse_as_dense=sparse_as_dense,
+            backward_passes_per_step=backward_passes_per_step,
+        )
+        super().__init__(optim, backend=backend, reduce=options, noise=noise)
 
 
-def _compression_name(compression: Any) -> str:
+def _compression_name(compression: Any) -> Any:
+    if isinstance(compression, str):
+        return compression
     known = {"NoneCompressor": "none", "FP16Compressor": "fp16"}
-    return (
-        compression
-        if isinstance(compression, str)
-        else known.get(getattr(compression, "__name__", ""), str(compression))
-    )
+    return known.get(getattr(compression, "__name__", ""), str(compression))
 
 
-def _op_name(op: Any) -> str:
+def _op_name(op: Any) -> Any:
     if isinstance(op, str):
         return op.lower()
     from distopt.backends.horovod import import_horovod
 
     hvd = import_horovod()
     return {hvd.Average: "average", hvd.Sum: "sum", hvd.Adasum: "adasum"}.get(op, str(op))
+
+
+def _group_names(groups: int | Sequence[Sequence[str | Tensor]]) -> Any:
+    """Returns groups with the names of the parameters for their tensors."""
+    if isinstance(groups, int):
+        return groups
+    name = pyro.get_param_store().param_name
+    return [[each if isinstance(each, str) else str(name(each)) for each in group] for group in groups]

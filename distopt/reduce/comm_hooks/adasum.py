@@ -59,19 +59,19 @@ def adasum_(backend: Backend, flat: Tensor, offsets: list[int]) -> None:
     beyond = size - core  # ranks core, core + 1, … are partners of ranks 0, 1, …
     if beyond:
         folded = rank - core if rank >= core else (rank + core if rank < beyond else None)
-        received = backend.exchange(flat, folded)
+        received = backend.send_recv(flat, folded)
         if received is not None and rank < core:
             _combine_(flat, received, offsets)
     distance = 1
     while distance < core:
-        received = backend.exchange(flat, rank ^ distance if rank < core else None)
+        received = backend.send_recv(flat, rank ^ distance if rank < core else None)
         if received is not None:
             first, second = (flat, received) if rank < rank ^ distance else (received, flat)
             _combine_(first, second, offsets)
             flat.copy_(first)
         distance *= 2
     if beyond:
-        received = backend.exchange(flat, folded)
+        received = backend.send_recv(flat, folded)
         if received is not None and rank >= core:
             flat.copy_(received)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from distopt.config import RunConfig
 
-from ...jobs import Phase, State
+from ...jobs import Phase, PlatformError, State, SubmittedJob
 from .manifests import LABEL, Manifest
 
 if TYPE_CHECKING:
@@ -26,11 +26,7 @@ _PLURALS = {
 }
 
 
-class ClusterError(RuntimeError):
-    """The cluster refused something; the message has its own words."""
-
-
-class Cluster:
+class KubernetesJob(SubmittedJob):
     """The objects of one run on a cluster.
 
     Args:
@@ -55,7 +51,7 @@ class Cluster:
             try:
                 self._api = kubeconfig.new_client_from_config(context=self.context)
             except kubeconfig.ConfigException as error:
-                raise ClusterError(
+                raise PlatformError(
                     f"launch.kubernetes.context: no cluster is known here: {error}; `kubectl config get-contexts` "
                     "shows those of your kubeconfig, KUBECONFIG names another file"
                 ) from error
@@ -67,7 +63,7 @@ class Cluster:
         for manifest in self.objects:
             try:
                 self._create(manifest)
-            except ClusterError:
+            except PlatformError:
                 for undone in reversed(made):
                     self._delete(undone)
                 raise
@@ -99,6 +95,10 @@ class Cluster:
         running = "Running" in true or any((pod.get("status") or {}).get("phase") == "Running" for pod in pods)
         phase: Phase = "running" if running and "Suspended" not in true else "pending"
         return State(phase, next(filter(None, map(_hindrance, pods)), ""))
+
+    def keeps_name(self, state: State) -> bool:
+        """An object keeps its name until it is deleted, whether its run has ended or not."""
+        return state.phase != "unknown"
 
     def logs(self, rank: int) -> str:
         """Returns the output of the node `rank`: of its pods one after the other, where one took another's place."""
@@ -185,9 +185,9 @@ class Cluster:
             said = f"{error.status} {error.reason}: {_message(error.body)}"
             if error.status == 409:
                 said += f". Objects of a run of this name are there: `distopt stop {self.name}` removes them"
-            raise ClusterError(f"the cluster refused {call.__name__.replace('_', ' ')}: {said}") from error
+            raise PlatformError(f"the cluster refused {call.__name__.replace('_', ' ')}: {said}") from error
         except HTTPError as error:
-            raise ClusterError(f"the cluster cannot be reached: {error}; does `kubectl get pods` work?") from error
+            raise PlatformError(f"the cluster cannot be reached: {error}; does `kubectl get pods` work?") from error
 
 
 def _place(manifest: Manifest, namespace: str) -> tuple[str, str, str, str]:

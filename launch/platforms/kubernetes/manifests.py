@@ -7,18 +7,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from distopt.config import RunConfig, dump_yaml
+from distopt.launchers import CONFIG_VARIABLE, ECHO_VARIABLE, RENDEZVOUS_PORT, format_range
 
-from ...file_names import CONFIG_VARIABLE
 from ...plan import env_of_workers, worker_argv
 from ..torchrun import FRESH_STORE, torchrun_argv
 
 Manifest = dict[str, Any]
 
-PORT = 29400
 HOME = "/tmp"
 LABEL = "distopt.run"
 KUEUE = "kueue.x-k8s.io/queue-name"
 MPI_HOME = "/home/mpiuser"
+CONFIG_IN_ENV = f"@{CONFIG_VARIABLE}"  # how workers are told to read the configuration from a variable
 
 
 def manifests(config: RunConfig) -> list[Manifest]:
@@ -28,7 +28,7 @@ def manifests(config: RunConfig) -> list[Manifest]:
 
 def _job(config: RunConfig) -> list[Manifest]:
     """An Indexed Job, and the headless Service by which its pods find one another; no operator is needed."""
-    address = f"{config.name}-0.{config.name}:{config.launch.port or PORT}"
+    address = f"{config.name}-0.{config.name}:{config.launch.port or RENDEZVOUS_PORT}"
     service = {
         "apiVersion": "v1",
         "kind": "Service",
@@ -37,7 +37,7 @@ def _job(config: RunConfig) -> list[Manifest]:
             "clusterIP": "None",
             "publishNotReadyAddresses": True,  # the rendezvous comes before readiness
             "selector": {LABEL: config.name},
-            "ports": [{"name": "rendezvous", "port": config.launch.port or PORT}],
+            "ports": [{"name": "rendezvous", "port": config.launch.port or RENDEZVOUS_PORT}],
         },
     }
     pod = _pod(config, _torchrun(config, address), subdomain=config.name)
@@ -52,7 +52,7 @@ def _job(config: RunConfig) -> list[Manifest]:
 
 def _jobset(config: RunConfig) -> list[Manifest]:
     """A JobSet of one Indexed Job: when a pod fails for good, all start again."""
-    address = f"{config.name}-workers-0-0.{config.name}:{config.launch.port or PORT}"
+    address = f"{config.name}-workers-0-0.{config.name}:{config.launch.port or RENDEZVOUS_PORT}"
     job = {**_indexed(config, _pod(config, _torchrun(config, address))), "backoffLimit": 0, **_time_limit(config)}
     jobset = {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -183,19 +183,17 @@ def _run_policy(config: RunConfig) -> Manifest:
 
 def _torchrun(config: RunConfig, address: str) -> list[str]:
     launch = config.launch
-    least = launch.min_hosts or launch.num_hosts
-    nodes = str(least) if least == launch.num_hosts else f"{least}:{launch.num_hosts}"
+    nodes = format_range(launch.host_counts)
     place = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={address}", f"--rdzv-id={config.name}"]
     return _agent(config, _by_torchrun(config, place), meet=address)
 
 
 def _by_torchrun(config: RunConfig, place: list[str]) -> list[str]:
-    words, worker = torchrun_argv(config, place, config.launch.kubernetes.python), _worker(config)
-    return words[: -len(worker)] + worker
+    return torchrun_argv(config, place, _worker(config), config.launch.kubernetes.python)
 
 
 def _worker(config: RunConfig) -> list[str]:
-    return [_literal(word) for word in worker_argv(config, config.launch.kubernetes.python)]
+    return [_literal(word) for word in worker_argv(config, config.launch.kubernetes.python, CONFIG_IN_ENV)]
 
 
 def _agent(config: RunConfig, engine: list[str], meet: str | None = None) -> list[str]:
@@ -206,7 +204,7 @@ def _agent(config: RunConfig, engine: list[str], meet: str | None = None) -> lis
 
 def _env(config: RunConfig) -> list[Manifest]:
     """Returns the variables of the pods; secrets are references, and the configuration travels as a variable."""
-    fixed = env_of_workers(config, **FRESH_STORE, DISTOPT_ECHO="1", HOME=HOME)
+    fixed = env_of_workers(config, **FRESH_STORE, **{ECHO_VARIABLE: "1"}, HOME=HOME)
     fixed[CONFIG_VARIABLE] = dump_yaml(config)
     values: list[Manifest] = [{"name": name, "value": _literal(value)} for name, value in fixed.items()]
     references = config.launch.kubernetes.secrets.items()

@@ -9,11 +9,13 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...failure_report import log_of
-from ...file_names import LAUNCH_FILE, STOP_FILE
-from ...jobs import State
+from distopt.launchers import LAUNCH_FILE, STOP_FILE
+
+from ...jobs import PlatformError, State, SubmittedJob
+from ...worker.rank_log import read_log
 
 TIMEOUT_S = 60
+BATCH_LOG = "slurm.log"  # the batch script's own output, beside the logs of the ranks
 _PENDING = {
     "PENDING",
     "CONFIGURING",
@@ -27,11 +29,7 @@ _PENDING = {
 _RUNNING = {"RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT"}
 
 
-class SlurmError(RuntimeError):
-    """Slurm refused something; the message has its own words."""
-
-
-class Slurm:
+class SlurmJob(SubmittedJob):
     """One batch job.
 
     Args:
@@ -39,6 +37,8 @@ class Slurm:
         submit_argv: The sbatch command that submits it.
         grace_s: Seconds for the last checkpoint.
     """
+
+    launcher_log = BATCH_LOG
 
     def __init__(self, run_dir: Path, submit_argv: Sequence[str], grace_s: float) -> None:
         self.run_dir = run_dir
@@ -55,11 +55,14 @@ class Slurm:
         try:
             return str(json.loads((self.run_dir / LAUNCH_FILE).read_text())["reference"])
         except (OSError, ValueError, KeyError):
-            raise SlurmError(f"{self.run_dir / LAUNCH_FILE}: no job was submitted from here") from None
+            raise PlatformError(f"{self.run_dir / LAUNCH_FILE}: no job was submitted from here") from None
 
     def state(self) -> State:
         """Asks the controller, which forgets jobs minutes after their end, then the accounting, if there is one."""
-        number = self.number
+        try:
+            number = self.number
+        except PlatformError as error:
+            return State("unknown", str(error))
         said = _client(["scontrol", "--oneliner", "show", "job", number], fine="Invalid job id")
         fields = dict(re.findall(r"(\w+)=(\S*)", said))
         word = fields.get("JobState", "")
@@ -87,8 +90,7 @@ class Slurm:
 
     def logs(self, rank: int) -> str:
         """Returns what a rank has printed so far."""
-        path = log_of(self.run_dir, rank)
-        return path.read_text(errors="replace") if path.exists() else ""
+        return read_log(self.run_dir, rank).decode(errors="replace")
 
     def stop(self) -> None:
         """Has the workers save and end; a job that still waits is cancelled."""
@@ -99,9 +101,10 @@ class Slurm:
         else:
             _client(["scancel", self.number])
 
-    def kill(self) -> None:
+    def kill(self) -> bool:
         """Ends what has not ended by itself."""
         _client(["scancel", self.number], fine="Invalid job id")
+        return True
 
 
 def _client(argv: Sequence[str], *, fine: str | None = None) -> str:
@@ -109,9 +112,9 @@ def _client(argv: Sequence[str], *, fine: str | None = None) -> str:
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
     except FileNotFoundError:
-        raise SlurmError(f"there is no {argv[0]} on PATH; run this on a login node of the cluster") from None
+        raise PlatformError(f"there is no {argv[0]} on PATH; run this on a login node of the cluster") from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{argv[0]} gave no answer within {TIMEOUT_S} s; does `sinfo` work?") from None
+        raise PlatformError(f"{argv[0]} gave no answer within {TIMEOUT_S} s; does `sinfo` work?") from None
     if done.returncode and (fine is None or fine not in done.stderr):
-        raise SlurmError(f"{argv[0]}: {' '.join(done.stderr.split())[:300]}")
+        raise PlatformError(f"{argv[0]}: {' '.join(done.stderr.split())[:300]}")
     return done.stdout if done.returncode == 0 else ""

@@ -7,10 +7,6 @@ import ipaddress
 import socket
 import struct
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # guards and agents start with the standard library alone
-    from distopt.config import RunConfig
 
 # linux/sockios.h
 _SIOCGIFADDR = 0x8915
@@ -59,36 +55,12 @@ def interface_among(hosts: Sequence[str]) -> str | None:
     return next((name for name, address in interfaces().items() if address in addresses), None)
 
 
-def free_port() -> int:
-    """Returns a port that nobody listens on now."""
+def bind_error(address: str, port: int) -> str:
+    """Returns why no process can listen at a port of this machine; empty when one can."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def host_problems(hosts: Sequence[str]) -> list[str]:
-    """Returns what would make workers of several hosts call the wrong machine."""
-    problems = []
-    for host in hosts:
-        address = resolve(host)
-        if address is None:
-            problems.append(
-                f"launch.hosts: {host} resolves to no address here; add it to /etc/hosts or name its address instead"
-            )
-        elif len(hosts) > 1 and is_loopback(address):
-            problems.append(
-                f"launch.hosts: {host} resolves to {address}, where no other host reaches it; "
-                "correct /etc/hosts or name the address that the others use"
-            )
-    return problems
-
-
-def slot_problems(config: RunConfig, host: str, cores: int) -> list[str]:
-    """Returns whether a host has fewer cores than it gets processes; two processes have room anywhere."""
-    workers = config.launch.workers
-    if workers <= max(2, cores) or config.launch.oversubscribe:
-        return []
-    return [
-        f"launch.workers: {workers} processes, but {host} has {cores} cores; "
-        f"set launch.workers={cores}, or launch.oversubscribe=true to let them share"
-    ]
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            return error.strerror or str(error)
+    return ""

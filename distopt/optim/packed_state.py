@@ -1,0 +1,330 @@
+"""Optimizer state in columns: what many parameters share is held once, and their tensors lie in one flat tensor each.
+
+`PyroOptim.get_state()` gives every parameter a state dict of its own, as `pyro.optim` does. For a thousand parameters
+that are stepped together these are a thousand equal `param_groups` and three thousand tensors cut from three. A
+checkpoint needs neither the dicts nor the cuts: `PyroOptim.packed_state()` hands out the three tensors.
+"""
+
+from __future__ import annotations
+
+import marshal
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import compress
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distopt.optim.packing import MAX_NUMEL
+from distopt.optim.state import SCALARS, State, copied, optimizer_part, state_of_one, with_optimizer_part
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class StateColumns:
+    """State of parameters that share everything but elementwise tensors.
+
+    Attributes:
+        names: Names of the parameters, each once.
+        shapes: Shape that the elementwise tensors of each parameter have: that of the parameter (`DCTAdam` keeps longer
+            ones for time series); all `()` where there are no columns.
+        shared: State dict of one parameter without its elementwise tensors: `{"state": {0: scalars}, "param_groups":
+            [one]}`, or `{"scheduler": ..., "optimizer": ...}` with such a dict. A scalar is a number, None, or a tensor
+            of one element (`step`).
+        columns: By key of the state, shape (sum of the parameters' numels,): the elementwise tensors in the order of
+            `names`, each in row-major order. May be the optimizer's memory: not to be written to, and read (or copied)
+            before the next step.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    shared: State
+    columns: dict[str, Tensor]
+
+    def states(self) -> list[State]:
+        """Returns the state dict of each parameter, in the order of `names`.
+
+        Elementwise tensors are views of the columns; the rest is a copy for each parameter.
+        """
+        count = len(self.names)
+        optimizer = optimizer_part(self.shared)
+        group = optimizer["param_groups"][0]
+        values: dict[str, Sequence[Any]] = {}
+
+        for key, value in optimizer["state"].get(0, {}).items():
+            # One element of a new tensor for each: torch counts a `step` up in place.
+            values[key] = (
+                value.repeat(count, *[1] * value.dim()).unbind() if isinstance(value, Tensor) else [value] * count
+            )
+        for key, column in self.columns.items():
+            segments = torch.split_with_sizes(column, self.numels())
+            values[key] = [
+                s if len(shape) == 1 else s.view(shape) for s, shape in zip(segments, self.shapes, strict=True)
+            ]
+
+        if not values:
+            return [complete(self.shared, state_of_one(group, {})) for _ in self.names]
+        each = (dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True))
+        return [complete(self.shared, state_of_one(group, state)) for state in each]
+
+    def select(self, keep: Sequence[bool]) -> StateColumns:
+        """Returns the columns of those parameters alone for which `keep`, in the order of `names`, is true.
+
+        Where that is not all of them, the columns are copies.
+        """
+        if all(keep):
+            return self
+
+        def joined(column: Tensor) -> Tensor:
+            return _joined(list(compress(torch.split_with_sizes(column, self.numels()), keep)))
+
+        return StateColumns(
+            tuple(compress(self.names, keep)),
+            tuple(compress(self.shapes, keep)),
+            self.shared,
+            {key: joined(column) for key, column in self.columns.items()},
+        )
+
+    def numels(self) -> list[int]:
+        """Returns the number of elements that each parameter has in every column."""
+        return list(map(math.prod, self.shapes))
+
+
+@dataclass(frozen=True, eq=False)
+class PackedState:
+    """State of an optimizer by parameter, in columns where parameters share the rest.
+
+    Holds what `PyroOptim.get_state()` returns: `packed.unpack()` equals it, and `PackedState.from_states(states)` packs
+    it again. So state of old checkpoints, of `pyro.optim` and of another rank (where other parameters may share their
+    columns) can be brought into this form, and every packed state can be written as `pyro.optim` reads it.
+
+    Attributes:
+        columns: State of parameters that share all but elementwise tensors. No name occurs twice.
+        alone: State dict of each parameter that packs with no other, by name: of optimizers that are not elementwise
+            (SparseAdam, Muon), and state that is more than elementwise tensors and numbers.
+
+    Example:
+        >>> import pyro
+        >>> from distopt.optim import Adam
+        >>> pyro.clear_param_store()
+        >>> params = [pyro.param(name, torch.ones(2)).unconstrained() for name in "xy"]
+        >>> sum(params).sum().backward()
+        >>> optim = Adam({"lr": 0.1})
+        >>> optim(params)
+        >>> [columns] = optim.packed_state().columns
+        >>> columns.names, columns.shared["state"], columns.columns["exp_avg"]
+        (('x', 'y'), {0: {'step': tensor(1.)}}, tensor([0.1000, 0.1000, 0.1000, 0.1000]))
+        >>> optim.packed_state().unpack()["y"]["state"][0]["exp_avg"]
+        tensor([0.1000, 0.1000])
+    """
+
+    columns: tuple[StateColumns, ...] = ()
+    alone: dict[str, State] = field(default_factory=dict)
+
+    @classmethod
+    def from_states(cls, states: Mapping[str, State]) -> PackedState:
+        """Packs state dicts of one parameter each, by name, as `PyroOptim.get_state()` returns them.
+
+        Parameters come together that are equal in all but their elementwise tensors, type by type and bit by bit: the
+        first tensor of a state tells the parameter's shape, and every tensor of that shape goes into a column.
+
+        Args:
+            states: Not changed. Tensors may become part of the result without a copy.
+        """
+        rows: list[Row] = []
+        alone: dict[str, State] = {}
+
+        for name, state in states.items():
+            row = _row_of(name, state)
+            if row is None:
+                alone[name] = state
+            else:
+                rows.append(row)
+        columns, unpacked = pack_rows(rows)
+        return cls(tuple(columns), alone | {row.name: states[row.name] for row in unpacked})
+
+    @classmethod
+    def merged(cls, states: Iterable[PackedState]) -> PackedState:
+        """Returns the state of all parameters in `states`, none of which may be in two of them."""
+        states = list(states)
+        alone = {name: state for each in states for name, state in each.alone.items()}
+        return cls(tuple(columns for each in states for columns in each.columns), alone)
+
+    def unpack(self) -> dict[str, State]:
+        """Returns the state dict of each parameter by name; elementwise tensors are views of the columns."""
+        states = dict(self.alone)
+        for columns in self.columns:
+            states.update(zip(columns.names, columns.states(), strict=True))
+        return states
+
+    def names(self) -> Iterator[str]:
+        """Yields the name of every parameter whose state this holds."""
+        for columns in self.columns:
+            yield from columns.names
+        yield from self.alone
+
+    def select(self, keep: Callable[[str], bool]) -> PackedState:
+        """Returns the state of those parameters alone for whose name `keep` returns true.
+
+        Cost: one call of `keep` for each name, and a copy of those columns that lose parameters.
+        """
+        kept = [(columns, [keep(name) for name in columns.names]) for columns in self.columns]
+        return PackedState(
+            tuple(columns.select(flags) for columns, flags in kept if any(flags)),
+            {name: state for name, state in self.alone.items() if keep(name)},
+        )
+
+
+# Packing of states that lie one by one: those of `get_state()`, and those of torch's optimizers over a list of tensors.
+
+
+def complete(frame: State, optimizer: State) -> State:
+    """Returns one parameter's state: its optimizer's, and a copy of the schedule where `frame` has one."""
+    return {"scheduler": copied(frame["scheduler"]), "optimizer": optimizer} if "scheduler" in frame else optimizer
+
+
+class Row(NamedTuple):
+    """What torch keeps for one parameter, before it is packed.
+
+    Attributes:
+        name: The parameter's name.
+        values: Its state by key.
+        frame: The rest of its state dict: hyper-parameters and schedule, and an empty `state`.
+        frame_key: Equal for rows with equal frames.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    frame: State
+    frame_key: Hashable
+
+    def state(self) -> State:
+        """Returns the state dict; its tensors are those of `values`."""
+        return complete(self.frame, state_of_one(optimizer_part(self.frame)["param_groups"][0], dict(self.values)))
+
+    def shape(self) -> Shape:
+        """Returns the shape of its elementwise tensors: of the first tensor that is no scalar; `()` without one."""
+        tensors = (v.shape for k, v in self.values.items() if isinstance(v, Tensor) and not _is_scalar(k, v))
+        return next(tensors, ())
+
+
+def pack_rows(rows: Iterable[Row]) -> tuple[list[StateColumns], list[Row]]:
+    """Returns the rows in columns, and those that do not pack.
+
+    Rows are sorted twice. First by what can be compared without reading a tensor: keys, types, dtypes, plain values and
+    the frame. Then by their scalar tensors, all of a kind read at once, since each read of one waits for its device.
+    """
+    kinds: dict[tuple[Hashable, tuple[_Label, ...]], list[Row]] = defaultdict(list)
+    unpacked: list[Row] = []
+    columns: list[StateColumns] = []
+
+    for row in rows:
+        labels = _labels(row)
+        if labels is None:
+            unpacked.append(row)
+        else:
+            kinds[row.frame_key, labels].append(row)
+
+    for (_, labels), of_kind in kinds.items():
+        elementwise = [label.key for label in labels if label.kind == "elementwise"]
+        numbers = [_numbers([row.values[x.key] for row in of_kind]) for x in labels if x.kind == "scalar"]
+        by_numbers: dict[Hashable, list[Row]] = defaultdict(list)
+        for row, *values in zip(of_kind, *numbers, strict=True):
+            by_numbers[tuple(values)].append(row)
+        for equal in by_numbers.values():
+            columns += _columns_of_equal(equal, elementwise)
+    return columns, unpacked
+
+
+def _columns_of_equal(rows: Sequence[Row], elementwise: Sequence[str]) -> Iterator[StateColumns]:
+    """Yields columns of rows that are equal in all but elementwise tensors; large ones alone, without a copy."""
+    small: list[tuple[str, Shape, Row]] = []
+    batches = [small]
+    for row in rows:
+        entry = (row.name, tuple(row.shape()), row)
+        if math.prod(entry[1]) <= MAX_NUMEL:
+            small.append(entry)
+        else:
+            batches.append([entry])
+
+    for batch in filter(None, batches):
+        names, shapes, members = zip(*batch, strict=True)
+        frame = members[0].frame
+        scalars = {key: copied(value) for key, value in members[0].values.items() if key not in elementwise}
+        shared = complete(frame, state_of_one(optimizer_part(frame)["param_groups"][0], scalars))
+        yield StateColumns(names, shapes, shared, {k: _joined([row.values[k] for row in members]) for k in elementwise})
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns the elements of all `tensors` side by side; of a single contiguous one its memory."""
+    with torch.no_grad():
+        flats = [t if t.dim() == 1 else t.reshape(-1) for t in tensors]
+        return flats[0] if len(flats) == 1 else torch.cat(flats)
+
+
+def _row_of(name: str, state: State) -> Row | None:
+    """Returns the row of one state dict; None when it is not one of a single parameter and plain hyper-parameters."""
+    optimizer = optimizer_part(state)
+    groups = optimizer["param_groups"]
+    if optimizer.keys() != {"state", "param_groups"} or len(groups) != 1 or groups[0].get("params") != [0]:
+        return None
+    if optimizer["state"].keys() - {0} or not (optimizer is state or state.keys() == {"scheduler", "optimizer"}):
+        return None
+
+    frame = with_optimizer_part(state, {"state": {}, "param_groups": groups})
+    frame_key = exactly(frame)
+    return None if frame_key is None else Row(name, optimizer["state"].get(0, {}), frame, frame_key)
+
+
+class _Label(NamedTuple):
+    """What the values of one key have in common where rows are packed."""
+
+    key: str
+    kind: Literal["elementwise", "scalar", "plain"]
+    equal: Hashable
+
+
+def _labels(row: Row) -> tuple[_Label, ...] | None:
+    """Returns what rows must have in common with this one; None for a row that no columns can hold."""
+    shape = row.shape()
+    labels = []
+    for key, value in row.values.items():
+        if type(value) is not Tensor:
+            text = exactly(value)
+            if text is None:
+                return None
+            labels.append(_Label(key, "plain", text))
+        elif value.layout is not torch.strided:
+            return None
+        elif _is_scalar(key, value):
+            labels.append(_Label(key, "scalar", (value.dtype, value.device, value.shape)))
+        elif value.shape == shape:
+            labels.append(_Label(key, "elementwise", (value.dtype, value.device)))
+        else:
+            return None
+    return tuple(labels)
+
+
+def _is_scalar(key: str, value: Tensor) -> bool:
+    return key in SCALARS and value.numel() == 1
+
+
+def _numbers(scalars: Sequence[Tensor]) -> list[Any]:
+    """Returns tensors of one element as numbers, read together."""
+    return torch.stack(list(scalars)).reshape(-1).tolist()
+
+
+def exactly(value: Any) -> bytes | None:
+    """Returns bytes that are equal for equal plain values alone; None for a value that is not plain.
+
+    `marshal` tells 1 from 1.0 and True, and tuples from lists. Its version 2 writes no references, which would make
+    equal values differ by which of their items are one object.
+    """
+    try:
+        return marshal.dumps(value, 2)
+    except ValueError:
+        return None

@@ -1,0 +1,65 @@
+"""The log of one rank, `run_dir/logs/rank-N.log`: all that it printed, each attempt below a line of dashes."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from pathlib import Path
+
+from distopt.launchers import LOGS
+
+# The line above each attempt. It is matched as a whole, since a worker's output may have lines of dashes as well.
+HEADER = re.compile(rb"^--- \d{4}-\d\d-\d\dT\S+ rank \d+ of \d+, attempt \d+")
+
+MAX_TRACEBACK_LINES = 30
+
+
+def log_of(run_dir: Path, rank: int) -> Path:
+    """Returns where a rank's output is kept."""
+    return run_dir / LOGS / f"rank-{rank}.log"
+
+
+def read_log(run_dir: Path, rank: int, offset: int = 0) -> bytes:
+    """Returns a rank's output from a byte on; nothing where it has not started."""
+    try:
+        with log_of(run_dir, rank).open("rb") as file:
+            file.seek(offset)
+            return file.read()
+    except FileNotFoundError:
+        return b""
+
+
+def header(rank: int, world_size: int, attempt: int) -> bytes:
+    """Returns the line that begins an attempt, with the time of day."""
+    now = datetime.now().astimezone().isoformat(timespec="milliseconds")
+    return f"--- {now} rank {rank} of {world_size}, attempt {attempt}\n".encode()
+
+
+def last_lines(path: Path, count: int = 20) -> list[str]:
+    """Returns the last lines of a file; none where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            # A rank that prints in a loop can fill gigabytes; 2,000 lines of output are seldom longer than this.
+            file.seek(max(0, path.stat().st_size - 256 * 1024))
+            return file.read().decode("utf-8", "replace").splitlines()[-count:]
+    except OSError:
+        return []
+
+
+def last_attempt_lines(run_dir: Path, rank: int) -> list[str]:
+    """Returns what a rank printed in its last attempt, of long output the end."""
+    lines = last_lines(log_of(run_dir, rank), 2000)
+    header_index = max((index for index, line in enumerate(lines) if HEADER.match(line.encode())), default=-1)
+    return lines[header_index + 1 :]
+
+
+def traceback_of(run_dir: Path, rank: int) -> list[str]:
+    """Returns the last traceback that a rank printed in its last attempt, or its last lines where it printed none."""
+    lines = last_attempt_lines(run_dir, rank)
+    starts = [index for index, line in enumerate(lines) if "Traceback (most recent call last)" in line]
+    return lines[starts[-1] :][-MAX_TRACEBACK_LINES:] if starts else lines[-10:]
+
+
+def last_line(run_dir: Path, rank: int) -> str:
+    """Returns the last line of a rank's traceback, which in Python names the exception; empty where it printed none."""
+    return next((line for line in reversed(traceback_of(run_dir, rank)) if line.strip()), "")
