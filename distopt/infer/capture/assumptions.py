@@ -31,6 +31,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
 import distopt
+from distopt.infer.sharded_plate import Sharded
+from distopt.rng import _policy
 
 _STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
 _TORCH_MODULES = os.path.join(os.path.dirname(torch.__file__), "nn", "modules") + os.sep
@@ -109,12 +111,17 @@ class Watch:
         self._importing = 0
 
     def __enter__(self) -> Watch:
+        # A collection would run other people's callbacks and finalizers within the step.
+        self._collects = gc.isenabled()
+        gc.disable()
         self._previous = sys.getprofile()
         sys.setprofile(self._on_event)
         return self
 
     def __exit__(self, *error: object) -> None:
         sys.setprofile(self._previous)
+        if self._collects:
+            gc.enable()
 
     def calls(self) -> Iterator[tuple[_Call, dict[str, Any]]]:
         """Yields each call with the closure cells of its function: the cells, since their contents may be replaced.
@@ -292,6 +299,9 @@ class Assumptions:
 
         for module in watch.modules.values():
             self._add_module(module)
+
+        # Settings of this package that decide what a step does, wherever they are read.
+        self._add("the noise policy", f"{self._name(_policy)}[0]", _policy[0])
         for name, root in roots.items():
             self._add_settings(name, self._name(root), root, depth=3)
         self._earlier = None
@@ -376,6 +386,9 @@ class Assumptions:
 
     def _add_settings(self, text: str, source: str, value: Any, depth: int) -> None:
         """Compares the attributes of handlers, distributions and ELBOs, whose code is Pyro's and is not watched."""
+        if isinstance(value, Sharded):  # a captured step does not tell its plates how many datapoints they have
+            for name, shard in value.plates.items():
+                self._add(f"the size of plate {name!r}", f"{source}.plates[{name!r}].size", shard.size)
         if isinstance(value, functools.partial):
             for index, each in enumerate((value.func, *value.args)):
                 inner = f"{source}.func" if index == 0 else f"{source}.args[{index - 1}]"
@@ -415,6 +428,10 @@ class Assumptions:
             return self._holds()
         except Exception:  # a path that leads nowhere any more
             return False
+
+    def names(self) -> list[str]:
+        """Returns the paths that are compared, as they stand in the code."""
+        return list(dict.fromkeys(text for text, _, _ in self._tests.values()))
 
     def changed(self) -> list[str]:
         """Returns the paths whose values differ now, as they stand in the code."""

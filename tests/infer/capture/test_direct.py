@@ -100,7 +100,7 @@ def assert_same_bits(a, b):
     assert (a.shape, a.dtype) == (b.shape, b.dtype)
     if a.is_floating_point():  # a NaN's payload depends on the order of operands, which ATen does not promise
         a, b = (torch.where(t.isnan(), torch.full_like(t, math.nan), t).contiguous() for t in (a, b))
-        bits = torch.int32 if a.dtype == torch.float32 else torch.int64
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
         a, b = a.view(bits), b.view(bits)
     assert torch.equal(a, b)
 
