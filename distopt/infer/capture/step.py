@@ -115,7 +115,7 @@ class StepCapture:
         ...     loss, params = capture(model, guide, torch.ones(3))
         ...     pyro.infer.util.zero_grads(params)
         >>> capture.num_recorded, len(params)
-        (4, 2)
+        (2, 2)
     """
 
     def __init__(self, loss_and_grads: Callable[..., Any], *, direct: bool = True) -> None:

@@ -55,10 +55,10 @@ def test_missing_operation_differs(recording):
 
 
 def test_constant_made_from_other_numbers_differs(recording):
-    slot = next(iter(recording.lifted))
+    slot = next(slot for slot, tensor in recording.lifted.items() if tensor.numel())
 
     def change(other):
-        other.lifted[slot] = recording.lifted[slot] + 1
+        other.lifted[slot] = torch.full_like(recording.lifted[slot], 123)
 
     assert "made from Python numbers differs" in changed(recording, change)
 
