@@ -49,7 +49,7 @@ bench: setup-dev  ## every benchmark, as ratios
 	@$(BIN)/python -m tests.benchmarks $(ARGS)
 
 golden: setup-dev  ## write the launcher's golden files anew
-	@$(BIN)/python -m pytest tests/launch --update-golden -q
+	@$(BIN)/python -m pytest tests/launch tests/kubernetes -k golden --update-golden -q
 
 # A docker command without its engine is of no use, so each is asked.
 BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) info >/dev/null 2>&1 && echo $(tool))))

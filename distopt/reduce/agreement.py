@@ -21,7 +21,7 @@ from distopt.backends import Backend, Json
 from distopt.constraints import ConstraintError, build_constraint, describe_constraint
 from distopt.reduce.errors import DisagreementError, PeerError
 from distopt.reduce.layout import Entry
-from distopt.rng import noise_state, set_apart
+from distopt.rng import generator_digest, separate_streams
 from distopt.sharding import local_parameter
 
 
@@ -68,7 +68,7 @@ class Agreement:
         self._check_steps(told)
         self._check_settings(told)
         if self._is_first and self._settings["noise"] == "independent":
-            set_apart([each["noise"] for each in told], self._backend.rank)
+            separate_streams([each["noise"] for each in told], self._backend.rank)
         self._is_first = False
         gone = [set(each["gone"]) for each in told]
         given_up = set.intersection(*gone)
@@ -97,7 +97,7 @@ class Agreement:
             "step": news.step,
             "kind": news.kind,
             "settings": self._settings,
-            "noise": noise_state() if self._is_first else None,
+            "noise": generator_digest() if self._is_first else None,
             "news": sorted(news.names),
             "sparse": sorted(news.sparse),
             "dense": sorted(news.dense),

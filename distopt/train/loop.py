@@ -16,7 +16,7 @@ from distopt.backends import Backend, BackendError, init
 from distopt.checkpoint import Checkpointer, CheckpointError, Restored, Retention
 from distopt.config import MAY_CHANGE, ConfigError, RunConfig, dump_yaml
 from distopt.data import GlobalBatches, Loader
-from distopt.infer import SVI, seed_noise
+from distopt.infer import SVI, seed_all
 from distopt.launchers import CHECKPOINTS, LauncherError, find_rank
 from distopt.optim import DistributedOptimizer, StepInfo
 from distopt.reduce import DisagreementError, DriftError, PeerError
@@ -169,7 +169,7 @@ class _Worker:
 
         A step that takes all rows would need too many here, so at most `_INIT_ROWS` of a step's rows are used.
         """
-        seed_noise(self.config.seed)
+        seed_all(self.config.seed)
         if self.task.sharded:
             rows = self.batches.rows(0)
         else:
@@ -259,7 +259,7 @@ class _Worker:
         config = self.config
         index = step - 1  # data, random streams and the optimizer count from 0
         # Random streams are seeded by step, so a resumed run draws what an undisturbed one would.
-        seed_noise(config.seed, index, self.backend.rank, config.train.noise)
+        seed_all(config.seed, index, self.backend.rank, config.train.noise)
 
         scheduler = config.optim.scheduler
         with self.pace.step():
@@ -314,7 +314,7 @@ class _Worker:
         config = self.config
         history = read_metrics(config.run_dir)
         report = Report(config.name, self.console, history)
-        seed_noise(config.seed, config.train.num_steps)
+        seed_all(config.seed, config.train.num_steps)
         with torch.no_grad():
             self.task.report(report)
 

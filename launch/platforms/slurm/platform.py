@@ -61,7 +61,7 @@ class SlurmPlatform(Platform):
 
     def job(self, config: RunConfig) -> SlurmJob:
         """Returns the run on the cluster, submitted or not."""
-        return SlurmJob(config.run_dir, self.plan(config).commands[0].argv, config.launch.grace_s)
+        return SlurmJob(config.run_dir, self.plan(config).commands[0].argv)
 
 
 def _is_torchrun(config: RunConfig) -> bool:
