@@ -8,7 +8,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 from distopt import backends
-from distopt.infer import SVI, seed_noise, sharded_plate
+from distopt.infer import SVI, seed_all, sharded_plate
 from distopt.optim import Adam, DistributedOptimizer
 from distopt.reduce import ReduceOptions
 from tests.infer.capture.cases import DATA, hierarchy, mixture, mixture_guide
@@ -37,7 +37,7 @@ def run_captured(name: str, capture: str, num_steps: int = 20, passes: int = 1, 
     rows = DATA[rank * 15 : rank * 15 + 15]
     losses = []
     for step in range(num_steps):
-        seed_noise(7, step, rank, noise)
+        seed_all(7, step, rank, noise)
         losses.append(svi.step(rows))
     params = {name: param.detach().tolist() for name, param in pyro.get_param_store()._params.items()}
     captured = svi.captured.num_captured if svi.captured is not None else 0
