@@ -150,26 +150,32 @@ class Watch:
                 yield call, cells
 
     def _on_event(self, frame: FrameType, event: str, argument: Any) -> None:
+        # It is called for every function of the step, some 100,000 times: all but a few end at the first look-up.
+        code = frame.f_code
+        kind = _kinds.get(code)
+        if kind is None:
+            kind = _kinds[code] = _kind_of(frame)
+        if kind == _LIBRARY:
+            return
         if event == "call":
-            self._on_call(frame)
-        elif event == "c_call":
+            self._on_call(frame, kind)
+        elif event == "c_call" and kind == _USER:
             self._on_c_call(frame, argument)
-        elif event == "return" and _is_import(frame.f_code):
+        elif event == "return" and kind == _IMPORT:
             self._importing = max(0, self._importing - 1)
 
-    def _on_call(self, frame: FrameType) -> None:
-        code = frame.f_code
-        if _is_import(code):
+    def _on_call(self, frame: FrameType, kind: int) -> None:
+        if kind == _IMPORT:
             self._importing += 1  # modules that are imported within the step are no code of the step
         elif self._importing:
             return
-        elif is_user_code(frame):
+        elif kind == _USER:
             self._note(frame)
-        elif code.co_name == "_call_impl":
+        elif kind == _LAYER:
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module):
                 self.modules[id(module)] = module
-        elif code.co_name == "_log" and frame.f_globals.get("__name__") == "logging":
+        elif kind == _LOG:
             self._note_effect(frame, "logging")
 
     def _note(self, frame: FrameType) -> None:
@@ -191,7 +197,7 @@ class Watch:
         module = getattr(function, "__module__", None)
         if name in _READS and isinstance(getattr(function, "__self__", None), Tensor):
             return  # the recorder's modes see these
-        if ((module, name) in _EFFECTS or module in _EFFECT_MODULES) and is_user_code(frame):
+        if (module, name) in _EFFECTS or module in _EFFECT_MODULES:
             self.effects.append(f"{name}() at {frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})")
 
     def _note_effect(self, frame: FrameType, name: str) -> None:
@@ -202,8 +208,22 @@ class Watch:
             self.effects.append(f"{name} at {caller.f_code.co_filename}:{caller.f_lineno} ({caller.f_code.co_name})")
 
 
-def _is_import(code: CodeType) -> bool:
-    return code.co_filename.startswith("<frozen importlib") and code.co_name == "_find_and_load"
+_LIBRARY, _USER, _IMPORT, _LAYER, _LOG = range(5)
+
+_kinds: dict[CodeType, int] = {}  # what a code object's calls mean to a watch
+
+
+def _kind_of(frame: FrameType) -> int:
+    code = frame.f_code
+    if code.co_filename.startswith("<frozen importlib") and code.co_name == "_find_and_load":
+        return _IMPORT
+    if is_user_code(frame):
+        return _USER
+    if code.co_name == "_call_impl":
+        return _LAYER
+    if code.co_name == "_log" and frame.f_globals.get("__name__") == "logging":
+        return _LOG
+    return _LIBRARY
 
 
 def _content(cell: Any) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import numpy as np
@@ -68,10 +69,19 @@ _MEMORY = frozenset(
 """Functions that hand out the memory itself, through which code could read and write unseen."""
 
 
+# By code object, whether it is a library's; by code object and line, its description. Each operation asks for its line.
+_library_codes: dict[CodeType, bool] = {}
+_lines: dict[tuple[CodeType, int], str] = {}
+
+
 def is_library(frame: FrameType) -> bool:
     """Returns whether a frame runs code of torch, Pyro or this package rather than the user's."""
-    name = frame.f_globals.get("__name__", "") + "."
-    return name.startswith(_LIBRARIES) and not name.startswith("distopt.examples.")
+    answer = _library_codes.get(frame.f_code)
+    if answer is None:
+        name = frame.f_globals.get("__name__", "") + "."
+        answer = name.startswith(_LIBRARIES) and not name.startswith("distopt.examples.")
+        _library_codes[frame.f_code] = answer
+    return answer
 
 
 def model_line() -> str:
@@ -81,7 +91,11 @@ def model_line() -> str:
         frame = frame.f_back
     if frame is None:
         return ""
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
+    key = (frame.f_code, frame.f_lineno)
+    line = _lines.get(key)
+    if line is None:
+        line = _lines[key] = f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
+    return line
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -233,7 +247,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         op.kwargs = {name: encode(value) for name, value in kwargs.items()}
         inplace_view = _INPLACE_VIEW in function.tags
         if not inplace_view:
-            op.writes = _written_slots(schema, op)
+            op.writes = _written_slots(op)
 
         self._look_at(function, args, kwargs, op)
 
@@ -456,16 +470,22 @@ _UNDECLARED_WRITES = {
 }
 
 
-def _written_slots(schema: Any, op: Op) -> list[int]:
-    writes = [
-        op.args[position].index
-        for position in _UNDECLARED_WRITES.get(schema.name, ())
-        if isinstance(op.args[position], Slot)
-    ]
-    for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = op.args[position] if position < len(op.args) else op.kwargs.get(argument.name)
+@functools.cache
+def _write_positions(function: Any) -> tuple[tuple[int, str], ...]:
+    """Returns position and name of each argument that an operator writes to."""
+    schema = function._schema
+    undeclared = _UNDECLARED_WRITES.get(schema.name, ())
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(schema.arguments)
+        if position in undeclared or (argument.alias_info is not None and argument.alias_info.is_write)
+    )
+
+
+def _written_slots(op: Op) -> list[int]:
+    writes = []
+    for position, name in _write_positions(op.function):
+        value = op.args[position] if position < len(op.args) else op.kwargs.get(name)
         writes += [each.index for each in (value if isinstance(value, list) else [value]) if isinstance(each, Slot)]
     return writes
 

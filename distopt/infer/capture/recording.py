@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -94,6 +95,7 @@ UNINITIALIZED = frozenset(
 )
 
 
+@functools.cache
 def is_random(function: Function) -> bool:
     """Returns whether an operator draws from a generator."""
     return torch.Tag.nondeterministic_seeded in function.tags or any(

@@ -214,11 +214,12 @@ class StepCapture:
         variant.viewed = viewed = not variant.viewed
         if viewed:
             args, kwargs = _views(args, kwargs)
-        watched = self._take_recorded(model, guide, args, kwargs)
-        if watched is None:
+        watch = Watch()
+        with watch:
+            step = self._take_recorded(model, guide, args, kwargs)
+        if step is None:
             return self._eager(model, guide, args, kwargs)
 
-        step, watch = watched
         result = _recorded_result(step)
         if watch.effects:
             self._refuse(f"the model calls {watch.effects[0]}, which a captured step would not")
@@ -256,16 +257,14 @@ class StepCapture:
 
     def _take_recorded(
         self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[RecordedStep, Watch] | None:
-        watch = Watch()
+    ) -> RecordedStep | None:
         try:
-            with watch:
-                step = record(self.loss_and_grads, model, guide, args, kwargs)
+            step = record(self.loss_and_grads, model, guide, args, kwargs)
         except Exception as error:  # an eager step shows whether it is the model's own
             self._refuse(f"recording failed: {type(error).__name__}: {error}")
             return None
         self.num_recorded += 1
-        return step, watch
+        return step
 
     def _has_refusal(self, recording: Recording, variant: _Variant) -> bool:
         if recording.refusal is None:
@@ -293,14 +292,14 @@ class StepCapture:
         """Records a step anew and compares it with the programs that would have run."""
         store = list(pyro.get_param_store()._params.values())
         candidates = [captured for captured in variant.captured if _would_run(captured, store)]
-        watched = self._take_recorded(model, guide, args, kwargs)
-        if watched is None:
+        step = self._take_recorded(model, guide, args, kwargs)
+        if step is None:
             return self._eager(model, guide, args, kwargs)
 
-        recording = watched[0].recording
+        recording = step.recording
         if recording.refusal is not None and not recording.transient:
             self._refuse(recording.refusal)
-            return _recorded_result(watched[0])
+            return _recorded_result(step)
 
         # This step was a true one and is right whatever comes out. Programs that would not have run now, for another
         # branch or for values as they were earlier, are no party to the comparison.
@@ -317,7 +316,7 @@ class StepCapture:
                 )
                 self._refuse(unlike)
                 break
-        return _recorded_result(watched[0])
+        return _recorded_result(step)
 
     def _miss(self, variant: _Variant, reason: str) -> None:
         variant.misses += 1
