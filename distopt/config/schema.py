@@ -25,6 +25,7 @@ CODE_KEYS = (
     "optim.name",
     "optim.scheduler.name",
     "reduce.backend",
+    "reduce.compression",
     "log.loggers",
     "launch.platform",
 )

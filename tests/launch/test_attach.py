@@ -117,7 +117,7 @@ def test_failed_run_names_who_died_first_of_what_and_who_was_waiting(start, tmp_
     report = run.err[run.err.index("the run failed") :]
     assert "rank 1 on" in report.split("died first")[0]
     assert said in report
-    assert "Merely waiting, ended by the engine: rank 0 on" in report
+    assert "Only waiting, terminated by the launcher: rank 0 on" in report
     assert run.processes() == []
 
 
@@ -126,7 +126,7 @@ def test_worker_that_dies_in_each_attempt_ends_the_run_after_the_last_restart(st
     run = start("launch.max_restarts=1", "--all-ranks")
     assert run.wait() == 1
     assert run.err.count("ended with exit status 7") == 2 + 1  # in each attempt, and in the report
-    assert "goes on" not in run.err  # there is no checkpoint
+    assert "to resume" not in run.err  # there is no checkpoint
     assert re.search(r"^failed exit status 1; rank 1 on .* died first: it ended with exit status 7\.$", state(run))
     assert [line.rsplit(" ", 1)[1] for line in run.log(1).splitlines() if line.startswith("--- ")] == ["0", "1"]
     assert sorted(run.out.splitlines()) == ["[0] rank 0 does exit"] * 2 + ["[1] rank 1 does exit"] * 2
@@ -144,7 +144,7 @@ def test_worker_that_leaves_early_with_status_0_is_named(start, tmp_path):
     assert run.wait() == 1
     report = run.err[run.err.index("the run failed") :]
     assert "rank 0 on" in report.split("died first")[0]
-    assert "Before it had ended, as if all were done: rank 1 on" in report
+    assert "Already finished successfully before that: rank 1 on" in report
 
 
 @pytest.mark.parametrize("backend_section", LAUNCHERS[1:2], indirect=True)
@@ -169,7 +169,7 @@ def test_worker_that_runs_out_of_memory_is_named_as_such(memory_group, start, tm
     assert run.wait() == 1
     report = run.err[run.err.index("the run failed") :]
     assert "rank 1 on" in report.split("died first")[0]
-    assert "was killed, out of memory: give the run more, or take a smaller batch" in report
+    assert "was killed, out of memory: give the run more memory, or use a smaller batch" in report
 
 
 def test_nothing_of_a_local_run_listens_beyond_loopback_or_outlives_its_launcher(backend_section, start, tmp_path):
@@ -222,7 +222,7 @@ def test_engine_killed_with_9_leaves_no_worker_and_the_launcher_says_so(start, t
     wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers ready")
     psutil.Process(run.process.pid).children()[0].kill()
     assert run.wait() == 1
-    assert "exit status -9 of the engine" in run.err
+    assert "exit status -9 of the launcher" in run.err
     wait_until(lambda: run.processes() == [], "all processes of the run gone", timeout_s=20)
 
 
