@@ -107,7 +107,7 @@ class _AttachedRun:
             self._kill_at = min(self._kill_at, time.monotonic() + FINISH_S)
         elif any(statuses):
             lost = [index for index, status in enumerate(statuses) if status]
-            if statuses.count(None) < (self.plan.least or len(statuses)):
+            if statuses.count(None) < (self.plan.min_hosts or len(statuses)):
                 self._ask_to_stop()
             else:
                 self._rejoin(lost)
@@ -167,10 +167,10 @@ class _AttachedRun:
     def _report_deaths(self) -> None:
         for event in self._events.new():
             if isinstance(event, events.End) and event.failed:
-                cause = f"{failure_report.cause(event)}{failure_report.why(self.run_dir, event)}"
-                say(f"{failure_report.name(event)} {cause}")
+                cause = f"{failure_report.describe_end(event)}{failure_report.describe_error(self.run_dir, event)}"
+                say(f"{failure_report.describe_rank(event)} {cause}")
                 # The launcher should end the others by itself; MPICH's does not for one that dies before MPI_Init.
-                if self.plan.together:
+                if self.plan.ends_together:
                     self._ask_at = min(self._ask_at, time.monotonic() + FINISH_S)
 
     def on_signal(self, number: int) -> None:
@@ -214,12 +214,12 @@ class _AttachedRun:
     def result(self) -> int:
         """Returns the run's exit status; prints how it ended unless it is done."""
         statuses = [process.wait() for process in self.processes]
-        if (not any(statuses) and self._workers_confirm()) or (self.plan.least is not None and 0 in statuses):
+        if (not any(statuses) and self._workers_confirm()) or (self.plan.min_hosts is not None and 0 in statuses):
             return 0
 
         last_attempt = failure_report.last_attempt(self._events.seen)
-        if self.signal is not None and failure_report.stopped_well(last_attempt):
-            say("; ".join(filter(None, ["stopped", failure_report.going_on(self.run_dir)])))
+        if self.signal is not None and failure_report.all_stopped(last_attempt):
+            say("; ".join(filter(None, ["stopped", failure_report.resume_hint(self.run_dir)])))
             return 130 if self.signal == signal.SIGINT else 143
 
         self._print_failure(statuses, last_attempt)
@@ -233,7 +233,7 @@ class _AttachedRun:
 
         first_status = next((status for status in statuses if status), 0)
         seconds = time.monotonic() - self._started
-        text = failure_report.failure(self.run_dir, last_attempt, first_status, seconds, LAUNCHER_LOG)
+        text = failure_report.describe_failure(self.run_dir, last_attempt, first_status, seconds, LAUNCHER_LOG)
         (self.run_dir / LOGS / FAILURE_FILE).write_text(text + "\n")
         sys.stdout.flush()
         print(text, file=sys.stderr)
@@ -244,9 +244,9 @@ class _AttachedRun:
         Open MPI's mpirun exits with 0 when the connection to a host is reset, so its status alone proves nothing.
         """
         end = time.monotonic() + EVENT_DELAY_S
-        while self.plan.together and self.signal is None:
+        while self.plan.ends_together and self.signal is None:
             self._events.new()
-            if failure_report.finished(failure_report.last_attempt(self._events.seen)):
+            if failure_report.all_succeeded(failure_report.last_attempt(self._events.seen)):
                 break
             if time.monotonic() > end:
                 return False

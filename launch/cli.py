@@ -14,13 +14,14 @@ import typer
 if TYPE_CHECKING:
     from distopt.config import RunConfig
 
+# Help is plain, because importing rich would take half of the start-up time.
 app = typer.Typer(
     name="distopt",
     help="Distributed training for Pyro models: one YAML for every platform.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    rich_markup_mode=None,  # plain help: rich alone would take half of the start-up time
+    rich_markup_mode=None,
 )
 config_app = typer.Typer(
     help="Show the resolved YAML, its schema, or what differs from a run's.",

@@ -121,6 +121,7 @@ class FollowedJob(Job):
         if self._is_locked():
             return State("running", process)
 
+        # The record has a status only once the run has ended, and the lock is held until then.
         status = record.get("status")
         if status is None:
             return State("failed", f"`distopt launch`, {process}, was killed")
@@ -136,6 +137,8 @@ class FollowedJob(Job):
         return [line.strip() for line in report.splitlines()[1:2]]
 
     def _is_locked(self) -> bool:
+        # The only way to see a lock is to take it. It is released at once, and two who look at the same moment can at
+        # worst both believe that the run is still running.
         try:
             with (self.run_dir / LOCK_FILE).open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

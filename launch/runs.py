@@ -280,5 +280,5 @@ def _report(job: SubmittedJob, state: State, directory: Path, events: Reader) ->
         return 0
     last_attempt = failure_report.last_attempt(events.new())
     if last_attempt:
-        print(failure_report.failure(directory, last_attempt, 1, 0.0, job.launcher_log), file=sys.stderr)
+        print(failure_report.describe_failure(directory, last_attempt, 1, 0.0, job.launcher_log), file=sys.stderr)
     return 1

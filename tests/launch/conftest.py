@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from distopt.launch.platforms import horovodrun, mpirun
+from tests.launch import slurm
 from tests.launch.hosts import Hosts, missing
 from tests.launch.launching import Launched, write_config
 
@@ -38,6 +40,16 @@ def hosts(tmp_path_factory) -> Iterator[Hosts]:
         yield network
 
 
+@pytest.fixture(scope="module")
+def cluster(hosts) -> Iterator[slurm.Cluster]:
+    """A real Slurm over the three hosts."""
+    lacking = slurm.missing()
+    if lacking:
+        pytest.skip(lacking)
+    with slurm.Cluster(hosts) as running:
+        yield running
+
+
 @pytest.fixture
 def on_hosts(hosts, start, tmp_path) -> Callable[..., Launched]:
     """Starts a run from host 1 over some of the hosts: sum_script.py, unless `text` is another YAML."""
@@ -60,3 +72,16 @@ def on_hosts(hosts, start, tmp_path) -> Callable[..., Launched]:
         return start(*script, *places, *chosen, *args, prefix=hosts.run(1), **options)
 
     return launched
+
+
+@pytest.fixture
+def pretended_mpi(monkeypatch) -> Callable[[str, str | None], None]:
+    """Pretends which MPI the mpirun here belongs to, and which one Horovod was built for."""
+
+    def pretend(mpirun_of: str, horovod_for: str | None) -> None:
+        for module in (mpirun, horovodrun):
+            monkeypatch.setattr(module, "find_mpirun", lambda: "mpirun")
+            monkeypatch.setattr(module, "is_mpich", lambda program: mpirun_of == "MPICH")
+            monkeypatch.setattr(module, "mpi_of_horovod", lambda: horovod_for)
+
+    return pretend

@@ -14,16 +14,22 @@ from ..torchrun import FRESH_STORE, torchrun_argv
 
 Manifest = dict[str, Any]
 
-HOME = "/tmp"
 LABEL = "distopt.run"
-KUEUE = "kueue.x-k8s.io/queue-name"
-MPI_HOME = "/home/mpiuser"
-CONFIG_IN_ENV = f"@{CONFIG_VARIABLE}"  # how workers are told to read the configuration from a variable
+KUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+HOME = "/tmp"  # the only folder besides volumes that a worker can write to
+MPI_HOME = "/home/mpiuser"  # of the user that the image has for sshd (docker/cpu.Dockerfile)
+CONFIG_IN_ENV = f"@{CONFIG_VARIABLE}"  # has `distopt train` read the configuration from a variable
 
 
 def manifests(config: RunConfig) -> list[Manifest]:
     """Returns the objects to create, the one that stands for the run last."""
     return _KINDS[config.launch.kubernetes.kind](config)
+
+
+# The kinds. All of them start the same command in the same pod: an agent as process 1, below it torchrun (or Horovod's
+# or MPI's launcher), supervisors and workers. They differ in how pods find each other and in who starts them again. The
+# pods of a Job and of a JobSet have stable names, and torchrun meets at the first one's; for the other kinds an
+# operator sets variables or writes a hostfile.
 
 
 def _job(config: RunConfig) -> list[Manifest]:
@@ -40,6 +46,7 @@ def _job(config: RunConfig) -> list[Manifest]:
             "ports": [{"name": "rendezvous", "port": config.launch.port or RENDEZVOUS_PORT}],
         },
     }
+
     pod = _pod(config, _torchrun_meeting_at(config, address), subdomain=config.name)
     job = {
         "apiVersion": "batch/v1",
@@ -55,6 +62,7 @@ def _jobset(config: RunConfig) -> list[Manifest]:
     address = f"{config.name}-workers-0-0.{config.name}:{config.launch.port or RENDEZVOUS_PORT}"
     pod = _pod(config, _torchrun_meeting_at(config, address))
     job = {**_indexed(config, pod), "backoffLimit": 0, **_time_limit(config)}
+
     jobset = {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
@@ -97,6 +105,7 @@ def _pytorchjob(config: RunConfig) -> list[Manifest]:
         "--master-addr=$(PET_MASTER_ADDR)",
         "--master-port=$(PET_MASTER_PORT)",
     ]
+
     pod = _pod(config, _agent(config, _torchrun(config, rendezvous)), container="pytorch")
     replicas = {"Master": 1, **({"Worker": launch.num_hosts - 1} if launch.num_hosts > 1 else {})}
     job = {
@@ -128,9 +137,12 @@ def _mpijob(config: RunConfig) -> list[Manifest]:
             *("--bind-to", "none", "--map-by", "slot"),
             *(option for name in passed for option in ("-x", name)),
         ]
+
+    # The launcher starts ranks through the sshd of the workers and computes nothing itself, so it needs no GPU.
     launcher = _pod(config, _agent(config, [*command, *_worker(config)]), gpus=False)
     sshd = ["/usr/sbin/sshd", "-De", "-f", f"{MPI_HOME}/.sshd_config"]
     replicas = {"Launcher": (1, launcher), "Worker": (launch.num_hosts, _pod(config, sshd))}
+
     job = {
         "apiVersion": "kubeflow.org/v2beta1",
         "kind": "MPIJob",
@@ -159,9 +171,12 @@ _KINDS: Mapping[str, Callable[[RunConfig], list[Manifest]]] = {
 }
 
 
+# What the kinds share.
+
+
 def _metadata(config: RunConfig) -> Manifest:
     queue = config.launch.kubernetes.queue
-    labels = {LABEL: config.name, **({KUEUE: queue} if queue else {})}
+    labels = {LABEL: config.name, **({KUEUE_LABEL: queue} if queue else {})}
     return {"name": config.name, "namespace": config.launch.kubernetes.namespace, "labels": labels}
 
 
@@ -212,13 +227,15 @@ def _agent(config: RunConfig, launcher: list[str], meet: str | None = None) -> l
 
 def _env(config: RunConfig) -> list[Manifest]:
     """Returns the variables of the pods; secrets are references, and the configuration travels as a variable."""
-    fixed = env_of_workers(config, **FRESH_STORE, **{ECHO_VARIABLE: "1"}, HOME=HOME)
-    fixed[CONFIG_VARIABLE] = dump_yaml(config)
-    values: list[Manifest] = [{"name": name, "value": _literal(value)} for name, value in fixed.items()]
-    references = config.launch.kubernetes.secrets.items()
-    return values + [
-        {"name": name, "valueFrom": {"secretKeyRef": {"name": reference.secret, "key": reference.key}}}
-        for name, reference in references
+    values = env_of_workers(config, **FRESH_STORE, **{ECHO_VARIABLE: "1"}, HOME=HOME)
+    values[CONFIG_VARIABLE] = dump_yaml(config)
+    secrets = config.launch.kubernetes.secrets
+    return [
+        *({"name": name, "value": _literal(value)} for name, value in values.items()),
+        *(
+            {"name": name, "valueFrom": {"secretKeyRef": {"name": secret.secret, "key": secret.key}}}
+            for name, secret in secrets.items()
+        ),
     ]
 
 
@@ -260,7 +277,11 @@ def _health(config: RunConfig) -> Manifest:
 def _pod(
     config: RunConfig, command: list[str], container: str = "worker", subdomain: str | None = None, gpus: bool = True
 ) -> Manifest:
-    """Returns a pod template whose processes have no privileges and can write to volumes and /tmp alone."""
+    """Returns a pod template whose processes have no privileges and can write only to volumes, /tmp and /dev/shm.
+
+    It fulfils the `restricted` Pod Security Standard. Torch's data loaders and NCCL need /dev/shm, which is 64 MiB in a
+    container unless it is a volume.
+    """
     kubernetes = config.launch.kubernetes
     claims = dict.fromkeys(volume.claim for volume in kubernetes.volumes)  # one may be mounted at several paths
     spec: Manifest = {
@@ -281,6 +302,7 @@ def _pod(
             *({"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in claims),
         ],
     }
+
     optional = {
         "subdomain": subdomain,
         "serviceAccountName": kubernetes.service_account,
@@ -297,7 +319,8 @@ def _container(config: RunConfig, command: list[str], gpus: bool) -> Manifest:
     return {
         "image": kubernetes.image,
         "command": command,
-        "terminationMessagePolicy": "FallbackToLogsOnError",  # where no guard has left its rank's last words
+        # Supervisors write why their rank failed into the pod's status; where none could, the end of the log is there.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "env": _env(config),
         "resources": _resources(config, gpus),
         **_health(config),
