@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests import workers
+
 # Set before torch is imported, and inherited by every process a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -34,6 +36,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", params=workers.WORLDS, ids=lambda world: f"{world[0]}-{world[1]}")
+def ranks(request: pytest.FixtureRequest) -> workers.Ranks:
+    """Every backend with every number of ranks; pytest runs all tests of one world together, so that it starts once."""
+    return workers.Ranks(*request.param)
 
 
 @pytest.fixture
