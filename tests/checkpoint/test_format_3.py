@@ -116,8 +116,8 @@ def test_run_of_one_rank_when_resumed_from_its_yaml_ends_as_the_undisturbed_run(
     expected, states, schedule = line_by_torch(6)
     for name, value in expected.items():
         torch.testing.assert_close(saved["params"][name]["value"], value.detach(), rtol=1e-4, atol=1e-6)
-        assert_adam_state(saved["optimizer"][name]["optimizer"], states[name])
-        assert saved["optimizer"][name]["scheduler"]["last_epoch"] == schedule.last_epoch == 3
+        assert_adam_state(saved["optimizers"]["optimizer"][name]["optimizer"], states[name])
+        assert saved["optimizers"]["optimizer"][name]["scheduler"]["last_epoch"] == schedule.last_epoch == 3
     assert not any(b"not-recorded" in path.read_bytes() for path in folder.glob("one_rank/*/*"))
 
 
