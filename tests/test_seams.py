@@ -7,7 +7,6 @@ as it sees a user's.
 from __future__ import annotations
 
 import csv
-import os
 import shutil
 import socket
 import subprocess
@@ -147,7 +146,3 @@ def test_no_seam_runs_code_that_the_user_does_not_trust(folder: Path, key: str, 
     assert done.returncode == 2
     assert f"run.yaml: {key}: found {reference}, but your DISTOPT_TRUSTED_TASKS allows only code of" in done.stderr
     assert "it was imported" not in done.stdout + done.stderr
-
-
-def test_environment_of_the_tests_trusts_all_code() -> None:
-    assert "DISTOPT_TRUSTED_TASKS" not in os.environ
