@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` overrides to a `RunConfig`, or to one error that names everything wrong."""
+"""From a YAML file and `key=value` overrides to a `RunConfig`, or to one error that names every mistake."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from pydantic_core import ErrorDetails
 from distopt.config.base import ConfigError
 from distopt.config.launch import SECRET_NAME
 from distopt.config.plugins import REFERENCE_PATTERN
-from distopt.config.schema import RunConfig
+from distopt.config.schema import RUN_NAME_PATTERN, RunConfig
 from distopt.config.yaml_source import MAX_BYTES, UnsafeYAML, parse_yaml
 
 _OVERRIDE = re.compile(r"^([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*)=(.*)$", re.DOTALL)
 _SECRET_REFERENCE = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([A-Za-z0-9_]+)")
 _EXPECTED = {
-    "missing": "expected a value, found none",
     "int_type": "an integer",
     "int_from_float": "an integer",
     "float_type": "a number",
@@ -35,6 +34,10 @@ _EXPECTED = {
     "model_attributes_type": "a mapping",
     "path_type": "a path",
     "finite_number": "a finite number",
+}
+_EXPECTED_PATTERNS = {
+    RUN_NAME_PATTERN: "a letter or digit and at most 63 more letters, digits, dots, underscores and dashes",
+    REFERENCE_PATTERN: "module:Name of your own code, such as mypackage.module:MyClass",
 }
 
 
@@ -49,7 +52,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         The checked configuration, with all defaults filled in.
 
     Raises:
-        ConfigError: Naming every mistake, the place of each, and the nearest known key.
+        ConfigError: There are mistakes; the message names each of them with file, key and the nearest known key.
 
     Example:
         >>> from tempfile import NamedTemporaryFile
@@ -72,7 +75,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "configuration") -> RunConfig:
-    """Does what `load_config` does to YAML that is at hand; `source` stands for the file's name in errors."""
+    """Does what `load_config` does for YAML that is already in memory; `source` is the name of the file in errors."""
     try:
         raw = parse_yaml(text)
     except (UnsafeYAML, yaml.YAMLError) as error:
@@ -94,7 +97,7 @@ def dump_yaml(config: RunConfig) -> str:
 def _resolve(raw: dict[str, Any], overrides: Sequence[str], source: str) -> tuple[dict[str, Any], list[str]]:
     """Applies the overrides and OmegaConf's interpolation; returns plain data and the overridden keys."""
     if not overrides and not any("${" in value for value in _strings(raw)):
-        return raw, []  # as every worker reads it; OmegaConf takes a while to import
+        return raw, []  # the usual case in a worker, where importing OmegaConf would only cost time
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -133,35 +136,40 @@ def _parse_override(text: str) -> tuple[str, Any, str | None]:
 
 
 def _problems(error: ValidationError, source: str, overridden: Sequence[str]) -> Iterator[str]:
-    for key, found in _by_key(error):
+    for key, details in _by_key(error):
         given = any(key == name or name.startswith(key + ".") or key.startswith(name + ".") for name in overridden)
-        yield f"{'command line' if given else source}: {key + ': ' if key else ''}{_said(key, found)}"
+        yield f"{'command line' if given else source}: {key + ': ' if key else ''}{_describe(key, details)}"
 
 
 def _by_key(error: ValidationError) -> Iterator[tuple[str, list[ErrorDetails]]]:
-    """Gathers what the members of a union complain about (`int | str`) under the one key that the user wrote."""
-    found: dict[str, list[ErrorDetails]] = {}
+    """Collects the errors of all members of a union (`int | str`) under the one key that the user wrote.
+
+    pydantic reports each member separately and appends the member's name to the location, as if it were a key.
+    """
+    collected: dict[str, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         keys: list[str] = []
-        for part in detail["loc"]:
-            if isinstance(part, str) and not _is_key(keys, part) and detail["type"] not in ("extra_forbidden",):
-                break  # the name of a union's member, not a key
-            keys.append(str(part))
-        found.setdefault(".".join(keys), []).append(detail)
-    yield from found.items()
+        for item in detail["loc"]:
+            if isinstance(item, str) and not _is_key(keys, item) and detail["type"] != "extra_forbidden":
+                break  # the name of a member of the union
+            keys.append(str(item))
+        collected.setdefault(".".join(keys), []).append(detail)
+    yield from collected.items()
 
 
-def _said(key: str, details: Sequence[ErrorDetails]) -> str:
+def _describe(key: str, details: Sequence[ErrorDetails]) -> str:
     first = details[0]
     kind, value = first["type"], first["input"]
     if kind == "extra_forbidden":
         return _unknown(key)
     if kind == "missing":
         return "missing, and it has no default"
-    # A union's other members only say that it is none of theirs, but this one knew the value and refused it.
+
+    # A validator of this project says more than the other members of a union can.
     for detail in details:
         if detail["type"] == "value_error":
             return detail["msg"].removeprefix("Value error, ")
+
     expected = " or ".join(dict.fromkeys(_expectation(detail) for detail in details))
     hint = ""
     if kind == "literal_error" and isinstance(value, str):
@@ -174,16 +182,15 @@ def _expectation(detail: ErrorDetails) -> str:
     kind = detail["type"]
     if kind == "literal_error":
         return "one of " + str(detail["ctx"]["expected"]).replace("'", "").replace(" or ", ", ")
-    if kind == "string_pattern_mismatch" and detail["ctx"]["pattern"] == REFERENCE_PATTERN:
-        return "`module:Name` of code of yours"
     if kind == "string_pattern_mismatch":
-        return f"a string like {detail['ctx']['pattern']}"
-    said = detail["msg"].removeprefix("Input should be ").replace("String should have", "a string with")
-    return _EXPECTED.get(kind) or (f"a number {said}" if kind.startswith(("greater_than", "less_than")) else said)
+        pattern = detail["ctx"]["pattern"]
+        return _EXPECTED_PATTERNS.get(pattern, f"a string that matches {pattern}")
+    text = detail["msg"].removeprefix("Input should be ").replace("String should have", "a string with")
+    return _EXPECTED.get(kind) or (f"a number {text}" if kind.startswith(("greater_than", "less_than")) else text)
 
 
 def _unknown(key: str) -> str:
-    """Names the nearest known key: among its neighbours first, then by the same last part anywhere."""
+    """Names the nearest known key: first of the same section, then one with the same name in another section."""
     parent, _, leaf = key.rpartition(".")
     known = sorted(_fields(parent.split(".") if parent else []))
     prefix = parent + "." if parent else ""
@@ -194,10 +201,10 @@ def _unknown(key: str) -> str:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """Returns the section that a field holds, also where it may be null."""
+    """Returns the section that a field holds, which may be optional or in a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated):
+    if typing.get_origin(annotation) in (list, typing.Union, types.UnionType, typing.Annotated):
         return next(filter(None, map(_section, typing.get_args(annotation))), None)
     return None
 
@@ -206,14 +213,16 @@ def _fields(keys: Sequence[str]) -> dict[str, Any]:
     """Returns the fields of the section at `keys`, or none where there is no section."""
     model: type[BaseModel] | None = RunConfig
     for key in keys:
+        if key.isdecimal():
+            continue  # an index into a list of sections
         field = model.model_fields.get(key) if model else None
         model = _section(field.annotation) if field else None
     return dict(model.model_fields) if model else {}
 
 
-def _is_key(keys: Sequence[str], part: str) -> bool:
-    """Whether `part` below `keys` is something a user can write: a field, or anything inside a free mapping."""
-    if part in _fields(keys):
+def _is_key(keys: Sequence[str], name: str) -> bool:
+    """Returns whether a user can write `name` below `keys`: it is a field, or inside a mapping without a schema."""
+    if name in _fields(keys):
         return True
     field = _fields(keys[:-1]).get(keys[-1]) if keys else None
     return field is not None and _section(field.annotation) is None and "dict" in str(field.annotation)
@@ -254,7 +263,7 @@ def _yaml_problem(error: Exception) -> str:
 
 def _files_nearby(path: Path) -> str:
     if not path.parent.is_dir():
-        return f"; {path.parent} does not exist either, the command was given in {Path.cwd()}"
+        return f"; {path.parent} does not exist either; the current directory is {Path.cwd()}"
     names = sorted(file.name for file in path.parent.iterdir() if file.suffix in (".yaml", ".yml"))
     near = difflib.get_close_matches(path.name, names, 1, 0.5)
     if near:

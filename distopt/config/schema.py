@@ -4,71 +4,78 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from distopt.config.base import Positive, Section
+from distopt.config.catalog import ElboName, OptimizerName, SchedulerName
 from distopt.config.launch import LaunchConfig
-from distopt.config.plugins import Reference, trusted_packages
+from distopt.config.plugins import Reference, is_reference, trusted_packages
 from distopt.config.reduce import ReduceConfig
 from distopt.launchers import TRUSTED_VARIABLE
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+CODE_KEYS = (
+    "task",
+    "train.loss",
+    "optim.name",
+    "optim.scheduler.name",
+    "reduce.backend",
+    "reduce.compression",
+    "log.loggers",
+    "launch.platform",
+)
+"""Keys that may name code of the user as `module:Name`."""
 
 
 class TrainConfig(Section):
     """The training loop."""
 
     num_steps: Annotated[int, Field(ge=0)] = 1000
-    """Steps of the optimizer, counted from the start of the run and not from its last resume."""
+    """Optimizer steps, counted from the start of the run and not from where it was last resumed."""
     noise: Literal["independent", "shared"] = "independent"
-    """Whether each rank draws its own noise (a better gradient) or all draw the same (equal to one worker's run)."""
+    """Whether ranks draw different samples, which lowers the variance of the gradient, or the same ones (`shared`),
+    which gives the result of a run with one worker."""
     num_particles: Annotated[int, Field(ge=1)] = 1
-    """Samples of the guide that each rank averages in a step."""
-    loss: Literal[
-        "Trace_ELBO",
-        "TraceGraph_ELBO",
-        "TraceMeanField_ELBO",
-        "TraceEnum_ELBO",
-        "TraceTMC_ELBO",
-        "JitTrace_ELBO",
-        "JitTraceGraph_ELBO",
-        "JitTraceMeanField_ELBO",
-        "JitTraceEnum_ELBO",
-        "TraceTailAdaptive_ELBO",
-        "RenyiELBO",
-    ] = "Trace_ELBO"
-    """The objective's name in `pyro.infer`."""
+    """Samples of the guide that each rank averages over in a step."""
+    loss: ElboName | Reference = "Trace_ELBO"
+    """The objective: the name of an ELBO of `pyro.infer`, or `module:Name` of a subclass of `pyro.infer.ELBO`."""
     loss_args: dict[str, Any] = Field(default_factory=dict)
-    """Further keyword arguments of the objective, such as `max_plate_nesting`."""
+    """Further keyword arguments of the objective, such as `max_plate_nesting`; it also gets `num_particles`."""
+    capture: Literal["off", "graph"] = "off"
+    """With `graph` a step is recorded, and later steps run the recording instead of the model's code: the same numbers
+    in a fraction of the time. A model that cannot be recorded runs as it does with `off`, and the run says why."""
 
 
 class DataConfig(Section):
-    """Which rows a step reads."""
+    """Which rows of the data a step reads."""
 
     global_batch: Annotated[int, Field(ge=1)] | None = None
-    """Rows of a step over all workers together, a multiple of their number (of an elastic run: one for each at least);
-    null takes all rows in every step."""
+    """Rows per step over all workers together, a multiple of the number of workers (in an elastic run only at least
+    one row for each); null takes all rows in every step."""
     prefetch: Annotated[int, Field(ge=0)] = 0
-    """Batches that a thread of each worker reads while a step runs, for tasks that read from disk; their `batch` must
-    draw no noise. 0 reads each batch when it is needed."""
+    """Batches that a thread of each worker reads ahead while a step runs, for tasks that read from disk; the task's
+    `batch` must then not draw random numbers. 0 reads each batch when it is needed."""
 
 
 class SchedulerConfig(Section):
     """A learning-rate schedule."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
-    """The scheduler's name in `distopt.optim`, such as `ExponentialLR`."""
+    name: SchedulerName | Reference
+    """The scheduler: a name of `torch.optim.lr_scheduler`, such as `ExponentialLR`, or `module:Name` of your own class
+    or function that is called with a torch optimizer and `args`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Its keyword arguments."""
     every_steps: Annotated[int, Field(ge=1)] = 1
-    """Steps of the optimizer between two steps of the schedule."""
+    """Optimizer steps between two steps of the schedule."""
 
 
 class ClipConfig(Section):
-    """Limits on the gradient after it has been averaged over the ranks; null is no limit."""
+    """Limits on the gradient after it has been averaged over the ranks; null sets no limit."""
 
     clip_norm: Positive | None = None
     """Largest 2-norm of each parameter's gradient."""
@@ -78,56 +85,78 @@ class ClipConfig(Section):
     """Largest 2-norm of all gradients together."""
 
     def args(self) -> dict[str, float]:
-        """Returns the limits that are set, as `clip_args` of an optimizer."""
+        """Returns the limits that are set, as the `clip_args` of an optimizer."""
         return {key: value for key, value in self if value is not None}
 
 
 class OptimConfig(Section):
     """The optimizer."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")] = "ClippedAdam"
-    """Its name in `distopt.optim`: one of torch's optimizers or of Pyro's."""
+    name: OptimizerName | Reference = "ClippedAdam"
+    """The optimizer: a name of `torch.optim` or `pyro.optim`, or `module:Name` of your own `torch.optim.Optimizer`
+    class or of a function that returns one; it is called with a list of parameters and `args`."""
     args: dict[str, Any] = Field(default_factory=lambda: {"lr": 0.01})
-    """Its keyword arguments, `lr` first."""
+    """Its keyword arguments, such as `lr`."""
     clip: ClipConfig = Field(default_factory=ClipConfig)
     """Limits on the averaged gradient."""
     nonfinite: Literal["step", "skip", "raise"] = "step"
-    """A gradient that is NaN or infinite somewhere is stepped by, left out on all workers and counted, or an error."""
+    """What to do with NaN or infinite gradients: `step` anyway, `skip` the step on all workers, or `raise` an error."""
     scheduler: SchedulerConfig | None = None
-    """The learning-rate schedule; null keeps the rate."""
+    """The learning-rate schedule; null keeps the learning rate constant."""
 
 
 class CheckpointConfig(Section):
     """Saving and resuming."""
 
     every_steps: Annotated[int, Field(ge=1)] | None = 500
-    """Steps between two checkpoints; null saves only at the end and on a signal."""
+    """Steps between two checkpoints; null saves only at the end and when the run is stopped by a signal."""
     keep_last: Annotated[int, Field(ge=2)] = 3
-    """Checkpoints that are kept, the newest ones; two at least, so that one may be damaged."""
+    """Number of newest checkpoints to keep; at least two, so that one of them may be damaged."""
     keep_every_steps: Annotated[int, Field(ge=1)] | None = None
-    """Keeps, besides, every checkpoint whose step is a multiple of this."""
+    """Also keeps every checkpoint whose step is a multiple of this number; null keeps no others."""
     resume: Annotated[int, Field(ge=0)] | str = "auto"
-    """`auto` goes on from the run's newest good checkpoint, `never` starts anew, a step or a path names one."""
+    """`auto` resumes from the newest good checkpoint of the run, `never` starts from the beginning; a step or a path
+    selects a checkpoint."""
+
+
+class LoggerConfig(Section):
+    """A logger of your own."""
+
+    name: Reference
+    """`module:Name` of a subclass of `distopt.train.Logger`."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Its keyword arguments."""
 
 
 class LogConfig(Section):
-    """What is written on the way."""
+    """What is written during the run."""
 
     every_steps: Annotated[int, Field(ge=1)] = 50
-    """Steps between two rows of `metrics.jsonl`."""
+    """Steps between two rows of `metrics.jsonl`, and between two calls of every other logger."""
     tensorboard: bool = True
-    """Whether TensorBoard events are written to the run directory too."""
+    """Whether to write TensorBoard events to the run directory too."""
+    loggers: list[LoggerConfig] = Field(default_factory=list)
+    """Loggers of your own, each as `module:Name`, or as a mapping of `name` and `args`."""
+
+    @field_validator("loggers", mode="before")
+    @classmethod
+    def _names_stand_for_sections(cls, loggers: Any) -> Any:
+        """Takes `mymodule:MyLogger` for `{name: mymodule:MyLogger}`."""
+        if not isinstance(loggers, list):
+            return loggers
+        return [{"name": each} if isinstance(each, str) else each for each in loggers]
 
 
 class ServeConfig(Section):
-    """Health and metrics over HTTP while the run goes on: `/healthz`, `/readyz`, `/livez`, `/metrics`."""
+    """Health and metrics over HTTP while the run is in progress: `/healthz`, `/readyz`, `/livez`, `/metrics`."""
 
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    """TCP port of a host's first rank, the next ranks on that host take the next ports; null serves nothing."""
+    """TCP port of the first rank on a host; further ranks of that host use the following ports. Null serves nothing."""
     host: str = "127.0.0.1"
-    """IP address to listen on. Whoever reaches it can read, so leave loopback only where the network is trusted."""
+    """IP address to listen on. Anyone who can reach it can read, so use another address only in a trusted network."""
     stall_s: Positive = 600.0
-    """Seconds without a finished step after which `/livez` fails; above `reduce.timeout_s` and any step's duration."""
+    """Seconds without a finished step after which `/livez` fails; choose more than `reduce.timeout_s` and than the
+    duration of a step."""
 
     @field_validator("host")
     @classmethod
@@ -135,19 +164,21 @@ class ServeConfig(Section):
         try:
             ipaddress.ip_address(host)
         except ValueError:
-            raise ValueError(f"{host!r} is no IP address; 127.0.0.1 is this machine alone, 0.0.0.0 everyone") from None
+            raise ValueError(
+                f"{host!r} is not an IP address; 127.0.0.1 admits only this machine, 0.0.0.0 all"
+            ) from None
         return host
 
 
 class RunConfig(Section):
-    """A run: what is trained, on what, how, and where it is started."""
+    """A run: what is trained, with which data, how, and where it is started."""
 
-    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+    name: Annotated[str, Field(pattern=RUN_NAME_PATTERN)]
     """The run's name: a letter or digit, then at most 63 letters, digits, `.`, `_`, `-`."""
     run_dir: Annotated[Path, Field(strict=False)]
-    """Folder for everything the run writes, relative to where the command is given; by default `runs/<name>`."""
+    """Folder for everything that the run writes, relative to the current directory; by default `runs/<name>`."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
-    """Seed of noise, initial values and the order of data."""
+    """Seed of the samples, the initial values and the order of the data."""
     task: Reference | None = None
     """`module:Name` of the task to train. Like every `module:Name` it is imported, so it is code: use only
     configurations that you trust. With `DISTOPT_TRUSTED_TASKS=mytasks,distopt.examples` in the environment, a
@@ -155,13 +186,13 @@ class RunConfig(Section):
     task_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the task."""
     script: Annotated[str, Field(min_length=1)] | None = None
-    """Path of your own training script, in place of `task`, relative to where the command is given."""
+    """Path of your own training script, instead of `task`; relative to the current directory."""
     script_args: list[str] = Field(default_factory=list)
     """Arguments of the script."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """The training loop."""
     data: DataConfig = Field(default_factory=DataConfig)
-    """Which rows a step reads."""
+    """Which rows of the data a step reads."""
     optim: OptimConfig = Field(default_factory=OptimConfig)
     """The optimizer."""
     reduce: ReduceConfig = Field(default_factory=ReduceConfig)
@@ -169,7 +200,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """Saving and resuming."""
     log: LogConfig = Field(default_factory=LogConfig)
-    """What is written on the way."""
+    """What is written during the run."""
     serve: ServeConfig = Field(default_factory=ServeConfig)
     """Health and metrics over HTTP."""
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
@@ -202,9 +233,9 @@ class RunConfig(Section):
             found = "neither" if self.task is None else "both"
             raise ValueError(f"found {found} of task and script, expected exactly one of them")
         if self.script is None and self.script_args:
-            raise ValueError("script_args are given, but no script; arguments of a task go to task_args")
+            raise ValueError("found script_args without script; the arguments of a task are task_args")
         if self.task is None and self.task_args:
-            raise ValueError("task_args are given, but no task; arguments of a script go to script_args")
+            raise ValueError("found task_args without task; the arguments of a script are script_args")
         return self
 
     @model_validator(mode="after")
@@ -228,3 +259,18 @@ class RunConfig(Section):
         if script is not None and (trusted := trusted_packages()):
             raise ValueError(f"found {script}, but your {TRUSTED_VARIABLE} allows only code of {', '.join(trusted)}")
         return script
+
+    def references(self) -> list[tuple[str, str]]:
+        """Returns (key, `module:Name`) of all code of the user that the configuration names."""
+        return [(key, name) for key in CODE_KEYS for name in _names_at(self, key.split(".")) if is_reference(name)]
+
+
+def _names_at(value: Any, keys: Sequence[str]) -> Iterator[str]:
+    """Yields the names below `keys`: none where a section is null, several where it is a list of sections."""
+    if isinstance(value, list):
+        for each in value:
+            yield each.name
+    elif isinstance(value, Section):
+        yield from _names_at(getattr(value, keys[0]), keys[1:])
+    elif value is not None:
+        yield value

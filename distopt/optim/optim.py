@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import pyro.optim
 import torch
@@ -21,6 +22,7 @@ from distopt.optim.grouping import Grouping
 from distopt.optim.groups import Member
 from distopt.optim.packed_state import PackedState
 from distopt.optim.packing import FlatGradients, has_dense_gradients
+from distopt.optim.param_view import view_of
 from distopt.optim.parameters import Roster
 from distopt.optim.plan import FlatPlan, Plan, all_finite, nonfinite_names
 from distopt.optim.state import State, check_state, check_state_dict, copied, frozen, is_scheduler, optimizer_of
@@ -28,6 +30,13 @@ from distopt.optim.state import State, check_state, check_state_dict, copied, fr
 _MAX_PLANS = 4  # calls of alternating kinds (wake and sleep, model and guide) that are remembered
 
 logger = logging.getLogger("distopt.optim")
+
+
+class Elsewhere(NamedTuple):
+    """What this process must know of the gradients that other processes step by, beside the shared ones."""
+
+    total_norm: float | None = None
+    is_finite: bool = True
 
 
 class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
@@ -48,10 +57,10 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             by its scale, skips the step when one is not finite, and updates the scale.
 
     Attributes:
+        nonfinite: as given.
+        scaler: as given.
         num_skipped_steps: how many steps were skipped for a gradient that was not finite.
         nonfinite_names: the parameters that had such a gradient when last a step was skipped.
-        total_norm: by what `global_norm` clips in place of the norm of the gradients at hand, where other processes
-            step by more of them.
 
     Raises:
         ValueError: for an optimizer that needs a closure (LBFGS), or arguments that it does not take.
@@ -95,7 +104,6 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         self.scaler = scaler
         self.num_skipped_steps = 0
         self.nonfinite_names: tuple[str, ...] = ()
-        self.total_norm: float | None = None
         self._roster = Roster()
         self._groups = Grouping(optim_constructor, self._construct, self._scheduled)
         self._waiting: dict[str, State] = {}
@@ -117,7 +125,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             args, kwargs = _evaluated(args, kwargs)
         with torch.no_grad():
             plan, buffers = self._plan(tensors)
-            self._apply(plan, buffers, args, kwargs)
+            self._apply(plan, buffers, args, kwargs, Elsewhere())
 
     def collect(self, params: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
         """Returns (name, parameter) for each of `params`, sorted by name, each tensor once.
@@ -135,24 +143,36 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
                 )
         return sorted(named.items(), key=itemgetter(0))
 
-    def step_gradients(
+    def clip_and_step(
         self,
         dense: Sequence[FlatGradients],
         loose: Sequence[tuple[str, Tensor, Tensor]] = (),
         *args: Any,
+        total_norm: float | None = None,
+        is_finite: bool = True,
         **kwargs: Any,
-    ) -> None:
-        """Takes one step by gradients that are handed over instead of being read from `.grad`.
+    ) -> bool:
+        """Clips gradients that are handed over instead of being read from `.grad`, and takes one step by them.
 
         Args:
-            dense: packed gradients; their buffers may be overwritten. The same `params` tuples each step are quick.
-            loose: (name, parameter, gradient) of those that are not packed.
-            *args: passed on to the torch optimizers' `step`.
-            **kwargs: likewise.
+            dense: Packed gradients; their buffers may be overwritten. The same `params` tuples each step are quick.
+            loose: (name, parameter, gradient) of those that are not packed; gradients may be overwritten.
+            *args: Passed on to the torch optimizers' `step`.
+            total_norm: What `global_norm` takes for the norm of all gradients, where other processes step by more of
+                them; the norm of those at hand when None.
+            is_finite: Whether the gradients of other processes are finite. A step is skipped, or an error, in all
+                processes at once.
+            **kwargs: Passed on likewise.
+
+        Returns:
+            Whether the step was taken, and not skipped for a gradient that is not finite.
+
+        Raises:
+            FloatingPointError: A gradient is not finite and `nonfinite` is "raise"; nothing was stepped.
         """
         with torch.no_grad():
             plan = self._flat_plan(dense, loose)
-            self._apply(plan, plan.scattered(dense, loose), args, kwargs)
+            return self._apply(plan, plan.scattered(dense, loose), args, kwargs, Elsewhere(total_norm, is_finite))
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -242,8 +262,12 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
 
     @property
     def optim_objs(self) -> dict[Tensor, Any]:
-        """The torch optimizer (or scheduler) of each parameter; parameters that are stepped together share one."""
-        return {m.param: m.group.handle for m in self._roster if m.group is not None}
+        """The torch optimizer (or scheduler) of each parameter, as `pyro.optim` shows it.
+
+        Parameters that are stepped together share its hyper-parameters; gradient, state and `state_dict` are those of
+        the one parameter.
+        """
+        return {m.param: view_of(m, m.group) for m in self._roster if m.group is not None}
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -300,39 +324,64 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         self._flat_plans = [plan, *self._flat_plans[: _MAX_PLANS - 1]]
         return plan
 
-    def _apply(self, plan: Plan, buffers: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Unscales, guards, and steps."""
+    def _apply(
+        self, plan: Plan, buffers: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], elsewhere: Elsewhere
+    ) -> bool:
+        """Unscales, clips and steps; returns False for a step that was skipped."""
+
+        def step() -> None:
+            self._step(plan, buffers, args, kwargs, elsewhere.total_norm)
+
         if self.scaler is not None:
             gradients = plan.gradients(buffers)
-            if not scaled_step(self.scaler, gradients, lambda: self._step(plan, buffers, args, kwargs)):
-                self._refuse(nonfinite_names(plan, buffers))
-        elif self.nonfinite != "step" and not all_finite(plan.gradients(buffers)):
-            self._refuse(nonfinite_names(plan, buffers))
-        else:
-            self._step(plan, buffers, args, kwargs)
+            if not elsewhere.is_finite:  # so that this scaler backs off as that of the other process does
+                for gradient in gradients:
+                    (gradient._values() if gradient.is_sparse else gradient).fill_(math.inf)
+            if scaled_step(self.scaler, gradients, step):
+                return True
+        elif self.nonfinite == "step" or (elsewhere.is_finite and all_finite(plan.gradients(buffers))):
+            step()
+            return True
+        self._refuse(nonfinite_names(plan, buffers))
+        return False
 
-    def _step(self, plan: Plan, buffers: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _step(
+        self,
+        plan: Plan,
+        buffers: list[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        total_norm: float | None,
+    ) -> None:
         """Clips and steps."""
-        if plan.clips:
-            for group, buffer in zip(plan.packed, buffers, strict=True):
-                group.clip_(buffer)
-            for listed, members in plan.listed:
-                listed.clip_(members)
-        for norm in plan.norms:
-            clip_by_global_norm_(plan.gradients(buffers, norm), norm, self.total_norm)
+        if plan.clips or plan.norms:
+            self._clip_(plan, buffers, total_norm)
         for group, buffer in zip(plan.packed, buffers, strict=True):
             group.step(buffer, *args, **kwargs)
         for listed, members in plan.listed:
             listed.step(members, *args, **kwargs)
 
+    def _clip_(self, plan: Plan, buffers: list[Tensor], total_norm: float | None) -> None:
+        """Clips in place; `.grad`, which packed groups have copied, follows only if an element changed."""
+        changed = False
+        if plan.clips:
+            for group, buffer in zip(plan.packed, buffers, strict=True):
+                changed |= group.clip_(buffer)
+            for listed, members in plan.listed:
+                listed.clip_(members)
+        for norm in plan.norms:
+            changed |= clip_by_global_norm_(plan.gradients(buffers, norm), norm, total_norm)
+        if changed:
+            plan.write_gradients()
+
     def _refuse(self, names: tuple[str, ...]) -> None:
         """Leaves out a step whose gradient is not finite, or raises."""
-        message = f"the gradient of {', '.join(map(repr, names))} is not finite"
+        of = f"the gradient of {', '.join(map(repr, names))}" if names else "a gradient of another process"
         if self.nonfinite == "raise":
-            raise FloatingPointError(f"{message}; no parameter was stepped.")
+            raise FloatingPointError(f"{of} is not finite; no parameter was stepped.")
         self.num_skipped_steps += 1
         self.nonfinite_names = names
-        logger.warning("step skipped, %d so far: %s", self.num_skipped_steps, message)
+        logger.warning("step skipped, %d so far: %s is not finite", self.num_skipped_steps, of)
 
     def _member(self, name: str, p: Tensor) -> Member:
         member = self._roster.get(p)

@@ -1,7 +1,8 @@
-"""The loop that a YAML config runs, its progress and its metrics."""
+"""The loop that a YAML configuration runs, and the contracts of what it runs: `Task` and `Logger`."""
 
+from distopt.train.loggers import Logger, RunInfo
 from distopt.train.loop import run
 from distopt.train.report import Report
 from distopt.train.task import Task, TaskError
 
-__all__ = ["Report", "Task", "TaskError", "run"]
+__all__ = ["Logger", "Report", "RunInfo", "Task", "TaskError", "run"]

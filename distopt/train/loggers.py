@@ -1,15 +1,29 @@
-"""What is measured on the way: one JSON object a line, and TensorBoard where it is installed."""
+"""Where measurements of a run go: `Logger`, the contract, and the loggers that distopt ships.
+
+Only rank 0 has loggers. A run calls, in this order,
+
+    start(run)                  once, before the first step
+    after_step(step)            after every step
+    log(step, values)           after every `log.every_steps` steps, and after the last one
+    close()                     once, also when the run fails
+
+so a logger of one's own is one class with the methods that it needs, which the configuration names:
+`log.loggers: [mymodule:MyLogger]`.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -17,8 +31,131 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 FILE_NAME = "metrics.jsonl"
 
 
+@dataclass(frozen=True)
+class RunInfo:
+    """What a logger is given when the run starts.
+
+    Args:
+        name: Name of the run.
+        run_dir: Folder of the run, which exists.
+        first_step: Step that the run resumes from, 0 for a new run. Rows beyond it that an earlier process has logged
+            belong to steps that are repeated now: a logger that keeps them would show them twice.
+        num_steps: Steps of the whole run.
+        config: The configuration as nested dicts, lists, strings and numbers.
+    """
+
+    name: str
+    run_dir: Path
+    first_step: int
+    num_steps: int
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Logger:
+    """Receives the measurements of a run, on rank 0; subclass it and override the methods that you need.
+
+    An instance is made with the `args` of its entry in `log.loggers`. What a method raises ends the run on all ranks,
+    so a logger that can do without its server catches the server's errors itself.
+
+    Example:
+        >>> class BestElbo(Logger):
+        ...     def start(self, run):
+        ...         self.best = -math.inf
+        ...     def log(self, step, values):
+        ...         self.best = max(self.best, values["elbo"])
+    """
+
+    def start(self, run: RunInfo) -> None:
+        """Prepares for the first step; also drops what was logged beyond `run.first_step` (see `RunInfo`)."""
+
+    def after_step(self, step: int) -> None:
+        """Notes that `step` steps are done. It runs after every step, so it should take microseconds.
+
+        Args:
+            step: Steps done, counted from the start of the run.
+        """
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs what was measured since the last call.
+
+        Args:
+            step: Steps done, counted from the start of the run.
+            values: `elbo` (nats, mean over the steps and over all ranks), `rows_per_s` (over all ranks),
+                `gradient_norm` (2-norm of the last step's averaged gradient; NaN if it is not known) and
+                `skipped_steps` (of this process, for a gradient that was not finite). Values may be NaN or infinite.
+        """
+
+    def close(self) -> None:
+        """Writes what is left and frees what `start` took; called once, also when the run fails."""
+
+
+class Loggers(Logger):
+    """Passes every call on to several loggers, as a context that starts and closes them.
+
+    Args:
+        loggers: In the order in which they are called; they are closed in reverse order, each of them even if another
+            one fails.
+        run: Given to all of them.
+    """
+
+    def __init__(self, loggers: Sequence[Logger], run: RunInfo) -> None:
+        self._loggers = loggers
+        self._run = run
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Starts all loggers; if one fails, those that were started before it are closed."""
+        with ExitStack() as started:
+            for logger in self._loggers:
+                logger.start(self._run)
+                started.callback(logger.close)
+            self._open = started.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Closes all loggers."""
+        self._open.close()
+
+    def after_step(self, step: int) -> None:
+        """Passes the call on."""
+        for logger in self._loggers:
+            logger.after_step(step)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Passes the call on."""
+        for logger in self._loggers:
+            logger.log(step, values)
+
+
+class JsonLinesLogger(Logger):
+    """Writes one JSON object per line to `metrics.jsonl` in the run directory, which the report reads."""
+
+    def start(self, run: RunInfo) -> None:
+        """Opens the file, with the rows up to the step that the run resumes from."""
+        path = run.run_dir / FILE_NAME
+        kept = [row for row in read_metrics(run.run_dir) if row["step"] <= run.first_step]
+
+        # Replaced as a whole, so that a process that is killed here leaves the old rows or the new ones.
+        rewritten = path.with_suffix(".tmp")
+        rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(rewritten, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends a row. JSON has neither infinity nor NaN; they are written as null."""
+        row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a run's metrics.jsonl, oldest first; a last line that was cut off is left out."""
+    """Returns the rows of a run's `metrics.jsonl`, oldest first, without a last line that was cut off."""
     path = run_dir / FILE_NAME
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -29,111 +166,91 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class Metrics:
-    """Writes rows of numbers to `run_dir/metrics.jsonl` and as TensorBoard events to `run_dir/tensorboard`.
+class TensorBoardLogger(Logger):
+    """Writes TensorBoard events to `tensorboard/` in the run directory, or nothing without the package."""
 
-    Rows of a run that is gone on with are kept up to the step it goes on from, and written anew from there, so that no
-    step appears twice.
+    def __init__(self) -> None:
+        self._events: Any = None
 
-    Args:
-        run_dir: folder of the run; must exist.
-        step: the step the run goes on from; 0 for a new one.
-        tensorboard: whether to write TensorBoard events too; without the package they are left out.
-    """
+    def start(self, run: RunInfo) -> None:
+        """Opens a file of events."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        # TensorBoard hides what an earlier process wrote from `purge_step` on.
+        self._events = SummaryWriter(str(run.run_dir / "tensorboard"), purge_step=run.first_step + 1)
 
-    def __init__(self, run_dir: Path, step: int = 0, *, tensorboard: bool = True) -> None:
-        path = run_dir / FILE_NAME
-        kept = [row for row in read_metrics(run_dir) if row["step"] <= step]
-        rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(rewritten, path)
-        self._file = path.open("a", encoding="utf-8")
-        self._events = _summary_writer(run_dir / "tensorboard", step) if tensorboard else None
-
-    def write(self, step: int, **values: float) -> None:
-        """Appends a row. JSON knows no infinity and no NaN; they are written as null."""
-        row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one scalar per value."""
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Writes what is left and ends the writer's thread."""
-        self._file.close()
+        """Ends the writer's thread."""
         if self._events is not None:
             self._events.close()
 
 
-def _summary_writer(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    # What an earlier process wrote beyond this step is hidden by TensorBoard.
-    return SummaryWriter(str(folder), purge_step=step + 1)
-
-
-# What the user sees while the run goes on: a bar on a terminal, plain lines in a log.
-
-
-class StepProgress:
-    """Tells step, ELBO, rows per second and time left.
+class ProgressLogger(Logger):
+    """Shows step, ELBO, rows per second and remaining time: as a bar on a terminal, as plain lines in a file.
 
     Args:
-        console: where to; a bar is drawn where it is a terminal.
-        step: steps done already.
-        num_steps: steps of the whole run.
+        console: Where to show it.
     """
 
-    def __init__(self, console: Console, step: int, num_steps: int) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._num_steps = num_steps
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("[bold]step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[measured]}"),
-                TimeRemainingColumn(),
-                TextColumn("left"),
-                console=console,
-            )
-            self._task = self._bar.add_task("", total=num_steps, completed=step, measured="")
 
-    def __enter__(self) -> StepProgress:
+    def start(self, run: RunInfo) -> None:
         """Draws the bar."""
-        if self._bar is not None:
-            self._bar.start()
-        return self
+        self._num_steps = run.num_steps
+        self._last_step = run.first_step
+        self._last_time_s = monotonic()
+        if not self._console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[measured]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("", total=run.num_steps, completed=run.first_step, measured="")
+        self._bar.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def after_step(self, step: int) -> None:
+        """Moves the bar, which is drawn ten times a second at most."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows what was measured."""
+        now_s = monotonic()
+        s_per_step = (now_s - self._last_time_s) / max(step - self._last_step, 1)
+        self._last_step = step
+        self._last_time_s = now_s
+
+        text = f"ELBO {values['elbo']:,.0f}  {values['rows_per_s']:,.0f} rows/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, measured=text)
+        else:
+            left = timedelta(seconds=round((self._num_steps - step) * s_per_step))
+            self._console.print(f"step {step:,} of {self._num_steps:,}  {text}  {left} left", highlight=False)
+
+    def close(self) -> None:
         """Leaves the bar as it is."""
         if self._bar is not None:
             self._bar.stop()
 
-    def advance(self, step: int) -> None:
-        """Moves the bar to `step`; draws at most ten times a second, and nothing in a log."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
-
-    def measured(self, step: int, elbo: float, rows_per_s: float, steps_per_s: float) -> None:
-        """Shows what was measured over the last steps."""
-        text = f"ELBO {elbo:,.0f}  {rows_per_s:,.0f} rows/s"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, measured=text)
-        else:
-            left = timedelta(seconds=round((self._num_steps - step) / steps_per_s))
-            self._console.print(f"step {step:,} of {self._num_steps:,}  {text}  {left} left", highlight=False)
-
 
 def printer(console: Console | None) -> Callable[[str], None]:
-    """Returns what prints a line on rank 0, where there is a console, and nothing elsewhere."""
+    """Returns a function that prints a line on `console`, or does nothing without one (on all ranks but rank 0)."""
     if console is None:
         return lambda line: None
     return lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False)

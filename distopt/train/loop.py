@@ -2,72 +2,70 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
+import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyro
-import pyro.infer
 import torch
 from rich.console import Console
 from torch import nn
 
-import distopt.optim
 from distopt.backends import Backend, BackendError, init
 from distopt.checkpoint import Checkpointer, CheckpointError, Restored, Retention
-from distopt.config import MAY_CHANGE, ConfigError, RunConfig, differences
+from distopt.config import MAY_CHANGE, ConfigError, RunConfig, dump_yaml
 from distopt.data import GlobalBatches, Loader
-from distopt.infer import SVI, seed_noise
+from distopt.infer import SVI, seed_all
 from distopt.launchers import CHECKPOINTS, LauncherError, find_rank
-from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim, StepInfo
+from distopt.optim import DistributedOptimizer, StepInfo
 from distopt.reduce import DisagreementError, DriftError, PeerError
-from distopt.train.loggers import FILE_NAME, Metrics, StepProgress, printer, read_metrics
-from distopt.train.monitor import Pace, RankPace, Status, describe_straggler
+from distopt.train.components import make_loggers, make_loss, make_optimizer, refused
+from distopt.train.loggers import FILE_NAME, Logger, Loggers, RunInfo, printer, read_metrics
+from distopt.train.monitor import PaceMeter, RankPace, Status, describe_straggler
 from distopt.train.recorded_config import recorded_config
 from distopt.train.report import Report, elbo_figure, paces_table
 from distopt.train.serve import ServeError, serving
+from distopt.train.setup import count_rows, load_task_on_all_ranks, set_up_process
 from distopt.train.signals import StopSignals
-from distopt.train.task import Task, TaskError, TaskRows, load_task
+from distopt.train.task import TaskError, TaskRows
 
 REPORT = "report.html"
+
+# Rows that the parameters are made from. A guide's first call needs some rows, and all of them might not fit in memory.
 _INIT_ROWS = 1024
-# What a user mends by reading one line; anything else is a defect and shows where it happened.
-_SHARED_ERRORS = (BackendError, PeerError, DisagreementError, DriftError)
+
+# Errors that a user fixes after reading one line; any other error is a defect, and its traceback shows where.
+_SHARED_ERRORS = (BackendError, PeerError, DisagreementError, DriftError)  # raised on all ranks already
 _PLAIN_ERRORS = (*_SHARED_ERRORS, ConfigError, LauncherError, TaskError, CheckpointError, ServeError)
 
 
 def run(config: RunConfig) -> int:
     """Trains the task of `config` as one of its workers; every rank calls it.
 
-    The run goes on from the newest good checkpoint in `run_dir/checkpoints` unless the config says otherwise. SIGTERM
-    and Ctrl-C let the step end, write a last checkpoint and stop all ranks at the same step. While a rank waits for the
-    others at the start, they end it at once.
+    The run resumes from the newest good checkpoint in `run_dir/checkpoints` unless the configuration says otherwise.
+    After SIGTERM or Ctrl-C, all ranks finish the same step, save a checkpoint and stop. Before the ranks have met,
+    a signal ends the process at once.
 
     Returns:
-        0 when all steps are done, 143 after SIGTERM, 130 after Ctrl-C, 1 on an error, which has been printed.
+        0 when all steps are done, 143 after SIGTERM, 130 after Ctrl-C, 1 after an error, which has been printed.
 
     Cost:
-        One all-reduce a step.
+        One all-reduce per step.
     """
     backend: Backend | None = None
     try:
-        status, rank_info = Status(), find_rank()
-        # Served before the ranks have met: waiting for the others is when one wants to ask.
-        with StopSignals() as stop, serving(config.serve, status, (rank_info and rank_info.local_rank) or 0):
+        status = Status()
+        rank_info = find_rank()
+        local_rank = (rank_info and rank_info.local_rank) or 0
+        # The server starts before the ranks have met: whether they ever will is when one wants to ask.
+        with StopSignals() as stop, serving(config.serve, status, local_rank):
             backend = init(config.reduce.backend, timeout=timedelta(seconds=config.reduce.timeout_s))
             stop.hold()
             return _Worker(config, backend, status, stop).run()
     except Exception as error:
         if backend is not None and not isinstance(error, _SHARED_ERRORS):
-            backend.fail(error)  # the others wait for this rank, and raise this cause instead
+            backend.fail(error)  # the other ranks wait for this one, and now raise this cause instead
         if not isinstance(error, _PLAIN_ERRORS):
             raise
         who = f"rank {backend.rank} of {backend.world_size}: " if backend is not None else ""
@@ -79,110 +77,105 @@ def run(config: RunConfig) -> int:
 
 
 class _Worker:
-    """One rank of a run."""
+    """One rank of a run.
+
+    `run` tells the story. Every method is called on all ranks unless it says otherwise, since nearly all of them
+    communicate.
+    """
 
     def __init__(self, config: RunConfig, backend: Backend, status: Status, stop: StopSignals) -> None:
-        self.config, self.backend, self.status, self.stop = config, backend, status, stop
+        self.config = config
+        self.backend = backend
+        self.status = status
+        self.stop = stop
         self.console = Console() if backend.rank == 0 else None
-        self.say: Callable[[str], None] = printer(self.console)
-        self.task = self._make_task()
-        with refused("data"):
-            self.batches = GlobalBatches(
-                self._count_rows(), config.data.global_batch, config.seed, backend.rank, backend.world_size
-            )
-        if getattr(self.task, "sharded", False) and not self.batches.full:
-            raise TaskError(
-                f"data.global_batch is {self.batches.global_batch:,}, but {config.task} keeps its rows on their ranks "
-                "and takes all of them at each step: set it to null"
-            )
-        wrapped, self.step_schedule = make_optimizer(config)
-        wrapped.nonfinite = config.optim.nonfinite
+        self.print = printer(self.console)
+
+        set_up_process(config, backend)
+        self.task = load_task_on_all_ranks(config, backend)
+        self.batches = self._make_batches()
+
+        optimizer, self.step_schedule = make_optimizer(config)
         with refused("reduce"):
             self.optimizer = DistributedOptimizer(
-                wrapped,
+                optimizer,
                 backend=backend,
                 reduce=config.reduce,
                 noise=config.train.noise,
             )
-        with refused("train.loss_args"):
-            loss = getattr(pyro.infer, config.train.loss)(
-                num_particles=config.train.num_particles, **config.train.loss_args
-            )
-        self.svi = SVI(self.task.model, self.task.guide, self.optimizer, loss, weight=self.batches.weight)
-        named = {"model": self.task.model, "guide": self.task.guide}
-        self.pace, self.paces = Pace(backend), list[RankPace]()
-        self.modules = {name: module for name, module in named.items() if isinstance(module, nn.Module)}
+        loss = make_loss(config)
+        self.svi = SVI(
+            self.task.model,
+            self.task.guide,
+            self.optimizer,
+            loss,
+            weight=self.batches.weight,
+            capture=config.train.capture,
+        )
+        self.refusal: str | None = None  # why steps are not captured, once it has been printed
+        callables = {"model": self.task.model, "guide": self.task.guide}
+        self.modules = {name: each for name, each in callables.items() if isinstance(each, nn.Module)}
+
+        self.pace = PaceMeter(backend)
+        self.paces: list[RankPace] = []
 
     def run(self) -> int:
-        config = self.config
-        self._say_what_runs()
-        self._begin()
+        """Trains to the end or to a signal; returns the exit status."""
+        self._announce()
+        self._make_parameters()
         with refused("run_dir", (OSError,)):
-            config.run_dir.mkdir(parents=True, exist_ok=True)
-        with Checkpointer(
-            config.run_dir / CHECKPOINTS,
-            {"optimizer": self.optimizer, **self.modules},
-            keep=Retention(config.checkpoint.keep_last, config.checkpoint.keep_every_steps),
-            config=recorded_config(config),
-            ignore_keys=MAY_CHANGE,
-            backend=self.backend,
-        ) as checkpointer:
-            restored = checkpointer.restore(_which(config.checkpoint.resume))
-            first = self._after_restore(restored)
-            stopped_at = self._steps(first, checkpointer)
+            self.config.run_dir.mkdir(parents=True, exist_ok=True)
+
+        with self._make_checkpointer() as checkpointer:
+            first_step = self._resume(checkpointer)
+            last_step = self._train(first_step, checkpointer)
             checkpointer.wait()
-        if stopped_at < config.train.num_steps:
-            self.say(f"stopped after step {stopped_at:,}; the same command goes on from there")
+
+        if last_step < self.config.train.num_steps:
+            self.print(f"stopped after step {last_step:,}; run the same command again to resume")
             return 128 + (self.stop.received or signal.SIGTERM)
-        if hasattr(self.task, "collect"):
-            self.task.collect()
+        self.task.collect()
         if self.backend.rank == 0:
-            self._report()
+            self._write_report()
         self.backend.barrier()
         return 0
 
-    def _make_task(self) -> Task:
-        """Builds the task; an error on any rank is told by all of them."""
-        cores = len(os.sched_getaffinity(0))
-        hosts = self.backend.all_gather_json(self.backend.node_rank)
-        torch.set_num_threads(max(1, cores // hosts.count(self.backend.node_rank)))
-        pyro.clear_param_store()
-        seed_noise(self.config.seed)
-        error, task = None, None
-        try:
-            task = load_task(self.config.task or "", self.config.task_args)
-        except (ConfigError, TaskError) as problem:
-            error = str(problem)
-        told = self.backend.all_gather_json({"error": error, "setup": setup_of(self.config)})
-        if task is None or any(each["error"] for each in told):
-            raise TaskError(next(each["error"] for each in told if each["error"]))
-        for rank, each in enumerate(told):
-            found = differences(told[0]["setup"], each["setup"])
-            lines = [f"{key}: {first!r} on rank 0, {own!r} on rank {rank}" for key, first, own in found]
-            if lines:
-                raise TaskError("\n  ".join(["the ranks would not compute the same thing:", *lines]))
-        return task
+    # Before the first step.
 
-    def _count_rows(self) -> int:
-        """The number of rows, which all ranks must find alike: which of them a rank reads follows from it."""
-        counts: list[int] = self.backend.all_gather_json(int(self.task.rows()))
-        if len(set(counts)) > 1:
-            rank = next(rank for rank, count in enumerate(counts) if count != counts[0])
-            raise TaskError(
-                f"task: rows() is {counts[0]:,} on rank 0 and {counts[rank]:,} on rank {rank}; every rank must have "
-                "the whole training set, of which it is asked for its part by batch()"
+    def _make_batches(self) -> GlobalBatches:
+        """Decides which rows this rank reads in which step."""
+        num_rows = count_rows(self.task, self.backend)
+        with refused("data"):
+            batches = GlobalBatches(
+                num_rows, self.config.data.global_batch, self.config.seed, self.backend.rank, self.backend.world_size
             )
-        return counts[0]
+        if self.task.sharded and not batches.full:
+            raise TaskError(
+                f"data.global_batch is {batches.global_batch:,}, but {self.config.task} is sharded, so that every rank "
+                "takes all of its rows in each step: set it to null"
+            )
+        return batches
 
-    def _begin(self) -> None:
-        """Makes the parameters, from the same rows and noise on all ranks; of a sharded task, from each rank's own."""
-        seed_noise(self.config.seed)
-        if getattr(self.task, "sharded", False):
+    def _announce(self) -> None:
+        world, config = self.backend, self.config
+        workers = f"{world.world_size} workers over {world.name}" if world.world_size > 1 else "one worker"
+        self.print(
+            f"{config.name}: {config.task} on {workers}, {self.batches.num_rows:,} rows, "
+            f"{self.batches.global_batch:,} per step, {config.train.num_steps:,} steps of {config.optim.name}"
+        )
+
+    def _make_parameters(self) -> None:
+        """Makes the parameters from the same rows and samples on all ranks; a sharded task's from the rank's own rows.
+
+        A step that takes all rows would need too many here, so at most `_INIT_ROWS` of a step's rows are used.
+        """
+        seed_all(self.config.seed)
+        if self.task.sharded:
             rows = self.batches.rows(0)
         else:
-            # Not all rows where a step takes all, and never more than a step: it would not fit in memory, maybe.
             num_rows = min(_INIT_ROWS, self.batches.global_batch)
             rows = GlobalBatches(self.batches.num_rows, num_rows, self.config.seed).rows(0)
+
         try:
             self.svi.init(*TaskRows(self.task).read(rows))
         except Exception as error:
@@ -190,193 +183,177 @@ class _Worker:
             raise
         self.optimizer.synchronize(modules=self.modules.values())
 
-    def _say_what_runs(self) -> None:
-        world, config = self.backend, self.config
-        several = f"{world.world_size} workers over {world.name}" if world.world_size > 1 else "one worker"
-        self.say(
-            f"{config.name}: {config.task} on {several}, {self.batches.num_rows:,} rows, "
-            f"{self.batches.global_batch:,} a step, {config.train.num_steps:,} steps of {config.optim.name}"
+    def _make_checkpointer(self) -> Checkpointer:
+        config = self.config
+        return Checkpointer(
+            config.run_dir / CHECKPOINTS,
+            {"optimizer": self.optimizer, **self.modules},
+            keep=Retention(config.checkpoint.keep_last, config.checkpoint.keep_every_steps),
+            config=recorded_config(config),
+            ignore_keys=MAY_CHANGE,
+            backend=self.backend,
         )
 
-    def _after_restore(self, restored: Restored | None) -> int:
-        first = restored.step if restored is not None else 0
+    def _resume(self, checkpointer: Checkpointer) -> int:
+        """Restores a checkpoint if there is one to resume from; returns the steps that are done already."""
+        resume = self.config.checkpoint.resume
+        which = int(resume) if isinstance(resume, str) and resume.isdigit() else resume
+        restored: Restored | None = checkpointer.restore(which)
+        first_step = 0
         if restored is not None:
-            workers = "" if restored.world_size == self.backend.world_size else f", written by {restored.world_size}"
-            self.say(f"going on after step {first:,} from {restored.path}{workers}")
+            first_step = restored.step
+            workers = (
+                "" if restored.world_size == self.backend.world_size else f", saved by {restored.world_size} workers"
+            )
+            self.print(f"resuming from step {first_step:,} ({restored.path}{workers})")
             self.status.checkpoint_at = time.monotonic()
-        self.status.step, self.status.joined = first, True
-        self.status.progress()
-        return first
 
-    def _steps(self, first: int, checkpointer: Checkpointer) -> int:
-        """Takes the steps from `first` on; returns how many the run has done."""
-        config, status = self.config, self.status
-        num_steps, every = config.train.num_steps, config.checkpoint.every_steps
-        log = _Log(self, first)
-        with log, Loader(TaskRows(self.task), self.batches, num_ahead=config.data.prefetch) as loader:
-            for step in range(first, num_steps):
-                is_logged = (step + 1) % config.log.every_steps == 0 or step + 1 == num_steps
+        self.status.step = first_step
+        self.status.joined = True
+        self.status.progress()
+        return first_step
+
+    def _make_loggers(self, first_step: int) -> Loggers:
+        """Makes the loggers of rank 0; on other ranks there is only the status, which every rank serves."""
+        config = self.config
+        loggers: list[Logger] = [self.status]
+        if self.console is not None:
+            loggers += make_loggers(config, self.console)
+        dumped = config.model_dump(mode="json")
+        return Loggers(loggers, RunInfo(config.name, config.run_dir, first_step, config.train.num_steps, dumped))
+
+    # The steps.
+
+    def _train(self, first_step: int, checkpointer: Checkpointer) -> int:
+        """Takes the steps after `first_step`; returns how many the run has done when it ends or is stopped."""
+        num_steps = self.config.train.num_steps
+        num_ahead = self.config.data.prefetch
+        window = _Window()
+        with (
+            self._make_loggers(first_step) as loggers,
+            Loader(TaskRows(self.task), self.batches, num_ahead=num_ahead) as loader,
+        ):
+            for step in range(first_step + 1, num_steps + 1):
+                is_last = step == num_steps
+                is_logged = is_last or step % self.config.log.every_steps == 0
                 info = self._step(step, loader, measure_norm=is_logged)
-                log.after(step + 1, info, is_logged)
-                status.checkpoint_at = checkpointer.committed_at or status.checkpoint_at
-                if info.stop or step + 1 == num_steps or (every is not None and (step + 1) % every == 0):
-                    self._save(checkpointer, step + 1)
+                window.add(info)
+                self._report_refusal(step)
+                loggers.after_step(step)
+                if is_logged:
+                    loggers.log(step, self._measure(info, window))
+
+                self.status.checkpoint_at = checkpointer.committed_at or self.status.checkpoint_at
+                if info.stop or is_last or self._is_save_due(step):
+                    self._save(checkpointer, step)
                 if info.stop:
-                    return step + 1
-        if first >= num_steps:
-            self.say(f"all {num_steps:,} steps were done before")
-        status.progress()
-        return max(first, num_steps)
+                    return step
+
+        if first_step >= num_steps:
+            self.print(f"all {num_steps:,} steps were done before")
+        self.status.progress()
+        return max(first_step, num_steps)
 
     def _step(self, step: int, loader: Loader, *, measure_norm: bool) -> StepInfo:
-        config, optimizer = self.config, self.optimizer
-        seed_noise(config.seed, step, self.backend.rank, config.train.noise)
+        """Takes step number `step`, counted from 1; returns what the ranks learned from each other in it."""
+        config = self.config
+        index = step - 1  # data, random streams and the optimizer count from 0
+        # Random streams are seeded by step, so a resumed run draws what an undisturbed one would.
+        seed_all(config.seed, index, self.backend.rank, config.train.noise)
+
         scheduler = config.optim.scheduler
         with self.pace.step():
-            batch, stop = loader.batch(step), self.stop.received != 0
-            info = self.svi.step_with(batch, step=step, stop=stop, measure_norm=measure_norm)
-            if scheduler is not None and (step + 1) % scheduler.every_steps == 0:
-                self.step_schedule(optimizer, info.loss)
-        self.status.skipped_steps = optimizer.num_skipped_steps
-        self.status.finish_step(step + 1)
+            batch = loader.batch(index)
+            stop = self.stop.received != 0
+            info = self.svi.step_with(batch, step=index, stop=stop, measure_norm=measure_norm)
+            if scheduler is not None and step % scheduler.every_steps == 0:
+                self.step_schedule(self.optimizer, info.loss)
+        self.status.skipped_steps = self.optimizer.num_skipped_steps
         return info
 
-    def _save(self, checkpointer: Checkpointer, step: int) -> None:
-        began = time.monotonic()
-        checkpointer.save(step)
-        self.status.checkpoint_s = time.monotonic() - began
-        before, self.paces = describe_straggler(self.paces), self.pace.gather()
-        straggler = describe_straggler(self.paces)
-        if straggler and not before:
-            self.say(f"step {step:,}: {straggler}")
+    def _report_refusal(self, step: int) -> None:
+        """Says once, on rank 0, that steps are not captured and why."""
+        captured = self.svi.captured
+        if captured is not None and captured.refusal is not None and self.refusal is None:
+            self.refusal = captured.refusal
+            self.print(f"step {step:,}: steps are not captured and run as with train.capture=off: {self.refusal}")
 
-    def _report(self) -> None:
-        """Writes the report on rank 0: the task's part, the ELBO, the config."""
+    def _measure(self, info: StepInfo, window: _Window) -> dict[str, float]:
+        """Returns the values for the loggers: those of the window, which ends here, and those of its last step."""
+        loss, steps_per_s = window.close()
+        norm = info.gradient_norm
+        self.status.all_reduce_s = self.backend.all_reduce_s
+        self.status.all_reduce_bytes = self.backend.all_reduce_bytes
+        return {
+            "elbo": -loss,
+            "rows_per_s": steps_per_s * self.batches.global_batch,
+            "gradient_norm": math.nan if norm is None else norm,
+            "skipped_steps": self.status.skipped_steps,
+        }
+
+    def _is_save_due(self, step: int) -> bool:
+        every_steps = self.config.checkpoint.every_steps
+        return every_steps is not None and step % every_steps == 0
+
+    def _save(self, checkpointer: Checkpointer, step: int) -> None:
+        """Saves a checkpoint, and reports a rank that has become a straggler since the last one."""
+        began_s = time.monotonic()
+        checkpointer.save(step)
+        self.status.checkpoint_s = time.monotonic() - began_s
+
+        previous = describe_straggler(self.paces)
+        self.paces = self.pace.all_ranks()
+        straggler = describe_straggler(self.paces)
+        if straggler and not previous:
+            self.print(f"step {step:,}: {straggler}")
+
+    # After the last step.
+
+    def _write_report(self) -> None:
+        """Writes the report, on rank 0: the task's results, the ELBO, the ranks' paces, the configuration."""
         config = self.config
         history = read_metrics(config.run_dir)
         report = Report(config.name, self.console, history)
-        seed_noise(config.seed, config.train.num_steps)
+        seed_all(config.seed, config.train.num_steps)
         with torch.no_grad():
             self.task.report(report)
+
         report.heading("How the ELBO rose")
         try:
             figure = elbo_figure(history, self.batches.num_rows)
         except ImportError:
-            report.text(f"There is no picture without matplotlib: pip install matplotlib. {FILE_NAME} has the numbers.")
+            report.text(
+                f"There is no figure without matplotlib: pip install matplotlib. The numbers are in {FILE_NAME}."
+            )
         else:
             report.figure(figure, "Evidence lower bound per row, mean over the ranks.")
         if self.paces:
             paces_table(report, self.paces)
-        from distopt.config import dump_yaml
-
         report.source("The configuration", dump_yaml(config))
+
         path = config.run_dir / REPORT
         report.write(path)
-        self.say(f"report: {path}")
+        self.print(f"report: {path}")
 
 
-class _Log:
-    """What rank 0 tells of the steps: the bar, `metrics.jsonl`, TensorBoard; and the status that is served."""
+class _Window:
+    """The steps since the last logged one: their mean loss and their speed."""
 
-    def __init__(self, worker: _Worker, first: int) -> None:
-        self._worker, self._since = worker, time.monotonic()
-        self._losses: list[float] = []  # since the last row
-        config, console = worker.config, worker.console
-        self._metrics = self._bar = None
-        if console is not None:
-            self._metrics = Metrics(config.run_dir, first, tensorboard=config.log.tensorboard)
-            self._bar = StepProgress(console, first, config.train.num_steps)
+    def __init__(self) -> None:
+        self._losses: list[float] = []
+        self._since_s = time.monotonic()
 
-    def __enter__(self) -> _Log:
-        if self._bar is not None:
-            self._bar.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._bar is not None and self._metrics is not None:
-            self._bar.__exit__(*error)
-            self._metrics.close()
-
-    def after(self, step: int, info: StepInfo, is_logged: bool) -> None:
-        """Notes that `step` steps are done."""
+    def add(self, info: StepInfo) -> None:
+        """Adds a step."""
         assert info.loss is not None
         self._losses.append(info.loss)
-        if self._bar is not None:
-            self._bar.advance(step)
-        if is_logged:
-            self._measured(step, info.gradient_norm)
 
-    def _measured(self, step: int, gradient_norm: float | None) -> None:
-        worker, now = self._worker, time.monotonic()
-        steps_per_s = len(self._losses) / max(now - self._since, 1e-9)
-        loss = sum(self._losses) / len(self._losses)
-        self._since, self._losses = now, []
-        status = worker.status
-        status.loss, status.gradient_norm = loss, gradient_norm
-        status.rows_per_s = steps_per_s * worker.batches.global_batch
-        status.all_reduce_s, status.all_reduce_bytes = worker.backend.all_reduce_s, worker.backend.all_reduce_bytes
-        if self._bar is None or self._metrics is None:
-            return
-        self._bar.measured(step, -loss, status.rows_per_s, steps_per_s)
-        self._metrics.write(
-            step,
-            elbo=-loss,
-            rows_per_s=status.rows_per_s,
-            gradient_norm=status.gradient_norm if status.gradient_norm is not None else np.nan,
-            skipped_steps=status.skipped_steps,
-        )
-
-
-def make_optimizer(config: RunConfig) -> tuple[PyroOptim, Callable[[DistributedOptimizer, float | None], None]]:
-    """Returns the optimizer that the config names, and what steps its schedule with the loss of the step.
-
-    Raises:
-        TaskError: `distopt.optim` has no such optimizer or schedule, or it does not take the arguments.
-    """
-    chosen, scheduler = config.optim, config.optim.scheduler
-    clip, args = chosen.clip.args(), dict(chosen.args)
-    constructor = _named(chosen.name, "optim.name")({}).pt_optim_constructor
-    with refused("optim.args"):
-        optimizer = PyroOptim(constructor, args, clip)
-        constructor([torch.zeros(1)], **args)  # else the first step would be the first to know
-    if scheduler is None:
-        return optimizer, lambda _optimizer, _loss: None
-    make = _named(scheduler.name, "optim.scheduler.name")
-    with refused("optim.scheduler"):
-        optimizer = make({"optimizer": constructor, "optim_args": args, **scheduler.args}, clip)
-        if not isinstance(optimizer, PyroLRScheduler):
-            raise ValueError(f"{scheduler.name} is an optimizer and no schedule")
-        optimizer._construct([torch.zeros(1)], args)
-    if scheduler.name == "ReduceLROnPlateau":
-        return optimizer, lambda made, loss: made.step(loss)
-    return optimizer, lambda made, _loss: made.step()
-
-
-def setup_of(config: RunConfig) -> dict[str, Any]:
-    """Returns what must be equal on all ranks lest they train different things: config, the task's code, versions."""
-    file = getattr(sys.modules.get((config.task or "").partition(":")[0]), "__file__", None)
-    return {
-        "config": config.model_dump(mode="json", exclude={"launch", "log", "run_dir", "serve"}),
-        "SHA-256 of the task's file": file and hashlib.sha256(Path(file).read_bytes()).hexdigest(),
-        "version": {"torch": str(torch.__version__), "pyro": pyro.__version__, "distopt": distopt.__version__},
-    }
-
-
-@contextmanager
-def refused(key: str, kinds: tuple[type[Exception], ...] = (TypeError, ValueError)) -> Iterator[None]:
-    """Turns what a library says of a value in the config into a `TaskError` that names the value's key."""
-    try:
-        yield
-    except kinds as error:
-        raise TaskError(f"{key}: {error}") from error
-
-
-def _named(name: str, key: str) -> Any:
-    found = getattr(distopt.optim, name, None)
-    if found is None:
-        raise TaskError(f"{key}: found {name}, but distopt.optim has none of that name")
-    return found
-
-
-def _which(resume: int | str) -> Any:
-    return int(resume) if isinstance(resume, str) and resume.isdigit() else resume
+    def close(self) -> tuple[float, float]:
+        """Returns the mean loss and the steps per second, and starts the next window."""
+        now_s = time.monotonic()
+        num_steps = len(self._losses)
+        loss = sum(self._losses) / num_steps
+        steps_per_s = num_steps / max(now_s - self._since_s, 1e-9)
+        self._losses = []
+        self._since_s = now_s
+        return loss, steps_per_s

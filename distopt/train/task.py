@@ -1,10 +1,11 @@
-"""What a YAML config trains: a model, its guide, and the rows it reads."""
+"""What a configuration trains: a model, its guide, and the rows that they read."""
 
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,33 +17,98 @@ if TYPE_CHECKING:
     from distopt.train.report import Report
 
 
-@runtime_checkable
-class Task(Protocol):
-    """A class with these members is what `task:` in a config names; `task_args` are its constructor's arguments.
+class TaskError(ValueError):
+    """A task that cannot be built, lacks a member, or disagrees with the configuration."""
+
+
+class Task(ABC):
+    """A class with these members is what `task:` in a configuration names; `task_args` are its constructor's arguments.
 
     It is built on every rank and must come out the same on all of them. In the model, the plate over rows has the size
-    `rows()` whatever the batch, as in `pyro.plate("rows", self.rows(), subsample=torch.arange(len(y)))`: then the
-    ranks' mean loss is the loss of all their rows.
+    `rows()` whatever the batch, as in `pyro.plate("rows", self.rows(), subsample=torch.arange(len(y)))`: then the mean
+    over the ranks of their losses is the loss of all rows that the step reads.
 
-    A task whose rows are the datapoints of a sharded plate, with variables of their own, says `sharded = True`: each
-    rank then gets the same rows at every step, all that it holds, and `data.global_batch` must be null. If it has a
-    method `collect()`, that is called on every rank once the run is done, before the report: there it can `gather`.
+    A class that has the members without being a subclass works too.
+
+    Attributes:
+        sharded: Whether a row is a datapoint of a sharded plate, with latent variables that only the rank that holds it
+            knows. Each rank then gets the same rows at every step, all that it holds; `data.global_batch` must be null.
     """
 
+    sharded: bool = False
     model: Callable[..., Any]
     guide: Callable[..., Any]
 
+    @abstractmethod
     def rows(self) -> int:
-        """Returns the number of rows of the training set."""
+        """Returns the number of rows of the training set, the same on all ranks."""
 
+    @abstractmethod
     def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
-        """Returns the arguments of model and guide for these rows, (rows of this rank and step,) int64.
+        """Returns the arguments of model and guide for some rows.
 
-        With `data.prefetch` a thread calls it, steps ahead: then it must not draw from the global generators.
+        With `data.prefetch` a thread calls it, several steps ahead: then it must not use the global random generators.
+
+        Args:
+            rows: (rows of this rank and step,) int64, each in [0, `rows()`).
         """
 
+    @abstractmethod
     def report(self, report: Report) -> None:
-        """Adds what was found to the report; called on rank 0 once the run is done."""
+        """Adds the results to the report; called on rank 0 when the run is done."""
+
+    def collect(self) -> None:  # noqa: B027  # optional
+        """Collects what is distributed over the ranks, for `report`; called on all ranks when the run is done."""
+
+
+_REQUIRED = ("model", "guide", "rows", "batch", "report")
+
+
+class _AdaptedTask(Task):
+    """Gives a task that is no subclass of `Task` the optional members, so that the loop can rely on all of them."""
+
+    def __init__(self, task: Any) -> None:
+        self._task = task
+        self.model = task.model
+        self.guide = task.guide
+        self.sharded = getattr(task, "sharded", Task.sharded)
+
+    def rows(self) -> int:
+        return int(self._task.rows())
+
+    def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        batch: tuple[Tensor, ...] = self._task.batch(rows)
+        return batch
+
+    def report(self, report: Report) -> None:
+        self._task.report(report)
+
+    def collect(self) -> None:
+        getattr(self._task, "collect", super().collect)()
+
+
+def load_task(reference: str, arguments: Mapping[str, Any]) -> Task:
+    """Imports the class that `module:Name` stands for and calls it with `arguments`.
+
+    Raises:
+        ConfigError: The module cannot be imported, or has no such class.
+        TaskError: The class does not accept the arguments, or lacks members of `Task`. What the constructor raises is
+            not caught: it is a defect of the class and not of the configuration.
+    """
+    build = load_reference(reference, "task")
+    try:
+        inspect.signature(build).bind(**arguments)
+    except TypeError as error:
+        raise TaskError(f"task_args: {reference.partition(':')[2]}: {error}") from error
+
+    if inspect.isabstract(build):
+        missing = sorted(vars(build)["__abstractmethods__"])
+    else:
+        task = build(**arguments)
+        missing = [member for member in _REQUIRED if not hasattr(task, member)]
+    if missing:
+        raise TaskError(f"task: {reference} lacks {', '.join(missing)}; see distopt.train.Task for what a task needs")
+    return task if isinstance(task, Task) else _AdaptedTask(task)
 
 
 class TaskRows:
@@ -58,37 +124,12 @@ class TaskRows:
         """Returns the arguments of model and guide for these rows.
 
         Raises:
-            TaskError: the task gives something else than a tuple; a lone tensor would be taken apart into its rows.
+            TaskError: The task returns something else than a tuple. A single tensor would be unpacked into its rows.
         """
         batch = self._task.batch(rows)
         if not isinstance(batch, tuple | list):
             raise TaskError(
                 f"task: batch() returned a {type(batch).__name__}, expected a tuple of the arguments of model and "
-                "guide; of a single one: `return (x,)`"
+                "guide; for a single argument: `return (x,)`"
             )
         return tuple(batch)
-
-
-class TaskError(ValueError):
-    """A task that cannot be found or built, or lacks a member."""
-
-
-def load_task(path: str, arguments: Mapping[str, Any]) -> Task:
-    """Imports `module:Name` and calls it with `arguments`.
-
-    Raises:
-        ConfigError: The module cannot be imported, or has no such name.
-        TaskError: It refuses the arguments, or lacks members of `Task`.
-    """
-    build = load_reference(path, "task")
-    name = path.partition(":")[2]
-    try:
-        inspect.signature(build).bind(**arguments)
-    except TypeError as error:
-        raise TaskError(f"task_args: {name}: {error}") from error
-    task = build(**arguments)  # what it raises itself is no mistake in the config
-    missing = [member for member in ("model", "guide", "rows", "batch", "report") if not hasattr(task, member)]
-    if missing:
-        raise TaskError(f"task: {path} lacks {', '.join(missing)}; see distopt.train.Task for what a task must have")
-    found: Task = task
-    return found

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from distopt.config import ConfigError, RunConfig, dump_yaml, load_config, parse_config
+from distopt.config.plugins import REFERENCE_PATTERN
+from distopt.config.schema import CODE_KEYS
 
 MINIMAL = "name: flights\ntask: distopt.examples.flights:Flights\n"
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{','.join([f'*a{i}'] * 9)}]\n" for i in range(9))
@@ -74,7 +78,7 @@ def test_unknown_key_is_answered_in_the_form_of_the_style_guide():
     [
         ("bucket_mib: 3", "bucket_mib: unknown key. Did you mean reduce.bucket_mib?"),
         (
-            "optim: {scheduler: {name: x, nam: x}}",
+            "optim: {scheduler: {name: StepLR, nam: x}}",
             "optim.scheduler.nam: unknown key. Did you mean optim.scheduler.name?",
         ),
         ("train: {num_steps: many}", "train.num_steps: found 'many' (str), expected an integer."),
@@ -84,9 +88,19 @@ def test_unknown_key_is_answered_in_the_form_of_the_style_guide():
         ("script: ''", "script: found '' (str), expected a string with at least 1 character."),
         ("launch: {platform: torchrn}", "Did you mean torchrun?"),
         ("train: {loss: TraceELBO}", "Did you mean Trace_ELBO?"),
+        ("optim: {name: Adamm}", "SGD, SparseAdam or module:Name of your own code, such as mypackage.module:MyClass."),
+        ("optim: {name: Adamm}", "Did you mean Adam?"),
+        ("optim: {name: os:system}", "optim.name: found os:system, but os belongs to Python's standard library"),
+        ("optim: {scheduler: {name: Exponential}}", "Did you mean ExponentialLR?"),
+        ("log: {loggers: mine:A}", "log.loggers: found 'mine:A' (str), expected a list."),
+        ("log: {loggers: [mine:A, mine]}", "log.loggers.1.name: found 'mine' (str), expected module:Name of your own"),
+        (
+            "log: {loggers: [{name: mine:A, nam: x}]}",
+            "log.loggers.0.nam: unknown key. Did you mean log.loggers.0.name?",
+        ),
         ("checkpoint: {resume: [1]}", "checkpoint.resume: found [1] (list), expected an integer or a string."),
         ("script: train.py", "found both of task and script"),
-        ("script_args: [a]", "script_args are given, but no script"),
+        ("script_args: [a]", "found script_args without script"),
         ("launch: {env: {A: [1]}}", "launch.env.A: found [1] (list), expected a string."),
         ("launch: {env: {API_KEY: x}}", "launch.secrets: [API_KEY]"),
         ("seed: ${oc.env:HF_TOKEN}", "name it in launch.secrets: [HF_TOKEN]"),
@@ -153,6 +167,11 @@ def test_hostile_document_is_refused_before_it_is_built(text, said, tmp_path, mo
 @pytest.mark.parametrize(
     ("text", "allowed"),
     [
+        ("task: mytasks:House\noptim: {name: mytasks.optim:Sophia}", True),
+        ("task: mytasks:House\noptim: {name: evil:Sophia}", False),
+        ("task: mytasks:House\noptim: {scheduler: {name: evil:Sophia}}", False),
+        ("task: mytasks:House\ntrain: {loss: evil:Loss}", False),
+        ("task: mytasks:House\nlog: {loggers: [mytasks:Logger, evil:Logger]}", False),
         ("task: mytasks.house:House", True),
         ("task: distopt.examples.flights:Flights", True),
         ("task: mytasksevil.house:House", False),
@@ -169,26 +188,29 @@ def test_only_tasks_of_declared_packages_are_taken_where_some_are_declared(text,
         parse_config(f"name: run\n{text}")
 
 
-def test_hosts_are_read_from_a_hostfile_and_recorded(tmp_path):
-    (tmp_path / "hosts").write_text("# ours\nnode1 slots=2 max_slots=4\n\nnode2:2  # new\n10.0.0.3\n")
-    config = parse_config(MINIMAL, [f"launch.hostfile={tmp_path}/hosts", "launch.workers=2"])
-    assert (config.launch.hosts, config.launch.hostfile) == (["node1", "node2", "10.0.0.3"], None)
+def test_code_of_the_user_is_listed_with_its_key():
+    optim = "optim={name: mine:Sophia, scheduler: {name: mine.rates:Warm}}"
+    config = parse_config(MINIMAL, [optim, "log.loggers=[mine:A, {name: mine:B, args: {url: x}}]"])
+    assert config.references() == [
+        ("task", "distopt.examples.flights:Flights"),
+        ("optim.name", "mine:Sophia"),
+        ("optim.scheduler.name", "mine.rates:Warm"),
+        ("log.loggers", "mine:A"),
+        ("log.loggers", "mine:B"),
+    ]
+    assert parse_config(dump_yaml(config)) == config
 
 
-@pytest.mark.parametrize(
-    ("text", "override", "said"),
-    [
-        ("node1 slots=2", "launch.workers=3", "launch: workers: found 3, but node1 has 2 slots in "),
-        ("node1 two", "launch.workers=1", "hosts:1: found 'node1 two', expected `name`, `name:4` or `name slots=4`"),
-        ("# none", "launch.workers=1", "names no host"),
-        ("node1", "launch.hosts=[a]", "hostfile: found hosts too; give one of them"),
-        ("-oProxyCommand=x", "launch.workers=1", "launch.hosts.0: found '-oProxyCommand=x'"),
-    ],
-)
-def test_hostfile_that_cannot_be_meant_is_refused(text, override, said, tmp_path):
-    (tmp_path / "hosts").write_text(text)
-    (found,) = problems(MINIMAL, f"launch.hostfile={tmp_path}/hosts", override)
-    assert said in found
+def test_every_key_that_may_name_code_is_listed():
+    def sections(schema: dict, section: dict, prefix: str = "") -> Iterator[tuple[str, dict]]:
+        for name, field in section["properties"].items():
+            yield prefix + name, field
+            for reference in re.findall(r"'#/\$defs/(\w+)'", str(field)):
+                yield from sections(schema, schema["$defs"][reference], f"{prefix}{name}.")
+
+    schema = RunConfig.model_json_schema()
+    keys = [key for key, field in sections(schema, schema) if repr(REFERENCE_PATTERN) in str(field)]
+    assert {key.replace("loggers.name", "loggers") for key in keys} == set(CODE_KEYS)
 
 
 def test_missing_file_is_answered_with_the_nearest(tmp_path):

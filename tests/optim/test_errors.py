@@ -6,7 +6,7 @@ import pyro
 import pytest
 import torch
 
-from distopt.optim import SGD, Adam, ClippedAdam, ExponentialLR, PyroOptim
+from distopt.optim import SGD, Adam, ClippedAdam, ExponentialLR, FlatGradients, PyroOptim
 
 
 def param(name="x", size=3, gradient=1.0):
@@ -213,3 +213,55 @@ def test_nonfinite_gradient_skips_the_step_for_all_and_names_the_parameter(caplo
 def test_nonfinite_gradient_raises_when_asked_to():
     with pytest.raises(FloatingPointError, match="'b'"):
         Adam({"lr": 0.1}, nonfinite="raise")([param("a"), param("b", gradient=math.inf)])
+
+
+def handed_over(gradient, names="ab", clip=None, **options):
+    """An optimizer, and the packed gradients of parameters of three elements each."""
+    params = tuple(param(name) for name in names)
+    flat = FlatGradients(tuple(names), params, torch.full((3 * len(names),), gradient))
+    return SGD({"lr": 1.0}, clip, **options), flat
+
+
+def test_clip_and_step_tells_whether_it_stepped():
+    optim, flat = handed_over(1.0, nonfinite="skip")
+    assert optim.clip_and_step([flat]) is True
+    assert torch.equal(value("b"), -torch.ones(3))
+    flat.buffer[4] = math.nan
+    assert optim.clip_and_step([flat]) is False
+    assert optim.nonfinite_names == ("b",)
+    assert torch.equal(value("b"), -torch.ones(3))
+
+
+def test_global_norm_clips_by_the_norm_that_all_processes_have_together():
+    optim, flat = handed_over(1.0, clip={"global_norm": 5.0})
+    optim.clip_and_step([flat], total_norm=10.0)
+    torch.testing.assert_close(value("a"), torch.full((3,), -0.5))
+    flat.buffer.fill_(1.0)
+    optim.clip_and_step([flat])  # its own norm is sqrt(6)
+    torch.testing.assert_close(value("a"), torch.full((3,), -1.5))
+
+
+def test_step_is_left_out_where_another_process_has_a_gradient_that_is_not_finite(caplog):
+    optim, flat = handed_over(1.0, nonfinite="skip")
+    assert not optim.clip_and_step([flat], is_finite=False)
+    assert optim.num_skipped_steps == 1
+    assert optim.nonfinite_names == ()
+    assert "another process" in caplog.text
+    assert torch.equal(value("a"), torch.zeros(3))
+    optim.nonfinite = "raise"
+    with pytest.raises(FloatingPointError, match="another process"):
+        optim.clip_and_step([flat], is_finite=False)
+    optim.nonfinite = "step"
+    assert optim.clip_and_step([flat], is_finite=False)
+
+
+def test_scaler_backs_off_for_a_gradient_of_another_process_as_for_its_own():
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optim, flat = handed_over(8.0, scaler=scaler)
+    scaler.scale(torch.ones(()))
+    assert not optim.clip_and_step([flat], is_finite=False)
+    assert scaler.get_scale() == 4.0
+    assert torch.equal(value("a"), torch.zeros(3))
+    flat.buffer.fill_(4.0)
+    assert optim.clip_and_step([flat])
+    assert torch.equal(value("a"), -torch.ones(3))

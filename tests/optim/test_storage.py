@@ -317,7 +317,7 @@ def test_gradients_handed_over_step_as_those_read_do():
                 new = FlatGradients(flat.names, flat.params, new.buffer)
             flat = new
             name, p = named[-1]
-            optim.step_gradients([flat], [(name, p, p.grad.clone())])
+            optim.clip_and_step([flat], [(name, p, p.grad.clone())])
         return [p.detach().clone() for p in params]
 
     torch.testing.assert_close(run(True), run(False), rtol=1e-12, atol=1e-12)
@@ -330,7 +330,7 @@ def test_handed_over_buffer_of_a_whole_group_is_stepped_without_a_copy():
     flat = pack(optim.collect(params))
     flat.buffer.fill_(1.0)
     (group,) = groups(optim, PackedGroup)
-    optim.step_gradients([flat])
+    optim.clip_and_step([flat])
     assert group.arena.flat.grad.data_ptr() == flat.buffer.data_ptr()
     torch.testing.assert_close([p.detach() for p in params], reference(values, 2))
 
@@ -343,7 +343,7 @@ def test_parameters_whose_lives_part_share_one_optimizer_though_its_rate_decays(
     for _ in range(30):
         stepped([params[i] for i in torch.randperm(64, generator=generator)[:32].tolist()], optim)
     assert len(list(optim._groups)) <= 10
-    optimizers = {id(handle) for handle in optim.optim_objs.values()}
+    optimizers = {id(m.group.handle) for m in optim._roster}
     assert len(optimizers) <= 10
 
 

@@ -55,13 +55,13 @@ def test_live_fails_once_no_step_was_finished_for_the_time_and_recovers_with_the
     server: StatusServer, status: Status
 ) -> None:
     assert code(server, "/livez") == 200
-    status.finish_step(7)
+    status.after_step(7)
     status.progress_at -= 31
     response, text = ask(server, "/livez")
     assert response.status == 503
     assert "step 7" in text
     assert "serve.stall_s" in text
-    status.finish_step(8)
+    status.after_step(8)
     assert code(server, "/livez") == 200
 
 
@@ -97,7 +97,7 @@ def test_metrics_are_what_prometheus_reads_and_unmeasured_ones_are_absent(server
     always |= {"step", "restarts"}
     assert names == {f"distopt_{name}" for name in always}
 
-    status.finish_step(41)
+    status.after_step(41)
     status.rows_per_s, status.loss, status.gradient_norm = 1e6, -2.5, float("nan")
     status.all_reduce_s, status.all_reduce_bytes, status.skipped_steps = 0.25, 4096, 1
     status.checkpoint_s, status.checkpoint_at = 0.5, status.progress_at - 100

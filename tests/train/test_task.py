@@ -34,6 +34,51 @@ class Half:
         return 1
 
 
+class Derived(Task):
+    """Has what a task must have, and the defaults of the rest."""
+
+    def __init__(self) -> None:
+        self.model = self.guide = lambda: None
+
+    def rows(self) -> int:
+        return 5
+
+    def batch(self, rows):
+        return (rows,)
+
+    def report(self, report) -> None:
+        pass
+
+
+class WithoutBatch(Task):
+    """Lacks a method that `Task` requires."""
+
+    model = guide = staticmethod(lambda: None)
+
+    def rows(self) -> int:
+        return 1
+
+    def report(self, report) -> None:
+        pass
+
+
+class WithoutGuide(Derived):
+    """Lacks an attribute that `Task` requires."""
+
+    def __init__(self) -> None:
+        self.model = lambda: None
+
+
+class ShardedByName(Whole):
+    """No subclass of `Task`, but it has the optional members."""
+
+    sharded = True
+    collected = 0
+
+    def collect(self) -> None:
+        type(self).collected += 1
+
+
 class Broken:
     """Has a mistake in its constructor."""
 
@@ -58,6 +103,21 @@ def test_task_is_built_with_its_arguments() -> None:
     assert isinstance(task, Task) and task.rows() == 7
 
 
+@pytest.mark.parametrize("name", ["Whole", "Derived"])
+def test_optional_members_have_defaults_with_and_without_the_base_class(name: str) -> None:
+    task = load_task(f"{__name__}:{name}", {})
+    task.collect()
+    assert task.sharded is False
+
+
+def test_members_of_a_class_without_the_base_class_are_used() -> None:
+    task = load_task(f"{__name__}:ShardedByName", {})
+    task.collect()
+    assert task.sharded and ShardedByName.collected == 1
+    assert task.model is task.guide
+    assert task.batch(np.arange(2))[0].tolist() == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("path", "arguments", "message"),
     [
@@ -65,6 +125,8 @@ def test_task_is_built_with_its_arguments() -> None:
         (f"{__name__}:Hole", {}, r"has no Hole; did you mean Whole\?"),
         (f"{__name__}:Whole", {"sice": 3}, "task_args: Whole: got an unexpected keyword argument 'sice'"),
         (f"{__name__}:Half", {}, "lacks guide, report"),
+        (f"{__name__}:WithoutBatch", {}, "lacks batch;"),
+        (f"{__name__}:WithoutGuide", {}, "lacks guide;"),
     ],
 )
 def test_task_that_cannot_be_had_is_refused_with_the_reason(path: str, arguments: dict, message: str) -> None:

@@ -1,0 +1,111 @@
+"""The optimizer, the objective and the loggers that a configuration names: distopt's, or the user's as `module:Name`.
+
+Each function here takes what it names for a trial: an argument that it does not accept is reported before the first
+step, with the key of the configuration.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import pyro.infer
+import torch
+from rich.console import Console
+
+from distopt.config import ConfigError, RunConfig
+from distopt.config.plugins import is_reference, load_reference
+from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim
+from distopt.optim.pytorch_optimizers import OPTIMIZERS, SCHEDULERS
+from distopt.train.loggers import JsonLinesLogger, Logger, ProgressLogger, TensorBoardLogger
+
+StepSchedule: TypeAlias = Callable[[DistributedOptimizer, float | None], None]
+"""Takes a step of the optimizer's learning-rate schedule, given the loss."""
+
+
+def make_optimizer(config: RunConfig) -> tuple[PyroOptim, StepSchedule]:
+    """Returns the optimizer that the configuration names, and a function that steps its schedule.
+
+    Raises:
+        ConfigError: There is no such optimizer or schedule, or it does not accept its arguments.
+    """
+    chosen = config.optim
+    args = dict(chosen.args)
+    constructor = _find(chosen.name, OPTIMIZERS, "optim.name")
+    with refused("optim.args"):
+        optimizer = PyroOptim(constructor, args, chosen.clip.args(), nonfinite=chosen.nonfinite)
+        trial = constructor([torch.zeros(1, 1)], **args)
+    _check_kind(trial, torch.optim.Optimizer, chosen.name, "optim.name")
+    if chosen.scheduler is None:
+        return optimizer, lambda _optimizer, _loss: None
+
+    make = _find(chosen.scheduler.name, SCHEDULERS, "optim.scheduler.name")
+    with refused("optim.scheduler.args"):
+        scheduler_args = {"optimizer": constructor, "optim_args": args, **chosen.scheduler.args}
+        optimizer = PyroLRScheduler(make, scheduler_args, chosen.clip.args(), nonfinite=chosen.nonfinite)
+        schedule = optimizer._construct([torch.zeros(1, 1)], args)
+    _check_kind(schedule, torch.optim.lr_scheduler.LRScheduler, chosen.scheduler.name, "optim.scheduler.name")
+    if "metrics" in inspect.signature(schedule.step).parameters:
+        return optimizer, lambda made, loss: made.step(loss)
+    return optimizer, lambda made, _loss: made.step()
+
+
+def make_loss(config: RunConfig) -> pyro.infer.ELBO:
+    """Returns the objective that the configuration names.
+
+    Raises:
+        ConfigError: There is no such objective, or it does not accept its arguments.
+    """
+    name = config.train.loss
+    make = load_reference(name, "train.loss") if is_reference(name) else getattr(pyro.infer, name)
+    with refused("train.loss_args"):
+        loss = make(num_particles=config.train.num_particles, **config.train.loss_args)
+    _check_kind(loss, pyro.infer.ELBO, name, "train.loss")
+    return loss
+
+
+def make_loggers(config: RunConfig, console: Console) -> list[Logger]:
+    """Returns the loggers of rank 0: distopt's, then the user's.
+
+    Raises:
+        ConfigError: There is no such logger, or it does not accept its arguments.
+    """
+    loggers: list[Logger] = [JsonLinesLogger()]
+    if config.log.tensorboard:
+        loggers.append(TensorBoardLogger())
+    loggers.append(ProgressLogger(console))
+
+    for index, entry in enumerate(config.log.loggers):
+        make = load_reference(entry.name, f"log.loggers.{index}")
+        with refused(f"log.loggers.{index}.args"):
+            logger = make(**entry.args)
+        _check_kind(logger, Logger, entry.name, f"log.loggers.{index}")
+        loggers.append(logger)
+    return loggers
+
+
+@contextmanager
+def refused(key: str, kinds: tuple[type[Exception], ...] = (TypeError, ValueError)) -> Iterator[None]:
+    """Turns what a library raises for a value of the configuration into a `ConfigError` that names the key."""
+    try:
+        yield
+    except kinds as error:
+        raise ConfigError([f"{key}: {error}"]) from error
+
+
+def _find(name: str, known: dict[str, Callable[..., Any]], key: str) -> Callable[..., Any]:
+    """Returns the constructor of that name. The configuration lists names that an older torch may lack."""
+    if is_reference(name):
+        return load_reference(name, key)
+    if name not in known:
+        raise ConfigError([f"{key}: found {name}, which torch {torch.__version__} does not have"])
+    return known[name]
+
+
+def _check_kind(made: object, kind: type, name: str, key: str) -> None:
+    """Refuses a class or function of the user that makes something else than the contract asks for."""
+    if not isinstance(made, kind):
+        expected = f"{kind.__module__}.{kind.__qualname__}"
+        raise ConfigError([f"{key}: found {name}, which makes a {type(made).__name__}, expected a {expected}"])

@@ -1,0 +1,107 @@
+"""What the ranks of a run do before they train: they build the task and check that all of them have the same."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+
+import distopt
+from distopt.backends import Backend
+from distopt.config import ConfigError, RunConfig, differences
+from distopt.config.plugins import load_reference
+from distopt.rng import seed_all
+from distopt.train.task import Task, TaskError, load_task
+
+_LOCAL_SECTIONS = ("launch", "log", "run_dir", "serve")  # keys that may differ between ranks
+
+
+def set_up_process(config: RunConfig, backend: Backend) -> None:
+    """Shares the processor's cores among the ranks of this host, and starts from an empty parameter store.
+
+    Cost:
+        One `all_gather_json`.
+    """
+    cores = len(os.sched_getaffinity(0))
+    node_ranks = backend.all_gather_json(backend.node_rank)
+    torch.set_num_threads(max(1, cores // node_ranks.count(backend.node_rank)))
+
+    pyro.clear_param_store()
+    seed_all(config.seed)
+
+
+def load_task_on_all_ranks(config: RunConfig, backend: Backend) -> Task:
+    """Builds the task of the configuration on this rank, and checks that all ranks run the same.
+
+    Raises:
+        TaskError: A rank could not build it, or ranks have different configurations, code or versions. All ranks raise
+            the same error.
+
+    Cost:
+        One `all_gather_json`.
+    """
+    task, problem = None, None
+    try:
+        task = load_task(config.task or "", config.task_args)
+        for key, reference in _shared_references(config):
+            load_reference(reference, key)
+    except (ConfigError, TaskError) as error:
+        problem = str(error)
+
+    # Agreed before it is raised: a rank that raised alone would show the others only a closed connection.
+    gathered = backend.all_gather_json({"problem": problem, "setup": describe_setup(config)})
+    problems = [each["problem"] for each in gathered if each["problem"]]
+    if task is None or problems:
+        raise TaskError(problems[0])
+    check_same_setup([each["setup"] for each in gathered])
+    return task
+
+
+def describe_setup(config: RunConfig) -> dict[str, Any]:
+    """Returns what must be equal on all ranks for them to train the same model: configuration, code and versions."""
+    setup: dict[str, Any] = {"config": config.model_dump(mode="json", exclude=set(_LOCAL_SECTIONS))}
+    for _, reference in _shared_references(config):
+        file = getattr(sys.modules.get(reference.partition(":")[0]), "__file__", None)
+        setup[f"SHA-256 of the file of {reference}"] = file and hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    setup["version"] = {"torch": str(torch.__version__), "pyro": pyro.__version__, "distopt": distopt.__version__}
+    return setup
+
+
+def _shared_references(config: RunConfig) -> list[tuple[str, str]]:
+    """Returns key and `module:Name` of the user's code that runs on all ranks."""
+    return [(key, name) for key, name in config.references() if key.partition(".")[0] not in _LOCAL_SECTIONS]
+
+
+def check_same_setup(setups: list[dict[str, Any]]) -> None:
+    """Raises a `TaskError` that shows where the first rank that differs from rank 0 does."""
+    for rank, setup in enumerate(setups):
+        lines = [
+            f"{key}: {first!r} on rank 0, {other!r} on rank {rank}"
+            for key, first, other in differences(setups[0], setup)
+        ]
+        if lines:
+            raise TaskError("\n  ".join(["ranks have different configuration, code or versions:", *lines]))
+
+
+def count_rows(task: Task, backend: Backend) -> int:
+    """Returns the number of rows of the training set, from which every rank derives the rows that it reads.
+
+    Raises:
+        TaskError: Ranks have different numbers of rows; the same on all ranks.
+
+    Cost:
+        One `all_gather_json`.
+    """
+    counts: list[int] = backend.all_gather_json(int(task.rows()))
+    for rank, count in enumerate(counts):
+        if count != counts[0]:
+            raise TaskError(
+                f"task: rows() is {counts[0]:,} on rank 0 and {count:,} on rank {rank}; every rank must have the whole "
+                "training set, of which batch() is asked for the rows of this rank"
+            )
+    return counts[0]

@@ -1,0 +1,196 @@
+"""The contract of loggers, and what each of distopt's leaves on disk or terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from distopt.train import loggers
+from distopt.train.loggers import (
+    FILE_NAME,
+    JsonLinesLogger,
+    Logger,
+    Loggers,
+    ProgressLogger,
+    RunInfo,
+    TensorBoardLogger,
+    printer,
+    read_metrics,
+)
+
+
+def run_info(folder: Path, first_step: int = 0, num_steps: int = 1000) -> RunInfo:
+    return RunInfo("demo", folder, first_step, num_steps)
+
+
+def write(folder: Path, first_step: int, steps: range, logger: Logger | None = None) -> None:
+    with Loggers([logger or JsonLinesLogger()], run_info(folder, first_step)) as opened:
+        for step in steps:
+            opened.log(step, {"elbo": -100.0 / step, "rows_per_s": 5.0})
+
+
+def test_resuming_from_an_earlier_step_leaves_each_step_once(tmp_path: Path) -> None:
+    write(tmp_path, 0, range(10, 60, 10))
+    write(tmp_path, 30, range(40, 80, 10))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30, 40, 50, 60, 70]
+
+
+def test_new_run_in_a_used_folder_starts_from_nothing(tmp_path: Path) -> None:
+    write(tmp_path, 0, range(10, 60, 10))
+    write(tmp_path, 0, range(10, 30, 10))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20]
+
+
+def test_line_cut_off_by_a_crash_is_left_out_and_replaced(tmp_path: Path) -> None:
+    write(tmp_path, 0, range(10, 40, 10))
+    with (tmp_path / FILE_NAME).open("a") as file:
+        file.write('{"step": 40, "el')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30]
+    write(tmp_path, 30, range(40, 60, 10))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30, 40, 50]
+
+
+def test_nan_and_infinity_are_null_since_json_has_neither(tmp_path: Path) -> None:
+    with Loggers([JsonLinesLogger()], run_info(tmp_path)) as opened:
+        opened.log(1, {"elbo": float("nan"), "norm": float("inf"), "rows": 2.0})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    (line,) = (tmp_path / FILE_NAME).read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse) == {"step": 1, "elbo": None, "norm": None, "rows": 2.0}
+
+
+def test_tensorboard_reads_back_what_was_written_without_what_a_crash_undid(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write(tmp_path, 0, range(10, 60, 10), TensorBoardLogger())
+    write(tmp_path, 30, range(40, 80, 10), TensorBoardLogger())
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = {event.step: event.value for event in events.Scalars("elbo")}
+    assert sorted(found) == [10, 20, 30, 40, 50, 60, 70]
+    assert len(events.Scalars("elbo")) == 7
+
+    write(tmp_path, 0, range(10, 30, 10), TensorBoardLogger())  # a new run in a used folder
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("elbo")] == [10, 20]
+    assert found[50] == pytest.approx(-2.0)
+
+
+def test_tensorboard_that_is_not_installed_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    write(tmp_path, 0, range(10, 30, 10), TensorBoardLogger())
+    assert list(tmp_path.iterdir()) == []
+
+
+class Recorder(Logger):
+    """Notes its calls in a list that several share."""
+
+    def __init__(self, name: str, calls: list[str], fails_in: str = "") -> None:
+        self.name = name
+        self.calls = calls
+        self.fails_in = fails_in
+
+    def note(self, method: str) -> None:
+        self.calls.append(f"{self.name}.{method}")
+        if method == self.fails_in:
+            raise OSError(f"{self.name} failed in {method}")
+
+    def start(self, run: RunInfo) -> None:
+        self.note("start")
+
+    def after_step(self, step: int) -> None:
+        self.note(f"after_step {step}")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.note(f"log {step} {values['elbo']}")
+
+    def close(self) -> None:
+        self.note("close")
+
+
+def test_loggers_are_called_in_order_and_closed_in_reverse(tmp_path: Path) -> None:
+    calls: list[str] = []
+    with Loggers([Recorder("a", calls), Recorder("b", calls)], run_info(tmp_path)) as opened:
+        opened.after_step(1)
+        opened.log(1, {"elbo": -2.0})
+    assert calls == [
+        *("a.start", "b.start"),
+        *("a.after_step 1", "b.after_step 1"),
+        *("a.log 1 -2.0", "b.log 1 -2.0"),
+        *("b.close", "a.close"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fails_in", "expected"),
+    [
+        ("start", ["a.start", "b.start", "a.close"]),
+        ("log 1 0.0", ["a.start", "b.start", "a.log 1 0.0", "b.log 1 0.0", "b.close", "a.close"]),
+        ("close", ["a.start", "b.start", "a.log 1 0.0", "b.log 1 0.0", "b.close", "a.close"]),
+    ],
+)
+def test_logger_that_fails_ends_the_run_and_the_others_are_closed(
+    fails_in: str, expected: list[str], tmp_path: Path
+) -> None:
+    calls: list[str] = []
+    with (
+        pytest.raises(OSError, match=f"b failed in {fails_in}"),
+        Loggers([Recorder("a", calls), Recorder("b", calls, fails_in)], run_info(tmp_path)) as opened,
+    ):
+        opened.log(1, {"elbo": 0.0})
+    assert calls == expected
+
+
+def test_contract_without_any_override_does_nothing(tmp_path: Path) -> None:
+    with Loggers([Logger()], run_info(tmp_path)) as opened:
+        opened.after_step(1)
+        opened.log(1, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that `ProgressLogger` reads, which a test may change."""
+    seconds = [0.0]
+    monkeypatch.setattr(loggers, "monotonic", lambda: seconds[0])
+    return seconds
+
+
+def show_progress(console: Console, clock: list[float]) -> None:
+    with Loggers([ProgressLogger(console)], run_info(Path(), 100, 1000)) as opened:
+        for step in range(101, 201):
+            clock[0] += 0.1
+            opened.after_step(step)
+            if step % 50 == 0:
+                opened.log(step, {"elbo": -1_234_567.8, "rows_per_s": 98_765.4})
+
+
+def test_file_gets_a_line_for_each_measurement_and_no_control_characters(clock: list[float]) -> None:
+    printed = io.StringIO()
+    show_progress(Console(file=printed, width=120), clock)
+    assert printed.getvalue().splitlines() == [
+        "step 150 of 1,000  ELBO -1,234,568  98,765 rows/s  0:01:25 left",
+        "step 200 of 1,000  ELBO -1,234,568  98,765 rows/s  0:01:20 left",
+    ]
+
+
+def test_terminal_gets_a_bar_with_step_elbo_rows_and_time_left(clock: list[float]) -> None:
+    printed = io.StringIO()
+    show_progress(Console(file=printed, width=120, force_terminal=True), clock)
+    last = printed.getvalue().rpartition("\r")[2]
+    assert "200/1000" in last and "ELBO -1,234,568  98,765 rows/s" in last and "left" in last
+
+
+def test_lines_are_printed_as_they_are_where_there_is_a_console() -> None:
+    printed = io.StringIO()
+    printer(Console(file=printed, width=20))("a [path] that is longer than the console is wide")
+    printer(None)("nothing")
+    assert printed.getvalue() == "a [path] that is longer than the console is wide\n"
