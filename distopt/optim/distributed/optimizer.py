@@ -21,7 +21,7 @@ from distopt.optim.arguments import args_for
 from distopt.optim.clipping import global_norm
 from distopt.optim.distributed.convert import as_ours, takes_metric
 from distopt.optim.lr_scheduler import PyroLRScheduler
-from distopt.optim.optim import PyroOptim, _evaluated
+from distopt.optim.optim import PyroOptim, call_closure
 from distopt.optim.packed_state import PackedState
 from distopt.optim.packing import FlatGradients
 from distopt.reduce import Brought, DisagreementError, DriftError, PeerError, Reduced, Reducer
@@ -245,7 +245,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
         step: int | None = None,
         measure_norm: bool = False,
     ) -> StepInfo:
-        args, kwargs = _evaluated(args, kwargs)
+        args, kwargs = call_closure(args, kwargs)
         accumulated = self._accumulator.add(params)
         if accumulated is None:
             return StepInfo()
