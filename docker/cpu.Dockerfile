@@ -1,4 +1,4 @@
-# Training on CPUs: torch with gloo, Horovod with gloo and MPI, sshd for MPIJob. Built by `make image KIND=cpu`; the code is a layer of its own.
+# Training on CPUs: torch with gloo, Horovod with gloo and MPI, sshd for MPIJob. Built by `make image KIND=cpu`; the code is a separate layer.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE} AS torch
 ARG PIP_INDEX_URL TORCH_INDEX

@@ -1,4 +1,4 @@
-# Training on GPUs: torch with CUDA and NCCL, Horovod with NCCL, sshd for MPIJob. Built by `make image KIND=cuda`; the code is a layer of its own.
+# Training on GPUs: torch with CUDA and NCCL, Horovod with NCCL, sshd for MPIJob. Built by `make image KIND=cuda`; the code is a separate layer.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE} AS torch
 ARG PIP_INDEX_URL

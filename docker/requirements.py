@@ -2,8 +2,8 @@
 
     python requirements.py mpi examples
 
-Reads the pyproject.toml of the working directory. Images install these in a layer of their own, which changes with
-pyproject.toml and not with every edit of the code.
+Reads the pyproject.toml of the working directory. Images install these in a separate layer, which is rebuilt when
+pyproject.toml changes and not after every edit of the code.
 """
 
 import sys

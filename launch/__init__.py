@@ -1,10 +1,12 @@
 """Starting runs: one YAML for every platform. Imports neither torch nor pyro.
 
-    config ── checks ──► plan ── follow ──► engine (torchrun, horovodrun, …) ──► guard ──► worker
-                                   ▲                                               │
-                                   └──────────── run_dir/logs ◄────────────────────┘
+    config ── checks ──► plan ──┬─ attach ──► launcher (torchrun, horovodrun, …) ──┬──► supervisor ──► worker
+                                │                ▲                                 │        │
+                                │                └──────────── run_dir/logs ◄──────┼────────┘
+                                └─ job ─────► cluster (Slurm, Kubernetes) ─────────┘
 
-A platform renders a `Plan`; `follow` starts its commands and watches. Between the engine and each worker stands a
-`guard`: it keeps the worker's log, passes signals on, and writes down when and of what the worker ended, so that
-the same report says on every platform which rank died first.
+A platform renders a `Plan`. `attach` starts its commands and stays with them; or the plan is submitted to a cluster,
+and `runs` asks the `Job` there. Between a launcher and each worker stands a supervisor: it keeps the worker's log,
+passes signals on, and records when and how the worker ended, so that on every platform the same report tells which rank
+died first.
 """

@@ -38,60 +38,34 @@ def check(config: RunConfig, platform: Platform) -> list[Finding]:
     ]
 
 
-# The run's code. It is read and parsed, never imported: importing a task imports torch, which takes seconds, and runs
-# whatever stands at the top level of its module.
+# Code that the configuration names. It is read and parsed, never imported: a task imports torch, which takes seconds,
+# and importing a module runs whatever stands at its top level.
 
 
 def _check_code(config: RunConfig, image: str | None) -> Iterator[Finding]:
-    """Yields what is wrong with the script or the task; code that is not here may still be in an image."""
+    """Yields what is wrong with the script and with each `module:Name`; what is not here may still be in an image."""
     if config.script is not None:
         path = Path(config.script)
-        is_found = path.is_file()
-        findings = [*_check_syntax(path, "script")] if is_found else [_missing_script(path)]
-    else:
-        assert config.task is not None
-        is_found = isinstance(_find_module(config.task.partition(":")[0]), ModuleSpec)
-        findings = list(check_task(config.task))
+        if path.is_file():
+            yield from _check_syntax(path, "script")
+        else:
+            yield _or_in_image(Finding("script", f"{path}: no such file in {Path.cwd()}"), image)
 
-    if image is None or is_found:
-        yield from findings
-    else:
-        yield from (replace(finding, fix=f"it must be in {image}", severity="warning") for finding in findings)
-
-
-def _missing_script(path: Path) -> Finding:
-    return Finding("script", f"{path}: no such file in {Path.cwd()}", "give its path from there")
+    for key, reference in config.references():
+        spec = _find_module(key, reference.partition(":")[0])
+        if isinstance(spec, Finding):
+            yield _or_in_image(spec, image)
+        else:
+            yield from _check_name(key, reference, spec)
 
 
-def check_task(task: str) -> Iterator[Finding]:
-    """Yields that `module:Name` is not there.
-
-    Example:
-        >>> print(*check_task("distopt.config.schema:RunConfg"))  # doctest: +ELLIPSIS
-        task: .../schema.py has no 'RunConfg'; did you mean distopt.config.schema:RunConfig?
-    """
-    module, _, name = task.partition(":")
-    spec = _find_module(module)
-    if isinstance(spec, Finding):
-        yield spec
-        return
-    path = Path(spec.origin or "")
-    if path.suffix != ".py":
-        return  # compiled: only importing it can tell
-
-    syntax_errors = list(_check_syntax(path, "task"))
-    if syntax_errors:
-        yield from syntax_errors
-        return
-    names = _names_bound(ast.parse(path.read_bytes()))
-    if names is not None and name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f"did you mean {module}:{near[0]}?" if near else f"it has: {', '.join(sorted(names)[:20])}"
-        yield Finding("task", f"{path} has no {name!r}", hint)
+def _or_in_image(missing: Finding, image: str | None) -> Finding:
+    """Returns what is missing here as a warning if workers run in an image, which cannot be looked into."""
+    return missing if image is None else replace(missing, fix=f"it must be in {image}", severity="warning")
 
 
-def _find_module(module: str) -> ModuleSpec | Finding:
-    """Returns where a module is, without importing its parents, or what is wrong."""
+def _find_module(key: str, module: str) -> ModuleSpec | Finding:
+    """Returns where a module is, without importing its parents, or that there is none."""
     first, *rest = module.split(".")
     sys.path.insert(0, os.getcwd())  # where `python -m` starts its search in each worker
     try:
@@ -107,17 +81,35 @@ def _find_module(module: str) -> ModuleSpec | Finding:
         if spec is None:
             break
         if spec.submodule_search_locations is None:
-            return Finding("task", f"{module}: {path} is a module and not a package, so it has no submodule {name}")
+            return Finding(key, f"{module}: {path} is a module and not a package, so it has no submodule {name}")
         path += f".{name}"
         spec = PathFinder.find_spec(path, list(spec.submodule_search_locations))
 
     if spec is None:
         return Finding(
-            "task",
+            key,
             f"no module {path!r} for {sys.executable} in {Path.cwd()}",
             "check the spelling, that it is installed here, or run the command from the folder that contains it",
         )
     return spec
+
+
+def _check_name(key: str, reference: str, spec: ModuleSpec) -> Iterator[Finding]:
+    """Yields that the module of `module:Name` has a syntax error or no such name."""
+    module, _, name = reference.partition(":")
+    path = Path(spec.origin or "")
+    if path.suffix != ".py":
+        return  # compiled: only importing it can tell
+
+    syntax_errors = list(_check_syntax(path, key))
+    if syntax_errors:
+        yield from syntax_errors
+        return
+    names = _names_bound(ast.parse(path.read_bytes()))
+    if names is not None and name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean {module}:{near[0]}?" if near else f"it has: {', '.join(sorted(names)[:20])}"
+        yield Finding(key, f"{path} has no {name!r}", hint)
 
 
 def _check_syntax(path: Path, key: str) -> Iterator[Finding]:

@@ -1,4 +1,8 @@
-"""The command `distopt`. It answers at once: what a command needs is imported when it runs."""
+"""The command `distopt`.
+
+What a command needs is imported within its function: `distopt --help` must answer at once, and the configuration
+alone takes several times as long to import as typer.
+"""
 
 from __future__ import annotations
 
@@ -10,26 +14,29 @@ import typer
 if TYPE_CHECKING:
     from distopt.config import RunConfig
 
+# Help is plain, because importing rich would take half of the start-up time.
 app = typer.Typer(
     name="distopt",
-    help="Distributed training for Pyro models: one YAML, every platform.",
+    help="Distributed training for Pyro models: one YAML for every platform.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    rich_markup_mode=None,  # plain help: rich alone would take half of the start-up time
+    rich_markup_mode=None,
 )
 config_app = typer.Typer(
-    help="The resolved YAML, its schema, and what differs from a run's.", no_args_is_help=True, rich_markup_mode=None
+    help="Show the resolved YAML, its schema, or what differs from a run's.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 app.add_typer(config_app, name="config")
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="The run's YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to replace, such as train.num_steps=10.")
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys to override, such as train.num_steps=10.")
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the name of one in runs/.")]
 AllRanks = Annotated[
-    bool, typer.Option("--all-ranks", help="Show the output of all ranks, each line with its rank's number.")
+    bool, typer.Option("--all-ranks", help="Show the output of all ranks, each line with the number of its rank.")
 ]
 USAGE_ERROR = 2
 
@@ -39,15 +46,15 @@ def launch(
     config: Config,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print every command and file, and touch nothing.")
+        bool, typer.Option("--dry-run", help="Print the commands and files without running or writing anything.")
     ] = False,
-    detach: Annotated[bool, typer.Option("--detach", help="Start the run and leave it.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Return as soon as the run has been started.")] = False,
     all_ranks: AllRanks = False,
 ) -> None:
     """Start a run and follow it to its end.
 
-    It is checked first, and refused with status 2 when it cannot run. Ctrl-C has it save and end. The exit status is
-    the run's: 0 done, 130 or 143 stopped by Ctrl-C or SIGTERM with a checkpoint written, 1 failed.
+    The run is checked first and refused with exit status 2 if it cannot work. Ctrl-C stops it after a last checkpoint.
+    The exit status is 0 if the run is done, 130 or 143 if Ctrl-C or SIGTERM stopped it, 1 if it failed.
     """
     from . import checks, runs
     from .findings import failures
@@ -57,8 +64,8 @@ def launch(
     try:
         platform = load_platform(run.launch.platform)
         findings = checks.check(run, platform)
-        if refused := failures(findings):
-            _refuse([f"{config}: {finding}" for finding in refused])
+        if failed := failures(findings):
+            _refuse([f"{config}: {finding}" for finding in failed])
         for finding in findings:
             typer.echo(f"{config}: warning: {finding}", err=True)
 
@@ -74,9 +81,9 @@ def launch(
 
 @app.command()
 def train(config: Config, overrides: Overrides = None) -> None:
-    """Run one worker, as engines do.
+    """Run one worker of a run.
 
-    An engine starts it once per rank; without one it is a world of its own.
+    Launchers such as torchrun start it once per rank. Without a launcher it trains alone.
     """
     from distopt.launchers import find_launcher
 
@@ -92,12 +99,12 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def status(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run; all in runs/ without one.")] = None,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run; without it, all runs in runs/.")] = None,
 ) -> None:
-    """Ask how runs are.
+    """Show the state of runs.
 
-    Each line has a run directory, its state (pending, running, stopped, done, failed or unknown) and what its engine
-    says about it.
+    Each line has a run directory, its state (pending, running, stopped, done, failed or unknown) and details from its
+    platform, separated by tabs.
     """
     from . import runs
 
@@ -106,7 +113,7 @@ def status(
     except runs.ERRORS as error:
         _refuse([str(error)])
     if not directories:
-        typer.echo("no run was launched from here (none in runs/)", err=True)
+        typer.echo("no run was launched from this folder (runs/ has none)", err=True)
     for directory in directories:
         try:
             state = runs.job_of(directory).state()
@@ -119,14 +126,14 @@ def status(
 def logs(
     run: Run,
     rank: Annotated[
-        int, typer.Option(metavar="RANK", help="Whose output; on Kubernetes the number of a node.", min=0)
+        int, typer.Option(metavar="RANK", help="The rank to show; on Kubernetes the number of a node.", min=0)
     ] = 0,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep showing new output until the run ends.")] = False,
     all_ranks: AllRanks = False,
 ) -> None:
-    """Print what a rank has printed.
+    """Show a rank's output.
 
-    A line of dashes begins each attempt, in the order of time.
+    Each attempt begins with a line of dashes that tells its time.
     """
     from . import runs
     from .platforms import load_platform
@@ -144,10 +151,10 @@ def logs(
 
 @app.command()
 def stop(run: Run) -> None:
-    """Have a run save and end, and wait for it.
+    """Stop a run after a last checkpoint.
 
-    What has not ended after the grace time (launch.grace_s) is killed. A run that has ended stays as it is; on
-    Kubernetes its objects are deleted, so that its name is free again.
+    Waits for its end, and kills what is still running after the grace time (launch.grace_s). On Kubernetes the objects
+    of the run are deleted, also if it has ended, so that its name can be used again.
     """
     from . import runs
 
@@ -161,25 +168,25 @@ def stop(run: Run) -> None:
 @app.command()
 def doctor(
     config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="A run, whose hosts are looked at too.")
+        str | None, typer.Argument(metavar="[CONFIG]", help="A run whose hosts, port and folder are checked too.")
     ] = None,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Look for what would keep runs from working.
+    """Check the environment for problems.
 
-    At what is installed here, and at the hosts, the port and the folder of a run; each line is ok, a warning or a
-    failure with the command that mends it. Exit status 1 when there is a failure.
+    Checks what is installed here and whether workers reach each other. Each line is ok, a warning or a failure, with
+    the command that fixes it. The exit status is 1 if there is a failure.
     """
-    from . import doctor as physician
+    from .doctor import print_findings
 
     run = _load(config, overrides) if config is not None else None
-    raise typer.Exit(physician.print_findings(run, as_json=as_json, echo=typer.echo))
+    raise typer.Exit(print_findings(run, as_json=as_json, echo=typer.echo))
 
 
 @config_app.command()
 def show(config: Config, overrides: Overrides = None) -> None:
-    """Print the resolved YAML, with all defaults."""
+    """Print the resolved YAML with all defaults."""
     from distopt.config import dump_yaml
 
     typer.echo(dump_yaml(_load(config, overrides)), nl=False)
@@ -189,7 +196,7 @@ def show(config: Config, overrides: Overrides = None) -> None:
 def schema() -> None:
     """Print the JSON schema of the YAML.
 
-    Editors check and complete the file by it.
+    Editors can use it to check and complete the file.
     """
     import json
 
@@ -202,7 +209,7 @@ def schema() -> None:
 def diff(config: Config, run: Run, overrides: Overrides = None) -> None:
     """Print what differs from a run's YAML.
 
-    Exit status 1 when something does.
+    The exit status is 1 if something does.
     """
     from distopt.config import differences
 
@@ -213,10 +220,11 @@ def diff(config: Config, run: Run, overrides: Overrides = None) -> None:
         before = runs.recorded_config(runs.find(run)).model_dump(mode="json")
     except runs.ERRORS as error:
         _refuse([str(error)])
-    found = list(differences(before, now))
-    for key, old, new in found:
+
+    changes = list(differences(before, now))
+    for key, old, new in changes:
         typer.echo(f"{key}: {old!r} there, {new!r} now")
-    raise typer.Exit(int(bool(found)))
+    raise typer.Exit(int(bool(changes)))
 
 
 @app.command(
@@ -237,7 +245,7 @@ def _load(path: str, overrides: list[str] | None) -> RunConfig:
     from distopt.config import ConfigError, load_config, parse_config
 
     try:
-        if path.startswith("@"):  # a pod gets its configuration in a variable
+        if path.startswith("@"):  # the name of a variable, which is how a pod gets its configuration
             return parse_config(os.environ.get(path[1:], ""), overrides or (), source=path)
         return load_config(path, overrides or ())
     except ConfigError as error:

@@ -1,119 +1,172 @@
-"""Who died first, of what, and who was merely waiting."""
+"""Who died first, of what, and who was only waiting."""
 
 from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
 from distopt.launchers import CHECKPOINTS, LOGS
 
-from .worker.events import End, Event, Start
+from .worker.events import STOPPED_STATUSES, End, Event, Start
 from .worker.rank_log import last_attempt_lines, last_line, last_lines, log_of, traceback_of
 
-# How a rank that did nothing wrong ends when another has gone; seen with gloo, NCCL, Horovod and MPI.
-_BEREFT = re.compile(
+# One death brings down all ranks within seconds, and the first to end is often not the one to blame: a rank that has
+# raised stays until the others have read its error, while a rank whose connection breaks ends at once. Three sources
+# are weighed against each other:
+#   1. what ranks report of each other: distopt publishes the error of a rank to all others, which print it
+#   2. the last line of a rank's traceback: that of a closed connection is a consequence
+#   3. the time at which each supervisor saw its worker end; clocks of different hosts may differ
+
+# How distopt reports another rank's error (distopt/reduce/agreement.py and distopt/backends/heartbeat.py).
+_REPORTED = re.compile(
+    r"rank (?P<rank>\d+)(?: of \d+ failed| failed first,) at (?P<error>step \d+.*?)"
+    r"(?:\. Rank \d+ of \d+ stops because of it\.)?$",
+    re.MULTILINE,
+)
+
+# How a rank that did nothing wrong ends when another one is gone; seen with gloo, NCCL, Horovod and MPI.
+_LOST_PEER = re.compile(
     r"Connection (closed by peer|reset by peer|refused)|Broken pipe|[Tt]imed out|HorovodInternalError|"
     r"connectFullMesh|has been shut down|remote process exited|DistNetworkError|DistBackendError"
 )
-# What distopt raises on the ranks that a failed one has told of its error.
-_TOLD = re.compile(r"PeerError: rank (?P<rank>\d+) of \d+ failed at (?P<what>step \d+: .*)")
 
 
-def name(event: Event) -> str:
-    """Says which worker, and where."""
+def describe_rank(event: Event) -> str:
+    """Returns which worker an event is of, and where that ran."""
     return f"rank {event.rank} on {event.host}"
 
 
-def cause(event: Event) -> str:
-    """Says how a worker ended, in words that name a signal."""
+def describe_end(event: Event) -> str:
+    """Returns how a worker ended, as the end of a sentence; a signal is named."""
     status = event.status or 0
     if event.out_of_memory:
-        return "was killed, out of memory: give the run more, or take a smaller batch"
+        return "was killed, out of memory: give the run more memory, or use a smaller batch"
     if status >= 0:
         return f"ended with exit status {status}"
     number = signal.Signals(-status)
     if number == signal.SIGKILL:
-        return "was killed (SIGKILL): by someone, or out of memory? `dmesg -T | grep -i oom` tells on its host"
+        return "was killed (SIGKILL): by a user, or out of memory? `dmesg -T | grep -i oom` on its host shows which"
     return f"died of {number.name} ({signal.strsignal(number)})"
 
 
-def last_attempt(seen: Sequence[Event]) -> list[Event]:
-    """Returns the events since the engine started workers last; a job that is requeued counts attempts from 0 again."""
-    lives: dict[int, list[Event]] = {}  # of each rank, since it was started last
-    for event in seen:
+def describe_error(run_dir: Path, end: End) -> str:
+    """Returns the last line of a worker that ended by an error, in parentheses; empty where there is none."""
+    line = last_line(run_dir, end.rank) if (end.status or 0) > 0 else ""
+    return f" ({line.strip()[:200]})" if line else ""
+
+
+def last_attempt(events: Sequence[Event]) -> list[Event]:
+    """Returns the events since the workers were started last; a job that is requeued counts attempts from 0 again."""
+    by_rank: dict[int, list[Event]] = {}  # each rank's events since it was started last
+    for event in events:
         if isinstance(event, Start):
-            lives[event.rank] = []
-        lives.setdefault(event.rank, []).append(event)
-    newest = max((life[0] for life in lives.values()), key=lambda event: event.time, default=None)
-    return [event for event in seen if newest and event.attempt == newest.attempt and event in lives[event.rank]]
+            by_rank[event.rank] = []
+        by_rank.setdefault(event.rank, []).append(event)
+    newest = max((since[0] for since in by_rank.values()), key=lambda event: event.time, default=None)
+
+    # In an elastic world of fewer ranks than before, some ranks were not started again: their events are of the past.
+    return [event for event in events if newest and event.attempt == newest.attempt and event in by_rank[event.rank]]
 
 
-def finished(seen: Sequence[Event]) -> bool:
-    """Whether all workers that were started ended with exit status 0."""
-    ended = {event.rank: event for event in seen if isinstance(event, End)}
-    return all(event.rank in ended for event in seen) and all(event.status == 0 for event in ended.values())
+def all_succeeded(events: Sequence[Event]) -> bool:
+    """Returns whether all workers that were started ended with exit status 0."""
+    ends = _last_ends(events)
+    return all(event.rank in ends for event in events) and all(end.status == 0 for end in ends.values())
 
 
-def stopped_well(seen: Sequence[Event]) -> bool:
-    """Whether all workers that were started ended in time after they had been asked to."""
-    ended = {event.rank: event for event in seen if isinstance(event, End)}
-    started = {event.rank for event in seen if isinstance(event, Start)}
-    well = (0, 143, 130, -signal.SIGTERM, -signal.SIGINT)
-    return started == set(ended) and all(event.status in well for event in ended.values())
+def all_stopped(events: Sequence[Event]) -> bool:
+    """Returns whether all workers that were started ended in time after they had been asked to."""
+    ends = _last_ends(events)
+    started = {event.rank for event in events if isinstance(event, Start)}
+    return started == set(ends) and all(end.status in STOPPED_STATUSES for end in ends.values())
 
 
-def failure(run_dir: Path, seen: Sequence[Event], status: int, seconds: float, engine_log: str) -> str:
+def describe_failure(run_dir: Path, events: Sequence[Event], status: int, seconds: float, launcher_log: str) -> str:
     """Returns the report of a run that died.
 
     Args:
         run_dir: Where the logs are.
-        seen: The events of the last attempt.
-        status: The engine's exit status.
+        events: The events of the last attempt.
+        status: The launcher's exit status.
         seconds: How long the run took.
-        engine_log: The name of the engine's own log.
+        launcher_log: The name of the launcher's own log; empty where it has none.
     """
-    lines = [f"distopt: the run failed after {timedelta(seconds=round(seconds))} (exit status {status} of the engine)."]
-    ends = {event.rank: event for event in seen if isinstance(event, End)}
-    silent = [event for event in seen if isinstance(event, Start) and event.rank not in ends]
-    told = {rank: match for rank in ends if (match := _TOLD.search("\n".join(last_attempt_lines(run_dir, rank))))}
-    source = next((int(match["rank"]) for match in told.values() if int(match["rank"]) in ends), None)
-    # One that told the others may have been ended by the engine while it was still printing its traceback.
-    culprits = [end for rank, end in ends.items() if rank == source or (end.failed and rank not in told)]
-    culprits.sort(key=lambda end: (end.rank != source, bool(_BEREFT.search(last_line(run_dir, end.rank))), end.time))
-    if culprits:
-        first = culprits[0]
-        what = next((match["what"] for match in told.values() if int(match["rank"]) == first.rank), "")
-        lines.append(f"  {name(first)} died first: it {f'failed at {what}' if what else f'{cause(first)}.'}")
-        lines += [f"  After it: {name(end)} {cause(end)}{why(run_dir, end)}." for end in culprits[1:]]
-        early = [end for end in ends.values() if end.status == 0 and end.time < first.time]
-        if early:
-            lines.append(f"  Before it had ended, as if all were done: {', '.join(map(name, early))}.")
-    if told:
-        lines.append(f"  Told of its error, and ended by that: {', '.join(name(ends[rank]) for rank in sorted(told))}.")
-    waiting = [end for end in ends.values() if end.stopped and end not in culprits and end.rank not in told]
+    ends = _last_ends(events)
+    reports = _reports(run_dir, ends)
+    blamed = _blame(run_dir, ends, reports)
+    duration = timedelta(seconds=round(seconds))
+    lines = [f"distopt: the run failed after {duration} (exit status {status} of the launcher)."]
+
+    if blamed:
+        lines += _describe_blamed(run_dir, blamed, ends, reports)
+    if reports:
+        lines.append(f"  Stopped because of this error: {_names(ends[rank] for rank in sorted(reports))}.")
+    waiting = [end for end in ends.values() if end.stopped and end not in blamed and end.rank not in reports]
     if waiting:
-        lines.append(f"  Merely waiting, ended by the engine: {', '.join(map(name, waiting))}.")
+        lines.append(f"  Only waiting, terminated by the launcher: {_names(waiting)}.")
+    silent = [event for event in events if isinstance(event, Start) and event.rank not in ends]
     if silent:
-        lines.append(f"  Without a word: {', '.join(map(name, silent))}: its host or its guard has gone.")
-    if culprits and (text := traceback_of(run_dir, culprits[0].rank)):
-        lines += [f"  {log_of(run_dir, culprits[0].rank)} ends with:", *(f"    {line}" for line in text)]
-    if not culprits:
-        lines += [f"  {run_dir / LOGS / engine_log} ends with:"]
-        lines += [f"    {line}" for line in last_lines(run_dir / LOGS / engine_log)]
-    lines += [f"  {line[0].upper()}{line[1:]}." for line in [going_on(run_dir)] if line]
+        lines.append(f"  No exit status from {_names(silent)}: its host or supervisor is gone.")
+
+    if not blamed and launcher_log:
+        lines += _quote(run_dir / LOGS / launcher_log, last_lines(run_dir / LOGS / launcher_log))
+    elif blamed and (text := traceback_of(run_dir, blamed[0].rank)):
+        lines += _quote(log_of(run_dir, blamed[0].rank), text)
+    if hint := resume_hint(run_dir):
+        lines.append(f"  {hint[0].upper()}{hint[1:]}.")
     return "\n".join(lines)
 
 
-def going_on(run_dir: Path) -> str:
-    """Says how a run that has ended goes on; nothing for one that keeps its checkpoints elsewhere, or has none."""
-    there = any((run_dir / CHECKPOINTS).glob("step-*"))
-    return "the same command goes on from the last checkpoint" if there else ""
+def resume_hint(run_dir: Path) -> str:
+    """Returns how to resume a run that has ended; empty for one that keeps its checkpoints elsewhere, or has none."""
+    has_checkpoint = any((run_dir / CHECKPOINTS).glob("step-*"))
+    return "run the same command again to resume from the last checkpoint" if has_checkpoint else ""
 
 
-def why(run_dir: Path, end: End) -> str:
-    """Returns the last line of a rank that has ended by an error of its own."""
-    line = last_line(run_dir, end.rank) if (end.status or 0) > 0 else ""
-    return f" ({line.strip()[:200]})" if line else ""
+def _last_ends(events: Sequence[Event]) -> dict[int, End]:
+    return {event.rank: event for event in events if isinstance(event, End)}
+
+
+def _reports(run_dir: Path, ends: Iterable[int]) -> dict[int, re.Match[str]]:
+    """What ranks report of the error of another rank, by the reporting rank."""
+    reports = {}
+    for rank in ends:
+        match = _REPORTED.search("\n".join(last_attempt_lines(run_dir, rank)))
+        if match and int(match["rank"]) != rank:
+            reports[rank] = match
+    return reports
+
+
+def _blame(run_dir: Path, ends: dict[int, End], reports: dict[int, re.Match[str]]) -> list[End]:
+    """The workers that ended by an error of their own, the one to blame for the others first."""
+    source = next((int(match["rank"]) for match in reports.values() if int(match["rank"]) in ends), None)
+    # The launcher may have ended the source while that was still printing its traceback; it has failed all the same.
+    blamed = [end for rank, end in ends.items() if rank == source or (end.failed and rank not in reports)]
+    blamed.sort(key=lambda end: (end.rank != source, bool(_LOST_PEER.search(last_line(run_dir, end.rank))), end.time))
+    return blamed
+
+
+def _describe_blamed(
+    run_dir: Path, blamed: Sequence[End], ends: dict[int, End], reports: dict[int, re.Match[str]]
+) -> list[str]:
+    first = blamed[0]
+    error = next((match["error"] for match in reports.values() if int(match["rank"]) == first.rank), "")
+    lines = [f"  {describe_rank(first)} died first: it {f'failed at {error}' if error else f'{describe_end(first)}.'}"]
+    lines += [
+        f"  After it: {describe_rank(end)} {describe_end(end)}{describe_error(run_dir, end)}." for end in blamed[1:]
+    ]
+    earlier = [end for end in ends.values() if end.status == 0 and end.time < first.time]
+    if earlier:
+        lines.append(f"  Already finished successfully before that: {_names(earlier)}.")
+    return lines
+
+
+def _names(events: Iterable[Event]) -> str:
+    return ", ".join(map(describe_rank, events))
+
+
+def _quote(path: Path, lines: Sequence[str]) -> list[str]:
+    return [f"  {path} ends with:", *(f"    {line}" for line in lines)]

@@ -1,4 +1,4 @@
-"""Runs as their engines keep them: asked about, read and stopped in the same way on every platform."""
+"""Runs that were started: asked for their state, read and stopped in the same way on every platform."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ Phase = Literal["unknown", "pending", "running", "stopped", "done", "failed"]
 
 @dataclass(frozen=True)
 class State:
-    """What an engine says about a run."""
+    """The state of a run.
+
+    Attributes:
+        phase: `unknown` is a run that its platform has never had, or has forgotten.
+        detail: What the platform says about it, for the user.
+    """
 
     phase: Phase
     detail: str = ""
@@ -33,13 +38,13 @@ class State:
 
 
 class JobError(RuntimeError):
-    """A run that cannot be asked or stopped from here; the message says from where."""
+    """A run cannot be asked or stopped from here; the message says from where."""
 
 
 class PlatformError(JobError):
-    """A platform refused something or did not answer; the message has its own text.
+    """A platform refused something or did not answer; the message has its explanation.
 
-    Where a run is followed, a question that ends like this is asked again for some minutes.
+    While a run is followed, a question that fails like this is repeated for some minutes.
     """
 
 
@@ -48,15 +53,15 @@ class Job(ABC):
 
     @abstractmethod
     def state(self) -> State:
-        """Asks the platform for the run's state.
+        """Asks for the run's state.
 
         Raises:
-            PlatformError: It gave no answer. A run that it does not know is no error; its phase is `unknown`.
+            PlatformError: The platform gave no answer. A run that it does not know is no error but `unknown`.
         """
 
     @abstractmethod
     def logs(self, rank: int) -> str:
-        """Returns what a rank has printed so far, empty where there is nothing yet.
+        """Returns all that a rank has printed, empty where there is nothing yet.
 
         Args:
             rank: One of the platform's `ranks`.
@@ -64,13 +69,13 @@ class Job(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """Asks the platform to end the run, and returns at once; workers write a last checkpoint."""
+        """Asks for the run's end and returns at once; the workers save a checkpoint first."""
 
     def kill(self) -> bool:
         """Ends what is still there after `stop` and the grace time.
 
         Returns:
-            Whether it can: false, the default, is for a platform that kills by itself.
+            Whether that is possible; false, the default, is for a platform that kills by itself.
         """
         return False
 
@@ -83,49 +88,57 @@ class SubmittedJob(Job):
 
     @abstractmethod
     def submit(self) -> str:
-        """Hands the run over, whole or not at all.
+        """Hands the run over, as a whole or not at all.
 
         Returns:
-            What the platform calls the run, for the user; `distopt` records it in the run directory.
+            What the platform calls the run; it is shown to the user and kept in the run's record.
 
         Raises:
-            PlatformError: The platform refuses it; nothing has been left there.
+            PlatformError: The platform refuses the run; nothing of it is left there.
         """
 
     def keeps_name(self, state: State) -> bool:
         """Returns whether a run in this state keeps another one of its name from being submitted.
 
-        By default only one that has not ended does: both would write into one run directory.
+        By default only one that has not ended does, since both would write into one run directory.
         """
         return state.phase != "unknown" and not state.ended
 
 
 class FollowedJob(Job):
-    """A run whose engine is a process below a launcher, which holds the run directory's lock as long as it lives."""
+    """A run below a `distopt launch`, which holds a lock in the run directory as long as it lives.
+
+    The kernel releases the lock however that process ends, so a run cannot seem to be running after a kill -9.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
 
     def state(self) -> State:
-        """Running while the lock is held; else what the launcher wrote at its end."""
+        """Returns `running` while the lock is held, then what `distopt launch` recorded at its end."""
         record = read_record(self.run_dir)
-        where = f"process {record.get('pid')} on {record.get('host')}"
-        if self._held():
-            return State("running", where)
+        process = f"process {record.get('pid')} on {record.get('host')}"
+        if self._is_locked():
+            return State("running", process)
+
+        # The record has a status only once the run has ended, and the lock is held until then.
         status = record.get("status")
         if status is None:
-            return State("failed", f"the launcher, {where}, was killed")
+            return State("failed", f"`distopt launch`, {process}, was killed")
         phases: dict[int, Phase] = {0: "done", 130: "stopped", 143: "stopped"}
         return State(phases.get(status, "failed"), "; ".join([f"exit status {status}", *self._first_death()]))
 
     def _first_death(self) -> list[str]:
-        """Returns the line of the launcher's report that says who died first."""
+        """Returns the line of the failure report that tells who died first."""
         try:
-            return [line.strip() for line in (self.run_dir / LOGS / FAILURE_FILE).read_text().splitlines()[1:2]]
+            report = (self.run_dir / LOGS / FAILURE_FILE).read_text()
         except OSError:
             return []
+        return [line.strip() for line in report.splitlines()[1:2]]
 
-    def _held(self) -> bool:
+    def _is_locked(self) -> bool:
+        # The only way to see a lock is to take it. It is released at once, and two who look at the same moment can at
+        # worst both believe that the run is still running.
         try:
             with (self.run_dir / LOCK_FILE).open("r+") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -140,17 +153,17 @@ class FollowedJob(Job):
         return read_log(self.run_dir, rank).decode(errors="replace")
 
     def stop(self) -> None:
-        """Sends SIGTERM to the launcher, which stops its engine."""
+        """Sends SIGTERM to `distopt launch`, which stops the workers."""
         record = read_record(self.run_dir)
-        if not self._held():
+        if not self._is_locked():
             return
         if record["host"] != socket.gethostname():
-            raise JobError(f"the launcher runs on {record['host']}; give the command there")
+            raise JobError(f"`distopt launch` runs on {record['host']}; run this command there")
         os.kill(record["pid"], signal.SIGTERM)
 
 
 def read_record(run_dir: Path) -> dict[str, Any]:
-    """Returns what was submitted from a run directory.
+    """Returns what was recorded when a run was launched from a directory.
 
     Raises:
         JobError: Nothing was.
@@ -161,5 +174,5 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise JobError(f"{run_dir}: no run was launched here (there is no {LAUNCH_FILE})") from None
     except (OSError, ValueError) as error:
-        raise JobError(f"{path}: cannot be read ({error}); the next launch writes it anew") from None
+        raise JobError(f"{path}: cannot be read ({error}); the next launch replaces it") from None
     return record

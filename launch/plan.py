@@ -1,4 +1,4 @@
-"""What a platform is going to do: commands and files, printable, and nothing done yet."""
+"""What a platform is going to do: commands and files, printable before anything is done."""
 
 from __future__ import annotations
 
@@ -22,16 +22,20 @@ from distopt.launchers import (
 
 from .worker import network
 
-# Tells guards to watch for the stop file.
 STOP_BY_FILE = {WATCH_STOP_VARIABLE: "1"}
+"""Has supervisors watch for the stop file; for the environment of a plan with `stop_by_file`."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """One process that the launcher starts.
+    """One process that `distopt launch` starts.
 
-    `env` is added to the launcher's own environment. `hidden` names variables that the process must not inherit: the
-    engine would write their values on command lines. `host` is where it runs, for messages; none is this machine.
+    Attributes:
+        argv: Program and arguments.
+        env: Variables in addition to those of `distopt launch`.
+        hidden: Names of variables that the process must not inherit, since it would write their values on command
+            lines, where every user of the machine can read them.
+        host: Where it runs, for messages; None is this machine.
     """
 
     argv: tuple[str, ...]
@@ -40,19 +44,28 @@ class Command:
     host: str | None = None
 
     def __str__(self) -> str:
-        words = [f"{key}={shlex.quote(value)}" for key, value in sorted(self.env.items())]
-        unset = ["env", *(word for name in sorted(self.hidden) for word in ("-u", name))] if self.hidden else []
-        return " ".join([*unset, *words, *map(shlex.quote, self.argv)])
+        variables = [f"{key}={shlex.quote(value)}" for key, value in sorted(self.env.items())]
+        unset = ["env", *(item for name in sorted(self.hidden) for item in ("-u", name))] if self.hidden else []
+        return " ".join([*unset, *variables, *map(shlex.quote, self.argv)])
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything that starting a run does: first the files are written, then the commands are run.
 
-    `stop_by_file` tells how workers are asked to end: by the stop file that their guards watch, where the engine would
-    leave them too little time for a last checkpoint, else by a signal to the engine. With `heartbeat` each command is
-    an agent (`worker.host_agent`) on a host of its own; the run goes on while `least` of them do, by default all.
-    `together` says that the engine starts no worker again: when one has died, all are to end.
+    `str(plan)` is a shell script that would do the same.
+
+    Attributes:
+        platform: The platform's name.
+        commands: The processes to start, all at once.
+        files: The files to write; those that begin with `#!` are made executable.
+        stop_by_file: Whether workers are asked to stop by a file that their supervisors watch, since the launcher would
+            leave them too little time for a last checkpoint; else the launcher gets a signal.
+        heartbeat: Whether each command is an agent (`worker.host_agent`) on a host of its own, which listens for
+            heartbeats.
+        min_hosts: With `heartbeat`, how many of the commands are enough for the run to continue; None needs all.
+        ends_together: Whether the launcher starts no worker again, so that all are to end when one has died.
+        notes: Comments for those who read the plan.
     """
 
     platform: str
@@ -60,21 +73,22 @@ class Plan:
     files: Mapping[Path, str] = field(default_factory=dict)
     stop_by_file: bool = False
     heartbeat: bool = False
-    least: int | None = None
-    together: bool = False
+    min_hosts: int | None = None
+    ends_together: bool = False
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        parts = [f"# {note}\n" for note in self.notes]
+        sections = [f"# {note}\n" for note in self.notes]
         for path, text in self.files.items():
-            end, name = _delimiter(text), shlex.quote(str(path))
-            parts.append(f"cat > {name} <<'{end}'\n{text.rstrip()}\n{end}\n" if text else f": > {name}\n")
-        parts += [f"{command}\n" for command in self.commands]
-        return "\n".join(parts)
+            end = _delimiter(text)
+            name = shlex.quote(str(path))
+            sections.append(f"cat > {name} <<'{end}'\n{text.rstrip()}\n{end}\n" if text else f": > {name}\n")
+        sections += [f"{command}\n" for command in self.commands]
+        return "\n".join(sections)
 
 
 def _delimiter(text: str) -> str:
-    """Returns a here-document's end that the text does not contain."""
+    """An end of a here-document that the text does not contain."""
     end = "END"
     while end in text.splitlines():
         end += "_"
@@ -87,18 +101,18 @@ def run_files(config: RunConfig) -> dict[Path, str]:
 
 
 def worker_argv(config: RunConfig, python: str, config_source: str | None = None) -> list[str]:
-    """Returns the command of one worker: the training loop, or the user's script, watched by a guard.
+    """Returns the command of one worker below its supervisor: the training loop, or the user's script.
 
     Args:
         config: The run.
         python: The interpreter, where the worker runs.
         config_source: What `distopt train` reads; by default the file in the run directory.
     """
-    guard = [python, "-m", "distopt.launch.worker.supervisor", str(config.run_dir), "--"]
+    supervisor = [python, "-m", "distopt.launch.worker.supervisor", str(config.run_dir), "--"]
     if config.script is not None:
-        return [*guard, python, _operand(config.script), *config.script_args]
+        return [*supervisor, python, _operand(config.script), *config.script_args]
     source = config_source or _operand(str(config.run_dir / CONFIG_FILE))
-    return [*guard, python, "-m", "distopt.launch", "train", source]
+    return [*supervisor, python, "-m", "distopt.launch", "train", source]
 
 
 def _operand(path: str) -> str:
@@ -107,10 +121,18 @@ def _operand(path: str) -> str:
 
 
 def env_of_workers(config: RunConfig, **more: str) -> dict[str, str]:
-    """Returns the variables that guards and workers need, the numbers of workers that are allowed among them."""
+    """Returns the variables that supervisors and workers need.
+
+    Args:
+        config: The run; `launch.env` overrides everything else.
+        more: Variables of the platform.
+    """
     interface = {INTERFACE_VARIABLE: config.launch.interface} if config.launch.interface else {}
-    hosts = [network.resolve(host) or host for host in config.launch.hosts]
-    elsewhere = {HOSTS_VARIABLE: ",".join(hosts), CWD_VARIABLE: os.getcwd()} if hosts else {}
+
+    # Over ssh a worker starts in the user's home folder, and other hosts may resolve names differently.
+    addresses = [network.resolve(host) or host for host in config.launch.hosts]
+    elsewhere = {HOSTS_VARIABLE: ",".join(addresses), CWD_VARIABLE: os.getcwd()} if addresses else {}
+
     return {
         WORLD_SIZE_VARIABLE: format_range(config.launch.world_sizes),
         **interface,

@@ -1,4 +1,4 @@
-"""The folder of a run as the launcher keeps it: one launcher at a time, and a record of what was submitted."""
+"""The folder of a run as `distopt launch` keeps it: one process at a time, and a record of what was submitted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RunDirectoryError(RuntimeError):
 
 @contextmanager
 def submission(config: RunConfig, plan: Plan, run_dir: Path) -> Iterator[Path]:
-    """Holds the run directory, with the plan's files and secrets written, until the launcher is done with the run.
+    """Holds the run directory, with the plan's files and secrets written, as long as the block runs.
 
     Args:
         config: The run.
@@ -36,15 +36,19 @@ def submission(config: RunConfig, plan: Plan, run_dir: Path) -> Iterator[Path]:
         run_dir: Where this machine keeps the run's record: its run directory, where that is not in a cluster.
 
     Raises:
-        RunDirectoryError: Another launcher is running there, or nothing can be written; nothing has been changed.
+        RunDirectoryError: Another process holds it, or nothing can be written; nothing has been changed.
     """
+    # Two runs in one directory would mix their checkpoints and logs. The lock is the kernel's, so it is released
+    # however its holder ends, and the text in the file is only for the message.
     with _locked(run_dir) as lock:
         try:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
-            for left in (run_dir / STOP_FILE, run_dir / LOGS / FAILURE_FILE):
-                left.unlink(missing_ok=True)
+
+            # What an earlier run has left: its stop file would stop this one at once.
+            for stale in (run_dir / STOP_FILE, run_dir / LOGS / FAILURE_FILE):
+                stale.unlink(missing_ok=True)
             for path, text in plan.files.items():
                 write(path, text, mode=0o777 if text.startswith("#!") else 0o666)
             _write_secrets(config, plan, run_dir)
@@ -58,7 +62,7 @@ def submission(config: RunConfig, plan: Plan, run_dir: Path) -> Iterator[Path]:
 
 
 def claim(run_dir: Path) -> None:
-    """Makes the run directory, and refuses one that another launcher holds.
+    """Makes the run directory, and refuses one that another process holds.
 
     Raises:
         RunDirectoryError: It is in use, or cannot be written to.
@@ -68,12 +72,13 @@ def claim(run_dir: Path) -> None:
 
 
 def _locked(run_dir: Path) -> TextIO:
-    """Returns the open lock file, which holds the lock until it is closed."""
+    """The open lock file, which holds the lock until it is closed."""
     try:
         (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
         lock = (run_dir / LOCK_FILE).open("a+")
     except OSError as error:
         raise _unwritable(run_dir, error) from error
+
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -88,13 +93,20 @@ def _locked(run_dir: Path) -> TextIO:
 
 def _unwritable(run_dir: Path, error: OSError) -> RunDirectoryError:
     return RunDirectoryError(
-        f"run_dir: {run_dir} cannot be written to: {error.strerror}; choose another run_dir, or mend that"
+        f"run_dir: {run_dir} cannot be written to: {error.strerror}; choose another run_dir, or change its permissions"
     )
 
 
 def write(path: Path, text: str, mode: int = 0o666) -> None:
-    """Puts a whole file in place at once; a reader sees the old one or the new one."""
+    """Writes a file as a whole; a reader sees the old one or the new one.
+
+    Args:
+        path: The file; its folder is made.
+        text: What it gets.
+        mode: Its permissions, less those that the user's mask takes away.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Opened with O_EXCL and O_NOFOLLOW: in a shared folder nobody else may have put a link there.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode), "w") as file:
@@ -103,10 +115,11 @@ def write(path: Path, text: str, mode: int = 0o666) -> None:
 
 
 def _write_secrets(config: RunConfig, plan: Plan, run_dir: Path) -> None:
-    """Hands secrets over by a file that only the user can read, to guards and never to a command line."""
+    """Hands secrets to supervisors in a file that only the user can read, and never on a command line."""
     (run_dir / SECRETS_FILE).unlink(missing_ok=True)
     if not any(command.hidden for command in plan.commands):
         return  # workers inherit them
+
     names = set(config.launch.secrets).union(*(command.hidden for command in plan.commands))
     secrets = {name: os.environ[name] for name in sorted(names) if name in os.environ}
     if secrets:
@@ -114,7 +127,13 @@ def _write_secrets(config: RunConfig, plan: Plan, run_dir: Path) -> None:
 
 
 def record(run_dir: Path, plan: Plan, **more: Any) -> None:
-    """Writes down what was submitted, when, and from where."""
+    """Records what was submitted, when, and from where.
+
+    Args:
+        run_dir: Where the record is kept.
+        plan: What was submitted.
+        more: What became of it: the exit status, or the platform's name for the run.
+    """
     entry = {
         "platform": plan.platform,
         "submitted": time.time(),

@@ -15,7 +15,7 @@ from distopt.config import ConfigError, RunConfig, dump_yaml, load_config
 from distopt.launchers import CONFIG_FILE, LAUNCH_FILE, LOGS
 
 from . import failure_report, output, ssh
-from .attach import follow, say
+from .attach import run_plan, say
 from .jobs import FollowedJob, Job, JobError, PlatformError, State, SubmittedJob
 from .plan import Plan
 from .platforms import Platform, load_platform
@@ -25,7 +25,7 @@ from .worker.events import Reader
 ERRORS = (JobError, ConfigError)
 """What asking for a run raises where there is none, or where its platform gives no answer."""
 
-DETACHED_LOG = "launcher.log"
+DETACHED_LOG = "detached.log"
 START_TIMEOUT_S = 60
 POLL_S = 1.0
 PATIENCE_S = 300.0  # with a platform that does not answer
@@ -77,7 +77,7 @@ def _run_here(config: RunConfig, plan: Plan, directory: Path, ranks: Sequence[in
         record(directory, plan, status=2)
         raise LaunchRefused("\n".join(map(str, not_shared)))
 
-    status = follow(plan, directory, config.launch.grace_s, ranks)
+    status = run_plan(plan, directory, config.launch.grace_s, ranks)
     record(directory, plan, status=status)
     return status
 
@@ -280,5 +280,5 @@ def _report(job: SubmittedJob, state: State, directory: Path, events: Reader) ->
         return 0
     last_attempt = failure_report.last_attempt(events.new())
     if last_attempt:
-        print(failure_report.failure(directory, last_attempt, 1, 0.0, job.launcher_log), file=sys.stderr)
+        print(failure_report.describe_failure(directory, last_attempt, 1, 0.0, job.launcher_log), file=sys.stderr)
     return 1

@@ -15,21 +15,25 @@ from .findings import Finding
 from .worker import network
 
 SSH = "/usr/bin/ssh"
-# Without keepalives, engines wait for ever for the session of a host that has gone.
-ALIVE = ("ServerAliveInterval=5", "ServerAliveCountMax=3")
 FOLDER = "ssh"
+"""Folder of the run directory with a program named `ssh`."""
+
+# Without keepalives, a launcher would wait without end for the session of a host that was switched off: TCP alone
+# notices only what it cannot deliver, and a session that waits for output sends nothing.
+ANSWER_MARGIN_S = 15  # for the host to answer, once it is connected
+_ALIVE = ("ServerAliveInterval=5", "ServerAliveCountMax=3")
 
 
 def options(config: RunConfig) -> list[str]:
-    """Returns ssh's options; the first value that ssh reads counts, so these go before an engine's own."""
+    """Returns ssh's options; ssh takes the first value that it reads, so these go before those of a launcher."""
     ssh = config.launch.ssh
     if ssh.known_hosts is None:
         keys = ["StrictHostKeyChecking=accept-new"]
     else:
         keys = ["StrictHostKeyChecking=yes", f"UserKnownHostsFile={_quoted(ssh.known_hosts)}"]
-    settings = ["BatchMode=yes", *keys, f"ConnectTimeout={ssh.connect_timeout_s}", *ALIVE, "LogLevel=ERROR"]
+    settings = ["BatchMode=yes", *keys, f"ConnectTimeout={ssh.connect_timeout_s}", *_ALIVE, "LogLevel=ERROR"]
     config_file = ["-F", ssh.config] if ssh.config is not None else []
-    return [*config_file, *(word for setting in settings for word in ("-o", setting))]
+    return [*config_file, *(argument for setting in settings for argument in ("-o", setting))]
 
 
 def _quoted(path: str) -> str:
@@ -38,18 +42,20 @@ def _quoted(path: str) -> str:
 
 
 def remote(config: RunConfig, host: str, argv: Sequence[str]) -> list[str]:
-    """Returns the command that runs `argv` on `host`; the words arrive there as they are."""
+    """Returns the command that runs `argv` on `host`; the arguments arrive there unchanged."""
     return [SSH, *options(config), "-T", "--", host, shlex.join(argv)]
 
 
 def wrapper(config: RunConfig) -> dict[Path, str]:
-    """Returns a program named `ssh` for engines that know no options of ssh: put its folder first on PATH."""
-    text = "#!/bin/sh\n# distopt: the engine's ssh, with the options of the run; the first value of an option counts.\n"
-    return {config.run_dir / FOLDER / "ssh": f'{text}exec {shlex.join([SSH, *options(config)])} "$@"\n'}
+    """Returns a program named `ssh` for launchers that know no options of ssh: put its folder first on PATH."""
+    comment = "# distopt: the launcher's ssh, with the options of the run; the first value of an option counts."
+    command = f'exec {shlex.join([SSH, *options(config)])} "$@"'
+    return {config.run_dir / FOLDER / "ssh": f"#!/bin/sh\n{comment}\n{command}\n"}
 
 
 def check_hosts(config: RunConfig) -> Iterator[Finding]:
     """Yields what keeps the hosts of a run from working together; each is tried within the connection's timeout."""
+    # Names come first: over one that stands for the wrong machine, ssh would try that machine.
     hosts = config.launch.hosts
     wrong_names = [finding for host in hosts if (finding := check_name(host, alone=len(hosts) == 1))]
     yield from wrong_names
@@ -95,7 +101,7 @@ def check_folder(config: RunConfig, path: Path) -> list[Finding]:
     """Returns the hosts that do not see a file which has just been written here: they do not share the folder."""
     hosts = [host for host in config.launch.hosts if not network.is_here(host)]
 
-    def look(host: str) -> int:
+    def is_absent(host: str) -> int:
         argv = remote(config, host, ["test", "-e", str(path.resolve())])
         return subprocess.run(argv, capture_output=True, stdin=subprocess.DEVNULL).returncode
 
@@ -106,15 +112,16 @@ def check_folder(config: RunConfig, path: Path) -> list[Finding]:
                 f"{host} does not see {path}, which is here",
                 "run the command in a folder that all hosts share",
             )
-            for host, status in zip(hosts, pool.map(look, hosts), strict=True)
+            for host, status in zip(hosts, pool.map(is_absent, hosts), strict=True)
             if status == 1
         ]
 
 
 def _check_host(config: RunConfig, host: str) -> Iterator[Finding]:
+    # One session answers everything: the script's exit status says which test failed, and its output counts the cores.
     key = "launch.hosts"
     here = str(Path.cwd())
-    limit_s = config.launch.ssh.connect_timeout_s + 15
+    limit_s = config.launch.ssh.connect_timeout_s + ANSWER_MARGIN_S
     script = 'cd -- "$0" || exit 3; test -x "$1" || exit 4; nproc'
     argv = remote(config, host, ["sh", "-c", script, here, sys.executable])
     by_hand = f"try `{shlex.join([*argv[:-3], '--', host, 'true'])}`"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests import workers
 
 # Set before torch is imported, and inherited by every process a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +27,7 @@ LASTING_THREADS = ("tqdm_monitor", "fsspecIO", "ThreadPoolExecutor", "asyncio_",
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+    parser.addoption("--update-golden", action="store_true", help="write the launcher's golden files anew")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -30,6 +36,30 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", params=workers.WORLDS, ids=lambda world: f"{world[0]}-{world[1]}")
+def ranks(request: pytest.FixtureRequest) -> workers.Ranks:
+    """Every backend with every number of ranks; pytest runs all tests of one world together, so that it starts once."""
+    return workers.Ranks(*request.param)
+
+
+@pytest.fixture
+def golden(request) -> Callable[[str, str], None]:
+    """Compares a text with a file in `golden` beside the test, or writes that file anew with --update-golden."""
+
+    def compare(name: str, text: str) -> None:
+        program = Path(sys.executable)
+        for path, stand_in in ((program, "PYTHON"), (program.parent, "BIN"), (Path.cwd(), "FOLDER")):
+            text = text.replace(str(path), stand_in)
+
+        golden_file = Path(inspect.getfile(request.function)).with_name("golden") / name
+        if request.config.getoption("--update-golden"):
+            golden_file.parent.mkdir(exist_ok=True)
+            golden_file.write_text(text)
+        assert text == golden_file.read_text(), f"{name} differs; `make golden` writes it anew, if that is meant"
+
+    return compare
 
 
 @pytest.fixture(autouse=True)

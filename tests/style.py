@@ -31,6 +31,7 @@ NOT_OURS = {
     ("distopt/optim/multi.py", "parts"),  # an argument of pyro.optim.MixedMultiOptimizer
     ("distopt/optim/distributed/optimizer.py", "noise"),  # the policy: independent or shared noise, as papers say
     ("distopt/config/schema.py", "noise"),
+    ("distopt/rng.py", "NoisePolicy"),
 }
 """Names that others gave: (file, name)."""
 

@@ -23,8 +23,12 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
+import distopt
+
 ROOT = Path(__file__).parent.parent
 KINDS = ("torch_dist", "horovod", "horovod-mpi", "mpirun-horovod", "mpi")
+WORLDS = [("single", 1), *((kind, size) for kind in ("torch_dist", "horovod", "mpi") for size in (2, 4, 1))]
+"""What a property of several ranks is shown on: every backend, with ranks in pairs, in twos of pairs, and alone."""
 START_S = 100.0
 GRACE_S = 15.0
 _ADDRESS = "DISTOPT_TEST_ADDRESS"
@@ -45,7 +49,9 @@ class World:
     """
 
     def __init__(self, kind: str, size: int) -> None:
-        self.kind, self.size, self.broken = kind, size, False
+        self.kind = kind
+        self.size = size
+        self.broken = False
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.settimeout(START_S)
             variables = {_ADDRESS: str(listener.getsockname()[1]), _KIND: kind}
@@ -70,12 +76,12 @@ class World:
                     del waiting[rank]
                     replies[rank] = _receive(connection)
             if any(not succeeded for succeeded, _ in replies.values()):
-                # The others may wait for this one for ever; give them a moment to fail by themselves.
+                # The others may be waiting for the failed one; give them a moment to fail by themselves.
                 deadline = min(deadline, time.monotonic() + 5)
-        failed = {rank: told for rank, (succeeded, told) in replies.items() if not succeeded}
+        failed = {rank: text for rank, (succeeded, text) in replies.items() if not succeeded}
         if failed or waiting:
             self.close(kill=True)
-            message = "\n".join(f"--- rank {rank} of {self.size}, {self.kind}\n{told}" for rank, told in failed.items())
+            message = "\n".join(f"--- rank {rank} of {self.size}, {self.kind}\n{text}" for rank, text in failed.items())
             late = f"ranks {sorted(waiting)} had not ended after {timeout_s} s" if waiting else ""
             raise RankFailed(f"{body.__qualname__}: {late}\n{message}\n{self._started.output()[-4000:]}")
         return [replies[rank][1] for rank in range(self.size)]
@@ -207,10 +213,33 @@ def world(kind: str, size: int) -> World:
     for (other, other_size), each in _worlds.items():
         if kind != "torch_dist" and other != "torch_dist" and (other, other_size) != (kind, size) and not each.broken:
             each.close()
-    found = _worlds.get((kind, size))
-    if found is None or found.broken:
-        found = _worlds[kind, size] = World(kind, size)
-    return found
+    running = _worlds.get((kind, size))
+    if running is None or running.broken:
+        running = _worlds[kind, size] = World(kind, size)
+    return running
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks that run bodies: those of a world, or this process alone for the kind `single`."""
+
+    kind: str
+    size: int
+
+    def run(self, body: Callable[..., Any], *args: Any) -> list[Any]:
+        """Returns what `body(*args)` returns on each rank."""
+        if self.kind != "single":
+            return world(self.kind, self.size).run(body, *args, timeout_s=90)
+        backend = distopt.init("single")
+        try:
+            return [body(*args)]
+        finally:
+            backend.close()
+
+    def run_alike(self, body: Callable[..., Any], *args: Any) -> None:
+        """Runs `body(*args)`, whose checks must pass and whose results must be the same on every rank."""
+        results = self.run(body, *args)
+        assert all(result == results[0] for result in results)
 
 
 @atexit.register
@@ -256,8 +285,6 @@ def _receive(connection: Connection) -> tuple[bool, Any]:
 def _serve() -> None:
     """One rank: runs what the test process sends until that hangs up."""
     import pyro
-
-    import distopt
 
     backend = distopt.init(backend_name())
     with socket.create_connection(("127.0.0.1", int(os.environ[_ADDRESS]))) as link:

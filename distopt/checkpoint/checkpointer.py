@@ -48,7 +48,7 @@ from distopt.checkpoint.sharded_params import ShardedReader, capture_local, plat
 from distopt.checkpoint.snapshot import HostMemory, Snapshot, take_snapshot, without_collection
 from distopt.checkpoint.storage.base import open_storage
 from distopt.checkpoint.storage.names import step_number
-from distopt.rng import capture_noise, digest_noise
+from distopt.rng import capture_rng_state, rng_state_digest
 from distopt.sharding import local_parameters
 
 logger = logging.getLogger(__name__)
@@ -180,7 +180,7 @@ class Checkpointer:
                 with without_collection():
                     snapshots = self._snapshot()
                 message["buffers"] = _digest(snapshots["buffers"])
-                message["noise"] = digest_noise(snapshots["own"].tree["noise"])
+                message["noise"] = rng_state_digest(snapshots["own"].tree["noise"])
                 message["plates"] = plate_sizes()
         except Exception as error:
             message["error"] = describe_error(error)
@@ -274,7 +274,7 @@ class Checkpointer:
         optimizer = self._state.optimizer
         outside, buffers, names = run_state.capture_modules(self._state.modules)
         own = {
-            "noise": capture_noise(self._backend.device),
+            "noise": capture_rng_state(self._backend.device),
             "extras": {name: each.state_dict() for name, each in self._state.per_rank.items()},
         }
         states: dict[str, Any] = {"own": own, "buffers": buffers}

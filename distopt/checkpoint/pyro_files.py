@@ -29,7 +29,7 @@ from distopt.checkpoint.statefile import StateReader
 from distopt.checkpoint.storage.base import Storage, open_storage
 from distopt.checkpoint.storage.names import step_number
 from distopt.constraints import known_constraints
-from distopt.rng import capture_noise
+from distopt.rng import capture_rng_state
 
 
 def read_torch_file(path: str | Path) -> Any:
@@ -93,7 +93,7 @@ def import_pyro(
     with storage.lock():
         generation = max((one.manifest.generation for one in candidates(storage) if one.manifest), default=-1) + 1
         attempt = Attempt(step, uuid.uuid4().hex[:12], 0, 1, timedelta(minutes=5))
-        memory, noise = HostMemory(), {"noise": capture_noise(torch.device("cpu")), "extras": {}}
+        memory, noise = HostMemory(), {"noise": capture_rng_state(torch.device("cpu")), "extras": {}}
         metadata = {"step": str(step), "attempt": attempt.id}
         files = take_snapshot(state, memory, REPLICATED).files(REPLICATED, metadata)
         files |= take_snapshot(noise, memory, "own").files(rank_name(0), metadata)

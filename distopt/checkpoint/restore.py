@@ -28,7 +28,7 @@ from distopt.checkpoint.storage.base import Storage, is_url, open_storage
 from distopt.checkpoint.storage.names import step_of
 from distopt.config import differences
 from distopt.launchers import CHECKPOINTS
-from distopt.rng import restore_noise, seed_stream, set_up_quietly
+from distopt.rng import preserve_rng_during_setup, restore_rng_state, seed_stream
 
 REPLICATED = "replicated"
 logger = logging.getLogger(__name__)
@@ -262,7 +262,7 @@ def apply_loaded(loaded: Loaded, state: RunState, backend: Backend) -> None:
         logger.warning(
             "ignoring state of %s in the checkpoint: no such object was passed to Checkpointer", ", ".join(unused)
         )
-    set_up_quietly(state.modules.values(), backend.device)
+    preserve_rng_during_setup(state.modules.values(), backend.device)
     _apply_rng(loaded, backend)
 
 
@@ -275,7 +275,7 @@ def _apply_rng(loaded: Loaded, backend: Backend) -> None:
     manifest, rank = loaded.manifest, backend.rank
     if loaded.rank_local:
         try:
-            restore_noise(loaded.rank_local["noise"], backend.device)
+            restore_rng_state(loaded.rank_local["noise"], backend.device)
         except ValueError as error:
             raise CorruptCheckpointError(str(error)) from error
     else:

@@ -1,4 +1,4 @@
-"""The `launch` section: on which machines, through which engine, with how many workers."""
+"""The `launch` section: on which machines, through which launcher, with how many workers."""
 
 from __future__ import annotations
 
@@ -11,54 +11,10 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from distopt.config.base import Section
 from distopt.config.plugins import Reference
 
-# Hosts from a file, as Open MPI, MPICH and horovodrun write them.
-
-
-_LINE = re.compile(r"^(?P<host>[^\s:]+)(?::(?P<colon>\d+)|(?:\s+\S+)*?\s+slots=(?P<slots>\d+)(?:\s+\S+)*)?$")
-
-
-def read_hostfile(path: Path) -> dict[str, int | None]:
-    """Returns the hosts of a file with the number of slots of each, None where it is not said.
-
-    A line is `name`, `name:4` or `name slots=4`; `#` starts a comment.
-
-    Raises:
-        ValueError: The file cannot be read, or a line is none of these.
-    """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"hostfile: {path} cannot be read: {error}") from None
-    found: dict[str, int | None] = {}
-    for number, line in enumerate(lines, start=1):
-        text = line.partition("#")[0].strip()
-        match = _LINE.match(text)
-        if text and match is None:
-            raise ValueError(f"hostfile: {path}:{number}: found {text!r}, expected `name`, `name:4` or `name slots=4`")
-        if match is not None:
-            slots = match["colon"] or match["slots"]
-            found[match["host"]] = int(slots) if slots else None
-    if not found:
-        raise ValueError(f"hostfile: {path} names no host")
-    return found
-
-
-def with_hosts(launch: dict[str, Any]) -> dict[str, Any]:
-    """Returns the `launch` section with the hosts of its hostfile in place of it; refuses more processes than slots."""
-    path = launch["hostfile"]
-    if launch.get("hosts"):
-        raise ValueError("hostfile: found hosts too; give one of them")
-    hosts, workers = read_hostfile(Path(path)), launch.get("workers", 1)
-    for host, slots in hosts.items():
-        if slots is not None and isinstance(workers, int) and workers > slots and not launch.get("oversubscribe"):
-            raise ValueError(
-                f"workers: found {workers}, but {host} has {slots} slots in {path}; "
-                f"set launch.workers={slots}, or launch.oversubscribe=true to let them share"
-            )
-    return {**launch, "hosts": list(hosts), "hostfile": None}
-
-
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+
+# What is refused in places that are written to disk or to command lines. It errs on the side of refusing: a variable
+# that only looks like a secret can still be named in `launch.secrets`.
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|PRIVATE_?KEY|ACCESS_?KEY", re.IGNORECASE)
 
 
@@ -69,56 +25,108 @@ def _number_as_text(value: Any) -> Any:
 
 EnvValue = Annotated[str, BeforeValidator(_number_as_text)]
 
-
+# These values become arguments of ssh, sbatch and mpirun, so none may begin with a dash, have a space or a quote.
 HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\[:][A-Za-z0-9_.:\]-]*$", max_length=253)]
-DNS_LABEL = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+ArgumentValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,:/@=+*-]*$")]
+
+DNS_LABEL = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"  # RFC 1123, which most names in Kubernetes keep to
 DnsLabel = Annotated[str, Field(pattern=DNS_LABEL)]
-Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,:/@=+*-]*$")]
+
+
+# A line of a hostfile as Open MPI, MPICH and horovodrun write it: `name`, `name:4` or `name slots=4`, where Open MPI
+# allows other settings around `slots`.
+_HOSTFILE_LINE = re.compile(r"^(?P<host>[^\s:]+)(?::(?P<colon>\d+)|(?:\s+\S+)*?\s+slots=(?P<slots>\d+)(?:\s+\S+)*)?$")
+
+
+def read_hostfile(path: Path) -> dict[str, int | None]:
+    """Returns the hosts of a file with the number of slots of each, None where the file does not say it.
+
+    A line is `name`, `name:4` or `name slots=4`; `#` starts a comment.
+
+    Raises:
+        ValueError: The file cannot be read, or a line is none of these.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"hostfile: {path} cannot be read: {error}") from None
+
+    hosts: dict[str, int | None] = {}
+    for number, line in enumerate(lines, start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        match = _HOSTFILE_LINE.match(text)
+        if match is None:
+            raise ValueError(f"hostfile: {path}:{number}: found {text!r}, expected `name`, `name:4` or `name slots=4`")
+        slots = match["colon"] or match["slots"]
+        hosts[match["host"]] = int(slots) if slots else None
+
+    if not hosts:
+        raise ValueError(f"hostfile: {path} names no host")
+    return hosts
+
+
+def _read_hostfile_of(launch: dict[str, Any]) -> dict[str, Any]:
+    """Returns the `launch` section with the hosts of its hostfile in its place; refuses more processes than slots."""
+    path = launch["hostfile"]
+    if launch.get("hosts"):
+        raise ValueError("hostfile: found hosts too; give one of them")
+
+    hosts = read_hostfile(Path(path))
+    workers = launch.get("workers", 1)
+    for host, slots in hosts.items():
+        if slots is not None and isinstance(workers, int) and workers > slots and not launch.get("oversubscribe"):
+            raise ValueError(
+                f"workers: found {workers}, but {host} has {slots} slots in {path}; "
+                f"set launch.workers={slots}, or launch.oversubscribe=true to let them share"
+            )
+    return {**launch, "hosts": list(hosts), "hostfile": None}
 
 
 class SshConfig(Section):
-    """How the launcher reaches other hosts; your own ssh configuration holds for everything that is not said here."""
+    """How other hosts are reached; your ssh configuration applies to everything that is not set here."""
 
     config: str | None = None
-    """Path of an ssh configuration to use in place of your own."""
+    """Path of an ssh configuration to use in place of yours."""
     known_hosts: str | None = None
-    """Path of the host keys to trust, and no others; null accepts hosts never seen before, but no changed key."""
+    """Path of the only host keys to trust; null accepts hosts that were never seen before, but no changed key."""
     connect_timeout_s: Annotated[int, Field(ge=1)] = 10
-    """Seconds after which a host counts as unreachable."""
+    """Seconds after which a host that does not answer counts as unreachable."""
 
 
 class SlurmConfig(Section):
-    """What Slurm is asked for besides nodes and tasks; null leaves it to the cluster."""
+    """What is requested from Slurm besides nodes and tasks; null leaves it to the cluster."""
 
-    partition: Word | None = None
+    partition: ArgumentValue | None = None
     """The partition."""
-    account: Word | None = None
-    """The account that is charged."""
-    qos: Word | None = None
+    account: ArgumentValue | None = None
+    """The account to charge."""
+    qos: ArgumentValue | None = None
     """The quality of service."""
     time: Annotated[str, Field(pattern=r"^[0-9:-]+$")] | None = None
-    """The time limit, as sbatch takes it: minutes, `hours:minutes:seconds` or `days-hours`."""
-    memory: Word | None = None
+    """The time limit in sbatch's format: minutes, `hours:minutes:seconds` or `days-hours`."""
+    memory: ArgumentValue | None = None
     """Memory per node, such as `16G`."""
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     """Processor cores of each worker."""
     gpus_per_node: Annotated[int, Field(ge=0)] = 0
-    """Graphics processors of each node."""
-    constraint: Word | None = None
+    """GPUs of each node."""
+    constraint: ArgumentValue | None = None
     """Features that nodes must have."""
-    mpi: Word = "pmix"
-    """How srun starts workers of Horovod or MPI: `srun --mpi=…`; `srun --mpi=list` shows what the cluster has."""
+    mpi: ArgumentValue = "pmix"
+    """How srun starts workers of Horovod or MPI, `srun --mpi=…`; `srun --mpi=list` shows what the cluster supports."""
     requeue_before_end_s: Annotated[int, Field(ge=10)] = 120
-    """Seconds before the time limit or a preemption at which workers save, and the job queues again."""
+    """Seconds before the time limit or a preemption at which workers save a checkpoint and the job is requeued."""
 
 
 class VolumeConfig(Section):
-    """A claimed volume in every pod."""
+    """A PersistentVolumeClaim that is mounted in every pod."""
 
     claim: DnsLabel
     """The PersistentVolumeClaim's name."""
     path: Annotated[str, Field(pattern=r"^/[^:]*$")]
-    """Where it is mounted."""
+    """The path at which it is mounted."""
     read_only: bool = False
     """Whether pods may only read it."""
 
@@ -133,40 +141,40 @@ class SecretReference(Section):
 
 
 class KubernetesConfig(Section):
-    """The pods of a run. Their root file system is read-only and their user has no privileges."""
+    """The pods of a run. Their root file system is read-only, and their user has no privileges."""
 
     kind: Literal["job", "jobset", "trainjob", "pytorchjob", "mpijob"] = "job"
-    """The resource: `job` needs no operator, the others JobSet or Kubeflow's trainer, training or MPI operator."""
+    """`job` needs no operator, the other kinds JobSet or Kubeflow's trainer, training or MPI operator."""
     image: Annotated[str, Field(pattern=r"^[a-z0-9][A-Za-z0-9._/:@-]*$")] | None = None
-    """The image, with distopt installed; required."""
+    """The image, with distopt and your code installed; required."""
     namespace: DnsLabel = "default"
     """The namespace."""
     context: str | None = None
-    """The context of your kubeconfig; null takes the current one."""
+    """The context of your kubeconfig; null uses the current one."""
     python: str = "python"
     """The image's Python."""
     cpu: EnvValue = "1"
-    """Processor cores of a pod, as Kubernetes writes them."""
-    memory: Word = "4Gi"
+    """Processor cores of a pod, in Kubernetes' notation."""
+    memory: ArgumentValue = "4Gi"
     """Memory of a pod."""
     gpus: Annotated[int, Field(ge=0)] = 0
-    """Graphics processors of a pod."""
+    """GPUs of a pod."""
     gpu_resource: Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")] = "nvidia.com/gpu"
-    """What the cluster calls them."""
+    """The cluster's resource name for GPUs."""
     volumes: list[VolumeConfig] = Field(default_factory=list)
-    """Volumes for data and for the run directory, which must lie on one that all pods can write."""
+    """Volumes for data and for the run directory, which must be on one that all pods can write to."""
     secrets: dict[str, SecretReference] = Field(default_factory=dict)
-    """Environment variables of the workers whose values are in Secrets."""
+    """Environment variables of the workers with values from Secrets."""
     service_account: DnsLabel | None = None
     """The service account; its token is not mounted."""
     node_selector: dict[str, EnvValue] = Field(default_factory=dict)
     """Labels that nodes must have."""
     queue: DnsLabel | None = None
-    """The local queue of Kueue."""
+    """The Kueue local queue."""
     time_limit_s: Annotated[int, Field(ge=1)] | None = None
     """Seconds after which Kubernetes ends the run."""
     user: Annotated[int, Field(ge=1)] = 1000
-    """User and group that pods run as; never root."""
+    """Numeric user and group id of the processes; never root."""
     image_pull_secrets: list[DnsLabel] = Field(default_factory=list)
     """Secrets with which the image is pulled."""
     runtime: DnsLabel = "torch-distributed"
@@ -174,7 +182,7 @@ class KubernetesConfig(Section):
 
 
 class LaunchConfig(Section):
-    """Where and how the run is started; `platform` alone changes between machines."""
+    """Where and how the run is started; between machines only `platform` has to change."""
 
     platform: Literal["local", "torchrun", "horovodrun", "mpirun", "slurm", "kubernetes"] | Reference = "local"
     """What starts the workers: a launcher or cluster, this machine through the launcher that `reduce.backend` needs
@@ -184,38 +192,38 @@ class LaunchConfig(Section):
     oversubscribe: bool = False
     """Whether a host may get more processes than it has cores."""
     hosts: list[HostName] = Field(default_factory=list)
-    """Names or addresses of the hosts, the first one leading; none means this machine."""
+    """Names or addresses of the hosts; the first one hosts the rendezvous; empty means this machine."""
     hostfile: str | None = None
-    """Path of a file that names the hosts in their place, `name`, `name:4` or `name slots=4` on each line."""
+    """Path of a file that lists the hosts instead, `name`, `name:4` or `name slots=4` on each line."""
     nodes: Annotated[int, Field(ge=1)] | None = None
-    """Number of hosts, where the platform finds them itself (slurm, kubernetes); null is one."""
+    """Number of hosts if the platform finds them itself (slurm, kubernetes); null is one."""
     min_hosts: Annotated[int, Field(ge=1)] | None = None
-    """Makes the run elastic: it starts with at least this many hosts, and goes on with as many. Null needs them all."""
+    """Minimum number of hosts of an elastic run; null (default) requires all hosts."""
     horovod_controller: Literal["gloo", "mpi"] = "gloo"
-    """What horovodrun starts workers with, and what they agree through; `mpi` needs a Horovod built with it."""
+    """How horovodrun starts workers and how they coordinate; `mpi` needs a Horovod that was built with MPI."""
     interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] | None = None
-    """Network interface of the workers; null takes the one that has the host's address."""
+    """Network interface of the workers; null uses the one with the host's address."""
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
-    """TCP port of the rendezvous on the first host; null takes a free one here, and 29400 on other hosts."""
+    """TCP port of the rendezvous on the first host; null uses a free one on this machine, and 29400 on other hosts."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    """Times that the engine starts the workers again after one has died; each time they resume."""
+    """How often the launcher restarts all workers after one has died; they resume from the last checkpoint."""
     grace_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
-    """Seconds that workers get for their last checkpoint after Ctrl-C or SIGTERM before they are killed."""
+    """Seconds that workers have for a last checkpoint after Ctrl-C or SIGTERM before they are killed."""
     env: dict[str, EnvValue] = Field(default_factory=dict)
-    """Environment variables of the workers; they are written into plans and run directories, so no secrets here."""
+    """Environment variables of the workers. They are written into plans and run directories, so no secrets here."""
     secrets: list[str] = Field(default_factory=list)
-    """Names of environment variables that workers inherit from yours; their values are written nowhere."""
+    """Names of environment variables that workers inherit from your environment; their values are written nowhere."""
 
     ssh: SshConfig = Field(default_factory=SshConfig)
     """How other hosts are reached (torchrun, horovodrun, mpirun)."""
     slurm: SlurmConfig = Field(default_factory=SlurmConfig)
-    """What Slurm is asked for."""
+    """What is requested from Slurm."""
     kubernetes: KubernetesConfig = Field(default_factory=KubernetesConfig)
     """The pods."""
 
     @property
     def num_hosts(self) -> int:
-        """Number of hosts that the run asks for."""
+        """Number of hosts that the run wants."""
         return len(self.hosts) or self.nodes or 1
 
     @property
@@ -232,7 +240,8 @@ class LaunchConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _hosts_of_the_hostfile(cls, launch: Any) -> Any:
-        return with_hosts(launch) if isinstance(launch, dict) and isinstance(launch.get("hostfile"), str) else launch
+        has_hostfile = isinstance(launch, dict) and isinstance(launch.get("hostfile"), str)
+        return _read_hostfile_of(launch) if has_hostfile else launch
 
     @model_validator(mode="after")
     def _hosts_agree(self) -> LaunchConfig:

@@ -36,8 +36,9 @@ class ReduceOptions(Section):
     op: Literal["average", "sum", "adasum"] = "average"
     """What becomes of the workers' gradients: their `average` over the active workers, their `sum` (as many times as
     large as there are workers, for parameters of sharded plates too), or `adasum`, a combination between the two."""
-    compression: Literal["none", "fp16", "bf16", "powersgd"] = "none"
-    """How gradients are sent: as they are, in 16 bits, or as matrices of low rank with error feedback."""
+    compression: Literal["none", "fp16", "bf16", "powersgd"] | Reference = "none"
+    """How gradients are sent: as they are, in 16 bits, or as matrices of low rank with error feedback. `module:Name`
+    names a `distopt.reduce.CommHook` of your own."""
     power_sgd_rank: Annotated[int, Field(ge=1)] = 2
     """Rank of the matrices that `powersgd` sends; a higher rank is more accurate and slower."""
     bucket_mib: Positive = 25.0
@@ -109,6 +110,7 @@ def _mistakes(options: type[Section], error: ValidationError) -> list[str]:
             mistakes[name] = [f"{name}: unknown option of {options.__name__}. {hint}"]
         else:
             # A union reports an error for each of its members.
-            mistakes.setdefault(name, [f"{name}={detail['input']!r} should be "])
-            mistakes[name].append(detail["msg"].removeprefix("Input should be "))
+            is_reference = detail["type"] == "string_pattern_mismatch"
+            expected = "module:Name" if is_reference else detail["msg"].removeprefix("Input should be ")
+            mistakes.setdefault(name, [f"{name}={detail['input']!r} should be "]).append(expected)
     return [first + " or ".join(dict.fromkeys(rest)) for first, *rest in mistakes.values()]

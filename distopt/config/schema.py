@@ -25,6 +25,7 @@ CODE_KEYS = (
     "optim.name",
     "optim.scheduler.name",
     "reduce.backend",
+    "reduce.compression",
     "log.loggers",
     "launch.platform",
 )
@@ -45,6 +46,15 @@ class TrainConfig(Section):
     """The objective: the name of an ELBO of `pyro.infer`, or `module:Name` of a subclass of `pyro.infer.ELBO`."""
     loss_args: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the objective, such as `max_plate_nesting`; it also gets `num_particles`."""
+    capture: Literal["off", "graph"] = "off"
+    """With `graph` a step is recorded, and later steps run the recording instead of the model's code: the same numbers
+    in a fraction of the time. A model that cannot be recorded runs as it does with `off`, and the run says why."""
+
+    @field_validator("capture", mode="before")
+    @classmethod
+    def _read_off(cls, value: Any) -> Any:
+        """YAML reads a bare `off` as false."""
+        return "off" if value is False else value
 
 
 class DataConfig(Section):

@@ -1,4 +1,4 @@
-"""Which rows this worker reads next, and reading them."""
+"""Which rows this worker reads next, and how it reads them."""
 
 from distopt.data.batches import GlobalBatches
 from distopt.data.loading import Loader, shard_batches, shard_rows

@@ -7,22 +7,26 @@ from numpy.typing import NDArray
 
 
 class GlobalBatches:
-    """Batches of the whole world, of which each rank reads its part.
+    """Batches of all ranks together, of which each rank reads its share.
 
-    Each epoch is a permutation of all rows, drawn from the seed and the epoch's number; the epochs are laid end to end
-    and cut into batches of `global_batch` rows, so that every batch is full and a batch may hold the end of one epoch
-    and the beginning of the next. Which rows are in batch `t` therefore depends on the seed and on `t` alone: a run
-    that goes on with another number of workers sees the same batches, and `t` alone says where it is in the data.
+    Each epoch is a permutation of all rows, drawn from the seed and the number of the epoch. The epochs are placed one
+    after the other and cut into batches of `global_batch` rows, so every batch is full, and a batch may hold the end of
+    one epoch and the beginning of the next. Which rows are in batch `t` therefore depends on the seed and on `t` alone:
+    a run that resumes with another number of workers sees the same batches, and `t` is all that a checkpoint records.
 
-    Where `world_size` does not divide the batch, some ranks read one row more and `weight` says by how much a
-    rank's loss counts, so that the mean over ranks stays the loss of the batch.
+    If `world_size` does not divide the batch, some ranks read one row more, and `weight` corrects for it.
 
     Args:
-        num_rows: rows of the data set.
-        global_batch: rows per step over all ranks; None for all rows at each step, in their order.
-        seed: of the order; not of the noise.
-        rank: this process.
-        world_size: number of processes.
+        num_rows: Rows of the data set.
+        global_batch: Rows per step over all ranks; None takes all rows in each step, in their order.
+        seed: Seed of the order.
+        rank: This process.
+        world_size: Number of processes.
+
+    Attributes:
+        num_rows: As given.
+        global_batch: Rows per step over all ranks.
+        full: Whether each step takes all rows.
 
     Raises:
         ValueError: `global_batch` is larger than the data set, or smaller than the number of ranks.
@@ -38,53 +42,68 @@ class GlobalBatches:
         self, num_rows: int, global_batch: int | None = None, seed: int = 0, rank: int = 0, world_size: int = 1
     ) -> None:
         size = num_rows if global_batch is None else global_batch
+
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in a world of {world_size}")
         if size > num_rows:
             raise ValueError(
                 f"global_batch is {size:,}, but there are {num_rows:,} rows: "
-                "make it smaller, or None (null) for all rows at each step"
+                "make it smaller, or None (null) for all rows in each step"
             )
         if size < world_size:
-            raise ValueError(f"{size:,} rows a step cannot be shared by {world_size} ranks: each needs at least one")
+            raise ValueError(f"{size:,} rows per step cannot be shared by {world_size} ranks: each needs at least one")
+
         self.num_rows = num_rows
         self.global_batch = size
         self.full = global_batch is None
         self._seed = seed
+        self._world_size = world_size
+
+        # This rank's rows of a batch are those in [start, stop); the shares of all ranks differ by one row at most.
         self._start = size * rank // world_size
         self._stop = size * (rank + 1) // world_size
-        self._world_size = world_size
+
+        # Only the permutation of the current epoch is kept: 8 bytes per row.
         self._epoch = -1
         self._order: NDArray[np.int64] = np.empty(0, np.int64)
 
     @property
     def weight(self) -> float:
-        """By how much this rank's loss counts in the mean over ranks: 1 where all ranks read equally many rows.
+        """Factor of this rank's loss in the mean over the ranks: 1 if all ranks read equally many rows.
 
-        A loss is scaled to the full data by the rank's own number of rows, `n`. The mean over ranks of the losses times
-        `n * world_size / global_batch` is the loss of the global batch.
+        With `n` rows on this rank, the plates of the model scale its loss to the full data by `num_rows / n`. The mean
+        over the ranks of `n * world_size / global_batch` times the loss is then the loss of the global batch.
         """
         return (self._stop - self._start) * self._world_size / self.global_batch
 
     def rows(self, step: int) -> NDArray[np.int64]:
-        """Returns this rank's rows of batch `step` (counted from 0), (global_batch / world_size,) int64.
+        """Returns this rank's rows of a batch.
 
-        Cost: one permutation of `num_rows` per epoch, which is kept until the next one.
+        Args:
+            step: Number of the batch, counted from 0.
+
+        Returns:
+            (global_batch / world_size,) int64 row numbers.
+
+        Cost:
+            One permutation of `num_rows` per epoch, which is kept until the next one.
         """
         if self.full:
             return np.arange(self._start, self._stop, dtype=np.int64)
+
+        # Positions in the endless concatenation of epochs; the share may begin in one epoch and end in the next.
         first = step * self.global_batch + self._start
         last = step * self.global_batch + self._stop
-        parts = []
+        slices = []
         while first < last:
             epoch, offset = divmod(first, self.num_rows)
             count = min(last - first, self.num_rows - offset)
-            parts.append(self._permutation(epoch)[offset : offset + count])
+            slices.append(self._permutation(epoch)[offset : offset + count])
             first += count
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return slices[0] if len(slices) == 1 else np.concatenate(slices)
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        """The order of rows in an epoch, (num_rows,)."""
+        """Returns the order of the rows in an epoch, (num_rows,)."""
         if epoch != self._epoch:
             self._order = np.random.default_rng([self._seed, epoch]).permutation(self.num_rows)
             self._epoch = epoch

@@ -1,4 +1,4 @@
-"""Batches by number, read ahead while the step before them runs."""
+"""Batches by number, which a thread reads ahead while a step runs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from distopt.data.sources import as_source
 
 
 class Loader:
-    """This rank's part of each global batch, as tensors on its device.
+    """This rank's share of each global batch, as tensors on its device.
 
-    Which rows they are depends on the seed, the step, and this rank's place in the world, so a step's batch can be
-    asked for at any time: after a resume, or twice. The next batches are read by a thread meanwhile.
+    The rows depend only on the seed, the step and the rank, so the batch of a step can be read at any time: after a
+    resume, or twice. A thread reads the next batches meanwhile.
 
     Args:
-        data: As in `as_source`: tensors, `.npy` files, arrays, a map-style dataset, or a `Source`.
-        batches: Says which rows; made for the length of `data`.
-        device: Where tensors go; None leaves them on the CPU.
-        num_ahead: How many batches are read ahead; 0 reads each when it is asked for, without a thread.
+        data: Tensors, `.npy` files, arrays, a map-style dataset, or a `Source`; see `as_source`.
+        batches: Which rows are in which batch; made for the length of `data`.
+        device: Where tensors are moved; None leaves them on the CPU.
+        num_ahead: Batches that are read ahead; 0 reads each when it is needed, without a thread.
 
     Raises:
         ValueError: `batches` is for another number of rows than `data` has.
@@ -42,26 +42,26 @@ class Loader:
     ) -> None:
         source = as_source(data)
         if len(source) != batches.num_rows:
-            raise ValueError(f"the data have {len(source):,} rows, the batches are for {batches.num_rows:,}")
+            raise ValueError(f"the data have {len(source):,} rows, but the batches are made for {batches.num_rows:,}")
         self._source = source
         self._batches = batches
         self._device = device
         self._ahead = Ahead(self._read, num_ahead)
 
     def batch(self, step: int) -> tuple[Any, ...]:
-        """Returns the batch of `step`, counted from 0; raises here what the data raised when it was read."""
+        """Returns the batch of `step`, counted from 0; raises what the data raised when it was read."""
         result: tuple[Any, ...] = self._ahead.get(step)
         return result
 
     def steps(self, first: int = 0) -> Iterator[tuple[Any, ...]]:
-        """Yields the batches from step `first` on, without end."""
+        """Yields the batches from step `first` on; it never ends."""
         step = first
         while True:
             yield self.batch(step)
             step += 1
 
     def close(self) -> None:
-        """Ends the thread, after the batch that it is reading."""
+        """Ends the thread after the batch that it is reading."""
         self._ahead.close()
 
     def __enter__(self) -> Self:
@@ -73,24 +73,22 @@ class Loader:
         self.close()
 
     def _read(self, step: int) -> tuple[Any, ...]:
-        parts = self._source.read(self._batches.rows(step))
+        batch = self._source.read(self._batches.rows(step))
         if self._device is None or self._device.type == "cpu":
-            return parts
-        return tuple(self._move(part) for part in parts)
-
-    def _move(self, part: Any) -> Any:
-        """Moves a tensor to the device; from pinned memory the copy runs beside the step."""
-        if not isinstance(part, Tensor):
-            return part
-        return part.pin_memory().to(self._device, non_blocking=True) if self._device else part
+            return batch
+        # From pinned memory the copy runs while the GPU computes the step before.
+        return tuple(
+            each.pin_memory().to(self._device, non_blocking=True) if isinstance(each, Tensor) else each
+            for each in batch
+        )
 
 
 class Ahead:
     """Computes `fetch(n)`, `fetch(n + 1)`, ... in a thread while the caller works with `fetch(n)`.
 
     Args:
-        fetch: Called with ascending numbers by one thread; what it raises is raised by `get`.
-        num_ahead: How many results are kept ready; 0 calls `fetch` in `get`.
+        fetch: Called by a single thread with ascending numbers; what it raises is raised by `get`.
+        num_ahead: Results that are kept ready; 0 calls `fetch` in `get`.
     """
 
     def __init__(self, fetch: Callable[[int], Any], num_ahead: int) -> None:
@@ -100,9 +98,11 @@ class Ahead:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="distopt-data") if num_ahead else None
 
     def get(self, number: int) -> Any:
-        """Returns `fetch(number)`, and sees to it that the following ones are on their way."""
+        """Returns `fetch(number)`, and starts computing the numbers after it."""
         if self._pool is None:
             return self._fetch(number)
+
+        # The caller may jump, as after a resume: what it will not ask for is dropped, so that memory stays bounded.
         wanted = range(number, number + self._num_ahead + 1)
         for stale in self._pending.keys() - set(wanted):
             self._pending.pop(stale).cancel()
@@ -112,15 +112,20 @@ class Ahead:
         return self._pending.pop(number).result()
 
     def close(self) -> None:
-        """Ends the thread; calling it twice does nothing."""
+        """Ends the thread; calling it again does nothing."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def shard_rows(num_rows: int, rank: int, world_size: int) -> NDArray[np.int64]:
-    """Returns the rows that a rank holds when a data set is cut into consecutive shards, as even as can be.
+    """Returns the rows that a rank holds if a data set is cut into consecutive shards of nearly equal size.
 
-    No row is padded, dropped or held twice; the first shards are not longer than the others by more than one row.
+    Every row is in one shard, without padding, and the sizes of the shards differ by at most one row.
+
+    Args:
+        num_rows: Rows of the data set.
+        rank: This rank.
+        world_size: Number of ranks.
 
     Raises:
         ValueError: There are fewer rows than ranks.
@@ -135,16 +140,19 @@ def shard_rows(num_rows: int, rank: int, world_size: int) -> NDArray[np.int64]:
 
 
 def shard_batches(num_rows: int, batch_fraction: float, seed: int, rank: int) -> GlobalBatches:
-    """Returns minibatches of a shard: the same fraction of it at each step, in an order of this rank's own.
+    """Returns minibatches of a shard: the same fraction of it in each step, in an order that depends on the rank.
 
-    They go to a sharded plate as `subsample`, which scales them to the shard. Since all ranks take the same fraction,
-    every datapoint of unequal shards comes equally often.
+    Pass their rows to a sharded plate as `subsample`, which scales them to the shard. Since all ranks take the same
+    fraction, every datapoint is seen equally often even if the shards are unequal.
 
     Args:
         num_rows: Number of datapoints that this rank holds.
-        batch_fraction: In (0, 1], the part of the shard in a batch; at least one row is taken.
-        seed: Of the order, the same on all ranks.
+        batch_fraction: Fraction of the shard in a batch, in (0, 1]; at least one row is taken.
+        seed: Seed of the order, the same on all ranks.
         rank: This rank.
+
+    Raises:
+        ValueError: The fraction is not in (0, 1].
 
     Example:
         >>> batches = shard_batches(10, 0.3, seed=0, rank=1)
@@ -152,6 +160,6 @@ def shard_batches(num_rows: int, batch_fraction: float, seed: int, rank: int) ->
         (3, 3)
     """
     if not 0 < batch_fraction <= 1:
-        raise ValueError(f"batch_fraction is {batch_fraction}, expected more than 0 and at most 1")
-    own = int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint32)[0])
-    return GlobalBatches(num_rows, max(1, round(batch_fraction * num_rows)), seed=own)
+        raise ValueError(f"batch_fraction is {batch_fraction}, expected a number above 0 and at most 1")
+    rank_seed = int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint32)[0])
+    return GlobalBatches(num_rows, max(1, round(batch_fraction * num_rows)), seed=rank_seed)

@@ -1,4 +1,4 @@
-"""Where rows of data come from: tensors in memory, arrays on disk that may be bigger than it, map-style datasets."""
+"""Where rows of data come from: tensors in memory, arrays on disk, map-style datasets."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.utils.data import default_collate
 
 
 class Source(Protocol):
-    """Rows that can be read in any order; each `read` by one thread at a time."""
+    """Rows that can be read in any order. Only one thread reads at a time."""
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Returns the number of rows."""
 
     def read(self, rows: NDArray[np.int64]) -> tuple[Any, ...]:
-        """Returns what the model is called with for these rows, in their order; on the CPU."""
+        """Returns the arguments of the model for these rows, in their order and on the CPU."""
 
 
 class TensorSource:
@@ -31,10 +31,10 @@ class TensorSource:
         *tensors: (num_rows, ...) each.
 
     Raises:
-        ValueError: None given, or of different lengths.
+        ValueError: There are no tensors, or their lengths differ.
 
     Example:
-        >>> [part.tolist() for part in TensorSource(torch.arange(5), 10 * torch.arange(5)).read(np.array([3, 0]))]
+        >>> [tensor.tolist() for tensor in TensorSource(torch.arange(5), 10 * torch.arange(5)).read(np.array([3, 0]))]
         [[3, 0], [30, 0]]
     """
 
@@ -52,16 +52,15 @@ class TensorSource:
 
 
 class ArraySource:
-    """Arrays on disk, of which only the rows that are asked for are read; they may be bigger than memory.
-
-    Rows are read in the order in which they lie on disk, which saves seeks, and handed over in the order asked for.
+    """Arrays on disk, which may be larger than memory: only the rows that are asked for are read.
 
     Args:
-        *arrays: `.npy` files (opened as memory maps, never unpickled), or arrays such as `numpy.memmap`, `h5py.Dataset`
-            or `zarr.Array` that are indexed by an ascending array of rows; (num_rows, ...) each.
+        *arrays: (num_rows, ...) each: `.npy` files, which are opened as memory maps and never unpickled, or arrays such
+            as `numpy.memmap`, `h5py.Dataset` or `zarr.Array` that can be indexed by an ascending array of rows.
 
     Raises:
-        ValueError: None given, or of different lengths, or numbers that torch has no type for.
+        ValueError: There are no arrays, or their lengths differ.
+        TypeError: torch has no type for their elements.
     """
 
     def __init__(self, *arrays: str | Path | Any) -> None:
@@ -70,6 +69,7 @@ class ArraySource:
             for array in arrays
         ]
         _check_lengths([len(array) for array in self._arrays])
+        # An empty array of the dtype shows whether torch knows it, before the first step needs a row.
         for array in self._arrays:
             torch.from_numpy(np.empty(0, np.dtype(array.dtype).newbyteorder("=")))
 
@@ -78,6 +78,7 @@ class ArraySource:
 
     def read(self, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
         """Returns copies of the rows: (len(rows), ...) each, in the machine's byte order."""
+        # In the order of the file, which saves seeks and which h5py insists on; then put into the order asked for.
         ascending, inverse = np.unique(rows, return_inverse=True)
         return tuple(self._read(array, ascending)[torch.from_numpy(inverse)] for array in self._arrays)
 
@@ -92,9 +93,8 @@ class DatasetSource:
     """A map-style dataset of torch.
 
     Args:
-        dataset: Has `__len__` and `__getitem__`; `__getitems__`, which reads many rows at once, is used where it has
-            one.
-        collate_fn: Makes a batch of a list of items, as in `torch.utils.data.DataLoader`.
+        dataset: Has `__len__` and `__getitem__`. If it has `__getitems__`, which reads many rows at once, that is used.
+        collate_fn: Makes a batch from a list of items, as in `torch.utils.data.DataLoader`.
     """
 
     def __init__(self, dataset: Any, collate_fn: Callable[[list[Any]], Any] = default_collate) -> None:
@@ -105,8 +105,9 @@ class DatasetSource:
         return len(self._dataset)
 
     def read(self, rows: NDArray[np.int64]) -> tuple[Any, ...]:
-        """Returns the collated batch, as a tuple if it is not a sequence already."""
+        """Returns the collated batch, in a tuple if it is not a sequence."""
         indices = rows.tolist()
+        # torch's own protocol: `DataLoader` looks for `__getitems__` in the same way.
         items = (
             self._dataset.__getitems__(indices)
             if hasattr(self._dataset, "__getitems__")
@@ -117,18 +118,21 @@ class DatasetSource:
 
 
 def as_source(data: Any) -> Source:
-    """Returns a source for what is commonly given: a source, tensors, `.npy` files, arrays, or a map-style dataset.
+    """Returns a source of the rows of `data`.
+
+    Args:
+        data: A source, one or several tensors, `.npy` files or arrays, or a map-style dataset.
 
     Raises:
-        ValueError: It is none of these; the message says what it is.
+        ValueError: It is none of these.
     """
-    parts = data if isinstance(data, tuple | list) else (data,)
+    arrays = data if isinstance(data, tuple | list) else (data,)
     if callable(getattr(data, "read", None)) and hasattr(data, "__len__"):
         return data  # type: ignore[no-any-return]
-    if all(isinstance(part, Tensor) for part in parts):
-        return TensorSource(*parts)
-    if all(isinstance(part, str | Path) or (hasattr(part, "dtype") and hasattr(part, "shape")) for part in parts):
-        return ArraySource(*parts)
+    if all(isinstance(array, Tensor) for array in arrays):
+        return TensorSource(*arrays)
+    if all(isinstance(array, str | Path) or _looks_like_array(array) for array in arrays):
+        return ArraySource(*arrays)
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return DatasetSource(data)
     raise ValueError(
@@ -137,7 +141,16 @@ def as_source(data: Any) -> Source:
     )
 
 
+def _looks_like_array(value: Any) -> bool:
+    """Returns whether `value` is an array of numpy, h5py, zarr or the like, which share no base class."""
+    return hasattr(value, "dtype") and hasattr(value, "shape")
+
+
 def _check_lengths(lengths: Sequence[int]) -> None:
-    """Raises unless all parts have the same number of rows."""
-    if not lengths or len(set(lengths)) > 1:
-        raise ValueError(f"parts of the data have {', '.join(map(str, lengths)) or 'no'} rows; all must have as many")
+    """Raises unless all arrays have the same number of rows."""
+    if not lengths:
+        raise ValueError("found no arrays, expected at least one")
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"found arrays of {', '.join(map(str, lengths))} rows, expected the same number in all of them"
+        )

@@ -27,7 +27,7 @@ from distopt.infer.splitting import (
     scale_site,
     split_site,
 )
-from distopt.rng import OwnNoise, begin_own_noise
+from distopt.rng import RankStream, begin_rank_stream
 from distopt.sharding import LocalParameterError, PlateShard, mark_local
 
 
@@ -257,7 +257,7 @@ class Sharding(Messenger):  # type: ignore[misc]
         self._plan = plan or Plan(set())
         self._check = check
         self._unsplit: dict[str, Unsplit] = {}
-        self._own_noise: list[tuple[str, OwnNoise | None]] = []
+        self._rank_streams: list[tuple[str, RankStream | None]] = []
 
     def __enter__(self) -> Sharding:
         for handler in _PYRO_STACK:
@@ -269,8 +269,8 @@ class Sharding(Messenger):  # type: ignore[misc]
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)
-        while self._own_noise:
-            self._end_own_noise()
+        while self._rank_streams:
+            self._end_rank_stream()
         if kind is None and self._check:
             check_replicated(self._unsplit, self.plates.values())
 
@@ -285,17 +285,17 @@ class Sharding(Messenger):  # type: ignore[misc]
         if self._weight != 1.0 and not is_split(msg):
             msg["scale"] = msg["scale"] * self._weight
         if is_split(msg) and not msg["is_observed"] and not msg["done"]:
-            self._own_noise.append((msg["name"], begin_own_noise()))
+            self._rank_streams.append((msg["name"], begin_rank_stream()))
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if self._own_noise and self._own_noise[-1][0] == msg["name"]:
-            self._end_own_noise()
+        if self._rank_streams and self._rank_streams[-1][0] == msg["name"]:
+            self._end_rank_stream()
         check_guide(msg, self.plates)
 
-    def _end_own_noise(self) -> None:
-        _, noise = self._own_noise.pop()
-        if noise is not None:
-            noise.end()
+    def _end_rank_stream(self) -> None:
+        _, stream = self._rank_streams.pop()
+        if stream is not None:
+            stream.end()
 
     def _pyro_post_param(self, msg: Any) -> None:
         entry = self._plan.params.get(msg["name"])

@@ -73,6 +73,7 @@ class Group(Protocol):
 
     handle: Any
     members: list[ParamRecord]
+    switches: dict[str, Any]
 
     def states(self) -> list[State]:
         """Returns the states of all members, in their order; they share no memory with it."""
@@ -82,6 +83,12 @@ class Group(Protocol):
 
     def has_lost(self, member: ParamRecord) -> bool:
         """Returns whether `member` was moved since it came here: to other storage, dtype or device."""
+
+    def values_of(self, member: ParamRecord) -> dict[str, Any]:
+        """Returns what torch keeps for one member; tensors are the optimizer's memory."""
+
+    def hyper_of(self, member: ParamRecord) -> dict[str, Any]:
+        """Returns torch's parameter group that `member` is in, perhaps with others."""
 
 
 # What both kinds do with their torch optimizer.
@@ -159,6 +166,7 @@ class PackedGroup:
         params: The members' tensors.
         names: The members' names.
         clip: How each member's gradient is clipped.
+        switches: As given.
     """
 
     def __init__(
@@ -172,7 +180,7 @@ class PackedGroup:
         self.params = tuple(m.param for m in members)
         self.names = tuple(m.name for m in members)
         self.clip = members[0].clip
-        self._switches = switches
+        self.switches = switches
         self._index = {id(m): i for i, m in enumerate(self.members)}
         self.arena = Arena(self.params)
 
@@ -197,16 +205,37 @@ class PackedGroup:
         """Copies the members' gradients side by side; see `GradientBuffer.gather_`."""
         return self._gradients.gather_(gradients)
 
-    def clip_(self, buffer: Tensor) -> None:
-        """Clips the gradient of each member by itself, in place."""
-        if self.clip.per_parameter:
-            clip_segments_(buffer, self.numels, self.clip)
+    def clip_(self, buffer: Tensor) -> bool:
+        """Clips the gradient of each member by itself, in place; returns whether one changed."""
+        return self.clip.per_parameter and clip_segments_(buffer, self.numels, self.clip)
+
+    def write_gradients(self) -> None:
+        """Copies what `gather_` has gathered, and clipping has changed since, back to each member's `.grad`."""
+        self._gradients.write_back()
 
     def step(self, buffer: Tensor, *args: Any, **kwargs: Any) -> None:
         """Steps all members by the gradients in `buffer`, which may be overwritten."""
         self.arena.flat.grad = buffer
         self._step(*args, **kwargs)
         bump_versions(self.params)
+
+    def values_of(self, member: ParamRecord) -> dict[str, Any]:
+        """Returns what torch keeps for one member; elementwise tensors are views of the optimizer's memory."""
+        flat = self.arena.flat
+        index = self._index[id(member)]
+        start = sum(self.numels[:index])
+        segment = slice(start, start + self.numels[index])
+        values = optimizer_of(self.handle).state.get(flat, {})
+        return {
+            key: value[segment].view(member.param.shape)
+            if isinstance(value, Tensor) and value.shape == flat.shape
+            else copied(value)
+            for key, value in values.items()
+        }
+
+    def hyper_of(self, member: ParamRecord) -> dict[str, Any]:
+        """Returns torch's parameter group, in which `params` is the flat tensor of all members."""
+        return optimizer_of(self.handle).param_groups[0]
 
     def packed(self) -> PackedState:
         """Returns the state of all members; its columns are the optimizer's memory."""
@@ -228,7 +257,7 @@ class PackedGroup:
         columns = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.shape == flat.shape}
         scalars = {k: copied(v) for k, v in values.items() if k not in columns}
 
-        options = user_options(optimizer.param_groups[0], self.members[0].args, self._switches)
+        options = user_options(optimizer.param_groups[0], self.members[0].args, self.switches)
         shared = with_schedule(self.handle, state_of_one(options, scalars))
         shapes: tuple[Any, ...] = tuple(map(_shape, self.params)) if columns else ((),) * len(self.params)
         return StateColumns(self.names, shapes, shared, columns)
@@ -360,6 +389,16 @@ class ListGroup:
         self._unstarted.difference_update(map(id, first))
         yield from filter(None, (first, others))
 
+    def values_of(self, member: ParamRecord) -> dict[str, Any]:
+        """Returns what torch keeps for one member; tensors are the optimizer's memory."""
+        values: dict[str, Any] = optimizer_of(self.handle).state.get(member.param, {})
+        return values
+
+    def hyper_of(self, member: ParamRecord) -> dict[str, Any]:
+        """Returns torch's parameter group that holds for one member."""
+        groups = optimizer_of(self.handle).param_groups
+        return groups[0] if self._group_of is None else self._group_of[id(member)]
+
     def packed(self) -> PackedState:
         """Returns the state of all members; tensors may be the optimizer's memory."""
         if self.alone:
@@ -382,7 +421,7 @@ class ListGroup:
 
         for i, m in enumerate(members):
             if self._group_of is not None or i == 0:
-                group = optimizer.param_groups[0] if self._group_of is None else self._group_of[id(m)]
+                group = self.hyper_of(m)
                 frame = with_schedule(self.handle, state_of_one(user_options(group, m.args, self.switches), {}))
                 frame_key = None if self._group_of is None else exact_key(frame) or id(group)
             yield Row(m.name, values.get(id(m.param), {}), frame, frame_key)

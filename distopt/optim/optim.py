@@ -21,6 +21,7 @@ from distopt.optim.grouping import Grouping
 from distopt.optim.groups import ParamRecord
 from distopt.optim.packed_state import PackedState
 from distopt.optim.packing import FlatGradients
+from distopt.optim.param_view import view_of
 from distopt.optim.parameters import ParamRegistry
 from distopt.optim.plan import LooseGradients, Planner, StepPlan, all_finite
 from distopt.optim.state import State, check_state_dict, copied, frozen
@@ -275,8 +276,12 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
 
     @property
     def optim_objs(self) -> dict[Tensor, Any]:
-        """The torch optimizer (or scheduler) of each parameter; parameters that are stepped together share one."""
-        return {record.param: record.group.handle for record in self._registry if record.group is not None}
+        """The torch optimizer (or scheduler) of each parameter, as `pyro.optim` shows it.
+
+        Parameters that are stepped together share its hyper-parameters; gradient, state and `state_dict` are those of
+        the one parameter.
+        """
+        return {record.param: view_of(record, record.group) for record in self._registry if record.group is not None}
 
     # -- what a scheduler overrides, and records of new parameters -----------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -187,36 +188,39 @@ class FlatGradients(NamedTuple):
         return list(accumulate((p.numel() for p in self.params), initial=0))
 
 
-class FlatViews:
-    """A 1-D tensor as one view for each of several shapes, into which tensors are copied side by side.
+class Segments:
+    """Consecutive segments of a flat tensor, each of which holds the elements of one tensor in row-major order.
+
+    Tensors whose shapes differ in the first dimension only are one tensor when they are concatenated, which one call
+    does in half the time that a copy into a view of each takes. Others (scalars, matrices of several widths) have no
+    dimension along which they could be joined.
 
     Args:
-        shapes: One per view.
-        flat: Shape (sum of the shapes' numels,), contiguous.
-
-    Attributes:
-        flat: As given.
-        views: One per shape, in their order.
+        flat: Shape (sum of numels,).
+        shapes: Shapes of the tensors, in order.
     """
 
-    def __init__(self, shapes: Sequence[torch.Size], flat: Tensor) -> None:
-        self.flat = flat
-        numels = [shape.numel() for shape in shapes]
-        segments = torch.split_with_sizes(flat, numels) if numels else ()
-        self.views = [segment.view(shape) for segment, shape in zip(segments, shapes, strict=True)]
+    def __init__(self, flat: Tensor, shapes: Sequence[Sequence[int]]) -> None:
+        self._flat = flat
+        self._shapes = [torch.Size(shape) for shape in shapes]
+        rows = {(len(shape), shape[1:]) for shape in self._shapes}
+        self._joined: Tensor | None = None
+        if len(rows) == 1 and len(self._shapes[0]) > 0:
+            num_rows = sum(shape[0] for shape in self._shapes)
+            self._joined = flat.view(num_rows, *self._shapes[0][1:])
 
-        # Where all tensors are rows of one kind, `cat` joins them along their first dim: half the time of a list of
-        # copies. The others (scalars, matrices of several widths) have no common dim to be joined along.
-        self._rows: Tensor | None = None
-        if flat.numel() and len({(len(shape), shape[1:]) for shape in shapes}) == 1 and len(shapes[0]) > 0:
-            self._rows = flat.view(-1, *shapes[0][1:])
+    @cached_property
+    def views(self) -> list[Tensor]:
+        """The segments, each in its tensor's shape."""
+        segments = torch.split_with_sizes(self._flat, [shape.numel() for shape in self._shapes])
+        return [segment.view(shape) for segment, shape in zip(segments, self._shapes, strict=True)]
 
     def copy_(self, tensors: Sequence[Tensor]) -> None:
-        """Copies `tensors`, which have the shapes of the views, into them; with any strides, but dense."""
-        if self._rows is not None:
-            torch.cat(tensors, out=self._rows)  # type: ignore[arg-type]  # takes any sequence
+        """Overwrites all segments with dense `tensors` of their shapes, dtype and device; no gradient is recorded."""
+        if self._joined is not None:
+            torch.cat(list(tensors), out=self._joined)
         else:
-            torch._foreach_copy_(self.views, tensors)  # type: ignore[arg-type]
+            torch._foreach_copy_(self.views, list(tensors))
 
 
 # Parameters whose gradients are copied at a time where Python does it: what torch keeps of so many tensors fits a
@@ -237,7 +241,7 @@ class GradientBuffer:
     def __init__(self, arena: Arena) -> None:
         self.flat = torch.empty_like(arena.flat)
         self._arena = arena
-        self._blocks: list[tuple[tuple[Tensor, ...], Any, FlatViews]] = []
+        self._blocks: list[tuple[tuple[Tensor, ...], Any, Segments]] = []
 
     def gather_(self, gradients: Sequence[Tensor] | None = None) -> Tensor | None:
         """Copies `gradients`, or each parameter's `.grad`, into `flat`.
@@ -260,13 +264,21 @@ class GradientBuffer:
         if not self._blocks and not self._make_blocks():
             return None
         start = 0
-        for params, at, views in self._blocks:
+        for params, at, segments in self._blocks:
             if addresses(params) != at:
                 return None
             end = start + len(params)
-            views.copy_(list(map(_gradient, params)) if gradients is None else gradients[start:end])
+            segments.copy_(list(map(_gradient, params)) if gradients is None else gradients[start:end])
             start = end
         return self.flat
+
+    def write_back(self) -> None:
+        """Copies what was gathered back to each parameter's `.grad`, in place."""
+        torch._foreach_copy_(list(map(_gradient, self._arena.params)), self._segments.views)
+
+    @cached_property
+    def _segments(self) -> Segments:
+        return Segments(self.flat, [p.shape for p in self._arena.params])
 
     def _make_blocks(self) -> bool:
         """Divides the parameters into blocks; returns False when one of them is no longer in the arena."""
@@ -278,5 +290,5 @@ class GradientBuffer:
         for start in range(0, len(params), _BLOCK_SIZE):
             block = params[start : start + _BLOCK_SIZE]
             segment = self.flat[ends[start] : ends[start + len(block)]]
-            self._blocks.append((block, addresses(block), FlatViews([p.shape for p in block], segment)))
+            self._blocks.append((block, addresses(block), Segments(segment, [p.shape for p in block])))
         return True

@@ -101,18 +101,26 @@ class StepPlan:
         Each parameter's own limits come first and the global norms second, so that these are norms of what is stepped
         by. Parameters may have different global norms; each is over the parameters that have it.
         """
+        changed = False
         if self._clips_each:
             for group, buffer in zip(self._packed, buffers, strict=True):
-                group.clip_(buffer)
+                changed |= group.clip_(buffer)
             for listed, members in self._listed:
                 listed.clip_(members)
         for norm in self._norms:
-            clip_by_global_norm_(self.gradients(buffers, norm), norm, total_norm)
+            changed |= clip_by_global_norm_(self.gradients(buffers, norm), norm, total_norm)
+        if changed:
+            self._write_gradients()
 
         for group, buffer in zip(self._packed, buffers, strict=True):
             group.step(buffer, *args, **kwargs)
         for listed, members in self._listed:
             listed.step(members, *args, **kwargs)
+
+    def _write_gradients(self) -> None:
+        """Copies the packed groups' gradients back to `.grad`, where `pyro.optim` leaves them clipped."""
+        for group in self._packed:
+            group.write_gradients()
 
     def nonfinite_names(self, buffers: Iterable[Tensor]) -> tuple[str, ...]:
         """Returns the names of the parameters whose gradient is not finite, sorted."""
@@ -174,6 +182,9 @@ class FlatStepPlan(StepPlan):
             for m in members:
                 m.param.grad = self._gradient(m.param, dense, loose)
         return buffers
+
+    def _write_gradients(self) -> None:
+        """Does nothing: the gradients that were handed over are not those in `.grad`."""
 
     def _gradient(self, p: Tensor, dense: Sequence[FlatGradients], loose: LooseGradients) -> Tensor:
         if id(p) in self._loose_index:

@@ -1,7 +1,13 @@
-"""What ranks do when one of them has news: compare, take the lowest rank's value, create what is missing.
+"""How ranks agree on parameters: they compare, take the lowest rank's value, and create what is missing.
 
-A round of gradients told all of them, so all come here together. Two gathers of JSON and one broadcast for each rank
-whose values are taken; steady states never come here.
+A round has told all ranks that one of them has changes, so all of them come here together and make the same calls. In
+the steady state nothing here runs.
+
+The first message of each rank says what it knows of its own: errors, step, options, and the names that are new or gone
+here. From all of these, equal on every rank, follows which names are in question. The second message describes those,
+as far as the rank has them, so that every rank sees the same disagreements and raises the same error, or else derives
+the same layout, the same owner of each value, and makes the same broadcasts. Nothing on any rank changes before all
+ranks have passed these checks, so that an error leaves the parameters as they were.
 """
 
 from __future__ import annotations
@@ -19,21 +25,31 @@ from torch.distributions import constraints
 
 from distopt.backends import Backend, Json
 from distopt.constraints import ConstraintError, build_constraint, describe_constraint
-from distopt.reduce.errors import DisagreementError, PeerError
-from distopt.reduce.layout import Entry
-from distopt.rng import noise_state, set_apart
+from distopt.optim.packing import Segments
+from distopt.reduce.errors import DisagreementError, PeerError, ranks_by_value
+from distopt.reduce.layout import ParamSpec
+from distopt.rng import generator_digest, separate_streams
 from distopt.sharding import local_parameter
 
 
 @dataclass
-class News:
-    """What a rank brings to an agreement."""
+class LayoutChanges:
+    """What a rank brings to an agreement.
+
+    Attributes:
+        step: The step that the rank is at.
+        activity: What it was doing: a kind of round, or `joined`.
+        names: Parameters that the layout lacks or holds otherwise.
+        sparse: Those of them whose gradient is sparse here.
+        dense: Those of them whose gradient is dense here.
+        error: What the rank has raised.
+    """
 
     step: int
-    kind: str
-    names: set[str] = field(default_factory=set)  # parameters the layout lacks or holds otherwise
-    sparse: set[str] = field(default_factory=set)  # those of them whose gradient is sparse here
-    dense: set[str] = field(default_factory=set)  # those of them whose gradient is dense here
+    activity: str
+    names: set[str] = field(default_factory=set)
+    sparse: set[str] = field(default_factory=set)
+    dense: set[str] = field(default_factory=set)
     error: BaseException | None = None
 
 
@@ -42,168 +58,217 @@ class Agreement:
 
     Args:
         backend: Link to the other ranks.
-        settings: What must be equal on all ranks for their collectives to match, by keyword.
+        options: What must be equal on all ranks for their collectives to match, by keyword.
         tensor_of: Returns this rank's unconstrained tensor of a name, None when it has none.
     """
 
     def __init__(
-        self, backend: Backend, settings: Mapping[str, Json], tensor_of: Callable[[str], Tensor | None]
+        self, backend: Backend, options: Mapping[str, Json], tensor_of: Callable[[str], Tensor | None]
     ) -> None:
-        self._backend, self._settings, self._tensor_of = backend, dict(settings), tensor_of
+        self._backend = backend
+        self._options = dict(options)
+        self._tensor_of = tensor_of
         self._is_first = True
 
-    def settle(self, news: News, known: Mapping[str, Entry]) -> dict[str, Entry]:
-        """Returns the entries that all ranks know from now on; their tensors exist here and are equal on all ranks.
+    def renegotiate(self, changes: LayoutChanges, known: Mapping[str, ParamSpec]) -> dict[str, ParamSpec]:
+        """Returns the parameters that all ranks know from now on; their tensors exist and are equal on all ranks.
 
         Args:
-            news: What this rank brings.
-            known: Entries known so far, equal on all ranks.
+            changes: What this rank brings.
+            known: Parameters known so far, equal on all ranks.
 
         Raises:
             PeerError: A rank has raised in its model.
-            DisagreementError: Ranks are at different steps, or differ in a setting, shape, dtype or constraint.
+            DisagreementError: Ranks are at different steps, or differ in an option, shape, dtype or constraint; no
+                parameter has been changed.
+
+        Cost:
+            Two gathers of JSON, and one broadcast for each rank whose values are taken, by dtype and device.
         """
-        told = self._backend.all_gather_json(self._tell(news, known))
-        self._check_errors(told)
-        self._check_steps(told)
-        self._check_settings(told)
-        if self._is_first and self._settings["noise"] == "independent":
-            set_apart([each["noise"] for each in told], self._backend.rank)
+        messages = self._backend.all_gather_json(self._message(changes, known))
+        self._check_errors(messages)
+        self._check_steps(messages)
+        self._check_options(messages)
+        if self._is_first and self._options["noise"] == "independent":
+            separate_streams([each["noise"] for each in messages], self._backend.rank)
         self._is_first = False
-        gone = [set(each["gone"]) for each in told]
+
+        # A name that no rank's store holds any more is given up. One that is gone on some ranks is created anew there.
+        gone = [set(each["gone"]) for each in messages]
+        new = [set(each["new"]) for each in messages]
         given_up = set.intersection(*gone)
-        new = [set(each["news"]) for each in told]
         names = sorted((set().union(*new) | set().union(*gone)) - given_up)
-        described = self._backend.all_gather_json({name: self._describe(name) for name in names})
-        entries = {name: entry for name, entry in known.items() if name not in given_up}
+
+        # The value is taken from the lowest rank that has the parameter; where it replaces a known one (a user has set
+        # it in the store of some ranks), from the lowest of those that have replaced it.
+        descriptions = self._backend.all_gather_json({name: self._describe(name) for name in names})
+        specs = {name: spec for name, spec in known.items() if name not in given_up}
         owners: dict[str, int] = {}
         for name in names:
-            holders = {rank: each[name] for rank, each in enumerate(described) if each[name] is not None}
-            fresh = [rank for rank in holders if name in new[rank]]
-            owners[name] = min(fresh if name in known and fresh else holders)
-            sparse = any(name in each["sparse"] for each in told) or (name in known and known[name].sparse)
-            sparse &= not any(name in each["dense"] for each in told)
-            entries[name] = self._entry(name, holders, owners[name], sparse, told[0]["step"])
-        self._create_missing(names, entries)
-        self._share_values(owners, entries)
-        return entries
+            holders = {rank: each[name] for rank, each in enumerate(descriptions) if each[name] is not None}
+            replaced = [rank for rank in holders if name in known and name in new[rank]]
+            owners[name] = min(replaced or holders)
+            # A gradient is sent dense as soon as one rank has it so, since a sparse one can be made dense.
+            sparse = any(name in each["sparse"] for each in messages) or (name in known and known[name].sparse)
+            sparse = sparse and not any(name in each["dense"] for each in messages)
+            specs[name] = self._agree_on(name, holders, owners[name], sparse, messages[0]["step"])
 
-    def _tell(self, news: News, known: Mapping[str, Entry]) -> Json:
+        self._create_missing(names, specs)
+        self._share_values(owners, specs)
+        return specs
+
+    # What this rank tells.
+
+    def _message(self, changes: LayoutChanges, known: Mapping[str, ParamSpec]) -> Json:
         error = None
-        if news.error is not None:
-            text = "".join(traceback.format_exception(news.error))
-            error = {"what": f"{type(news.error).__name__}: {news.error}", "traceback": text}
+        if changes.error is not None:
+            text = "".join(traceback.format_exception(changes.error))
+            error = {"what": f"{type(changes.error).__name__}: {changes.error}", "traceback": text}
         return {
-            "step": news.step,
-            "kind": news.kind,
-            "settings": self._settings,
-            "noise": noise_state() if self._is_first else None,
-            "news": sorted(news.names),
-            "sparse": sorted(news.sparse),
-            "dense": sorted(news.dense),
+            "step": changes.step,
+            "activity": changes.activity,
+            "options": self._options,
+            "noise": generator_digest() if self._is_first else None,
+            "new": sorted(changes.names),
+            "sparse": sorted(changes.sparse),
+            "dense": sorted(changes.dense),
             "gone": sorted(name for name in known if self._tensor_of(name) is None),
             "error": error,
         }
-
-    def _check_errors(self, told: Sequence[Json]) -> None:
-        failed = [(rank, each) for rank, each in enumerate(told) if each["error"] is not None]
-        if not failed:
-            return
-        lines = [
-            f"rank {rank} of {len(told)} failed at step {each['step']}: {each['error']['what']}"
-            for rank, each in failed
-        ]
-        rank, first = failed[0]
-        raise PeerError("; ".join(lines) + f"\n--- traceback of rank {rank}\n{first['error']['traceback'].rstrip()}")
-
-    def _check_steps(self, told: Sequence[Json]) -> None:
-        places = [(each["step"], each["kind"]) for each in told if each["kind"] != "joined"]
-        if len(set(places)) <= 1:
-            return
-        latest = max(step for step, _ in places)
-        ahead = [rank for rank, each in enumerate(told) if each["step"] == latest and each["kind"] != "joined"]
-        seen = ", ".join(f"rank {rank}: step {each['step']} ({each['kind']})" for rank, each in enumerate(told))
-        raise DisagreementError(
-            f"{self._here(latest)}: the ranks are at different calls of the optimizer: {seen}. "
-            f"{_ranks(ahead)} left out or added a call. Every rank must call it equally often; for uneven data use "
-            "`with optimizer.join():`."
-        )
-
-    def _check_settings(self, told: Sequence[Json]) -> None:
-        for key in self._settings:
-            values = [each["settings"][key] for each in told]
-            if any(value != values[0] for value in values):
-                raise DisagreementError(
-                    f"{self._here(told[0]['step'])}: the optimizer's {key} differs between ranks: {_by_rank(values)}. "
-                    "Construct it with the same arguments everywhere."
-                )
 
     def _describe(self, name: str) -> Json:
         tensor = self._tensor_of(name)
         if tensor is None:
             return None
-        return Entry(name, tuple(tensor.shape), tensor.dtype, tensor.device.type, False, "").describe() | {
-            "constraint": _as_json(_constraint_of(name)),
+        spec = ParamSpec(name, tuple(tensor.shape), tensor.dtype, tensor.device.type, sparse=False, constraint="")
+        return spec.describe() | {
+            "constraint": _constraint_as_json(_constraint_of(name)),
             "kind": "replicated" if local_parameter(tensor) is None else "local",
         }
 
-    def _entry(self, name: str, holders: Mapping[int, Json], owner: int, sparse: bool, step: int) -> Entry:
-        given = holders[owner]
+    # What is compared.
+
+    def _check_errors(self, messages: Sequence[Json]) -> None:
+        failed = [(rank, each) for rank, each in enumerate(messages) if each["error"] is not None]
+        if not failed:
+            return
+        lines = [
+            f"rank {rank} of {len(messages)} failed at step {each['step']}: {each['error']['what']}"
+            for rank, each in failed
+        ]
+        rank, first = failed[0]
+        raise PeerError("; ".join(lines) + f"\n--- traceback of rank {rank}\n{first['error']['traceback'].rstrip()}")
+
+    def _check_steps(self, messages: Sequence[Json]) -> None:
+        active = [(rank, each) for rank, each in enumerate(messages) if each["activity"] != "joined"]
+        if len({(each["step"], each["activity"]) for _, each in active}) <= 1:
+            return
+        latest = max(each["step"] for _, each in active)
+        ahead = [rank for rank, each in active if each["step"] == latest]
+        calls = [f"rank {rank}: step {each['step']} ({each['activity']})" for rank, each in enumerate(messages)]
+        raise DisagreementError(
+            f"{self._here(latest)}: the ranks are at different calls of the optimizer: {', '.join(calls)}. "
+            f"rank {', '.join(map(str, ahead))} left out or added a call. Every rank must call it equally often; for "
+            "uneven data use `with optimizer.join():`."
+        )
+
+    def _check_options(self, messages: Sequence[Json]) -> None:
+        for key in self._options:
+            values = [each["options"][key] for each in messages]
+            if any(value != values[0] for value in values):
+                raise DisagreementError(
+                    f"{self._here(messages[0]['step'])}: the optimizer's {key} differs between ranks: "
+                    f"{_by_rank(dict(enumerate(map(str, values))))}. Construct it with the same arguments everywhere."
+                )
+
+    def _agree_on(self, name: str, holders: Mapping[int, Json], owner: int, sparse: bool, step: int) -> ParamSpec:
         for key in ("kind", "shape", "dtype", "device", "constraint"):
-            values = {rank: _plain(key, each[key]) for rank, each in holders.items()}
+            values = {rank: _readable(key, each[key]) for rank, each in holders.items()}
             if len(set(values.values())) > 1:
                 hint = f" Is {name!r} inside a sharded plate?" if key in ("shape", "kind") else ""
                 raise DisagreementError(
                     f"{self._here(step)}: parameter {name!r} differs in {key}: {_by_rank(values)}. "
                     f"Replicated parameters must agree.{hint}"
                 )
-        dtype = getattr(torch, given["dtype"])
-        return Entry(name, tuple(given["shape"]), dtype, given["device"], sparse, given["constraint"])
-
-    def _create_missing(self, names: Sequence[str], entries: Mapping[str, Entry]) -> None:
-        failed: dict[str, str] = {}
-        for name in names:
-            if self._tensor_of(name) is None:
-                try:
-                    self._create(entries[name])
-                except ValueError as error:
-                    failed[name] = str(error)
-        if any(entries[name].constraint not in _CAN_BUILD for name in names):
-            # Whether a class is known differs between ranks, so they tell each other before anything is created.
-            told = [each for each in self._backend.all_gather_json(failed) if each]
-            if told:
-                name, why = next(iter(told[0].items()))
-                raise DisagreementError(
-                    f"parameter {name!r} cannot be created on a rank that has not seen it: {why} Or touch it on every "
-                    "rank."
-                )
-
-    def _create(self, entry: Entry) -> None:
-        constraint = build_constraint(json.loads(entry.constraint, object_hook=_tensor_from_json))
-        device = torch.device("cpu") if entry.device == "cpu" else self._backend.device
-        tensor = torch.zeros(entry.shape, dtype=entry.dtype, device=device).requires_grad_()
-        pyro.get_param_store().set_state({"params": {entry.name: tensor}, "constraints": {entry.name: constraint}})
-
-    def _share_values(self, owners: Mapping[str, int], entries: Mapping[str, Entry]) -> None:
-        groups: dict[tuple[Any, ...], list[Tensor]] = {}
-        for name, owner in owners.items():
-            tensor = self._tensor_of(name)
-            assert tensor is not None
-            groups.setdefault((owner, entries[name].dtype, entries[name].device), []).append(tensor)
-        for (owner, dtype, _), tensors in groups.items():
-            share_values_(self._backend, tensors, owner, dtype)
+        agreed = holders[owner]
+        dtype = getattr(torch, agreed["dtype"])
+        return ParamSpec(name, tuple(agreed["shape"]), dtype, agreed["device"], sparse, agreed["constraint"])
 
     def _here(self, step: int) -> str:
         return f"rank {self._backend.rank} of {self._backend.world_size}, step {step}"
 
+    # What changes on this rank.
 
-def _as_json(constraint: constraints.Constraint) -> str:
-    """A constraint as JSON text; of a class that is not registered only the name, which can be compared."""
+    def _create_missing(self, names: Sequence[str], specs: Mapping[str, ParamSpec]) -> None:
+        built: dict[str, constraints.Constraint] = {}
+        failed: dict[str, str] = {}
+        for name in names:
+            if self._tensor_of(name) is None:
+                try:
+                    built[name] = build_constraint(json.loads(specs[name].constraint, object_hook=_tensor_from_json))
+                except ValueError as error:
+                    failed[name] = str(error)
+
+        # Which constraint classes are registered may differ between ranks, so one rank alone may fail. Most parameters
+        # have no constraint, and then this message is not needed.
+        if any(specs[name].constraint != _REAL for name in names):
+            failures = [each for each in self._backend.all_gather_json(failed) if each]
+            if failures:
+                name, reason = next(iter(failures[0].items()))
+                raise DisagreementError(
+                    f"parameter {name!r} cannot be created on a rank that has not seen it: {reason} Or touch it on "
+                    "every rank."
+                )
+        for name, constraint in built.items():
+            self._create(specs[name], constraint)
+
+    def _create(self, spec: ParamSpec, constraint: constraints.Constraint) -> None:
+        device = torch.device("cpu") if spec.device == "cpu" else self._backend.device
+        tensor = torch.zeros(spec.shape, dtype=spec.dtype, device=device).requires_grad_()
+        pyro.get_param_store().set_state({"params": {spec.name: tensor}, "constraints": {spec.name: constraint}})
+
+    def _share_values(self, owners: Mapping[str, int], specs: Mapping[str, ParamSpec]) -> None:
+        groups: dict[tuple[Any, ...], list[Tensor]] = {}
+        for name, owner in owners.items():
+            tensor = self._tensor_of(name)
+            assert tensor is not None
+            groups.setdefault((owner, specs[name].dtype, specs[name].device), []).append(tensor)
+        for (owner, _, _), tensors in groups.items():
+            share_values_(self._backend, tensors, owner)
+
+
+@torch.no_grad()
+def share_values_(backend: Backend, tensors: Sequence[Tensor], owner: int) -> None:
+    """Overwrites tensors, all of one dtype and device, with those of rank `owner`.
+
+    Cost:
+        One broadcast of all of them.
+    """
+    real = [torch.view_as_real(tensor.data) if tensor.is_complex() else tensor.data for tensor in tensors]
+    flat = real[0].new_empty(sum(tensor.numel() for tensor in real))
+    segments = Segments(flat, [tensor.shape for tensor in real])
+    segments.copy_(real)
+    backend.broadcast(flat, owner).wait()
+    for tensor, values in zip(real, segments.views, strict=True):
+        tensor.copy_(values)
+
+
+# Constraints as JSON text, which can be compared.
+
+
+def _constraint_of(name: str) -> constraints.Constraint:
+    # The public get_state() would also take `.unconstrained` from the tensors that a running trace holds.
+    constraint: constraints.Constraint = pyro.get_param_store()._constraints[name]
+    return constraint
+
+
+def _constraint_as_json(constraint: constraints.Constraint) -> str:
+    """Returns a description; of a class that is not registered only the name, which is enough for a comparison."""
     try:
-        described = describe_constraint(constraint)
+        description = describe_constraint(constraint)
     except ConstraintError:
-        described = {"name": f"{type(constraint).__module__}.{type(constraint).__qualname__}"}
-    return json.dumps(described, sort_keys=True, default=_tensor_as_json)
+        description = {"name": f"{type(constraint).__module__}.{type(constraint).__qualname__}"}
+    return json.dumps(description, sort_keys=True, default=_tensor_as_json)
 
 
 def _tensor_as_json(tensor: Tensor) -> Json:
@@ -214,39 +279,17 @@ def _tensor_from_json(value: dict[str, Any]) -> Any:
     return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"])) if "tensor" in value else value
 
 
-_CAN_BUILD = {_as_json(constraints.real)}
+_REAL = _constraint_as_json(constraints.real)
 
 
-@torch.no_grad()
-def share_values_(backend: Backend, tensors: Sequence[Tensor], owner: int, dtype: torch.dtype) -> None:
-    """Overwrites tensors of one dtype and device with rank `owner`'s, by one broadcast."""
-    real = [torch.view_as_real(tensor.data) if dtype.is_complex else tensor.data for tensor in tensors]
-    flat = torch.cat([tensor.reshape(-1) for tensor in real])
-    backend.broadcast(flat, owner).wait()
-    for tensor, values in zip(real, torch.split(flat, [tensor.numel() for tensor in real]), strict=True):
-        tensor.copy_(values.view(tensor.shape))
+# Values in messages.
 
 
-def _constraint_of(name: str) -> constraints.Constraint:
-    # The public get_state() would also take `.unconstrained` from the tensors that a running trace holds.
-    constraint: constraints.Constraint = pyro.get_param_store()._constraints[name]
-    return constraint
-
-
-def _plain(key: str, value: Json) -> str:
+def _readable(key: str, value: Json) -> str:
     if key == "shape":
         return str(tuple(value))
     return str(json.loads(value)) if key == "constraint" else str(value)
 
 
-def _by_rank(values: Mapping[int, Any] | Sequence[Any]) -> str:
-    """Groups ranks by what they have: "rank 0, 2: (3,); rank 1: (4,)"."""
-    pairs = values.items() if isinstance(values, Mapping) else enumerate(values)
-    groups: dict[str, list[int]] = {}
-    for rank, value in pairs:
-        groups.setdefault(str(value), []).append(rank)
-    return "; ".join(f"{_ranks(ranks)}: {value}" for value, ranks in groups.items())
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank {', '.join(map(str, ranks))}"
+def _by_rank(values: Mapping[int, str]) -> str:
+    return "; ".join(f"{ranks}: {value}" for value, ranks in ranks_by_value(values).items())

@@ -1,4 +1,10 @@
-"""Checksums by which replicas that must be equal are watched."""
+"""Comparison of replicas by checksums, and which ranks have a gradient that is not finite.
+
+What every rank must hold alike, the replicated parameters and their optimizer state, is compared bit by bit without
+sending it: a checksum of all of it is reduced with the gradients. Only if it differs are the checksums of each
+parameter sent, to name the first one that does. The cost is one pass over parameters and state in the steps that
+compare.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +17,11 @@ import torch
 from torch import Tensor
 
 from distopt.backends import Backend
-from distopt.reduce.errors import DriftError
-from distopt.reduce.messages import DIGIT, NUM_CHECKSUM_DIGITS, Brought
+from distopt.reduce.errors import DriftError, ranks_by_value
+from distopt.reduce.gradients import LocalGradients
+from distopt.reduce.messages import BASE, NUM_CHECKSUM_DIGITS
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def tensor_checksum(tensor: Tensor) -> int:
@@ -22,13 +29,13 @@ def tensor_checksum(tensor: Tensor) -> int:
     real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     if real.is_sparse:
         real = real.to_dense()
-    bits = real.contiguous().view(-1).view(_BITS[real.dtype.itemsize])
+    bits = real.contiguous().view(-1).view(_INTEGER_OF_SIZE[real.dtype.itemsize])
     return int(bits.sum(dtype=torch.int64))
 
 
 def state_checksum(state: Any) -> str:
     """Returns a digest of nested optimizer state: its tensors by their bits, numbers and texts as they are."""
-    return hashlib.blake2b(json.dumps(_plain(state)).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(json.dumps(_as_json(state)).encode(), digest_size=8).hexdigest()
 
 
 def checksums(params: Iterable[tuple[str, Tensor]], state: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
@@ -36,45 +43,41 @@ def checksums(params: Iterable[tuple[str, Tensor]], state: Mapping[str, Any]) ->
     return {name: (tensor_checksum(param), state_checksum(state.get(name))) for name, param in params}
 
 
-def fold(sums: Mapping[str, tuple[int, str]]) -> int:
-    """Returns all of them as one number of `NUM_CHECKSUM_DIGITS` digits."""
+def combine_checksums(sums: Mapping[str, tuple[int, str]]) -> int:
+    """Returns one number of `NUM_CHECKSUM_DIGITS` digits in base 64 that stands for all of them."""
     digest = hashlib.blake2b(json.dumps(sorted(sums.items())).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % int(DIGIT**NUM_CHECKSUM_DIGITS)
+    return int.from_bytes(digest, "little") % int(BASE**NUM_CHECKSUM_DIGITS)
 
 
 def explain_drift(backend: Backend, sums: Mapping[str, tuple[int, str]], step: int) -> DriftError:
-    """Returns the error that names the first parameter that differs, and which ranks hold what; a collective call."""
-    told = backend.all_gather_json(sums)
-    for name in sorted({name for each in told for name in each}):
-        for place, what in enumerate(("value", "optimizer state")):
-            values = [str(each[name][place]) if name in each else "absent" for each in told]
-            if len(set(values)) > 1:
+    """Returns the error that names the first parameter that differs, and the ranks on each side.
+
+    Cost:
+        One gather of JSON; every rank calls it.
+    """
+    sums_by_rank = backend.all_gather_json(sums)
+    for name in sorted({name for each in sums_by_rank for name in each}):
+        for index, quantity in enumerate(("value", "optimizer state")):
+            values = {r: str(each[name][index]) if name in each else "absent" for r, each in enumerate(sums_by_rank)}
+            sides = ranks_by_value(values)
+            if len(sides) > 1:
                 return DriftError(
                     f"rank {backend.rank} of {backend.world_size}, step {step}: the replicas have drifted apart. First "
-                    f"difference: {what} of parameter {name!r}: {_sides(values)}. Restart from the last checkpoint; if "
-                    "it comes back, look for code that changes parameters on some ranks only, or for faulty memory."
+                    f"difference: {quantity} of parameter {name!r}: {' against '.join(sides.values())}. Restart from "
+                    "the last checkpoint; if it comes back, look for code that changes parameters on some ranks only, "
+                    "or for faulty memory."
                 )
-    return DriftError(f"step {step}: the replicas' checksums differed, and agree again when looked at closely.")
+    return DriftError(f"step {step}: the replicas' checksums differed, and are equal now that they are compared again.")
 
 
-def _sides(values: Sequence[str]) -> str:
-    sides: dict[str, list[str]] = {}
-    for rank, value in enumerate(values):
-        sides.setdefault(value, []).append(str(rank))
-    return " against ".join(f"rank {', '.join(ranks)}" for ranks in sides.values())
-
-
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     if isinstance(value, Tensor):
         return [str(value.dtype), list(value.shape), tensor_checksum(value)]
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _as_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_as_json(item) for item in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
-
-
-# Which rank's gradients are not finite.
 
 
 def is_finite(gradient: Tensor) -> bool:
@@ -84,23 +87,25 @@ def is_finite(gradient: Tensor) -> bool:
     return bool(torch.isfinite(values.sum()) or torch.isfinite(values).all())
 
 
-def explain_nonfinite(backend: Backend, names: Sequence[str], brought: Brought | None, step: int) -> str:
-    """Names ranks and parameters; a collective call, which all ranks make since all have seen the sum.
+def explain_nonfinite(backend: Backend, names: Sequence[str], local: LocalGradients | None, step: int) -> str:
+    """Returns a sentence that names the ranks and parameters with a gradient that is not finite.
 
     Args:
         backend: Link to the other ranks.
-        names: Of the layout's parameters.
-        brought: What this rank gave; None when it only took part.
-        step: For the message.
+        names: Names of the layout's parameters.
+        local: What this rank gave; None if it only took part.
+        step: The step, for the sentence.
+
+    Cost:
+        One gather of JSON; every rank calls it, since all have seen the sum.
     """
-    own: list[str] = []
-    if brought is not None:
+    nonfinite: list[str] = []
+    if local is not None:
         gradients = [
-            *zip(names, brought.gradients, strict=True),
-            *((name, gradient) for name, _, gradient in brought.own),
+            *zip(names, local.gradients, strict=True),
+            *((name, gradient) for name, _, gradient in local.rank_local),
         ]
-        own = [name for name, gradient in gradients if gradient is not None and not is_finite(gradient)]
-    told = backend.all_gather_json(own)
-    found = [f"rank {rank}: {', '.join(map(repr, each))}" for rank, each in enumerate(told) if each]
-    said = "; ".join(found) or "on no rank by itself, so the sum overflowed"
-    return f"step {step}: gradients that are not finite: {said}."
+        nonfinite = [name for name, gradient in gradients if gradient is not None and not is_finite(gradient)]
+    by_rank = backend.all_gather_json(nonfinite)
+    causes = "; ".join(f"rank {rank}: {', '.join(map(repr, each))}" for rank, each in enumerate(by_rank) if each)
+    return f"step {step}: gradients that are not finite: {causes or 'on no rank by itself, so the sum overflowed'}."

@@ -1,4 +1,4 @@
-"""Which parameters all ranks know, in one order, and in which buffers their gradients travel."""
+"""Which parameters all ranks know, in one order, and in which buffers their gradients are reduced."""
 
 from __future__ import annotations
 
@@ -10,34 +10,44 @@ import torch
 from torch import Tensor
 
 from distopt.backends import Json
+from distopt.optim.packing import Segments
 from distopt.reduce.messages import NUM_SLOTS
 
 MIB = 2**20
-LOOK_FIRST_BYTES = 4 * MIB
-"""Gradients in several buckets and beyond this size are sent after the ranks have seen that nobody has news."""
+CONTROL_FIRST_BYTES = 4 * MIB
+"""Gradients in several buckets and beyond this size are sent after the ranks have seen that the layout is unchanged."""
 LARGE_NUMEL = 2**15
 """From this many elements on a pass over a gradient costs more than a call, and allocating it more than either."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A parameter as all ranks agree on it."""
+class ParamSpec:
+    """A parameter as all ranks agree on it.
+
+    Attributes:
+        name: Its name in Pyro's parameter store.
+        shape: Shape of its unconstrained value.
+        dtype: Dtype of that value.
+        device: Type of its device; all ranks keep it on a GPU, or none does.
+        sparse: Whether its gradient is sent as a sparse tensor.
+        constraint: Description of its constraint, as JSON text.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    device: str  # its type: all ranks keep it on a GPU, or none does
-    sparse: bool  # whether its gradient is exchanged as a sparse tensor
-    constraint: str  # description, as JSON text
+    device: str
+    sparse: bool
+    constraint: str
 
     @property
     def real_dtype(self) -> torch.dtype:
-        """The dtype in which its gradient is summed: complex numbers travel as pairs."""
+        """The dtype in which its gradient is summed: a complex number is sent as two real ones."""
         return self.dtype.to_real()
 
     @property
     def numel(self) -> int:
-        """Elements of its gradient in `real_dtype`."""
+        """Number of elements of its gradient in `real_dtype`."""
         return torch.Size(self.shape).numel() * (2 if self.dtype.is_complex else 1)
 
     @property
@@ -52,87 +62,141 @@ class Entry:
 
 
 class Bucket:
-    """Gradients that travel in one buffer, with the control slots behind them in one of the buckets.
+    """Gradients that are reduced in one buffer, in one of the buckets followed by the control slots.
+
+    Args:
+        indices: The parameters' indices in the layout.
+        specs: The parameters, of one dtype and device.
+        device: Where the buffer is.
+        num_slots: Number of control slots; 0 in the buckets that do not carry them.
 
     Attributes:
-        indices: the parameters' places in the layout.
-        buffer: shape (numel + slots,), what is sent.
-        flat: shape (numel,), the gradients in it.
-        views: one per parameter, its gradient in `flat`, in the parameter's shape and dtype.
-        addresses: where each of them starts; -1 for empty ones.
-        is_large: whether a pass over one of its gradients costs more than a call for each.
-        is_1d: whether they are vectors of real numbers, which can be copied in one call.
-        slots: the control slots in `buffer`; None in the buckets that do not carry them.
+        indices: As given.
+        specs: As given.
+        names: The parameters' names.
+        buffer: (numel + num_slots,), the gradients' real dtype; what is sent.
+        flat: (numel,), the gradients in `buffer`.
+        offsets: Where each gradient starts in `flat`, and at last where the last one ends.
+        views: One per parameter, its gradient in `flat`, in the parameter's shape and dtype.
+        addresses: Memory address of each view; -1 for empty ones.
+        is_complex: Whether the parameters are complex.
+        is_large: Whether a pass over one of its gradients costs more than a call for each.
+        slots: (num_slots,), the control slots in `buffer`; None in the buckets that do not carry them.
     """
 
     def __init__(
-        self, indices: Sequence[int], entries: Sequence[Entry], device: torch.device, num_slots: int = 0
+        self, indices: Sequence[int], specs: Sequence[ParamSpec], device: torch.device, num_slots: int = 0
     ) -> None:
-        self.indices, self.entries = tuple(indices), tuple(entries)
-        self.offsets = list(accumulate((entry.numel for entry in entries), initial=0))
-        numel, dtype = self.offsets[-1], entries[0].real_dtype if entries else torch.float32
+        self.indices = tuple(indices)
+        self.specs = tuple(specs)
+        self.names = tuple(spec.name for spec in specs)
+        self.offsets = list(accumulate((spec.numel for spec in specs), initial=0))
+        self.is_complex = bool(specs) and specs[0].dtype.is_complex
+
+        numel = self.offsets[-1]
+        dtype = specs[0].real_dtype if specs else torch.float32
         self.buffer = torch.zeros(numel + num_slots, dtype=dtype, device=device)
         self.flat = self.buffer[:numel]
         self.slots = self.buffer[numel:] if num_slots else None
-        self.is_complex = bool(entries) and entries[0].dtype.is_complex
-        self.views = [
-            _view(self.flat[start:stop], entry)
-            for entry, start, stop in zip(entries, self.offsets, self.offsets[1:], strict=False)
-        ]
+
+        values = torch.view_as_complex(self.flat.view(-1, 2)) if self.is_complex else self.flat
+        self._segments = Segments(values, [spec.shape for spec in specs])
+        self.views = self._segments.views
         self.addresses = [view.data_ptr() if view.numel() else -1 for view in self.views]
         self.is_large = numel > LARGE_NUMEL * len(self.views)
-        self.is_1d = not self.is_complex and all(view.dim() == 1 for view in self.views)
-        self.names = tuple(entry.name for entry in entries)
+
+    @torch.no_grad()
+    def fill_(self, gradients: Sequence[Tensor | None] | None, scale: float, *, complete: bool = False) -> None:
+        """Overwrites the bucket with this rank's gradients times `scale`, and zeros where it has none.
+
+        Args:
+            gradients: By index in the layout; None where this rank has none, or for none at all.
+            scale: What the gradients are multiplied by.
+            complete: Whether none of them is None and none is sparse.
+        """
+        if gradients is None:
+            self.buffer.zero_()
+            return
+        chosen = list(map(gradients.__getitem__, self.indices))
+
+        # Many small gradients: one call copies them all and one multiplies them, where the calls are what costs.
+        if complete and chosen and not self.is_large:
+            self._segments.copy_(chosen)  # type: ignore[arg-type]  # none is None
+            if scale != 1.0:
+                self.flat.mul_(scale)
+            return
+
+        # Large ones: a call for each that multiplies as it copies, where passing over the memory is what costs.
+        for view, gradient in zip(self.views, chosen, strict=True):
+            if gradient is None:
+                view.zero_()
+            else:
+                torch.mul(gradient.to_dense() if gradient.is_sparse else gradient, scale, out=view)
 
 
 class Layout:
     """The parameters known to all ranks, sorted by name, and their buckets.
 
-    The control slots ride in the first bucket, or travel alone where it cannot carry them or the model is large: then
-    they are looked at before gradients are sent.
+    Ranks that know the same parameters and have the same options build the same layout without exchanging a message:
+    buckets, their order and the order within them follow from names, shapes and dtypes alone.
+
+    The control slots are carried by the first bucket. Where no bucket can carry them, and where the model is large,
+    they have a bucket without gradients: then they are reduced before any gradient is sent.
 
     Args:
-        entries: the parameters.
-        params: this rank's tensors, by name.
-        bucket_mib: Largest bucket in MiB; a larger parameter has one of its own.
-        groups: Names that travel together, by group; the others are packed by size.
-        rides: Whether control slots may ride in a bucket (its sum is plain), else they travel alone.
-        control_device: Where they are when they travel alone.
+        specs: The parameters, by name.
+        params: This rank's tensors, by name.
+        bucket_mib: Largest bucket in MiB; a larger parameter has a bucket for itself.
+        groups: Names that share a bucket, by group, or a number of groups; the others are packed by size.
+        carries_control: Whether a bucket with gradients may carry the control slots, because its sum is exact.
+        control_device: Where the slots are when they have a bucket for themselves.
+
+    Attributes:
+        specs: The parameters, sorted by name.
+        names: Their names.
+        params: This rank's tensors.
+        index: Index of each parameter, by `id` of its tensor.
+        sparse: Indices of the parameters with sparse gradients, which are in no bucket.
+        control_first: Whether the control slots are reduced before gradients are sent.
+        buckets: The one with the control slots first, then the others in the order of names.
+        slots: (NUM_SLOTS + number of parameters,), the control slots.
     """
 
     def __init__(
         self,
-        entries: Mapping[str, Entry],
+        specs: Mapping[str, ParamSpec],
         params: Mapping[str, Tensor],
         *,
         bucket_mib: float,
         groups: Sequence[Sequence[str]] | int = (),
-        rides: bool = True,
+        carries_control: bool = True,
         control_device: torch.device,
     ) -> None:
-        self.entries = tuple(entries[name] for name in sorted(entries))
-        self.names = tuple(entry.name for entry in self.entries)
+        self.specs = tuple(specs[name] for name in sorted(specs))
+        self.names = tuple(spec.name for spec in self.specs)
         self.params = tuple(params[name] for name in self.names)
-        # Identity, since tensors compare by element; `params` keeps them alive, so none is given another's id.
+        # By identity, since tensors compare by element; `params` keeps them alive, so no other tensor gets their id.
         self.index = {id(param): index for index, param in enumerate(self.params)}
-        self.sparse = tuple(index for index, entry in enumerate(self.entries) if entry.sparse)
-        num_slots = NUM_SLOTS + len(self.entries)
-        dense = [index for index, entry in enumerate(self.entries) if not entry.sparse]
-        parts = _split(dense, self.entries, bucket_mib, groups)
-        num_bytes = sum(self.entries[index].num_bytes for index in dense)
-        self.looks_first = len(parts) > 1 and num_bytes > LOOK_FIRST_BYTES
-        rides = rides and not self.looks_first
-        carrier = next((i for i, part in enumerate(parts) if rides and self._can_carry(part)), None)
+        self.sparse = tuple(index for index, spec in enumerate(self.specs) if spec.sparse)
+
+        dense = [index for index, spec in enumerate(self.specs) if not spec.sparse]
+        members = _split(dense, self.specs, bucket_mib, groups)
+        num_bytes = sum(self.specs[index].num_bytes for index in dense)
+        self.control_first = len(members) > 1 and num_bytes > CONTROL_FIRST_BYTES
+
+        # The bucket with the control slots comes first, since its result says what to make of the others.
+        num_slots = NUM_SLOTS + len(self.specs)
+        carrier = self._find_carrier(members) if carries_control and not self.control_first else None
         if carrier is not None:
-            parts.insert(0, parts.pop(carrier))  # the control slots are waited for first
+            members.insert(0, members.pop(carrier))
         self.buckets = [
             Bucket(
-                part,
-                [self.entries[index] for index in part],
-                self.params[part[0]].device,
+                indices,
+                [self.specs[index] for index in indices],
+                self.params[indices[0]].device,
                 num_slots if carrier is not None and number == 0 else 0,
             )
-            for number, part in enumerate(parts)
+            for number, indices in enumerate(members)
         ]
         if carrier is None:
             self.buckets.insert(0, Bucket((), (), control_device, num_slots))
@@ -140,35 +204,32 @@ class Layout:
         assert slots is not None
         self.slots = slots
 
-    def _can_carry(self, part: Sequence[int]) -> bool:
-        return self.entries[part[0]].real_dtype in (torch.float32, torch.float64)
-
-
-def _view(flat: Tensor, entry: Entry) -> Tensor:
-    if entry.dtype.is_complex:
-        return torch.view_as_complex(flat.view(*entry.shape, 2))
-    return flat.view(entry.shape)
+    def _find_carrier(self, members: Sequence[Sequence[int]]) -> int | None:
+        """Returns the first bucket in whose dtype small whole numbers are summed exactly (see `messages`)."""
+        exact = (torch.float32, torch.float64)
+        return next((i for i, each in enumerate(members) if self.specs[each[0]].real_dtype in exact), None)
 
 
 def _split(
-    indices: Sequence[int], entries: Sequence[Entry], bucket_mib: float, groups: Sequence[Sequence[str]] | int
+    indices: Sequence[int], specs: Sequence[ParamSpec], bucket_mib: float, groups: Sequence[Sequence[str]] | int
 ) -> list[list[int]]:
-    """Groups of one dtype and device, each under the bucket size, or as the user has grouped them."""
+    """Returns the members of each bucket: one dtype and device, below the size or as the user has grouped them."""
     if isinstance(groups, int):
         size = -(-len(indices) // groups) if groups else 0
-        group_of = {entries[index].name: place // size for place, index in enumerate(indices)} if size else {}
+        group_of = {specs[index].name: number // size for number, index in enumerate(indices)} if size else {}
     else:
         group_of = {name: number for number, group in enumerate(groups) for name in group}
-    parts: list[list[int]] = []
-    filling: dict[tuple[object, ...], tuple[list[int], int]] = {}
+
+    members: list[list[int]] = []
+    open_buckets: dict[tuple[object, ...], tuple[list[int], int]] = {}
     for index in indices:
-        entry = entries[index]
-        group = group_of.get(entry.name)
-        key = (entry.dtype, entry.device, group)
-        part, held = filling.get(key, ([], 0))
-        if not part or (group is None and held + entry.num_bytes > bucket_mib * MIB):
-            part, held = [], 0
-            parts.append(part)
-        part.append(index)
-        filling[key] = (part, held + entry.num_bytes)
-    return parts
+        spec = specs[index]
+        group = group_of.get(spec.name)
+        key = (spec.dtype, spec.device, group)
+        bucket, num_bytes = open_buckets.get(key, ([], 0))
+        if not bucket or (group is None and num_bytes + spec.num_bytes > bucket_mib * MIB):
+            bucket, num_bytes = [], 0
+            members.append(bucket)
+        bucket.append(index)
+        open_buckets[key] = (bucket, num_bytes + spec.num_bytes)
+    return members

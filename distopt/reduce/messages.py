@@ -1,34 +1,39 @@
-"""The control slots: a few numbers that ride along with the gradients and say what the ranks must know of each other.
+"""The control slots: a few numbers that are reduced with the gradients and say what ranks must know of each other.
 
-They are summed like gradients, in float32 or float64, so what must be exact is a small whole number. Whether all ranks
-hold the same number d follows from two sums: n Σd² = (Σd)² exactly when they do (Cauchy and Schwarz). With d < 64 both
-sums are exact in float32 for up to 4,096 ranks.
+They are summed like gradients, in float32 or float64, so whatever must be exact is a small whole number. Whether all
+ranks hold the same number d follows from two sums: n Σd² = (Σd)² exactly when they do (Cauchy and Schwarz). With d < 64
+both sums are exact in float32 for up to 4,096 ranks, so larger numbers are sent as several digits in base 64.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from distopt.sharding import num_shards
+BASE = 64
+NUM_CHECKSUM_DIGITS = 8
+"""Digits of a checksum in base 64, which are 48 bits."""
 
-DIGIT = 64
-NUM_CHECKSUM_DIGITS = 8  # 48 bits
-
-_ACTIVE, _NEWS, _ABORT, _FLAG, _NONFINITE, _VALUE, _NUM_VALUES, _OWN_SQUARE = range(8)
-_STEP, _KIND = 8, 10
+# Index of each slot. A digit d takes two, for d and d²; a slot per parameter of the layout follows these.
+_ACTIVE = 0
+_CHANGED = 1
+_ABORT = 2
+_STOP = 3
+_NONFINITE = 4
+_VALUE = 5
+_NUM_VALUES = 6
+_RANK_LOCAL_SQUARE = 7
+_STEP = 8
+_KIND = 10
 _CHECKSUM = 12
 NUM_SLOTS = _CHECKSUM + 2 * NUM_CHECKSUM_DIGITS
 
 
-class Kind(IntEnum):
-    """What an active rank takes part in a round for."""
+class RoundKind(IntEnum):
+    """Why an active rank takes part in a round."""
 
     GRADIENT = 1
     SCHEDULE = 2
@@ -37,163 +42,126 @@ class Kind(IntEnum):
 
 
 @dataclass
-class Control:
-    """What one rank says in a round.
+class RankMessage:
+    """What one rank tells the others in a round.
 
-    A joined rank (not active) says nothing of step and kind: it follows.
+    Attributes:
+        step: The step that the rank is at.
+        kind: Why it takes part; None for a rank that has joined, which follows the others' step and kind.
+        has_changes: Whether it has parameters that the layout lacks.
+        stop: Whether it asks all ranks to stop.
+        nonfinite: Whether a gradient of its rank-local parameters is not finite.
+        value: Its loss, or the metric of a schedule.
+        rank_local_square: Squared 2-norm of the gradients of its rank-local parameters.
+        checksum: Of its replicas of parameters and optimizer state; 0 without drift watch.
     """
 
     step: int
-    kind: Kind | None  # None: this rank has joined
-    news: bool = False
-    abort: bool = False
-    flag: bool = False
+    kind: RoundKind | None
+    has_changes: bool = False
+    stop: bool = False
     nonfinite: bool = False
-    value: float | None = None  # the loss, or a schedule's metric
-    own_square: float = 0.0  # of the gradients of this rank alone
+    value: float | None = None
+    rank_local_square: float = 0.0
     checksum: int = 0
 
 
 @dataclass
-class Heard:
-    """The sums of a round."""
+class RoundSummary:
+    """What all ranks know after a round: the sums of their messages, the same on each.
+
+    Attributes:
+        num_active: Ranks that have not joined.
+        num_changed: Ranks that have parameters which the layout lacks.
+        num_aborts: Ranks that have raised an error.
+        num_stops: Ranks that ask to stop.
+        num_nonfinite: Ranks with a gradient of a rank-local parameter that is not finite.
+        mean_value: Mean of the values, over the ranks that sent one; None if none did.
+        rank_local_square: Squared 2-norm of the gradients of all ranks' rank-local parameters together.
+        kind: Why the active ranks took part; None if they differ, or none is active.
+        in_step: Whether all active ranks are at the same step, for the same reason.
+        in_sync: Whether all ranks have the same checksum.
+        touched: Number of ranks that have a gradient, by index of the parameter in the layout.
+    """
 
     num_active: int
-    num_news: int
-    num_abort: int
-    num_flags: int
+    num_changed: int
+    num_aborts: int
+    num_stops: int
     num_nonfinite: int
-    value: float | None  # mean over the ranks that gave one
-    own_square: float
-    kind: Kind | None
-    in_step: bool  # all active ranks are in the same step, for the same kind
-    in_sync: bool  # all ranks have the same checksum
-    touched: list[float]  # per parameter of the layout, how many ranks have a gradient for it
+    mean_value: float | None
+    rank_local_square: float
+    kind: RoundKind | None
+    in_step: bool
+    in_sync: bool
+    touched: list[float]
 
-    def steps(self, index: int) -> bool:
-        """Whether this round's gradient of the parameter at a place in the layout is stepped by, not thrown away."""
-        return self.in_step and not self.num_news and not self.num_abort and self.touched[index] > 0
+    def is_stepped(self, index: int) -> bool:
+        """Returns whether the parameter at `index` is stepped by this round's gradient, which else is thrown away."""
+        return self.in_step and not self.num_changed and not self.num_aborts and self.touched[index] > 0
 
 
-def write_control(slots: Tensor, said: Control) -> None:
-    """Writes into the first `NUM_SLOTS` elements of `slots`."""
-    active = said.kind is not None
+def write_message(slots: Tensor, message: RankMessage) -> None:
+    """Writes a message into the first `NUM_SLOTS` elements of `slots`."""
     numbers = [0.0] * NUM_SLOTS
-    numbers[_ACTIVE] = float(active)
-    numbers[_NEWS], numbers[_ABORT], numbers[_FLAG] = float(said.news), float(said.abort), float(said.flag)
-    numbers[_NONFINITE], numbers[_OWN_SQUARE] = float(said.nonfinite), said.own_square
-    if said.value is not None:
-        numbers[_VALUE], numbers[_NUM_VALUES] = said.value, 1.0
-    if said.kind is not None:
-        for at, digit in ((_STEP, said.step % (DIGIT - 3)), (_KIND, int(said.kind))):
-            numbers[at], numbers[at + 1] = float(digit), float(digit**2)
-    checksum, at = said.checksum, _CHECKSUM
+    numbers[_CHANGED] = float(message.has_changes)
+    numbers[_STOP] = float(message.stop)
+    numbers[_NONFINITE] = float(message.nonfinite)
+    numbers[_RANK_LOCAL_SQUARE] = message.rank_local_square
+    if message.value is not None:
+        numbers[_VALUE] = message.value
+        numbers[_NUM_VALUES] = 1.0
+
+    # Steps are compared modulo 61: ranks that are further apart by a multiple of it would be taken for equal. It is a
+    # prime, so that the usual periods of a loop (an epoch of 64 or 100 steps) are no multiples of it.
+    if message.kind is not None:
+        numbers[_ACTIVE] = 1.0
+        numbers[_ABORT] = float(message.kind is RoundKind.ABORT)
+        _write_digit(numbers, _STEP, message.step % (BASE - 3))
+        _write_digit(numbers, _KIND, int(message.kind))
+
+    checksum, slot = message.checksum, _CHECKSUM
     while checksum:
-        checksum, digit = divmod(checksum, DIGIT)
-        numbers[at], numbers[at + 1] = float(digit), float(digit**2)
-        at += 2
-    fill_(slots[:NUM_SLOTS], numbers)
+        checksum, digit = divmod(checksum, BASE)
+        _write_digit(numbers, slot, digit)
+        slot += 2
+    write_slots_(slots[:NUM_SLOTS], numbers)
 
 
-def fill_(slots: Tensor, numbers: float | list[float]) -> None:
-    """Overwrites 1-D `slots` with numbers."""
+def write_slots_(slots: Tensor, numbers: float | list[float]) -> None:
+    """Overwrites the 1-D `slots` with numbers."""
     if slots.device.type == "cpu":
-        slots.numpy()[:] = numbers  # a tenth of the time that a tensor of their own takes
+        slots.numpy()[:] = numbers  # a tenth of the time that making a tensor of the numbers takes
     else:
         slots.copy_(torch.tensor(numbers, dtype=slots.dtype))
 
 
-def read_control(slots: Tensor, world_size: int) -> Heard:
-    """Reads the summed slots."""
+def read_summary(slots: Tensor, world_size: int) -> RoundSummary:
+    """Returns what the slots say after they have been summed over all ranks."""
     numbers: list[float] = slots.tolist()
-    num_active, num_values = int(numbers[_ACTIVE]), int(numbers[_NUM_VALUES])
-    in_step = _all_same(numbers, _STEP, num_active) and _all_same(numbers, _KIND, num_active)
-    return Heard(
-        num_active,
-        int(numbers[_NEWS]),
-        int(numbers[_ABORT]),
-        int(numbers[_FLAG]),
-        int(numbers[_NONFINITE]),
-        numbers[_VALUE] / num_values if num_values else None,
-        numbers[_OWN_SQUARE],
-        Kind(round(numbers[_KIND] / num_active)) if num_active and in_step else None,
-        in_step,
-        all(_all_same(numbers, at, world_size) for at in range(_CHECKSUM, NUM_SLOTS, 2)),
-        numbers[NUM_SLOTS:],
+    num_active = int(numbers[_ACTIVE])
+    num_values = int(numbers[_NUM_VALUES])
+    in_step = _all_equal(numbers, _STEP, num_active) and _all_equal(numbers, _KIND, num_active)
+
+    return RoundSummary(
+        num_active=num_active,
+        num_changed=int(numbers[_CHANGED]),
+        num_aborts=int(numbers[_ABORT]),
+        num_stops=int(numbers[_STOP]),
+        num_nonfinite=int(numbers[_NONFINITE]),
+        mean_value=numbers[_VALUE] / num_values if num_values else None,
+        rank_local_square=numbers[_RANK_LOCAL_SQUARE],
+        kind=RoundKind(round(numbers[_KIND] / num_active)) if num_active and in_step else None,
+        in_step=in_step,
+        in_sync=all(_all_equal(numbers, slot, world_size) for slot in range(_CHECKSUM, NUM_SLOTS, 2)),
+        touched=numbers[NUM_SLOTS:],
     )
 
 
-def _all_same(numbers: list[float], at: int, count: int) -> bool:
-    return count * int(numbers[at + 1]) == int(numbers[at]) ** 2
+def _write_digit(numbers: list[float], slot: int, digit: int) -> None:
+    numbers[slot] = float(digit)
+    numbers[slot + 1] = float(digit**2)
 
 
-# What goes into a reduction and what comes out of it.
-
-
-class Part(NamedTuple):
-    """Reduced gradients of some parameters, side by side.
-
-    In the steady state `names` and `params` are the same tuples at each step.
-    """
-
-    names: tuple[str, ...]
-    params: tuple[Tensor, ...]
-    buffer: Tensor
-
-
-@dataclass
-class Brought:
-    """What one rank brings to a reduction.
-
-    Attributes:
-        params: the unconstrained tensors of this call.
-        gradients: by place in the layout; None where this rank has none.
-        complete: whether no gradient is None and none is sparse.
-        addresses: where each gradient lies; None when one is missing or sparse, and when nobody has looked.
-        news: parameters that the layout lacks or holds otherwise, with their gradients.
-        own: (name, parameter, gradient) of parameters that belong to this rank alone.
-        num_summed: over how many ranks the shared gradients are summed and not averaged; 1 for a mean.
-    """
-
-    params: Sequence[Tensor] = ()
-    gradients: list[Tensor | None] = field(default_factory=list)
-    complete: bool = False
-    addresses: list[int] | None = None
-    news: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
-    own: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
-    num_summed: int = 1
-
-    def own_divisor(self, param: Tensor) -> float:
-        """Returns by what the gradient of one of this rank's own is divided, to be of one scale with the shared ones.
-
-        The density of its plate was multiplied by the number of shards; a sum over ranks is that much larger again.
-        """
-        return num_shards(param) / self.num_summed
-
-    def own_square(self) -> float:
-        """Returns the squared 2-norm of the gradients of this rank alone, as they will be stepped by."""
-        total = 0.0
-        for _, param, gradient in self.own:
-            values = gradient.coalesce().values() if gradient.is_sparse else gradient
-            wide = torch.complex128 if values.is_complex() else torch.float64
-            total += (float(torch.linalg.vector_norm(values, dtype=wide)) / self.own_divisor(param)) ** 2
-        return total
-
-
-@dataclass
-class Reduced:
-    """The gradients that every rank steps by, equal on all ranks, and what the ranks have told each other."""
-
-    heard: Heard
-    brought: Brought | None = None  # what this rank gave
-    dense: list[Part] = field(default_factory=list)
-    loose: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
-    num_own: int = 0  # the last ones of `loose`: of this rank alone
-
-    def norm(self) -> float:
-        """Returns the 2-norm of the gradients that are equal on all ranks."""
-        shared = [gradient for _, _, gradient in self.loose[: len(self.loose) - self.num_own]]
-        parts = [part.buffer for part in self.dense] + [
-            each.coalesce().values() if each.is_sparse else each for each in shared
-        ]
-        return math.sqrt(sum(float(part.abs().square().sum(dtype=torch.float64)) for part in parts))
+def _all_equal(numbers: list[float], slot: int, count: int) -> bool:
+    return count * int(numbers[slot + 1]) == int(numbers[slot]) ** 2

@@ -1,4 +1,4 @@
-"""Buckets that start to cross while backward still runs."""
+"""Buckets that are sent while backward still runs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from distopt.reduce.layout import Bucket, Layout
 
 
 class Overlap:
-    """Starts a bucket as soon as the last of its gradients is there.
+    """Starts a bucket as soon as the last of its gradients is complete.
 
     Buckets start from the last to the first on all ranks, since backward reaches first what the model used last, and
     the names of a network's layers mostly follow its order. The bucket with the control slots is left to the
-    optimizer's call. A bucket that does not fill on some rank (a parameter was not touched) starts in the call as
-    well, and so do those behind it: the order is what ranks have in common.
+    optimizer's call. A bucket that is not complete on some rank (a parameter was not touched) starts in the call as
+    well, and so do those behind it: ranks may differ in when they start a bucket, but never in which comes next.
 
     How often `backward` reaches a parameter before a call (once for each particle, say) is seen in the step before, so
     the first step with these buckets has no overlap.
@@ -31,21 +31,21 @@ class Overlap:
     def __init__(self, layout: Layout, start: Callable[[Bucket], None]) -> None:
         self._start = start
         self._order = layout.buckets[:0:-1]
-        self._place_of = {index: place for place, bucket in enumerate(self._order) for index in bucket.indices}
-        self._counts = dict.fromkeys(self._place_of, 0)
+        self._position_of = {index: position for position, bucket in enumerate(self._order) for index in bucket.indices}
+        self._counts = dict.fromkeys(self._position_of, 0)
         self._expected = dict(self._counts)  # counts of the last step in which the parameter was touched
         self.reset()
-        self._hooks = [_register(layout.params[index], partial(self._arrived, index)) for index in self._place_of]
+        self._hooks = [_register(layout.params[index], partial(self._count, index)) for index in self._position_of]
 
     def reset(self) -> None:
         """Prepares for the next step."""
         self._expected.update({index: count for index, count in self._counts.items() if count})
-        self._counts = dict.fromkeys(self._place_of, 0)
-        self._missing = [len(bucket.indices) for bucket in self._order]
+        self._counts = dict.fromkeys(self._position_of, 0)
+        self._num_missing = [len(bucket.indices) for bucket in self._order]
         self.num_started = 0
 
     def close(self) -> None:
-        """Takes the hooks off the parameters."""
+        """Removes the hooks from the parameters."""
         for hook in self._hooks:
             hook.remove()
 
@@ -55,18 +55,19 @@ class Overlap:
         return self._order[self.num_started :]
 
     @torch.no_grad()
-    def _arrived(self, index: int, param: Tensor) -> None:
-        place = self._place_of[index]
-        if place < self.num_started:
+    def _count(self, index: int, param: Tensor) -> None:
+        """Counts a gradient that backward has accumulated; starts the buckets that are complete by it."""
+        position = self._position_of[index]
+        if position < self.num_started:
             raise RuntimeError(
-                f"overlap=True: a gradient of shape {tuple(param.shape)} grew again when it was on its way already, "
+                f"overlap=True: a gradient of shape {tuple(param.shape)} was added to when it was being sent already, "
                 f"after {self._counts[index]} backward passes as in the step before. Run backward() equally often "
                 "before each call, or use overlap=False."
             )
         self._counts[index] += 1
         if self._counts[index] == self._expected[index]:
-            self._missing[place] -= 1
-        while self.waiting and self._missing[self.num_started] == 0:
+            self._num_missing[position] -= 1
+        while self.waiting and self._num_missing[self.num_started] == 0:
             self._start(self.waiting[0])
             self.num_started += 1
 

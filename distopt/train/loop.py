@@ -16,7 +16,7 @@ from distopt.backends import Backend, BackendError, init
 from distopt.checkpoint import Checkpointer, CheckpointError, Restored, Retention
 from distopt.config import MAY_CHANGE, ConfigError, RunConfig, dump_yaml
 from distopt.data import GlobalBatches, Loader
-from distopt.infer import SVI, seed_noise
+from distopt.infer import SVI, seed_all
 from distopt.launchers import CHECKPOINTS, LauncherError, find_rank
 from distopt.optim import DistributedOptimizer, StepInfo
 from distopt.reduce import DisagreementError, DriftError, PeerError
@@ -104,7 +104,15 @@ class _Worker:
                 noise=config.train.noise,
             )
         loss = make_loss(config)
-        self.svi = SVI(self.task.model, self.task.guide, self.optimizer, loss, weight=self.batches.weight)
+        self.svi = SVI(
+            self.task.model,
+            self.task.guide,
+            self.optimizer,
+            loss,
+            weight=self.batches.weight,
+            capture=config.train.capture,
+        )
+        self.refusal: str | None = None  # why steps are not captured, once it has been printed
         callables = {"model": self.task.model, "guide": self.task.guide}
         self.modules = {name: each for name, each in callables.items() if isinstance(each, nn.Module)}
 
@@ -161,7 +169,7 @@ class _Worker:
 
         A step that takes all rows would need too many here, so at most `_INIT_ROWS` of a step's rows are used.
         """
-        seed_noise(self.config.seed)
+        seed_all(self.config.seed)
         if self.task.sharded:
             rows = self.batches.rows(0)
         else:
@@ -230,6 +238,7 @@ class _Worker:
                 is_logged = is_last or step % self.config.log.every_steps == 0
                 info = self._step(step, loader, measure_norm=is_logged)
                 window.add(info)
+                self._report_refusal(step)
                 loggers.after_step(step)
                 if is_logged:
                     loggers.log(step, self._measure(info, window))
@@ -250,7 +259,7 @@ class _Worker:
         config = self.config
         index = step - 1  # data, random streams and the optimizer count from 0
         # Random streams are seeded by step, so a resumed run draws what an undisturbed one would.
-        seed_noise(config.seed, index, self.backend.rank, config.train.noise)
+        seed_all(config.seed, index, self.backend.rank, config.train.noise)
 
         scheduler = config.optim.scheduler
         with self.pace.step():
@@ -261,6 +270,13 @@ class _Worker:
                 self.step_schedule(self.optimizer, info.loss)
         self.status.skipped_steps = self.optimizer.num_skipped_steps
         return info
+
+    def _report_refusal(self, step: int) -> None:
+        """Says once, on rank 0, that steps are not captured and why."""
+        captured = self.svi.captured
+        if captured is not None and captured.refusal is not None and self.refusal is None:
+            self.refusal = captured.refusal
+            self.print(f"step {step:,}: steps are not captured and run as with train.capture=off: {self.refusal}")
 
     def _measure(self, info: StepInfo, window: _Window) -> dict[str, float]:
         """Returns the values for the loggers: those of the window, which ends here, and those of its last step."""
@@ -298,7 +314,7 @@ class _Worker:
         config = self.config
         history = read_metrics(config.run_dir)
         report = Report(config.name, self.console, history)
-        seed_noise(config.seed, config.train.num_steps)
+        seed_all(config.seed, config.train.num_steps)
         with torch.no_grad():
             self.task.report(report)
 

@@ -1,4 +1,4 @@
-"""What a run found: tables on the terminal, and one HTML page with them and the pictures."""
+"""The results of a run: tables on the terminal, and one HTML page with tables and figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from rich.text import Text
 from distopt.train.monitor import RankPace, describe_straggler
 
 MAX_RANKS = 8
+"""Ranks in the table of paces."""
 
+# The page must be readable from a mail or an artifact store, so style and figures are inside it.
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --quiet: #777; --paper: #fff; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2.5rem auto; padding: 0 1.2rem; }
@@ -32,82 +34,96 @@ pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--line); border-ra
 
 
 class Report:
-    """Collects texts, tables and figures in the order they are added; tables are also printed at once.
+    """Collects texts, tables and figures in the order in which they are added; texts and tables are printed at once.
 
     Args:
-        title: heading of the page.
-        console: where tables and texts are printed; None prints nothing.
-        history: the rows of `metrics.jsonl`, for a task that wants to show its own curves.
+        title: Heading of the page.
+        console: Where texts and tables are printed; None prints nothing.
+        history: The rows of `metrics.jsonl`, oldest first, for a task that draws curves.
+
+    Attributes:
+        history: As given.
+
+    Example:
+        >>> report = Report("demo", Console(width=40))
+        >>> report.text("Two groups were found.")
+        Two groups were found.
     """
 
     def __init__(self, title: str, console: Console | None = None, history: Sequence[dict[str, Any]] = ()) -> None:
         self.history = list(history)
         self._title = title
         self._console = console
-        self._parts: list[str] = []
+        self._sections: list[str] = []
 
     def heading(self, text: str) -> None:
-        """Begins a section of the page."""
-        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+        """Starts a section of the page."""
+        self._sections.append(f"<h2>{html.escape(text)}</h2>")
 
     def text(self, text: str, *, quiet: bool = False) -> None:
-        """Adds a paragraph; a quiet one is in small print, and not on the terminal."""
-        self._parts.append(f'<p class="quiet">{html.escape(text)}</p>' if quiet else f"<p>{html.escape(text)}</p>")
+        """Adds a paragraph; a quiet one is in small print and not printed on the terminal."""
+        style = ' class="quiet"' if quiet else ""
+        self._sections.append(f"<p{style}>{html.escape(text)}</p>")
         if self._console is not None and not quiet:
             self._console.print(text, highlight=False, markup=False)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
-        """Adds a table of texts; the first column stands left, the others right.
+        """Adds a table of texts; the first column is aligned to the left, the others to the right.
 
         Args:
-            title: what the table tells, in a few words.
-            columns: their headings.
-            rows: each with one text per column.
-            note: how to read it, below the table.
+            title: What the table shows, in a few words.
+            columns: The headings of the columns.
+            rows: Each has one text per column.
+            note: How to read the table; it is shown below.
         """
         head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
         caption = f"<caption>{html.escape(note)}</caption>" if note else ""
         self.heading(title)
-        self._parts.append(f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
-        if self._console is not None:
-            # As Text: rich would take [brackets] in plain strings for its markup.
-            printed = Table(title=Text(title), title_justify="left", caption=Text(note), caption_justify="left")
-            for index, column in enumerate(columns):
-                printed.add_column(Text(column), justify="left" if index == 0 else "right")
-            for row in rows:
-                printed.add_row(*map(Text, row))
-            self._console.print(printed)
+        self._sections.append(f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+        if self._console is None:
+            return
+
+        # Everything is a Text because rich would take [brackets] in plain strings for its markup.
+        printed = Table(title=Text(title), title_justify="left", caption=Text(note), caption_justify="left")
+        for index, column in enumerate(columns):
+            printed.add_column(Text(column), justify="left" if index == 0 else "right")
+        for row in rows:
+            printed.add_row(*map(Text, row))
+        self._console.print(printed)
 
     def figure(self, figure: Any, caption: str = "") -> None:
-        """Adds a matplotlib figure, drawn as SVG inside the page."""
+        """Adds a matplotlib figure, which becomes an SVG inside the page."""
         drawn = io.BytesIO()
-        # No date, so that the same run gives the same page.
+        # Without a date, so that the same run gives the same page.
         figure.savefig(drawn, format="svg", bbox_inches="tight", metadata={"Date": None})
         source = base64.b64encode(drawn.getvalue()).decode()
         text = html.escape(caption)
-        self._parts.append(
+        self._sections.append(
             f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{source}">'
             f"<figcaption>{text}</figcaption></figure>"
         )
 
     def source(self, title: str, text: str) -> None:
-        """Adds text to be shown as it is, folded away under its title; not printed."""
-        self._parts.append(f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>")
+        """Adds preformatted text, folded below its title; it is not printed on the terminal."""
+        self._sections.append(
+            f"<details><summary>{html.escape(title)}</summary><pre>{html.escape(text)}</pre></details>"
+        )
 
     def write(self, path: Path) -> None:
-        """Writes the page, which needs no other file."""
+        """Writes the page, which needs no other file to be shown."""
         title = html.escape(self._title)
         page = (
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style></head>\n'
-            f"<body><h1>{title}</h1>\n" + "\n".join(self._parts) + "\n</body></html>\n"
+            f"<body><h1>{title}</h1>\n" + "\n".join(self._sections) + "\n</body></html>\n"
         )
         path.write_text(page, encoding="utf-8")
 
 
 def paces_table(report: Report, paces: Sequence[RankPace]) -> None:
-    """Adds who waited for whom: the slowest ranks, the slowest first, and the straggler if there is one."""
+    """Adds a table of the slowest ranks, the slowest first, and the straggler if there is one."""
+    # Of thousands of ranks only the slowest matter: those are the ranks that the others wait for.
     shown = sorted(paces, key=lambda pace: -pace.work_s)[:MAX_RANKS]
     rest = f" The {MAX_RANKS} slowest of {len(paces)} ranks." if len(paces) > MAX_RANKS else ""
     report.table(
@@ -116,13 +132,14 @@ def paces_table(report: Report, paces: Sequence[RankPace]) -> None:
         [[str(each.rank), each.host, f"{1e3 * each.work_s:.3g}", f"{1e3 * each.waiting_s:.3g}"] for each in shown],
         f"Means over the steps since the run was last started. Waiting includes sending the gradients.{rest}",
     )
+
     straggler = describe_straggler(paces)
     if straggler:
         report.text(straggler[0].upper() + straggler[1:] + ".")
 
 
 def elbo_figure(history: Sequence[dict[str, Any]], num_rows: int) -> Any:
-    """Draws the ELBO per row against the step; the climb at the beginning runs out of the picture's lower edge."""
+    """Returns a matplotlib figure of the ELBO per row against the step."""
     from matplotlib.figure import Figure
 
     points = [(row["step"], row["elbo"] / num_rows) for row in history if row.get("elbo") is not None]
@@ -131,9 +148,14 @@ def elbo_figure(history: Sequence[dict[str, Any]], num_rows: int) -> Any:
     if points:
         steps, elbo = zip(*points, strict=True)
         axes.plot(steps, elbo, linewidth=1.4, color="#2563a8")
+
+        # The ELBO of the first steps is often a thousand times lower than the rest and would flatten the curve. The
+        # lower limit is four times as far from the best value as the 10 % quantile of the last three quarters, so
+        # that the climb leaves the figure at its lower edge.
         settled = sorted(elbo[len(elbo) // 4 :])
         top = max(elbo)
         axes.set_ylim(top - 4 * max(top - settled[len(settled) // 10], 1e-9), top + 0.3 * (top - settled[0]) + 1e-9)
+
     axes.set(xlabel="step", ylabel="ELBO per row (nats)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

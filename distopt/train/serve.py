@@ -1,15 +1,15 @@
-"""What a run tells the outside over HTTP: is it alive, has it joined, does it make progress, and its numbers.
+"""Health and metrics of a run over HTTP, for probes of Kubernetes and for Prometheus.
 
 ====================  =====================================================================================
 `/healthz`            200 as long as the process answers
-`/readyz`             200 once this rank has met the others and has its state, else 503
-`/livez`              200 while steps are being finished, 503 once none was for `serve.stall_s`, so that
-                      whoever started the run (Kubernetes, for example) restarts a hung process
-`/metrics`            Prometheus' text format; needs the package prometheus-client
+`/readyz`             200 once this rank has met the others and has its state, 503 before
+`/livez`              200 while steps are being finished, 503 if none was for `serve.stall_s`, so that
+                      Kubernetes, for example, restarts a process that hangs
+`/metrics`            the numbers of `Status` in Prometheus' text format; needs the package prometheus-client
 ====================  =====================================================================================
 
-Everything is read-only: other methods than GET and HEAD get 405. There is no password, so the address is the loopback
-interface unless the configuration names another.
+Everything is read-only: methods other than GET and HEAD get 405. There is no password, so the server listens on the
+loopback interface unless the configuration names another address.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 from distopt.config import ServeConfig
 from distopt.train.monitor import Status
 
-# Probes and one scraper need two or three at a time; more would take the processor from training.
+# Probes and one scraper need two or three connections at a time; more would take processor time from training.
 _CONNECTIONS = 8
 _CLIENT_S = 5.0
 
@@ -37,23 +37,27 @@ Answer = tuple[HTTPStatus, str, bytes]
 
 
 class ServeError(RuntimeError):
-    """The address of the configuration cannot be listened on."""
+    """The server cannot listen on the address that the configuration names."""
 
 
 class StatusServer:
-    r"""Answers probes about a run from a thread of its own, from construction to `close`.
+    r"""Answers requests about a run in a thread, from construction to `close`.
 
     Args:
-        status: what the training loop notes.
+        status: What the training loop notes.
         port: TCP port, 1 to 65535; 0 takes a free one.
         host: IP address to listen on.
-        stall: time without progress after which `/livez` fails.
+        stall: Time without progress after which `/livez` fails.
+
+    Attributes:
+        port: The port that it listens on.
+        url: Its address, such as `http://127.0.0.1:9400`.
 
     Raises:
-        ServeError: the port is taken or the address is not this machine's.
+        ServeError: The port is taken, or this machine does not have the address.
 
     Cost:
-        No work in the training loop; a request is answered in about a millisecond of another thread's time.
+        No work in the training loop; a request takes about a millisecond of another thread.
 
     Example:
         >>> from urllib.request import urlopen
@@ -95,19 +99,19 @@ class StatusServer:
         self.close()
 
     def close(self) -> None:
-        """Frees the port. Doing it twice is no mistake."""
+        """Frees the port; calling it again does nothing."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
 
 def serving(config: ServeConfig, status: Status, local_rank: int) -> AbstractContextManager[StatusServer | None]:
-    """Returns the server that the configuration asks for, or nothing to enter where it names no port.
+    """Returns the server that the configuration asks for, as a context; an empty one if it names no port.
 
     Args:
-        config: the section `serve`.
-        status: what the training loop notes.
-        local_rank: this rank's place on its host, added to the port, so that all ranks of a host can be asked.
+        config: The section `serve`.
+        status: What the training loop notes.
+        local_rank: Number of this rank on its host. It is added to the port, so that each rank of a host has a server.
     """
     if config.port is None:
         return nullcontext()
@@ -123,23 +127,23 @@ class _Server(ThreadingHTTPServer):
         self.pages = pages
         self.loopback = ipaddress.ip_address(host).is_loopback
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._asking: dict[Any, None] = {}  # connections that are being answered, the oldest first
+        self._open: dict[Any, None] = {}  # connections that are being answered, the oldest first
         self._lock = Lock()
         super().__init__((host, port), _Handler)
 
     def server_bind(self) -> None:
-        """Binds the address without asking a name server who that is, as HTTPServer does."""
+        """Binds the address without asking a name server for its name, as HTTPServer would."""
         TCPServer.server_bind(self)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answers in a thread; where too many are being answered, the slowest is hung up on, so that probes get in."""
+        """Answers in a thread; closes the oldest connection if there are too many, so that probes get through."""
         with self._lock:
-            slowest = next(iter(self._asking)) if len(self._asking) >= _CONNECTIONS else None
-            self._asking.pop(slowest, None)
-            self._asking[request] = None
-        if slowest is not None:
-            with suppress(OSError):  # it may have ended by itself
-                slowest.shutdown(socket.SHUT_RDWR)
+            oldest = next(iter(self._open)) if len(self._open) >= _CONNECTIONS else None
+            self._open.pop(oldest, None)
+            self._open[request] = None
+        if oldest is not None:
+            with suppress(OSError):  # the client may have closed it
+                oldest.shutdown(socket.SHUT_RDWR)
         super().process_request(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -148,10 +152,10 @@ class _Server(ThreadingHTTPServer):
             super().process_request_thread(request, client_address)
         finally:
             with self._lock:
-                self._asking.pop(request, None)
+                self._open.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says nothing: a client that hangs up is no event of the run."""
+        """Prints nothing: a client that closes its connection does not concern the run."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -183,16 +187,16 @@ class _Handler(BaseHTTPRequestHandler):
     do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = _refuse
 
     def _answer(self) -> Answer:
-        # A page in a browser can point a name of its own at 127.0.0.1 and read what answers there.
+        # DNS rebinding: a web page can let a name of its domain resolve to 127.0.0.1, and so read what answers there.
         if self.server.loopback and not _is_local(self.headers.get("Host", "")):
-            return _text(HTTPStatus.FORBIDDEN, "only asked for by a loopback address or localhost")
+            return _text(HTTPStatus.FORBIDDEN, "answers only requests for a loopback address or localhost")
         page = self.server.pages.get(self.path.partition("?")[0])
         if page is None:
-            return _text(HTTPStatus.NOT_FOUND, f"known here: {' '.join(self.server.pages)}")
+            return _text(HTTPStatus.NOT_FOUND, f"known: {' '.join(self.server.pages)}")
         return page()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Says nothing: probes come every few seconds."""
+        """Prints nothing: probes come every few seconds."""
 
 
 def _is_local(host: str) -> bool:
@@ -210,12 +214,13 @@ def _text(status: HTTPStatus, text: str) -> Answer:
 def _ready(status: Status) -> Answer:
     if status.joined:
         return _text(HTTPStatus.OK, "ok")
-    return _text(HTTPStatus.SERVICE_UNAVAILABLE, "not joined: still meeting the other ranks or loading a checkpoint")
+    return _text(HTTPStatus.SERVICE_UNAVAILABLE, "not ready: waiting for the other ranks or loading a checkpoint")
 
 
 def _live(status: Status, stall_s: float) -> Answer:
-    found = f"step {status.step}, last progress {status.stalled_s():.1f} s ago, allowed {stall_s:g} s (serve.stall_s)"
-    return _text(HTTPStatus.OK if status.stalled_s() <= stall_s else HTTPStatus.SERVICE_UNAVAILABLE, found)
+    stalled_s = status.stalled_s()
+    text = f"step {status.step}, last progress {stalled_s:.1f} s ago, allowed {stall_s:g} s (serve.stall_s)"
+    return _text(HTTPStatus.OK if stalled_s <= stall_s else HTTPStatus.SERVICE_UNAVAILABLE, text)
 
 
 def _metrics_page(status: Status) -> Callable[[], Answer]:
@@ -231,7 +236,7 @@ def _metrics_page(status: Status) -> Callable[[], Answer]:
 
 
 class _Collector:
-    """Turns a status into Prometheus' metrics each time they are asked for; what is not measured yet is left out."""
+    """Turns a status into Prometheus' metrics at each request, without those that were not measured yet."""
 
     def __init__(self, status: Status) -> None:
         self._status = status
@@ -242,22 +247,22 @@ class _Collector:
         status = self._status
         counters = (
             ("steps", "Steps finished by this process.", status.steps_done),
-            ("skipped_steps", "Steps skipped for a gradient that was not finite.", status.skipped_steps),
-            ("all_reduce_seconds", "Time spent waiting for sums over the ranks.", status.all_reduce_s),
-            ("all_reduce_bytes", "Bytes given into sums over the ranks.", status.all_reduce_bytes),
+            ("skipped_steps", "Steps skipped because a gradient was not finite.", status.skipped_steps),
+            ("all_reduce_seconds", "Time spent waiting for all-reduces.", status.all_reduce_s),
+            ("all_reduce_bytes", "Bytes passed to all-reduces.", status.all_reduce_bytes),
         )
         gauges = (
-            ("step", "The step last finished, counted from the start of the run.", status.step),
+            ("step", "The last finished step, counted from the start of the run.", status.step),
             ("rows_per_second", "Rows of the data read per second, over all ranks.", status.rows_per_s),
-            ("loss_nats", "Mean over the ranks of the loss.", status.loss),
+            ("loss_nats", "Loss, mean over the ranks.", status.loss),
             ("gradient_norm", "2-norm of the averaged gradient.", status.gradient_norm),
             (
                 "checkpoint_age_seconds",
-                "Time since the state of the last checkpoint that was committed.",
+                "Time since the state of the last committed checkpoint was copied.",
                 status.checkpoint_age_s(),
             ),
-            ("checkpoint_seconds", "Time the last checkpoint held up the loop.", status.checkpoint_s),
-            ("restarts", "Times the engine has started the workers again.", status.restarts),
+            ("checkpoint_seconds", "Time for which the last checkpoint blocked the loop.", status.checkpoint_s),
+            ("restarts", "How often the launcher has restarted the workers.", status.restarts),
         )
         yield from (CounterMetricFamily(f"distopt_{name}", text, value=value) for name, text, value in counters)
         for name, text, measured in gauges:

@@ -15,7 +15,7 @@ import distopt
 from distopt.backends import Backend
 from distopt.config import ConfigError, RunConfig, differences
 from distopt.config.plugins import load_reference
-from distopt.rng import seed_noise
+from distopt.rng import seed_all
 from distopt.train.task import Task, TaskError, load_task
 
 _LOCAL_SECTIONS = ("launch", "log", "run_dir", "serve")  # keys that may differ between ranks
@@ -32,7 +32,7 @@ def set_up_process(config: RunConfig, backend: Backend) -> None:
     torch.set_num_threads(max(1, cores // node_ranks.count(backend.node_rank)))
 
     pyro.clear_param_store()
-    seed_noise(config.seed)
+    seed_all(config.seed)
 
 
 def load_task_on_all_ranks(config: RunConfig, backend: Backend) -> Task:

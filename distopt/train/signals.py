@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: asked to stop, a rank finishes its step."""
+"""SIGTERM and Ctrl-C: a rank that is asked to stop finishes its step first."""
 
 from __future__ import annotations
 
@@ -10,44 +10,55 @@ from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
-# Terminal and launcher may both pass one Ctrl-C on; a signal later than this is a second wish.
+# One Ctrl-C can arrive twice, from the terminal and from the launcher that passes it on. Only a signal that comes later
+# than this is a second request, which ends the process at once.
 _ECHO_S = 1.0
 
 
 class StopSignals:
-    """Notes a signal to stop from `hold` to the block's end, instead of dying from it; a second one ends the process.
+    """Notes a signal to stop between `hold` and the end of the block; a second signal ends the process.
 
-    Before `hold` the first one does: there is nothing to save, and a handler of Python's would not be called before the
-    library that waits for the other ranks returns. Must be entered in the main thread, as Python asks of all signal
-    handlers.
+    Before `hold` the first signal ends it: there is nothing to save yet, and a handler written in Python would only be
+    called when the library that waits for the other ranks returns. Python allows signal handlers only in the main
+    thread, so it must be entered there.
+
+    Attributes:
+        received: The number of the first signal; 0 if none was received.
+
+    Example:
+        >>> with StopSignals() as stop:
+        ...     stop.hold()
+        ...     os.kill(os.getpid(), signal.SIGTERM)
+        ...     stop.received
+        15
     """
 
     def __init__(self) -> None:
         self.received = 0
-        """The number of the signal that came, or 0."""
         self._first_s = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        """Takes over the signals."""
+        """Restores the default handlers, under which a signal ends the process."""
         self._before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPING}
         return self
 
     def hold(self) -> None:
-        """Lets signals be noted from here on."""
+        """Starts noting signals."""
         for number in STOPPING:
             signal.signal(number, self._note)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Gives them back."""
+        """Restores the handlers from before the block."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now_s = time.monotonic()
         if not self.received:
-            self.received, self._first_s = number, now_s
+            self.received = number
+            self._first_s = now_s
         elif now_s - self._first_s > _ECHO_S:
             os._exit(128 + number)

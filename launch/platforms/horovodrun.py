@@ -98,7 +98,7 @@ class HorovodrunPlatform(Platform):
             *worker_argv(config, sys.executable),
         ]
         command = Command(tuple(argv), env, secret_variables(config))
-        return Plan("horovodrun", (command,), files, stop_by_file=True, together=not elastic)
+        return Plan("horovodrun", (command,), files, stop_by_file=True, ends_together=not elastic)
 
     def _env(self, config: RunConfig) -> dict[str, str]:
         """Returns what horovodrun itself reads; it calls the first `mpirun` and the first `ssh` on PATH."""

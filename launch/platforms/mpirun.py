@@ -54,7 +54,7 @@ class MpirunPlatform(Platform):
             files |= ssh.wrapper(config)
         argv = (program, *options, *worker_argv(config, sys.executable))
         command = Command(argv, env, secret_variables(config))
-        return Plan("mpirun", (command,), files, stop_by_file=True, together=True)
+        return Plan("mpirun", (command,), files, stop_by_file=True, ends_together=True)
 
 
 def _check_library(config: RunConfig, program: str) -> Iterator[Finding]:
@@ -93,12 +93,16 @@ def _slots(config: RunConfig) -> str:
 
 def _open_mpi_options(config: RunConfig, env: dict[str, str]) -> list[str]:
     """Both Open MPI 4 and 5 read a double dash; 5 takes `-bind-to` for a program's name."""
+    # Open MPI passes on only its own variables unless it is told to; PATH is that of each host.
     passed = [name for name in sorted(env) if name != "PATH"]
     return [
         *("-n", str(config.launch.world_sizes[0])),
         *("--host", _slots(config)),
+        # Whether there are enough cores has been checked, in a way that `launch.oversubscribe` overrules.
         "--oversubscribe",
+        # By default ranks are bound to cores, which the threads of torch would then have to share.
         *("--bind-to", "none"),
+        # One host after the other is filled, so that ranks are numbered as under the other launchers.
         *("--map-by", "slot"),
         *(option for name in passed for option in ("-x", name)),
     ]
@@ -107,6 +111,7 @@ def _open_mpi_options(config: RunConfig, env: dict[str, str]) -> list[str]:
 def _mpich_options(config: RunConfig) -> list[str]:
     """MPICH passes on the whole environment by itself, without -x."""
     launch = config.launch
+    # It is named because the host's name, by which MPICH would choose, may stand for a loopback address.
     interface = launch.interface or network.interface_among(launch.hosts)
     return [
         *("-n", str(launch.world_sizes[0])),

@@ -43,7 +43,7 @@ class TorchrunPlatform(Platform):
         launch = config.launch
         if launch.hosts:
             commands = tuple(self._on_host(config, index) for index in range(len(launch.hosts)))
-            return Plan("torchrun", commands, run_files(config), heartbeat=True, least=launch.min_hosts)
+            return Plan("torchrun", commands, run_files(config), heartbeat=True, min_hosts=launch.min_hosts)
 
         files = run_files(config)
         if launch.port is not None:

@@ -1,1 +1,1 @@
-"""What runs beside a worker; imports the standard library only, since it starts with every rank."""
+"""What runs beside a worker: with every rank, so these modules import the standard library and `distopt.launchers`."""

@@ -1,10 +1,11 @@
-"""What happened to workers, one line of JSON per start and end, in `run_dir/logs/rank-N.jsonl`."""
+"""What happened to workers: one line of JSON per start and end, in `run_dir/logs/rank-N.jsonl`."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +17,15 @@ from distopt.launchers import LOGS
 class Event:
     """Something that happened to a worker.
 
-    `time` is seconds since the epoch on the worker's host. `status` is the exit status of one that has ended, negative
-    for a signal; `stopped` says whether it had been asked to end.
+    Attributes:
+        rank: The worker's rank.
+        attempt: How often the workers had been started before.
+        host: The worker's host.
+        pid: Of the worker's supervisor.
+        time: Seconds since the epoch, on the worker's host.
+        status: The exit status of a worker that has ended, negative for a signal.
+        stopped: Whether the worker had been asked to stop.
+        out_of_memory: Whether it was killed because its control group ran out of memory.
     """
 
     rank: int
@@ -39,8 +47,14 @@ class End(Event):
 
     @property
     def failed(self) -> bool:
-        """Whether it ended by itself, and not well."""
+        """Whether it ended by itself, and not successfully."""
         return self.status != 0 and not self.stopped
+
+
+STOPPED_STATUSES = (0, 128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)
+"""How a worker ends that was asked to stop, and did: with a status of its own choice, or by the signal."""
+
+_KINDS = {"start": Start, "end": End}
 
 
 def append(run_dir: Path, event: Event) -> None:
@@ -51,9 +65,17 @@ def append(run_dir: Path, event: Event) -> None:
 
 
 class Reader:
-    """Reads what has been appended since it last looked, over all ranks, in the order of time.
+    """Reads what is appended to the files of all ranks.
 
-    It begins with what is new after its own creation, or with everything where `from_start` is set.
+    The files of a run are appended to by each of its attempts, and by every later run in the same directory. So a
+    reader keeps for each file how many bytes it has read, and usually starts where the file ends now.
+
+    Args:
+        run_dir: The run directory.
+        from_start: Whether events that are there already are read too.
+
+    Attributes:
+        seen: All events that `new` has returned.
     """
 
     def __init__(self, run_dir: Path, *, from_start: bool = False) -> None:
@@ -63,34 +85,39 @@ class Reader:
         self.seen: list[Event] = []
 
     def new(self) -> list[Event]:
-        """Returns the events since the last call."""
-        found = [event for path in sorted(self._logs.glob("rank-*.jsonl")) for event in self._read(path)]
-        found.sort(key=lambda event: event.time)
-        self.seen += found
-        return found
+        """Returns the events since the last call, in the order of time."""
+        events = [event for path in sorted(self._logs.glob("rank-*.jsonl")) for event in self._read(path)]
+        events.sort(key=lambda event: event.time)
+        self.seen += events
+        return events
 
     def _read(self, path: Path) -> Iterator[Event]:
         with path.open("rb") as file:
             file.seek(self._offsets.get(path, 0))
             for line in file:
                 if not line.endswith(b"\n"):
-                    break  # half written
+                    break  # still being written; the next call reads it
                 self._offsets[path] = self._offsets.get(path, 0) + len(line)
                 fields = json.loads(line)
-                yield {"start": Start, "end": End}[fields.pop("event")](**fields)
+                yield _KINDS[fields.pop("event")](**fields)
 
 
 def oom_kills() -> int:
-    """Returns how often the kernel killed for want of memory in this process's control group (v1 or v2)."""
-    count = 0
+    """Returns how often the kernel has killed for want of memory in this process's control group (v1 or v2).
+
+    A worker that is killed so sees nothing of it, and neither does its parent: the status is that of any SIGKILL. The
+    group's counter, before and after, is what tells the two apart.
+    """
     try:
         groups = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         return 0
+
+    count = 0
     for line in groups:
         _, controllers, path = line.split(":", 2)
-        v1 = "memory" in controllers.split(",")
-        root, name = ("/sys/fs/cgroup/memory", "memory.oom_control") if v1 else ("/sys/fs/cgroup", "memory.events")
+        is_v1 = "memory" in controllers.split(",")
+        root, name = ("/sys/fs/cgroup/memory", "memory.oom_control") if is_v1 else ("/sys/fs/cgroup", "memory.events")
         try:
             text = Path(os.path.normpath(root + path), name).read_text()
         except OSError:

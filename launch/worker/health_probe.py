@@ -1,8 +1,8 @@
-"""Asks a worker whether it makes progress: `python -m distopt.launch.worker.health_probe HOST PORT`, for health checks.
+"""Whether a worker makes progress: `python -m distopt.launch.worker.health_probe HOST PORT`, for health checks.
 
-A worker that says it is stalled, or takes the connection and says nothing, is to be replaced. One that is not there is
-not: its engine is starting it again, or waits for a pod whose node is still fetching the image. To a kubelet that asks
-over HTTP the two are the same, and one lost node would have all other pods killed.
+A worker that reports that it is stalled, or accepts the connection and does not answer, is to be replaced. A worker
+that is not there is not: torchrun is starting it again, or waits for a pod whose node is still fetching the image. A
+kubelet that asks over HTTP cannot tell the two apart, and one lost node would have all other pods killed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from http.client import HTTPConnection, HTTPException
 
-TIMEOUT_S = 4.0
+TIMEOUT_S = 4.0  # below the probe's own timeout in the manifest, so that the reason is printed
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,15 +21,16 @@ def main(argv: Sequence[str]) -> int:
     try:
         worker.connect()
     except OSError:
-        print("no worker listens at the moment")
+        print("no worker is listening at the moment")
         return 0
+
     try:
         worker.request("GET", "/livez")
         answer = worker.getresponse()
         print(answer.read().decode("utf-8", "replace").strip())
         return int(answer.status != 200)
     except (OSError, HTTPException) as error:
-        print(f"no answer from the worker: {error!r}")
+        print(f"the worker does not answer: {error!r}")
         return 1
     finally:
         worker.close()

@@ -1,8 +1,8 @@
-"""horovodrun as the launcher runs it: `python -m MODULE [--address A] [--elastic RUN_DIR] -- …`.
+"""horovodrun as `distopt launch` runs it: `python -m MODULE [--address A] [--elastic RUN_DIR] -- …`.
 
-With `--address`, it listens there: horovodrun's servers ask nobody for a password and listen on every interface. With
-`--elastic`, its guards are told of the rounds of a changing world (`elastic.py`), and a lost host joins again as soon
-as it answers over ssh: Horovod alone takes it back when a time is over, there or not, and tells nobody but scripts that
+With `--address`, it listens there: horovodrun's servers ask for no password and listen on every interface. With
+`--elastic`, supervisors learn of the rounds of a changing world (`elastic.py`), and a lost host joins again as soon as
+it answers over ssh. Plain Horovod re-admits a host after a cooldown, reachable or not, and notifies only scripts that
 use `hvd.elastic.run`.
 """
 
@@ -20,31 +20,32 @@ from typing import Any
 
 from . import elastic, network
 
-ASK_EVERY_S = 5.0
-ASK_TIMEOUT_S = 30.0
+RETRY_S = 5.0
+SSH_TIMEOUT_S = 30.0
 _bind = socketserver.TCPServer.server_bind
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs horovodrun with the arguments behind `--`."""
     split = argv.index("--")  # the first: the workers' command may have more
-    parser = argparse.ArgumentParser(prog="own_horovodrun", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="horovod_driver", allow_abbrev=False)
     parser.add_argument("--address")
     parser.add_argument("--elastic", type=Path)
     options = parser.parse_args(argv[:split])
+
     from horovod.runner import gloo_run
     from horovod.runner.launch import run_commandline
 
     if options.address:
         _listen_on(options.address)
     if options.elastic:
-        gloo_run.ElasticDriver = driver_of(options.elastic)
+        gloo_run.ElasticDriver = driver_class(options.elastic)
     sys.argv = ["horovodrun", *argv[split + 1 :]]
     return int(run_commandline() or 0)
 
 
 def _listen_on(address: str) -> None:
-    """Has what would be bound to all interfaces bound to one address."""
+    """Has servers that would be bound to all interfaces bound to one address."""
 
     def bind(server: socketserver.TCPServer) -> None:
         host, port = server.server_address[:2]
@@ -54,83 +55,90 @@ def _listen_on(address: str) -> None:
     socketserver.TCPServer.server_bind = bind  # type: ignore[assignment, method-assign]
 
 
-def driver_of(run_dir: Path) -> type:
-    """Returns Horovod's driver of elastic worlds with the run's guards in place of `hvd.elastic.run`."""
+def driver_class(run_dir: Path) -> type:
+    """Returns Horovod's driver of elastic worlds, with supervisors in the role of `hvd.elastic.run`.
+
+    Args:
+        run_dir: Where supervisors read the rounds.
+    """
     from horovod.runner.elastic.driver import ElasticDriver
     from horovod.runner.elastic.worker import HostUpdateResult
 
     class Driver(ElasticDriver):  # type: ignore[misc]
-        """Gives out places in rounds; each is written down before anybody learns of its place."""
+        """Gives out ranks in rounds; each round is recorded before any worker learns of its rank."""
 
         def __init__(self, rendezvous: Any, discovery: Any, *args: Any, **options: Any) -> None:
-            lost = Answering(discovery.find_available_hosts_and_slots, self._is_lost)
-            super().__init__(rendezvous, lost, *args, **options)
+            reachable = ReachableHosts(discovery.find_available_hosts_and_slots, self._is_lost)
+            super().__init__(rendezvous, reachable, *args, **options)
 
         def _is_lost(self, host: str) -> bool:
             return bool(self._host_manager.is_blacklisted(host))
 
         def _start_worker_processes(self, pending_slots: Any) -> None:
-            elastic.begin(run_dir, self._worker_registry.last_rendezvous())
-            _say(f"{self.world_size()} workers on {', '.join(self.host_assignments)}")
+            elastic.begin_round(run_dir, self._worker_registry.last_rendezvous())
+            _print(f"{self.world_size()} workers on {', '.join(self.host_assignments)}")
             super()._start_worker_processes(pending_slots)
 
         def get_worker_client(self, slot_info: Any) -> Driver:
-            """Whom the driver tells of hosts that come or go."""
+            """Returns what the driver notifies of hosts that come or go: itself, since workers do not listen."""
             return self
 
         def notify_hosts_updated(self, timestamp: int, update: int) -> None:
+            """Ends the round when a host has come back; one that goes ends it by the death of its workers."""
             if update & HostUpdateResult.added:
-                _say("a lost host is back: the workers save and start again with it")
+                _print("a lost host is back: the workers save and start again with it")
                 self._worker_registry._reset_count -= 1  # the limit is one of deaths
-                elastic.end(run_dir, self._worker_registry.last_rendezvous())
+                elastic.end_round(run_dir, self._worker_registry.last_rendezvous())
 
     return Driver
 
 
-class Answering:
-    """A run's hosts without those that were lost and do not answer, for Horovod's driver.
+class ReachableHosts:
+    """The hosts of a run without those that were lost and do not answer; what Horovod's driver asks for hosts.
 
     Args:
         find: Returns the slots of each host of the run.
-        is_lost: Whether a host's workers have failed, so that it is asked before it is named again.
+        is_lost: Whether a host's workers have failed, so that the host must answer before it is used again.
     """
 
     def __init__(self, find: Callable[[], dict[str, int]], is_lost: Callable[[str], bool]) -> None:
         self._find = find
         self._is_lost = is_lost
         self._answered: dict[str, bool] = {}
-        self._asked_at: dict[str, float] = {}
+        self._ask_at: dict[str, float] = {}
 
     def find_available_hosts_and_slots(self) -> dict[str, int]:
-        """Returns them at once, since the driver holds a lock meanwhile; hosts are asked in the background."""
-        return {host: slots for host, slots in self._find().items() if self._is_there(host)}
+        """Returns the slots of each host; at once, since the driver holds a lock meanwhile."""
+        return {host: slots for host, slots in self._find().items() if self._is_available(host)}
 
-    def _is_there(self, host: str) -> bool:
+    def _is_available(self, host: str) -> bool:
         if not self._is_lost(host):
-            self._asked_at.pop(host, None)
+            self._ask_at.pop(host, None)
             self._answered.pop(host, None)
             return True
         return network.is_here(host) or self._answers(host)
 
     def _answers(self, host: str) -> bool:
-        if host not in self._asked_at:
-            _say(f"{host} was lost; it joins again when it answers")
-        if time.monotonic() >= self._asked_at.get(host, 0.0):
-            self._asked_at[host] = time.monotonic() + ASK_TIMEOUT_S + 1
+        """Whether the host answered when it was last asked; a thread asks it again when that is due."""
+        if host not in self._ask_at:
+            _print(f"{host} was lost; it joins again when it answers")
+        if time.monotonic() >= self._ask_at.get(host, 0.0):
+            self._ask_at[host] = time.monotonic() + SSH_TIMEOUT_S + 1
             threading.Thread(target=self._ask, args=(host,), daemon=True).start()
         return self._answered.get(host, False)
 
     def _ask(self, host: str) -> None:
-        argv = ["ssh", "-T", "--", host, "true"]  # the run's own, first on PATH
+        argv = ["ssh", "-T", "--", host, "true"]  # the run's own ssh, which is first on PATH
         try:
-            done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=ASK_TIMEOUT_S)
+            done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=SSH_TIMEOUT_S)
             self._answered[host] = done.returncode == 0
         except (OSError, subprocess.TimeoutExpired):
             self._answered[host] = False
-        self._asked_at[host] = time.monotonic() + ASK_EVERY_S
+        self._ask_at[host] = time.monotonic() + RETRY_S
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
+    """Prints a line that `distopt launch` repeats on the user's terminal."""
     print(f"distopt: {text}", file=sys.stderr, flush=True)
 
 

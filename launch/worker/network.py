@@ -6,7 +6,9 @@ import fcntl
 import ipaddress
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from distopt.launchers import HOSTS_VARIABLE, INTERFACE_VARIABLE
 
 # linux/sockios.h
 _SIOCGIFADDR = 0x8915
@@ -14,19 +16,20 @@ _SIOCGIFADDR = 0x8915
 
 def interfaces() -> dict[str, str]:
     """Returns the IPv4 address of each interface that has one."""
-    found = {}
+    addresses = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
                 answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
             except OSError:
                 continue
-            found[name] = socket.inet_ntoa(answer[20:24])
-    return found
+            # struct ifreq: 16 bytes of name, then a sockaddr_in, whose address is behind two times two bytes.
+            addresses[name] = socket.inet_ntoa(answer[20:24])
+    return addresses
 
 
 def resolve(host: str) -> str | None:
-    """Returns the IPv4 address that a host name stands for here; None for a name that resolves nowhere."""
+    """Returns the IPv4 address that a host name stands for on this machine; None for a name without one."""
     try:
         return str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
     except OSError:
@@ -34,7 +37,7 @@ def resolve(host: str) -> str | None:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address reaches this machine alone.
+    """Returns whether an address reaches this machine alone.
 
     Example:
         >>> is_loopback("127.0.1.1"), is_loopback("10.77.0.1")
@@ -44,7 +47,7 @@ def is_loopback(address: str) -> bool:
 
 
 def is_here(host: str) -> bool:
-    """Whether a host is this machine."""
+    """Returns whether a host is this machine."""
     address = resolve(host)
     return address is not None and (is_loopback(address) or address in interfaces().values())
 
@@ -64,3 +67,18 @@ def bind_error(address: str, port: int) -> str:
         except OSError as error:
             return error.strerror or str(error)
     return ""
+
+
+def interface_env(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns the variables that tell gloo, NCCL and Horovod which interface has this host's address.
+
+    By themselves these libraries take the address that the host's own name stands for, which on many machines is the
+    loopback address, or that of an interface that the other hosts do not reach.
+
+    Args:
+        environ: What a worker would have. Where it names the interface for a library, that stays.
+    """
+    hosts = environ.get(HOSTS_VARIABLE, "").split(",")
+    interface = environ.get(INTERFACE_VARIABLE) or (interface_among(hosts) if hosts != [""] else None)
+    variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE")
+    return {variable: interface for variable in variables if variable not in environ} if interface else {}

@@ -13,6 +13,10 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
+# The two calls complement each other. The death signal reaches a child whose parent is killed in whatever way, but not
+# a child that a program has detached from its parent by starting it through a process that ended. Such orphans become
+# children of the nearest subreaper, where they are found below its process id. Neither needs root or a control group.
+
 
 def _prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
@@ -34,21 +38,22 @@ def descendants(pid: int) -> list[int]:
     children: dict[int, list[int]] = defaultdict(list)
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            # The name stands in parentheses and may hold any character: what follows the last one is fixed.
+            # The name stands in parentheses and may hold any character; the fields after the last one are fixed.
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except (OSError, IndexError, ValueError):
+        except (OSError, IndexError, ValueError):  # it ended meanwhile
             continue
         children[parent].append(int(entry.name))
-    found = [pid]
-    for process in found:
-        found += children[process]
-    return found[1:]
+
+    pids = [pid]
+    for each in pids:  # which grows here, level by level
+        pids += children[each]
+    return pids[1:]
 
 
 def kill_descendants(pid: int) -> list[int]:
-    """Kills everything below `pid`, again and again until nothing new turns up; returns what was killed."""
+    """Kills everything below `pid`, again and again until nothing new turns up, and returns what was killed."""
     killed: list[int] = []
-    while running := [child for child in descendants(pid) if not _reap(child) and child not in killed]:
+    while running := [child for child in descendants(pid) if not _has_ended(child) and child not in killed]:
         for child in running:
             try:
                 os.kill(child, signal.SIGKILL)
@@ -58,9 +63,13 @@ def kill_descendants(pid: int) -> list[int]:
     return killed
 
 
-def _reap(pid: int) -> bool:
-    """Takes the exit status of a child that has ended; false for one that runs or is not ours."""
+def _has_ended(pid: int) -> bool:
+    """Whether a child of this process has ended; false for one that runs or is another's child.
+
+    Its status is left for the `Popen` that started it, which would otherwise take a killed process for one that
+    succeeded: without a child to wait for, `Popen.wait` returns 0.
+    """
     try:
-        return os.waitpid(pid, os.WNOHANG)[0] != 0
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:
         return False

@@ -1,8 +1,8 @@
-"""Stands between an engine and one worker: `python -m distopt.launch.worker.supervisor RUN_DIR -- COMMAND…`.
+"""Stands between a launcher and one worker: `python -m distopt.launch.worker.supervisor RUN_DIR -- COMMAND…`.
 
-It keeps the worker's log, passes one signal on and kills what has not ended in time, takes the worker with it when the
-engine dies, and writes down when, how and of what the worker ended (`events.Ending`). It imports the standard library
-alone, since every worker waits for it.
+It keeps the worker's log, passes one request to stop on, kills what has not ended in time, takes the worker with it
+when the launcher dies, and records when the worker ended and how (`events.End`), so that on every platform the same
+report says which rank died first.
 """
 
 from __future__ import annotations
@@ -35,16 +35,34 @@ from distopt.launchers import (
 )
 
 from . import elastic, events, rank_log, terminal
-from .host_agent import interface_env
+from .network import interface_env
 from .processes import die_with_parent
 
 POLL_S = 0.5
-LAST_WORDS, LAST_WORDS_BYTES = Path("/dev/termination-log"), 3000
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+WRONG_WORLD_SIZE = 3
+"""Exit status where the launcher started another number of workers than the run allows."""
+
+TERMINATION_LOG = Path("/dev/termination-log")
+TERMINATION_LOG_BYTES = 3000  # of the 4096 that Kubernetes keeps
 
 
-class Guard:
-    """One worker's keeper, from its start to its end."""
+class Supervisor:
+    """What supervises one worker, from its start to its end.
+
+    Only elastic Horovod starts a worker again below the same supervisor, which asks for its next rank; every other
+    launcher starts the supervisor again as well.
+
+    Args:
+        run_dir: The run directory, where logs and events are kept.
+        command: The worker's command.
+
+    Attributes:
+        rank: The worker's rank.
+        world_size: The number of workers.
+        attempt: How often the workers had been started before.
+        asked_to_stop: Whether this worker is to end for good.
+    """
 
     def __init__(self, run_dir: Path, command: Sequence[str]) -> None:
         self._read_rank()
@@ -54,29 +72,34 @@ class Guard:
         self.grace_s = float(os.environ.get(GRACE_VARIABLE, "30"))
         self.stop_file = run_dir / STOP_FILE if WATCH_STOP_VARIABLE in os.environ else None
         self.asked_to_stop = False
-        self._elastic = elastic.is_elastic(os.environ)
+
+        self._is_elastic = elastic.is_elastic(os.environ)
         self._round = 0
-        self._told = False  # the worker of this attempt, to save and end
+        self._signalled = False  # the worker of this attempt, to save and end
         self._kill_at = float("inf")
-        self._look_at = 0.0
+        self._check_files_at = 0.0
         self._oom_kills = events.oom_kills()
+
+        # A signal, the end of the worker among them, becomes a byte in a pipe. So one `select` waits for signals and
+        # for output alike, and no signal is lost between two looks at a flag.
         self._wake, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         for number in (*SIGNALS, signal.SIGCHLD):
-            signal.signal(number, lambda *_: None)  # the number arrives through the pipe
+            signal.signal(number, lambda *_: None)
 
     def run(self) -> int:
         """Runs the worker to its end and returns its exit status, negative for a signal."""
-        status = self._attempt()
-        # One that was killed, but not from here, is for the engine to judge: its host may be no good.
-        while self._elastic and not self.asked_to_stop and (status > 0 or (status and self._told)):
-            place_now = elastic.next_place(os.environ, self._still_wanted)
-            if not place_now:
+        status = self._run_attempt()
+
+        # A worker that was killed, but not from here, is left to horovodrun: its host may be unfit for another.
+        while self._is_elastic and not self.asked_to_stop and (status > 0 or (status and self._signalled)):
+            variables = elastic.next_rank(os.environ, self._wait_while_wanted)
+            if not variables:
                 break
-            os.environ.update(place_now)
+            os.environ.update(variables)
             self._read_rank()
             self.attempt += 1
-            status = self._attempt()
+            status = self._run_attempt()
         return status
 
     def _read_rank(self) -> None:
@@ -85,53 +108,64 @@ class Guard:
         self.rank = rank_info.rank
         self.world_size = rank_info.world_size
 
-    def _still_wanted(self) -> bool:
-        """Waits a moment; false when this worker has been asked to end."""
-        if select.select([self._wake], [], [], POLL_S)[0] and set(os.read(self._wake, 512)) & set(SIGNALS):
+    def _wait_while_wanted(self) -> bool:
+        """Waits a moment; false when this worker has been asked to stop."""
+        if select.select([self._wake], [], [], POLL_S)[0] and self._read_signals():
             self.asked_to_stop = True
         return not self.asked_to_stop and not (self.stop_file is not None and self.stop_file.exists())
 
-    def _attempt(self) -> int:
-        self._told, self._kill_at = False, float("inf")
-        if self._elastic and (number := elastic.read(self.run_dir)[0]):
-            self._round, self.attempt = number, number - 1
+    def _read_signals(self) -> set[int]:
+        """Empties the pipe, and returns the requests to stop that were in it."""
+        return set(os.read(self._wake, 512)) & set(SIGNALS)
+
+    def _run_attempt(self) -> int:
+        self._signalled = False
+        self._kill_at = float("inf")
+        if self._is_elastic and (number := elastic.read_round(self.run_dir)[0]):
+            self._round = number
+            self.attempt = number - 1
+
         (self.run_dir / LOGS).mkdir(parents=True, exist_ok=True)
         with rank_log.log_of(self.run_dir, self.rank).open("ab", buffering=0) as log:
             log.write(rank_log.header(self.rank, self.world_size, self.attempt))
-            status = self._refused(log)
-            if status is None:
-                self._record(events.Start)
-                status = self._watch(log)
+            self._record(events.Start)
+            if self._refuse_world_size(log):
+                status = WRONG_WORLD_SIZE
+            else:
+                status = self._run_worker(log)
         self._record(events.End, status)
         return status
 
-    def _refused(self, log: IO[bytes]) -> int | None:
-        """Refuses a world that is not the one asked for: an engine may go on with fewer workers, and exit 0."""
+    def _refuse_world_size(self, log: IO[bytes]) -> bool:
+        """Refuses a world of another size than the run's: a launcher may continue with fewer workers, and exit 0."""
         allowed = os.environ.get(WORLD_SIZE_VARIABLE)
         if not allowed or self.world_size in parse_range(allowed):
-            return None
+            return False
         log.write(
-            f"distopt: the engine started {self.world_size} workers, {parse_range(allowed)[0]} were asked for. "
+            f"distopt: the launcher started {self.world_size} worker(s), expected {parse_range(allowed)[0]}. "
             "Did a host not join? launch.min_hosts allows a world of changing size.\n".encode()
         )
-        self._record(events.Start)
-        return 3
+        return True
 
-    def _watch(self, log: IO[bytes]) -> int:
+    def _run_worker(self, log: IO[bytes]) -> int:
         screen = terminal.open_for(self.rank)
         worker, output = self._start(screen)
         sink = terminal.Tee(log, screen, echo=ECHO_VARIABLE in os.environ)
         watched = [output, self._wake]
         try:
+            # Until the output has ended and the worker has. A process that the worker leaves behind holds the output
+            # open, so that is killed once the worker has ended, and what it still printed is read.
             while watched != [self._wake] or worker.poll() is None:
                 ready, _, _ = select.select(watched, [], [], POLL_S)
-                if self._wake in ready and set(os.read(self._wake, 512)) & set(SIGNALS):
-                    self._ask_to_stop(worker)
+                if self._wake in ready and self._read_signals():
+                    self._ask_to_stop(worker, for_good=True)
                 if output in ready and not sink.copy(output):
                     watched.remove(output)
-                self._check_time(worker)
+                self._check_files(worker)
+                if time.monotonic() > self._kill_at:
+                    _signal_group(worker.pid, signal.SIGKILL)
                 if worker.poll() is not None:
-                    _signal_group(worker.pid, signal.SIGKILL)  # what it left behind
+                    _signal_group(worker.pid, signal.SIGKILL)
                     if not ready:
                         break
         finally:
@@ -141,18 +175,23 @@ class Guard:
         return worker.wait()
 
     def _start(self, screen: IO[bytes] | None) -> tuple[subprocess.Popen[bytes], int]:
+        """Starts the worker, and returns it with the file descriptor of its output."""
         env = {**os.environ, **interface_env(os.environ), "PYTHONUNBUFFERED": "1", **self._secrets()}
         if screen is not None:
-            ours, theirs = terminal.imitation(screen)
+            reading_end, worker_end = terminal.open_pseudo_terminal(screen)
         else:
-            ours, theirs = os.pipe()
-        # A session of its own, so that nothing else signals the worker, and a death that follows this process's.
+            reading_end, worker_end = os.pipe()
+
+        # In a new session nothing but this process signals the worker: not Ctrl-C on a terminal, and not a launcher
+        # that signals its process group before the worker has had its grace time. MPICH's workers find their process
+        # manager at the file descriptor PMI_FD.
         worker = subprocess.Popen(
-            self.command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=env, start_new_session=True,
-            preexec_fn=die_with_parent, pass_fds=[int(os.environ[name]) for name in ("PMI_FD",) if name in os.environ],
+            self.command, stdin=subprocess.DEVNULL, stdout=worker_end, stderr=worker_end, env=env,
+            start_new_session=True, preexec_fn=die_with_parent,
+            pass_fds=[int(os.environ[name]) for name in ("PMI_FD",) if name in os.environ],
         )  # fmt: skip
-        os.close(theirs)
-        return worker, ours
+        os.close(worker_end)
+        return worker, reading_end
 
     def _secrets(self) -> dict[str, str]:
         try:
@@ -161,27 +200,25 @@ class Guard:
             return {}
         return {str(name): str(value) for name, value in secrets.items()}
 
-    def _ask_to_stop(self, worker: subprocess.Popen[bytes], *, for_good: bool = True) -> None:
+    def _ask_to_stop(self, worker: subprocess.Popen[bytes], *, for_good: bool) -> None:
+        """Passes a request to stop on, once: a second signal could interrupt the worker's last checkpoint."""
         self.asked_to_stop |= for_good
-        if not self._told:
-            self._told = True
+        if not self._signalled:
+            self._signalled = True
             self._kill_at = time.monotonic() + self.grace_s
             if worker.poll() is None:
                 worker.send_signal(signal.SIGTERM)
 
-    def _check_time(self, worker: subprocess.Popen[bytes]) -> None:
-        if time.monotonic() > self._look_at:
-            self._look_at = time.monotonic() + POLL_S
-            self._look_at_files(worker)
-        if time.monotonic() > self._kill_at:
-            _signal_group(worker.pid, signal.SIGKILL)
-
-    def _look_at_files(self, worker: subprocess.Popen[bytes]) -> None:
+    def _check_files(self, worker: subprocess.Popen[bytes]) -> None:
+        """Looks for the stop file and for the end of the round; not at every line of output."""
+        if time.monotonic() <= self._check_files_at:
+            return
+        self._check_files_at = time.monotonic() + POLL_S
         if self.stop_file is not None and self.stop_file.exists():
-            self._ask_to_stop(worker)
+            self._ask_to_stop(worker, for_good=True)
         if self._round:
-            number, over = elastic.read(self.run_dir)
-            if over or number > self._round:
+            number, is_over = elastic.read_round(self.run_dir)
+            if is_over or number > self._round:
                 self._ask_to_stop(worker, for_good=number > self._round)
 
     def _record(self, kind: type[events.Event], status: int | None = None) -> None:
@@ -192,17 +229,17 @@ class Guard:
             pid=os.getpid(),
             time=time.time(),
             status=status,
-            stopped=self._told or self.asked_to_stop,
+            stopped=self._signalled or self.asked_to_stop,
             out_of_memory=status == -signal.SIGKILL and events.oom_kills() > self._oom_kills,
         )
         events.append(self.run_dir, event)
 
 
-def leave_last_words(run_dir: Path, rank: int) -> None:
-    """Tells Kubernetes of what a rank died, where this is a pod: the kubelet puts it into the pod's status."""
-    if LAST_WORDS.exists():
-        text = "\n".join(rank_log.traceback_of(run_dir, rank)).encode()[-LAST_WORDS_BYTES:]
-        LAST_WORDS.write_bytes(f"rank {rank}: ".encode() + text)
+def write_termination_message(run_dir: Path, rank: int) -> None:
+    """Writes a rank's traceback where a pod's kubelet reads it, which puts it into the pod's status."""
+    if TERMINATION_LOG.exists():
+        text = "\n".join(rank_log.traceback_of(run_dir, rank)).encode()[-TERMINATION_LOG_BYTES:]
+        TERMINATION_LOG.write_bytes(f"rank {rank}: ".encode() + text)
 
 
 def _signal_group(pid: int, number: signal.Signals) -> None:
@@ -213,21 +250,29 @@ def _signal_group(pid: int, number: signal.Signals) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the guard; its exit status is the worker's, 128 + n for signal n as a shell would say it."""
+    """Runs the worker; the exit status is the worker's, for a signal n that of a shell, 128 + n.
+
+    A worker that was asked to stop by the stop file, and did, counts as ended well: mpirun and horovodrun kill all
+    others at the first status that is not 0, and with them supervisors that have not yet recorded the same. The
+    launcher takes what happened from the records.
+    """
     die_with_parent()
     if len(argv) < 3 or argv[1] != "--":
         print("usage: python -m distopt.launch.worker.supervisor RUN_DIR -- COMMAND [ARGUMENT …]", file=sys.stderr)
         return 2
     if directory := os.environ.get(CWD_VARIABLE):
         os.chdir(directory)
+
     try:
-        guard = Guard(Path(argv[0]), argv[2:])
+        supervisor = Supervisor(Path(argv[0]), argv[2:])
     except LauncherError as error:
         print(f"distopt: {error}", file=sys.stderr)
         return 2
-    status = guard.run()
-    if status and not guard.asked_to_stop:
-        leave_last_words(guard.run_dir, guard.rank)
+    status = supervisor.run()
+    if status and not supervisor.asked_to_stop:
+        write_termination_message(supervisor.run_dir, supervisor.rank)
+    if supervisor.stop_file is not None and supervisor.asked_to_stop and status in events.STOPPED_STATUSES:
+        return 0
     return status if status >= 0 else 128 - status
 
 

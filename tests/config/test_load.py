@@ -60,6 +60,13 @@ def test_overrides_replace_keys_and_are_typed_as_yaml():
     assert config.data.global_batch is None
 
 
+def test_bare_off_and_graph_are_modes_of_capture():
+    assert parse_config(MINIMAL + "train: {capture: off}\n").train.capture == "off"
+    assert parse_config(MINIMAL, ["train.capture=off"]).train.capture == "off"
+    assert parse_config(MINIMAL, ["train.capture=graph"]).train.capture == "graph"
+    assert problems(MINIMAL, "train.capture=true") != []
+
+
 def test_interpolation_sees_overrides():
     config = parse_config(MINIMAL + "run_dir: /data/${name}/${seed}\n", ["seed=5"])
     assert str(config.run_dir) == "/data/flights/5"
@@ -211,28 +218,6 @@ def test_every_key_that_may_name_code_is_listed():
     schema = RunConfig.model_json_schema()
     keys = [key for key, field in sections(schema, schema) if repr(REFERENCE_PATTERN) in str(field)]
     assert {key.replace("loggers.name", "loggers") for key in keys} == set(CODE_KEYS)
-
-
-def test_hosts_are_read_from_a_hostfile_and_recorded(tmp_path):
-    (tmp_path / "hosts").write_text("# ours\nnode1 slots=2 max_slots=4\n\nnode2:2  # new\n10.0.0.3\n")
-    config = parse_config(MINIMAL, [f"launch.hostfile={tmp_path}/hosts", "launch.workers=2"])
-    assert (config.launch.hosts, config.launch.hostfile) == (["node1", "node2", "10.0.0.3"], None)
-
-
-@pytest.mark.parametrize(
-    ("text", "override", "said"),
-    [
-        ("node1 slots=2", "launch.workers=3", "launch: workers: found 3, but node1 has 2 slots in "),
-        ("node1 two", "launch.workers=1", "hosts:1: found 'node1 two', expected `name`, `name:4` or `name slots=4`"),
-        ("# none", "launch.workers=1", "names no host"),
-        ("node1", "launch.hosts=[a]", "hostfile: found hosts too; give one of them"),
-        ("-oProxyCommand=x", "launch.workers=1", "launch.hosts.0: found '-oProxyCommand=x'"),
-    ],
-)
-def test_hostfile_that_cannot_be_meant_is_refused(text, override, said, tmp_path):
-    (tmp_path / "hosts").write_text(text)
-    (found,) = problems(MINIMAL, f"launch.hostfile={tmp_path}/hosts", override)
-    assert said in found
 
 
 def test_missing_file_is_answered_with_the_nearest(tmp_path):

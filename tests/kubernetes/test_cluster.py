@@ -21,10 +21,10 @@ import yaml
 
 from tests.docker import engine as engines
 from tests.docker.engine import IMAGE, Engine
-from tests.docker.guide import ROOT, launches, objects
 from tests.kubernetes import cluster as clusters
 from tests.kubernetes.cluster import Cluster, wait_until
 from tests.kubernetes.definitions import for_1_20
+from tests.kubernetes.guide import ROOT, launches, objects
 from tests.kubernetes.indexes import LABEL, Indexes
 
 CRDS = ROOT.parent / "shared" / "crds"
@@ -196,7 +196,7 @@ def test_stop_lets_pods_save_within_the_grace_period_and_end_with_143(cluster: C
         "launch.kubernetes.secrets={HUB_TOKEN: {secret: hub, key: token}}",
     )  # fmt: skip
     assert run.launch("--detach").returncode == 0
-    assert "`distopt stop runs/stopped` ends and deletes it" in run.launch("--detach").stderr
+    assert "`distopt stop runs/stopped` ends it and frees its name" in run.launch("--detach").stderr
     wait_until(lambda: (run.directory / "metrics.jsonl").exists(), "first steps")
     assert run.checkpoints() == []
     for pod in names(run.pods()):

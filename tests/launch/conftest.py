@@ -1,40 +1,19 @@
-"""Golden files, and runs that are really started."""
+"""Runs that are really started."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from distopt.launch.platforms import horovodrun, mpirun
+from tests.launch import slurm
 from tests.launch.hosts import Hosts, missing
 from tests.launch.launching import Launched, write_config
 
-GOLDEN = Path(__file__).parent / "golden"
 SUM = Path(__file__).with_name("sum_script.py")
-
-
-def pytest_addoption(parser):
-    parser.addoption("--update-golden", action="store_true", help="write the launcher's golden files anew")
-
-
-@pytest.fixture
-def golden(request) -> Callable[[str, str], None]:
-    """Compares a text with a file in tests/launch/golden, or writes that file anew with --update-golden."""
-
-    def compare(name: str, text: str) -> None:
-        program = Path(sys.executable)
-        for place, word in ((program, "PYTHON"), (program.parent, "BIN"), (Path.cwd(), "FOLDER")):
-            text = text.replace(str(place), word)
-        path = GOLDEN / name
-        if request.config.getoption("--update-golden", default=False):
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
-        assert text == path.read_text(), f"{name} differs; `make golden` writes it anew, if that is meant"
-
-    return compare
 
 
 @pytest.fixture
@@ -61,6 +40,16 @@ def hosts(tmp_path_factory) -> Iterator[Hosts]:
         yield network
 
 
+@pytest.fixture(scope="module")
+def cluster(hosts) -> Iterator[slurm.Cluster]:
+    """A real Slurm over the three hosts."""
+    lacking = slurm.missing()
+    if lacking:
+        pytest.skip(lacking)
+    with slurm.Cluster(hosts) as running:
+        yield running
+
+
 @pytest.fixture
 def on_hosts(hosts, start, tmp_path) -> Callable[..., Launched]:
     """Starts a run from host 1 over some of the hosts: sum_script.py, unless `text` is another YAML."""
@@ -83,3 +72,16 @@ def on_hosts(hosts, start, tmp_path) -> Callable[..., Launched]:
         return start(*script, *places, *chosen, *args, prefix=hosts.run(1), **options)
 
     return launched
+
+
+@pytest.fixture
+def pretended_mpi(monkeypatch) -> Callable[[str, str | None], None]:
+    """Pretends which MPI the mpirun here belongs to, and which one Horovod was built for."""
+
+    def pretend(mpirun_of: str, horovod_for: str | None) -> None:
+        for module in (mpirun, horovodrun):
+            monkeypatch.setattr(module, "find_mpirun", lambda: "mpirun")
+            monkeypatch.setattr(module, "is_mpich", lambda program: mpirun_of == "MPICH")
+            monkeypatch.setattr(module, "mpi_of_horovod", lambda: horovod_for)
+
+    return pretend

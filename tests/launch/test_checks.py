@@ -6,7 +6,6 @@ import json
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -14,8 +13,6 @@ from typer.testing import CliRunner
 from distopt.config import parse_config
 from distopt.launch import checks
 from distopt.launch.cli import app
-from distopt.launch.platforms import horovodrun, mpirun
-from distopt.launch.platforms.mpi import mpi_of_horovod
 from distopt.launch.platforms.slurm.platform import SlurmPlatform
 
 TASK = "name: run\ntask: mytasks.house:House\n"
@@ -104,13 +101,29 @@ def test_script_with_a_syntax_error_is_refused_with_its_line(folder):
 
 
 def test_task_is_found_in_the_folder_of_the_command_without_being_imported(folder):
-    assert list(checks.check_task("mytasks.house:House")) == []
+    assert list(checks._check_code(parse_config(TASK), None)) == []
     assert "mytasks" not in sys.modules
 
 
 def test_task_of_a_module_that_makes_its_names_is_left_to_the_import(folder):
     (folder / "mytasks" / "made.py").write_text("from os.path import *\n")
-    assert list(checks.check_task("mytasks.made:Anything")) == []
+    assert list(checks._check_code(parse_config("name: run\ntask: mytasks.made:Anything"), None)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("optim: {name: mytasks.house:Hose}", "optim.name: "),
+        ("train: {loss: mytasks.house:Hose}", "train.loss: "),
+        ("optim: {scheduler: {name: mytasks.house:Hose}}", "optim.scheduler.name: "),
+        ("log: {loggers: [mytasks.house:House, mytasks.house:Hose]}", "log.loggers: "),
+        ("reduce: {backend: mytasks.house:Hose}", "reduce.backend: "),
+    ],
+)
+def test_every_key_that_names_code_is_checked_without_importing_it(folder, text, said):
+    problem = refusal(folder, TASK + text)
+    path = folder / "mytasks" / "house.py"
+    assert problem == f"run.yaml: {said}{path} has no 'Hose'; did you mean mytasks.house:House?\n"
 
 
 def test_port_in_use_is_refused(folder):
@@ -120,68 +133,6 @@ def test_port_in_use_is_refused(folder):
         port = taken.getsockname()[1]
         said = refusal(folder, TASK, f"launch.port={port}")
     assert f"launch.port: {port} cannot be used on this machine: Address already in use" in said
-
-
-def test_horovod_that_is_not_installed_is_refused(folder, monkeypatch):
-    monkeypatch.setattr(horovodrun, "find_spec", lambda name: None)
-    assert "Horovod was chosen, but it is not installed for " in refusal(folder, TASK + "reduce: {backend: horovod}")
-
-
-@pytest.fixture
-def mpi(monkeypatch):
-    """Pretends an MPI: which one mpirun is of, and which one Horovod was built for."""
-
-    def chosen(mpirun_of: str, horovod_for: str | None) -> None:
-        for module in (mpirun, horovodrun):
-            monkeypatch.setattr(module, "find_mpirun", lambda: "mpirun")
-            monkeypatch.setattr(module, "is_mpich", lambda program: mpirun_of == "MPICH")
-            monkeypatch.setattr(module, "mpi_of_horovod", lambda: horovod_for)
-
-    return chosen
-
-
-@pytest.mark.parametrize(
-    ("mpirun_of", "horovod_for", "backend", "said"),
-    [
-        ("Open MPI", None, "horovod", "uses Horovod, but it is not installed; `python tools/build_horovod.py`"),
-        ("Open MPI", "none", "horovod", "uses Horovod, but it was built without MPI"),
-        ("MPICH", "Open MPI", "horovod", "built for Open MPI, and mpirun is MPICH's; `python tools/build_"),
-        ("MPICH", "Open MPI", "auto", "auto uses Horovod, but it was built for Open MPI"),
-        ("Open MPI", "MPICH", "auto", "auto uses Horovod, but it was built for MPICH"),
-        ("Open MPI", "Open MPI", "horovod", ""),
-        ("MPICH", "MPICH", "auto", ""),
-        ("MPICH", "Open MPI", "mpi", ""),
-    ],
-)
-def test_library_of_another_mpi_than_mpirun_is_refused(mpirun_of, horovod_for, backend, said, mpi):
-    pytest.importorskip("mpi4py")
-    mpi(mpirun_of, horovod_for)
-    config = parse_config(TASK, ["launch.platform=mpirun", f"reduce.backend={backend}"])
-    found = list(mpirun.MpirunPlatform().check(config))
-    assert (len(found), said in "".join(map(str, found))) == (int(bool(said)), True), found
-
-
-def test_mpi4py_that_is_missing_is_refused(mpi, monkeypatch):
-    mpi("MPICH", None)
-    monkeypatch.setattr(mpirun, "find_spec", lambda name: None)
-    (said,) = mpirun.MpirunPlatform().check(parse_config(TASK, ["launch.platform=mpirun"]))
-    assert "auto uses mpi4py, which is not installed; `pip install 'distopt[mpi]'`" in str(said)
-
-
-def test_horovodrun_over_mpich_is_refused_with_what_starts_it(mpi):
-    mpi("MPICH", "MPICH")
-    found = horovodrun.HorovodrunPlatform().check(
-        parse_config(TASK, ["launch.platform=horovodrun", "launch.horovod_controller=mpi"])
-    )
-    assert "set launch.platform=mpirun, which starts Horovod over MPICH" in "".join(map(str, found))
-
-
-def test_mpi_of_horovod_is_the_one_that_its_library_loads():
-    hvd = pytest.importorskip("horovod.torch", reason="Horovod is not installed (make setup-dev builds it)")
-    loaded = {"libmpi.so.40": "Open MPI", "libmpi.so.12": "MPICH"}
-    maps = Path("/proc/self/maps").read_text()
-    found = [family for name, family in loaded.items() if name in maps] if hvd.mpi_built() else ["none"]
-    assert [mpi_of_horovod()] == found
 
 
 KUBERNETES = """
@@ -224,22 +175,6 @@ def test_port_of_pods_may_be_in_use_here(folder):
 def test_run_directory_that_cannot_be_written_to_is_refused(folder):
     # Not even root can make a folder there, nor can access(2) tell.
     assert "run_dir: /proc/runs cannot be written to: " in refusal(folder, TASK, "run_dir=/proc/runs")
-
-
-@pytest.mark.parametrize("command", ["status", "logs", "stop"])
-def test_run_that_was_never_launched_is_refused_with_those_that_were(command, folder):
-    for name in ("one", "two"):
-        (folder / "runs" / name).mkdir(parents=True)
-        (folder / "runs" / name / "launch.json").write_text("{}")
-    (folder / "run.yaml").write_text(TASK)
-    unknown = CliRunner().invoke(app, [command, "nosuch"])
-    assert (unknown.exit_code, "Known in runs: one, two." in unknown.output) == (2, True)
-    assert "named by its directory or its name" in CliRunner().invoke(app, [command, "run.yaml"]).output
-
-
-def test_status_without_any_run_says_so(folder):
-    result = CliRunner().invoke(app, ["status"])
-    assert (result.exit_code, "no run was launched from here" in result.stderr) == (0, True)
 
 
 def test_run_directory_with_checkpoints_of_another_config_is_refused_with_the_differences(folder):

@@ -60,7 +60,7 @@ def test_torchrun_loses_a_host_takes_it_back_and_sees_all_data_in_order(order, h
     assert_all_data_seen_in_order(run, tmp_path, 100)
     found = worlds(run)
     assert found[0] == 3 and min(found) < 3 and found[-1] == 3, found
-    assert "dh3 was lost; the run goes on" in run.err
+    assert "dh3 was lost; the run continues" in run.err
 
 
 @pytest.mark.slow

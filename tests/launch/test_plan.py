@@ -13,13 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from distopt.config import RunConfig, parse_config
+from distopt.config import parse_config
 from distopt.config.launch import SECRET_NAME
-from distopt.launch import ssh
 from distopt.launch.cli import app
 from distopt.launch.plan import Command, Plan
 from distopt.launch.platforms import load_platform, mpirun
-from distopt.launch.platforms.slurm import platform as slurm
 
 BASE = "name: flights\ntask: distopt.examples.flights:Flights\ndata: {global_batch: 4096}\n"
 # Addresses that documentation may use (RFC 5737), so that no host here has one and no name is looked up.
@@ -72,25 +70,6 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path, monkeypatch):
 def test_printed_command_is_read_by_a_shell_as_the_same_words(argv, env):
     words = shlex.split(str(Command(("prog", *argv), env)))
     assert words == [*(f"{key}={value}" for key, value in sorted(env.items())), "prog", *argv]
-
-
-@given(st.lists(TEXT, min_size=1, max_size=5))
-def test_words_arrive_at_another_host_as_they_are(argv):
-    config = parse_config(BASE)
-    *_, dashes, host, command = ssh.remote(config, "dh1", argv)
-    assert (dashes, host, shlex.split(command)) == ("--", "dh1", argv)
-
-
-@pytest.mark.parametrize("backend", ["torch_dist", "mpi"])
-@given(arguments=st.lists(TEXT, max_size=4))
-def test_script_arguments_survive_both_shells_of_a_slurm_job(backend, arguments):
-    raw = {"name": "run", "script": "a b/train.py", "script_args": arguments, "launch": {"platform": "slurm"},
-           "reduce": {"backend": backend}}  # fmt: skip
-    config = RunConfig.model_validate(raw)
-    words = shlex.split(slurm._step(config))  # the batch script's shell
-    if backend == "torch_dist":
-        words = shlex.split(words[words.index("-c") + 1])  # the shell on each node
-    assert words[len(words) - len(arguments) - 1 :] == ["a b/train.py", *arguments]
 
 
 @pytest.mark.parametrize("text", ["", "plain\n", "END\n", "END\nEND_\n$HOME `id` \\ '\n"])

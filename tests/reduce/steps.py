@@ -64,7 +64,7 @@ def counting_calls() -> Iterator[list[tuple[str, int]]]:
 
         return count
 
-    methods = ("all_reduce", "broadcast", "all_gather", "exchange")
+    methods = ("all_reduce", "broadcast", "all_gather", "send_recv")
     for method in methods:
         setattr(backend, method, counted(method, getattr(backend, method)))
     try:

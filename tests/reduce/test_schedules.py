@@ -34,7 +34,7 @@ def follow(schedule: Schedule, options: dict[str, Any], is_large: bool) -> list[
     stores = []
     with pytest.MonkeyPatch.context() as patch:
         if is_large:
-            patch.setattr(layout, "LOOK_FIRST_BYTES", 0)
+            patch.setattr(layout, "CONTROL_FIRST_BYTES", 0)
         for step, touched in enumerate(schedule):
             for name in touched[rank]:
                 pyro.param(name, lambda name=name: noise(ord(name) + 1000 * rank, *SHAPES[name]))

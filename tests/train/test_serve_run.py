@@ -82,7 +82,7 @@ def test_a_worker_that_waits_for_the_others_says_so_and_can_be_stopped(tmp_path:
             while not (ask(port, "/healthz") and is_listening(port + 1)):
                 assert time.monotonic() < end
                 time.sleep(0.1)
-            assert ask(port, "/readyz").startswith("not joined")
+            assert ask(port, "/readyz").startswith("not ready")
             run.terminate()
             assert run.wait(timeout=30) == -signal.SIGTERM
         finally:

@@ -1,8 +1,6 @@
-"""Optimizers and arguments of other libraries, taken as ours."""
+"""Optimizers of `pyro.optim` as those of distopt."""
 
 from __future__ import annotations
-
-import inspect
 
 import pyro.optim
 
@@ -23,10 +21,3 @@ def as_ours(optim: pyro.optim.PyroOptim) -> PyroOptim:
         ours = PyroOptim(optim.pt_optim_constructor, optim.pt_optim_args, optim.pt_clip_args)
     ours.set_state({**optim.get_state(), **optim._state_waiting_to_be_consumed})
     return ours
-
-
-def takes_metric(optim: PyroOptim) -> bool:
-    """Returns whether it is a scheduler whose schedules are stepped with a metric, as `ReduceLROnPlateau` is."""
-    if not isinstance(optim, PyroLRScheduler):
-        return False
-    return "metrics" in inspect.signature(getattr(optim.pt_scheduler_constructor, "step", print)).parameters

@@ -1,13 +1,10 @@
-"""Optimizers that average gradients over all workers before they step."""
+"""The distributed optimizer: what it is to those who hold one. How it takes a step is in `stepping`."""
 
 from __future__ import annotations
 
 import difflib
-import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,46 +12,18 @@ import pyro.optim
 import torch
 from torch import Tensor, nn
 
-from distopt.backends import Backend, BackendError, current
+from distopt.backends import Backend
 from distopt.config.reduce import ReduceOptions
-from distopt.optim.arguments import args_for
-from distopt.optim.clipping import global_norm
-from distopt.optim.distributed.convert import as_ours, takes_metric
+from distopt.optim.distributed.convert import as_ours
+from distopt.optim.distributed.stepping import StepInfo, Stepper
 from distopt.optim.lr_scheduler import PyroLRScheduler
-from distopt.optim.optim import PyroOptim, call_closure
+from distopt.optim.optim import PyroOptim
 from distopt.optim.packed_state import PackedState
-from distopt.optim.packing import FlatGradients
-from distopt.reduce import Brought, DisagreementError, DriftError, PeerError, Reduced, Reducer
+from distopt.reduce import CommHook, Reducer
 from distopt.reduce.agreement import share_values_
-from distopt.reduce.comm_hooks.power_sgd import PowerSgd
-from distopt.reduce.drift import explain_nonfinite, is_finite
-from distopt.reduce.messages import Control, Kind
-from distopt.reduce.reducer import is_joining, joining
+from distopt.reduce.messages import RankMessage, RoundKind
+from distopt.reduce.reducer import joining
 from distopt.rng import NoisePolicy
-
-logger = logging.getLogger("distopt.optim")
-
-# Every rank raises these by itself, so there is no rank to inform.
-_RAISED_BY_ALL = (PeerError, DisagreementError, DriftError, BackendError)
-
-
-@dataclass(frozen=True, slots=True)
-class StepInfo:
-    """What all ranks know after one call of a `DistributedOptimizer`; equal on all of them.
-
-    Attributes:
-        loss: Mean of the ranks' losses, over those that gave one; None when none did.
-        stop: Whether any rank asked to stop.
-        num_active: Number of ranks whose gradients went into the step; 0 after a call that only added its gradients to
-            those of the next one (`backward_passes_per_step`).
-        gradient_norm: 2-norm of the gradient that all ranks stepped by, before clipping, without that of parameters
-            which belong to one rank alone; None unless it was asked for.
-    """
-
-    loss: float | None = None
-    stop: bool = False
-    num_active: int = 0
-    gradient_norm: float | None = None
 
 
 def _delegate(name: str, doc: str, *, writable: bool = False) -> Any:
@@ -82,11 +51,11 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
     Parameters of sharded plates are stepped by their rank alone; `global_norm` is over those of all ranks together.
 
     It is a `pyro.optim.PyroOptim` because Pyro's SVI accepts nothing else, but runs none of its code: everything public
-    is defined here. `optim`, `options`, `noise`, `backend`, `reducer` and `is_synchronized` say what it is made of;
-    calling it, `step_with`, `zero_grad`, `synchronize`, `join`, `abort` and, over a scheduler, `step` are what a
-    training loop calls; `get_state`, `set_state`, `save`, `load` and `rank_local_state` are its state. `nonfinite`,
-    `scaler`, `num_skipped_steps`, `nonfinite_names`, `optim_objs` and `pt_...` are the wrapped optimizer's. Setting any
-    other attribute is an error.
+    is defined here. `optim`, `options`, `backend`, `reducer` and `is_synchronized` say what it is made of; a training
+    loop calls it, or `step_with`, and `zero_grad`, `synchronize`, `join`, `abort` and, over a scheduler, `step`. Its
+    state is in `get_state`, `set_state`, `packed_state`, `set_packed_state`, `save`, `load` and `rank_local_state`.
+    `nonfinite`, `scaler`, `num_skipped_steps`, `nonfinite_names`, `optim_objs` and `pt_...` are the wrapped
+    optimizer's. Setting any other attribute is an error.
 
     Args:
         optim: The optimizer to wrap: of `distopt.optim` or `pyro.optim`, a scheduler too. State that it has loaded is
@@ -135,12 +104,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
             raise ValueError(f"noise={noise!r} should be 'independent' or 'shared'.")
         self._optim = as_ours(optim)
         self._options = reduce
-        self._noise = noise
-        self._backend = backend
-        self._reducer: Reducer | None = None
-        self._accumulator = GradientAccumulator(reduce.backward_passes_per_step)
-        self._losses: list[float] = []
-        self._stop = False
+        self._stepper = Stepper(self._optim, backend, reduce, noise)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_") and not hasattr(type(self), name):
@@ -161,11 +125,6 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
         return self._options
 
     @property
-    def noise(self) -> NoisePolicy:
-        """Whether the ranks draw `independent` noise, or all the same."""
-        return self._noise
-
-    @property
     def backend(self) -> Backend:
         """The link to the other ranks."""
         return self.reducer.backend
@@ -173,9 +132,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
     @property
     def reducer(self) -> Reducer:
         """What reduces the gradients; made when it is first needed, so that `init` may come after the optimizer."""
-        if self._reducer is None:
-            self._reducer = Reducer(self._backend or current(), self.options, self.noise, self.optim.get_state)
-        return self._reducer
+        return self._stepper.reducer
 
     @property
     def is_synchronized(self) -> bool:
@@ -206,7 +163,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
             *args: Passed on to the torch optimizers' `step`; a closure is called once, before anything is read.
             **kwargs: Likewise.
         """
-        self._call(params, args, kwargs)
+        self._stepper.step(params, args, kwargs)
 
     def step_with(
         self,
@@ -232,44 +189,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
         Cost:
             That of a call: all of it is sent with the gradients.
         """
-        if loss is not None:
-            self._losses.append(float(loss))
-        self._stop |= stop
-        return self._call(params, args, kwargs, step, measure_norm)
-
-    def _call(
-        self,
-        params: Iterable[Tensor],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        step: int | None = None,
-        measure_norm: bool = False,
-    ) -> StepInfo:
-        args, kwargs = call_closure(args, kwargs)
-        accumulated = self._accumulator.add(params)
-        if accumulated is None:
-            return StepInfo()
-        if step is not None:
-            self.reducer.step = step
-        return self._reduce_and_step(accumulated, args, kwargs, measure_norm)
-
-    def _reduce_and_step(
-        self, params: Iterable[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], measure_norm: bool = False
-    ) -> StepInfo:
-        reducer = self.reducer
-        reducer.backend.note(reducer.step, "reduce")
-        gradients, message = reducer.look(params), self._message(Kind.GRADIENT)
-        if gradients.own:
-            try:
-                announce_local(self.optim, gradients, message)
-            except ValueError as error:
-                self.abort(error)
-                raise
-        reduced = reducer.reduce(gradients, message)
-        norm = reduced.norm() if measure_norm else None
-        self._apply(reduced, args, kwargs)
-        heard = reduced.heard
-        return StepInfo(heard.value, heard.num_flags > 0, heard.num_active, norm)
+        return self._stepper.step(params, args, kwargs, loss=loss, step=step, stop=stop, measure_norm=measure_norm)
 
     def zero_grad(self, params: Iterable[Tensor]) -> None:
         """Sets the gradient of each of `params` that has one to zero, as Pyro's SVI does after each step.
@@ -277,7 +197,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
         It is done in place. Those of large parameters (32,768 elements and more) are dropped (None) instead, and count
         as zero until backward leaves new ones, which then need no sum.
         """
-        self.reducer.cleared.clear(params)
+        self.reducer.dropped.zero_(params)
 
     @property
     def step(self) -> Callable[..., None]:
@@ -291,19 +211,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
         """
         if not isinstance(self.optim, PyroLRScheduler):
             raise AttributeError(f"step() is for schedulers; this wraps a {self.optim.pt_optim_constructor.__name__}.")
-        return self._step_scheduler
-
-    def _step_scheduler(self, *args: Any, **kwargs: Any) -> None:
-        metric = args[0] if args else kwargs.get("metrics")
-        is_metric = (
-            isinstance(metric, (int, float, Tensor)) and not isinstance(metric, bool) and takes_metric(self.optim)
-        )
-        if is_metric or is_joining(self.backend):
-            value = float(metric) if is_metric and metric is not None else None
-            heard = self.reducer.reduce(None, Control(self.reducer.step, Kind.SCHEDULE, value=value)).heard
-            if is_metric:
-                args, kwargs = (heard.value, *args[1:]), {k: v for k, v in kwargs.items() if k != "metrics"}
-        self.optim.step(*args, **kwargs)
+        return self._stepper.step_scheduler
 
     # Taking part in other ways.
 
@@ -328,11 +236,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
             except Exception as error:
                 self.abort(error)
                 raise
-            remaining = self._accumulator.take()
-            if remaining:
-                self._reduce_and_step(remaining, (), {})
-            while self._follow():
-                pass
+            self._stepper.follow()
 
     def abort(self, error: BaseException) -> None:
         """Tells all ranks in their next call that this one has failed, so that all raise this cause.
@@ -340,14 +244,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
         The caller then raises `error` itself. Does nothing when the cause came from another rank, or the world is
         broken.
         """
-        reducer = self.reducer
-        if isinstance(error, _RAISED_BY_ALL) or reducer.backend.world_size == 1:
-            return
-        reducer.backend.note(reducer.step, "abort")
-        try:
-            reducer.abort(error, Control(reducer.step, Kind.ABORT))
-        except RuntimeError as second:
-            logger.warning("rank %d could not tell the others of its error: %s", reducer.backend.rank, second)
+        self._stepper.abort(error)
 
     def synchronize(self, params: Iterable[Tensor] | None = None, *, modules: Iterable[nn.Module] = ()) -> None:
         """Agrees on parameters before the first step, so that all ranks compute it from equal values.
@@ -362,13 +259,14 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
         reducer = self.reducer
         if params is None:
             params = [param for _, param in pyro.get_param_store().named_parameters()]
-        reducer.reduce(reducer.look(list(params)), Control(reducer.step, Kind.AGREE))
+        reducer.reduce(reducer.collect_gradients(params), RankMessage(reducer.step, RoundKind.AGREE))
+
         by_dtype: dict[tuple[torch.dtype, str], list[Tensor]] = {}
         for module in modules:
             for _, buffer in sorted(module.named_buffers()):
                 by_dtype.setdefault((buffer.dtype, buffer.device.type), []).append(buffer)
-        for (dtype, _), buffers in by_dtype.items():
-            share_values_(reducer.backend, buffers, 0, dtype)
+        for buffers in by_dtype.values():
+            share_values_(reducer.backend, buffers, owner=0)
 
     # State.
 
@@ -389,7 +287,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
         self.optim.set_packed_state(packed)
 
     @property
-    def rank_local_state(self) -> PowerSgd | None:
+    def rank_local_state(self) -> CommHook | None:
         """What holds state of this rank alone (`state_dict`, `load_state_dict`), to be saved; None if nothing."""
         return self.reducer.rank_local_state
 
@@ -401,121 +299,3 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
     def load(self, filename: str | Path, map_location: Any = None) -> None:
         """Reads the state; every rank must call it."""
         self.optim.load(filename, map_location)
-
-    # Inside.
-
-    def _message(self, kind: Kind | None) -> Control:
-        """Returns what this rank tells the others with its gradients; a loss and a wish to stop are told once."""
-        losses, self._losses = self._losses, []
-        stop, self._stop = self._stop, False
-        value = sum(losses) / len(losses) if losses else None
-        return Control(self.reducer.step, kind, flag=stop, value=value)
-
-    def _follow(self) -> bool:
-        """One round of a rank that has joined; False when no rank is active any more."""
-        reducer = self.reducer
-        reducer.backend.note(reducer.step, "join")
-        reduced = reducer.reduce(None, self._message(None))
-        if reduced.heard.num_active == 0:
-            return False
-        if reduced.heard.kind is Kind.SCHEDULE:
-            value = reduced.heard.value
-            self.optim.step(*(() if value is None else (value,)))
-        elif reduced.heard.kind is Kind.GRADIENT:
-            self._apply(reduced, (), {})
-        return True
-
-    def _apply(self, reduced: Reduced, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        reducer, heard = self.reducer, reduced.heard
-        reducer.backend.note(reducer.step, "optimizer")
-        try:
-            stepped = self.optim.clip_and_step(
-                [FlatGradients(*part) for part in reduced.dense],
-                reduced.loose,
-                *args,
-                total_norm=total_norm(self.optim, reduced),
-                is_finite=not heard.num_nonfinite,
-                **kwargs,
-            )
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error} {self._explain_nonfinite(reduced)}") from None
-        if not stepped:
-            logger.warning(self._explain_nonfinite(reduced))
-            reducer.forget_errors()
-        reducer.step += 1
-        reducer.backend.note(reducer.step, "model")
-
-    def _explain_nonfinite(self, reduced: Reduced) -> str:
-        reducer = self.reducer
-        return explain_nonfinite(reducer.backend, reducer.layout.names, reduced.brought, reducer.step)
-
-
-class GradientAccumulator:
-    """Adds up the gradients of several calls of the optimizer for one step.
-
-    Args:
-        num_calls: Calls that make one step.
-    """
-
-    def __init__(self, num_calls: int) -> None:
-        self._num_calls = num_calls
-        self._num_added = 0
-        # By identity, since tensors compare by element; the parameter keeps its id from being given to another.
-        self._sums: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def add(self, params: Iterable[Tensor]) -> Iterable[Tensor] | None:
-        """Adds this call's gradients; returns the parameters of all calls with their sums in `.grad`, once complete."""
-        if self._num_calls == 1:
-            return params
-        params = list(params)
-        self._num_added += 1
-        for param in params:
-            if param.grad is not None:
-                _, before = self._sums.get(id(param), (param, None))
-                self._sums[id(param)] = (param, param.grad.clone() if before is None else before + param.grad)
-        if self._num_added < self._num_calls:
-            return None
-        return {id(param): param for param in (*params, *self.take())}.values()
-
-    def take(self) -> list[Tensor]:
-        """Returns the parameters of the calls since the last step with their sums in `.grad`, and starts over."""
-        sums, self._sums = self._sums, {}
-        self._num_added = 0
-        for param, gradient in sums.values():
-            param.grad = gradient
-        return [param for param, _ in sums.values()]
-
-
-# What the ranks must know of gradients that one of them alone steps by: those of its sharded plates.
-
-
-def announce_local(optim: PyroOptim, brought: Brought, message: Control) -> None:
-    """Writes into `message` what decides how all ranks step: whether they are finite, and their norm where that clips.
-
-    Raises:
-        ValueError: `clip_args` is a callable and wants a global norm for some of them.
-    """
-    if optim.nonfinite != "step" or optim.scaler is not None:
-        message.nonfinite = not all(is_finite(gradient) for _, _, gradient in brought.own)
-    args = optim.pt_clip_args
-    if not callable(args):
-        if args.get("global_norm") is not None:
-            message.own_square = brought.own_square()
-        return
-    for name, _, _ in brought.own:
-        if args_for("clip_args", args, name).get("global_norm") is not None:
-            raise ValueError(
-                f"clip_args is a callable and gives global_norm for {name!r}, which is one rank's own, so the ranks "
-                "cannot tell over which parameters the norm goes. Give clip_args={'global_norm': ...}, which is for "
-                "all, or clip_norm for this one."
-            )
-
-
-def total_norm(optim: PyroOptim, reduced: Reduced) -> float | None:
-    """Returns the norm over all parameters of all ranks, bit by bit the same on each; None where none has its own."""
-    if not reduced.heard.own_square:
-        return None
-    shared = [part.buffer for part in reduced.dense]
-    shared += [gradient for _, _, gradient in reduced.loose[: len(reduced.loose) - reduced.num_own]]
-    total = math.sqrt(float(global_norm(shared)) ** 2 + reduced.heard.own_square)
-    return total if optim.scaler is None else total / optim.scaler.get_scale()

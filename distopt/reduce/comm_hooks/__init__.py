@@ -1,22 +1,10 @@
-"""Communication hooks: how the gradients of one bucket cross the network."""
+"""Communication hooks: how the gradients of one bucket are combined over the ranks.
 
-from __future__ import annotations
+The hooks here are named in `HOOKS`; one of your own is a subclass of `CommHook` that `ReduceOptions.compression` (in
+the YAML `reduce.compression`) names as `module:Name`.
+"""
 
-import torch
+from distopt.reduce.comm_hooks.base import CommHook
+from distopt.reduce.comm_hooks.registry import HOOKS, make_hook
 
-from distopt.backends import Backend
-from distopt.config.reduce import ReduceOptions
-from distopt.reduce.comm_hooks.adasum import Adasum
-from distopt.reduce.comm_hooks.allreduce import Exchange, Half, Plain
-from distopt.reduce.comm_hooks.power_sgd import PowerSgd
-
-
-def make_hook(options: ReduceOptions, backend: Backend) -> Exchange:
-    """Returns the hook that `op` and `compression` name."""
-    if options.op == "adasum":
-        return Adasum(backend)
-    if options.compression == "powersgd":
-        return PowerSgd(backend, options.power_sgd_rank)
-    if options.compression == "none":
-        return Plain(backend)
-    return Half(backend, torch.float16 if options.compression == "fp16" else torch.bfloat16)
+__all__ = ["HOOKS", "CommHook", "make_hook"]

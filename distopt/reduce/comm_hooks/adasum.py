@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from distopt.backends import Backend, Handle
+from distopt.backends import Backend
+from distopt.reduce.comm_hooks.base import CommHook
 from distopt.reduce.layout import Bucket
-from distopt.reduce.messages import Heard
+from distopt.reduce.messages import RoundSummary
 
 
-class Adasum:
+class Adasum(CommHook):
     """Combines gradients pairwise, parameter by parameter, as Adasum does.
 
     Two gradients a and b become a (1 - a·b / 2|a|²) + b (1 - a·b / 2|b|²): their sum when they are orthogonal, their
-    mean when they are equal. Ranks swap with partners at distance 1, 2, 4, …; ranks beyond the largest power of two
-    hand theirs to a partner first and receive the result last. Dot products are in float64 for float64 gradients and
-    accumulated in float32 otherwise, by the same operations in the same order on both partners, so all ranks end equal.
+    mean when they are equal. Dot products are in float64 for float64 gradients and accumulated in float32 otherwise.
 
     A departure from the paper and from Horovod: they combine the optimizer's updates where it has state (Adam); here
     the gradients are combined, before the wrapped optimizer sees them.
@@ -29,60 +30,58 @@ class Adasum:
         1.
     """
 
-    rides = False
-    scales_first = False
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._handles: dict[int, Handle] = {}
-
     def start(self, bucket: Bucket) -> None:
-        """Starts the control slots' sum; gradients are exchanged in `finish`."""
-        if bucket.slots is not None:
-            self._handles[id(bucket)] = self._backend.all_reduce(bucket.buffer)
+        """Does nothing: each exchange needs the result of the one before."""
 
-    def finish(self, bucket: Bucket, heard: Heard | None = None) -> None:
+    def finish(self, bucket: Bucket, started: Any, summary: RoundSummary | None) -> None:
         """Combines the bucket's gradients."""
-        if bucket.slots is not None:
-            self._handles.pop(id(bucket)).wait()
-        else:
-            adasum_(self._backend, bucket.flat, bucket.offsets)
+        adasum_(self.backend, bucket.flat, bucket.offsets)
 
-    def forget(self, names: set[str]) -> None:
-        """Keeps nothing."""
+
+# Recursive doubling: in round k, each rank swaps its vector with the partner at distance 2^k, and both combine the two,
+# so that after log2(W) rounds each holds the combination of all. The ranks beyond the largest power of two hand their
+# vectors to a partner below it first, and receive the result last. A rank without a partner in some round takes part in
+# it all the same, since exchanges are collective calls. Partners combine in the same order, the lower rank's vector
+# first, by the same operations, so that all ranks end with the same bits.
 
 
 def adasum_(backend: Backend, flat: Tensor, offsets: list[int]) -> None:
     """Overwrites `flat` (numel,) with the Adasum of all ranks'; each segment between `offsets` is one vector."""
     rank, size = backend.rank, backend.world_size
-    core = 1 << (size.bit_length() - 1)
-    beyond = size - core  # ranks core, core + 1, … are partners of ranks 0, 1, …
-    if beyond:
-        folded = rank - core if rank >= core else (rank + core if rank < beyond else None)
-        received = backend.send_recv(flat, folded)
-        if received is not None and rank < core:
+    num_paired = 1 << (size.bit_length() - 1)
+    num_beyond = size - num_paired  # ranks num_paired, num_paired + 1, … are partners of ranks 0, 1, …
+
+    if num_beyond:
+        partner = rank - num_paired if rank >= num_paired else (rank + num_paired if rank < num_beyond else None)
+        received = backend.send_recv(flat, partner)
+        if received is not None and rank < num_paired:
             _combine_(flat, received, offsets)
+
     distance = 1
-    while distance < core:
-        received = backend.send_recv(flat, rank ^ distance if rank < core else None)
+    while distance < num_paired:
+        received = backend.send_recv(flat, rank ^ distance if rank < num_paired else None)
         if received is not None:
             first, second = (flat, received) if rank < rank ^ distance else (received, flat)
             _combine_(first, second, offsets)
             flat.copy_(first)
         distance *= 2
-    if beyond:
-        received = backend.send_recv(flat, folded)
-        if received is not None and rank >= core:
+
+    if num_beyond:
+        received = backend.send_recv(flat, partner)
+        if received is not None and rank >= num_paired:
             flat.copy_(received)
 
 
 def _combine_(first: Tensor, second: Tensor, offsets: list[int]) -> None:
     """Overwrites `first` with the Adasum of two vectors, segment by segment."""
     bounds = list(zip(offsets, offsets[1:], strict=False))
-    pieces = [(first[start:stop], second[start:stop]) for start, stop in bounds]
-    dots = torch.stack([torch.stack([a.dot(b), a.dot(a), b.dot(b)]) for a, b in pieces]).unbind(1)
+    pairs = [(first[start:stop], second[start:stop]) for start, stop in bounds]
+    dots = torch.stack([torch.stack([a.dot(b), a.dot(a), b.dot(b)]) for a, b in pairs]).unbind(1)
+
+    # A vector of zeros has no direction: the other one is kept as it is.
     half = 0.5 * dots[0]
     keep_first = torch.where(dots[1] > 0, 1 - half / dots[1], 1.0)
     keep_second = torch.where(dots[2] > 0, 1 - half / dots[2], 1.0)
+
     counts = torch.tensor([stop - start for start, stop in bounds], device=first.device)
     first.mul_(keep_first.repeat_interleave(counts)).addcmul_(second, keep_second.repeat_interleave(counts))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from distopt.config import RunConfig
@@ -15,8 +16,10 @@ if TYPE_CHECKING:
     from kubernetes.client import ApiClient
 
 TIMEOUT_S = 30
-_KUBEFLOW = "training.kubeflow.org/"
+
+# The condition that says that all is well, as the kinds call it.
 _DONE = {"Complete", "Completed", "Succeeded"}
+
 _PLURALS = {
     "Job": "jobs",
     "JobSet": "jobsets",
@@ -24,6 +27,12 @@ _PLURALS = {
     "PyTorchJob": "pytorchjobs",
     "MPIJob": "mpijobs",
 }
+
+# Labels of pods: the first is an annotation before Kubernetes 1.28, the others are of Kubeflow's training operator.
+_COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
+_REPLICA_TYPE = "training.kubeflow.org/replica-type"
+_REPLICA_INDEX = "training.kubeflow.org/replica-index"
+_JOB_ROLE = "training.kubeflow.org/job-role"
 
 
 class KubernetesJob(SubmittedJob):
@@ -57,63 +66,69 @@ class KubernetesJob(SubmittedJob):
                 ) from error
         return self._api
 
+    # The contract of a submitted job.
+
     def submit(self) -> str:
-        """Creates the objects, or none: what has been created is deleted when one is refused."""
-        made: list[Manifest] = []
+        """Creates all objects, or none: those that were created are deleted when one is refused."""
+        created: list[Manifest] = []
         for manifest in self.objects:
             try:
                 self._create(manifest)
             except PlatformError:
-                for undone in reversed(made):
-                    self._delete(undone)
+                for earlier in reversed(created):
+                    self._delete(earlier)
                 raise
-            made.append(manifest)
-        main = self.objects[-1]
-        return f"{main['kind']} {self.namespace}/{self.name}"
+            created.append(manifest)
+        return f"{self.objects[-1]['kind']} {self.namespace}/{self.name}"
 
     def state(self) -> State:
-        """Returns what the run's object says of itself, and of the pod that died first."""
-        from kubernetes import client
+        """Returns the state in the run's object, and which pod died first or cannot start."""
+        run_object = self._read()
+        if run_object is None:
+            kind = self.objects[-1]["kind"]
+            return State("unknown", f"there is no {kind} {self.name} in namespace {self.namespace}")
 
-        main = self.objects[-1]
-        get = client.CustomObjectsApi(self.api).get_namespaced_custom_object
-        answer = self._ask(get, *_place(main, self.namespace), self.name, none_for=(404,))
-        if answer is None:
-            return State("unknown", f"there is no {main['kind']} {self.name} in namespace {self.namespace}")
-        found = json.loads(answer)
-        status = found.get("status") or {}
-        true = {one["type"]: one for one in status.get("conditions") or [] if one.get("status") == "True"}
-        if _DONE & set(true):
+        status = run_object.get("status") or {}
+        conditions = {each["type"]: each for each in status.get("conditions") or [] if each.get("status") == "True"}
+        if _DONE & set(conditions):
             return State("done")
-        if "Failed" in true:
-            said = true["Failed"].get("message") or true["Failed"].get("reason") or ""
-            return State("failed", "; ".join(filter(None, [said, self._first_death()])))
-        if found["metadata"].get("deletionTimestamp"):
-            return State("running", "it is being deleted: its pods save and end")
+        if failed := conditions.get("Failed"):
+            reason = failed.get("message") or failed.get("reason") or ""
+            return State("failed", "; ".join(filter(None, [reason, self._first_death()])))
+        if run_object["metadata"].get("deletionTimestamp"):
+            return State("running", "it is being deleted: its pods save a checkpoint and stop")
+
+        # The pods are asked too, since a Job counts pods as active that still wait for a node or an image.
         pods = self._pods()
-        # A Job's own count of active pods has those that still wait for a node or an image.
-        running = "Running" in true or any((pod.get("status") or {}).get("phase") == "Running" for pod in pods)
-        phase: Phase = "running" if running and "Suspended" not in true else "pending"
-        return State(phase, next(filter(None, map(_hindrance, pods)), ""))
+        is_running = "Running" in conditions or any(_status(pod).get("phase") == "Running" for pod in pods)
+        phase: Phase = "running" if is_running and "Suspended" not in conditions else "pending"
+        return State(phase, next(filter(None, map(_obstacle, pods)), ""))
 
     def keeps_name(self, state: State) -> bool:
-        """An object keeps its name until it is deleted, whether its run has ended or not."""
+        """Returns whether there is an object of this name, which stays after its run has ended until it is deleted."""
         return state.phase != "unknown"
 
     def logs(self, rank: int) -> str:
-        """Returns the output of the node `rank`: of its pods one after the other, where one took another's place."""
+        """Returns the output of the node `rank`: of all its pods one after the other, where one replaced another."""
         from kubernetes import client
 
         read = client.CoreV1Api(self.api).read_namespaced_pod_log
-        pods = sorted(self._pods(), key=lambda pod: (pod["metadata"].get("creationTimestamp") or "", _name(pod)))
-        # 400 is the answer for a container that is still waiting for its image or its volumes.
-        said = [self._ask(read, _name(pod), self.namespace, none_for=(400, 404)) for pod in pods if _node(pod) == rank]
-        return b"".join(filter(None, said)).decode(errors="replace")
+        pods = [pod for pod in self._pods() if _node_rank(pod) == rank]
+        pods.sort(key=lambda pod: (pod["metadata"].get("creationTimestamp") or "", _name(pod)))
+        # Bad request is the answer for a container that is still waiting for its image or its volumes.
+        logs = [
+            self._ask(read, _name(pod), self.namespace, none_for=(HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND))
+            for pod in pods
+        ]
+        return b"".join(filter(None, logs)).decode(errors="replace")
 
     def stop(self) -> None:
-        """Has the objects deleted; pods get SIGTERM and their grace time, and the object is gone when they are."""
+        """Asks for the objects to be deleted. Pods get SIGTERM and their grace time; the run's object goes last."""
         for manifest in reversed(self.objects):
             self._delete(manifest)
+
+    # Requests. `CustomObjectsApi` takes any kind by its group, version and plural, so one call does for all kinds of a
+    # run; the core group, a Service's, is the only one that it cannot address.
 
     def _create(self, manifest: Manifest) -> None:
         from kubernetes import client
@@ -122,101 +137,121 @@ class KubernetesJob(SubmittedJob):
             self._ask(client.CoreV1Api(self.api).create_namespaced_service, self.namespace, manifest)
         else:
             create = client.CustomObjectsApi(self.api).create_namespaced_custom_object
-            self._ask(create, *_place(manifest, self.namespace), manifest)
+            self._ask(create, *_address(manifest, self.namespace), manifest)
+
+    def _read(self) -> Manifest | None:
+        """Returns the object that stands for the run, None if there is none."""
+        from kubernetes import client
+
+        get = client.CustomObjectsApi(self.api).get_namespaced_custom_object
+        answer = self._ask(
+            get, *_address(self.objects[-1], self.namespace), self.name, none_for=(HTTPStatus.NOT_FOUND,)
+        )
+        return None if answer is None else dict(json.loads(answer))
 
     def _delete(self, manifest: Manifest) -> None:
         from kubernetes import client
 
         name = manifest["metadata"]["name"]
         if manifest["kind"] == "Service":
-            self._ask(client.CoreV1Api(self.api).delete_namespaced_service, name, self.namespace, none_for=(404,))
+            delete = client.CoreV1Api(self.api).delete_namespaced_service
+            self._ask(delete, name, self.namespace, none_for=(HTTPStatus.NOT_FOUND,))
         else:
             delete = client.CustomObjectsApi(self.api).delete_namespaced_custom_object
-            place = _place(manifest, self.namespace)
-            # The object stays until its pods are gone, so that nobody takes the run for ended while they save.
-            self._ask(delete, *place, name, propagation_policy="Foreground", none_for=(404,))
+            address = _address(manifest, self.namespace)
+            # In the foreground the object stays until its pods are gone, so the run has not ended while they save.
+            self._ask(delete, *address, name, propagation_policy="Foreground", none_for=(HTTPStatus.NOT_FOUND,))
 
-    def _pods(self) -> list[dict[str, Any]]:
+    def _pods(self) -> list[Manifest]:
         from kubernetes import client
 
-        pods = client.CoreV1Api(self.api).list_namespaced_pod
-        answer = self._ask(pods, self.namespace, label_selector=self._selector())
+        # The pods of a TrainJob do not have its labels, but those of the JobSet that its operator makes.
+        is_trainjob = self.objects[-1]["kind"] == "TrainJob"
+        selector = f"jobset.sigs.k8s.io/jobset-name={self.name}" if is_trainjob else f"{LABEL}={self.name}"
+        answer = self._ask(client.CoreV1Api(self.api).list_namespaced_pod, self.namespace, label_selector=selector)
         return list(json.loads(answer)["items"]) if answer else []
 
-    def _selector(self) -> str:
-        own = self.objects[-1]["kind"] != "TrainJob"  # whose pods carry the labels of its JobSet
-        return f"{LABEL}={self.name}" if own else f"jobset.sigs.k8s.io/jobset-name={self.name}"
-
     def _first_death(self) -> str:
-        """Names the container that ended first, and why, as the kubelet saw it."""
-        deaths = []
-        for pod in self._pods():
-            for container in (pod.get("status") or {}).get("containerStatuses") or []:
-                for state in (container.get("state") or {}, container.get("lastState") or {}):
-                    ended = state.get("terminated")
-                    if ended and ended.get("exitCode"):
-                        deaths.append((ended.get("finishedAt") or "", _name(pod), pod, ended))
+        """Returns which container ended first and why, as the kubelet saw it; empty where none did."""
+        deaths = [
+            (death.get("finishedAt") or "", _name(pod), pod, death) for pod in self._pods() for death in _deaths(pod)
+        ]
         if not deaths:
             return ""
-        _, name, pod, ended = min(deaths, key=lambda death: death[:2])
-        killed = ended.get("reason") == "OOMKilled"
-        why = "out of memory (OOMKilled)" if killed else ended.get("reason") or "an error"
-        words = "" if killed else (ended.get("message") or "").strip()
-        said = "".join(f"\n    {line}" for line in words.splitlines())
-        where = f"pod {name} on {pod['spec'].get('nodeName') or 'no node'}"
-        return f"{where} died first: {why}, exit status {ended['exitCode']}{said}"
+
+        _, name, pod, death = min(deaths, key=lambda each: each[:2])
+        message = ""
+        if death.get("reason") == "OOMKilled":
+            cause = "out of memory (OOMKilled)"
+        else:
+            cause = death.get("reason") or "an error"
+            message = "".join(f"\n    {line}" for line in (death.get("message") or "").strip().splitlines())
+        node = pod["spec"].get("nodeName") or "no node"
+        return f"pod {name} on {node} died first: {cause}, exit status {death['exitCode']}{message}"
 
     def _ask(
         self, call: Callable[..., Any], *args: Any, none_for: tuple[int, ...] = (), **options: Any
     ) -> bytes | None:
         """Calls the client and returns the body of its answer; None where its status is one of `none_for`.
 
-        The client's own types are not used: they are those of one release, and refuse what another one answers.
+        The client's types are not used: each release has those of one release of Kubernetes, and refuses the answers of
+        others.
         """
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
         try:
-            answer: bytes = call(*args, **options, _preload_content=False, _request_timeout=TIMEOUT_S).data
-            return answer
+            body: bytes = call(*args, **options, _preload_content=False, _request_timeout=TIMEOUT_S).data
+            return body
         except ApiException as error:
             if error.status in none_for:
                 return None
-            said = f"{error.status} {error.reason}: {_message(error.body)}"
-            if error.status == 409:
-                said += f". Objects of a run of this name are there: `distopt stop {self.name}` removes them"
-            raise PlatformError(f"the cluster refused {call.__name__.replace('_', ' ')}: {said}") from error
+            message = f"{error.status} {error.reason}: {_message(error.body)}"
+            if error.status == HTTPStatus.CONFLICT:
+                message += f". A run of this name has left its objects: `distopt stop {self.name}` removes them"
+            raise PlatformError(f"the cluster refused {call.__name__.replace('_', ' ')}: {message}") from error
         except HTTPError as error:
             raise PlatformError(f"the cluster cannot be reached: {error}; does `kubectl get pods` work?") from error
 
 
-def _place(manifest: Manifest, namespace: str) -> tuple[str, str, str, str]:
+def _address(manifest: Manifest, namespace: str) -> tuple[str, str, str, str]:
     """Returns group, version, namespace and plural name of an object."""
     group, _, version = manifest["apiVersion"].partition("/")
     return group, version, namespace, _PLURALS[manifest["kind"]]
 
 
-def _name(pod: dict[str, Any]) -> str:
+def _name(pod: Manifest) -> str:
     return str(pod["metadata"]["name"])
 
 
-def _node(pod: dict[str, Any]) -> int:
+def _status(pod: Manifest) -> Manifest:
+    return pod.get("status") or {}
+
+
+def _node_rank(pod: Manifest) -> int:
     """Returns the number of a pod's node: an Indexed Job's index; or 0 for master or launcher, then the workers."""
-    found = {**(pod["metadata"].get("annotations") or {}), **(pod["metadata"].get("labels") or {})}
-    index = found.get("batch.kubernetes.io/job-completion-index")  # an annotation, and since 1.28 a label
-    if index is None:
-        role = found.get(f"{_KUBEFLOW}replica-type") or found.get(f"{_KUBEFLOW}job-role")
-        return int(found.get(f"{_KUBEFLOW}replica-index", 0)) + (role == "worker")
-    return int(index)
+    labels = {**(pod["metadata"].get("annotations") or {}), **(pod["metadata"].get("labels") or {})}
+    if _COMPLETION_INDEX in labels:
+        return int(labels[_COMPLETION_INDEX])
+    is_worker = (labels.get(_REPLICA_TYPE) or labels.get(_JOB_ROLE)) == "worker"
+    return int(labels.get(_REPLICA_INDEX, 0)) + is_worker
 
 
-def _hindrance(pod: dict[str, Any]) -> str:
-    """Says what keeps a pod from starting, as the scheduler or the kubelet saw it; nothing where it is only early."""
-    status = pod.get("status") or {}
-    for condition in status.get("conditions") or []:
+def _deaths(pod: Manifest) -> Iterator[Manifest]:
+    """Yields how the containers of a pod ended that ended badly, those included that were started again."""
+    for container in _status(pod).get("containerStatuses") or []:
+        for state in (container.get("state") or {}, container.get("lastState") or {}):
+            ended = state.get("terminated")
+            if ended and ended.get("exitCode"):
+                yield ended
+
+
+def _obstacle(pod: Manifest) -> str:
+    """Returns what keeps a pod from starting, as scheduler or kubelet saw it; empty where it only needs time."""
+    for condition in _status(pod).get("conditions") or []:
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
             return f"pod {_name(pod)}: {condition.get('message') or condition.get('reason')}"
-    for container in status.get("containerStatuses") or []:
+    for container in _status(pod).get("containerStatuses") or []:
         waiting = (container.get("state") or {}).get("waiting") or {}
         if waiting.get("reason") not in (None, "ContainerCreating", "PodInitializing"):
             return ": ".join(filter(None, [f"pod {_name(pod)}", waiting["reason"], waiting.get("message")]))

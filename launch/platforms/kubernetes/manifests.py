@@ -14,16 +14,22 @@ from ..torchrun import FRESH_STORE, torchrun_argv
 
 Manifest = dict[str, Any]
 
-HOME = "/tmp"
 LABEL = "distopt.run"
-KUEUE = "kueue.x-k8s.io/queue-name"
-MPI_HOME = "/home/mpiuser"
-CONFIG_IN_ENV = f"@{CONFIG_VARIABLE}"  # how workers are told to read the configuration from a variable
+KUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+HOME = "/tmp"  # the only folder besides volumes that a worker can write to
+MPI_HOME = "/home/mpiuser"  # of the user that the image has for sshd (docker/cpu.Dockerfile)
+CONFIG_IN_ENV = f"@{CONFIG_VARIABLE}"  # has `distopt train` read the configuration from a variable
 
 
 def manifests(config: RunConfig) -> list[Manifest]:
     """Returns the objects to create, the one that stands for the run last."""
     return _KINDS[config.launch.kubernetes.kind](config)
+
+
+# The kinds. All of them start the same command in the same pod: an agent as process 1, below it torchrun (or Horovod's
+# or MPI's launcher), supervisors and workers. They differ in how pods find each other and in who starts them again. The
+# pods of a Job and of a JobSet have stable names, and torchrun meets at the first one's; for the other kinds an
+# operator sets variables or writes a hostfile.
 
 
 def _job(config: RunConfig) -> list[Manifest]:
@@ -40,7 +46,8 @@ def _job(config: RunConfig) -> list[Manifest]:
             "ports": [{"name": "rendezvous", "port": config.launch.port or RENDEZVOUS_PORT}],
         },
     }
-    pod = _pod(config, _torchrun(config, address), subdomain=config.name)
+
+    pod = _pod(config, _torchrun_meeting_at(config, address), subdomain=config.name)
     job = {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -53,7 +60,9 @@ def _job(config: RunConfig) -> list[Manifest]:
 def _jobset(config: RunConfig) -> list[Manifest]:
     """A JobSet of one Indexed Job: when a pod fails for good, all start again."""
     address = f"{config.name}-workers-0-0.{config.name}:{config.launch.port or RENDEZVOUS_PORT}"
-    job = {**_indexed(config, _pod(config, _torchrun(config, address))), "backoffLimit": 0, **_time_limit(config)}
+    pod = _pod(config, _torchrun_meeting_at(config, address))
+    job = {**_indexed(config, pod), "backoffLimit": 0, **_time_limit(config)}
+
     jobset = {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
@@ -72,7 +81,7 @@ def _trainjob(config: RunConfig) -> list[Manifest]:
     launch = config.launch
     trainer = {
         "image": launch.kubernetes.image,
-        "command": _agent(config, _by_torchrun(config, [])),
+        "command": _agent(config, _torchrun(config, [])),
         "env": _env(config),
         "numNodes": launch.num_hosts,
         "numProcPerNode": launch.workers,
@@ -90,13 +99,14 @@ def _trainjob(config: RunConfig) -> list[Manifest]:
 def _pytorchjob(config: RunConfig) -> list[Manifest]:
     """A PyTorchJob: a master and the other nodes as workers; the operator tells torchrun where it is by PET_*."""
     launch = config.launch
-    place = [
+    rendezvous = [
         "--nnodes=$(PET_NNODES)",
         "--node-rank=$(PET_NODE_RANK)",
         "--master-addr=$(PET_MASTER_ADDR)",
         "--master-port=$(PET_MASTER_PORT)",
     ]
-    pod = _pod(config, _agent(config, _by_torchrun(config, place)), container="pytorch")
+
+    pod = _pod(config, _agent(config, _torchrun(config, rendezvous)), container="pytorch")
     replicas = {"Master": 1, **({"Worker": launch.num_hosts - 1} if launch.num_hosts > 1 else {})}
     job = {
         "apiVersion": "kubeflow.org/v1",
@@ -119,14 +129,20 @@ def _mpijob(config: RunConfig) -> list[Manifest]:
     launch = config.launch
     size = launch.num_hosts * launch.workers
     if config.reduce.backend == "horovod":
-        engine = ["horovodrun", "--gloo", "-np", str(size), "--hostfile", "/etc/mpi/hostfile"]
+        command = ["horovodrun", "--gloo", "-np", str(size), "--hostfile", "/etc/mpi/hostfile"]
     else:
         passed = sorted({entry["name"] for entry in _env(config)})
-        engine = ["mpirun", "-n", str(size), "--hostfile", "/etc/mpi/hostfile", "--bind-to", "none", "--map-by", "slot"]
-        engine += [word for name in passed for word in ("-x", name)]
-    leader = _pod(config, _agent(config, [*engine, *_worker(config)]), gpus=False)
+        command = [
+            *("mpirun", "-n", str(size), "--hostfile", "/etc/mpi/hostfile"),
+            *("--bind-to", "none", "--map-by", "slot"),
+            *(option for name in passed for option in ("-x", name)),
+        ]
+
+    # The launcher starts ranks through the sshd of the workers and computes nothing itself, so it needs no GPU.
+    launcher = _pod(config, _agent(config, [*command, *_worker(config)]), gpus=False)
     sshd = ["/usr/sbin/sshd", "-De", "-f", f"{MPI_HOME}/.sshd_config"]
-    replicas = {"Launcher": (1, leader), "Worker": (launch.num_hosts, _pod(config, sshd))}
+    replicas = {"Launcher": (1, launcher), "Worker": (launch.num_hosts, _pod(config, sshd))}
+
     job = {
         "apiVersion": "kubeflow.org/v2beta1",
         "kind": "MPIJob",
@@ -155,9 +171,12 @@ _KINDS: Mapping[str, Callable[[RunConfig], list[Manifest]]] = {
 }
 
 
+# What the kinds share.
+
+
 def _metadata(config: RunConfig) -> Manifest:
     queue = config.launch.kubernetes.queue
-    labels = {LABEL: config.name, **({KUEUE: queue} if queue else {})}
+    labels = {LABEL: config.name, **({KUEUE_LABEL: queue} if queue else {})}
     return {"name": config.name, "namespace": config.launch.kubernetes.namespace, "labels": labels}
 
 
@@ -181,36 +200,42 @@ def _run_policy(config: RunConfig) -> Manifest:
     return {"backoffLimit": config.launch.max_restarts, "cleanPodPolicy": "None", **_time_limit(config)}
 
 
-def _torchrun(config: RunConfig, address: str) -> list[str]:
-    launch = config.launch
-    nodes = format_range(launch.host_counts)
-    place = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={address}", f"--rdzv-id={config.name}"]
-    return _agent(config, _by_torchrun(config, place), meet=address)
+def _torchrun_meeting_at(config: RunConfig, address: str) -> list[str]:
+    """Returns the command of a node that finds the others by an address, where no operator sets variables."""
+    rendezvous = [
+        f"--nnodes={format_range(config.launch.host_counts)}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={address}",
+        f"--rdzv-id={config.name}",
+    ]
+    return _agent(config, _torchrun(config, rendezvous), meet=address)
 
 
-def _by_torchrun(config: RunConfig, place: list[str]) -> list[str]:
-    return torchrun_argv(config, place, _worker(config), config.launch.kubernetes.python)
+def _torchrun(config: RunConfig, rendezvous: list[str]) -> list[str]:
+    return torchrun_argv(config, rendezvous, _worker(config), config.launch.kubernetes.python)
 
 
 def _worker(config: RunConfig) -> list[str]:
-    return [_literal(word) for word in worker_argv(config, config.launch.kubernetes.python, CONFIG_IN_ENV)]
+    return [_literal(argument) for argument in worker_argv(config, config.launch.kubernetes.python, CONFIG_IN_ENV)]
 
 
-def _agent(config: RunConfig, engine: list[str], meet: str | None = None) -> list[str]:
+def _agent(config: RunConfig, launcher: list[str], meet: str | None = None) -> list[str]:
     """Puts the agent in front: process 1 of a container ignores SIGTERM unless it handles it, and must reap orphans."""
     options = ["--meet", meet] if meet else []
-    return [config.launch.kubernetes.python, "-m", "distopt.launch.worker.host_agent", *options, "--", *engine]
+    return [config.launch.kubernetes.python, "-m", "distopt.launch.worker.host_agent", *options, "--", *launcher]
 
 
 def _env(config: RunConfig) -> list[Manifest]:
     """Returns the variables of the pods; secrets are references, and the configuration travels as a variable."""
-    fixed = env_of_workers(config, **FRESH_STORE, **{ECHO_VARIABLE: "1"}, HOME=HOME)
-    fixed[CONFIG_VARIABLE] = dump_yaml(config)
-    values: list[Manifest] = [{"name": name, "value": _literal(value)} for name, value in fixed.items()]
-    references = config.launch.kubernetes.secrets.items()
-    return values + [
-        {"name": name, "valueFrom": {"secretKeyRef": {"name": reference.secret, "key": reference.key}}}
-        for name, reference in references
+    values = env_of_workers(config, **FRESH_STORE, **{ECHO_VARIABLE: "1"}, HOME=HOME)
+    values[CONFIG_VARIABLE] = dump_yaml(config)
+    secrets = config.launch.kubernetes.secrets
+    return [
+        *({"name": name, "value": _literal(value)} for name, value in values.items()),
+        *(
+            {"name": name, "valueFrom": {"secretKeyRef": {"name": secret.secret, "key": secret.key}}}
+            for name, secret in secrets.items()
+        ),
     ]
 
 
@@ -220,47 +245,54 @@ def _literal(value: str) -> str:
 
 
 def _resources(config: RunConfig, gpus: bool = True) -> Manifest:
-    wanted = config.launch.kubernetes
-    amounts = {"cpu": wanted.cpu, "memory": wanted.memory}
-    if gpus and wanted.gpus:
-        amounts[wanted.gpu_resource] = str(wanted.gpus)
+    kubernetes = config.launch.kubernetes
+    amounts = {"cpu": kubernetes.cpu, "memory": kubernetes.memory}
+    if gpus and kubernetes.gpus:
+        amounts[kubernetes.gpu_resource] = str(kubernetes.gpus)
     return {"requests": amounts, "limits": dict(amounts)}
 
 
 def _health(config: RunConfig) -> Manifest:
-    """Returns the probes of a worker that serves, and its port where it serves beyond the pod's own loopback."""
-    serve, kind = config.serve, config.launch.kubernetes.kind
-    # An MPIJob's worker is an sshd until the launcher, which waits for workers that are ready, starts ranks in it.
+    """Returns the probes of a worker that serves, and its port if it serves beyond the pod's loopback interface."""
+    serve = config.serve
+    kind = config.launch.kubernetes.kind
+    # A worker of an MPIJob is an sshd until the launcher, which waits until workers are ready, starts ranks in it.
     if serve.port is None or kind == "mpijob":
         return {}
-    address = ipaddress.ip_address(serve.host)
-    here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(serve.host, serve.host)
-    command = [config.launch.kubernetes.python, "-m", "distopt.launch.worker.health_probe", here, str(serve.port)]
+
+    # A kubelet's own HTTP probe comes from outside of the pod, so liveness is asked by a command within.
+    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(serve.host, serve.host)
+    command = [config.launch.kubernetes.python, "-m", "distopt.launch.worker.health_probe", address, str(serve.port)]
     timing = {"periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 3}
-    found: Manifest = {"livenessProbe": {"exec": {"command": command}, **timing}}
-    if not address.is_loopback:
-        found["ports"] = [{"name": "serve", "containerPort": serve.port}]
-        # A PyTorchJob's pods find each other by a Service that names ready pods alone, and are ready when they met.
+    probes: Manifest = {"livenessProbe": {"exec": {"command": command}, **timing}}
+
+    if not ipaddress.ip_address(serve.host).is_loopback:
+        probes["ports"] = [{"name": "serve", "containerPort": serve.port}]
+        # Pods of a PyTorchJob find each other by a Service that names only ready pods, and are ready once they met.
         if kind != "pytorchjob":
-            found["readinessProbe"] = {"httpGet": {"path": "/readyz", "port": serve.port}, **timing}
-    return found
+            probes["readinessProbe"] = {"httpGet": {"path": "/readyz", "port": serve.port}, **timing}
+    return probes
 
 
 def _pod(
     config: RunConfig, command: list[str], container: str = "worker", subdomain: str | None = None, gpus: bool = True
 ) -> Manifest:
-    """Returns a pod template whose processes have no privileges and can write to volumes and /tmp alone."""
-    wanted = config.launch.kubernetes
-    claims = dict.fromkeys(volume.claim for volume in wanted.volumes)  # one may be mounted at several paths
+    """Returns a pod template whose processes have no privileges and can write only to volumes, /tmp and /dev/shm.
+
+    It fulfils the `restricted` Pod Security Standard. Torch's data loaders and NCCL need /dev/shm, which is 64 MiB in a
+    container unless it is a volume.
+    """
+    kubernetes = config.launch.kubernetes
+    claims = dict.fromkeys(volume.claim for volume in kubernetes.volumes)  # one may be mounted at several paths
     spec: Manifest = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "terminationGracePeriodSeconds": round(config.launch.grace_s) + 15,
         "securityContext": {
             "runAsNonRoot": True,
-            "runAsUser": wanted.user,
-            "runAsGroup": wanted.user,
-            "fsGroup": wanted.user,
+            "runAsUser": kubernetes.user,
+            "runAsGroup": kubernetes.user,
+            "fsGroup": kubernetes.user,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "containers": [{"name": container, **_container(config, command, gpus)}],
@@ -270,11 +302,12 @@ def _pod(
             *({"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in claims),
         ],
     }
+
     optional = {
         "subdomain": subdomain,
-        "serviceAccountName": wanted.service_account,
-        "nodeSelector": dict(wanted.node_selector),
-        "imagePullSecrets": [{"name": name} for name in wanted.image_pull_secrets],
+        "serviceAccountName": kubernetes.service_account,
+        "nodeSelector": dict(kubernetes.node_selector),
+        "imagePullSecrets": [{"name": name} for name in kubernetes.image_pull_secrets],
     }
     spec |= {key: value for key, value in optional.items() if value}
     return {"metadata": {"labels": {LABEL: config.name}}, "spec": spec}
@@ -282,11 +315,12 @@ def _pod(
 
 def _container(config: RunConfig, command: list[str], gpus: bool) -> Manifest:
     """Returns what a pod runs; all but its name."""
-    wanted = config.launch.kubernetes
+    kubernetes = config.launch.kubernetes
     return {
-        "image": wanted.image,
+        "image": kubernetes.image,
         "command": command,
-        "terminationMessagePolicy": "FallbackToLogsOnError",  # where no guard has left its rank's last words
+        # Supervisors write why their rank failed into the pod's status; where none could, the end of the log is there.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
         "env": _env(config),
         "resources": _resources(config, gpus),
         **_health(config),
@@ -300,7 +334,7 @@ def _container(config: RunConfig, command: list[str], gpus: bool) -> Manifest:
             {"name": "shm", "mountPath": "/dev/shm"},
             *(
                 {"name": volume.claim, "mountPath": volume.path, "readOnly": volume.read_only}
-                for volume in wanted.volumes
+                for volume in kubernetes.volumes
             ),
         ],
     }

@@ -20,7 +20,8 @@ from ..base import Platform, check_gpus
 from .job import KubernetesJob
 from .manifests import manifests
 
-MAX_NAME = 50  # operators append roles and indices, and a host name ends at 63
+# Pods are named after their run, with the role and index that operators append; a host name has at most 63 characters.
+MAX_NAME = 50
 
 
 class KubernetesPlatform(Platform):
@@ -93,7 +94,10 @@ class KubernetesPlatform(Platform):
                 )
 
     def plan(self, config: RunConfig) -> Plan:
-        """Renders the manifest; `distopt launch` creates its objects through the API, as `kubectl create -f` would."""
+        """Renders the manifest; `distopt launch` creates its objects through the API, as `kubectl create -f` would.
+
+        The plan has no commands, and its files are the record here: pods get their configuration in a variable.
+        """
         text = yaml.safe_dump_all(manifests(config), sort_keys=False, width=120)
         note = "created through the Kubernetes API, as `kubectl create -f` would"
         if config.launch.kubernetes.kind == "trainjob":

@@ -61,7 +61,7 @@ class SlurmPlatform(Platform):
 
     def job(self, config: RunConfig) -> SlurmJob:
         """Returns the run on the cluster, submitted or not."""
-        return SlurmJob(config.run_dir, self.plan(config).commands[0].argv, config.launch.grace_s)
+        return SlurmJob(config.run_dir, self.plan(config).commands[0].argv)
 
 
 def _is_torchrun(config: RunConfig) -> bool:
@@ -70,11 +70,14 @@ def _is_torchrun(config: RunConfig) -> bool:
 
 
 def _options(config: RunConfig) -> list[str]:
-    """Returns sbatch's options. They are on the command line, because #SBATCH lines have no quotes for spaces."""
+    """Returns sbatch's options; they go on the command line, where spaces and quotes in values need no care."""
     launch = config.launch
     slurm = config.launch.slurm
+
+    # With torchrun a task is a node, and has the cores of all its workers.
     tasks = 1 if _is_torchrun(config) else launch.workers
     cpus = slurm.cpus_per_worker * (launch.workers if _is_torchrun(config) else 1)
+
     optional = {
         "partition": slurm.partition,
         "account": slurm.account,
@@ -84,6 +87,8 @@ def _options(config: RunConfig) -> list[str]:
         "constraint": slurm.constraint,
         "gpus-per-node": slurm.gpus_per_node or None,
     }
+
+    # Slurm replaces %j and the like in the path of the log. A job that was requeued continues the log of its first try.
     log_folder = str(config.run_dir.resolve() / LOGS).replace("%", "%%")
     return [
         f"--job-name={config.name}",
@@ -132,6 +137,7 @@ def _step(config: RunConfig) -> str:
     return shlex.join([*srun, "bash", "-c", f"exec {agent} {rendezvous} {is_host} {shlex.join(options)}"])
 
 
+# Two jobs may run on one node, so the port depends on the job's number. LEADER and PORT are read by the step's shells.
 _SCRIPT = """\
 #!/bin/bash
 # distopt: run {name}

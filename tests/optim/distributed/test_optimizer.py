@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distopt.optim import SGD, Adam, DDPOptimizer, DistributedOptimizer, HorovodOptimizer, ReduceOptions, StepInfo
-from distopt.optim.distributed.optimizer import GradientAccumulator
+from distopt.optim.distributed.stepping import GradientAccumulator
 
 EXPONENTIAL = {"optimizer": torch.optim.SGD, "optim_args": {"lr": 1.0}, "gamma": 0.5}
 

@@ -1,68 +1,29 @@
-"""Slurm: a real one, on emulated hosts."""
+"""Jobs of Slurm: a real one, on emulated hosts, and the answers of its client that are hard to get from a real one."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from distopt.config import parse_config
-from distopt.launch.platforms import load_platform
-from tests.launch import order_task, slurm
+from distopt.launch.jobs import PlatformError, State
+from distopt.launch.platforms.slurm.job import SlurmJob
+from tests.launch import order_task
 from tests.launch.launching import wait_until, write_config
 
 SUM = Path(__file__).with_name("sum_script.py")
 NUM_STEPS = 40
-BASE = "name: flights\ntask: distopt.examples.flights:Flights\ndata: {global_batch: 4096}\nlaunch: {platform: slurm}\n"
 
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.mark.parametrize(
-    ("name", "overrides"),
-    [
-        (
-            "torchrun",
-            ["launch.nodes=3", "launch.workers=2", 'launch.slurm={partition: gpu, time: "8:00:00", gpus_per_node: 2}'],
-        ),
-        ("elastic", ["launch.nodes=3", "launch.min_hosts=1"]),
-        ("mpi", ["launch.nodes=2", "launch.workers=4", "reduce.backend=horovod"]),
-    ],
-)  # fmt: skip
-def test_job_is_the_golden_one(name, overrides, golden):
-    golden(f"slurm-{name}.txt", str(load_platform("slurm").plan(parse_config(BASE, overrides))).split("END\n\n", 1)[1])
-
-
-@pytest.mark.parametrize("name", ["torchrun", "mpi"])
-def test_job_is_one_that_bash_can_read(name, tmp_path):
-    backend = {"torchrun": "torch_dist", "mpi": "mpi"}[name]
-    odd = parse_config(BASE, [f"reduce.backend={backend}", 'launch.env={ODD: "\'; touch canary; $(id) \\" é"}'])
-    plan = load_platform("slurm").plan(odd)
-    (script,) = [text for path, text in plan.files.items() if path.name == "job.sh"]
-    check = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, timeout=30)
-    assert (check.returncode, check.stderr) == (0, "")
-    only_exports = "\n".join(line for line in script.splitlines() if line.startswith("export ODD"))
-    shown = ["bash", "-c", only_exports + '\nprintf %s "$ODD"']
-    said = subprocess.run(shown, capture_output=True, text=True, timeout=30, cwd=tmp_path)
-    assert (said.stdout, list(tmp_path.iterdir())) == ("'; touch canary; $(id) \" é", [])
-
-
-@pytest.fixture(scope="module")
-def cluster(hosts) -> Iterator[slurm.Cluster]:
-    lacking = slurm.missing()
-    if lacking:
-        pytest.skip(lacking)
-    with slurm.Cluster(hosts) as running:
-        yield running
 
 
 @pytest.fixture
@@ -209,3 +170,92 @@ def test_job_that_the_cluster_cannot_run_is_refused(overrides, said, submit):
     assert run.wait() == 2
     assert said in run.err
     assert not run.run_dir.exists()
+
+
+@pytest.fixture
+def client(tmp_path, monkeypatch):
+    """Stands for Slurm's client: programs that print what a test says and note how they were called."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", str(programs))  # and no Slurm that is installed here
+
+    def answer(program: str, stdout: str = "", stderr: str = "", status: int = 0) -> None:
+        lines = [
+            "#!/bin/sh",
+            f'echo {program} "$@" >> {tmp_path}/calls',
+            f"printf %s {shlex.quote(stdout)}",
+            f"printf %s {shlex.quote(stderr)} >&2",
+            f"exit {status}",
+        ]
+        (programs / program).write_text("\n".join(lines))
+        (programs / program).chmod(0o755)
+
+    return answer
+
+
+def job_of(folder: Path, reference: str | None = "17") -> SlurmJob:
+    record = {} if reference is None else {"reference": reference}
+    (folder / "launch.json").write_text(json.dumps(record))
+    return SlurmJob(folder, ["sbatch", "--parsable", "job.sh"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "phase", "detail"),
+    [
+        ("JobState=PENDING Reason=Resources", "pending", "job 17 PENDING (Resources)"),
+        ("JobState=RUNNING Restarts=2 NodeList=n[1-2]", "running", "job 17 RUNNING, requeued 2 times on n[1-2]"),
+        ("JobState=COMPLETED ExitCode=0:0", "done", "job 17 COMPLETED"),
+        ("JobState=CANCELLED", "stopped", "job 17 CANCELLED"),
+        ("JobState=NODE_FAIL ExitCode=1:0", "failed", "job 17 NODE_FAIL, exit status 1:0 (status:signal)"),
+    ],
+)
+def test_state_is_what_the_controller_answers(fields, phase, detail, client, tmp_path):
+    client("scontrol", f"JobId=17 {fields}")
+    assert job_of(tmp_path).state() == State(phase, detail)
+
+
+def test_job_that_failed_after_it_was_asked_to_stop_is_stopped(client, tmp_path):
+    client("scontrol", "JobId=17 JobState=FAILED ExitCode=143:0")
+    job = job_of(tmp_path)
+    assert job.state().phase == "failed"
+    (tmp_path / "stop").touch()
+    assert job.state().phase == "stopped"
+
+
+def test_job_that_the_controller_has_forgotten_is_asked_of_the_accounting(client, tmp_path):
+    client("scontrol", stderr="slurm_load_jobs error: Invalid job id specified", status=1)
+    assert job_of(tmp_path).state() == State("unknown", "Slurm does not know job 17 any more")
+    client("sacct", "CANCELLED by 1000\n")
+    assert job_of(tmp_path).state() == State("stopped", "job 17 CANCELLED")
+
+
+def test_directory_from_which_nothing_was_submitted_has_no_job(client, tmp_path):
+    job = job_of(tmp_path, None)
+    assert job.state().phase == "unknown" and not job.keeps_name(job.state())
+    with pytest.raises(PlatformError, match="no job was submitted from here"):
+        job.stop()
+
+
+def test_job_that_runs_is_asked_and_one_that_waits_is_cancelled(client, tmp_path):
+    client("scancel")
+    for state, call in (("RUNNING", "scancel --signal=TERM 17"), ("PENDING", "scancel 17")):
+        client("scontrol", f"JobState={state}")
+        job_of(tmp_path).stop()
+        assert (tmp_path / "calls").read_text().splitlines()[-1] == call
+    assert job_of(tmp_path).kill() is True
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"stderr": "slurm_load_jobs error: Unable to contact\n slurm controller", "status": 1},
+         "scontrol: slurm_load_jobs error: Unable to contact slurm controller"),
+        (None, "there is no scontrol on PATH; run this on a login node of the cluster"),
+    ],
+)  # fmt: skip
+def test_client_that_gives_no_answer_is_an_error_with_its_message(answer, message, client, tmp_path):
+    if answer is not None:
+        client("scontrol", **answer)
+    with pytest.raises(PlatformError) as refused:
+        job_of(tmp_path).state()
+    assert str(refused.value) == message

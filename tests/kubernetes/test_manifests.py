@@ -6,19 +6,21 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distopt.config import parse_config
+from distopt.config import load_config
 from distopt.launch.platforms import load_platform
 from distopt.launch.platforms.kubernetes import manifests as module
 from distopt.launch.platforms.kubernetes.manifests import manifests
-from tests.launch.kubernetes_config import BASE, KINDS, config_of
+from tests.kubernetes.run_config import KINDS, config_of
 
-CRDS = Path(__file__).parents[3] / "shared" / "crds"
+ROOT = Path(__file__).parents[2]
+CRDS = ROOT.parent / "shared" / "crds"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -28,7 +30,7 @@ def test_manifest_is_the_golden_one(kind, golden, monkeypatch):
     monkeypatch.setattr(module, "dump_yaml", lambda config: "the configuration")  # any new key would change it
     plan = load_platform("kubernetes").plan(config)
     (text,) = [text for path, text in plan.files.items() if path.name == "manifest.yaml"]
-    golden(f"kubernetes-{kind}.yaml", text)
+    golden(f"{kind}.yaml", text)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -145,26 +147,6 @@ def test_trainjob_sets_nothing_that_the_operator_sets():
     assert [entry["name"] for entry in manifest["spec"]["trainer"]["env"] if entry["name"].startswith("PET_")] == []
 
 
-@pytest.mark.parametrize(
-    ("overrides", "said"),
-    [
-        (["launch.kubernetes.image=null"], "launch.kubernetes.image: missing"),
-        (["name=Flights_1"], "name: found 'Flights_1'; Kubernetes takes a-z"),
-        (["name=" + "x" * 51], "at most 50"),
-        (["run_dir=runs/flights"], "run_dir: runs/flights lies on no writable volume"),
-        (["run_dir=/data/flights"], "run_dir: /data/flights lies on no writable volume"),
-        (["reduce.backend=horovod"], "horovod needs launch.kubernetes.kind=mpijob"),
-        (["launch.kubernetes.kind=mpijob"], "an mpijob starts workers of horovod or mpi"),
-        (["launch.kubernetes.kind=trainjob", "launch.kubernetes.time_limit_s=5"], "takes it from its Cluster"),
-        (["launch.nodes=null", "launch.hosts=[a,b]"], "launch.hosts: Kubernetes finds the hosts itself"),
-        (["launch.secrets=[HUB_TOKEN]"], "use launch.kubernetes.secrets"),
-    ],
-)
-def test_bad_input_is_refused(overrides, said):
-    found = load_platform("kubernetes").check(parse_config(BASE, overrides))
-    assert said in "\n".join(map(str, found))
-
-
 def test_configuration_reaches_the_worker_through_its_variable(monkeypatch):
     from distopt.launch.cli import _load
 
@@ -175,3 +157,41 @@ def test_configuration_reaches_the_worker_through_its_variable(monkeypatch):
     monkeypatch.setenv("DISTOPT_CONFIG", expanded(value, {}))
     assert container["command"][-1] == "@DISTOPT_CONFIG"
     assert json.loads(_load("@DISTOPT_CONFIG", None).model_dump_json()) == json.loads(config.model_dump_json())
+
+
+def container(kind: str, *overrides: str) -> dict[str, Any]:
+    """Returns the first worker's container as the launcher renders it."""
+    platform = ["launch.platform=kubernetes", "launch.kubernetes.image=image", f"launch.kubernetes.kind={kind}"]
+    config = load_config(ROOT / "configs/flights.yaml", [*platform, *overrides])
+    spec = manifests(config)[-1]["spec"]
+    template = spec["template"] if kind == "job" else spec["pytorchReplicaSpecs"]["Master"]["template"]
+    (found,) = template["spec"]["containers"]
+    return dict(found)
+
+
+def test_probes_ask_what_the_run_serves() -> None:
+    worker = container("job", "serve.port=8081", "serve.host=0.0.0.0")
+    assert worker["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": 8081}
+    alive = ["python", "-m", "distopt.launch.worker.health_probe", "127.0.0.1", "8081"]
+    assert worker["livenessProbe"]["exec"] == {"command": alive}
+    assert container("job", "serve.port=8081")["livenessProbe"] == worker["livenessProbe"]
+    assert "readinessProbe" not in container("job", "serve.port=8081"), "the kubelet does not reach a pod's loopback"
+    assert not [key for key in container("job") if key.endswith("Probe")]
+
+
+def test_no_probe_waits_for_what_waits_for_readiness() -> None:
+    assert "readinessProbe" not in container("pytorchjob", "serve.port=8081", "serve.host=0.0.0.0")
+    worker = manifests(
+        load_config(
+            ROOT / "configs/flights.yaml",
+            [
+                "launch.platform=kubernetes",
+                "launch.kubernetes.image=image",
+                "launch.kubernetes.kind=mpijob",
+                "reduce.backend=horovod",
+                "serve.port=8081",
+                "serve.host=0.0.0.0",
+            ],
+        )
+    )[-1]
+    assert "Probe" not in json.dumps(worker)

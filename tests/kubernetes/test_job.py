@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from distopt.launch import runs
 from distopt.launch.cli import app
 from distopt.launch.jobs import PlatformError
-from distopt.launch.platforms.kubernetes.job import KubernetesJob, _place
+from distopt.launch.platforms.kubernetes.job import KubernetesJob, _address
 from distopt.launch.platforms.kubernetes.manifests import manifests
-from tests.launch.api_server import Server
-from tests.launch.kubernetes_config import BASE, KINDS, config_of
+from tests.kubernetes.api_server import Server
+from tests.kubernetes.run_config import BASE, KINDS, config_of
 
 CONTAINER = {"name": "worker", "image": "x", "imageID": "x", "ready": False, "restartCount": 0}
 
@@ -54,8 +54,8 @@ def write_status(cluster: KubernetesJob, status: dict) -> None:
     """Does what the controller of the run's kind would do."""
     from kubernetes.client import CustomObjectsApi
 
-    place = (*_place(cluster.objects[-1], cluster.namespace), cluster.name)
-    CustomObjectsApi(cluster.api).patch_namespaced_custom_object(*place, {"status": status})
+    address = (*_address(cluster.objects[-1], cluster.namespace), cluster.name)
+    CustomObjectsApi(cluster.api).patch_namespaced_custom_object(*address, {"status": status})
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,277 @@
+"""How one step over all ranks is taken: gradients are added up, announced, reduced, and handed to the optimizer."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from distopt.backends import Backend, BackendError, current
+from distopt.config.reduce import ReduceOptions
+from distopt.optim.arguments import args_for
+from distopt.optim.clipping import global_norm
+from distopt.optim.lr_scheduler import PyroLRScheduler
+from distopt.optim.optim import PyroOptim, call_closure
+from distopt.reduce import DisagreementError, DriftError, LocalGradients, PeerError, ReducedGradients, Reducer
+from distopt.reduce.drift import explain_nonfinite, is_finite
+from distopt.reduce.messages import RankMessage, RoundKind
+from distopt.reduce.reducer import is_joining
+from distopt.rng import NoisePolicy
+
+logger = logging.getLogger("distopt.optim")
+
+# Every rank raises these by itself, so there is no rank to inform.
+_RAISED_BY_ALL = (PeerError, DisagreementError, DriftError, BackendError)
+
+
+@dataclass(frozen=True, slots=True)
+class StepInfo:
+    """What all ranks know after one call of a `DistributedOptimizer`; equal on all of them.
+
+    Attributes:
+        loss: Mean of the ranks' losses, over those that gave one; None when none did.
+        stop: Whether any rank asked to stop.
+        num_active: Number of ranks whose gradients went into the step; 0 after a call that only added its gradients to
+            those of the next one (`backward_passes_per_step`).
+        gradient_norm: 2-norm of the gradient that all ranks stepped by, before clipping, without that of parameters
+            which belong to one rank alone; None unless it was asked for.
+    """
+
+    loss: float | None = None
+    stop: bool = False
+    num_active: int = 0
+    gradient_norm: float | None = None
+
+
+class GradientAccumulator:
+    """Adds up the gradients of several calls of the optimizer for one step.
+
+    Args:
+        num_calls: Calls that make one step.
+    """
+
+    def __init__(self, num_calls: int) -> None:
+        self._num_calls = num_calls
+        self._num_added = 0
+        # By identity, since tensors compare by element; the parameter keeps its id from being given to another.
+        self._sums: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(self, params: Iterable[Tensor]) -> Iterable[Tensor] | None:
+        """Adds this call's gradients; returns the parameters of all calls with their sums in `.grad`, once complete."""
+        if self._num_calls == 1:
+            return params
+        params = list(params)
+        self._num_added += 1
+        for param in params:
+            if param.grad is not None:
+                _, before = self._sums.get(id(param), (param, None))
+                self._sums[id(param)] = (param, param.grad.clone() if before is None else before + param.grad)
+
+        if self._num_added < self._num_calls:
+            return None
+        return {id(param): param for param in (*params, *self.take())}.values()
+
+    def take(self) -> list[Tensor]:
+        """Returns the parameters of the calls since the last step with their sums in `.grad`, and starts over."""
+        sums, self._sums = self._sums, {}
+        self._num_added = 0
+        for param, gradient in sums.values():
+            param.grad = gradient
+        return [param for param, _ in sums.values()]
+
+
+class Stepper:
+    """Takes the steps of a `DistributedOptimizer`, whose arguments it has.
+
+    A step is one exchange, which every rank makes whether it has gradients, has run out of data, or has failed. What
+    a rank must tell the others is collected until then, sent once, and answered for all of them at once.
+    """
+
+    def __init__(self, optim: PyroOptim, backend: Backend | None, options: ReduceOptions, noise: NoisePolicy) -> None:
+        self.optim = optim
+        self._backend = backend
+        self._options = options
+        self._noise: NoisePolicy = noise
+        self._reducer: Reducer | None = None
+        self._accumulator = GradientAccumulator(options.backward_passes_per_step)
+        self._losses: list[float] = []
+        self._stop = False
+
+    @property
+    def reducer(self) -> Reducer:
+        """What reduces the gradients; made when it is first needed, so that `init` may come after the optimizer."""
+        if self._reducer is None:
+            self._reducer = Reducer(self._backend or current(), self._options, self._noise, self.optim.get_state)
+        return self._reducer
+
+    def step(
+        self,
+        params: Iterable[Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        loss: float | Tensor | None = None,
+        step: int | None = None,
+        stop: bool = False,
+        measure_norm: bool = False,
+    ) -> StepInfo:
+        """Adds this call's gradients to those before, and reduces and steps by them if the step is complete."""
+        args, kwargs = call_closure(args, kwargs)
+        if loss is not None:
+            self._losses.append(float(loss))
+        self._stop |= stop
+        accumulated = self._accumulator.add(params)
+        if accumulated is None:
+            return StepInfo()
+        if step is not None:
+            self.reducer.step = step
+        return self._reduce_and_step(accumulated, args, kwargs, measure_norm)
+
+    def follow(self) -> None:
+        """Takes part in the others' steps until no rank has data any more; what is left here makes a step first."""
+        remaining = self._accumulator.take()
+        if remaining:
+            self._reduce_and_step(remaining, (), {})
+        while self._follow_one():
+            pass
+
+    def step_scheduler(self, *args: Any, **kwargs: Any) -> None:
+        """Steps the wrapped scheduler, with the mean of the ranks' metrics if it takes one."""
+        assert isinstance(self.optim, PyroLRScheduler)
+        metric = args[0] if args else kwargs.get("metrics")
+        is_metric = (
+            isinstance(metric, (int, float, Tensor)) and not isinstance(metric, bool) and _takes_metric(self.optim)
+        )
+        if is_metric or is_joining(self.reducer.backend):
+            value = float(metric) if is_metric and metric is not None else None
+            message = RankMessage(self.reducer.step, RoundKind.SCHEDULE, value=value)
+            mean = self.reducer.reduce(None, message).summary.mean_value
+            if is_metric:
+                args = (mean, *args[1:])
+                kwargs = {key: each for key, each in kwargs.items() if key != "metrics"}
+        self.optim.step(*args, **kwargs)
+
+    def abort(self, error: BaseException) -> None:
+        """Tells all ranks in their next call that this one has failed."""
+        reducer = self.reducer
+        if isinstance(error, _RAISED_BY_ALL) or reducer.backend.world_size == 1:
+            return
+        reducer.backend.note(reducer.step, "abort")
+        try:
+            reducer.abort(error, reducer.step)
+        except RuntimeError as second:
+            logger.warning("rank %d could not tell the others of its error: %s", reducer.backend.rank, second)
+
+    def _reduce_and_step(
+        self, params: Iterable[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], measure_norm: bool = False
+    ) -> StepInfo:
+        reducer = self.reducer
+        reducer.backend.note(reducer.step, "reduce")
+        local, message = reducer.collect_gradients(params), self._message(RoundKind.GRADIENT)
+        if local.rank_local:
+            try:
+                announce_rank_local(self.optim, local, message)
+            except ValueError as error:
+                self.abort(error)
+                raise
+
+        reduced = reducer.reduce(local, message)
+        norm = reduced.norm() if measure_norm else None  # before the optimizer may overwrite the buckets
+        self._apply(reduced, args, kwargs)
+        summary = reduced.summary
+        return StepInfo(summary.mean_value, summary.num_stops > 0, summary.num_active, norm)
+
+    def _message(self, kind: RoundKind | None) -> RankMessage:
+        """Returns what this rank tells the others with its gradients; each loss and each stop is told once."""
+        losses, self._losses = self._losses, []
+        stop, self._stop = self._stop, False
+        value = sum(losses) / len(losses) if losses else None
+        return RankMessage(self.reducer.step, kind, stop=stop, value=value)
+
+    def _follow_one(self) -> bool:
+        """Takes part in one round as a rank without data; returns whether any rank is still active."""
+        reducer = self.reducer
+        reducer.backend.note(reducer.step, "join")
+        reduced = reducer.reduce(None, self._message(None))
+        summary = reduced.summary
+        if summary.num_active == 0:
+            return False
+        if summary.kind is RoundKind.SCHEDULE:
+            assert isinstance(self.optim, PyroLRScheduler)
+            self.optim.step(*(() if summary.mean_value is None else (summary.mean_value,)))
+        elif summary.kind is RoundKind.GRADIENT:
+            self._apply(reduced, (), {})
+        return True
+
+    def _apply(self, reduced: ReducedGradients, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Steps the wrapped optimizer by reduced gradients, in the same way on all ranks."""
+        reducer = self.reducer
+        reducer.backend.note(reducer.step, "optimizer")
+        try:
+            stepped = self.optim.clip_and_step(
+                reduced.dense,
+                [*reduced.loose, *reduced.rank_local],
+                *args,
+                total_norm=total_norm(self.optim, reduced),
+                is_finite=not reduced.summary.num_nonfinite,
+                **kwargs,
+            )
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} {self._explain_nonfinite(reduced)}") from None
+
+        if not stepped:
+            logger.warning(self._explain_nonfinite(reduced))
+            reducer.forget_errors()
+        reducer.step += 1
+        reducer.backend.note(reducer.step, "model")
+
+    def _explain_nonfinite(self, reduced: ReducedGradients) -> str:
+        reducer = self.reducer
+        return explain_nonfinite(reducer.backend, reducer.layout.names, reduced.local, reducer.step)
+
+
+def _takes_metric(scheduler: PyroLRScheduler) -> bool:
+    """Returns whether its schedules are stepped with a metric, as `ReduceLROnPlateau` is."""
+    return "metrics" in inspect.signature(getattr(scheduler.pt_scheduler_constructor, "step", print)).parameters
+
+
+# What the ranks must know of gradients that one of them alone steps by: those of its sharded plates. Ranks step by the
+# shared gradients in the same way only if they clip by the same norm and skip the same steps, so the squared norm of
+# the rank-local gradients and whether they are finite are summed with the control slots.
+
+
+def announce_rank_local(optim: PyroOptim, local: LocalGradients, message: RankMessage) -> None:
+    """Writes into `message` what decides how all ranks step: whether they are finite, and their norm where that clips.
+
+    Raises:
+        ValueError: `clip_args` is a callable and wants a global norm for some of them.
+    """
+    if optim.nonfinite != "step" or optim.scaler is not None:
+        message.nonfinite = not all(is_finite(gradient) for _, _, gradient in local.rank_local)
+
+    args = optim.pt_clip_args
+    if not callable(args):
+        if args.get("global_norm") is not None:
+            message.rank_local_square = local.rank_local_square()
+        return
+    for name, _, _ in local.rank_local:
+        if args_for("clip_args", args, name).get("global_norm") is not None:
+            raise ValueError(
+                f"clip_args is a callable and gives global_norm for {name!r}, which is one rank's own, so the ranks "
+                "cannot tell over which parameters the norm goes. Give clip_args={'global_norm': ...}, which is for "
+                "all, or clip_norm for this one."
+            )
+
+
+def total_norm(optim: PyroOptim, reduced: ReducedGradients) -> float | None:
+    """Returns the norm over all parameters of all ranks, bit by bit the same on each; None if all are replicated."""
+    square = reduced.summary.rank_local_square
+    if not square:
+        return None
+    total = math.sqrt(float(global_norm(reduced.shared())) ** 2 + square)
+    return total if optim.scaler is None else total / optim.scaler.get_scale()

@@ -1,0 +1,54 @@
+"""The platform kubernetes: what it refuses, and what is not on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distopt.config import parse_config
+from distopt.launch.platforms import load_platform
+from distopt.launch.platforms.kubernetes import platform
+from tests.kubernetes.run_config import BASE, config_of
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["launch.kubernetes.image=null"], "launch.kubernetes.image: missing"),
+        (["name=Flights_1"], "name: found 'Flights_1'; Kubernetes takes a-z"),
+        (["name=" + "x" * 51], "at most 50"),
+        (["run_dir=runs/flights"], "run_dir: runs/flights lies on no writable volume"),
+        (["run_dir=/data/flights"], "run_dir: /data/flights lies on no writable volume"),
+        (["reduce.backend=horovod"], "horovod needs launch.kubernetes.kind=mpijob"),
+        (["launch.kubernetes.kind=mpijob"], "an mpijob starts workers of horovod or mpi"),
+        (["launch.kubernetes.kind=trainjob", "launch.kubernetes.time_limit_s=5"], "takes it from its Cluster"),
+        (["launch.nodes=null", "launch.hosts=[a,b]"], "launch.hosts: Kubernetes finds the hosts itself"),
+        (["launch.secrets=[HUB_TOKEN]"], "use launch.kubernetes.secrets"),
+    ],
+)
+def test_bad_input_is_refused(overrides, said):
+    found = load_platform("kubernetes").check(parse_config(BASE, overrides))
+    assert said in "\n".join(map(str, found))
+
+
+def test_worker_each_needs_a_gpu_of_its_pod():
+    (finding,) = load_platform("kubernetes").check(config_of("job", "launch.workers=3"))
+    assert str(finding) == "launch.workers: 3 on each host, but launch.kubernetes.gpus is 2; each worker needs one"
+
+
+def test_client_that_is_missing_is_refused(monkeypatch):
+    monkeypatch.setattr(platform, "find_spec", lambda name: None)
+    (finding,) = load_platform("kubernetes").check(config_of("job"))
+    assert str(finding).endswith("the Kubernetes client is missing; `pip install 'distopt[kubernetes]'`")
+
+
+def test_run_is_recorded_here_while_its_folder_and_code_are_in_the_cluster():
+    config = config_of("job")
+    chosen = load_platform("kubernetes")
+    plan = chosen.plan(config)
+    assert chosen.record_dir(config) == Path("runs/flights")
+    assert {path.parent for path in plan.files} == {Path("runs/flights")}
+    assert chosen.image(config) == "registry.example/distopt:1"
+    assert chosen.ranks(config) == range(2)  # nodes, of two workers each
+    assert plan.commands == () and chosen.finds_hosts

@@ -1,0 +1,176 @@
+"""Who is blamed for the end of a run, from what supervisors recorded and ranks printed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from distopt.launch import failure_report
+from distopt.launch.worker import events
+from tests.launch import order_task
+from tests.launch.launching import write_config
+
+HEADER = "--- 2026-01-01T00:00:00.000+00:00 rank 0 of 2, attempt 0\nTraceback (most recent call last):\n"
+
+
+@pytest.fixture
+def report(tmp_path):
+    """Returns the report of ranks with these logs and ends."""
+    (tmp_path / "logs").mkdir()
+
+    def describe(logs: dict[int, str], happened: list[events.Event]) -> str:
+        for rank, text in logs.items():
+            (tmp_path / f"logs/rank-{rank}.log").write_text(text)
+        return failure_report.describe_failure(tmp_path, happened, 1, 3.0, "launcher.log")
+
+    return describe
+
+
+def end(rank: int, time: float, status: int = 1, **more) -> events.End:
+    return events.End(rank, 0, "host", 1, time, status, **more)
+
+
+def test_culprit_is_put_before_ranks_that_lost_their_connection_earlier(report):
+    logs = {0: f"{HEADER}Connection reset by peer\n", 1: f"{HEADER}ValueError: no\n"}
+    text = report(logs, [end(0, 10.0), end(1, 11.0)])
+    assert text.startswith("distopt: the run failed after 0:00:03 (exit status 1 of the launcher).\n")
+    assert "rank 1 on host died first" in text
+    assert "After it: rank 0 on host ended with exit status 1 (Connection reset by peer)" in text
+
+
+@pytest.mark.parametrize(
+    ("printed", "error"),
+    [
+        ("PeerError: rank 1 of 2 failed at step 3: ValueError: no", "step 3: ValueError: no"),
+        ("distopt: rank 0 of 2: rank 1 of 2 failed at step 3: ValueError: no", "step 3: ValueError: no"),
+        (
+            "BackendError: rank 1 failed first, at step 3 in phase 'model': ValueError: no. Rank 0 of 2 stops because "
+            "of it.",
+            "step 3 in phase 'model': ValueError: no",
+        ),
+    ],
+    ids=["agreed in a step", "printed by the built-in loop", "published by the heartbeat"],
+)
+def test_rank_whose_error_the_others_report_is_blamed_though_it_ended_last(report, printed, error):
+    told = f"{HEADER}{printed}\n--- traceback of rank 1\nTraceback (most recent call last):\nValueError: no\n"
+    text = report(
+        {0: told, 1: f"{HEADER}ValueError: no\nTrace Shapes:\n"}, [end(0, 10.0), end(1, 11.0, -15, stopped=True)]
+    )
+    assert f"  rank 1 on host died first: it failed at {error}\n" in text
+    assert "Stopped because of this error: rank 0 on host." in text
+    assert "rank-1.log ends with" in text and "waiting" not in text
+
+
+def test_rank_that_prints_its_own_number_is_not_excused(report):
+    logs = {0: f"{HEADER}distopt: rank 0 of 2 failed at step 3: ValueError: no\n", 1: f"{HEADER}Broken pipe\n"}
+    text = report(logs, [end(0, 11.0), end(1, 10.0)])
+    assert "rank 0 on host died first: it ended with exit status 1." in text
+    assert "Stopped because" not in text
+
+
+def test_ranks_that_waited_finished_early_or_vanished_are_named_apart(report):
+    happened = [
+        events.Start(3, 0, "far", 1, 1.0),
+        end(0, 10.0, -11),
+        end(1, 5.0, 0),
+        end(2, 11.0, -15, stopped=True),
+    ]
+    text = report({}, happened)
+    assert "rank 0 on host died first: it died of SIGSEGV (Segmentation fault)." in text
+    assert "Already finished successfully before that: rank 1 on host." in text
+    assert "Only waiting, terminated by the launcher: rank 2 on host." in text
+    assert "No exit status from rank 3 on far: its host or supervisor is gone." in text
+
+
+def test_run_in_which_no_worker_failed_shows_the_launchers_own_log(report, tmp_path):
+    (tmp_path / "logs/launcher.log").write_text("mpirun: no slots\n")
+    (tmp_path / "checkpoints/step-00000010").mkdir(parents=True)
+    assert report({}, []).splitlines()[1:] == [
+        f"  {tmp_path}/logs/launcher.log ends with:",
+        "    mpirun: no slots",
+        "  Run the same command again to resume from the last checkpoint.",
+    ]
+
+
+def test_last_attempt_is_of_the_last_job_though_an_earlier_one_had_more_attempts():
+    jobs = [(0, 1.0), (1, 2.0), (0, 3.0)]  # attempts and times: one restart, then the job was requeued
+    seen = [
+        kind(rank, attempt, "host", 1, time + later, status)
+        for attempt, time in jobs
+        for kind, later, status in ((events.Start, 0.0, None), (events.End, 0.5, 1))
+        for rank in (0, 1)
+    ]
+    assert failure_report.last_attempt(seen) == seen[-4:]
+    shrunk = [*seen, events.Start(0, 1, "host", 1, 4.0)]  # an elastic world continued with one rank
+    assert failure_report.last_attempt(shrunk) == shrunk[-1:]
+    assert failure_report.last_attempt([]) == []
+
+
+def test_success_and_orderly_stops_need_an_end_of_every_worker():
+    started = [events.Start(rank, 0, "host", 1, 1.0) for rank in (0, 1)]
+    assert failure_report.all_succeeded([*started, end(0, 2.0, 0), end(1, 2.0, 0)])
+    assert not failure_report.all_succeeded([*started, end(0, 2.0, 0)])
+    assert not failure_report.all_succeeded([*started, end(0, 2.0, 0), end(1, 2.0, 1)])
+    assert failure_report.all_stopped([*started, end(0, 2.0, 143), end(1, 2.0, -15)])
+    assert not failure_report.all_stopped([*started, end(0, 2.0, 143)])
+    assert not failure_report.all_stopped([*started, end(0, 2.0, 143), end(1, 2.0, -9)])
+
+
+def test_out_of_memory_is_named_as_such():
+    assert "out of memory" in failure_report.describe_end(end(0, 0.0, -9, out_of_memory=True))
+    assert "out of memory?" in failure_report.describe_end(end(0, 0.0, -9))
+
+
+FAILING = """
+import os
+from order_task import Order
+
+class Failing(Order):
+    def batch(self, rows):
+        self.calls = getattr(self, "calls", 0) + 1
+        if os.environ["RANK"] == "1" and self.calls == 4:
+            raise ValueError("a bad row")
+        return super().batch(rows)
+"""
+
+
+@pytest.mark.timeout(180)
+def test_rank_that_raises_in_the_built_in_loop_is_blamed_with_its_step_and_error(start, tmp_path):
+    shutil.copy(order_task.__file__, tmp_path)
+    (tmp_path / "failing_task.py").write_text(FAILING)
+    config = order_task.CONFIG.replace("order_task:Order", "failing_task:Failing")
+    (tmp_path / "run.yaml").write_text(
+        f"name: run\n{config}train: {{num_steps: 9}}\nlaunch: {{workers: 2, max_restarts: 0}}\n"
+    )
+    run = start()
+    assert run.wait() == 1, run.everything()
+    text = run.err[run.err.index("the run failed") :]
+    assert re.search(r"rank 1 on \S+ died first: it failed at step \d+.*ValueError: a bad row", text), text
+    assert "Stopped because of this error: rank 0 on" in text
+    assert 'raise ValueError("a bad row")' in text.split("ends with:")[1]
+    recorded = (Path(run.run_dir) / "logs/failure.txt").read_text()
+    assert recorded.strip() in run.err
+    assert json.loads((run.run_dir / "launch.json").read_text())["status"] == 1
+
+
+@pytest.mark.timeout(180)
+def test_rank_that_raises_in_a_users_script_is_blamed(start, tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(
+        "import distopt, torch\n"
+        "backend = distopt.init()\n"
+        "for step in range(9):\n"
+        "    backend.note(step, 'model')\n"
+        "    if backend.rank == 1 and step == 4: raise ValueError('a bad row')\n"
+        "    backend.all_reduce(torch.zeros(1)).wait()\n"
+    )
+    write_config(tmp_path)
+    run = start(f"script={script}")
+    assert run.wait() == 1, run.everything()
+    text = run.err[run.err.index("the run failed") :]
+    assert re.search(r"rank 1 on \S+ died first: ", text), text
+    assert "ValueError: a bad row" in text

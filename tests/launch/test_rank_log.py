@@ -1,0 +1,52 @@
+"""What is quoted of a rank's log: the last attempt's traceback, however long the log is."""
+
+from __future__ import annotations
+
+import pytest
+
+from distopt.launch.worker import rank_log
+
+TRACEBACK = ["Traceback (most recent call last):", '  File "train.py", line 3, in <module>', "ValueError: no"]
+
+
+@pytest.fixture
+def write(tmp_path):
+    (tmp_path / "logs").mkdir()
+
+    def log(*attempts: list[str]) -> None:
+        headers = [rank_log.header(0, 2, number) for number in range(len(attempts))]
+        texts = ["".join(f"{line}\n" for line in lines).encode() for lines in attempts]
+        data = b"".join(header + text for header, text in zip(headers, texts, strict=True))
+        rank_log.log_of(tmp_path, 0).write_bytes(data)
+
+    return log
+
+
+def test_header_is_recognised_and_lines_of_dashes_are_none(write, tmp_path):
+    assert rank_log.HEADER.match(rank_log.header(3, 4, 2))
+    assert not rank_log.HEADER.match(b"--- 2026-01-01 rank 0 of 2")
+    write(["--- a heading of the script", "step 1"])
+    assert rank_log.last_attempt_lines(tmp_path, 0) == ["--- a heading of the script", "step 1"]
+
+
+def test_last_traceback_of_the_last_attempt_is_quoted(write, tmp_path):
+    other = [*TRACEBACK[:-1], "KeyError: 'a'"]
+    write(other, ["step 1", *other, "During handling of the above exception, another exception occurred:", *TRACEBACK])
+    assert rank_log.traceback_of(tmp_path, 0) == TRACEBACK
+    assert rank_log.last_line(tmp_path, 0) == "ValueError: no"
+
+
+def test_long_tracebacks_and_logs_are_cut_at_their_beginning(write, tmp_path):
+    frames = [f"  frame {number}" for number in range(100)]
+    write([*(["x" * 1000] * 1000), TRACEBACK[0], *frames, "RecursionError: deep"])
+    quoted = rank_log.traceback_of(tmp_path, 0)
+    assert len(quoted) == rank_log.MAX_TRACEBACK_LINES and quoted[-1] == "RecursionError: deep"
+
+
+def test_log_without_a_traceback_gives_its_last_lines_and_a_missing_one_none(write, tmp_path):
+    assert rank_log.traceback_of(tmp_path, 0) == [] and rank_log.last_line(tmp_path, 0) == ""
+    assert rank_log.read_log(tmp_path, 0) == b""
+    write([f"step {number}" for number in range(50)] + [""])
+    assert rank_log.traceback_of(tmp_path, 0)[-2:] == ["step 49", ""]
+    assert rank_log.last_line(tmp_path, 0) == "step 49"
+    assert rank_log.read_log(tmp_path, 0, offset=len(rank_log.header(0, 2, 0))).startswith(b"step 0\n")

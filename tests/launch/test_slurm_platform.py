@@ -1,0 +1,96 @@
+"""Slurm's batch scripts: held against golden files and read by bash; what is refused before anything is submitted."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distopt.config import RunConfig, parse_config
+from distopt.launch.platforms import load_platform
+from distopt.launch.platforms.slurm import platform
+
+BASE = "name: flights\ntask: distopt.examples.flights:Flights\ndata: {global_batch: 4096}\nlaunch: {platform: slurm}\n"
+TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=200)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        (
+            "torchrun",
+            ["launch.nodes=3", "launch.workers=2", 'launch.slurm={partition: gpu, time: "8:00:00", gpus_per_node: 2}'],
+        ),
+        ("elastic", ["launch.nodes=3", "launch.min_hosts=1"]),
+        ("mpi", ["launch.nodes=2", "launch.workers=4", "reduce.backend=horovod"]),
+    ],
+)  # fmt: skip
+def test_job_is_the_golden_one(name, overrides, golden):
+    golden(f"slurm-{name}.txt", str(load_platform("slurm").plan(parse_config(BASE, overrides))).split("END\n\n", 1)[1])
+
+
+@pytest.mark.parametrize("name", ["torchrun", "mpi"])
+def test_job_is_one_that_bash_can_read(name, tmp_path):
+    backend = {"torchrun": "torch_dist", "mpi": "mpi"}[name]
+    odd = parse_config(BASE, [f"reduce.backend={backend}", 'launch.env={ODD: "\'; touch canary; $(id) \\" é"}'])
+    plan = load_platform("slurm").plan(odd)
+    (script,) = [text for path, text in plan.files.items() if path.name == "job.sh"]
+    check = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, timeout=30)
+    assert (check.returncode, check.stderr) == (0, "")
+    only_exports = "\n".join(line for line in script.splitlines() if line.startswith("export ODD"))
+    shown = ["bash", "-c", only_exports + '\nprintf %s "$ODD"']
+    said = subprocess.run(shown, capture_output=True, text=True, timeout=30, cwd=tmp_path)
+    assert (said.stdout, list(tmp_path.iterdir())) == ("'; touch canary; $(id) \" é", [])
+
+
+@pytest.mark.parametrize("backend", ["torch_dist", "mpi"])
+@given(arguments=st.lists(TEXT, max_size=4))
+def test_script_arguments_survive_both_shells_of_a_slurm_job(backend, arguments):
+    raw = {"name": "run", "script": "a b/train.py", "script_args": arguments, "launch": {"platform": "slurm"},
+           "reduce": {"backend": backend}}  # fmt: skip
+    config = RunConfig.model_validate(raw)
+    words = shlex.split(platform._step(config))  # the batch script's shell
+    if backend == "torch_dist":
+        words = shlex.split(words[words.index("-c") + 1])  # the shell on each node
+    assert words[len(words) - len(arguments) - 1 :] == ["a b/train.py", *arguments]
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch):
+    """Stands for a cluster: an sbatch that refuses what its test says, since the real one is in test_slurm_job.py."""
+
+    def refuse(message: str) -> None:
+        program = tmp_path / "sbatch"
+        program.write_text(f"#!/bin/sh\ncat > {tmp_path}/script\nprintf %s {shlex.quote(message)} >&2\nexit 1\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    return refuse
+
+
+def test_cluster_is_asked_with_the_script_only_if_nothing_is_wrong_here(sbatch, tmp_path):
+    sbatch("sbatch: error: Requested node configuration\n is not available")
+    (finding,) = load_platform("slurm").check(parse_config(BASE))
+    assert (
+        finding.message == "the cluster refuses the job: sbatch: error: Requested node configuration is not available"
+    )
+    assert (tmp_path / "script").read_text().startswith("#!/bin/bash\n# distopt: run flights\n")
+    (tmp_path / "script").unlink()
+    (finding,) = load_platform("slurm").check(parse_config(BASE, ["launch.hosts=[a]"]))
+    assert (finding.subject, (tmp_path / "script").exists()) == ("launch.hosts", False)
+
+
+def test_machine_without_sbatch_is_refused(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    (finding,) = load_platform("slurm").check(parse_config(BASE))
+    assert str(finding) == "launch.platform: there is no sbatch on PATH; submit from a login node of the cluster"
+
+
+@pytest.mark.parametrize(("backend", "tasks", "cpus"), [("auto", 1, 6), ("torch_dist", 1, 6), ("mpi", 3, 2)])
+def test_node_gets_one_task_for_torchrun_and_one_per_worker_otherwise(backend, tasks, cpus):
+    chosen = [f"reduce.backend={backend}", "launch.workers=3", "launch.slurm={cpus_per_worker: 2}"]
+    (command,) = load_platform("slurm").plan(parse_config(BASE, chosen)).commands
+    assert {f"--ntasks-per-node={tasks}", f"--cpus-per-task={cpus}"} <= set(command.argv)
