@@ -2,7 +2,7 @@
 
 A tensor of 64 KiB or more has an entry named by its path, and goes to the disk straight from its copy. Smaller ones are
 packed into one entry per dtype, in the order of the JSON, so that a thousand of them cost a few bytes each and not a
-hundred. Nothing says where in its pack a tensor lies: readers walk over the JSON and count. So JSON and tensors must fit
+hundred. Nothing says where in its pack a tensor is: readers walk over the JSON and count. So JSON and tensors must fit
 together to the last byte, and every one of these bytes is checked (`CheckedFile`) before it becomes part of a tensor.
 """
 

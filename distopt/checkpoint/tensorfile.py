@@ -84,7 +84,9 @@ def decode_header(raw: bytes, size: int) -> tuple[dict[str, Entry], dict[str, st
         ValueError: There are overlapping, missing or surplus bytes, unknown dtypes, repeated names, or anything else
             that is no well-formed header.
     """
-    if raw.count(b":") > 8 * MAX_ENTRIES:  # an entry has four, beside those in its name
+    # Counted before the text is parsed, which needs many times its size: an entry has four colons, beside those
+    # in its name.
+    if raw.count(b":") > 8 * MAX_ENTRIES:
         raise ValueError(f"more than {MAX_ENTRIES:,} tensors, which is more than is read")
     try:
         document = json.loads(raw[_LENGTH_BYTES:], object_pairs_hook=_without_repeats)
