@@ -1,4 +1,4 @@
-"""Compiles distopt/optim/_bulk.cpp where torch and a compiler are at hand; without them distopt is pure Python."""
+"""Compiles the loops in C++ where torch and a compiler are at hand; without them distopt is pure Python."""
 
 from setuptools import Extension, setup
 
@@ -20,7 +20,18 @@ def extensions() -> list[Extension]:
             define_macros=[("DISTOPT_TORCH", f'"{torch.__version__}"')],
             extra_compile_args=["-std=c++20", "-O2", "-g0"],
             optional=True,
-        )
+        ),
+        Extension(
+            "distopt.infer.capture._graph",
+            ["distopt/infer/capture/_graph.cpp"],
+            include_dirs=include_paths(),
+            library_dirs=library_paths(),
+            libraries=["c10", "torch_cpu", "torch", "torch_python"],
+            define_macros=[("DISTOPT_TORCH", f'"{torch.__version__}"')],
+            # No contraction: a * b + c would be rounded once instead of twice, and differ from ATen's.
+            extra_compile_args=["-std=c++20", "-O2", "-g0", "-ffp-contract=off", "-fvisibility=hidden"],
+            optional=True,
+        ),
     ]
 
 

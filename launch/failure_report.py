@@ -93,7 +93,7 @@ def describe_failure(run_dir: Path, events: Sequence[Event], status: int, second
         events: The events of the last attempt.
         status: The launcher's exit status.
         seconds: How long the run took.
-        launcher_log: The name of the launcher's own log.
+        launcher_log: The name of the launcher's own log; empty where it has none.
     """
     ends = _last_ends(events)
     reports = _reports(run_dir, ends)
@@ -112,9 +112,9 @@ def describe_failure(run_dir: Path, events: Sequence[Event], status: int, second
     if silent:
         lines.append(f"  No exit status from {_names(silent)}: its host or supervisor is gone.")
 
-    if not blamed:
+    if not blamed and launcher_log:
         lines += _quote(run_dir / LOGS / launcher_log, last_lines(run_dir / LOGS / launcher_log))
-    elif text := traceback_of(run_dir, blamed[0].rank):
+    elif blamed and (text := traceback_of(run_dir, blamed[0].rank)):
         lines += _quote(log_of(run_dir, blamed[0].rank), text)
     if hint := resume_hint(run_dir):
         lines.append(f"  {hint[0].upper()}{hint[1:]}.")

@@ -20,6 +20,7 @@ FOLDER = "ssh"
 
 # Without keepalives, a launcher would wait without end for the session of a host that was switched off: TCP alone
 # notices only what it cannot deliver, and a session that waits for output sends nothing.
+ANSWER_MARGIN_S = 15  # for the host to answer, once it is connected
 _ALIVE = ("ServerAliveInterval=5", "ServerAliveCountMax=3")
 
 
@@ -120,7 +121,7 @@ def _check_host(config: RunConfig, host: str) -> Iterator[Finding]:
     # One session answers everything: the script's exit status says which test failed, and its output counts the cores.
     key = "launch.hosts"
     here = str(Path.cwd())
-    limit_s = config.launch.ssh.connect_timeout_s + 15
+    limit_s = config.launch.ssh.connect_timeout_s + ANSWER_MARGIN_S
     script = 'cd -- "$0" || exit 3; test -x "$1" || exit 4; nproc'
     argv = remote(config, host, ["sh", "-c", script, here, sys.executable])
     by_hand = f"try `{shlex.join([*argv[:-3], '--', host, 'true'])}`"

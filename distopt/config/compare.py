@@ -15,6 +15,7 @@ MAY_CHANGE = (
     "checkpoint",
     "data.prefetch",
     "train.num_steps",
+    "train.capture",  # a captured step computes what an eager one does
     "reduce.backend",
     "reduce.bucket_mib",
     "reduce.overlap",

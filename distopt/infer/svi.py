@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import pyro
 import pyro.infer
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceTailAdaptive_ELBO
+from pyro.infer.util import zero_grads
+from torch import Tensor
 
+from distopt.infer.capture import StepCapture
 from distopt.infer.sharded_plate import share_plates
 from distopt.optim.distributed import DistributedOptimizer, StepInfo
 from distopt.rng import generators_state, set_generators_state
+
+CaptureMode: TypeAlias = Literal["graph", "off"]
 
 
 class SVI(pyro.infer.SVI):  # type: ignore[misc]
@@ -37,6 +42,15 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         loss: an ELBO.
         weight: `w_r`; `GlobalBatches.weight` where ranks read unequally many rows. Their mean must be 1. Sites in
             sharded plates are not weighted.
+        capture: "graph" records a step and runs later ones from the recording, with the losses, gradients and random
+            numbers of eager steps in every bit (see `distopt.infer.capture`); a step that cannot be captured stays
+            eager, and `captured.refusal` says why. "off": every step is eager.
+
+    Attributes:
+        captured: The `StepCapture` that runs the steps, None for `capture="off"`.
+
+    Raises:
+        ValueError: `capture` is neither "graph" nor "off".
     """
 
     def __init__(
@@ -47,8 +61,12 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         loss: pyro.infer.ELBO,
         *,
         weight: float = 1.0,
+        capture: CaptureMode = "off",
     ) -> None:
+        if capture not in get_args(CaptureMode):
+            raise ValueError(f"capture={capture!r}: must be one of {', '.join(map(repr, get_args(CaptureMode)))}.")
         super().__init__(*share_plates(model, guide, weight), optim, loss)
+        self.captured = StepCapture(self.loss_and_grads) if capture == "graph" else None
 
     def init(self, *args: Any, **kwargs: Any) -> None:
         """Runs guide and model once, so that their parameters exist before the first step, and changes none.
@@ -73,7 +91,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         all ranks compute its gradient from the same values.
         """
         if not isinstance(self.optim, DistributedOptimizer):
-            return float(super().step(*args, **kwargs))
+            return self._step_alone(args, kwargs)
         loss = self.step_with(args, kwargs).loss
         assert loss is not None
         return loss
@@ -113,15 +131,31 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         try:
             if not self.optim.is_synchronized:
                 self._meet(*args, **kwargs)
-            with poutine.trace(param_only=True) as capture:
-                loss = float(self.loss_and_grads(self.model, self.guide, *args, **kwargs))
+            loss, params = self._loss_and_params(args, kwargs)
         except Exception as error:
             self.optim.abort(error)
             raise
-        params = {site["value"].unconstrained() for site in capture.trace.nodes.values()}
         info = self.optim.step_with(params, loss=loss, step=step, stop=stop, measure_norm=measure_norm)
         self.optim.zero_grad(params)
         return info if info.loss is not None else replace(info, loss=loss)
+
+    def _loss_and_params(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[float, set[Tensor]]:
+        """Computes the loss and its gradients; returns the loss, and the parameters that the step named."""
+        if self.captured is not None:
+            result = self.captured(self.model, self.guide, *args, **kwargs)
+            return float(result.loss), set(result.params)
+        with poutine.trace(param_only=True) as capture:
+            loss = float(self.loss_and_grads(self.model, self.guide, *args, **kwargs))
+        return loss, {site["value"].unconstrained() for site in capture.trace.nodes.values()}
+
+    def _step_alone(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+        """Takes a step with an optimizer that is not distributed, as Pyro's SVI does."""
+        if self.captured is None:
+            return float(super().step(*args, **kwargs))
+        loss, params = self._loss_and_params(args, kwargs)
+        self.optim(params)
+        zero_grads(params)
+        return loss
 
     def _meet(self, *args: Any, **kwargs: Any) -> None:
         """Agrees on the first values of the parameters before a gradient is computed from them."""

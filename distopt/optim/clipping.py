@@ -38,8 +38,8 @@ class Clip:
         return self.clip_norm is not None or self.clip_value is not None
 
 
-def clip_by_norm_(buffer: Tensor, numels: Sequence[int], max_norm: float) -> None:
-    """Scales each segment of `buffer` down to a 2-norm of at most `max_norm`, in place.
+def clip_by_norm_(buffer: Tensor, numels: Sequence[int], max_norm: float) -> bool:
+    """Scales each segment of `buffer` down to a 2-norm of at most `max_norm`, in place; returns whether one changed.
 
     Args:
         buffer: shape (sum(numels),).
@@ -51,6 +51,7 @@ def clip_by_norm_(buffer: Tensor, numels: Sequence[int], max_norm: float) -> Non
     coefficients = (max_norm / (norms + _EPS)).clamp_(max=1.0)
     lengths = torch.tensor([s.numel() for s in segments], device=buffer.device)
     buffer.mul_(coefficients.repeat_interleave(lengths, output_size=buffer.numel()))
+    return _may_change(coefficients)
 
 
 def clip_each_(gradients: Iterable[Tensor], clip: Clip) -> None:
@@ -64,12 +65,24 @@ def clip_each_(gradients: Iterable[Tensor], clip: Clip) -> None:
             values.clamp_(-clip.clip_value, clip.clip_value)
 
 
-def clip_segments_(buffer: Tensor, numels: Sequence[int], clip: Clip) -> None:
-    """Clips each segment of `buffer` by itself, in place: first its norm, then its elements."""
-    if clip.clip_norm is not None and buffer.numel():
-        clip_by_norm_(buffer, numels, clip.clip_norm)
+def clip_segments_(buffer: Tensor, numels: Sequence[int], clip: Clip) -> bool:
+    """Clips each segment of `buffer` by itself, in place: first its norm, then its elements.
+
+    Returns:
+        Whether an element changed; on a device other than the CPU True, since the answer would have to be waited for.
+    """
+    if not buffer.numel():
+        return False
+    changed = clip.clip_norm is not None and clip_by_norm_(buffer, numels, clip.clip_norm)
     if clip.clip_value is not None:
+        changed = changed or _may_change(clip.clip_value / buffer.abs().max())
         buffer.clamp_(-clip.clip_value, clip.clip_value)
+    return changed
+
+
+def _may_change(coefficients: Tensor) -> bool:
+    """Returns whether a gradient that is scaled by `coefficients` changes; True where the answer is on a device."""
+    return coefficients.device.type != "cpu" or not bool((coefficients >= 1.0).all())
 
 
 def global_norm(gradients: Iterable[Tensor]) -> Tensor:
@@ -82,19 +95,22 @@ def global_norm(gradients: Iterable[Tensor]) -> Tensor:
     return torch.zeros((), dtype=torch.float64) if total is None else total.sqrt()
 
 
-def clip_by_global_norm_(gradients: Sequence[Tensor], max_norm: float, total: float | None = None) -> Tensor:
-    """Scales all `gradients` by one factor so that their common 2-norm is at most `max_norm`; returns that norm.
+def clip_by_global_norm_(gradients: Sequence[Tensor], max_norm: float, total: float | None = None) -> bool:
+    """Scales all `gradients` by one factor so that their common 2-norm is at most `max_norm`.
 
     Args:
         gradients: scaled in place.
         max_norm: of what it is after scaling.
         total: the norm before, where more gradients count than those at hand.
+
+    Returns:
+        Whether they changed; on a device other than the CPU True, since the answer would have to be waited for.
     """
     norm = global_norm(gradients) if total is None else torch.tensor(total, dtype=torch.float64)
     coefficient = (max_norm / (norm + _EPS)).clamp(max=1.0)
     for g in gradients:
         g.mul_(coefficient.to(device=g.device, dtype=g.real.dtype if g.is_complex() else g.dtype))
-    return norm
+    return _may_change(coefficient)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -30,6 +30,7 @@ from distopt.optim.state import (
 )
 
 _shape = attrgetter("shape")
+_gradient = attrgetter("grad")
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +67,7 @@ class Group(Protocol):
 
     handle: Any
     members: list[Member]
+    extra: dict[str, Any]
 
     def states(self) -> list[State]:
         """Returns the states of all members, in their order; they share no memory with it."""
@@ -75,6 +77,12 @@ class Group(Protocol):
 
     def has_lost(self, member: Member) -> bool:
         """Returns whether `member` was moved since it was placed here: to other storage, dtype or device."""
+
+    def values_of(self, member: Member) -> dict[str, Any]:
+        """Returns what torch keeps for one member; tensors are the optimizer's memory."""
+
+    def hyper_of(self, member: Member) -> dict[str, Any]:
+        """Returns torch's parameter group that `member` is in, perhaps with others."""
 
 
 def reloaded(handle: Any, state: State | None, extra: dict[str, Any]) -> Any:
@@ -152,6 +160,7 @@ class PackedGroup:
         self._step = direct_step(self.handle)
         self.buffer = torch.empty_like(flat)
         self._blocks: list[Block] = []
+        self._segments: list[Tensor] = []
         self._index = {id(m): i for i, m in enumerate(self.members)}
         for m in self.members:
             m.group = self
@@ -188,10 +197,33 @@ class PackedGroup:
             start = end
         return self.buffer
 
-    def clip_(self, buffer: Tensor) -> None:
-        """Clips the gradient of each member by itself, in place."""
-        if self.clip.per_parameter:
-            clip_segments_(buffer, self.numels, self.clip)
+    def clip_(self, buffer: Tensor) -> bool:
+        """Clips the gradient of each member by itself, in place; returns whether one changed."""
+        return self.clip.per_parameter and clip_segments_(buffer, self.numels, self.clip)
+
+    def write_gradients(self) -> None:
+        """Copies the group's buffer back to each member's `.grad`."""
+        if not self._segments:
+            segments = torch.split(self.buffer, self.numels)
+            self._segments = [s.view(p.shape) for s, p in zip(segments, self.params, strict=True)]
+        torch._foreach_copy_(list(map(_gradient, self.params)), self._segments)
+
+    def values_of(self, member: Member) -> dict[str, Any]:
+        """Returns what torch keeps for one member; tensors are views of the optimizer's memory."""
+        flat, index = self.arena.flat, self._index[id(member)]
+        start = sum(self.numels[:index])
+        segment = slice(start, start + self.numels[index])
+        values = optimizer_of(self.handle).state.get(flat, {})
+        return {
+            key: value[segment].view(member.param.shape)
+            if isinstance(value, Tensor) and value.shape == flat.shape
+            else copied(value)
+            for key, value in values.items()
+        }
+
+    def hyper_of(self, member: Member) -> dict[str, Any]:
+        """Returns torch's parameter group, in which `params` is all of them."""
+        return optimizer_of(self.handle).param_groups[0]
 
     def step(self, buffer: Tensor, *args: Any, **kwargs: Any) -> None:
         """Steps all members by the gradients in `buffer`, which may be overwritten."""
@@ -333,6 +365,18 @@ class ListGroup:
         others = [m for m in members if id(m) not in self._unstarted]
         self._unstarted.difference_update(map(id, first))
         yield from filter(None, (first, others))
+
+    def values_of(self, member: Member) -> dict[str, Any]:
+        """Returns what torch keeps for one member, its own memory."""
+        values: dict[str, Any] = optimizer_of(self.handle).state.get(member.param, {})
+        return values
+
+    def hyper_of(self, member: Member) -> dict[str, Any]:
+        """Returns torch's parameter group of one member."""
+        group: dict[str, Any] = (
+            optimizer_of(self.handle).param_groups[0] if self._own is None else self._own[id(member)]
+        )
+        return group
 
     def packed(self) -> PackedState:
         """Returns the state of all members; tensors may be the optimizer's memory."""

@@ -22,6 +22,7 @@ from distopt.optim.grouping import Grouping
 from distopt.optim.groups import Member
 from distopt.optim.packed_state import PackedState
 from distopt.optim.packing import FlatGradients, has_dense_gradients
+from distopt.optim.param_view import view_of
 from distopt.optim.parameters import Roster
 from distopt.optim.plan import FlatPlan, Plan, all_finite, nonfinite_names
 from distopt.optim.state import State, check_state, check_state_dict, copied, frozen, is_scheduler, optimizer_of
@@ -261,8 +262,12 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
 
     @property
     def optim_objs(self) -> dict[Tensor, Any]:
-        """The torch optimizer (or scheduler) of each parameter; parameters that are stepped together share one."""
-        return {m.param: m.group.handle for m in self._roster if m.group is not None}
+        """The torch optimizer (or scheduler) of each parameter, as `pyro.optim` shows it.
+
+        Parameters that are stepped together share its hyper-parameters; gradient, state and `state_dict` are those of
+        the one parameter.
+        """
+        return {m.param: view_of(m, m.group) for m in self._roster if m.group is not None}
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -349,17 +354,25 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         total_norm: float | None,
     ) -> None:
         """Clips and steps."""
-        if plan.clips:
-            for group, buffer in zip(plan.packed, buffers, strict=True):
-                group.clip_(buffer)
-            for listed, members in plan.listed:
-                listed.clip_(members)
-        for norm in plan.norms:
-            clip_by_global_norm_(plan.gradients(buffers, norm), norm, total_norm)
+        if plan.clips or plan.norms:
+            self._clip_(plan, buffers, total_norm)
         for group, buffer in zip(plan.packed, buffers, strict=True):
             group.step(buffer, *args, **kwargs)
         for listed, members in plan.listed:
             listed.step(members, *args, **kwargs)
+
+    def _clip_(self, plan: Plan, buffers: list[Tensor], total_norm: float | None) -> None:
+        """Clips in place; `.grad`, which packed groups have copied, follows only if an element changed."""
+        changed = False
+        if plan.clips:
+            for group, buffer in zip(plan.packed, buffers, strict=True):
+                changed |= group.clip_(buffer)
+            for listed, members in plan.listed:
+                listed.clip_(members)
+        for norm in plan.norms:
+            changed |= clip_by_global_norm_(plan.gradients(buffers, norm), norm, total_norm)
+        if changed:
+            plan.write_gradients()
 
     def _refuse(self, names: tuple[str, ...]) -> None:
         """Leaves out a step whose gradient is not finite, or raises."""

@@ -71,6 +71,11 @@ class Plan:
         found = [buffer for buffer in buffers if buffer is not None]
         return found if len(found) == len(buffers) else None
 
+    def write_gradients(self) -> None:
+        """Copies the packed groups' gradients back to `.grad`, where `pyro.optim` leaves them clipped."""
+        for group in self.packed:
+            group.write_gradients()
+
 
 class FlatPlan(Plan):
     """The plan of a call that hands over its gradients."""
@@ -118,6 +123,9 @@ class FlatPlan(Plan):
             for m in members:
                 m.param.grad = self._one(m.param, dense, loose)
         return buffers
+
+    def write_gradients(self) -> None:
+        """Does nothing: the gradients that were handed over are not those in `.grad`."""
 
     def _one(self, p: Tensor, dense: Sequence[FlatGradients], loose: Sequence[tuple[str, Tensor, Tensor]]) -> Tensor:
         if id(p) in self._loose_index:

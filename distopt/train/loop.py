@@ -104,7 +104,15 @@ class _Worker:
                 noise=config.train.noise,
             )
         loss = make_loss(config)
-        self.svi = SVI(self.task.model, self.task.guide, self.optimizer, loss, weight=self.batches.weight)
+        self.svi = SVI(
+            self.task.model,
+            self.task.guide,
+            self.optimizer,
+            loss,
+            weight=self.batches.weight,
+            capture=config.train.capture,
+        )
+        self.refusal: str | None = None  # why steps are not captured, once it has been printed
         callables = {"model": self.task.model, "guide": self.task.guide}
         self.modules = {name: each for name, each in callables.items() if isinstance(each, nn.Module)}
 
@@ -230,6 +238,7 @@ class _Worker:
                 is_logged = is_last or step % self.config.log.every_steps == 0
                 info = self._step(step, loader, measure_norm=is_logged)
                 window.add(info)
+                self._report_refusal(step)
                 loggers.after_step(step)
                 if is_logged:
                     loggers.log(step, self._measure(info, window))
@@ -261,6 +270,13 @@ class _Worker:
                 self.step_schedule(self.optimizer, info.loss)
         self.status.skipped_steps = self.optimizer.num_skipped_steps
         return info
+
+    def _report_refusal(self, step: int) -> None:
+        """Says once, on rank 0, that steps are not captured and why."""
+        captured = self.svi.captured
+        if captured is not None and captured.refusal is not None and self.refusal is None:
+            self.refusal = captured.refusal
+            self.print(f"step {step:,}: steps are not captured and run as with train.capture=off: {self.refusal}")
 
     def _measure(self, info: StepInfo, window: _Window) -> dict[str, float]:
         """Returns the values for the loggers: those of the window, which ends here, and those of its last step."""

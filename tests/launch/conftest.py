@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from distopt.launch.platforms import horovodrun, mpirun
+from tests.launch import slurm
 from tests.launch.hosts import Hosts, missing
 from tests.launch.launching import Launched, write_config
 
@@ -37,6 +38,16 @@ def hosts(tmp_path_factory) -> Iterator[Hosts]:
         pytest.skip(lacking)
     with Hosts(tmp_path_factory.mktemp("hosts"), 3) as network:
         yield network
+
+
+@pytest.fixture(scope="module")
+def cluster(hosts) -> Iterator[slurm.Cluster]:
+    """A real Slurm over the three hosts."""
+    lacking = slurm.missing()
+    if lacking:
+        pytest.skip(lacking)
+    with slurm.Cluster(hosts) as running:
+        yield running
 
 
 @pytest.fixture

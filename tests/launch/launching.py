@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
+import site
 import subprocess
 import sys
 import time
+import venv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
+import pytest
 
 SCRIPT = Path(__file__).with_name("worker_script.py")
 TIMEOUT_S = 120.0
@@ -32,6 +35,21 @@ def wait_until(condition: Callable[[], object], what: str, timeout_s: float = TI
     while not condition():
         assert time.monotonic() < end, f"{what} did not come true within {timeout_s:g} s"
         time.sleep(0.05)
+
+
+def mpich_environment(folder: Path) -> Path:
+    """Returns the Python of a new environment over the packages of this one, whose mpirun is MPICH's, named Hydra."""
+    venv.create(folder)
+    python = folder / "bin" / "python"
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "outer.pth").write_text(
+        "".join(f"import site; site.addsitedir({path!r})\n" for path in site.getsitepackages())
+    )
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "mpich"]
+    done = subprocess.run(install, capture_output=True, text=True, timeout=200)
+    if done.returncode:
+        pytest.skip(f"MPICH cannot be installed here (pip install mpich): {done.stderr.strip().splitlines()[-1]}")
+    return python
 
 
 class Launched:

@@ -13,7 +13,6 @@ import pytest
 
 from distopt.config import parse_config
 from distopt.launch import doctor
-from distopt.launch.worker import network
 
 
 def run_config(*overrides: str):
@@ -57,11 +56,6 @@ def test_host_that_resolves_nowhere_is_a_failure(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (finding,) = doctor._hosts(run_config("launch.hosts=[nosuch.invalid]"))
     assert finding.severity == "failure" and "resolves to no address" in finding.message
-
-
-def test_interface_is_the_one_that_has_the_hosts_address():
-    assert network.interface_among(["localhost"]) == "lo"
-    assert network.interface_among(["203.0.113.9"]) is None
 
 
 OF_HOSTS = """

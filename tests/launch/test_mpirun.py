@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import site
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
 
 from distopt.config import parse_config
 from distopt.launch.platforms import mpirun
-from tests.launch.launching import wait_until, write_config
+from tests.launch.launching import mpich_environment, wait_until, write_config
 
 SUM = Path(__file__).with_name("sum_script.py")
 BUILD_HOROVOD = Path(__file__).parents[2] / "tools" / "build_horovod.py"
@@ -54,35 +52,20 @@ def test_mpi4py_that_is_missing_is_refused(pretended_mpi, monkeypatch):
     assert "auto uses mpi4py, which is not installed; `pip install 'distopt[mpi]'`" in str(said)
 
 
-# MPICH in place of Open MPI: an environment of its own, whose mpirun is Hydra's, over the packages of this one.
-
-
-def environment(folder: Path) -> Path:
-    """Returns the Python of a new environment with MPICH, over the packages of this one."""
-    venv.create(folder)
-    python = folder / "bin" / "python"
-    (packages,) = folder.glob("lib/python*/site-packages")
-    (packages / "outer.pth").write_text(
-        "".join(f"import site; site.addsitedir({path!r})\n" for path in site.getsitepackages())
-    )
-    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "mpich"]
-    done = subprocess.run(install, capture_output=True, text=True, timeout=200)
-    if done.returncode:
-        pytest.skip(f"MPICH cannot be installed here (pip install mpich): {done.stderr.strip().splitlines()[-1]}")
-    return python
+# MPICH in place of Open MPI.
 
 
 @pytest.fixture(scope="module")
 def mpich(tmp_path_factory) -> str:
     """Returns a Python beside MPICH's mpirun."""
     pytest.importorskip("mpi4py")
-    return str(environment(tmp_path_factory.mktemp("mpich")))
+    return str(mpich_environment(tmp_path_factory.mktemp("mpich")))
 
 
 @pytest.fixture(scope="module")
 def mpich_horovod(tmp_path_factory) -> str:
     """Returns a Python beside MPICH's mpirun that has a Horovod built for it, in minutes where none is kept."""
-    python = environment(tmp_path_factory.mktemp("mpich-horovod"))
+    python = mpich_environment(tmp_path_factory.mktemp("mpich-horovod"))
     path = f"{python.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"  # cmake is in the outer one
     env = {**os.environ, "PATH": path}
     done = subprocess.run([python, BUILD_HOROVOD], env=env, capture_output=True, text=True, timeout=1500)

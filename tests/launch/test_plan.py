@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 
 from distopt.config import parse_config
 from distopt.config.launch import SECRET_NAME
-from distopt.launch import ssh
 from distopt.launch.cli import app
 from distopt.launch.plan import Command, Plan
 from distopt.launch.platforms import load_platform, mpirun
@@ -71,13 +70,6 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path, monkeypatch):
 def test_printed_command_is_read_by_a_shell_as_the_same_words(argv, env):
     words = shlex.split(str(Command(("prog", *argv), env)))
     assert words == [*(f"{key}={value}" for key, value in sorted(env.items())), "prog", *argv]
-
-
-@given(st.lists(TEXT, min_size=1, max_size=5))
-def test_words_arrive_at_another_host_as_they_are(argv):
-    config = parse_config(BASE)
-    *_, dashes, host, command = ssh.remote(config, "dh1", argv)
-    assert (dashes, host, shlex.split(command)) == ("--", "dh1", argv)
 
 
 @pytest.mark.parametrize("text", ["", "plain\n", "END\n", "END\nEND_\n$HOME `id` \\ '\n"])

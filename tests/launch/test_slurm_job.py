@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,22 +17,13 @@ import pytest
 
 from distopt.launch.jobs import PlatformError, State
 from distopt.launch.platforms.slurm.job import SlurmJob
-from tests.launch import order_task, slurm
+from tests.launch import order_task
 from tests.launch.launching import wait_until, write_config
 
 SUM = Path(__file__).with_name("sum_script.py")
 NUM_STEPS = 40
 
 pytestmark = pytest.mark.timeout(240)
-
-
-@pytest.fixture(scope="module")
-def cluster(hosts) -> Iterator[slurm.Cluster]:
-    lacking = slurm.missing()
-    if lacking:
-        pytest.skip(lacking)
-    with slurm.Cluster(hosts) as running:
-        yield running
 
 
 @pytest.fixture

@@ -343,7 +343,7 @@ def test_parameters_whose_lives_part_share_one_optimizer_though_its_rate_decays(
     for _ in range(30):
         stepped([params[i] for i in torch.randperm(64, generator=generator)[:32].tolist()], optim)
     assert len(list(optim._groups)) <= 10
-    optimizers = {id(handle) for handle in optim.optim_objs.values()}
+    optimizers = {id(m.group.handle) for m in optim._roster}
     assert len(optimizers) <= 10
 
 

@@ -89,20 +89,32 @@ def test_run_writes_metrics_and_a_page_that_needs_no_other_file(undisturbed: Pat
     assert "http://" not in page and "https://" not in page
 
 
+@pytest.mark.parametrize("capture", ["off", "graph"])
 def test_worker_killed_once_is_restarted_and_the_result_is_the_same_to_the_bit(
-    undisturbed: Path, tmp_path: Path
+    undisturbed: Path, tmp_path: Path, capture: str
 ) -> None:
     """Also when a thread reads the batches ahead, and is some steps before the others when all ends."""
     path = config(
         tmp_path,
         task_args={"kill_rank": 1, "kill_at": 40, "marker": str(tmp_path / "killed")},
         data={"global_batch": 100, "prefetch": 2},
+        train={"num_steps": 60, "capture": capture},
     )
     output = launch_well(path)
+    assert "not captured" not in output
     assert (tmp_path / "killed").exists(), "nobody was killed"
     assert "rank 1" in output and "SIGKILL" in output, output
     assert "resuming from step 30" in output, output
     assert steps_logged(tmp_path / "run") == list(range(5, 61, 5))
+    assert_equal_bits(tmp_path / "run", undisturbed)
+
+
+def test_run_may_change_between_captured_and_eager_steps_when_it_resumes(undisturbed: Path, tmp_path: Path) -> None:
+    path = config(tmp_path)
+    launch_well(path, "train.capture=graph", "train.num_steps=20")
+    launch_well(path, "train.capture=off", "train.num_steps=40")
+    output = launch_well(path, "train.capture=graph")
+    assert "resuming from step 40" in output
     assert_equal_bits(tmp_path / "run", undisturbed)
 
 

@@ -1,0 +1,700 @@
+// Runs the operations of a recorded step without Python: operators of torch's dispatcher, arithmetic on small tensors
+// that needs none of its overhead, and calls back into Python where the step has them. program.py builds the programs.
+//
+// Direct arithmetic is limited to what IEEE 754 rounds exactly, whoever computes it: the results equal ATen's in every
+// bit. It must be compiled without contraction of multiplications and additions (-ffp-contract=off).
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
+
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace py = pybind11;
+using c10::IValue;
+
+namespace {
+
+// Direct arithmetic.
+
+enum class Code { add, sub, rsub, mul, div, neg, square, copy, sum, where, eq, ne, lt, le, gt, ge, reciprocal };
+enum class Layout : int { scalar = 0, contiguous = 1, strided = 2 };
+
+struct Operand {
+  int slot = -1;  // read when the program runs; -1: `data` is fixed
+  const void* data = nullptr;
+  Layout layout = Layout::scalar;
+  std::vector<int64_t> offsets;  // of the elements, where they do not lie in the order of the result
+  at::Tensor owner;
+};
+
+struct Direct;
+using Kernel = void (*)(const Direct&, const void* const*);
+
+struct Direct {
+  Kernel kernel = nullptr;
+  int64_t n = 0;
+  void* out = nullptr;
+  std::vector<Operand> in;
+  at::Tensor result;
+};
+
+template <class T>
+inline T element(const void* data, const Operand& operand, int64_t i) {
+  const T* values = static_cast<const T*>(data);
+  switch (operand.layout) {
+    case Layout::scalar: return values[0];
+    case Layout::contiguous: return values[i];
+    default: return values[operand.offsets[i]];
+  }
+}
+
+template <class T, class R, class F>
+inline void unary(const Direct& d, const void* const* data, F f) {
+  R* out = static_cast<R*>(d.out);
+  const T* a = static_cast<const T*>(data[0]);
+  const int64_t n = d.n;
+  if (n == 1) {
+    out[0] = f(d.in[0].layout == Layout::strided ? a[d.in[0].offsets[0]] : a[0]);
+  } else if (d.in[0].layout == Layout::contiguous) {
+    for (int64_t i = 0; i < n; ++i) out[i] = f(a[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = f(element<T>(a, d.in[0], i));
+  }
+}
+
+template <class T, class R, class F>
+inline void binary(const Direct& d, const void* const* data, F f) {
+  R* out = static_cast<R*>(d.out);
+  const T* a = static_cast<const T*>(data[0]);
+  const T* b = static_cast<const T*>(data[1]);
+  const Layout la = d.in[0].layout, lb = d.in[1].layout;
+  const int64_t n = d.n;
+  if (la == Layout::strided || lb == Layout::strided) {
+    for (int64_t i = 0; i < n; ++i) out[i] = f(element<T>(a, d.in[0], i), element<T>(b, d.in[1], i));
+  } else if (n == 1) {
+    out[0] = f(a[0], b[0]);
+  } else if (la == Layout::contiguous && lb == Layout::contiguous) {
+    for (int64_t i = 0; i < n; ++i) out[i] = f(a[i], b[i]);
+  } else if (la == Layout::contiguous) {
+    const T y = b[0];
+    for (int64_t i = 0; i < n; ++i) out[i] = f(a[i], y);
+  } else if (lb == Layout::contiguous) {
+    const T x = a[0];
+    for (int64_t i = 0; i < n; ++i) out[i] = f(x, b[i]);
+  } else {
+    const R value = f(a[0], b[0]);
+    for (int64_t i = 0; i < n; ++i) out[i] = value;
+  }
+}
+
+template <class T>
+void where_kernel(const Direct& d, const void* const* data) {
+  T* out = static_cast<T*>(d.out);
+  for (int64_t i = 0; i < d.n; ++i) {
+    out[i] = element<bool>(data[0], d.in[0], i) ? element<T>(data[1], d.in[1], i) : element<T>(data[2], d.in[2], i);
+  }
+}
+
+template <class From, class To>
+void cast_kernel(const Direct& d, const void* const* data) {
+  unary<From, To>(d, data, [](From x) { return static_cast<To>(x); });
+}
+
+template <class T>
+Kernel arithmetic(Code code) {
+  switch (code) {
+    case Code::add: return [](const Direct& d, const void* const* p) { binary<T, T>(d, p, [](T x, T y) { return x + y; }); };
+    case Code::sub: return [](const Direct& d, const void* const* p) { binary<T, T>(d, p, [](T x, T y) { return x - y; }); };
+    case Code::rsub: return [](const Direct& d, const void* const* p) { binary<T, T>(d, p, [](T x, T y) { return y - x; }); };
+    case Code::mul: return [](const Direct& d, const void* const* p) { binary<T, T>(d, p, [](T x, T y) { return x * y; }); };
+    case Code::div: return [](const Direct& d, const void* const* p) { binary<T, T>(d, p, [](T x, T y) { return x / y; }); };
+    case Code::neg: return [](const Direct& d, const void* const* p) { unary<T, T>(d, p, [](T x) { return -x; }); };
+    case Code::square: return [](const Direct& d, const void* const* p) { unary<T, T>(d, p, [](T x) { return x * x; }); };
+    case Code::copy: return cast_kernel<T, T>;
+    // ATen's sum of one element begins with zero, which makes 0.0 of -0.0.
+    case Code::sum: return [](const Direct& d, const void* const* p) { unary<T, T>(d, p, [](T x) { return T(0) + x; }); };
+    case Code::reciprocal: return [](const Direct& d, const void* const* p) { unary<T, T>(d, p, [](T x) { return T(1) / x; }); };
+    case Code::where: return where_kernel<T>;
+    case Code::eq: return [](const Direct& d, const void* const* p) { binary<T, bool>(d, p, [](T x, T y) { return x == y; }); };
+    case Code::ne: return [](const Direct& d, const void* const* p) { binary<T, bool>(d, p, [](T x, T y) { return x != y; }); };
+    case Code::lt: return [](const Direct& d, const void* const* p) { binary<T, bool>(d, p, [](T x, T y) { return x < y; }); };
+    case Code::le: return [](const Direct& d, const void* const* p) { binary<T, bool>(d, p, [](T x, T y) { return x <= y; }); };
+    case Code::gt: return [](const Direct& d, const void* const* p) { binary<T, bool>(d, p, [](T x, T y) { return x > y; }); };
+    case Code::ge: return [](const Direct& d, const void* const* p) { binary<T, bool>(d, p, [](T x, T y) { return x >= y; }); };
+  }
+  return nullptr;
+}
+
+template <class To>
+Kernel cast_from(at::ScalarType from) {
+  switch (from) {
+    case at::kFloat: return cast_kernel<float, To>;
+    case at::kDouble: return cast_kernel<double, To>;
+    case at::kBool: return cast_kernel<bool, To>;
+    case at::kLong: return cast_kernel<int64_t, To>;
+    default: return nullptr;
+  }
+}
+
+Code code_of(const std::string& name) {
+  static const std::vector<std::string> names = {"add", "sub", "rsub", "mul", "div", "neg", "square", "copy", "sum",
+                                                 "where", "eq", "ne", "lt", "le", "gt", "ge", "reciprocal"};
+  for (size_t i = 0; i < names.size(); ++i) {
+    if (names[i] == name) return static_cast<Code>(i);
+  }
+  TORCH_CHECK(false, "no direct arithmetic is named ", name);
+}
+
+// Instructions.
+
+enum class Kind { slot, constant, tensors, optional_tensors };
+
+struct Argument {
+  Kind kind = Kind::constant;
+  int slot = -1;
+  IValue constant;
+  std::vector<int> slots;
+};
+
+enum class Runner { aten, direct, host };
+
+struct Instruction {
+  Runner runner = Runner::aten;
+  std::optional<c10::OperatorHandle> op;
+  std::vector<Argument> args;
+  std::vector<int> outs;
+  std::vector<int> dead;  // slots whose values no later instruction reads
+  int index = 0;          // into the program's list of direct arithmetic, or of host functions
+  size_t num_results = 0;
+};
+
+// What a tensor that comes from outside must look like, since the program's strides and offsets were computed for it.
+struct Expected {
+  std::vector<int64_t> sizes, strides;
+  at::ScalarType dtype;
+  c10::Device device;
+
+  explicit Expected(const at::Tensor& t)
+      : sizes(t.sizes().vec()), strides(t.strides().vec()), dtype(t.scalar_type()), device(t.device()) {}
+
+  bool matches(const at::Tensor& t) const {
+    return t.defined() && t.scalar_type() == dtype && t.device() == device && t.sizes() == at::IntArrayRef(sizes) &&
+           t.strides() == at::IntArrayRef(strides);
+  }
+};
+
+struct Foreign {
+  int slot;
+  at::Tensor tensor;
+  Expected expected;
+  at::Tensor compared;  // a copy of the values that it must have; undefined: any
+  bool written;
+};
+
+struct Check {
+  int slot;
+  bool answer;
+};
+
+struct Gradient {
+  int param;
+  int slot;
+  Expected expected;
+};
+
+enum Status : int { ran = -1, inputs_differ = -2, gradients_differ = -3, constants_differ = -4, busy = -5 };
+
+bool same_values(const at::Tensor& a, const at::Tensor& b) {
+  if (a.is_contiguous() && b.is_contiguous()) return std::memcmp(a.const_data_ptr(), b.const_data_ptr(), b.nbytes()) == 0;
+  const at::Tensor packed = a.contiguous();
+  return std::memcmp(packed.const_data_ptr(), b.contiguous().const_data_ptr(), packed.nbytes()) == 0;
+}
+
+class Program {
+ public:
+  // Instructions, in order.
+
+  void add_op(const std::string& name, const std::string& overload, const py::list& args, std::vector<int> outs) {
+    auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
+    const auto& schema = op.schema();
+    TORCH_CHECK(args.size() == schema.arguments().size(), name, ".", overload, " takes other arguments");
+    Instruction instruction;
+    instruction.op = op;
+    instruction.outs = std::move(outs);
+    instruction.num_results = schema.returns().size();
+    for (size_t i = 0; i < args.size(); ++i) {
+      const auto pair = py::reinterpret_borrow<py::tuple>(args[i]);
+      instruction.args.push_back(argument(pair, schema.arguments()[i]));
+    }
+    code_.push_back(std::move(instruction));
+  }
+
+  // operands: (slot or -1, fixed tensor or None, layout, offsets)
+  void add_direct(const std::string& name, at::Tensor result, at::ScalarType from, int out, const py::list& operands) {
+    Direct direct;
+    const Code code = code_of(name);
+    const auto to = result.scalar_type();
+    if (code == Code::copy) direct.kernel = to == at::kFloat ? cast_from<float>(from) : cast_from<double>(from);
+    else direct.kernel = from == at::kFloat ? arithmetic<float>(code) : arithmetic<double>(code);
+    TORCH_CHECK(direct.kernel != nullptr, "no direct arithmetic ", name, " for ", from);
+    direct.n = result.numel();
+    direct.out = result.mutable_data_ptr();
+    direct.result = result;
+    Instruction instruction;
+    instruction.runner = Runner::direct;
+    instruction.outs = {out};
+    for (const auto& each : operands) {
+      const auto pair = py::reinterpret_borrow<py::tuple>(each);
+      Operand operand;
+      operand.slot = pair[0].cast<int>();
+      if (operand.slot < 0) {
+        operand.owner = pair[1].cast<at::Tensor>();
+        operand.data = operand.owner.const_data_ptr();
+      } else {
+        Argument a;
+        a.kind = Kind::slot;
+        a.slot = operand.slot;
+        instruction.args.push_back(std::move(a));
+      }
+      operand.layout = static_cast<Layout>(pair[2].cast<int>());
+      operand.offsets = pair[3].cast<std::vector<int64_t>>();
+      direct.in.push_back(std::move(operand));
+    }
+    instruction.index = static_cast<int>(directs_.size());
+    directs_.push_back(std::move(direct));
+    fixed_.emplace_back(out, std::move(result));
+    code_.push_back(std::move(instruction));
+  }
+
+  void add_host(py::function function, const std::vector<int>& ins) {
+    Instruction instruction;
+    instruction.runner = Runner::host;
+    instruction.index = static_cast<int>(hosts_.size());
+    for (int slot : ins) {
+      Argument a;
+      a.kind = Kind::slot;
+      a.slot = slot;
+      instruction.args.push_back(std::move(a));
+    }
+    hosts_.push_back(std::move(function));
+    code_.push_back(std::move(instruction));
+  }
+
+  // Values.
+
+  void set_fixed(int slot, at::Tensor tensor) { fixed_.emplace_back(slot, tensor.detach()); }
+
+  void set_foreign(int slot, at::Tensor tensor, std::optional<at::Tensor> compared, bool written) {
+    foreign_.push_back({slot, tensor, Expected(tensor), compared.value_or(at::Tensor()), written});
+  }
+
+  // The first slots are the parameters', then come the gradients of those that have one, then the arguments.
+  void set_inputs(const py::tuple& params, const std::vector<int>& with_grad, const std::vector<at::Tensor>& args) {
+    params_ = params;
+    for (const auto& each : params) {
+      const at::Tensor& param = THPVariable_Unpack(each.ptr());
+      param_tensors_.push_back(param);
+      param_expected_.emplace_back(param);
+      requires_grad_.push_back(param.requires_grad());
+    }
+    with_grad_.assign(params.size(), no_grad);
+    for (int index : with_grad) {
+      with_grad_[index] = written_grad;
+      grad_expected_.emplace_back(param_tensors_[index].grad());
+    }
+    for (const auto& arg : args) arg_expected_.emplace_back(arg);
+  }
+
+  void add_loss(int slot) { losses_.push_back(slot); }
+  void add_check(int slot, bool answer) { checks_.push_back({slot, answer}); }
+  // Adds the value of `slot` to the gradient that the parameter has.
+  void add_accumulation(int param, int slot) { accumulations_.emplace_back(param, slot); }
+  void add_gradient(int param, int slot, const at::Tensor& like) { grads_.push_back({param, slot, Expected(like)}); }
+
+  void finish(int num_slots) {
+    slots_.resize(num_slots);
+    for (const auto& each : accumulations_) with_grad_[each.first] = accumulated_grad;
+    std::vector<char> kept(num_slots, 0);
+    std::vector<int> last(num_slots, -1);
+    for (auto& [slot, tensor] : fixed_) slots_[slot] = tensor;
+    for (auto& [slot, tensor] : fixed_) kept[slot] = 1;
+    for (const auto& each : foreign_) kept[each.slot] = 1;
+    for (int slot : losses_) kept[slot] = 1;
+    for (const auto& each : checks_) kept[each.slot] = 1;
+    for (const auto& each : grads_) kept[each.slot] = 1;
+    for (const auto& each : accumulations_) kept[each.second] = 1;
+    for (int i = 0; i < static_cast<int>(code_.size()); ++i) {
+      for (const auto& a : code_[i].args) {
+        if (a.kind == Kind::slot) last[a.slot] = i;
+        for (int slot : a.slots) {
+          if (slot >= 0) last[slot] = i;
+        }
+      }
+      for (int slot : code_[i].outs) {
+        if (slot >= 0) last[slot] = i;
+      }
+    }
+    for (int slot = 0; slot < num_slots; ++slot) {
+      if (kept[slot]) transient_.push_back(slot);
+      else if (last[slot] >= 0) code_[last[slot]].dead.push_back(slot);
+    }
+    // What is kept to the end is let go of at the end, unless it is fixed.
+    std::vector<char> is_fixed(num_slots, 0);
+    for (auto& [slot, tensor] : fixed_) is_fixed[slot] = 1;
+    std::erase_if(transient_, [&](int slot) { return is_fixed[slot] != 0; });
+  }
+
+  // run(store, args, losses): `ran`, a status, or the index of the first check whose answer is another one. Unless it
+  // is `ran`, gradients and torch's generator are as they were.
+  int run(const py::dict& store, const std::vector<at::Tensor>& args, std::vector<double>& losses) {
+    if (running_) return Status::busy;
+    if (!same_params(store) || !same_args(args)) return Status::inputs_differ;
+    const int status = set_values(args);
+    if (status != Status::ran) return clear(status);
+    running_ = true;
+    const auto saved = save_written();
+    auto generator = at::detail::getDefaultCPUGenerator();
+    at::Tensor state;
+    {
+      std::lock_guard<std::mutex> lock(generator.mutex());
+      state = generator.get_state();
+    }
+    int failed = Status::ran;
+    try {
+      py::gil_scoped_release release;
+      at::AutoDispatchBelowADInplaceOrView guard;
+      run_code();
+      failed = failed_check();
+    } catch (...) {
+      restore(generator, state, saved);
+      running_ = false;
+      clear(Status::inputs_differ);
+      throw;
+    }
+    running_ = false;
+    if (failed >= 0) {
+      restore(generator, state, saved);
+      return clear(failed);
+    }
+    for (auto& each : foreign_) {
+      if (each.written) each.tensor.unsafeGetTensorImpl()->bump_version();
+    }
+    for (int slot : losses_) losses.push_back(slots_[slot].toTensor().item<double>());
+    accumulate_gradients();
+    hand_out_gradients();
+    return clear(Status::ran);
+  }
+
+  int num_instructions() const { return static_cast<int>(code_.size()); }
+  int num_direct() const { return static_cast<int>(directs_.size()); }
+
+ private:
+  static Argument argument(const py::tuple& pair, const c10::Argument& schema) {
+    Argument result;
+    const auto kind = pair[0].cast<std::string>();
+    if (kind == "slot") {
+      result.kind = Kind::slot;
+      result.slot = pair[1].cast<int>();
+    } else if (kind == "tensors" || kind == "optional_tensors") {
+      result.kind = kind == "tensors" ? Kind::tensors : Kind::optional_tensors;
+      result.slots = pair[1].cast<std::vector<int>>();
+    } else if (schema.type()->kind() == c10::TypeKind::TensorType && !pair[1].is_none()) {
+      result.constant = wrapped_number(pair[1]);
+    } else {
+      result.constant = torch::jit::toIValue(pair[1], schema.real_type());
+    }
+    return result;
+  }
+
+  // A Python number where an operator takes a tensor: it has a type of its own, and gives way to those of tensors.
+  static at::Tensor wrapped_number(const py::object& value) {
+    at::Tensor result;
+    if (PyBool_Check(value.ptr())) result = at::scalar_tensor(value.cast<bool>(), at::kBool);
+    else if (PyLong_Check(value.ptr())) result = at::scalar_tensor(value.cast<int64_t>(), at::kLong);
+    else result = at::scalar_tensor(value.cast<double>(), at::kDouble);
+    result.unsafeGetTensorImpl()->set_wrapped_number(true);
+    return result;
+  }
+
+  bool same_params(const py::dict& store) const {
+    if (store.size() != param_tensors_.size()) return false;
+    Py_ssize_t position = 0;
+    PyObject *key = nullptr, *value = nullptr;
+    for (size_t i = 0; PyDict_Next(store.ptr(), &position, &key, &value); ++i) {
+      if (value != PyTuple_GET_ITEM(params_.ptr(), i)) return false;
+      const at::Tensor& param = param_tensors_[i];
+      if (!param_expected_[i].matches(param) || param.requires_grad() != requires_grad_[i]) return false;
+    }
+    return true;
+  }
+
+  bool same_args(const std::vector<at::Tensor>& args) const {
+    if (args.size() != arg_expected_.size()) return false;
+    for (size_t i = 0; i < args.size(); ++i) {
+      if (!arg_expected_[i].matches(args[i]) || args[i].requires_grad()) return false;
+    }
+    return true;
+  }
+
+  int set_values(const std::vector<at::Tensor>& args) {
+    for (const auto& each : foreign_) {
+      if (!each.expected.matches(each.tensor)) return Status::constants_differ;
+      if (each.compared.defined() && !same_values(each.tensor, each.compared)) return Status::constants_differ;
+    }
+    size_t slot = 0, grad = 0;
+    for (const auto& param : param_tensors_) slots_[slot++] = param;
+    for (size_t i = 0; i < param_tensors_.size(); ++i) {
+      const at::Tensor& g = param_tensors_[i].grad();
+      if (g.defined() != (with_grad_[i] != no_grad)) return Status::gradients_differ;
+      if (with_grad_[i] == no_grad) continue;
+      if (!grad_expected_[grad++].matches(g)) return Status::gradients_differ;
+      slots_[slot++] = g;
+    }
+    for (const auto& arg : args) slots_[slot++] = arg;
+    num_inputs_ = slot;
+    for (const auto& each : foreign_) slots_[each.slot] = each.tensor;
+    return Status::ran;
+  }
+
+  void run_code() {
+    torch::jit::Stack stack;
+    stack.reserve(16);
+    for (auto& instruction : code_) {
+      switch (instruction.runner) {
+        case Runner::direct: run_direct(directs_[instruction.index]); break;
+        case Runner::host: run_host(instruction); break;
+        case Runner::aten: run_op(instruction, stack); break;
+      }
+      for (int slot : instruction.dead) slots_[slot] = IValue();
+    }
+  }
+
+  void run_direct(const Direct& direct) const {
+    const void* data[3];
+    for (size_t i = 0; i < direct.in.size(); ++i) {
+      const Operand& operand = direct.in[i];
+      data[i] = operand.slot < 0 ? operand.data : slots_[operand.slot].toTensor().const_data_ptr();
+    }
+    direct.kernel(direct, data);
+  }
+
+  void run_host(const Instruction& instruction) const {
+    py::gil_scoped_acquire acquire;
+    py::list args;
+    for (const auto& a : instruction.args) args.append(slots_[a.slot].toTensor());
+    hosts_[instruction.index](*args);
+  }
+
+  void run_op(const Instruction& instruction, torch::jit::Stack& stack) {
+    for (const auto& a : instruction.args) {
+      switch (a.kind) {
+        case Kind::slot: stack.push_back(slots_[a.slot]); break;
+        case Kind::constant: stack.push_back(a.constant); break;
+        case Kind::tensors: {
+          c10::List<at::Tensor> list;
+          list.reserve(a.slots.size());
+          for (int slot : a.slots) list.push_back(slots_[slot].toTensor());
+          stack.emplace_back(std::move(list));
+          break;
+        }
+        case Kind::optional_tensors: {
+          c10::List<std::optional<at::Tensor>> list;
+          for (int slot : a.slots) list.push_back(slot < 0 ? std::nullopt : std::make_optional(slots_[slot].toTensor()));
+          stack.emplace_back(std::move(list));
+          break;
+        }
+      }
+    }
+    instruction.op->callBoxed(&stack);
+    if (instruction.num_results == 1 && stack.back().isTensorList()) {
+      const auto list = stack.back().toTensorVector();
+      for (size_t i = 0; i < list.size(); ++i) {
+        if (instruction.outs[i] >= 0) slots_[instruction.outs[i]] = list[i];
+      }
+    } else {
+      for (size_t i = 0; i < instruction.num_results; ++i) {
+        if (instruction.outs[i] >= 0) slots_[instruction.outs[i]] = std::move(stack[i]);
+      }
+    }
+    stack.clear();
+  }
+
+  int failed_check() const {
+    for (size_t i = 0; i < checks_.size(); ++i) {
+      if (slots_[checks_[i].slot].toTensor().item<bool>() != checks_[i].answer) return static_cast<int>(i);
+    }
+    return Status::ran;
+  }
+
+  using Saved = std::vector<std::pair<at::Tensor, at::Tensor>>;
+
+  // Tensors outside that the step writes to, and copies of their values: a step that fails must leave nothing behind.
+  Saved save_written() const {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    Saved saved;
+    for (const auto& each : foreign_) {
+      if (each.written) saved.emplace_back(each.tensor, each.tensor.clone());
+    }
+    for (size_t i = 0; i < with_grad_.size(); ++i) {
+      if (with_grad_[i] == written_grad) saved.emplace_back(param_tensors_[i].grad(), param_tensors_[i].grad().clone());
+    }
+    return saved;
+  }
+
+  static void restore(at::Generator& generator, const at::Tensor& state, const Saved& saved) {
+    {
+      std::lock_guard<std::mutex> lock(generator.mutex());
+      generator.set_state(state);
+    }
+    at::AutoDispatchBelowADInplaceOrView guard;
+    for (const auto& [tensor, values] : saved) tensor.copy_(values);
+  }
+
+  // As AccumulateGrad does for a gradient that is there: one addition, in place.
+  void accumulate_gradients() {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    for (const auto& [param, slot] : accumulations_) {
+      at::Tensor& grad = param_tensors_[param].mutable_grad();
+      const at::Tensor& value = slots_[slot].toTensor();
+      if (grad.is_contiguous() && value.is_contiguous() && grad.numel() <= max_direct && grad.scalar_type() == at::kFloat) {
+        add_to<float>(grad, value);
+      } else {
+        grad.add_(value);
+      }
+    }
+  }
+
+  template <class T>
+  static void add_to(at::Tensor& grad, const at::Tensor& value) {
+    T* to = static_cast<T*>(grad.mutable_data_ptr());
+    const T* from = static_cast<const T*>(value.const_data_ptr());
+    for (int64_t i = 0, n = grad.numel(); i < n; ++i) to[i] += from[i];
+  }
+
+  // Gradients become views of one buffer, which is used again unless somebody still holds one of them.
+  void hand_out_gradients() {
+    if (grads_.empty()) return;
+    if (views_.empty() || storage_in_use()) allocate_views();
+    for (size_t i = 0; i < grads_.size(); ++i) {
+      const at::Tensor& value = slots_[grads_[i].slot].toTensor();
+      at::Tensor& view = views_[i];
+      if (value.strides() == view.strides() && value.is_non_overlapping_and_dense()) {
+        std::memcpy(view.mutable_data_ptr(), value.const_data_ptr(), value.nbytes());
+      } else {
+        at::AutoDispatchBelowADInplaceOrView guard;
+        view.copy_(value);
+      }
+      param_tensors_[grads_[i].param].mutable_grad() = view.alias();
+    }
+  }
+
+  bool storage_in_use() const {
+    for (const auto& [storage, count] : storages_) {
+      if (storage.use_count() != count) return true;
+    }
+    return false;
+  }
+
+  void allocate_views() {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    views_.clear();
+    storages_.clear();
+    std::vector<std::pair<at::ScalarType, std::pair<at::Tensor, int64_t>>> buffers;
+    for (const auto& g : grads_) {
+      const int64_t n = c10::multiply_integers(g.expected.sizes);
+      bool known = false;
+      for (auto& [dtype, buffer] : buffers) {
+        if (dtype != g.expected.dtype) continue;
+        buffer.second += n;
+        known = true;
+      }
+      if (!known) buffers.push_back({g.expected.dtype, {at::Tensor(), n}});
+    }
+    for (auto& [dtype, buffer] : buffers) {
+      buffer.first = at::empty({buffer.second}, at::TensorOptions().dtype(dtype));
+      buffer.second = 0;
+    }
+    for (const auto& g : grads_) {
+      for (auto& [dtype, buffer] : buffers) {
+        if (dtype != g.expected.dtype) continue;
+        views_.push_back(buffer.first.as_strided(g.expected.sizes, g.expected.strides, buffer.second));
+        buffer.second += c10::multiply_integers(g.expected.sizes);
+      }
+    }
+    for (auto& [dtype, buffer] : buffers) {
+      c10::Storage storage = buffer.first.storage();
+      buffer.first.reset();
+      storages_.emplace_back(std::move(storage), 0);
+    }
+    for (auto& [storage, count] : storages_) count = storage.use_count();
+  }
+
+  int clear(int status) {
+    for (size_t i = 0; i < num_inputs_; ++i) slots_[i] = IValue();
+    for (int slot : transient_) slots_[slot] = IValue();
+    if (status != Status::ran) {
+      for (const auto& instruction : code_) {
+        for (int slot : instruction.dead) slots_[slot] = IValue();
+      }
+    }
+    return status;
+  }
+
+  // What becomes of a gradient that a parameter has before the step.
+  enum : char { no_grad, written_grad, accumulated_grad };
+  static constexpr int64_t max_direct = 2048;
+
+  std::vector<Instruction> code_;
+  std::vector<Direct> directs_;
+  std::vector<py::function> hosts_;
+  std::vector<IValue> slots_;
+  std::vector<std::pair<int, at::Tensor>> fixed_;
+  std::vector<Foreign> foreign_;
+  py::tuple params_;
+  std::vector<at::Tensor> param_tensors_;
+  std::vector<Expected> param_expected_, grad_expected_, arg_expected_;
+  std::vector<char> requires_grad_, with_grad_;
+  std::vector<int> losses_, transient_;
+  std::vector<Check> checks_;
+  std::vector<Gradient> grads_;
+  std::vector<std::pair<int, int>> accumulations_;
+  std::vector<at::Tensor> views_;
+  std::vector<std::pair<c10::Storage, size_t>> storages_;
+  size_t num_inputs_ = 0;
+  bool running_ = false;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_graph, m) {
+  m.attr("TORCH") = DISTOPT_TORCH;
+  py::class_<Program>(m, "Program")
+      .def(py::init<>())
+      .def("add_op", &Program::add_op)
+      .def("add_direct",
+           [](Program& p, const std::string& name, at::Tensor result, const at::Tensor& like, int out, const py::list& operands) {
+             p.add_direct(name, std::move(result), like.scalar_type(), out, operands);
+           })
+      .def("add_host", &Program::add_host)
+      .def("set_fixed", &Program::set_fixed)
+      .def("set_foreign", &Program::set_foreign)
+      .def("set_inputs", &Program::set_inputs)
+      .def("add_loss", &Program::add_loss)
+      .def("add_check", &Program::add_check)
+      .def("add_accumulation", &Program::add_accumulation)
+      .def("add_gradient", &Program::add_gradient)
+      .def("finish", &Program::finish)
+      .def("run",
+           [](Program& p, const py::dict& store, const std::vector<at::Tensor>& args) {
+             std::vector<double> losses;
+             const int status = p.run(store, args, losses);
+             return std::make_pair(status, losses);
+           })
+      .def_property_readonly("num_instructions", &Program::num_instructions)
+      .def_property_readonly("num_direct", &Program::num_direct);
+}

@@ -1,0 +1,159 @@
+"""Which operations a program computes itself, without torch's dispatcher, allocator and iterators.
+
+That is arithmetic that IEEE 754 rounds exactly, on CPU tensors of float32 and float64 with at most `MAX_ELEMENTS`: a
+sum of several elements depends on their order and stays ATen's, as do exp, log, matrix products and random numbers.
+The list is closed, and tests/infer/capture/test_direct.py compares each of its operations with ATen's for bits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distopt.infer.capture.recording import Op, Recording, Slot, TensorInfo, aten
+
+MAX_ELEMENTS = 2048
+"""Above this ATen's vectorized loops outweigh what they cost to call (measured: 1.16 x on 1.6 million elements)."""
+
+_MAX_EXACT_INT = 1 << 24  # integers up to here are exact in float32
+
+_BINARY = {
+    aten.add.Tensor: "add",
+    aten.add.Scalar: "add",
+    aten.sub.Tensor: "sub",
+    aten.sub.Scalar: "sub",
+    aten.rsub.Scalar: "rsub",
+    aten.rsub.Tensor: "rsub",
+    aten.mul.Tensor: "mul",
+    aten.mul.Scalar: "mul",
+    aten.div.Tensor: "div",
+    aten.div.Scalar: "div",
+}
+_UNARY = {
+    aten.neg.default: "neg",
+    aten.reciprocal.default: "reciprocal",
+    aten.clone.default: "copy",
+}
+_COMPARISONS = {
+    getattr(getattr(aten, name), overload): name
+    for name in ("eq", "ne", "lt", "le", "gt", "ge")
+    for overload in ("Tensor", "Scalar")
+}
+_FLOATS = (torch.float32, torch.float64)
+_CAST_FROM = (torch.float32, torch.float64, torch.bool, torch.int64)
+
+SCALAR, CONTIGUOUS, STRIDED = range(3)
+
+
+class Operand(NamedTuple):
+    """An operand, and where each of its elements lies in the order of the result's."""
+
+    value: Slot | Tensor
+    layout: int
+    offsets: list[int]
+
+
+class DirectOp(NamedTuple):
+    """An operation of the C++ loop: its name, the type of its operands, and the operands."""
+
+    name: str
+    dtype: torch.dtype
+    operands: list[Operand]
+
+
+def direct_op(op: Op, recording: Recording) -> DirectOp | None:
+    """Returns how the C++ loop computes an operation, None where ATen must."""
+    if op.is_host or op.writes or len(op.outs) != 1 or op.outs[0] < 0:
+        return None
+    out = recording.infos[op.outs[0]]
+    size = math.prod(out.shape)
+
+    # Results are written one after the other into a buffer that stays, so they must lie in memory that way.
+    if out.device.type != "cpu" or not 0 < size <= MAX_ELEMENTS or not _is_contiguous(out):
+        return None
+    named = _named(op, recording, out)
+    if named is None:
+        return None
+
+    name, args, dtypes = named
+    operands = []
+    for argument, dtype in zip(args, dtypes, strict=True):
+        operand = _operand(argument, dtype, recording, out)
+        if operand is None:
+            return None
+        operands.append(operand)
+    return DirectOp(name, dtypes[-1], operands)
+
+
+def _named(op: Op, recording: Recording, out: TensorInfo) -> tuple[str, list[Any], list[torch.dtype]] | None:
+    """Returns the operation's name in the C++ loop, its arguments, and the type that each must have."""
+    # Types must agree but for Python numbers, which torch casts to the tensors' type before it computes, as done here.
+    function, args = op.function, op.args
+    floating = out.dtype in _FLOATS
+    if function in _BINARY and floating:
+        rest = [*args[2:], *op.kwargs.values()]  # alpha
+        plain = all(type(value) is int and value == 1 for value in rest) and set(op.kwargs) <= {"alpha"}
+        return (_BINARY[function], args[:2], [out.dtype] * 2) if plain else None
+    if function in _UNARY and floating and (not op.kwargs or function is aten.clone.default):
+        return _UNARY[function], args[:1], [out.dtype]
+    if function is aten.pow.Tensor_Scalar and floating and type(args[1]) in (int, float) and args[1] in (1, 2):
+        return ("square" if args[1] == 2 else "copy"), args[:1], [out.dtype]
+
+    if function in _COMPARISONS and out.dtype == torch.bool and not op.kwargs:
+        dtypes = {recording.infos[slot].dtype for slot in op.ins}
+        if len(dtypes) == 1 and (dtype := dtypes.pop()) in _FLOATS and isinstance(args[0], Slot):
+            return _COMPARISONS[function], args[:2], [dtype] * 2
+
+    if function is aten.where.self and floating:
+        return "where", args, [torch.bool, out.dtype, out.dtype]
+    return _cast_or_sum(op, recording, out) if floating else None
+
+
+def _cast_or_sum(op: Op, recording: Recording, out: TensorInfo) -> tuple[str, list[Any], list[torch.dtype]] | None:
+    source = recording.infos[op.args[0].index] if op.args and isinstance(op.args[0], Slot) else None
+    if source is None:
+        return None
+    if op.function is aten._to_copy.default and set(op.kwargs) <= {"dtype"} and source.dtype in _CAST_FROM:
+        return "copy", op.args, [source.dtype]
+    one = math.prod(source.shape) == 1 and source.dtype == out.dtype
+    if op.function in (aten.sum.default, aten.sum.dim_IntList) and one and not set(op.kwargs) - {"dtype"}:
+        if op.kwargs.get("dtype", out.dtype) in (out.dtype, None):
+            return "sum", op.args[:1], [out.dtype]
+    return None
+
+
+def _operand(argument: Any, dtype: torch.dtype, recording: Recording, out: TensorInfo) -> Operand | None:
+    if not isinstance(argument, Slot):
+        exact_int = type(argument) is int and abs(argument) <= _MAX_EXACT_INT
+        if type(argument) is not float and not exact_int:
+            return None
+        return Operand(torch.tensor([argument], dtype=dtype), SCALAR, [])
+    info = recording.infos[argument.index]
+    if info.dtype != dtype or info.device.type != "cpu":
+        return None
+    if math.prod(info.shape) == 1:
+        return Operand(argument, SCALAR, [])
+    if info.shape == out.shape and _is_contiguous(info):
+        return Operand(argument, CONTIGUOUS, [])
+    return Operand(argument, STRIDED, _offsets(info, out.shape))
+
+
+def _offsets(info: TensorInfo, shape: tuple[int, ...]) -> list[int]:
+    """Returns the distance of each element of the operand, broadcast to `shape`, from its first one."""
+    strides = torch.empty_strided(info.shape, info.stride, device="meta").expand(shape).stride()
+    offsets = torch.zeros(shape, dtype=torch.int64)
+    for dim, (size, stride) in enumerate(zip(shape, strides, strict=True)):
+        offsets += (torch.arange(size) * stride).view([-1] + [1] * (len(shape) - dim - 1))
+    return offsets.reshape(-1).tolist()
+
+
+def _is_contiguous(info: TensorInfo) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(info.shape), reversed(info.stride), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True

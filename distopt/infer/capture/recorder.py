@@ -1,0 +1,620 @@
+"""Records one step while it runs: operations that reach torch's dispatcher, and values that Python reads."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.util import torch_item
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from distopt.infer.capture.recording import (
+    UNINITIALIZED,
+    Check,
+    HostCall,
+    Op,
+    Recording,
+    Slot,
+    TensorInfo,
+    aten,
+    is_random,
+)
+
+_serial = itertools.count()
+
+MAX_COMPARED_BYTES = 1 << 18
+"""A foreign tensor that Python reads is compared before each captured step, at about 10 GB/s; larger ones refuse."""
+
+_LIBRARIES = ("torch.", "pyro.", "distopt.infer.", "distopt.rng", "contextlib", "functools")
+
+# In-place operations on a tensor's shape. The tensor keeps its slot otherwise, so its description would go stale.
+_INPLACE_VIEW = torch.Tag.inplace_view
+
+_READS = frozenset(
+    {
+        torch.Tensor.item,
+        torch.Tensor.__float__,
+        torch.Tensor.__int__,
+        torch.Tensor.__index__,
+        torch.Tensor.__complex__,
+        torch.Tensor.__contains__,
+        torch.Tensor.__repr__,
+        torch.Tensor.__format__,
+        torch.Tensor.__array__,
+        torch.Tensor.__deepcopy__,
+        torch.Tensor.__reduce_ex__,
+        torch.Tensor.__dlpack__,
+        torch.Tensor.numpy,
+        torch.Tensor.tolist,
+    }
+)
+"""Functions of a tensor that hand its values to Python."""
+
+_MEMORY = frozenset(
+    {torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor._typed_storage}
+)
+"""Functions that hand out the memory itself, through which code could read and write unseen."""
+
+
+# By code object, whether it is a library's; by code object and line, its description. Each operation asks for its line.
+_library_codes: dict[CodeType, bool] = {}
+_lines: dict[tuple[CodeType, int], str] = {}
+
+
+def is_library(frame: FrameType) -> bool:
+    """Returns whether a frame runs code of torch, Pyro or this package rather than the user's."""
+    answer = _library_codes.get(frame.f_code)
+    if answer is None:
+        name = frame.f_globals.get("__name__", "") + "."
+        answer = name.startswith(_LIBRARIES) and not name.startswith("distopt.examples.")
+        _library_codes[frame.f_code] = answer
+    return answer
+
+
+def model_line() -> str:
+    """Returns file, line and function of the innermost frame that is the user's, "" where there is none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and is_library(frame):
+        frame = frame.f_back
+    if frame is None:
+        return ""
+    key = (frame.f_code, frame.f_lineno)
+    line = _lines.get(key)
+    if line is None:
+        line = _lines[key] = f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
+    return line
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Appends each operation that runs inside it to a `Recording`.
+
+    A tensor carries its slot as an attribute, so that nothing is kept alive that the step itself would free; all other
+    modes see the same operations as without it. What cannot be captured is noted and runs on: a recorded step is a
+    true step, whatever becomes of the recording.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recording = Recording()
+        self._attribute = f"_distopt_slot_{next(_serial)}"
+        self._tagged: list[Tensor] = []
+        # By address of a storage that stays alive throughout the recording, its first slot.
+        self._alias_of_storage: dict[int, int] = {}
+        # Slots that depend on no input, no random number and nothing that is written: their values never change.
+        self._static: set[int] = set()
+        self._sources: dict[int, frozenset[int]] = {}  # of static slots: the foreign tensors that they come from
+        self._generator_state: Tensor | None = None
+        self.first_argument = 0  # the first slot that is an argument's
+        # A recorded step that raises an error is taken again eagerly, so its writes must be undone first.
+        self._undo: dict[int, tuple[Tensor, Tensor]] = {}  # by alias: a foreign tensor, and its values before
+
+    # Slots.
+
+    def slot_of(self, tensor: Tensor) -> int | None:
+        """Returns the slot of a tensor that the recording knows."""
+        return getattr(tensor, self._attribute, None)
+
+    def new_slot(self, tensor: Tensor, alias: int | None = None) -> int:
+        """Gives a tensor the next slot; `alias` is an earlier slot with the same memory."""
+        recording = self.recording
+        slot = len(recording.infos)
+        recording.infos.append(TensorInfo.of(tensor))
+        recording.alias.append(slot if alias is None else alias)
+        setattr(tensor, self._attribute, slot)
+        return slot
+
+    def add_input(self, tensor: Tensor) -> int:
+        """Gives a parameter, gradient or argument its slot. Its storage stays alive as long as its caller holds it."""
+        return self._hold(tensor)
+
+    def _hold(self, tensor: Tensor) -> int:
+        storage = _storage(tensor)
+        slot = self.new_slot(tensor, self._alias_of_storage.get(storage))
+        self._alias_of_storage.setdefault(storage, slot)
+        self._tagged.append(tensor)
+        return slot
+
+    def _foreign(self, tensor: Tensor) -> int:
+        """Takes in a tensor that no recorded operation made: it existed before the step."""
+        if type(tensor) not in (Tensor, torch.nn.Parameter):
+            self.refuse(f"a {type(tensor).__name__}, which is a subclass of Tensor, is used")
+        if tensor.layout is not torch.strided:
+            self.refuse(f"a tensor of layout {tensor.layout} is used")
+        if tensor.requires_grad and tensor.is_leaf:
+            self.refuse("a tensor that requires a gradient is used, and is no parameter of the store")
+        slot = self._hold(tensor)
+        self.recording.foreign[slot] = tensor
+        self._static.add(slot)
+        self._sources[slot] = frozenset([slot])
+        return slot
+
+    # What stands in the way.
+
+    def refuse(self, reason: str, *, transient: bool = False) -> None:
+        """Notes why the step cannot be captured; the first reason counts."""
+        if self.recording.refusal is None:
+            line = model_line()
+            self.recording.refusal = f"{reason}, at {line}" if line else reason
+            self.recording.transient = transient
+
+    def read(self, tensor: Tensor, name: str) -> None:
+        """Notes that Python reads a tensor's values, which is allowed where they are the same in each step."""
+        slot = self.slot_of(tensor)
+        if slot is None:
+            slot = self._foreign(tensor)
+        if slot not in self._static:
+            self.refuse(f"{name} reads a value that differs from step to step")
+            return
+        for source in self._sources[slot]:
+            if source not in self.recording.compared:
+                self._compare(source)
+
+    def _compare(self, slot: int) -> None:
+        tensor = self.recording.foreign[slot]
+        if tensor.numel() * tensor.element_size() > MAX_COMPARED_BYTES:
+            self.refuse(f"a value is read that depends on a tensor of more than {MAX_COMPARED_BYTES >> 10} KiB")
+            return
+        with _disable_current_modes(), torch.no_grad():
+            self.recording.compared[slot] = tensor.detach().clone()
+
+    def is_static(self, tensor: Tensor) -> bool:
+        """Returns whether a tensor's values are the same in each step."""
+        slot = self.slot_of(tensor)
+        return slot is None or slot in self._static
+
+    # Operations.
+
+    def __torch_dispatch__(
+        self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs an operation and records it."""
+        with torch._C.DisableTorchFunction():
+            kwargs = kwargs or {}
+            if function is aten._local_scalar_dense.default:
+                return self._read_scalar(function, args[0])
+            return self._run(function, args, kwargs)
+
+    def _read_scalar(self, function: Any, tensor: Tensor) -> Any:
+        if _is_warning():
+            return False if tensor.dtype == torch.bool else 0.0
+        value = function(tensor)
+        if tensor.dtype != torch.bool or self.is_static(tensor):
+            self.read(tensor, ".item()")
+            return value
+
+        # A branch. The tensor may be overwritten later in the step, so its present value gets a slot of its own.
+        slot = self.slot_of(tensor)
+        assert slot is not None
+        copy = self.new_slot(tensor.clone())
+        line = model_line()
+        self.recording.ops.append(Op(aten.clone.default, [Slot(slot)], {}, [copy], [slot], [], line))
+        self.recording.checks.append(Check(copy, bool(value), line))
+        return value
+
+    def _run(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        schema = function._schema
+        ins: list[int] = []
+        aliases: dict[int, int] = {}
+
+        def encode(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                slot = self.slot_of(value)
+                if slot is None:
+                    slot = self._first_seen(function, value)
+                ins.append(slot)
+                if value.layout is torch.strided:
+                    aliases[_storage(value)] = self.recording.alias[slot]
+                return Slot(slot)
+            if isinstance(value, list | tuple):
+                return [encode(each) for each in value]
+            return value
+
+        # Arguments are encoded before the operation runs: it may change what a tensor looks like.
+        op = Op(function, [encode(each) for each in args], {}, [], ins, [], model_line())
+        op.kwargs = {name: encode(value) for name, value in kwargs.items()}
+        inplace_view = _INPLACE_VIEW in function.tags
+        if not inplace_view:
+            op.writes = _written_slots(op)
+
+        self._look_at(function, args, kwargs, op)
+
+        random_op = is_random(function)
+        if random_op:
+            self._check_generator()
+        result = function(*args, **kwargs)
+        if random_op:
+            self._generator_state = torch.get_rng_state()
+
+        # squeeze_, t_ and their like are recorded as the view that they are, under a new slot: shapes would go stale.
+        if inplace_view:
+            name = schema.name.split("::")[1].rstrip("_")
+            op.function = getattr(getattr(aten, name), function._overloadname)
+        op.outs = self._outs(result, aliases, keep=schema.is_mutable and not inplace_view)
+        self._mark_static(op, random_op)
+
+        self.recording.ops.append(op)
+        return result
+
+    def _outs(self, result: Any, aliases: dict[int, int], *, keep: bool) -> list[int]:
+        outs = []
+        for tensor in result if isinstance(result, list | tuple) else [result]:
+            if not isinstance(tensor, Tensor):
+                outs.append(-1)
+                continue
+            slot = self.slot_of(tensor) if keep else None
+            if slot is None and tensor.layout is torch.strided:
+                storage = _storage(tensor)
+                slot = self.new_slot(tensor, aliases.get(storage, self._alias_of_storage.get(storage)))
+            elif slot is None:
+                self.refuse(f"an operation returns a tensor of layout {tensor.layout}")
+                slot = self.new_slot(tensor)
+            outs.append(slot)
+        return outs
+
+    def _first_seen(self, function: Any, tensor: Tensor) -> int:
+        if function is not aten.lift_fresh.default:
+            return self._foreign(tensor)
+
+        # torch.tensor(...) makes its tensor unseen and lifts it into view: a constant, and its values are kept.
+        slot = self._hold(tensor)
+        with _disable_current_modes():
+            self.recording.lifted[slot] = tensor.detach().clone()
+        self._static.add(slot)
+        self._sources[slot] = frozenset()
+        return slot
+
+    def _look_at(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], op: Op) -> None:
+        """Refuses results that Python reads and shapes that follow from values; saves what may have to be undone."""
+        # torch tags what cannot be replayed blindly. Indexing is tagged for the sake of masks alone, and masks that are
+        # constants, as triangular matrices have them, are as good as integers.
+        recording = self.recording
+        tags = function.tags
+        reads = torch.Tag.data_dependent_output in tags
+        sizes = torch.Tag.dynamic_output_shape in tags
+        decisive = op.ins
+        if function is aten.index.Tensor:  # x[mask]: its size follows from the mask alone
+            masks = [i for i in args[1] if i is not None and i.dtype in (torch.bool, torch.uint8)]
+            decisive = [slot for mask in masks if (slot := self.slot_of(mask)) is not None]
+            sizes = bool(masks)
+
+        if reads or sizes:
+            what = "the size of a result" if sizes else str(function)
+            for slot in dict.fromkeys(decisive):
+                if slot not in self._static:
+                    self.refuse(f"{what} follows from values that differ from step to step ({function})")
+                for source in self._sources.get(slot, ()):
+                    if source not in recording.compared:
+                        self._compare(source)
+
+        # Offsets within an argument's memory differ between slices of one data set, and as_strided has absolute ones.
+        if function in (aten.as_strided.default, aten.as_strided_.default) and op.args[0].index < recording.num_inputs:
+            self.refuse("as_strided counts from the start of an argument's memory")
+        for slot in op.writes:
+            self._before_write(recording.alias[slot])
+
+    def _before_write(self, alias: int) -> None:
+        """Keeps what a foreign tensor held before its first write in the step."""
+        recording = self.recording
+        if alias < recording.num_params:
+            self.refuse("the step writes to a parameter in place")
+        elif self.first_argument <= alias < recording.num_inputs:
+            self.refuse("the step writes to one of its arguments in place")
+        elif alias in recording.foreign and alias not in self._undo:
+            tensor = recording.foreign[alias]
+            with _disable_current_modes(), torch.no_grad():
+                memory = tensor.detach().as_strided((_storage_numel(tensor),), (1,), 0)
+                self._undo[alias] = (memory, memory.clone())
+
+    def _mark_static(self, op: Op, random_op: bool) -> None:
+        """Follows which values are the same in each step."""
+        recording = self.recording
+        if op.writes:
+            # What is written may hold another value the next time, even where it was read before the write.
+            written = {recording.alias[slot] for slot in op.writes}
+            writes_constants = not random_op and all(slot in self._static for slot in op.ins)
+            foreign = any(alias in recording.foreign or alias < recording.num_inputs for alias in written)
+            if not writes_constants or foreign:
+                self._static = {slot for slot in self._static if recording.alias[slot] not in written}
+            return
+
+        if random_op or op.function in UNINITIALIZED or not all(slot in self._static for slot in op.ins):
+            return
+        sources = frozenset().union(*(self._sources.get(slot, frozenset()) for slot in op.ins))
+        for slot in op.outs:
+            if slot >= 0:
+                self._static.add(slot)
+                self._sources[slot] = sources
+
+    # Python code within the step.
+
+    def host(self, name: str, function: Callable[..., None], *tensors: Tensor) -> None:
+        """Calls `function(*tensors)` now, unrecorded, and again in each captured step."""
+        slots = [slot for tensor in tensors if (slot := self.slot_of(tensor)) is not None]
+        assert len(slots) == len(tensors), "a host call takes tensors of the recorded step"
+        self._check_generator()
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            function(*tensors)
+            self._generator_state = torch.get_rng_state()
+        call = HostCall(name, function)
+        self.recording.ops.append(Op(call, [Slot(slot) for slot in slots], {}, [], slots, [], model_line()))
+
+    def _check_generator(self) -> None:
+        """Refuses a step that moves the generator by other means than recorded operations, such as seeding it."""
+        state = torch.get_rng_state()
+        if self._generator_state is not None and not torch.equal(state, self._generator_state):
+            self.refuse("torch's generator is seeded or set within the step")
+        self._generator_state = state
+
+    def start(self) -> None:
+        """Notes where torch's generator stands."""
+        self._generator_state = torch.get_rng_state()
+
+    def undo_writes(self) -> None:
+        """Gives foreign tensors the values that they had before the step."""
+        with torch.no_grad():
+            for tensor, values in self._undo.values():
+                tensor.copy_(values)
+
+    def close(self) -> None:
+        """Forgets the slots of tensors that live on."""
+        self._check_generator()
+        for tensor in self._tagged:
+            if hasattr(tensor, self._attribute):
+                delattr(tensor, self._attribute)
+
+
+class _Functions(TorchFunctionMode):
+    """What does not reach the dispatcher: values that Python reads, above all the numbers that an ELBO sums up."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # Reads by Pyro's ELBOs and warnings are harmless; all others are the model's.
+        if function is torch.Tensor.item and _is_elbo(sys._getframe(1)):
+            # The ELBO sums Python floats, that is doubles: the same sum of tensors of one double each is as exact.
+            tensor = args[0].detach()
+            return tensor.double() if tensor.is_floating_point() else function(*args, **kwargs)
+        if function in (torch.Tensor.__bool__, torch.Tensor.is_nonzero) and _is_warning():
+            return False
+
+        if function in _READS:
+            self._recorder.read(args[0], f".{function.__name__}()")
+        elif function in _MEMORY:
+            self._recorder.refuse(f".{function.__name__}() hands out a tensor's memory")
+        elif function is torch.Tensor.backward:
+            return _backward(self, *args, **kwargs)
+        return function(*args, **kwargs)
+
+
+def _backward(
+    mode: _Functions,
+    tensor: Tensor,
+    gradient: Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
+    # Modes are off within a function that they handle, but hooks and backward functions read values too.
+    with mode:
+        torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+
+
+def _is_elbo(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).startswith("pyro.infer.")
+
+
+def _is_warning() -> bool:
+    """Returns whether pyro.util.warn_if_nan or warn_if_inf reads a value: nothing follows from it but a warning."""
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(4):
+        if frame is None:
+            return False
+        if frame.f_globals.get("__name__") == "pyro.util" and frame.f_code.co_name.startswith("warn_if"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _storage_numel(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes() // tensor.element_size()
+
+
+# Operators that write to running statistics although their schema does not say so: by name, the arguments' positions.
+_UNDECLARED_WRITES = {
+    "aten::native_batch_norm": (3, 4),
+    "aten::cudnn_batch_norm": (3, 4),
+    "aten::miopen_batch_norm": (3, 4),
+    "aten::batch_norm_update_stats": (1, 2),
+}
+
+
+@functools.cache
+def _write_positions(function: Any) -> tuple[tuple[int, str], ...]:
+    """Returns position and name of each argument that an operator writes to."""
+    schema = function._schema
+    undeclared = _UNDECLARED_WRITES.get(schema.name, ())
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(schema.arguments)
+        if position in undeclared or (argument.alias_info is not None and argument.alias_info.is_write)
+    )
+
+
+def _written_slots(op: Op) -> list[int]:
+    writes = []
+    for position, name in _write_positions(op.function):
+        value = op.args[position] if position < len(op.args) else op.kwargs.get(name)
+        writes += [each.index for each in (value if isinstance(value, list) else [value]) if isinstance(each, Slot)]
+    return writes
+
+
+def _python_generators() -> dict[str, Any]:
+    return {"python": random.getstate(), "numpy": np.random.get_state(legacy=True)}
+
+
+def _same_generators(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    (name_a, keys_a, *rest_a), (name_b, keys_b, *rest_b) = a["numpy"], b["numpy"]
+    return a["python"] == b["python"] and (name_a, rest_a) == (name_b, rest_b) and np.array_equal(keys_a, keys_b)
+
+
+@dataclass(slots=True)
+class RecordedStep:
+    """A step that was taken and recorded.
+
+    Attributes:
+        recording: The list of its operations.
+        losses: The loss of each component that the ELBO returned.
+        params: All parameters that the store held before the step, in its order.
+        used: Those that the step named, as Pyro's SVI collects them.
+    """
+
+    recording: Recording
+    losses: list[float]
+    params: list[Tensor]
+    used: list[Tensor]
+
+
+def record(
+    loss_and_grads: Callable[..., Any], model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> RecordedStep:
+    """Takes a step, as `loss_and_grads(model, guide, *args, **kwargs)` does, and records it.
+
+    Gradients are left in the parameters' `.grad`, as ever. One eager step must have been taken before, in which guides
+    set themselves up and the ELBO finds out how deeply plates are nested.
+
+    Raises:
+        Exception: Whatever the model raised. Generators, gradients and tensors that the step had written to are as they
+            were before.
+    """
+    store = pyro.get_param_store()
+    before = dict(store._params)
+    params = list(before.values())
+
+    # Slots of what the program will be given: parameters, then the gradients that they have, then arguments.
+    recorder = Recorder()
+    recording = recorder.recording
+    for param in params:
+        recorder.add_input(param)
+    recording.num_params = len(params)
+    recording.with_grad = [index for index, param in enumerate(params) if param.grad is not None]
+    for index in recording.with_grad:
+        recorder.add_input(params[index].grad)
+    recorder.first_argument = len(recording.infos)
+    for tensor in dict.fromkeys(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)):
+        recorder.add_input(tensor)
+    recording.num_inputs = len(recording.infos)
+
+    # The step is a true one, so nothing is put back unless the model raises an error: then the caller takes the step
+    # again, eagerly, and the error that the user sees must be that step's.
+    saved_grads = [(param, param.grad, None if param.grad is None else param.grad.clone()) for param in params]
+    rng_state = torch.get_rng_state()
+    python_state = _python_generators()
+    recorder.start()
+    try:
+        with pyro.validation_enabled(False), _Functions(recorder), recorder, poutine.trace(param_only=True) as capture:
+            loss = loss_and_grads(model, guide, *args, **kwargs)
+    except BaseException:
+        recorder.close()
+        torch.set_rng_state(rng_state)
+        random.setstate(python_state["python"])
+        np.random.set_state(python_state["numpy"])
+        for param, grad, values in saved_grads:
+            param.grad = grad if grad is None else grad.copy_(values)
+        recorder.undo_writes()
+        raise
+
+    if not _same_generators(python_state, _python_generators()):
+        recorder.refuse("random numbers of Python's random or of NumPy are drawn")
+    losses = _take_losses(recorder, loss)
+    used = list(dict.fromkeys(site["value"].unconstrained() for site in capture.trace.nodes.values()))
+    _take_params(recorder, before, used)
+    recorder.close()
+    return RecordedStep(recording, losses, params, used)
+
+
+def _take_losses(recorder: Recorder, loss: Any) -> list[float]:
+    """Notes where the losses come from, and returns their values."""
+    recording = recorder.recording
+    recording.loss_type = type(loss) if isinstance(loss, tuple) else None
+    values = []
+    for each in loss if isinstance(loss, tuple) else [loss]:
+        if isinstance(each, Tensor):
+            slot = recorder.slot_of(each)
+            if slot is None or each.numel() != 1:
+                recorder.refuse("the loss is not computed from the recorded operations")
+            else:
+                recording.losses.append(Slot(slot))
+        else:
+            recording.losses.append(float(each))
+        values.append(float(torch_item(each)))
+    return values
+
+
+def _take_params(recorder: Recorder, before: dict[str, Tensor], used_params: list[Tensor]) -> None:
+    """Notes which parameters the step named, and where their gradients come from."""
+    recording = recorder.recording
+    after = pyro.get_param_store()._params
+    if list(after) != list(before) or any(after[name] is not before[name] for name in before):
+        recorder.refuse("the step itself creates or replaces parameters of the store", transient=True)
+        return
+    recording.requires_grad = [param.requires_grad for param in before.values()]
+    left = {id(param) for param in used_params}
+    seen: set[int] = set()
+    for index, param in enumerate(before.values()):
+        recording.grads.append(-1)
+        if id(param) in seen:
+            continue  # one parameter may have several names
+        seen.add(id(param))
+        if id(param) in left:
+            recording.used_params.append(index)
+            left.remove(id(param))
+        if param.grad is not None:
+            slot = recorder.slot_of(param.grad)
+            if slot is None:
+                recorder.refuse("a gradient is not computed from the recorded operations")
+            else:
+                recording.grads[index] = slot
+    if left:
+        recorder.refuse("the step names parameters that are not in the store")

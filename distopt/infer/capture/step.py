@@ -1,0 +1,426 @@
+"""Decides for each step whether it runs eagerly, is recorded, or is run by a program."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.infer
+import torch
+from pyro import poutine
+from pyro.infer.util import torch_item
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.util import warn_if_nan
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from distopt.infer.capture import program as programs
+from distopt.infer.capture.assumptions import Assumptions, Watch, is_plain
+from distopt.infer.capture.passes import shorten
+from distopt.infer.capture.program import Program
+from distopt.infer.capture.recorder import RecordedStep, record
+from distopt.infer.capture.recording import Recording, TensorInfo, difference, same_bits
+
+logger = logging.getLogger(__name__)
+
+MAX_PROGRAMS = 8
+"""Programs of one step function: for other shapes, other plain arguments, other branches."""
+
+MAX_MISSES = 3
+"""Recordings in a row that may differ from each other before steps stay eager."""
+
+MAX_FAILED_CHECKS = 0.25
+"""A branch that goes the other way more often gets a program too."""
+
+_FIRST_COMPARISON = 8
+_COMPARISON_STEPS = 1000
+
+
+class StepResult(NamedTuple):
+    """A gradient step's losses, and the parameters whose gradients it computed."""
+
+    loss: Any
+    params: list[Tensor]
+
+
+@dataclass(slots=True)
+class _Captured:
+    """A program, and what it takes for granted."""
+
+    program: Program
+    recording: Recording  # as recorded
+    short: Recording
+    assumptions: Assumptions
+    params: list[Tensor]  # those that the step names
+    store: list[Tensor]  # all that there were
+    runs: int = 0
+    failed_checks: int = 0
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A recording that waits for an equal one."""
+
+    recording: Recording
+    assumptions: Assumptions
+    viewed: bool  # whether the model saw other tensors with the memory of the arguments
+
+
+@dataclass(slots=True)
+class _Variant:
+    """Steps whose arguments have the same structure, shapes and plain values."""
+
+    captured: list[_Captured] = field(default_factory=list)
+    pending: list[_Pending] = field(default_factory=list)
+    misses: int = 0
+    viewed: bool = True  # the last recording's
+
+
+class StepCapture:
+    """Computes losses and gradients as an ELBO's `loss_and_grads` does, recording a step and running the recording.
+
+    The first step is eager, and the second and third are recorded while they run. When both recordings are the same
+    list of operations, later steps run that list: without the model's and Pyro's Python code, and with the losses,
+    gradients and random numbers of an eager step in every bit. Whatever the list takes for granted is looked at before
+    each step: shapes and plain arguments, the parameter store, Pyro's handlers, and the plain values and `training`
+    flags that the model's code read (see `assumptions`). Branches on values of tensors are computed again and compared;
+    another answer takes an eager step. Steps 8, 16, 32, ..., 512 and every 1,000th are recorded again and compared.
+
+    A step that cannot be captured stays eager, and `refusal` says why. Pyro's validation of arguments and supports is
+    off in recorded and captured steps; a loss that is NaN still warns.
+
+    Args:
+        loss_and_grads: The method of a `pyro.infer.ELBO` instance.
+        direct: Whether small arithmetic is done by the C++ loop itself; off, it is all ATen's.
+
+    Attributes:
+        refusal: Why steps stay eager; None while they need not.
+        num_steps: Steps so far.
+        num_captured: Steps that ran from a program.
+        num_recorded: Steps that were recorded.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(data):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("rows", len(data)):
+        ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=data)
+        >>> pyro.clear_param_store()
+        >>> guide = pyro.infer.autoguide.AutoNormal(model)
+        >>> capture = StepCapture(pyro.infer.Trace_ELBO().loss_and_grads)
+        >>> for _ in range(5):
+        ...     loss, params = capture(model, guide, torch.ones(3))
+        ...     pyro.infer.util.zero_grads(params)
+        >>> capture.num_recorded, len(params)
+        (2, 2)
+    """
+
+    def __init__(self, loss_and_grads: Callable[..., Any], *, direct: bool = True) -> None:
+        self.loss_and_grads = loss_and_grads
+        self.refusal: str | None = None
+        self.num_steps = 0
+        self.num_captured = 0
+        self.num_recorded = 0
+        self._direct = direct
+        self._variants: dict[Any, _Variant] = {}
+        self._num_programs = 0
+        self._elbo = elbo = getattr(loss_and_grads, "__self__", None)
+        if not isinstance(elbo, pyro.infer.ELBO) or type(elbo).__name__.startswith("Jit"):
+            self._refuse("the loss is no method of a pyro.infer.ELBO, or one that traces by itself")
+
+    def __call__(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> StepResult:
+        """Takes a step: leaves gradients in the parameters' `.grad`, and returns the loss.
+
+        Raises:
+            Exception: Whatever an eager step raises, from an eager step.
+        """
+        # The first step is never recorded: guides set themselves up in it, and ELBOs look how deep plates are nested,
+        # with extra runs of the model that no later step has.
+        self.num_steps += 1
+        if self.num_steps == 1 or self.refusal is not None or not _is_plain_context():
+            return self._eager(model, guide, args, kwargs)
+        key, tensors = _key_of(model, guide, args, kwargs)
+        if key is None:
+            self._refuse(f"an argument is a {tensors}, whose contents cannot be compared from step to step")
+            return self._eager(model, guide, args, kwargs)
+
+        variant = self._variants.setdefault(key, _Variant())
+        if variant.captured and _is_comparison_step(self.num_steps):
+            return self._compare(variant, model, guide, args, kwargs)
+        return self._run(variant, tensors, model, guide, args, kwargs)
+
+    # Steps of each kind.
+
+    def _eager(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepResult:
+        with poutine.trace(param_only=True) as capture:
+            loss = self.loss_and_grads(model, guide, *args, **kwargs)
+        params = list(dict.fromkeys(site["value"].unconstrained() for site in capture.trace.nodes.values()))
+        return StepResult(type(loss)(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss), params)
+
+    def _run(
+        self,
+        variant: _Variant,
+        tensors: list[Tensor],
+        model: Any,
+        guide: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> StepResult:
+        """Runs the first program whose assumptions and checks hold; records the step where none is left."""
+        store = pyro.get_param_store()._params
+        often_failed = True
+        tried = False
+
+        # A program that does not fit costs next to nothing: it looks at its inputs before it runs an operation. One
+        # whose check fails has run in vain, and has put back what it changed.
+        for captured in variant.captured:
+            if not captured.assumptions():
+                continue
+            try:
+                status, losses = captured.program.run(store, tensors)
+            except Exception as error:  # an eager step shows the error as the model's own
+                logger.debug("captured step failed, taking it eagerly: %s", error)
+                return self._eager(model, guide, args, kwargs)
+            if status == programs.RAN:
+                captured.runs += 1
+                self.num_captured += 1
+                return _result(captured, losses)
+            if status >= 0:
+                tried = True
+                captured.failed_checks += 1
+                total = captured.runs + captured.failed_checks
+                often_failed = often_failed and total >= 8 and captured.failed_checks > MAX_FAILED_CHECKS * total
+
+        if tried and not often_failed:
+            return self._eager(model, guide, args, kwargs)
+        if self._num_programs >= MAX_PROGRAMS:
+            if not tried:
+                self._refuse(
+                    f"more than {MAX_PROGRAMS} programs would be needed: shapes, plain arguments or values that "
+                    "the model reads keep changing"
+                )
+            return self._eager(model, guide, args, kwargs)
+        return self._record(variant, model, guide, args, kwargs)
+
+    def _record(
+        self, variant: _Variant, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> StepResult:
+        """Records the step, and captures it if an earlier recording is equal."""
+        # One recording sees the arguments themselves, the other one other tensors with the same memory: the two are
+        # unequal if the model gets at an argument by another way too, or asks for its identity.
+        variant.viewed = viewed = not variant.viewed
+        if viewed:
+            args, kwargs = _views(args, kwargs)
+        watch = Watch()
+        with watch:
+            step = self._take_recorded(model, guide, args, kwargs)
+        if step is None:
+            return self._eager(model, guide, args, kwargs)
+
+        result = _recorded_result(step)
+        if watch.effects:
+            self._refuse(f"the model calls {watch.effects[0]}, which a captured step would not")
+            return result
+        if self._has_refusal(step.recording, variant):
+            return result
+
+        # A recording waits until an equal one comes. Recordings of other branches wait beside it; one that took the
+        # same branches and differs all the same shows that the step depends on something that the list does not hold.
+        roots = {"elbo": self._elbo, "model": model, "guide": guide}
+        for pending in variant.pending:
+            if _other_branch(pending.recording, step.recording) or pending.viewed == viewed:
+                continue
+            unlike = self._unlike(pending, step.recording)
+            if unlike is None:
+                assumptions = Assumptions(watch, roots, pending.assumptions)
+                variant.pending.remove(pending)
+                variant.misses = 0
+                self._capture(variant, step, assumptions, args, kwargs)
+                return result
+            variant.pending.remove(pending)
+            self._miss(variant, unlike)
+            break
+
+        variant.pending.append(_Pending(step.recording, Assumptions(watch, roots), viewed))
+        if len(variant.pending) > MAX_PROGRAMS:
+            self._refuse(f"branches on values take more than {MAX_PROGRAMS} ways, {step.recording.checks[0].line}")
+        return result
+
+    def _unlike(self, pending: _Pending, recording: Recording) -> str | None:
+        changed = pending.assumptions.changed()
+        if changed:
+            return f"{', '.join(changed[:3])} changes from step to step"
+        return difference(pending.recording, recording)
+
+    def _take_recorded(
+        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> RecordedStep | None:
+        try:
+            step = record(self.loss_and_grads, model, guide, args, kwargs)
+        except Exception as error:  # an eager step shows whether it is the model's own
+            self._refuse(f"recording failed: {type(error).__name__}: {error}")
+            return None
+        self.num_recorded += 1
+        return step
+
+    def _has_refusal(self, recording: Recording, variant: _Variant) -> bool:
+        if recording.refusal is None:
+            return False
+        if recording.transient:
+            self._miss(variant, recording.refusal)
+        else:
+            self._refuse(recording.refusal)
+        return True
+
+    def _capture(
+        self, variant: _Variant, step: RecordedStep, assumptions: Assumptions, args: Any, kwargs: dict[str, Any]
+    ) -> None:
+        short = shorten(step.recording)
+        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
+        tensors = list(dict.fromkeys(tensors))
+        program = programs.build(short, step.params, tensors, direct=self._direct)
+        captured = _Captured(program, step.recording, short, assumptions, step.used, step.params)
+        variant.captured.append(captured)
+        self._num_programs += 1
+
+    def _compare(
+        self, variant: _Variant, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> StepResult:
+        """Records a step anew and compares it with the programs that would have run."""
+        store = list(pyro.get_param_store()._params.values())
+        candidates = [captured for captured in variant.captured if _would_run(captured, store)]
+        step = self._take_recorded(model, guide, args, kwargs)
+        if step is None:
+            return self._eager(model, guide, args, kwargs)
+
+        recording = step.recording
+        if recording.refusal is not None and not recording.transient:
+            self._refuse(recording.refusal)
+            return _recorded_result(step)
+
+        # This step was a true one and is right whatever comes out. Programs that would not have run now, for another
+        # branch or for values as they were earlier, are no party to the comparison.
+        for captured in candidates:
+            if _other_branch(captured.recording, recording) or recording.transient:
+                continue
+            unlike = difference(captured.recording, recording)
+            if unlike is not None:
+                logger.warning(
+                    "step %d was recorded again and is not the captured one: %s. Steps since the last comparison may "
+                    "have used outdated values; from here on they run eagerly.",
+                    self.num_steps,
+                    unlike,
+                )
+                self._refuse(unlike)
+                break
+        return _recorded_result(step)
+
+    def _miss(self, variant: _Variant, reason: str) -> None:
+        variant.misses += 1
+        if variant.misses >= MAX_MISSES:
+            self._refuse(reason)
+
+    def _refuse(self, reason: str) -> None:
+        """Keeps steps eager from here on, and says why once."""
+        if self.refusal is None:
+            self.refusal = reason
+            self._variants.clear()
+            logger.info("steps are not captured and run eagerly: %s", reason)
+
+
+def _recorded_result(step: RecordedStep) -> StepResult:
+    for loss in step.losses:
+        warn_if_nan(loss, "loss")
+    kind = step.recording.loss_type
+    return StepResult(step.losses[0] if kind is None else kind(step.losses), step.used)
+
+
+def _result(captured: _Captured, computed: list[float]) -> StepResult:
+    recording = captured.short
+    values = iter(computed)
+    losses = [loss if isinstance(loss, float) else next(values) for loss in recording.losses]
+    for loss in losses:
+        if loss != loss:
+            warn_if_nan(loss, "loss")
+    return StepResult(losses[0] if recording.loss_type is None else recording.loss_type(losses), captured.params)
+
+
+def _would_run(captured: _Captured, store: list[Tensor]) -> bool:
+    """Returns whether everything that a program takes for granted holds now, but for its checks."""
+    recording = captured.short
+    return (
+        captured.assumptions()
+        and len(store) == len(captured.store)
+        and all(a is b for a, b in zip(store, captured.store, strict=True))
+        and recording.requires_grad == [param.requires_grad for param in store]
+        and recording.with_grad == [index for index, param in enumerate(store) if param.grad is not None]
+        and recording.infos[: len(store)] == [TensorInfo.of(param) for param in store]
+        and all(same_bits(recording.foreign[slot], values) for slot, values in recording.compared.items())
+    )
+
+
+def _other_branch(a: Recording, b: Recording) -> bool:
+    """Returns whether two recordings differ because a branch went another way."""
+    for one, other in zip(a.checks, b.checks, strict=False):
+        if one.slot != other.slot:
+            return False
+        if one.answer != other.answer:
+            return True
+    return False
+
+
+def _is_comparison_step(step: int) -> bool:
+    if step >= _COMPARISON_STEPS:
+        return step % _COMPARISON_STEPS == 0
+    return step >= _FIRST_COMPARISON and step & (step - 1) == 0
+
+
+def _is_plain_context() -> bool:
+    """Returns whether the step runs under no handler, mode or setting that a program would not see."""
+    return (
+        not _PYRO_STACK
+        and torch.is_grad_enabled()
+        and not torch.is_inference_mode_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch.get_default_dtype() in (torch.float32, torch.float64)
+    )
+
+
+def _key_of(model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Returns a key of everything about the arguments but tensors' values, and the tensors, each once.
+
+    (None, type) where an argument's contents cannot be compared.
+    """
+    # Tensors are numbered, each object once: f(x, x) is another step than f(x, y), since x has one slot.
+    leaves, structure = tree_flatten((args, kwargs))
+    tensors: dict[Tensor, int] = {}
+    components: list[Any] = [model, guide, structure, torch.get_default_dtype()]
+    for leaf in leaves:
+        if type(leaf) in (Tensor, torch.nn.Parameter) and not leaf.requires_grad and leaf.layout is torch.strided:
+            index = tensors.setdefault(leaf, len(tensors))
+            components.append((index, leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
+        elif is_plain(leaf) and not isinstance(leaf, slice):
+            components.append((type(leaf), leaf))
+        else:
+            return None, type(leaf).__name__
+
+    try:
+        key = tuple(components)
+        hash(key)
+    except TypeError:
+        return None, type(model).__name__
+    return key, list(tensors)
+
+
+def _views(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments with each tensor replaced by another one with the same memory."""
+    leaves, structure = tree_flatten((args, kwargs))
+    views: dict[int, Tensor] = {}
+    fresh = [views.setdefault(id(x), x.detach()) if isinstance(x, Tensor) else x for x in leaves]
+    viewed: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(fresh, structure)
+    return viewed

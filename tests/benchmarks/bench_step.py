@@ -1,0 +1,179 @@
+"""Times of one whole gradient step: losses, gradients and Adam, as ratios to NumPyro's.
+
+    python -m tests.benchmarks.bench_step [--quick] [WORD ...]
+
+Every candidate is a process of its own on one and the same core, since NumPyro takes two otherwise; they take turns,
+and each number is the median over rounds of the process's time on the processor. With words, only the workloads that
+have one of them in their name are measured. Where NumPyro is not installed, ratios are to Pyro.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+CANDIDATES = ("numpyro", "pyro", "pyro jit", "distopt", "distopt graph")
+WORKLOADS = ("flights", "51 sites", "vae", "plate", "flights 131,072")
+
+# By workload: graph mode over NumPyro at most, eager over graph mode at least.
+TARGETS = {"flights": (2.4, 8.0), "51 sites": (1.6, 18.0), "vae": (1.1, None), "plate": (0.8, None)}
+
+ROOT = Path(__file__).parents[2]
+
+
+def numpyro_steps(workload: str) -> Callable[[int], float]:
+    """Returns a function that takes steps with NumPyro, compiled, and returns the last loss."""
+    import jax
+    import numpyro
+
+    from tests.benchmarks.step_models_numpyro import WORKLOADS
+
+    model, guide, batches, lr = WORKLOADS[workload]()
+    svi = numpyro.infer.SVI(model, guide, numpyro.optim.Adam(lr), numpyro.infer.Trace_ELBO())
+    state = [svi.init(jax.random.PRNGKey(0), *batches[0])]
+    update = jax.jit(svi.update)
+
+    def steps(count: int) -> float:
+        loss = 0.0
+        for i in range(count):
+            state[0], value = update(state[0], *batches[i % len(batches)])
+            loss = float(value)
+        return loss
+
+    return steps
+
+
+def pyro_steps(workload: str, candidate: str) -> Callable[[int], float]:
+    """Returns a function that takes steps with Pyro, alone or through distopt, and returns the last loss."""
+    import pyro
+    import torch
+
+    from distopt import optim
+    from distopt.infer import SVI
+    from tests.benchmarks.step_models import WORKLOADS
+
+    torch.set_num_threads(1)
+    pyro.set_rng_seed(0)
+    model, guide, batches, lr = WORKLOADS[workload]()
+    svi: pyro.infer.SVI
+    if candidate.startswith("pyro"):
+        elbo = pyro.infer.JitTrace_ELBO if candidate == "pyro jit" else pyro.infer.Trace_ELBO
+        svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": lr}), elbo(ignore_jit_warnings=True))
+    else:
+        capture = "graph" if candidate == "distopt graph" else "off"
+        distributed = optim.DistributedOptimizer(optim.Adam({"lr": lr}))
+        svi = SVI(model, guide, distributed, pyro.infer.Trace_ELBO(), capture=capture)
+
+    def steps(count: int) -> float:
+        return [svi.step(*batches[i % len(batches)]) for i in range(count)][-1]
+
+    return steps
+
+
+def work(workload: str, candidate: str) -> None:
+    """Takes as many steps as each line of the standard input says, and prints the seconds that they took."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    steps = numpyro_steps(workload) if candidate == "numpyro" else pyro_steps(workload, candidate)
+    steps(8)  # compiled, recorded, and memory of all sizes
+    print("ready", flush=True)
+    for line in sys.stdin:
+        start = time.process_time()
+        steps(int(line))
+        print(time.process_time() - start, flush=True)
+
+
+class Worker:
+    """A candidate's process."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def read(self) -> str:
+        """Returns the next line that the process prints."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the candidate's process has ended with status {self._process.wait()}.")
+        return line.strip()
+
+    def time(self, count: int) -> float:
+        """Returns the seconds that a step takes, in the mean over `count` steps."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{count}\n")
+        self._process.stdin.flush()
+        return float(self.read()) / count
+
+
+@contextmanager
+def started(workload: str, candidate: str) -> Iterator[Worker]:
+    """Starts a candidate, and ends its process."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.bench_step", "--work", workload, candidate]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield Worker(process)
+        finally:
+            process.terminate()
+
+
+def measure(workload: str, candidates: Sequence[str], seconds: float) -> dict[str, float]:
+    """Returns the median time of a step of each candidate."""
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(started(workload, name)) for name in candidates}
+        for worker in workers.values():
+            while worker.read() != "ready":
+                pass
+        counts = {name: max(2, int(0.05 / worker.time(2))) for name, worker in workers.items()}
+
+        times: dict[str, list[float]] = {name: [] for name in workers}
+        end = time.monotonic() + seconds
+        while time.monotonic() < end or len(times[candidates[0]]) < 3:
+            for name, worker in workers.items():
+                times[name].append(worker.time(counts[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def report(workload: str, medians: dict[str, float]) -> bool:
+    """Prints a workload's rows; returns whether its targets are met."""
+    reference = next(iter(medians))
+    for name, median in medians.items():
+        print(f"{workload:16s} {name:14s} {1e3 * median:9.3f} ms {median / medians[reference]:8.2f} x {reference}")
+    met = True
+    at_most, at_least = TARGETS.get(workload, (None, None))
+    if reference == "numpyro" and at_most is not None:
+        met = medians["distopt graph"] <= at_most * medians["numpyro"]
+    if at_least is not None:
+        met = met and medians["distopt"] >= at_least * medians["distopt graph"]
+    if not met:
+        print(f"{workload:16s} misses its target: at most {at_most} x numpyro, {at_least} x quicker than eager")
+    return met
+
+
+def main(arguments: list[str]) -> int:
+    """Measures the workloads; returns how many miss their targets."""
+    words = [argument for argument in arguments if argument != "--quick"]
+    has_numpyro = importlib.util.find_spec("numpyro") is not None
+    candidates = CANDIDATES if has_numpyro else CANDIDATES[1:]
+    missed = 0
+    for workload in WORKLOADS:
+        if words and not any(word in workload for word in words):
+            continue
+        medians = measure(workload, candidates, 5.0 if "--quick" in arguments else 30.0)
+        missed += not report(workload, medians)
+    return missed
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--work"]:
+        work(*sys.argv[2:])
+    else:
+        sys.exit(main(sys.argv[1:]))

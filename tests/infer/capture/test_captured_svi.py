@@ -1,0 +1,99 @@
+"""Training through `SVI.step` with capture gives what it gives without, on one rank and on several."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.autoguide import AutoNormal
+
+from distopt import backends
+from distopt.infer import SVI, seed_all, sharded_plate
+from distopt.optim import Adam, DistributedOptimizer
+from distopt.reduce import ReduceOptions
+from tests.infer.capture.cases import DATA, hierarchy, mixture, mixture_guide
+from tests.workers import world
+
+
+def sharded(x):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with sharded_plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(loc, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def run_captured(name: str, capture: str, num_steps: int = 20, passes: int = 1, noise: str = "independent"):
+    """Trains on this rank's rows; returns losses, parameters, the generator's state, and what was captured."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    rank = backends.current().rank
+    model, guide, elbo = {
+        "hierarchy": (hierarchy, AutoNormal(hierarchy), Trace_ELBO()),
+        "sharded": (sharded, AutoNormal(sharded), Trace_ELBO()),
+        "mixture": (mixture, mixture_guide(mixture), TraceEnum_ELBO(max_plate_nesting=1)),
+    }[name]
+    optim = DistributedOptimizer(Adam({"lr": 0.05}), reduce=ReduceOptions(backward_passes_per_step=passes))
+    svi = SVI(model, guide, optim, elbo, capture=capture)
+    rows = DATA[rank * 15 : rank * 15 + 15]
+    losses = []
+    for step in range(num_steps):
+        seed_all(7, step, rank, noise)
+        losses.append(svi.step(rows))
+    params = {name: param.detach().tolist() for name, param in pyro.get_param_store()._params.items()}
+    captured = svi.captured.num_captured if svi.captured is not None else 0
+    refusal = svi.captured.refusal if svi.captured is not None else None
+    return losses, params, torch.get_rng_state().tolist(), captured, refusal
+
+
+def assert_same_training(one, other):
+    """Asserts that two runs agree: in every bit of the noise, and in losses and parameters up to a rounding.
+
+    Gradients agree in every bit (test_step.py). The order of a set of parameters, and with it the layout of the packed
+    optimizer step, differs between two eager runs of one process too, which moves a parameter by its last bit.
+    """
+    assert one[2] == other[2]
+    assert one[0] == pytest.approx(other[0], rel=1e-6)
+    assert one[1].keys() == other[1].keys()
+    for name in one[1]:
+        torch.testing.assert_close(torch.tensor(one[1][name]), torch.tensor(other[1][name]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("name", ["hierarchy", "sharded", "mixture"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_captured_training_equals_eager_training(name, world_size, passes):
+    ranks = world("torch_dist", world_size)
+    eager = ranks.run(run_captured, name, "off", 20, passes)
+    captured = ranks.run(run_captured, name, "graph", 20, passes)
+    for one, other in zip(eager, captured, strict=True):
+        assert_same_training(one, other)
+        assert other[4] is None
+        assert other[3] >= 12
+
+
+def test_sharded_plates_under_shared_noise_stay_eager():
+    ranks = world("torch_dist", 2)
+    eager = ranks.run(run_captured, "sharded", "off", 8, 1, "shared")
+    captured = ranks.run(run_captured, "sharded", "graph", 8, 1, "shared")
+    for one, other in zip(eager, captured, strict=True):
+        assert_same_training(one, other)
+        assert other[3] == 0
+        assert "reads a value" in other[4]
+
+
+def test_optimizer_that_is_not_distributed_is_captured_too():
+    results = []
+    for capture in ("off", "graph"):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        svi = SVI(hierarchy, AutoNormal(hierarchy), pyro.optim.Adam({"lr": 0.05}), Trace_ELBO(), capture=capture)
+        losses = [svi.step(DATA) for _ in range(12)]
+        params = {name: param.tolist() for name, param in pyro.get_param_store()._params.items()}
+        results.append((losses, params, torch.get_rng_state().tolist()))
+    assert_same_training(*results)
+    assert svi.captured.num_captured == 8
+
+
+def test_unknown_mode_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="capture='fast': must be one of 'graph', 'off'"):
+        SVI(hierarchy, AutoNormal(hierarchy), pyro.optim.Adam({}), Trace_ELBO(), capture="fast")

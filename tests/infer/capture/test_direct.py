@@ -1,0 +1,224 @@
+"""Each operation of the direct arithmetic against ATen's, for bits: NaN, infinities, -0, denormals, broadcasting."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distopt.infer.capture import program as programs
+from distopt.infer.capture.direct import MAX_ELEMENTS
+from distopt.infer.capture.recorder import Recorder
+
+pytestmark = pytest.mark.skipif(programs.compiled is None, reason="the extension is not built")
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1e-45, -1e-40, 3.4e38, 1e-30, 5e-324, 1e300, 0.1, -7.25]
+
+BINARY = {
+    "add": lambda x, y: x + y,
+    "sub": lambda x, y: x - y,
+    "mul": lambda x, y: x * y,
+    "div": lambda x, y: x / y,
+    "eq": lambda x, y: x == y,
+    "ne": lambda x, y: x != y,
+    "lt": lambda x, y: x < y,
+    "le": lambda x, y: x <= y,
+    "gt": lambda x, y: x > y,
+    "ge": lambda x, y: x >= y,
+}
+WITH_NUMBER = {
+    **{name: function for name, function in BINARY.items()},
+    "rsub": lambda x, y: y - x,
+    "rsub.Scalar": lambda x, y: torch.rsub(x, y),
+    "add.Scalar": lambda x, y: torch.ops.aten.add.Scalar(x, y),
+    "mul.Scalar": lambda x, y: torch.ops.aten.mul.Scalar(x, y),
+    "div.Scalar": lambda x, y: torch.ops.aten.div.Scalar(x, y),
+    "sub.Scalar": lambda x, y: torch.ops.aten.sub.Scalar(x, y),
+}
+UNARY = {
+    "neg": lambda x: -x,
+    "square": lambda x: x**2,
+    "square.float": lambda x: x**2.0,
+    "pow 1": lambda x: x**1,
+    "reciprocal": lambda x: x.reciprocal(),
+    "clone": lambda x: x.clone(memory_format=torch.contiguous_format),
+    "to float32": lambda x: x.to(torch.float32, copy=True),
+    "to float64": lambda x: x.to(torch.float64, copy=True),
+}
+SHAPES = [
+    ((), ()),
+    ((1,), (1,)),
+    ((5,), (5,)),
+    ((17,), ()),
+    ((), (9,)),
+    ((4, 1), (1, 3)),
+    ((2, 3, 2), (3, 1)),
+    ((1, 1), (6,)),
+    ((9, 2), (9, 2)),
+]
+
+
+def tensor_of(draw, shape, dtype, layout):
+    """Draws a tensor: contiguous, transposed, every second element of a larger one, or expanded."""
+    size = math.prod(shape)
+    values = draw(
+        st.lists(st.sampled_from(SPECIAL) | st.floats(width=32, allow_nan=True), min_size=2 * size, max_size=2 * size)
+    )
+    flat = torch.tensor(values, dtype=torch.float64).to(dtype)
+    if layout == "transposed" and len(shape) > 1:
+        return flat[:size].reshape(shape[::-1]).permute(*reversed(range(len(shape))))
+    if layout == "sliced" and shape:
+        return flat.reshape(*shape[:-1], shape[-1] * 2)[..., ::2]
+    if layout == "expanded" and shape:
+        return flat[: size // shape[0]].reshape(1, *shape[1:]).expand(shape)
+    return flat[:size].reshape(shape)
+
+
+def run_directly(function, *tensors):
+    """Records a function of tensors and returns the program's result, and how many of its operations are direct."""
+    recorder = Recorder()
+    recording = recorder.recording
+    for tensor in tensors:
+        recorder.add_input(tensor)
+    recording.num_params = recording.num_inputs = len(tensors)
+    recording.requires_grad = [False] * len(tensors)
+    recorder.start()
+    with recorder:
+        result = function(*tensors)
+    recording.grads = [recorder.slot_of(result), *[-1] * (len(tensors) - 1)]
+    recorder.close()
+    program = programs.build(recording, tensors, [])
+    status, losses = program.run({str(i): tensor for i, tensor in enumerate(tensors)}, [])
+    assert (status, losses) == (programs.RAN, [])
+    computed = tensors[0].grad
+    tensors[0].grad = None
+    return computed, program.num_direct
+
+
+def assert_same_bits(a, b):
+    assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    if a.is_floating_point():  # a NaN's payload depends on the order of operands, which ATen does not promise
+        a, b = (torch.where(t.isnan(), torch.full_like(t, math.nan), t).contiguous() for t in (a, b))
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+        a, b = a.view(bits), b.view(bits)
+    assert torch.equal(a, b)
+
+
+layouts = st.sampled_from(["contiguous", "transposed", "sliced", "expanded"])
+dtypes = st.sampled_from([torch.float32, torch.float64])
+
+
+@pytest.mark.parametrize("name", BINARY)
+@given(data=st.data(), shapes=st.sampled_from(SHAPES), dtype=dtypes, layout=st.tuples(layouts, layouts))
+@settings(max_examples=12)
+def test_binary_operations_equal_atens(name, data, shapes, dtype, layout):
+    x, y = (tensor_of(data.draw, *each) for each in zip(shapes, (dtype, dtype), layout, strict=True))
+    computed, num_direct = run_directly(BINARY[name], x, y)
+    expected = BINARY[name](x, y)
+    assert_same_bits(computed, expected)
+    assert num_direct == expected.is_contiguous()
+
+
+@pytest.mark.parametrize("name", WITH_NUMBER)
+@given(
+    data=st.data(),
+    shape=st.sampled_from([shape for shape, _ in SHAPES]),
+    dtype=dtypes,
+    layout=layouts,
+    number=st.sampled_from(SPECIAL) | st.floats() | st.integers(-(1 << 24), 1 << 24),
+)
+@settings(max_examples=12)
+def test_operations_with_a_number_equal_atens(name, data, shape, dtype, layout, number):
+    x = tensor_of(data.draw, shape, dtype, layout)
+    computed, num_direct = run_directly(lambda x: WITH_NUMBER[name](x, number), x)
+    expected = WITH_NUMBER[name](x, number)
+    assert_same_bits(computed, expected)
+    assert num_direct == expected.is_contiguous()
+
+
+@pytest.mark.parametrize("name", UNARY)
+@given(data=st.data(), shape=st.sampled_from([shape for shape, _ in SHAPES]), dtype=dtypes, layout=layouts)
+@settings(max_examples=12)
+def test_unary_operations_equal_atens(name, data, shape, dtype, layout):
+    x = tensor_of(data.draw, shape, dtype, layout)
+    computed, _ = run_directly(UNARY[name], x)
+    assert_same_bits(computed, UNARY[name](x))
+
+
+@given(data=st.data(), shapes=st.sampled_from(SHAPES), dtype=dtypes, layout=st.tuples(layouts, layouts))
+@settings(max_examples=20)
+def test_where_equals_atens(data, shapes, dtype, layout):
+    x, y = (tensor_of(data.draw, *each) for each in zip(shapes, (dtype, dtype), layout, strict=True))
+    condition = tensor_of(data.draw, shapes[0], dtype, layout[1]) > 0
+    computed, num_direct = run_directly(lambda x, y, c: torch.where(c, x, y), x, y, condition)
+    expected = torch.where(condition, x, y)
+    assert_same_bits(computed, expected)
+    assert num_direct == expected.is_contiguous()
+
+
+@pytest.mark.parametrize("sum_of", [lambda x: x.sum(), lambda x: x.sum(-1), lambda x: x.sum([0, 1], keepdim=True)])
+@given(value=st.sampled_from(SPECIAL) | st.floats(), dtype=dtypes)
+@settings(max_examples=20)
+def test_sum_of_one_element_equals_atens(sum_of, value, dtype):
+    x = torch.tensor([[value]], dtype=dtype)
+    computed, num_direct = run_directly(sum_of, x)
+    assert_same_bits(computed, sum_of(x))
+    assert num_direct == 1
+
+
+@pytest.mark.parametrize("source", [torch.bool, torch.int64, torch.float32, torch.float64])
+@pytest.mark.parametrize("target", [torch.float32, torch.float64])
+def test_casts_equal_atens(source, target):
+    values = [0, 1, -1, 3, 16_777_217, 9_007_199_254_740_993, -(2**62) - 1, 7]
+    x = torch.tensor(values).to(source) if source != torch.float64 else torch.tensor(SPECIAL, dtype=source)
+    computed, _ = run_directly(lambda x: x.to(target, copy=True), x)
+    assert_same_bits(computed, x.to(target))
+
+
+@given(data=st.data(), shapes=st.sampled_from(SHAPES), dtype=dtypes, layout=st.tuples(layouts, layouts))
+@settings(max_examples=20)
+def test_chains_with_views_of_results_equal_atens(data, shapes, dtype, layout):
+    x, y = (tensor_of(data.draw, *each) for each in zip(shapes, (dtype, dtype), layout, strict=True))
+
+    def chain(x, y):
+        z = (x - y) * 0.5
+        z = z.reshape(-1)[: max(1, z.numel() // 2)] / (y.reshape(-1)[:1] + 2)
+        return z.expand(3, -1).t() * 2 + z[:, None].exp()
+
+    computed, num_direct = run_directly(chain, x, y)
+    assert_same_bits(computed, chain(x, y))
+    assert num_direct >= 5
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.exp(),
+        lambda x: x.sqrt(),  # vectorized square roots of some libraries are not rounded exactly
+        lambda x: x.sum(),
+        lambda x: torch.add(x, x, alpha=2),
+        lambda x: x**3,
+        lambda x: x.half() + 1,
+        lambda x: x.expand(MAX_ELEMENTS, 2) + 1.0,
+        lambda x: x.to(torch.int64) + 1,
+    ],
+)
+def test_what_is_not_exact_or_not_small_is_left_to_aten(function):
+    x = torch.tensor([0.5, 2.0])
+    computed, num_direct = run_directly(function, x)
+    assert_same_bits(computed, function(x))
+    assert num_direct == 0
+
+
+def test_results_that_are_written_to_are_left_to_aten():
+    def function(x):
+        y = x + 1.0
+        y[0] = 5.0
+        return y * 2.0
+
+    x = torch.tensor([0.5, 2.0])
+    for _ in range(2):
+        computed, num_direct = run_directly(function, x)
+        assert_same_bits(computed, function(x))
+        assert num_direct == 1

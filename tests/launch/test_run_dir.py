@@ -1,0 +1,99 @@
+"""One process at a time has a run directory, with the plan's files, secrets and record in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distopt.config import parse_config
+from distopt.launch.plan import Command, Plan
+from distopt.launch.run_dir import RunDirectoryError, claim, record, submission, write
+
+CONFIG = parse_config("name: run\nscript: train.py\n", ["launch.secrets=[MY_TOKEN]"])
+
+
+def plan(folder: Path, hidden: frozenset[str] = frozenset()) -> Plan:
+    files = {folder / "a/config.yaml": "seed: 1\n", folder / "ssh/ssh": "#!/bin/sh\n"}
+    return Plan("torchrun", (Command(("true",), hidden=hidden),), files)
+
+
+def test_files_secrets_and_record_are_there_while_the_block_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "s3cret")
+    monkeypatch.setenv("OTHER_TOKEN", "s3cret, too")
+    run_dir = tmp_path / "run"
+    (run_dir / "logs").mkdir(parents=True)
+    for stale in ("stop", "logs/failure.txt"):
+        (run_dir / stale).touch()
+    with submission(CONFIG, plan(run_dir, frozenset({"OTHER_TOKEN", "NOT_SET"})), run_dir):
+        assert (run_dir / "a/config.yaml").read_text() == "seed: 1\n"
+        assert os.access(run_dir / "ssh/ssh", os.X_OK) and not os.access(run_dir / "a/config.yaml", os.X_OK)
+        secrets = run_dir / ".secrets.json"
+        assert json.loads(secrets.read_text()) == {"MY_TOKEN": "s3cret", "OTHER_TOKEN": "s3cret, too"}
+        assert stat.S_IMODE(secrets.stat().st_mode) == 0o600
+        assert not (run_dir / "stop").exists() and not (run_dir / "logs/failure.txt").exists()
+        assert "s3cret" not in (run_dir / "launch.json").read_text()
+    assert not (run_dir / ".secrets.json").exists()
+
+
+def test_secrets_that_workers_inherit_are_written_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "s3cret")
+    with submission(CONFIG, plan(tmp_path), tmp_path):
+        assert not (tmp_path / ".secrets.json").exists()
+
+
+def test_second_process_is_refused_and_names_the_first(tmp_path):
+    with submission(CONFIG, plan(tmp_path), tmp_path):
+        for attempt in (lambda: claim(tmp_path), submission(CONFIG, plan(tmp_path), tmp_path).__enter__):
+            message = rf"is in use by process {os.getpid()} on {socket.gethostname()}; wait for it, `distopt stop "
+            with pytest.raises(RunDirectoryError, match=message):
+                attempt()
+    claim(tmp_path)
+
+
+def test_lock_of_a_process_that_was_killed_is_free(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from distopt.launch.run_dir import _locked\n"
+        "lock = _locked(Path(sys.argv[1])); print('held', flush=True); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (-9, "held\n"), done.stderr
+    claim(tmp_path)
+
+
+def test_directory_that_cannot_be_written_is_an_error_with_the_cause(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        RunDirectoryError, match="file/run cannot be written to: Not a directory; choose another run_dir"
+    ):
+        claim(tmp_path / "file/run")
+
+
+def test_reader_of_a_file_sees_the_old_one_or_the_new_one(tmp_path):
+    path = tmp_path / "folder/file"
+    write(path, "old")
+    with path.open() as reader:
+        write(path, "new")
+        assert reader.read() == "old"
+    assert path.read_text() == "new" and list(path.parent.iterdir()) == [path]
+
+
+def test_link_that_somebody_has_put_there_is_not_followed(tmp_path):
+    path = tmp_path / "file"
+    (tmp_path / "precious").write_text("kept")
+    path.symlink_to(tmp_path / "precious")
+    write(path, "new")
+    assert (tmp_path / "precious").read_text() == "kept" and not path.is_symlink()
+
+
+def test_record_says_what_was_submitted_and_what_became_of_it(tmp_path):
+    record(tmp_path, plan(tmp_path), status=1)
+    entry = json.loads((tmp_path / "launch.json").read_text())
+    assert (entry["platform"], entry["pid"], entry["status"]) == ("torchrun", os.getpid(), 1)
+    assert entry["directory"] == os.getcwd() and entry["plan"]["commands"] == ["true"]

@@ -1,0 +1,138 @@
+"""What users of pyro.optim look at between two steps is what they find there: gradients, state, state dicts."""
+
+from __future__ import annotations
+
+import pyro
+import pyro.optim
+import pytest
+import torch
+
+import distopt.optim
+
+OPTIMIZERS = [
+    ("Adam", {"lr": 0.1}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9}),
+    ("AdamW", {"lr": 0.1, "weight_decay": 0.01}),
+    ("RMSprop", {"lr": 0.1}),
+    ("Adagrad", {"lr": 0.1}),
+]
+SHAPES = [(), (1,), (3, 2), (40,), (40_000,)]  # the last one is never packed
+CLIPS = [{"clip_norm": 0.5}, {"clip_value": 0.2}, {"clip_norm": 0.5, "clip_value": 0.2}, {"clip_norm": 1e9}]
+
+
+def parameters(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in SHAPES]
+
+
+def gradients(params, step):
+    """Sets gradients of very different sizes, one of them zero."""
+    for index, p in enumerate(params):
+        generator = torch.Generator().manual_seed(100 * step + index)
+        p.grad = (torch.randn(p.shape, generator=generator) * 10.0 ** (index - 2)).to(p.dtype)
+    params[1].grad.zero_()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("clip", CLIPS, ids=str)
+@pytest.mark.parametrize(("name", "args"), OPTIMIZERS, ids=lambda each: each if isinstance(each, str) else "")
+def test_gradients_after_a_call_are_clipped_in_place_as_by_pyro(name, args, clip, dtype):
+    theirs, ours = parameters(dtype), parameters(dtype)
+    pyro_optim, optim = getattr(pyro.optim, name)(dict(args), clip), getattr(distopt.optim, name)(dict(args), clip)
+    for step in range(3):
+        gradients(theirs, step)
+        gradients(ours, step)
+        kept = [p.grad for p in ours]
+        pyro_optim(theirs)
+        optim(ours)
+        for their, our, gradient in zip(theirs, ours, kept, strict=True):
+            assert our.grad is gradient, "clipped in place"
+            torch.testing.assert_close(our.grad, their.grad)
+            torch.testing.assert_close(our, their)
+
+
+def test_gradients_after_a_call_are_clipped_by_the_global_norm():
+    params = parameters()
+    gradients(params, 0)
+    before = torch.stack([p.grad.norm() for p in params]).norm()
+    distopt.optim.SGD({"lr": 0.1}, {"global_norm": 1.0})(params)
+    after = torch.stack([p.grad.norm() for p in params]).norm()
+    assert before > 1.0
+    assert after == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_loop_that_clears_gradients_through_the_optimizers_steps_by_each_gradient_once(set_to_none):
+    theirs, ours = parameters(), parameters()
+    pyro_optim, optim = pyro.optim.SGD({"lr": 0.1}), distopt.optim.SGD({"lr": 0.1})
+    for _ in range(4):
+        for params, each in ((theirs, pyro_optim), (ours, optim)):
+            sum(p.square().sum() for p in params).backward()
+            each(params)
+            for p in params:
+                each.optim_objs[p].zero_grad(set_to_none=set_to_none)
+                assert p.grad is None if set_to_none else not p.grad.any()
+    for their, our in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(our, their)
+
+
+@pytest.mark.parametrize(("name", "args"), OPTIMIZERS, ids=lambda each: each if isinstance(each, str) else "")
+def test_optimizer_of_a_parameter_shows_its_state_alone(name, args):
+    theirs, ours = parameters(), parameters()
+    pyro_optim, optim = getattr(pyro.optim, name)(dict(args)), getattr(distopt.optim, name)(dict(args))
+    for step in range(2):
+        gradients(theirs, step)
+        gradients(ours, step)
+        pyro_optim(theirs)
+        optim(ours)
+    for their, our in zip(theirs, ours, strict=True):
+        expected, found = pyro_optim.optim_objs[their], optim.optim_objs[our]
+        assert isinstance(found, type(expected))
+        assert list(found.state) == [our]
+        assert found.state[our].keys() == expected.state[their].keys()
+        for key, value in expected.state[their].items():
+            torch.testing.assert_close(torch.as_tensor(found.state[our][key]), torch.as_tensor(value))
+        assert found.param_groups[0]["lr"] == expected.param_groups[0]["lr"]
+        theirs_dict, ours_dict = expected.state_dict(), found.state_dict()
+        assert ours_dict["param_groups"] == theirs_dict["param_groups"]
+        assert ours_dict["state"].keys() == theirs_dict["state"].keys()
+
+
+def test_state_of_a_packed_parameter_is_the_optimizers_memory():
+    params = parameters()[:4]
+    optim = distopt.optim.Adam({"lr": 0.1})
+    gradients(params, 0)
+    optim(params)
+    optim.optim_objs[params[2]].state[params[2]]["exp_avg"].fill_(7.0)
+    states = optim.get_state()
+    averages = [next(iter(state["state"].values()))["exp_avg"] for state in states.values()]
+    assert sum(bool((average == 7.0).all()) for average in averages) == 1
+
+
+def test_scheduler_of_a_parameter_has_an_optimizer_of_its_own():
+    x, y = (torch.ones(2, requires_grad=True) for _ in "xy")
+    args = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.5}
+    optim = distopt.optim.ExponentialLR(args)
+    for _ in range(2):
+        (x.sum() + y.sum()).backward()
+        optim([x, y])
+        optim.optim_objs[x].optimizer.zero_grad()
+        optim.step()
+    assert x.grad is None and torch.equal(y.grad, torch.full((2,), 2.0))
+    found = optim.optim_objs[y]
+    assert isinstance(found, torch.optim.lr_scheduler.ExponentialLR)
+    assert found.get_last_lr() == [0.025]
+    assert found.optimizer.state_dict()["param_groups"][0]["lr"] == 0.025
+    assert list(found.optimizer.state) == [y]
+
+
+def test_step_and_load_of_one_parameter_are_refused_and_the_message_says_what_to_call():
+    params = [pyro.param(name, torch.ones(2)) for name in "ab"]
+    optim = distopt.optim.Adam({"lr": 0.1})
+    for p in params:
+        p.grad = torch.ones(2)
+    optim(params)
+    with pytest.raises(TypeError, match=r"'a'.*calling the optimizer"):
+        optim.optim_objs[params[0]].step()
+    with pytest.raises(TypeError, match=r"set_state\(\{'a': state\}\)"):
+        optim.optim_objs[params[0]].load_state_dict({})
