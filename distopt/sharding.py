@@ -43,7 +43,6 @@ class PlateShard:
     rows: NDArray[np.int64] | None = None
     local: dict[str, int] = field(default_factory=dict)
     replicated: tuple[str, ...] = ()
-    _consecutive: NDArray[np.int64] | None = field(default=None, repr=False)
 
     def resize(self, size: int) -> None:
         """Records this rank's number of datapoints, which is seen when the plate is entered.
@@ -63,18 +62,16 @@ class PlateShard:
         """Returns the (size,) int64 global index of each datapoint of this rank, in the order of the plate.
 
         Cost:
-            One gather of a number per rank the first time, nothing afterwards. All ranks call it together.
+            One gather of a number per rank, unless `rows` are given. All ranks call it together.
         """
         if self.rows is not None:
             return self.rows
 
-        # Sizes are constant through a run, so this rank's offset is; a new size (another data set) has the ranks meet
-        # again.
-        if self._consecutive is None or len(self._consecutive) != self.size:
-            sizes = backend.all_gather_json(self.size)
-            start = sum(sizes[: backend.rank])
-            self._consecutive = np.arange(start, start + self.size, dtype=np.int64)
-        return self._consecutive
+        # Not kept from one call to the next: the size may have changed on some of the ranks only, which then would
+        # gather it alone.
+        sizes = backend.all_gather_json(self.size)
+        start = sum(sizes[: backend.rank])
+        return np.arange(start, start + self.size, dtype=np.int64)
 
 
 @dataclass(frozen=True)

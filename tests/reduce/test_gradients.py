@@ -189,7 +189,8 @@ def test_bucket_reader_hands_out_the_same_tuples_for_the_same_pattern() -> None:
 
 def test_norm_is_that_of_dense_loose_and_sparse_gradients_together() -> None:
     param = torch.zeros(2)
-    sparse = torch.sparse_coo_tensor(torch.tensor([[0, 0]]), torch.tensor([1.0, 1.0]), (2,))
+    indices = torch.tensor([[0, 0]])
+    sparse = torch.sparse_coo_tensor(indices, torch.tensor([1.0, 1.0]), (2,), check_invariants=True)
     summary = read_summary(torch.zeros(NUM_SLOTS), 1)
     reduced = ReducedGradients(
         summary,
