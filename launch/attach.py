@@ -214,8 +214,12 @@ class _AttachedRun:
     def result(self) -> int:
         """Returns the run's exit status; prints how it ended unless it is done."""
         statuses = [process.wait() for process in self.processes]
-        if (not any(statuses) and self._workers_confirm()) or (self.plan.min_hosts is not None and 0 in statuses):
-            return 0
+        self._events.new()
+        last_attempt = failure_report.last_attempt(self._events.seen)
+        # Asked to stop, workers that did so and workers that were killed can both leave a launcher with status 0.
+        if self.signal is None or failure_report.all_succeeded(last_attempt):
+            if (not any(statuses) and self._workers_confirm()) or (self.plan.min_hosts is not None and 0 in statuses):
+                return 0
 
         last_attempt = failure_report.last_attempt(self._events.seen)
         if self.signal is not None and failure_report.all_stopped(last_attempt):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distopt.launchers import CHECKPOINTS, LOGS
 
-from .worker.events import End, Event, Start
+from .worker.events import STOPPED_STATUSES, End, Event, Start
 from .worker.rank_log import last_attempt_lines, last_line, last_lines, log_of, traceback_of
 
 # One death brings down all ranks within seconds, and the first to end is often not the one to blame: a rank that has
@@ -81,8 +81,7 @@ def all_stopped(events: Sequence[Event]) -> bool:
     """Returns whether all workers that were started ended in time after they had been asked to."""
     ends = _last_ends(events)
     started = {event.rank for event in events if isinstance(event, Start)}
-    accepted = (0, 143, 130, -signal.SIGTERM, -signal.SIGINT)
-    return started == set(ends) and all(end.status in accepted for end in ends.values())
+    return started == set(ends) and all(end.status in STOPPED_STATUSES for end in ends.values())
 
 
 def describe_failure(run_dir: Path, events: Sequence[Event], status: int, seconds: float, launcher_log: str) -> str:

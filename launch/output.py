@@ -13,6 +13,10 @@ Read = Callable[[int, int], bytes]
 """Returns what a rank has printed, from a byte on: `read(rank, offset)`."""
 
 
+# Logs are read again and again rather than waited for: they lie on file systems that notify nobody (NFS), or behind the
+# API of a cluster. How far each rank has been shown is counted in bytes, and what a rank has printed only grows.
+
+
 class Output:
     """Prints what ranks have printed since the last call.
 
@@ -33,6 +37,7 @@ class Output:
     def show(self) -> None:
         """Prints what is new. Of several ranks only whole lines, so that no line mixes the output of two."""
         has_several = len(self._offsets) > 1
+
         for rank, offset in self._offsets.items():
             data = self._read(rank, offset)
             if has_several:

@@ -26,6 +26,11 @@ STOP_BY_FILE = {WATCH_STOP_VARIABLE: "1"}
 """Has supervisors watch for the stop file; for the environment of a plan with `stop_by_file`."""
 
 
+# A plan is data, so that what a platform would do can be read (`--dry-run`), compared with a golden file, and run by a
+# shell in place of distopt. Whatever changes this machine or another one is in what carries a plan out: `attach` for
+# commands that `distopt launch` stays with, a `Job` for those that a cluster keeps.
+
+
 @dataclass(frozen=True)
 class Command:
     """One process that `distopt launch` starts.
@@ -79,10 +84,12 @@ class Plan:
 
     def __str__(self) -> str:
         sections = [f"# {note}\n" for note in self.notes]
+
         for path, text in self.files.items():
             end = _delimiter(text)
             name = shlex.quote(str(path))
             sections.append(f"cat > {name} <<'{end}'\n{text.rstrip()}\n{end}\n" if text else f": > {name}\n")
+
         sections += [f"{command}\n" for command in self.commands]
         return "\n".join(sections)
 

@@ -9,12 +9,11 @@ import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from importlib import import_module
-from inspect import isabstract
 
 from distopt.backends.base import DEFAULT_TIMEOUT, Backend, BackendError, Handle, Json, Op
 from distopt.backends.single import Single
 from distopt.config.base import ConfigError
-from distopt.config.plugins import is_reference, load_reference
+from distopt.config.plugins import is_reference, load_subclass
 from distopt.launchers import LauncherError, RankInfo, find_launcher, find_rank
 
 __all__ = ["BACKENDS", "Backend", "BackendError", "Handle", "Json", "Op", "current", "init"]
@@ -119,15 +118,9 @@ def _load_backend(name: str) -> type[Backend]:
         return shipped
 
     try:
-        loaded = load_reference(name, "backend")
+        return load_subclass(name, "backend", Backend)
     except ConfigError as error:
         raise BackendError(str(error)) from error
-    if not (isinstance(loaded, type) and issubclass(loaded, Backend)):
-        raise BackendError(f"backend={name!r}: expected a subclass of distopt.backends.Backend.")
-    if isabstract(loaded):
-        missing = ", ".join(sorted(loaded.__abstractmethods__))
-        raise BackendError(f"backend={name!r}: it lacks methods that distopt.backends.Backend requires: {missing}.")
-    return loaded
 
 
 def _start_auto(timeout: timedelta) -> Backend:

@@ -70,7 +70,7 @@ class Backend(ABC):
         all_reduce_bytes: Bytes given to `all_reduce` so far.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = "backend"
 
     def __init__(
         self, rank_info: RankInfo, *, device: torch.device | None = None, timeout: timedelta = DEFAULT_TIMEOUT

@@ -21,11 +21,9 @@ from torch import nn
 import distopt
 from distopt.backends import current
 from distopt.backends.base import Backend, Json
-from distopt.checkpoint import run_state
 from distopt.checkpoint.background import BackgroundSave
 from distopt.checkpoint.chunks import chunk_digest
 from distopt.checkpoint.codec import NoTensors, decode, encode
-from distopt.checkpoint.columns import share_groups, tabulate
 from distopt.checkpoint.commit import Attempt
 from distopt.checkpoint.consensus import agree_no_error, agree_to_save, claim
 from distopt.checkpoint.errors import CheckpointError, describe_error
@@ -44,12 +42,11 @@ from distopt.checkpoint.restore import (
 )
 from distopt.checkpoint.retention import Retention
 from distopt.checkpoint.run_state import RunState, Stateful
-from distopt.checkpoint.sharded_params import ShardedReader, capture_local, plate_sizes, shard_name
+from distopt.checkpoint.sharded_params import ShardedReader, plate_sizes, shard_name
 from distopt.checkpoint.snapshot import HostMemory, Snapshot, take_snapshot, without_collection
 from distopt.checkpoint.storage.base import open_storage
 from distopt.checkpoint.storage.names import step_number
-from distopt.rng import capture_rng_state, rng_state_digest
-from distopt.sharding import local_parameters
+from distopt.rng import rng_state_digest
 
 logger = logging.getLogger(__name__)
 _DEFAULT_RETENTION = Retention(3)
@@ -74,9 +71,9 @@ class Checkpointer:
     Args:
         directory: Where checkpoints are written; made if missing. Or a URL that fsspec knows: there a checkpoint is
             committed by the appearance of its manifest.
-        state: By name, the objects whose state is equal on all ranks: the optimizer, modules (under the names by which
-            they are registered with Pyro), and anything with `state_dict` and `load_state_dict`. None saves only Pyro's
-            parameters and the generators.
+        state: By name, the objects whose state is equal on all ranks: optimizers (`PyroOptim`), modules (under the
+            names by which they are registered with Pyro), and anything with `state_dict` and `load_state_dict`. None
+            saves only Pyro's parameters and the generators.
         per_rank: By name, objects with a state that each rank has for itself. It is not restored on another number of
             ranks.
         keep: Which checkpoints are kept.
@@ -91,7 +88,7 @@ class Checkpointer:
 
     Raises:
         TypeError: An object in `state` or `per_rank` has no state.
-        ValueError: A name is in both mappings, or there are two optimizers.
+        ValueError: A name is in both mappings.
         DirectoryInUseError: Another job writes to the directory.
         CheckpointError: The directory cannot be written, or ranks see different ones.
 
@@ -177,10 +174,9 @@ class Checkpointer:
                 message |= {"attempt": uuid.uuid4().hex[:12], "saved": not busy and self._is_saved(step)}
             if not busy:
                 self._finish()
-                with without_collection():
-                    snapshots = self._snapshot()
+                snapshots = self._snapshot()
                 message["buffers"] = _digest(snapshots["buffers"])
-                message["noise"] = rng_state_digest(snapshots["own"].tree["noise"])
+                message["rng"] = rng_state_digest(snapshots["rank"].tree["rng"])
                 message["plates"] = plate_sizes()
         except Exception as error:
             message["error"] = describe_error(error)
@@ -270,34 +266,12 @@ class Checkpointer:
         self._claimed.close()
 
     def _snapshot(self) -> dict[str, Snapshot]:
-        """Copies this rank's state, by kind."""
-        optimizer = self._state.optimizer
-        outside, buffers, names = run_state.capture_modules(self._state.modules)
-        own = {
-            "noise": capture_rng_state(self._backend.device),
-            "extras": {name: each.state_dict() for name, each in self._state.per_rank.items()},
-        }
-        states: dict[str, Any] = {"own": own, "buffers": buffers}
-        local = local_parameters()
-        if local:
-            states["shard"] = capture_local(optimizer)
-        if self._backend.rank == 0:
-            tables: list[dict[str, Any]] = []
-            saved = None if optimizer is None else run_state.capture_optimizer(optimizer)
-            if saved is not None:
-                saved = share_groups({name: saved[name] for name in saved if name not in local}, tables)
-            states[REPLICATED] = {
-                "params": tabulate(run_state.capture_params(skip=local.__contains__), tables),
-                "optimizer": saved,
-                "tables": tables,
-                "modules": outside,
-                "module_params": names,
-                "extras": {name: each.state_dict() for name, each in self._state.objects.items()},
+        """Copies this rank's state, by kind (see `RunState.capture`)."""
+        with without_collection():
+            snapshots = {
+                kind: take_snapshot(captured, self._memory, kind, self._accelerator)
+                for kind, captured in self._state.capture(self._backend).items()
             }
-
-        snapshots = {
-            name: take_snapshot(state, self._memory, name, self._accelerator) for name, state in states.items()
-        }
         self._memory.trim()
         return snapshots
 
@@ -307,7 +281,7 @@ class Checkpointer:
         """Starts to write what all ranks have agreed to save."""
         rank, world_size = self._backend.rank, self._backend.world_size
         attempt = Attempt(step, messages[0]["attempt"], rank, world_size, self._timeout)
-        named = {rank_name(rank): snapshots["own"]}
+        named = {rank_name(rank): snapshots["rank"]}
         if rank == 0:
             named[REPLICATED] = snapshots[REPLICATED]
         if messages[rank]["buffers"] != messages[0]["buffers"] or (rank == 0 and self._state.modules):
@@ -315,7 +289,7 @@ class Checkpointer:
         if "shard" in snapshots:
             named[shard_name(rank)] = snapshots["shard"]
 
-        about = _about(self._backend) | {key: [each[key] for each in messages] for key in ("noise", "plates")}
+        about = _about(self._backend) | {key: [each[key] for each in messages] for key in ("rng", "plates")}
         generation = self._generation
         config = self._config
         copied_at = time.monotonic()

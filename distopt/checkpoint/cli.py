@@ -1,4 +1,4 @@
-"""`distopt checkpoint …`: what is in a checkpoint, is it whole, and from and to Pyro's own files."""
+"""`distopt checkpoint …`: show and verify checkpoints, and convert them from and to Pyro's own files."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from distopt.checkpoint.restore import choose
 from distopt.checkpoint.storage.base import Storage, open_storage
 
 app = typer.Typer(
-    help="Look at, check, export and import checkpoints.",
+    help="Show, verify, export and import checkpoints.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-Place = Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, a run, its checkpoints, or a URL of them.")]
+CheckpointPath = Annotated[
+    str, typer.Argument(metavar="PATH", help="A checkpoint, a run, its checkpoints, or a URL of them.")
+]
 
 
 @app.command()
-def inspect(path: Place, tensors: Annotated[bool, typer.Option(help="List every tensor.")] = False) -> None:
+def inspect(path: CheckpointPath, tensors: Annotated[bool, typer.Option(help="List every tensor.")] = False) -> None:
     """Print what is in each checkpoint, without reading its numbers."""
 
     def run() -> None:
@@ -36,34 +38,36 @@ def inspect(path: Place, tensors: Annotated[bool, typer.Option(help="List every 
 
 
 @app.command()
-def verify(path: Place) -> None:
-    """Read every byte and compare it with the checksums; exit with 1 when a checkpoint is not whole."""
-    bad = 0
+def verify(path: CheckpointPath) -> None:
+    """Read every byte and compare it with the checksums; exit with 1 if a checkpoint is damaged."""
+    num_damaged = 0
 
     def run() -> None:
-        nonlocal bad
+        nonlocal num_damaged
         for line, whole in check(path):
             typer.echo(line)
-            bad += not whole
+            num_damaged += not whole
 
     _run(run)
-    if bad:
+    if num_damaged:
         raise typer.Exit(1)
 
 
 @app.command("export")
 def export_(
-    path: Place,
-    to: Annotated[Path, typer.Argument(metavar="FILE", help="Written new.")],
+    path: CheckpointPath,
+    to: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write; it must not exist.")],
     what: Annotated[
         Literal["params", "optimizer", "module"],
         typer.Option(
             help="For pyro.get_param_store().load, for the load() of a pyro.optim optimizer, or for torch.load."
         ),
     ] = "params",
-    name: Annotated[str, typer.Option(help="Which module's state_dict: the guide's or another's.")] = "guide",
+    name: Annotated[
+        str | None, typer.Option(help="Which module's state_dict (guide by default), or which of several optimizers.")
+    ] = None,
 ) -> None:
-    """Write parameters, the optimizer's state or a state_dict of the newest checkpoint as Pyro's or torch's file."""
+    """Write the parameters, an optimizer's state or a state_dict of the newest checkpoint as Pyro's or torch's file."""
     from distopt.checkpoint.pyro_files import export_module, export_optimizer, export_params
 
     def run() -> None:
@@ -71,10 +75,13 @@ def export_(
             raise CheckpointError(f"{to} exists; remove it, or name another file.")
         if not to.parent.is_dir():
             raise CheckpointError(f"{to}: there is no folder {to.parent}; make it, or name another.")
+
         if what == "module":
-            typer.echo(f"{to}: {export_module(path, to, name)} tensors")
+            typer.echo(f"{to}: {export_module(path, to, name or 'guide')} tensors")
+        elif what == "optimizer":
+            typer.echo(f"{to}: {export_optimizer(path, to, name)} parameters")
         else:
-            typer.echo(f"{to}: {(export_params if what == 'params' else export_optimizer)(path, to)} parameters")
+            typer.echo(f"{to}: {export_params(path, to)} parameters")
 
     _run(run)
 
@@ -90,9 +97,9 @@ def import_(
     module: Annotated[
         list[str] | None, typer.Option(metavar="NAME=FILE", help="A state_dict: guide=guide.pt; may be repeated.")
     ] = None,
-    step: Annotated[int, typer.Option(help="The step that the run counts on from.")] = 0,
+    step: Annotated[int, typer.Option(help="The step from which the run continues to count.")] = 0,
 ) -> None:
-    """Make a checkpoint of Pyro's own files and of state_dicts; nothing in them is executed."""
+    """Make a checkpoint of Pyro's own files and of state_dicts; no code in them is run."""
     from distopt.checkpoint.pyro_files import import_pyro
 
     def run() -> None:
@@ -115,41 +122,50 @@ def _run(command: Callable[[], None]) -> None:
         raise typer.Exit(1) from error
 
 
-# What a checkpoint holds, in lines for people.
+# What the commands print.
 
 
-def describe(place: str, *, tensors: bool = False) -> Iterator[str]:
-    """Yields lines on each checkpoint at `place`, newest first; reads manifests and headers alone."""
-    storage, found = choose(open_storage("."), place)
-    for one in found:
-        yield f"{storage.root}/{one.folder}"
-        if one.manifest is None:
-            yield f"  BROKEN: {one.error}"
+def describe(path: str, *, tensors: bool = False) -> Iterator[str]:
+    """Yields lines on each checkpoint at `path`, newest first; reads only manifests and headers.
+
+    Args:
+        path: A checkpoint, a run, its checkpoints, or a URL of them.
+        tensors: Whether to list every tensor.
+    """
+    storage, newest_first = choose(open_storage("."), path)
+    for each in newest_first:
+        yield f"{storage.root}/{each.folder}"
+        if each.manifest is None:
+            yield f"  BROKEN: {each.error}"
             continue
-        yield from _describe_manifest(one.manifest)
-        for name in sorted(one.manifest.files):
-            yield f"  {name}: {one.manifest.files[name].size:,} bytes"
+        yield from _describe_manifest(each.manifest)
+        for name in sorted(each.manifest.files):
+            yield f"  {name}: {each.manifest.files[name].size:,} bytes"
             if tensors and name.endswith(".safetensors"):
-                yield from _describe_tensors(storage, one.folder, name, one.manifest)
+                yield from _describe_tensors(storage, each.folder, name, each.manifest)
 
 
-def check(place: str) -> Iterator[tuple[str, bool]]:
-    """Yields one line per checkpoint at `place` and whether it is whole; reads every byte."""
-    storage, found = choose(open_storage("."), place)
-    for one in found:
-        where = f"{storage.root}/{one.folder}"
+def check(path: str) -> Iterator[tuple[str, bool]]:
+    """Yields one line per checkpoint at `path` and whether it is whole; reads every byte.
+
+    Args:
+        path: A checkpoint, a run, its checkpoints, or a URL of them.
+    """
+    storage, newest_first = choose(open_storage("."), path)
+    for each in newest_first:
+        where = f"{storage.root}/{each.folder}"
         try:
-            size = reader.verify(storage, one.folder).size_bytes
+            size = reader.verify(storage, each.folder).size_bytes
         except (CheckpointError, OSError) as error:
-            if one.folder not in storage.folders():
-                continue  # its run has deleted it since
+            if each.folder not in storage.folders():
+                continue  # its run has deleted it in the meantime
             yield f"BAD   {where}: {error}", False
         else:
             yield f"whole {where}: {size:,} bytes", True
 
 
 def _describe_manifest(manifest: Manifest) -> Iterator[str]:
-    about = {key: value for key, value in manifest.about.items() if key != "noise"}
+    about = {key: value for key, value in manifest.about.items() if key != "rng"}
     yield f"  step {manifest.step}, {manifest.world_size} rank(s), {manifest.size_bytes:,} bytes"
     for title, value in (("progress", manifest.progress), ("config", manifest.config), ("about", about or None)):
         if value is not None:

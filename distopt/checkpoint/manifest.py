@@ -1,4 +1,8 @@
-"""The manifest: what a checkpoint consists of, written last, so that its presence says that all the rest is there."""
+"""The manifest: what a checkpoint consists of, written last, so that its presence says that all the rest is there.
+
+It is JSON that carries its own SHA-256, and holds the size and digests of every other file. So a checkpoint is whole if
+its manifest is, and if its files are what the manifest says.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,12 @@ from typing import Any
 
 from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError
 
-FORMAT = 3
+FORMAT = 4
+"""What is written. A checkpoint that older code would read wrongly has another number."""
+FORMAT_3 = 3
+READABLE = (FORMAT_3, FORMAT)
+"""What is read; `format_3` has the differences."""
+
 DIGEST = "xxh3_128"
 """What the files' chunks are hashed with: as fast as memory, and blind to no damage; forgers are not its concern."""
 MANIFEST = "manifest.json"
@@ -41,13 +50,15 @@ class FileRecord:
         """Returns the record that `value` describes.
 
         Raises:
-            ValueError: for anything that `as_json` cannot have written.
+            ValueError: It is something that `as_json` cannot have written.
         """
         if not isinstance(value, dict) or value.keys() != {"size", "chunks"}:
             raise ValueError("a file's record is not {size, chunks}")
-        size, chunks = value["size"], value["chunks"]
+        size = value["size"]
+        chunks = value["chunks"]
         if type(size) is not int or size < 0 or not isinstance(chunks, list):
             raise ValueError("a file's size is not a natural number, or its digests are no list")
+
         if len(chunks) != -(-size // CHUNK_BYTES):
             raise ValueError(f"a file of {size} bytes has {len(chunks)} digests")
         if not all(isinstance(chunk, str) and _CHUNK.fullmatch(chunk) for chunk in chunks):
@@ -73,7 +84,9 @@ class Manifest:
     progress: Any = None
     config: Any = None
     about: Mapping[str, Any] = field(default_factory=dict)
-    """Versions, backend, device, time of writing, noise digests: for people, and to explain what changed."""
+    """Versions, backend, device, time of writing; of each rank the digest of its random number generators (`rng`) and
+    how many datapoints of each sharded plate it has (`plates`)."""
+    format: int = FORMAT
 
     @property
     def size_bytes(self) -> int:
@@ -81,14 +94,17 @@ class Manifest:
         return sum(record.size for record in self.files.values())
 
     def encode(self) -> bytes:
-        """Returns the bytes of `manifest.json`."""
+        """Returns the bytes of `manifest.json`.
+
+        Raises:
+            CheckpointError: It would be larger than what is read.
+        """
+        if len(self.files) > MAX_FILES:
+            raise CheckpointError(f"step {self.step} has {len(self.files):,} files, a checkpoint holds {MAX_FILES:,}.")
         body = asdict(self) | {
-            "format": FORMAT,
             "digest": DIGEST,
             "files": {name: record.as_json() for name, record in self.files.items()},
         }
-        if len(self.files) > MAX_FILES:
-            raise CheckpointError(f"step {self.step} has {len(self.files):,} files, a checkpoint holds {MAX_FILES:,}.")
         raw = seal(body)
         if len(raw) > MAX_MANIFEST_BYTES:
             raise CheckpointError(
@@ -101,15 +117,20 @@ class Manifest:
     def decode(cls, raw: bytes, where: str) -> Manifest:
         """Returns the manifest whose `encode` gave `raw`.
 
+        Args:
+            raw: All bytes of the file.
+            where: Its path, for errors.
+
         Raises:
-            CorruptCheckpointError: when a single bit differs, or a value cannot be what it is said to be.
+            CorruptCheckpointError: A single bit differs, or a value cannot be what it should be.
         """
         body = unseal(raw, where)
-        found, known = (body.get("format"), body.get("digest")), (FORMAT, DIGEST)
-        if found != known:
+        written = (body.get("format"), body.get("digest"))
+        if written[0] not in READABLE or written[1] != DIGEST:
             raise CorruptCheckpointError(
-                f"{where}: format {found[0]!r} with digests {found[1]!r}; this distopt reads format {FORMAT} with "
-                f"{DIGEST}. Another version of distopt has written it, and can read it."
+                f"{where}: format {written[0]!r} with digests {written[1]!r}; this distopt reads formats "
+                f"{' and '.join(map(str, READABLE))} with {DIGEST}. Another version of distopt has written it, and can "
+                "read it."
             )
         try:
             return cls._from_body(body)
@@ -125,8 +146,11 @@ class Manifest:
             raise ValueError(f"attempt is {body['attempt']!r}")
         if not isinstance(body["about"], dict) or not isinstance(body["files"], dict):
             raise ValueError("about or files is no object")
+
         files = {file_name(name): FileRecord.from_json(record) for name, record in body.pop("files").items()}
-        del body["format"], body["digest"]
+        if body["format"] == FORMAT_3 and "noise" in body["about"]:
+            body["about"]["rng"] = body["about"].pop("noise")
+        del body["digest"]
         return cls(files=files, **body)
 
 
@@ -134,7 +158,7 @@ def file_name(name: str) -> str:
     """Returns `name` if it is one that distopt gives to files: no folder, no leading dot, nothing to escape.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: It is another name.
     """
     if not _FILE_NAME.fullmatch(name) or name == MANIFEST:
         raise ValueError(f"{name!r} is no file of a checkpoint")
@@ -149,8 +173,11 @@ def seal(body: Mapping[str, Any]) -> bytes:
 def unseal(raw: bytes, where: str) -> dict[str, Any]:
     """Returns the body that `seal` was given.
 
+    There is one way to write a body, so comparing the bytes with those that `seal` would write finds every change, and
+    not only those of the text that was hashed.
+
     Raises:
-        CorruptCheckpointError: when `raw` is not byte for byte what `seal` returned.
+        CorruptCheckpointError: `raw` is not byte for byte what `seal` returned.
     """
     if len(raw) > MAX_MANIFEST_BYTES or raw.count(b'"chunks"') > MAX_FILES:  # before any of it takes shape in memory
         raise CorruptCheckpointError(
@@ -163,7 +190,7 @@ def unseal(raw: bytes, where: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptCheckpointError(f"{where}: not readable ({type(error).__name__}: {error}).") from error
     if not whole:
-        raise CorruptCheckpointError(f"{where}: its own checksum does not match, so its bytes were changed.")
+        raise CorruptCheckpointError(f"{where}: its checksum does not match, so its bytes were changed.")
     return dict(body)
 
 
@@ -197,6 +224,7 @@ def config_as_json(config: Any, path: str = "config") -> Any:
         return float(config) if math.isfinite(config) else repr(float(config))
     if isinstance(config, PurePath):
         return str(config)
+
     kind = f"{type(config).__module__}.{type(config).__qualname__}"
     raise CheckpointError(
         f"{path}: a {kind} cannot be recorded with a checkpoint; give numbers, strings, lists and dicts."

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from distopt.backends.base import Backend, Json
-from distopt.checkpoint import run_state
-from distopt.checkpoint.columns import own_groups, untabulate
+from distopt.checkpoint.columns import states_of, untabulate
 from distopt.checkpoint.errors import CheckpointError, ConfigMismatchError, CorruptCheckpointError, describe_error
-from distopt.checkpoint.manifest import Manifest
+from distopt.checkpoint.format_3 import upgrade_rank, upgrade_replicated
+from distopt.checkpoint.manifest import FORMAT_3, Manifest
 from distopt.checkpoint.reader import Candidate, candidates, check_files, read_manifest, verify
 from distopt.checkpoint.run_state import RunState
 from distopt.checkpoint.sharded_params import LocalState, ShardedReader
@@ -196,6 +196,10 @@ def _read_for_rank(storage: Storage, folder: str, attempt: str, backend: Backend
     def load(name: str) -> Any:
         return StateReader(storage, folder, manifest, name).load(accelerator)
 
+    def load_rank(rank: int) -> Any:
+        state = load(rank_name(rank))
+        return upgrade_rank(state) if manifest.format == FORMAT_3 else state
+
     # A rank that the saving run did not have takes rank 0's buffers; its generators start anew, unless all ranks drew
     # the same numbers.
     buffers = buffers_name(rank) if f"{buffers_name(rank)}.json.gz" in manifest.files else buffers_name(0)
@@ -203,7 +207,7 @@ def _read_for_rank(storage: Storage, folder: str, attempt: str, backend: Backend
     loaded = Loaded(
         manifest,
         load_replicated(StateReader(storage, folder, manifest, REPLICATED), accelerator),
-        load(rank_name(source)) if source < manifest.world_size else {},
+        load_rank(source) if source < manifest.world_size else {},
         load(buffers) if f"{buffers}.json.gz" in manifest.files else {},
         rows.read(storage, folder, manifest),
     )
@@ -216,23 +220,29 @@ def _read_for_rank(storage: Storage, folder: str, attempt: str, backend: Backend
 
 
 def load_replicated(reader: StateReader, accelerator: torch.device | None = None) -> dict[str, Any]:
-    """Returns the state that is equal on all ranks: params, optimizer (by parameter name, or None), modules, extras.
+    """Returns the state that is equal on all ranks, whichever format it was written in.
+
+    Returns:
+        `params` by name, `optimizers` (by name, their state dicts by parameter name), `modules`, `module_params` (names
+        in Pyro's store of the modules' other parameters), `objects`.
 
     Raises:
         CorruptCheckpointError: A byte differs from what was written, or something is missing.
     """
     state = reader.load(accelerator)
-    keys = {"params", "optimizer", "tables", "modules", "module_params", "extras"}
+    if reader.manifest.format == FORMAT_3:
+        return upgrade_replicated(state)
+    keys = {"params", "tables", "optimizers", "modules", "module_params", "objects"}
     if not isinstance(state, dict) or state.keys() != keys:
         raise CorruptCheckpointError("the replicated state is not that of a run.")
-    tables = state.pop("tables")
-    optimizer = state["optimizer"] and own_groups(state["optimizer"], tables)
-    return state | {"params": untabulate(state["params"], tables), "optimizer": optimizer}
+    params = untabulate(state["params"], state.pop("tables"))
+    optimizers = {name: states_of(saved) for name, saved in state["optimizers"].items()}
+    return state | {"params": params, "optimizers": optimizers}
 
 
 def _rng_is_shared(manifest: Manifest) -> bool:
     """Returns whether all ranks stood at the same point of the same stream of random numbers."""
-    digests = manifest.about.get("noise")
+    digests = manifest.about.get("rng")
     return isinstance(digests, list) and len(digests) > 1 and len(set(map(str, digests))) == 1
 
 
@@ -248,20 +258,16 @@ def apply_loaded(loaded: Loaded, state: RunState, backend: Backend) -> None:
     """
     if loaded.local_params.problem:
         raise CheckpointError(loaded.local_params.problem)
-    saved = loaded.replicated
-    run_state.apply_params(saved["params"] | loaded.local_params.params, state.modules)
-    run_state.apply_modules(saved["modules"], state.modules)
-    run_state.apply_modules(loaded.buffers, state.modules)
-    if state.optimizer is not None and saved["optimizer"] is not None:
-        run_state.apply_optimizer(saved["optimizer"] | loaded.local_params.optimizer, state.optimizer)
-    unused = run_state.apply_objects(saved["extras"], state.objects)
-    if loaded.manifest.world_size == backend.world_size:
-        unused += run_state.apply_objects(loaded.rank_local["extras"], state.per_rank)
+    replicated = dict(loaded.replicated)
+    replicated["params"] = replicated["params"] | loaded.local_params.params
+    optimizers = replicated["optimizers"]
+    names = optimizers.keys() | loaded.local_params.optimizers.keys()
+    replicated["optimizers"] = {
+        name: optimizers.get(name, {}) | loaded.local_params.optimizers.get(name, {}) for name in sorted(names)
+    }
 
-    if unused:
-        logger.warning(
-            "ignoring state of %s in the checkpoint: no such object was passed to Checkpointer", ", ".join(unused)
-        )
+    same_world = loaded.manifest.world_size == backend.world_size
+    state.apply(replicated, loaded.buffers, loaded.rank_local if same_world else None)
     preserve_rng_during_setup(state.modules.values(), backend.device)
     _apply_rng(loaded, backend)
 
@@ -272,20 +278,20 @@ def _apply_rng(loaded: Loaded, backend: Backend) -> None:
     A rank that had none gets a stream that no other rank has, the same at each resume from this checkpoint; when all
     ranks drew the same numbers, it joins them.
     """
-    manifest, rank = loaded.manifest, backend.rank
+    manifest = loaded.manifest
     if loaded.rank_local:
         try:
-            restore_rng_state(loaded.rank_local["noise"], backend.device)
+            restore_rng_state(loaded.rank_local["rng"], backend.device)
         except ValueError as error:
             raise CorruptCheckpointError(str(error)) from error
     else:
-        seed_stream(f"{manifest.attempt}:{manifest.step}:{rank}", backend.device)
+        seed_stream(f"{manifest.attempt}:{manifest.step}:{backend.rank}", backend.device)
+
     if backend.world_size != manifest.world_size:
-        newcomers = "share them, since all ranks drew the same" if _rng_is_shared(manifest) else "start new ones"
         logger.warning(
-            "resumed on %d rank(s) from a checkpoint of %d: ranks that were there continue their random "
-            "number streams, others %s",
+            "resumed on %d rank(s) from a checkpoint of %d: ranks that were there continue their random number "
+            "streams, others %s",
             backend.world_size,
             manifest.world_size,
-            newcomers,
+            "share them, since all ranks drew the same" if _rng_is_shared(manifest) else "start new ones",
         )

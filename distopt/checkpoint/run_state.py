@@ -5,6 +5,7 @@ Tensors stay the objects they are wherever shape and dtype allow: optimizers and
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,9 +16,18 @@ from pyro.params.param_store import normalize_param_name
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
+import distopt.optim
+from distopt.backends.base import Backend
+from distopt.checkpoint.columns import columns_of, tabulate
 from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError
+from distopt.checkpoint.sharded_params import capture_local
 from distopt.constraints import ConstraintError, build_constraint, describe_constraint
-from distopt.optim import DistributedOptimizer
+from distopt.optim import DistributedOptimizer, PackedState
+from distopt.optim.state import copied
+from distopt.rng import capture_rng_state
+from distopt.sharding import local_parameters
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -37,32 +47,26 @@ class RunState:
     This is the only place that asks what an object is; everything after it works on the sorted mappings.
 
     Args:
-        state: By name: the optimizer, modules, and other objects with a state that is equal on all ranks.
+        state: By name: optimizers, modules, and other objects with a state that is equal on all ranks.
         per_rank: By name: objects with a state that differs between ranks.
 
     Raises:
         TypeError: An object has no state, or is a class where an object of it is expected.
-        ValueError: A name is in both, or there are two optimizers.
+        ValueError: A name is in both.
     """
 
     def __init__(self, state: Mapping[str, Any], per_rank: Mapping[str, Any]) -> None:
-        self.optimizer: PyroOptim | None = None
-        self.optimizer_name = ""
+        self.optimizers: dict[str, PyroOptim] = {}
         self.modules: dict[str, nn.Module] = {}
         self.objects: dict[str, Stateful] = {}
         self.per_rank: dict[str, Stateful] = {}
 
         twice = sorted(state.keys() & per_rank.keys())
         if twice:
-            raise ValueError(
-                f"{', '.join(twice)}: in state and in per_rank; an object is either equal on all ranks or not"
-            )
+            raise ValueError(f"{', '.join(twice)}: in state and in per_rank; give each object in one of them")
         for name, value in state.items():
             if isinstance(value, PyroOptim):
-                if self.optimizer is not None:
-                    raise ValueError(f"state: {self.optimizer_name!r} and {name!r} are two optimizers; give one")
-                self.optimizer = value
-                self.optimizer_name = name
+                self.optimizers[name] = value
             elif isinstance(value, nn.Module):
                 self.modules[name] = value
             else:
@@ -71,10 +75,79 @@ class RunState:
             self.per_rank[name] = _checked(value, f"per_rank[{name!r}]", "an object")
 
         # What lossy compression of gradients has not sent yet differs between ranks, and belongs to the optimizer.
-        if isinstance(self.optimizer, DistributedOptimizer) and self.optimizer.rank_local_state is not None:
-            if "compression" in self.per_rank:
-                raise ValueError("per_rank: the name 'compression' is taken by the optimizer's compression errors")
-            self.per_rank["compression"] = self.optimizer.rank_local_state
+        self.compression: dict[str, Stateful] = {
+            name: optimizer.rank_local_state
+            for name, optimizer in self.optimizers.items()
+            if isinstance(optimizer, DistributedOptimizer) and optimizer.rank_local_state is not None
+        }
+
+    def capture(self, backend: Backend) -> dict[str, Any]:
+        """Returns this rank's state as nested dicts, lists and tensors; tensors may be the live ones.
+
+        Args:
+            backend: Tells the rank, and whose generators are saved.
+
+        Returns:
+            By kind: `rank` differs between ranks; `buffers` usually does not, so ranks write those that differ from
+            rank 0's; `shard` is of this rank's datapoints, if there are any; `replicated` is equal on all ranks, and
+            rank 0's alone.
+
+        Raises:
+            CheckpointError: Something cannot be described, such as an unknown constraint.
+        """
+        local = local_parameters()
+        outside, buffers, names = capture_modules(self.modules)
+        captured: dict[str, Any] = {
+            "rank": {
+                "rng": capture_rng_state(backend.device),
+                "optimizers": {name: each.state_dict() for name, each in self.compression.items()},
+                "objects": {name: each.state_dict() for name, each in self.per_rank.items()},
+            },
+            "buffers": buffers,
+        }
+        if not local and backend.rank != 0:
+            return captured
+
+        optimizers = {name: capture_optimizer(optimizer) for name, optimizer in self.optimizers.items()}
+        if local:
+            states = {name: packed.select(local.__contains__).unpack() for name, packed in optimizers.items()}
+            params = capture_params(skip=lambda name: name not in local)
+            captured["shard"] = capture_local(params, states, local)
+            optimizers = {name: packed.select(lambda name: name not in local) for name, packed in optimizers.items()}
+        if backend.rank == 0:
+            tables: list[dict[str, Any]] = []
+            captured["replicated"] = {
+                "params": tabulate(capture_params(skip=local.__contains__), tables),
+                "tables": tables,
+                "optimizers": {name: columns_of(packed) for name, packed in optimizers.items()},
+                "modules": outside,
+                "module_params": names,
+                "objects": {name: each.state_dict() for name, each in self.objects.items()},
+            }
+        return captured
+
+    def apply(
+        self, replicated: Mapping[str, Any], buffers: Mapping[str, Any], rank_local: Mapping[str, Any] | None
+    ) -> None:
+        """Puts the objects and Pyro's store into a saved state; tensors may become theirs.
+
+        Args:
+            replicated: Parameters and state of optimizers by parameter, of this rank's datapoints too; modules;
+                objects.
+            buffers: Of the modules.
+            rank_local: Of this rank; None if its ranks were not those of today.
+
+        Raises:
+            CheckpointError: An object does not accept its state; those before it have been restored.
+        """
+        apply_params(replicated["params"], self.modules)
+        apply_modules(replicated["modules"], self.modules)
+        apply_modules(buffers, self.modules)
+        apply_optimizers(replicated["optimizers"], self.optimizers)
+        apply_objects(replicated["objects"], self.objects)
+        if rank_local is not None:
+            apply_objects(_renamed(rank_local["optimizers"], self.compression), self.compression)
+            apply_objects(rank_local["objects"], self.per_rank)
 
 
 def _checked(value: Any, where: str, expected: str) -> Stateful:
@@ -224,35 +297,49 @@ def apply_modules(saved: Mapping[str, Any], modules: Mapping[str, nn.Module]) ->
             )
 
 
-def capture_optimizer(optimizer: PyroOptim) -> dict[str, Any]:
-    """Returns the optimizer's state by parameter name, including loaded state that still waits for its parameter."""
-    state = dict(getattr(optimizer, "_state_waiting_to_be_consumed", {}))
-    state.update(optimizer.get_state())
-    if None in state:
+def capture_optimizer(optimizer: PyroOptim) -> PackedState:
+    """Returns the optimizer's state, including loaded state that still waits for its parameter.
+
+    Raises:
+        CheckpointError: Pyro's optimizer has lost the names of its parameters.
+    """
+    if isinstance(optimizer, distopt.optim.PyroOptim | DistributedOptimizer):
+        return optimizer.packed_state()
+    states = dict(optimizer._state_waiting_to_be_consumed)
+    states.update(optimizer.get_state())
+    if None in states:
         raise CheckpointError(
             "the optimizer holds state of parameters that are no longer in Pyro's store (was it cleared?); make a new "
             "optimizer after pyro.clear_param_store()."
         )
-    return state
+    return PackedState.from_states(states)
 
 
-def apply_optimizer(state: Mapping[str, Any], optimizer: PyroOptim) -> None:
-    """Replaces the optimizer's state.
+def apply_optimizers(saved: Mapping[str, Any], optimizers: Mapping[str, PyroOptim]) -> None:
+    """Replaces the state of the optimizers, see `_renamed` for whose.
 
-    pyro.optim ignores new state for parameters that it has stepped already, so there its objects are dropped first.
+    Args:
+        saved: By name of the optimizer, state dicts by parameter name.
+        optimizers: The run's optimizers by name.
     """
-    if type(optimizer).__module__.startswith("pyro."):
+    saved = _renamed(saved, optimizers)
+    for name in saved.keys() & optimizers.keys():
+        optimizer = optimizers[name]
+        if isinstance(optimizer, distopt.optim.PyroOptim | DistributedOptimizer):
+            optimizer.set_state(saved[name])
+            continue
+
+        # pyro.optim ignores new state for parameters that it has stepped already, so its objects are dropped first. It
+        # keeps the tensors that it is given, and these are views of columns: each would keep its whole column alive.
         optimizer.optim_objs.clear()
         optimizer.grad_clip.clear()
         optimizer._state_waiting_to_be_consumed.clear()
-    optimizer.set_state(dict(state))
+        optimizer.set_state(copied(saved[name]))
+    _warn_of_differences(saved, optimizers)
 
 
-def apply_objects(saved: Mapping[str, Any], objects: Mapping[str, Stateful]) -> list[str]:
+def apply_objects(saved: Mapping[str, Any], objects: Mapping[str, Stateful]) -> None:
     """Loads each saved state into the object of its name.
-
-    Returns:
-        The names of saved states for which there is no object.
 
     Raises:
         CorruptCheckpointError: An object does not accept the state.
@@ -262,4 +349,27 @@ def apply_objects(saved: Mapping[str, Any], objects: Mapping[str, Stateful]) -> 
             objects[name].load_state_dict(saved[name])
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptCheckpointError(f"{name} does not accept the saved state: {error!r}.") from error
-    return sorted(saved.keys() - objects.keys())
+    _warn_of_differences(saved, objects)
+
+
+def _renamed(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the saved state of optimizers under today's names.
+
+    The only optimizer of a checkpoint belongs to the only one of the run, whatever they are called: the name is the
+    script's choice, and imported files and format 3 have none.
+    """
+    if len(saved) == 1 and len(current) == 1:
+        return dict(zip(current, saved.values(), strict=True))
+    return saved
+
+
+def _warn_of_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Says in the log which state is not used, and which objects do not continue from a state."""
+    unused = sorted(saved.keys() - current.keys())
+    if unused:
+        logger.warning(
+            "ignoring state of %s in the checkpoint: no such object was passed to Checkpointer", ", ".join(unused)
+        )
+    fresh = sorted(current.keys() - saved.keys())
+    if fresh:
+        logger.warning("the checkpoint has no state of %s, which starts from scratch", ", ".join(fresh))

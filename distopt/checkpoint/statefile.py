@@ -55,7 +55,9 @@ class StateReader:
     """Reads what `Snapshot.files` wrote; every byte that it returns has been checked."""
 
     def __init__(self, storage: Storage, folder: str, manifest: Manifest, name: str) -> None:
-        self._place = (storage, folder, manifest)
+        self.manifest = manifest
+        self._storage = storage
+        self._folder = folder
         self._shared: CheckedFile | None = None
         self._where = f"{storage.root}/{folder}/{name}"
         self._file = f"{name}.safetensors"
@@ -68,8 +70,7 @@ class StateReader:
             self._entries, _ = self.shared_file().header()
 
     def _open(self, file: str) -> CheckedFile:
-        storage, folder, manifest = self._place
-        return CheckedFile(storage, folder, file, manifest.files[file], manifest)
+        return CheckedFile(self._storage, self._folder, file, self.manifest.files[file], self.manifest)
 
     def load(self, accelerator: torch.device | None = None) -> Any:
         """Returns all of the state, tensors on the CPU or on `accelerator` when they came from one.

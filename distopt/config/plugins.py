@@ -13,12 +13,14 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field
 
 from distopt.config.base import ConfigError
 from distopt.launchers import TRUSTED_VARIABLE
+
+T = TypeVar("T")
 
 REFERENCE_PATTERN = r"^[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z][A-Za-z0-9_]*$"
 
@@ -94,3 +96,24 @@ def load_reference(reference: str, key: str) -> Callable[..., Any]:
         kind = type(value).__name__
         raise ConfigError([f"{key}: found {reference}, which is of type {kind}, expected a class or a function"])
     return value
+
+
+def load_subclass(reference: str, key: str, base: type[T]) -> type[T]:
+    """Imports the class that `module:Name` stands for, and checks that it fulfils a contract.
+
+    Args:
+        reference: The name.
+        key: The configuration key that holds it, for errors.
+        base: The contract, an abstract base class.
+
+    Raises:
+        ConfigError: As for `load_reference`; or it is no subclass of `base`, or lacks methods that `base` requires.
+    """
+    loaded = load_reference(reference, key)
+    contract = f"{base.__module__.removesuffix('.base')}.{base.__qualname__}"
+    if not (isinstance(loaded, type) and issubclass(loaded, base)):
+        raise ConfigError([f"{key}: found {reference}, expected a subclass of {contract}"])
+    missing = sorted(getattr(loaded, "__abstractmethods__", ()))
+    if missing:
+        raise ConfigError([f"{key}: {reference} lacks methods that {contract} requires: {', '.join(missing)}"])
+    return loaded

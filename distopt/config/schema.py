@@ -50,6 +50,12 @@ class TrainConfig(Section):
     """With `graph` a step is recorded, and later steps run the recording instead of the model's code: the same numbers
     in a fraction of the time. A model that cannot be recorded runs as it does with `off`, and the run says why."""
 
+    @field_validator("capture", mode="before")
+    @classmethod
+    def _read_off(cls, value: Any) -> Any:
+        """YAML reads a bare `off` as false."""
+        return "off" if value is False else value
+
 
 class DataConfig(Section):
     """Which rows of the data a step reads."""

@@ -1,1 +1,1 @@
-"""Real models on real data, used by `configs/`, the README and the tests."""
+"""Real models of real data, which `configs/`, the README and the tests use."""

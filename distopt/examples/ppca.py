@@ -1,6 +1,6 @@
-"""Which few directions explain handwritten digits? Probabilistic principal components, a latent vector per picture.
+"""Which few directions explain handwritten digits? Probabilistic principal components, one latent vector per picture.
 
-The data are the 1,797 pictures of 8 x 8 pixels that scikit-learn ships (from the UCI repository, CC BY 4.0).
+The data are the 1,797 pictures of 8 x 8 pixels in scikit-learn (from the UCI repository, CC BY 4.0).
 """
 
 from __future__ import annotations
@@ -16,25 +16,29 @@ from pyro.infer.autoguide import AutoNormal, init_to_sample
 from torch import Tensor
 
 from distopt.infer import sharded_plate
+from distopt.train import Task
 
 if TYPE_CHECKING:
     from distopt.train.report import Report
 
 
-class Components:
-    """Pictures as few numbers each: the model of Tipping and Bishop, all of it with priors.
+class Components(Task):
+    """Describes each picture by a few numbers: the model of Tipping and Bishop, with priors on all of its parameters.
 
     ::
 
-        z[i]     ~ Normal(0, 1)                       num_components numbers, of picture i alone
+        z[i]     ~ Normal(0, 1)                       num_components numbers of picture i
         x[i, p]  ~ Normal(mean[p] + z[i] . W[:, p], sigma)
 
-    The pictures, and with them the z, are split over the ranks; `mean`, `W` and `sigma` are everybody's. So a step
-    sends as many numbers for a thousand pictures as for a billion.
+    The pictures, and their z, are split over the ranks; `mean`, `W` and `sigma` are replicated. So a step sends as many
+    numbers for a billion pictures as for a thousand.
 
     Args:
-        num_components: numbers per picture.
-        seed: of the first values of W, so that all ranks start alike.
+        num_components: Numbers per picture.
+        seed: Seed of the first values of W, so that all ranks start from the same.
+
+    Attributes:
+        data: The pictures, (pictures, 64) float32 in [0, 1].
 
     References:
         Tipping and Bishop, Probabilistic Principal Component Analysis, JRSS B 61 (1999).
@@ -48,7 +52,7 @@ class Components:
         self.guide = AutoNormal(self.model, init_loc_fn=_InitialValues(seed), init_scale=0.01)
 
     def model(self, rows: Tensor, pictures: Tensor) -> None:
-        """The model of the pictures that this rank holds; arguments are their (n,) int64 numbers and (n, 64) pixels."""
+        """The model of the pictures that this rank holds: their (n,) int64 global indices and (n, 64) pixels."""
         num_pixels = pictures.shape[1]
         mean = pyro.sample("mean", dist.Normal(0.0, 1.0).expand([num_pixels]).to_event(1))
         weight = pyro.sample("W", dist.Normal(0.0, 1.0).expand([self.num_components, num_pixels]).to_event(2))
@@ -67,22 +71,23 @@ class Components:
         return index, self.data[index]
 
     def explained(self) -> float:
-        """Returns the part of the pictures' variance that lies in the directions found, in [0, 1]."""
+        """Returns the fraction of the pictures' variance that lies in the directions of W, in [0, 1]."""
         weight = self.guide.median()["W"].double()
         basis = torch.linalg.qr(weight.T).Q
         centred = (self.data - self.data.mean(0)).double()
         return float((centred @ basis).square().sum() / centred.square().sum())
 
     def report(self, report: Report) -> None:
-        """Shows the directions, and compares them with those of the plain method."""
+        """Adds the directions, and a comparison with plain principal components."""
         from matplotlib.figure import Figure
         from sklearn.decomposition import PCA
 
         plain = PCA(self.num_components).fit(self.data.numpy()).explained_variance_ratio_.sum()
         sigma = float(self.guide.median()["sigma"])
         rows = [["this model", f"{self.explained():.4f}", f"{sigma:.4f}"], ["sklearn's PCA", f"{plain:.4f}", ""]]
-        note = "Explained: part of the variance of all pixels that lies in the components' directions."
+        note = "Explained: fraction of the variance of all pixels that lies in the directions of the components."
         report.table(f"{self.num_components} components", ["", "explained", "noise"], rows, note)
+
         figure = Figure(figsize=(9, 1.8))
         for column, direction in enumerate(self.guide.median()["W"], start=1):
             axes = figure.add_subplot(1, self.num_components, column)
@@ -92,7 +97,7 @@ class Components:
 
 
 class _InitialValues:
-    """First values: W at random, the same on every rank; the rest where the prior has its middle."""
+    """First values: W at random but the same on every rank, all others fixed near the middle of their priors."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed

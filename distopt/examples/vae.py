@@ -1,7 +1,7 @@
-"""A map of handwritten digits: a variational autoencoder, whose guide is a network that all ranks share.
+"""A map of handwritten digits: a variational autoencoder, whose guide is a neural network.
 
-Nothing is sharded here: what is known of a picture is computed from it (amortized), so the parameters are the two
-networks, equal on all ranks, and the ranks split each minibatch.
+Nothing is sharded here: the guide computes the latent variables of a picture from the picture (amortization), so the
+only parameters are the two networks, which are replicated, and the ranks share each minibatch.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distopt.examples.ppca import read_digits
+from distopt.train import Task
 
 if TYPE_CHECKING:
     from distopt.train.report import Report
 
 
-class Autoencoder:
-    """Each picture has a place `z` on a map; a network tells how likely each pixel is inked there.
+class Autoencoder(Task):
+    """Each picture has a position `z` on a map, and a network computes how likely each pixel is to be inked there.
 
     ::
 
@@ -31,10 +32,14 @@ class Autoencoder:
         x[i, p]  ~ Bernoulli(decoder(z[i])[p])         the ink of a pixel, between 0 and 1
 
     Args:
-        num_dims: dimensions of the map.
-        num_hidden: width of the networks' hidden layers.
-        held_out: share of the pictures kept out of training.
-        seed: of the networks' first weights and of the split, the same on every rank.
+        num_dims: Dimensions of the map.
+        num_hidden: Width of the networks' hidden layers.
+        held_out: Fraction of the pictures that is kept out of training.
+        seed: Seed of the networks' first weights and of the split, the same on every rank.
+
+    Attributes:
+        data: The pictures of the training set, (pictures, 64) float32 in [0, 1].
+        held_out: The other pictures, likewise.
 
     References:
         Kingma and Welling, Auto-Encoding Variational Bayes, ICLR 2014.
@@ -44,8 +49,11 @@ class Autoencoder:
         pictures = read_digits()
         order = torch.from_numpy(np.random.default_rng(seed).permutation(len(pictures)))
         num_held_out = round(held_out * len(pictures))
-        self.held_out, self.data = pictures[order[:num_held_out]], pictures[order[num_held_out:]]
+        self.held_out = pictures[order[:num_held_out]]
+        self.data = pictures[order[num_held_out:]]
         self.num_dims = num_dims
+
+        # A fork, so that the weights change nothing in the random numbers that the run draws.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.encoder = _network(64, num_hidden, 2 * num_dims)
@@ -60,7 +68,7 @@ class Autoencoder:
             pyro.sample("x", ink.to_event(1), obs=pictures)
 
     def guide(self, pictures: Tensor) -> None:
-        """Where the pictures may be on the map."""
+        """The positions of the pictures on the map, with their uncertainty."""
         pyro.module("encoder", self.encoder)
         with pyro.plate("pictures", self.rows(), subsample=torch.arange(len(pictures))):
             loc, scale = self.encoder(pictures).chunk(2, dim=-1)
@@ -75,13 +83,13 @@ class Autoencoder:
         return (self.data[torch.from_numpy(rows)],)
 
     def error(self) -> float:
-        """Returns the mean squared error, per pixel, of held-out pictures drawn from their places on the map."""
+        """Returns the mean squared error, per pixel, of held-out pictures drawn from their positions on the map."""
         with torch.no_grad():
-            place = self.encoder(self.held_out)[:, : self.num_dims]
-            return float((self.decoder(place).sigmoid() - self.held_out).square().mean())
+            position = self.encoder(self.held_out)[:, : self.num_dims]
+            return float((self.decoder(position).sigmoid() - self.held_out).square().mean())
 
     def report(self, report: Report) -> None:
-        """Shows held-out pictures beside what the map makes of them, and compares with plain principal components."""
+        """Adds held-out pictures beside what the networks make of them, and a comparison with principal components."""
         from matplotlib.figure import Figure
         from sklearn.decomposition import PCA
 
@@ -90,6 +98,7 @@ class Autoencoder:
         pca = float(np.square(rebuilt - self.held_out.numpy()).mean())
         rows = [["this model", f"{self.error():.4f}"], ["sklearn's PCA", f"{pca:.4f}"]]
         report.table(f"{len(self.held_out)} held-out pictures from {self.num_dims} numbers each", ["", "error"], rows)
+
         with torch.no_grad():
             drawn = self.decoder(self.encoder(self.held_out[:12])[:, : self.num_dims]).sigmoid()
         figure = Figure(figsize=(9, 1.8))
@@ -98,9 +107,9 @@ class Autoencoder:
                 axes = figure.add_subplot(2, 12, 12 * row + column + 1)
                 axes.imshow(picture.reshape(8, 8), cmap="gray_r")
                 axes.set_axis_off()
-        report.figure(figure, "Held-out pictures, and below each what its place on the map looks like.")
+        report.figure(figure, "Held-out pictures, and below each the picture at its position on the map.")
 
 
 def _network(num_inputs: int, num_hidden: int, num_outputs: int) -> nn.Sequential:
-    """Two layers."""
+    """Returns a network with one hidden layer."""
     return nn.Sequential(nn.Linear(num_inputs, num_hidden), nn.Softplus(), nn.Linear(num_hidden, num_outputs))

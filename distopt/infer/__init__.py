@@ -1,7 +1,7 @@
 """What distribution changes in inference."""
 
 from distopt.infer.capture import explain_capture
-from distopt.infer.gathering import gather, gather_rows, read_local, write_local
+from distopt.infer.gathering import gather_local, gather_rows, read_local, write_local
 from distopt.infer.sharded_plate import shard, sharded_plate
 from distopt.infer.svi import SVI
 from distopt.rng import NoisePolicy, rank_seed, seed_all
@@ -12,7 +12,7 @@ __all__ = [
     "LocalParameterError",
     "NoisePolicy",
     "explain_capture",
-    "gather",
+    "gather_local",
     "gather_rows",
     "rank_seed",
     "read_local",

@@ -1,4 +1,9 @@
-"""Which parameters of Pyro's autoguides belong to datapoints, where the guide itself does not say it in a plate."""
+"""Which parameters of Pyro's autoguides belong to datapoints, for guides that keep them outside their plates.
+
+Inside a plate with `event_dim`, a parameter says itself which of its dimensions runs over the datapoints. AutoNormal,
+AutoDelta and the messenger guides state theirs so. Others keep flat vectors per site, or one joint vector for all
+sites; for these, a plan is made from the guide's own record of its sites.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +24,13 @@ from distopt.sharding import LocalParameter, LocalParameterError, PlateShard
 
 
 @dataclass
-class Plan:
+class GuidePlan:
     """What a guide does outside its plates for datapoints of sharded plates.
 
     Args:
-        plates: Names of the sharded plates it was made for.
-        params: Parameters with rows of datapoints, by parameter-store name.
-        sites: Auxiliary sample sites with a density per datapoint, by name.
+        plates: Names of the sharded plates that the plan was made for.
+        params: Parameters that have a row per datapoint, by their names in the parameter store.
+        sites: Auxiliary sample sites that have a density per datapoint, by name.
     """
 
     plates: set[str]
@@ -36,78 +41,87 @@ class Plan:
 _PLANNED = (AutoContinuous, AutoGaussian, AutoStructured, AutoDiscreteParallel)
 
 
-def set_up(guide: AutoGuide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Lets an autoguide look at its model, as in its first call; False for one of a kind that needs no plan."""
-    parts = [part for part in _parts(guide) if isinstance(part, _PLANNED)]
-    for part in [guide, *parts] if parts else []:
-        if part.prototype_trace is None:
+def set_up_autoguide(guide: AutoGuide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Lets an autoguide trace its model, as in its first call.
+
+    Returns:
+        Whether the guide needs a plan. If it does not, nothing was traced.
+    """
+    planned = [member for member in _members(guide) if isinstance(member, _PLANNED)]
+    for each in [guide, *planned] if planned else []:
+        if each.prototype_trace is None:
             with guide._pyro_context:  # as in a call, so that parameters get their names
-                part._setup_prototype(*args, **kwargs)
-    return bool(parts)
+                each._setup_prototype(*args, **kwargs)
+    return bool(planned)
 
 
-def plan_autoguide(guide: AutoGuide, plates: Mapping[str, PlateShard]) -> Plan:
-    """Says how an autoguide that has been set up is split over the ranks.
+def plan_autoguide(guide: AutoGuide, plates: Mapping[str, PlateShard]) -> GuidePlan:
+    """Plans how an autoguide is split over the ranks; `set_up_autoguide` must have been called.
 
-    AutoNormal, AutoDelta and the messenger guides state their parameters inside plates and need no plan.
     AutoStructured keeps flat vectors per site, and AutoDiscreteParallel states its probabilities outside the plates.
-    The guides of one joint vector or matrix over all variables (AutoDiagonalNormal, AutoMultivariateNormal, flows,
+    Guides with one joint vector or matrix over all variables (AutoDiagonalNormal, AutoMultivariateNormal, flows,
     AutoGaussian, ...) cannot be split.
 
     Raises:
-        LocalParameterError: The guide ties variables of different datapoints together, or to the global ones, in
-            one parameter; the message names the guide that is of the same family and can be split.
+        LocalParameterError: One parameter of the guide ties variables of different datapoints together, or ties them to
+            the global ones. The message has the guide to use instead.
     """
-    plan = Plan(set(plates))
-    for part in _parts(guide):
-        if isinstance(part, AutoContinuous):
-            _refuse_joint(part, _local_sites(part._cond_indep_stacks, plates))
-        elif isinstance(part, AutoGaussian):
-            stacks = {name: site["cond_indep_stack"] for name, site in part._factors.items() if not site["is_observed"]}
-            _refuse_joint(part, _local_sites(stacks, plates))
-        elif isinstance(part, AutoStructured):
-            _plan_structured(part, plates, plan)
-        elif isinstance(part, AutoDiscreteParallel):
-            _plan_discrete(part, plates, plan)
+    plan = GuidePlan(set(plates))
+    for member in _members(guide):
+        if isinstance(member, AutoContinuous):
+            _refuse_joint(member, _local_sites(member._cond_indep_stacks, plates))
+        elif isinstance(member, AutoGaussian):
+            latent = {name: site for name, site in member._factors.items() if not site["is_observed"]}
+            stacks = {name: site["cond_indep_stack"] for name, site in latent.items()}
+            _refuse_joint(member, _local_sites(stacks, plates))
+        elif isinstance(member, AutoStructured):
+            _plan_structured(member, plates, plan)
+        elif isinstance(member, AutoDiscreteParallel):
+            _plan_discrete(member, plates, plan)
     return plan
 
 
-def _parts(guide: AutoGuide) -> Iterator[AutoGuide]:
-    """The guide, or the guides of a list."""
+def _members(guide: AutoGuide) -> Iterator[AutoGuide]:
+    """Yields the guides of an `AutoGuideList`, which may be nested, or the guide itself."""
     if isinstance(guide, AutoGuideList):
-        for part in guide:
-            yield from _parts(part)
+        for member in guide:
+            yield from _members(member)
     else:
         yield guide
 
 
 def _local_sites(stacks: Mapping[str, Any], plates: Mapping[str, PlateShard]) -> dict[str, tuple[PlateShard, int]]:
-    """The sites inside sharded plates: the plate and its dim."""
-    found = {}
+    """Returns the sites inside sharded plates, each with the plate and its dim."""
+    sites = {}
     for name, stack in stacks.items():
         for frame in stack:
             if frame.name in plates:
-                found[name] = (plates[frame.name], frame.dim)
-    return found
+                sites[name] = (plates[frame.name], frame.dim)
+    return sites
 
 
 def _refuse_joint(guide: AutoGuide, local: Mapping[str, tuple[PlateShard, int]]) -> None:
-    """Raises for a guide with one joint parameter when a site of it is in a sharded plate."""
+    """Raises if a guide with one joint parameter has a site in a sharded plate."""
     for name, (plate, _) in local.items():
         kind = type(guide).__name__
         raise LocalParameterError(
             f"{kind} keeps all its variables in one joint parameter, and {name!r} is in the sharded plate "
-            f"{plate.name!r}, whose datapoints are on different ranks. Use AutoNormal, or a guide per part: guide = "
+            f"{plate.name!r}, whose datapoints are on different ranks. Use AutoNormal, or separate guides: guide = "
             "AutoGuideList(model); guide.append(AutoNormal(poutine.block(model, "
             f"expose=[{', '.join(map(repr, local))}]))); guide.append({kind}(poutine.block(model, "
             f"hide=[{', '.join(map(repr, local))}])))"
         )
 
 
-def _plan_structured(guide: Any, plates: Mapping[str, PlateShard], plan: Plan) -> None:
-    """Plans the flat vectors of AutoStructured: locations, scales, and the weights of dependencies on global sites."""
+# AutoStructured keeps `locs.NAME` and `scales.NAME` as flat vectors over all datapoints of a site, and for each
+# dependency on an upstream site a matrix `deps.NAME.UPSTREAM$$$weight` of (values of the site, values of upstream). As
+# long as upstream is a global site, each row of the matrix belongs to one datapoint, so it can be split by rows. A
+# dependency on a site that is sharded itself would multiply rows of several ranks.
+def _plan_structured(guide: Any, plates: Mapping[str, PlateShard], plan: GuidePlan) -> None:
+    """Plans the flat vectors of AutoStructured: locations, scales, and weights of dependencies on global sites."""
     local = _local_sites({name: site["cond_indep_stack"] for name, site in guide._sorted_sites}, plates)
     prefix = guide._pyro_name
+
     for name, upstreams in guide.dependencies.items():
         for upstream, kind in upstreams.items():
             if upstream in local or (name in local and kind != "linear"):
@@ -116,6 +130,7 @@ def _plan_structured(guide: Any, plates: Mapping[str, PlateShard], plan: Plan) -
                     f"the sharded plate {(local.get(upstream) or local[name])[0].name!r} that are on different ranks. "
                     "Give dependencies={...} in which sites of the plate depend on global sites alone, by 'linear'"
                 )
+
     for name, (plate, dim) in local.items():
         conditional = guide.conditionals[name]
         if conditional not in ("normal", "delta"):
@@ -123,23 +138,26 @@ def _plan_structured(guide: Any, plates: Mapping[str, PlateShard], plan: Plan) -
                 f"AutoStructured: the conditional of {name!r} is {conditional!r}, over all datapoints of the sharded "
                 f"plate {plate.name!r} together. Give conditionals={{{name!r}: 'normal', ...}} ('normal' or 'delta')"
             )
-        batch, event = guide._batch_shapes[name], guide._unconstrained_event_shapes[name]
-        shape, row_dim = tuple(batch + event), len(batch) + dim
+
+        batch_shape = guide._batch_shapes[name]
+        shape = tuple(batch_shape + guide._unconstrained_event_shapes[name])
+        row_dim = len(batch_shape) + dim
         plan.sites[f"{name}_aux"] = plate
         for kind in ("locs", "scales"):
             plan.params[f"{prefix}.{kind}.{name}"] = LocalParameter(plate, shape, row_dim)
         for upstream in guide.dependencies.get(name, {}):
             weight = getattr(getattr(guide.deps, name), upstream).weight
-            entry = LocalParameter(plate, (*shape, weight.shape[1]), row_dim)
-            plan.params[f"{prefix}.deps.{name}.{upstream}$$$weight"] = entry
+            weight_rows = LocalParameter(plate, (*shape, weight.shape[1]), row_dim)
+            plan.params[f"{prefix}.deps.{name}.{upstream}$$$weight"] = weight_rows
 
 
-def _plan_discrete(guide: Any, plates: Mapping[str, PlateShard], plan: Plan) -> None:
-    """Plans the probabilities of AutoDiscreteParallel, one per datapoint and class."""
+def _plan_discrete(guide: Any, plates: Mapping[str, PlateShard], plan: GuidePlan) -> None:
+    """Plans the probabilities of AutoDiscreteParallel, one for each datapoint and class."""
     local = _local_sites(guide._cond_indep_stacks, plates)
     for site, _, params in guide._discrete_sites:
         if site["name"] not in local:
             continue
+
         plate, dim = local[site["name"]]
         for kind, init, _ in params:
             unconstrained = getattr(guide, f"{site['name']}_{kind}_unconstrained")

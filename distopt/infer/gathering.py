@@ -1,4 +1,9 @@
-"""The posterior of the datapoints' own variables, brought together from the ranks that hold them, or written down."""
+"""Local parameters of datapoints, by global index: gathered from the ranks that hold them, or written to files.
+
+After training, each rank holds the variables of its own datapoints. `gather_local` and `gather_rows` bring the values
+of chosen datapoints to all ranks; `write_local` and `read_local` do it through files, for a posterior that no single
+machine could hold.
+"""
 
 from __future__ import annotations
 
@@ -22,219 +27,235 @@ from distopt.sharding import LocalParameterError, PlateShard, local_parameters
 _SHARD = re.compile(r"local-(\d{5})-of-(\d{5})\.safetensors")
 
 
-def gather(name: str, rows: ArrayLike | None = None, *, backend: Backend | None = None) -> dict[str, Tensor]:
+def gather_local(name: str, rows: ArrayLike | None = None, *, backend: Backend | None = None) -> dict[str, Tensor]:
     """Returns local parameters by global index of their datapoints, on every rank.
 
-    For a site `z` under `AutoNormal` that is the location and the scale of `z` (before the transform to its
-    support). Values of your own, such as `guide.median(...)["z"]`, go through `gather_rows`.
+    For a site `z` under `AutoNormal`, these are the location and the scale of `z` before the transform to its support.
+    For other values, such as `guide.median(...)["z"]`, there is `gather_rows`.
 
     Args:
-        name: A local parameter, or a site whose name ends theirs: `"z"` for `AutoNormal.locs.z` and
-            `AutoNormal.scales.z`.
+        name: A local parameter, or a site whose name is the last component of parameters: `"z"` stands for
+            `AutoNormal.locs.z` and `AutoNormal.scales.z`.
         rows: (num_rows,) global indices, in any order; None for all datapoints of all ranks.
         backend: The world; None for the current one.
 
     Returns:
-        By parameter-store name, (num_rows, ...) constrained values, detached; the datapoints are the first dimension.
+        (num_rows, ...) constrained and detached values for each parameter, by its name in the parameter store. The
+        first dimension runs over the datapoints.
 
     Raises:
-        LocalParameterError: No local parameter of that name, or rows that no rank holds, or two.
+        LocalParameterError: There is no local parameter of that name, or a row is held by no rank or by several.
 
     Cost:
-        Collective: all ranks call it with the same arguments. An all-reduce of the rows asked for, for each parameter.
+        One all-reduce per parameter, of the requested rows. All ranks must call it with the same arguments.
     """
-    found = _named(name)
+    backend = backend or backends.current()
     store = pyro.get_param_store()
-    result = {}
-    for key in found:
-        entry = local_parameters()[key]
-        result[key] = _collect(entry.by_row(store[key].detach()), entry.plate, rows, backend or backends.current())
-    return result
+    gathered = {}
+    for key in _parameters_called(name):
+        parameter = local_parameters()[key]
+        gathered[key] = _gather(parameter.by_row(store[key].detach()), parameter.plate, rows, backend)
+    return gathered
 
 
 def gather_rows(
     values: Tensor, plate: str, rows: ArrayLike | None = None, *, dim: int = 0, backend: Backend | None = None
 ) -> Tensor:
-    """Returns values that each rank has for its datapoints, by global index, on every rank.
+    """Returns values that each rank computed for its datapoints, by global index, on every rank.
 
     Args:
-        values: Tensor with this rank's datapoints along `dim`, in the plate's order, as `guide.median(...)["z"]`.
+        values: This rank's datapoints along `dim`, in the order of the plate, such as `guide.median(...)["z"]`.
         plate: Name of the sharded plate.
-        rows: As in `gather`.
+        rows: As in `gather_local`.
         dim: Dimension of `values` that runs over the datapoints.
-        backend: As in `gather`.
+        backend: As in `gather_local`.
 
     Returns:
-        (num_rows, ...) tensor, the datapoints as the first dimension.
+        (num_rows, ...) detached values; the first dimension runs over the datapoints.
 
     Raises:
-        LocalParameterError: `values` does not have the plate's datapoints along `dim`, or as in `gather`.
+        LocalParameterError: `values` does not have as many rows as the plate, or a row is held by no rank or by
+            several.
 
     Cost:
-        As in `gather`.
+        One all-reduce of the requested rows. All ranks must call it with the same `rows`.
     """
-    shards = {entry.plate.name: entry.plate for entry in local_parameters().values()}
+    shards = {parameter.plate.name: parameter.plate for parameter in local_parameters().values()}
     if plate not in shards:
         raise LocalParameterError(
             f"no parameter belongs to a sharded plate {plate!r}; known: {', '.join(sorted(shards)) or 'none'}"
         )
-    return _collect(values.detach().movedim(dim, 0), shards[plate], rows, backend or backends.current())
+    return _gather(values.detach().movedim(dim, 0), shards[plate], rows, backend or backends.current())
 
 
 def write_local(directory: str | Path, names: Iterable[str] = (), *, backend: Backend | None = None) -> Path:
-    """Writes each rank's local parameters to a safetensors file of its own, for `read_local`.
+    """Writes this rank's local parameters to a safetensors file, for `read_local`.
 
     Args:
-        directory: Is made if it is not there. Shards that another number of ranks wrote there before are removed.
-        names: Parameters or sites, as in `gather`; none given: all local parameters.
-        backend: As in `gather`.
+        directory: Created if it does not exist. Files that another number of ranks has written there are removed.
+        names: Parameters or sites, as in `gather_local`; all local parameters if there are none.
+        backend: As in `gather_local`.
 
     Returns:
-        This rank's file: `local-00000-of-00004.safetensors`, in which `NAME` is (size, ...), rows first, constrained,
-        and `rows.NAME` is (size,) int64, their global index.
+        This rank's file, such as `local-00000-of-00004.safetensors`. In it, `NAME` has the constrained values,
+        (size, ...) with rows first, and `rows.NAME` their global indices, (size,) int64.
 
     Raises:
-        LocalParameterError: No local parameter of that name.
+        LocalParameterError: There is no local parameter of that name.
 
     Cost:
-        Collective: all ranks call it. A barrier, and no data between ranks.
+        One barrier; no data are sent between ranks. All ranks must call it.
     """
     backend = backend or backends.current()
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    store, entries, tensors = pyro.get_param_store(), local_parameters(), {}
-    for key in sorted({key for name in names for key in _named(name)} or entries):
-        tensors[key] = entries[key].by_row(store[key].detach()).cpu().contiguous().clone()
-        tensors[f"rows.{key}"] = torch.from_numpy(entries[key].plate.global_rows(backend).copy())
+
+    store = pyro.get_param_store()
+    parameters = local_parameters()
+    tensors = {}
+    for key in sorted({key for name in names for key in _parameters_called(name)} or parameters):
+        # A copy: safetensors refuses tensors that share memory, as packed parameters do.
+        tensors[key] = parameters[key].by_row(store[key].detach()).cpu().contiguous().clone()
+        tensors[f"rows.{key}"] = torch.from_numpy(parameters[key].plate.global_rows(backend).copy())
+
+    # Renamed when complete, so that `read_local` never sees half a file.
     path = directory / f"local-{backend.rank:05d}-of-{backend.world_size:05d}.safetensors"
     partial = path.with_suffix(".partial")
     save_file(tensors, partial)
     os.replace(partial, path)
+
     backend.barrier()
     if backend.rank == 0:
-        for old in _shard_files(directory):
-            if int(_match(old)[2]) != backend.world_size:
+        for old, num_files in _files_in(directory):
+            if num_files != backend.world_size:
                 old.unlink()
     return path
 
 
 def read_local(directory: str | Path, name: str, rows: ArrayLike | None = None) -> Tensor:
-    """Reads a parameter that `write_local` wrote, by global index, from the shards that hold it; in any process.
+    """Reads a parameter that `write_local` has written, by global index; any process can call it.
 
     Args:
-        directory: Where the shards are.
+        directory: Folder of the files.
         name: The parameter's full name.
-        rows: (num_rows,) global indices; None for all.
+        rows: (num_rows,) global indices, in any order; None for all.
 
     Returns:
         (num_rows, ...) tensor on the CPU.
 
     Raises:
-        LocalParameterError: A shard is missing, or does not have the parameter, or a row is in none of them.
+        LocalParameterError: A file is missing or lacks the parameter, or a row is in no file.
 
     Cost:
-        Reads the rows' index of every shard, and of the values only the span between the first and last row wanted.
+        Reads the global indices of every file, and of the values only those between the first and the last row that
+        the file has of `rows`.
     """
-    files = _complete(Path(directory))
-    held, parts = [], []
     wanted = None if rows is None else np.asarray(rows, dtype=np.int64)
-    for path in files:
-        with safe_open(path, framework="pt") as shard:
-            if name not in shard.keys():  # noqa: SIM118  # safe_open is no mapping
-                known = ", ".join(key for key in shard.keys() if not key.startswith("rows."))  # noqa: SIM118
+    indices, chunks = [], []
+    for path in _complete_set(Path(directory)):
+        with safe_open(path, framework="pt") as file:
+            if name not in file.keys():  # noqa: SIM118  # safe_open is no mapping
+                known = ", ".join(key for key in file.keys() if not key.startswith("rows."))  # noqa: SIM118
                 raise LocalParameterError(f"{path}: has no parameter {name!r}. It has: {known}")
-            index = shard.get_tensor(f"rows.{name}").numpy()
-            places = np.arange(len(index)) if wanted is None else np.flatnonzero(np.isin(index, wanted))
-            if len(places):
-                first, last = int(places[0]), int(places[-1]) + 1
-                parts.append(shard.get_slice(name)[first:last][torch.from_numpy(places - first)])
-                held.append(index[places])
-    there = np.concatenate(held) if held else np.empty(0, np.int64)
-    wanted = np.sort(there) if wanted is None else wanted
-    where = _find(there, wanted)
-    if (where < 0).any():
-        raise LocalParameterError(f"{directory}: no shard holds {_some(wanted[where < 0])} of {name!r}")
-    return torch.cat(parts)[torch.from_numpy(where)]
+            index = file.get_tensor(f"rows.{name}").numpy()
+            offsets = np.arange(len(index)) if wanted is None else np.flatnonzero(np.isin(index, wanted))
+            if len(offsets):
+                first, last = int(offsets[0]), int(offsets[-1]) + 1
+                chunks.append(file.get_slice(name)[first:last][torch.from_numpy(offsets - first)])
+                indices.append(index[offsets])
+
+    available = np.concatenate(indices) if indices else np.empty(0, np.int64)
+    wanted = np.sort(available) if wanted is None else wanted
+    offsets = _positions(available, wanted)
+    if (offsets < 0).any():
+        raise LocalParameterError(f"{directory}: no file holds {_some(wanted[offsets < 0])} of {name!r}")
+    return torch.cat(chunks)[torch.from_numpy(offsets)]
 
 
-def _named(name: str) -> list[str]:
-    """The local parameters of a name, or of a site."""
+def _parameters_called(name: str) -> list[str]:
+    """Returns the local parameters that a user means by a name: that of a parameter or of a site."""
     known = local_parameters()
-    found = [key for key in known if key == name or key.endswith("." + name)]
-    if not found:
+    meant = [key for key in known if key == name or key.endswith(f".{name}")]
+    if not meant:
         raise LocalParameterError(
-            f"no local parameter is, or ends in, {name!r}; local parameters: {', '.join(known) or 'none'}"
+            f"no local parameter is called {name!r} or ends in '.{name}'; "
+            f"local parameters: {', '.join(known) or 'none'}"
         )
-    return found
+    return meant
 
 
-def _collect(values: Tensor, plate: PlateShard, rows: ArrayLike | None, backend: Backend) -> Tensor:
-    """Sums, over ranks, the rows that each holds into a tensor of the rows wanted."""
+# A row is gathered by addition: each rank writes its rows into zeros, and one all-reduce gives all of them to all
+# ranks. That sends world_size - 1 zeros for each value, but only of the rows that were asked for, and needs no
+# knowledge of who holds what. A second all-reduce counts the holders of each row, so that rows held twice or nowhere
+# are found and not silently summed.
+def _gather(values: Tensor, plate: PlateShard, rows: ArrayLike | None, backend: Backend) -> Tensor:
+    """Returns the requested rows of all ranks; `values` are this rank's, rows first."""
     if len(values) != plate.size:
         raise LocalParameterError(
             f"values of shape {tuple(values.shape)} have {len(values)} rows, but plate {plate.name!r} has {plate.size} "
             "datapoints on this rank; give dim=, the dimension that runs over the datapoints"
         )
-    own = plate.global_rows(backend)
-    if rows is None:
-        ends = backend.all_gather_json([len(own), int(own.max(initial=-1)) + 1])
-        total, end = sum(size for size, _ in ends), max(last for _, last in ends)
-        if total != end:
-            raise LocalParameterError(
-                f"plate {plate.name!r}: the ranks hold {total:,} datapoints, numbered up to {end - 1:,}; say which "
-                "with rows="
-            )
-        rows = np.arange(total)
-    wanted = np.asarray(rows, dtype=np.int64)
-    places = _find(own, wanted)
-    here = torch.from_numpy(places >= 0)
+
+    held = plate.global_rows(backend)
+    wanted = _all_rows(held, plate, backend) if rows is None else np.asarray(rows, dtype=np.int64)
+    offsets = _positions(held, wanted)
+    is_held = torch.from_numpy(offsets >= 0)
+
     gathered = values.new_zeros((len(wanted), *values.shape[1:]))
-    gathered[here] = values[torch.from_numpy(places[places >= 0]).to(values.device)]
-    holders = here.to(device=values.device, dtype=torch.int64)
-    for handle in (backend.all_reduce(holders), backend.all_reduce(gathered)):
+    gathered[is_held] = values[torch.from_numpy(offsets[offsets >= 0]).to(values.device)]
+    num_holders = is_held.to(device=values.device, dtype=torch.int64)
+    for handle in (backend.all_reduce(num_holders), backend.all_reduce(gathered)):
         handle.wait()
-    if bool((holders != 1).any()):
-        wrong = wanted[(holders != 1).cpu().numpy()]
+
+    is_wrong = num_holders != 1
+    if bool(is_wrong.any()):
         raise LocalParameterError(
-            f"plate {plate.name!r}: {_some(wrong)} held by {int(holders[holders != 1][0])} of {backend.world_size} "
-            "ranks; each datapoint belongs to one"
+            f"plate {plate.name!r}: {_some(wanted[is_wrong.cpu().numpy()])} held by {int(num_holders[is_wrong][0])} of "
+            f"{backend.world_size} ranks, expected one"
         )
     return gathered
 
 
-def _find(own: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where in `own` each of `wanted` is, -1 where it is not."""
-    if not len(own):
+def _all_rows(held: NDArray[np.int64], plate: PlateShard, backend: Backend) -> NDArray[np.int64]:
+    """Returns the global indices of all datapoints, which must be numbered without gaps."""
+    ends = backend.all_gather_json([len(held), int(held.max(initial=-1)) + 1])
+    total = sum(size for size, _ in ends)
+    end = max(last for _, last in ends)
+    if total != end:
+        raise LocalParameterError(
+            f"plate {plate.name!r}: the ranks hold {total:,} datapoints, numbered up to {end - 1:,}; "
+            "give the ones to gather as rows="
+        )
+    return np.arange(total)
+
+
+def _positions(held: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns the position in `held` of each element of `wanted`, -1 for those that it does not have."""
+    if not len(held):
         return np.full(wanted.shape, -1, np.int64)
-    order = np.argsort(own, kind="stable")
-    places = order[np.minimum(np.searchsorted(own[order], wanted), len(own) - 1)]
-    return np.where(own[places] == wanted, places, -1)
+    order = np.argsort(held, kind="stable")
+    positions = order[np.minimum(np.searchsorted(held[order], wanted), len(held) - 1)]
+    return np.where(held[positions] == wanted, positions, -1)
 
 
 def _some(rows: NDArray[np.int64]) -> str:
-    """Names a few rows."""
+    """Names the first rows."""
     return f"rows {', '.join(map(str, rows[:5]))}{', ...' if len(rows) > 5 else ''}"
 
 
-def _shard_files(directory: Path) -> list[Path]:
-    """The shards in a directory, in order."""
-    return sorted(path for path in directory.glob("local-*.safetensors") if _SHARD.fullmatch(path.name))
+def _files_in(directory: Path) -> list[tuple[Path, int]]:
+    """Returns the files that `write_local` has written, in order of rank, each with the number of files of its set."""
+    matches = [(path, _SHARD.fullmatch(path.name)) for path in sorted(directory.glob("local-*.safetensors"))]
+    return [(path, int(match[2])) for path, match in matches if match is not None]
 
 
-def _match(path: Path) -> re.Match[str]:
-    """The rank and the number of ranks in a shard's name."""
-    match = _SHARD.fullmatch(path.name)
-    assert match is not None
-    return match
-
-
-def _complete(directory: Path) -> list[Path]:
-    """All shards of one writing; raises when some are missing."""
-    files = _shard_files(directory)
-    counts = {int(_match(path)[2]) for path in files}
-    if len(counts) != 1 or len(files) != next(iter(counts)):
+def _complete_set(directory: Path) -> list[Path]:
+    """Returns the files of all ranks, or raises if some are missing."""
+    files = _files_in(directory)
+    sizes = {num_files for _, num_files in files}
+    if len(sizes) != 1 or len(files) != next(iter(sizes)):
+        written = " and ".join(map(str, sorted(sizes))) or "no"
         raise LocalParameterError(
-            f"{directory}: found {len(files)} shards of a writing by "
-            f"{' and by '.join(map(str, sorted(counts))) or 'no'} ranks: the set is not complete"
+            f"{directory}: found {len(files)} files, written by {written} ranks; one file of each rank is needed"
         )
-    return files
+    return [path for path, _ in files]

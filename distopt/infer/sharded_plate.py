@@ -1,4 +1,17 @@
-"""Plates whose datapoints are split over the ranks, with the latent variables that belong to them."""
+"""Plates whose datapoints are split over the ranks, together with the latent variables of these datapoints.
+
+With `W` ranks and the datapoints `D_r` on rank `r`, the ELBO of all data is the mean over the ranks of
+
+    global + W * sum(local(n) for n in D_r)
+
+where `global` are the terms outside the plate. So a rank multiplies the density of sites inside the plate by `W`, and
+the all-reduce that averages gradients does the rest: gradients of global parameters are exact for any sizes of the
+shards. The gradient of a local parameter is `W` times too large on the one rank that has it; the optimizer divides it
+by `W` and sends it nowhere.
+
+`sharded_plate` is for one's own model, `shard` for a model that is not to be changed. `distopt.infer.SVI` wraps both
+model and guide, so that a plate that is sharded in one is sharded in the other.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +29,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from distopt.infer.autoguides import Plan, plan_autoguide, set_up
+from distopt.infer.autoguides import GuidePlan, plan_autoguide, set_up_autoguide
 from distopt.infer.splitting import (
     Unsplit,
     check_guide,
@@ -32,31 +45,34 @@ from distopt.sharding import LocalParameterError, PlateShard, mark_local
 
 
 class sharded_plate(pyro.plate):  # type: ignore[misc]  # noqa: N801  # reads like pyro.plate, which it is
-    """A `pyro.plate` over the datapoints that this rank holds, of more that are on the other ranks.
+    r"""A `pyro.plate` over the datapoints that this rank holds, while other ranks hold the rest.
 
-    Inside it everything is as in `pyro.plate`, but the density of every site is multiplied by the number of ranks `W`,
-    so that the mean of the ranks' losses, and of their gradients, is that of one process with all the data, whatever
-    the sizes of the shards: `mean_r [global + W sum_(n in r) local_n] = global + sum_n local_n`. A `pyro.param` with
-    `event_dim` that has a row per datapoint stays on its rank, and its optimizer state too.
+    It is used like `pyro.plate`, but the density of every site inside is multiplied by the number of ranks `W`, so that
+    the mean over the ranks of losses and gradients is that of one process with all the data:
 
-    Use it in the model and in a hand-written guide. An autoguide makes plates of its own, so give model and autoguide
-    to `distopt.infer.SVI`, or the guide through `shard`.
+    .. math:: rac{1}{W} \sum_{r=1}^{W} \Bigl[\mathrm{global} + W \sum_{n \in r} \mathrm{local}_n\Bigr]
+        = \mathrm{global} + \sum_n \mathrm{local}_n
+
+    A `pyro.param` with `event_dim` that has a row per datapoint stays on its rank, and so does its optimizer state.
+
+    Use it in the model and in a hand-written guide. An autoguide makes its own plates, so pass model and autoguide to
+    `distopt.infer.SVI`, or wrap the guide with `shard`.
 
     Args:
         name: Name of the plate.
-        size: Number of datapoints this rank holds, 1 or more. Ranks may hold different numbers.
-        subsample_size: Size of a minibatch of this rank's datapoints; None for all.
+        size: Number of datapoints that this rank holds, 1 or more. Ranks may hold different numbers.
+        subsample_size: Size of a minibatch of this rank's datapoints; None takes all.
         subsample: (batch,) int64 indices into this rank's datapoints, in [0, size), as in `pyro.plate`.
         dim: As in `pyro.plate`.
-        rows: (size,) the global index of each datapoint, for `gather` and checkpoints. None: rank 0 holds the first
-            ones, rank 1 the next ones, and so on.
-        replicated: Names (or patterns, as in `fnmatch`) of parameters that have this rank's `size` in their shape by
-            chance.
-        num_shards: Over how many ranks the plate is split. None: all of the world.
+        rows: (size,) the global index of each datapoint, for `gather_local` and checkpoints. None: rank 0 holds the
+            first ones, rank 1 the next ones, and so on.
+        replicated: Names (or patterns, as in `fnmatch`) of parameters that are the same on all ranks although their
+            shape contains this rank's `size`.
+        num_shards: Number of ranks that the plate is split over; None for all ranks of the world.
         device: As in `pyro.plate`.
 
     Raises:
-        LocalParameterError: A parameter has a row per datapoint, but no `event_dim` to say so.
+        LocalParameterError: A parameter seems to have a row per datapoint, but no `event_dim` that says so.
 
     Example:
         >>> import pyro.distributions as dist
@@ -84,6 +100,8 @@ class sharded_plate(pyro.plate):  # type: ignore[misc]  # noqa: N801  # reads li
         self._shard = plate_shard(name, num_shards, rows, replicated=replicated)
         self._shard.resize(size)
         self._unsplit: dict[str, Unsplit] = {}
+        # Handlers outside, such as those of `SVI`, learn of the plate, so that the guide's plate of this name is
+        # sharded.
         for handler in _PYRO_STACK:
             if isinstance(handler, Sharding):
                 handler.plates[name] = self._shard
@@ -118,29 +136,29 @@ def shard(
     replicated: Iterable[str] = (),
     num_shards: int | None = None,
 ) -> Sharded:
-    """Makes named plates of a model (or guide) that is not ours to edit behave as `sharded_plate`.
+    """Makes plates of an existing model or guide behave like `sharded_plate`, without changing its code.
 
-    Each rank calls it with its own datapoints, so the plates' sizes are numbers of datapoints of this rank, and index
-    arguments (`pyro.plate(name, size=n, subsample=index)`) count within them. A site inside several of the plates,
-    nested ones, is one rank's, as in a single plate. An untouched autoguide goes on top: `AutoNormal(shard(model,
-    "cells"))`.
+    Each rank calls it with its own datapoints, so the sizes of the plates are numbers of datapoints of this rank, and
+    indices (`pyro.plate(name, size=n, subsample=index)`) count within them. A site inside several nested sharded plates
+    is split once, as in a single plate. An autoguide needs no change either: `AutoNormal(shard(model, "cells"))`.
 
     Args:
         fn: Model or guide.
         plates: Names of its plates that are split over the ranks.
-        rows: By plate, (size,) global index of each datapoint; see `sharded_plate`.
-        local: Parameters of model or guide with a row per datapoint that are stated without `event_dim`, or outside the
-            plate: by name (or pattern, as in `fnmatch`), which dimension runs over the datapoints, or (plate,
-            dimension) where there are several plates.
-        replicated: Names (or patterns) of parameters that have the shard's size in their shape by chance.
-        num_shards: Over how many ranks the plates are split. None: all of the world.
+        rows: For each plate, (size,) global index of each datapoint; see `sharded_plate`.
+        local: Parameters that have a row per datapoint but are stated without `event_dim`, or outside the plate: for
+            each name (or pattern, as in `fnmatch`) the dimension that runs over the datapoints, or (plate, dimension)
+            if there are several plates.
+        replicated: Names (or patterns) of parameters that are the same on all ranks although their shape contains the
+            size of the shard.
+        num_shards: Number of ranks that the plates are split over; None for all ranks of the world.
 
     Returns:
-        A callable as `fn`. Other attributes are `fn`'s own.
+        A callable with the arguments of `fn`, whose attributes are those of `fn`.
 
     Raises:
-        LocalParameterError: When called: a plate that the code does not have, a guide that cannot be split, a
-            replicated parameter whose shape follows the size of the shard.
+        LocalParameterError: When it is called: it has no such plate, it is a guide that cannot be split, or a parameter
+            seems to have a row per datapoint but does not say so.
 
     Example:
         >>> import pyro.distributions as dist
@@ -155,30 +173,33 @@ def shard(
     """
     names = (plates,) if isinstance(plates, str) else tuple(plates)
     shards = {name: plate_shard(name, num_shards, (rows or {}).get(name), replicated=replicated) for name in names}
-    for pattern, where in (local or {}).items():
-        if isinstance(where, int):
+
+    for pattern, plate_and_dim in (local or {}).items():
+        if isinstance(plate_and_dim, int):
             if len(names) != 1:
                 raise LocalParameterError(
-                    f"local={{{pattern!r}: {where}}}: there are several sharded plates ({', '.join(names)}), so say "
-                    f"which, as local={{{pattern!r}: ({names[0]!r}, {where})}}"
+                    f"local={{{pattern!r}: {plate_and_dim}}}: there are several sharded plates ({', '.join(names)}); "
+                    f"name one, as in local={{{pattern!r}: ({names[0]!r}, {plate_and_dim})}}"
                 )
-            where = (names[0], where)
-        shards[where[0]].local[pattern] = where[1]
+            plate_and_dim = (names[0], plate_and_dim)
+        plate, dim = plate_and_dim
+        shards[plate].local[pattern] = dim
     return Sharded(fn, shards, required=names)
 
 
 class Sharded(partial[Any]):
-    """A model or guide that runs inside `Sharding`; what `shard` returns.
-
-    It is a `partial` of the form that `pyro.poutine.unwrap` sees through, for Pyro's losses look for messenger guides
-    so.
+    """A model or guide that runs inside the handler `Sharding`; what `shard` returns.
 
     Args:
         fn: Model or guide.
-        plates: The sharded plates by name; plates that are found inside are added, and model and guide may share it.
+        plates: The sharded plates by name. Plates that are found while it runs are added; model and guide may share the
+            dictionary.
         required: Plates that `fn` must have.
-        weight: By which the density of sites outside sharded plates is multiplied.
+        weight: Factor of the density of sites outside sharded plates.
     """
+
+    # Pyro's losses treat messenger guides specially and find them with `pyro.poutine.unwrap`, which looks through
+    # partials of the form `partial(call, handler, fn)`. So this is such a partial and not a plain wrapper.
 
     plates: dict[str, PlateShard]
 
@@ -196,39 +217,45 @@ class Sharded(partial[Any]):
 
 
 class _Run:
-    """Runs a model or guide inside `Sharding`, an autoguide with a plan of what it does outside its plates."""
+    """Runs a model or guide inside `Sharding`; an autoguide with a plan of what it does outside its plates."""
 
     def __init__(self, plates: dict[str, PlateShard], required: tuple[str, ...], weight: float) -> None:
-        self._plates, self._weight = plates, weight
+        self._plates = plates
         self._required = required
-        self._plan: Plan | None = None
+        self._weight = weight
+        self._plan: GuidePlan | None = None
 
     def __call__(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if isinstance(fn, AutoGuide):
             self._prepare(fn, args, kwargs)
         with Sharding(self._plates, self._plan, weight=self._weight) as sharding:
             result = fn(*args, **kwargs)
+
         for name in self._required:
             if name not in sharding.seen:
                 raise LocalParameterError(
-                    f"plate {name!r} was to be sharded, but the model has no such plate. "
+                    f"shard() was given the plate {name!r}, but the model has no such plate. "
                     f"Its plates: {', '.join(sorted(sharding.seen)) or 'none'}"
                 )
         return result
 
     def _prepare(self, guide: AutoGuide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Finds out which of an autoguide's parameters belong to datapoints, setting it up if that takes a plan."""
+        """Plans which parameters of an autoguide belong to datapoints; again if plates were found meanwhile."""
+        # Blocked, because the guide traces the model here, whose sites are not those of the surrounding trace.
         with poutine.block(), Sharding(self._plates, check=False):
-            if not set_up(guide, args, kwargs):
+            if not set_up_autoguide(guide, args, kwargs):
                 return
         if self._plan is None or self._plan.plates != set(self._plates):
             self._plan = plan_autoguide(guide, self._plates)
 
 
 def share_plates(model: Callable[..., Any], guide: Callable[..., Any], weight: float = 1.0) -> tuple[Sharded, Sharded]:
-    """Wraps model and guide so that a plate that is sharded in one is so in the other.
+    """Wraps model and guide, so that a plate that is sharded in one is sharded in the other.
 
-    Sites outside sharded plates are weighted: with unequal minibatches of replicated plates, by this rank's part.
+    Args:
+        model: The model.
+        guide: The guide.
+        weight: Factor of the density of sites outside sharded plates; not 1 if ranks read unequally many rows.
     """
     plates: dict[str, PlateShard] = {}
     for fn in (model, guide):
@@ -238,23 +265,27 @@ def share_plates(model: Callable[..., Any], guide: Callable[..., Any], weight: f
 
 
 class Sharding(Messenger):  # type: ignore[misc]
-    """The effect handler behind `shard`: scales sites of its plates, keeps their parameters here, checks the rest.
+    """The effect handler behind `shard`: scales sites of its plates, marks their parameters, checks the rest.
 
     Args:
-        plates: By name. `sharded_plate`s and the plates of handlers that run inside it are added.
+        plates: By name. Each `sharded_plate` inside is added, and the plates of such handlers inside.
         plan: What an autoguide does for datapoints outside its plates.
-        check: Whether to check that no replicated parameter follows the shard's size.
-        weight: By which the density of sites outside the plates is multiplied.
+        check: Whether to check for parameters that seem to have a row per datapoint but do not say so.
+        weight: Factor of the density of sites outside the plates.
+
+    Attributes:
+        plates: As given, with what was added.
+        seen: Names of all plates that sites were in.
     """
 
     def __init__(
-        self, plates: dict[str, PlateShard], plan: Plan | None = None, *, check: bool = True, weight: float = 1.0
+        self, plates: dict[str, PlateShard], plan: GuidePlan | None = None, *, check: bool = True, weight: float = 1.0
     ) -> None:
         super().__init__()
         self._weight = weight
         self.plates = plates
         self.seen: set[str] = set()
-        self._plan = plan or Plan(set())
+        self._plan = plan or GuidePlan(set())
         self._check = check
         self._unsplit: dict[str, Unsplit] = {}
         self._rank_streams: list[tuple[str, RankStream | None]] = []
@@ -278,12 +309,16 @@ class Sharding(Messenger):  # type: ignore[misc]
         if site_is_subsample(msg):
             return
         self.seen.update(frame.name for frame in msg["cond_indep_stack"])
+
+        # Every site is scaled by the number of ranks (inside sharded plates) or by this rank's weight (outside).
         if msg["name"] in self._plan.sites:
             scale_site(msg, self._plan.sites[msg["name"]])
         else:
             split_site(msg, self.plates)
         if self._weight != 1.0 and not is_split(msg):
             msg["scale"] = msg["scale"] * self._weight
+
+        # Ranks that draw the same numbers for global sites must not do so for sites of different datapoints.
         if is_split(msg) and not msg["is_observed"] and not msg["done"]:
             self._rank_streams.append((msg["name"], begin_rank_stream()))
 
@@ -298,9 +333,9 @@ class Sharding(Messenger):  # type: ignore[misc]
             stream.end()
 
     def _pyro_post_param(self, msg: Any) -> None:
-        entry = self._plan.params.get(msg["name"])
-        if entry is None:
+        planned = self._plan.params.get(msg["name"])
+        if planned is None:
             keep_local(msg, self.plates, self._unsplit)
         else:
-            mark_local(msg["value"].unconstrained(), entry)
+            mark_local(msg["value"].unconstrained(), planned)
             self._unsplit.pop(msg["name"], None)

@@ -1,4 +1,8 @@
-"""What a sharded plate does to one message of Pyro: scale a site, keep a parameter, notice what is wrong."""
+"""What a sharded plate does to one message of Pyro: it scales sites, marks parameters as local, and finds mistakes.
+
+Two handlers use this, `sharded_plate` for plates in one's own code and `shard` for those of others. Both may be active,
+so each effect is applied only once per message.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +19,15 @@ from torch import Tensor
 from distopt import backends
 from distopt.sharding import LocalParameter, LocalParameterError, PlateShard, local_parameter, mark_local
 
-_SPLIT = "_sharded"  # on a message that has been dealt with, and in a site's `infer`, where `replay` carries it on
+# Set on a message whose scale was multiplied already; and in the `infer` dictionary of a site, which `poutine.replay`
+# copies from the guide's trace to the model's, so that `check_guide` can tell whether the guide's plate was sharded.
+_SPLIT = "_sharded"
 
 
 def plate_shard(
     name: str, num_shards: int | None, rows: ArrayLike | None = None, *, replicated: Iterable[str] = ()
 ) -> PlateShard:
-    """Returns a plate's record for the world that this process is in."""
+    """Returns the description of a plate that is split over `num_shards` ranks; None stands for all of the world."""
     if num_shards is None:
         num_shards = backends.current().world_size
     indices = None if rows is None else np.asarray(rows, dtype=np.int64)
@@ -29,27 +35,27 @@ def plate_shard(
 
 
 def split_site(msg: Any, plates: Mapping[str, PlateShard]) -> None:
-    """Multiplies the scale of a site in sharded plates by the number of ranks, once for all of them."""
+    """Multiplies the scale of a site inside sharded plates by the number of ranks; only once if there are several."""
     if site_is_subsample(msg):
         return
-    inside = None
+    sharded = None
     for frame in msg["cond_indep_stack"]:
         plate = plates.get(frame.name)
         if plate is None:
             continue
         if frame.dim is None:
             raise LocalParameterError(
-                f"plate {frame.name!r} is iterated over; a sharded plate must be vectorized: with pyro.plate(...) as "
-                "index:"
+                f"plate {frame.name!r} is used sequentially, as in `for i in pyro.plate(...)`; a sharded plate must be "
+                "vectorized: `with pyro.plate(...):`"
             )
         plate.resize(int(frame.full_size or frame.size))
-        inside = inside or plate
-    if inside is not None:
-        scale_site(msg, inside)
+        sharded = sharded or plate
+    if sharded is not None:
+        scale_site(msg, sharded)
 
 
 def scale_site(msg: Any, plate: PlateShard) -> None:
-    """Multiplies a site's scale by the number of ranks that share its plate, if that has not been done."""
+    """Multiplies the scale of a site by the number of ranks that share its plate, unless that was done already."""
     if not msg.get(_SPLIT):
         msg["scale"] = msg["scale"] * plate.num_shards
         msg["infer"] = {**(msg["infer"] or {}), _SPLIT: True}
@@ -57,12 +63,12 @@ def scale_site(msg: Any, plate: PlateShard) -> None:
 
 
 def is_split(msg: Any) -> bool:
-    """Whether a site's scale has been multiplied by the number of ranks."""
+    """Returns whether the scale of a site was multiplied by the number of ranks."""
     return bool(msg.get(_SPLIT))
 
 
 def check_guide(msg: Any, plates: Mapping[str, PlateShard]) -> None:
-    """Raises when the model's site was drawn by a guide that knows nothing of the sharded plate, while training."""
+    """Raises if, during training, a site of the model was drawn by a guide whose plate of that name is not sharded."""
     if not msg.get(_SPLIT) or msg["is_observed"] or _SPLIT in msg["infer"] or not torch.is_grad_enabled():
         return
     name = next((frame.name for frame in msg["cond_indep_stack"] if frame.name in plates), None)
@@ -76,18 +82,21 @@ def check_guide(msg: Any, plates: Mapping[str, PlateShard]) -> None:
 
 
 class Unsplit(NamedTuple):
-    """A parameter that is not split, and the dimensions that neither `event_dim` nor a plate explains."""
+    """A parameter that is not split, and those of its dimensions that neither `event_dim` nor a plate explains."""
 
     leaf: Tensor
+    """The unconstrained parameter."""
     shape: tuple[int, ...]
+    """Shape of the constrained parameter."""
     dims: tuple[int, ...]
+    """Dimensions that may run over datapoints by mistake."""
 
 
 def keep_local(msg: Any, plates: Mapping[str, PlateShard], unsplit: dict[str, Unsplit]) -> None:
-    """Marks a parameter with a row per datapoint of a sharded plate as local; notes any other in `unsplit`."""
-    where = _rows_of(msg, plates)
+    """Marks a parameter as local if it has a row per datapoint of a sharded plate; notes it in `unsplit` if not."""
+    rows_of = _find_rows(msg, plates)
     leaf = msg["value"].unconstrained()
-    if where is None:
+    if rows_of is None:
         shape, event_dim = tuple(msg["value"].shape), msg["kwargs"].get("event_dim")
         dims: Sequence[int] = range(len(shape))
         if event_dim is not None:
@@ -95,51 +104,63 @@ def keep_local(msg: Any, plates: Mapping[str, PlateShard], unsplit: dict[str, Un
             dims = [dim for dim in dims[: len(shape) - event_dim] if dim not in explained]
         unsplit[msg["name"]] = Unsplit(leaf, shape, tuple(dims))
         return
-    plate, dim = where
+
+    plate, dim = rows_of
     if plate.size and leaf.shape[dim] != plate.size:
         raise LocalParameterError(
             f"parameter {msg['name']!r} of shape {tuple(leaf.shape)} has {leaf.shape[dim]} rows, but plate "
-            f"{plate.name!r} has {plate.size} datapoints on this rank. Was it made for another shard, or restored "
-            "without its rows?"
+            f"{plate.name!r} has {plate.size} datapoints on this rank; it may have been made for another shard, or "
+            "restored without its rows"
         )
     mark_local(leaf, LocalParameter(plate, tuple(leaf.shape), dim))
     unsplit.pop(msg["name"], None)
 
 
+# A parameter with a row per datapoint that is stated without `event_dim`, or outside the plate, looks replicated.
+# Averaging it over the ranks would mix rows of different datapoints, silently, since the shapes fit if shards are of
+# equal size. Its one trace is a dimension of exactly the shard's size. A global parameter can have that size by chance,
+# which only the user can know: so it is an error, with both ways out in its message.
 def check_replicated(unsplit: Mapping[str, Unsplit], plates: Iterable[PlateShard]) -> None:
-    """Raises when a parameter that is not local has a dimension of a shard's size that nothing else explains."""
+    """Raises if a parameter that is not local has a dimension of a shard's size that nothing else explains."""
     for plate in plates:
         for name, (leaf, shape, dims) in unsplit.items():
             dim = next((dim for dim in dims if shape[dim] == plate.size > 1), None)
             if dim is None or local_parameter(leaf) is not None:
                 continue
             if not any(fnmatchcase(name, pattern) for pattern in plate.replicated):
-                raise LocalParameterError(_follows(name, shape, dim, plate))
+                raise LocalParameterError(_describe_unsplit(name, shape, dim, plate))
 
 
-def _rows_of(msg: Any, plates: Mapping[str, PlateShard]) -> tuple[PlateShard, int] | None:
-    """Which sharded plate a parameter has rows of, and along which dimension from the left; None if of none."""
-    name, dims = msg["name"], len(msg["value"].shape)
+def _find_rows(msg: Any, plates: Mapping[str, PlateShard]) -> tuple[PlateShard, int] | None:
+    """Returns the sharded plate that a parameter has rows of, and the dimension, from the left; None for no plate.
+
+    What the user declares with `shard(..., local=...)` comes first. Otherwise the dimension follows from Pyro's rule
+    that the batch dimensions of a parameter, those left of its last `event_dim`, are aligned with the plates' dims.
+    """
+    name = msg["name"]
+    num_dims = len(msg["value"].shape)
     for plate in plates.values():
         for pattern, dim in plate.local.items():
             if fnmatchcase(name, pattern):
-                return plate, dim % dims
+                return plate, dim % num_dims
+
     event_dim = msg["kwargs"].get("event_dim")
     for frame in msg["cond_indep_stack"]:
-        inside = plates.get(frame.name)
-        if inside is None or frame.dim is None:
+        plate_here = plates.get(frame.name)
+        if plate_here is None or frame.dim is None:
             continue
-        inside.resize(int(frame.full_size or frame.size))
+        plate_here.resize(int(frame.full_size or frame.size))
         if event_dim is None:
             continue
-        dim = dims + frame.dim - event_dim
-        if dim >= 0 and (msg["value"].shape[dim] != 1 or inside.size == 1):
-            return inside, dim
+        dim = num_dims + frame.dim - event_dim
+        # A dimension of size 1 is broadcast along the plate: one value for all datapoints, so it is replicated.
+        if dim >= 0 and (msg["value"].shape[dim] != 1 or plate_here.size == 1):
+            return plate_here, dim
     return None
 
 
-def _follows(name: str, shape: tuple[int, ...], dim: int, plate: PlateShard) -> str:
-    """The message for a replicated parameter that has the shard's size in its shape."""
+def _describe_unsplit(name: str, shape: tuple[int, ...], dim: int, plate: PlateShard) -> str:
+    """Returns the message for a replicated parameter that has the shard's size in its shape."""
     return (
         f"parameter {name!r} has shape {shape}, and sharded plate {plate.name!r} has {plate.size} datapoints on this "
         "rank: if it has a row per datapoint, it would be averaged with other ranks' rows. State it inside the plate "

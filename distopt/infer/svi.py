@@ -23,25 +23,25 @@ CaptureMode: TypeAlias = Literal["graph", "off"]
 
 
 class SVI(pyro.infer.SVI):  # type: ignore[misc]
-    r"""Pyro's SVI, whose loss is the mean over ranks and whose errors reach all of them.
+    r"""Pyro's SVI on all ranks: losses and gradients are means over the ranks, and errors reach all of them.
 
-    With rank `r` reading its part of the data, all ranks together step on the gradient of
+    With rank `r` reading its share of the data, all ranks together step on the gradient of
 
     .. math:: \frac{1}{W} \sum_{r=1}^{W} w_r \, \mathrm{loss}_r
 
-    where each `loss_r` is scaled to the full data by the model's plates, as it is for one worker. The loss travels in
-    the optimizer's control slots, so it costs no collective of its own. With an optimizer that is not distributed, this
-    is Pyro's SVI.
+    where each `loss_r` is scaled to the full data by the model's plates, as it is for one worker. The loss is sent
+    along with the gradients and costs no further collective. With an optimizer that is not distributed, this is Pyro's
+    SVI.
 
-    Plates that are sharded in the model (`sharded_plate`, `shard`) are so in the guide, be it Pyro's own autoguide.
+    Plates that are sharded in the model (`sharded_plate`, `shard`) are sharded in the guide too, even in an autoguide.
 
     Args:
-        model: the model, called with the arguments of `step`.
-        guide: the guide, called likewise.
-        optim: a `DistributedOptimizer`, or any optimizer that Pyro's SVI takes.
-        loss: an ELBO.
-        weight: `w_r`; `GlobalBatches.weight` where ranks read unequally many rows. Their mean must be 1. Sites in
-            sharded plates are not weighted.
+        model: The model, called with the arguments of `step`.
+        guide: The guide, called with the same arguments.
+        optim: A `DistributedOptimizer`, or any optimizer that Pyro's SVI takes.
+        loss: An ELBO.
+        weight: `w_r`, such as `GlobalBatches.weight` if ranks read unequally many rows; the mean over the ranks must be
+            1. Sites in sharded plates are not weighted.
         capture: "graph" records a step and runs later ones from the recording, with the losses, gradients and random
             numbers of eager steps in every bit (see `distopt.infer.capture`); a step that cannot be captured stays
             eager, and `captured.refusal` says why. "off": every step is eager.
@@ -51,6 +51,21 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
 
     Raises:
         ValueError: `capture` is neither "graph" nor "off".
+
+    Example:
+        >>> import torch
+        >>> import pyro.distributions as dist
+        >>> from distopt.optim import Adam
+        >>> pyro.clear_param_store()
+        >>> def model(data):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("rows", len(data)):
+        ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=data)
+        >>> guide = pyro.infer.autoguide.AutoDelta(model)
+        >>> svi = SVI(model, guide, DistributedOptimizer(Adam({"lr": 0.1})), Trace_ELBO())
+        >>> losses = [svi.step(torch.ones(5)) for _ in range(100)]
+        >>> losses[-1] < losses[0]
+        True
     """
 
     def __init__(
@@ -69,26 +84,35 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         self.captured = StepCapture(self.loss_and_grads) if capture == "graph" else None
 
     def init(self, *args: Any, **kwargs: Any) -> None:
-        """Runs guide and model once, so that their parameters exist before the first step, and changes none.
+        """Runs guide and model once, so that their parameters exist before the first step; changes no parameter.
 
-        A restored checkpoint or the first step of a distributed optimizer then finds them all.
+        Args:
+            *args: The arguments of model and guide.
+            **kwargs: Their keyword arguments.
         """
         loss = self.loss
-        if isinstance(
-            getattr(loss, "__self__", None), TraceTailAdaptive_ELBO
-        ):  # its own raises: it has a gradient only
+        # This objective has only a gradient, its `loss` raises.
+        if isinstance(getattr(loss, "__self__", None), TraceTailAdaptive_ELBO):
             loss = partial(Trace_ELBO.loss, loss.__self__)
         loss(self.model, self.guide, *args, **kwargs)
 
     def step(self, *args: Any, **kwargs: Any) -> float:
-        """Takes one gradient step on the loss and returns its mean over ranks, in nats.
+        """Takes one gradient step.
+
+        Args:
+            *args: The arguments of model and guide.
+            **kwargs: Their keyword arguments.
+
+        Returns:
+            The loss in nats, mean over the ranks.
 
         Raises:
-            Exception: whatever model or guide raised, on this rank or, named as such, on another one; no rank has
-                stepped.
+            Exception: What model or guide raised on this rank; no rank has stepped.
+            PeerError: Model or guide raised on another rank; no rank has stepped.
 
-        Cost: the optimizer's collectives; the first step, with several ranks, runs guide and model once more, so that
-        all ranks compute its gradient from the same values.
+        Cost:
+            The collectives of the optimizer. With several ranks, the first step runs guide and model once more, so that
+            all ranks compute its gradient from the same values.
         """
         if not isinstance(self.optim, DistributedOptimizer):
             return self._step_alone(args, kwargs)
@@ -105,7 +129,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         stop: bool = False,
         measure_norm: bool = False,
     ) -> StepInfo:
-        """Does what `step` does, and shares what a training loop needs to know.
+        """Does what `step` does, and exchanges what a training loop needs to know.
 
         Args:
             args: The arguments of model and guide.
@@ -120,14 +144,17 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
 
         Raises:
             TypeError: The optimizer is not distributed.
-            Exception: As for `step`.
+            Exception: As `step` does.
+            PeerError: As `step` does.
 
         Cost:
-            That of `step`.
+            As `step`.
         """
         if not isinstance(self.optim, DistributedOptimizer):
             raise TypeError(f"step_with() needs a DistributedOptimizer, found {type(self.optim).__name__}; use step().")
         kwargs = kwargs or {}
+
+        # A model that raises on one rank would leave the others waiting in the all-reduce: they are told first.
         try:
             if not self.optim.is_synchronized:
                 self._meet(*args, **kwargs)
@@ -135,6 +162,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         except Exception as error:
             self.optim.abort(error)
             raise
+
         info = self.optim.step_with(params, loss=loss, step=step, stop=stop, measure_norm=measure_norm)
         self.optim.zero_grad(params)
         return info if info.loss is not None else replace(info, loss=loss)
@@ -160,8 +188,8 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
     def _meet(self, *args: Any, **kwargs: Any) -> None:
         """Agrees on the first values of the parameters before a gradient is computed from them."""
         device = self.optim.backend.device
-        noise = generators_state(device)
+        state = generators_state(device)  # kept, so that the first step draws what it would draw on a single rank
         with poutine.trace(param_only=True) as capture:
             self.init(*args, **kwargs)
-        set_generators_state(noise, device)
+        set_generators_state(state, device)
         self.optim.synchronize({site["value"].unconstrained() for site in capture.trace.nodes.values()})

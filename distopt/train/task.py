@@ -31,13 +31,15 @@ class Task(ABC):
     A class that has the members without being a subclass works too.
 
     Attributes:
+        model: The model, called with the arguments that `batch` returns.
+        guide: The guide, called with the same; Any, so that a subclass can use the methods of its autoguide.
         sharded: Whether a row is a datapoint of a sharded plate, with latent variables that only the rank that holds it
             knows. Each rank then gets the same rows at every step, all that it holds; `data.global_batch` must be null.
     """
 
     sharded: bool = False
     model: Callable[..., Any]
-    guide: Callable[..., Any]
+    guide: Any
 
     @abstractmethod
     def rows(self) -> int:

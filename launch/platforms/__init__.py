@@ -9,10 +9,8 @@ import os
 import sys
 from collections.abc import Mapping
 from importlib import import_module
-from inspect import isabstract
 
-from distopt.config import ConfigError
-from distopt.config.plugins import is_reference, load_reference
+from distopt.config.plugins import is_reference, load_subclass
 
 from .base import Platform
 
@@ -48,11 +46,4 @@ def _load_users(reference: str) -> Platform:
     # `python -m distopt.launch` and the workers search the current folder first, the script `distopt` does not.
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
-    platform = load_reference(reference, KEY)
-
-    if not (isinstance(platform, type) and issubclass(platform, Platform)):
-        raise ConfigError([f"{KEY}: found {reference}, expected a subclass of {__name__}.Platform"])
-    if isabstract(platform):
-        missing = ", ".join(sorted(platform.__abstractmethods__))
-        raise ConfigError([f"{KEY}: {reference} lacks methods that {__name__}.Platform requires: {missing}"])
-    return platform()
+    return load_subclass(reference, KEY, Platform)()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,6 +50,9 @@ class End(Event):
         """Whether it ended by itself, and not successfully."""
         return self.status != 0 and not self.stopped
 
+
+STOPPED_STATUSES = (0, 128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)
+"""How a worker ends that was asked to stop, and did: with a status of its own choice, or by the signal."""
 
 _KINDS = {"start": Start, "end": End}
 

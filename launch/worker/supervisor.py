@@ -250,7 +250,12 @@ def _signal_group(pid: int, number: signal.Signals) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the worker; the exit status is the worker's, for a signal n that of a shell, 128 + n."""
+    """Runs the worker; the exit status is the worker's, for a signal n that of a shell, 128 + n.
+
+    A worker that was asked to stop by the stop file, and did, counts as ended well: mpirun and horovodrun kill all
+    others at the first status that is not 0, and with them supervisors that have not yet recorded the same. The
+    launcher takes what happened from the records.
+    """
     die_with_parent()
     if len(argv) < 3 or argv[1] != "--":
         print("usage: python -m distopt.launch.worker.supervisor RUN_DIR -- COMMAND [ARGUMENT …]", file=sys.stderr)
@@ -266,6 +271,8 @@ def main(argv: Sequence[str]) -> int:
     status = supervisor.run()
     if status and not supervisor.asked_to_stop:
         write_termination_message(supervisor.run_dir, supervisor.rank)
+    if supervisor.stop_file is not None and supervisor.asked_to_stop and status in events.STOPPED_STATUSES:
+        return 0
     return status if status >= 0 else 128 - status
 
 

@@ -109,8 +109,11 @@ def test_backend_of_ones_own_is_started_by_its_name_and_found_again(started_as):
     [
         ("nosuch.module:Ring", "backend: found nosuch.module:Ring, but importing nosuch.module failed"),
         ("tests.backends.store_backend:StoreBackend2", "has no StoreBackend2; did you mean StoreBackend?"),
-        ("pathlib:Path", "backend='pathlib:Path': expected a subclass of distopt.backends.Backend"),
-        ("distopt.backends.world:World", "it lacks methods that distopt.backends.Backend requires: "),
+        ("pathlib:Path", "backend: found pathlib:Path, expected a subclass of distopt.backends.Backend"),
+        (
+            "distopt.backends.world:World",
+            "World lacks methods that distopt.backends.Backend requires: _leave, _make",
+        ),
     ],
 )
 def test_name_that_is_no_backend_is_an_error_that_says_why(name, message):

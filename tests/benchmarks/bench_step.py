@@ -81,7 +81,7 @@ def work(workload: str, candidate: str) -> None:
     """Takes as many steps as each line of the standard input says, and prints the seconds that they took."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     steps = numpyro_steps(workload) if candidate == "numpyro" else pyro_steps(workload, candidate)
-    steps(8)  # compiled, recorded, and memory of all sizes
+    steps(70)  # compiled, recorded, and beyond the steps that are recorded again for comparison
     print("ready", flush=True)
     for line in sys.stdin:
         start = time.process_time()
@@ -136,7 +136,7 @@ def measure(workload: str, candidates: Sequence[str], seconds: float) -> dict[st
 
         times: dict[str, list[float]] = {name: [] for name in workers}
         end = time.monotonic() + seconds
-        while time.monotonic() < end or len(times[candidates[0]]) < 3:
+        while time.monotonic() < end or len(times[candidates[0]]) < 5:
             for name, worker in workers.items():
                 times[name].append(worker.time(counts[name]))
     return {name: statistics.median(values) for name, values in times.items()}

@@ -374,7 +374,7 @@ class _Odd:
 def test_ranks_that_disagree_all_raise_the_same(tmp_path):
     world = workers.world("torch_dist", 2)
     said = world.run(_disagree, str(tmp_path / "a"), "value")
-    assert said[0] == said[1] and "rank 1 of 2: own/extras/odd: a builtins.object cannot be saved" in said[0]
+    assert said[0] == said[1] and "rank 1 of 2: rank/objects/odd: a builtins.object cannot be saved" in said[0]
     said = world.run(_disagree, str(tmp_path / "b"), "step")
     assert said[0] == said[1] and "ranks save different steps: [1, 2]" in said[0]
     with pytest.raises(workers.RankFailed, match=r"rank\(s\) \[1\] of 2 do not see what rank 0 writes"):

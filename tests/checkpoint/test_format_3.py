@@ -18,7 +18,7 @@ from distopt.backends.single import Single
 from distopt.checkpoint import Checkpointer, ConfigMismatchError
 from distopt.checkpoint.pyro_files import export_optimizer, export_params, read_replicated
 from distopt.config import load_config
-from distopt.infer import gather, sharded_plate
+from distopt.infer import gather_local, sharded_plate
 from distopt.sharding import local_parameters
 from distopt.train import run
 from tests import workers
@@ -116,8 +116,8 @@ def test_run_of_one_rank_when_resumed_from_its_yaml_ends_as_the_undisturbed_run(
     expected, states, schedule = line_by_torch(6)
     for name, value in expected.items():
         torch.testing.assert_close(saved["params"][name]["value"], value.detach(), rtol=1e-4, atol=1e-6)
-        assert_adam_state(saved["optimizer"][name]["optimizer"], states[name])
-        assert saved["optimizer"][name]["scheduler"]["last_epoch"] == schedule.last_epoch == 3
+        assert_adam_state(saved["optimizers"]["optimizer"][name]["optimizer"], states[name])
+        assert saved["optimizers"]["optimizer"][name]["scheduler"]["last_epoch"] == schedule.last_epoch == 3
     assert not any(b"not-recorded" in path.read_bytes() for path in folder.glob("one_rank/*/*"))
 
 
@@ -193,7 +193,7 @@ def restore_two_ranks(directory):
         assert_adam_state(optimizer_state[name]["optimizer"], state)
         assert optimizer_state[name]["optimizer"]["param_groups"][0]["lr"] == last_lr[0] == 0.1 * 0.5**4
         assert optimizer_state[name]["scheduler"]["last_epoch"] == 4
-    torch.testing.assert_close(gather("local")["local"], expected["local"].detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gather_local("local")["local"], expected["local"].detach(), rtol=1e-5, atol=1e-6)
 
     # Four batches whose columns have means 2 and 5 and variances 2 and 18, times 1 or 2 by rank.
     kept, factor = 0.9**4, backend.rank + 1

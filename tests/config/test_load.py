@@ -60,6 +60,13 @@ def test_overrides_replace_keys_and_are_typed_as_yaml():
     assert config.data.global_batch is None
 
 
+def test_bare_off_and_graph_are_modes_of_capture():
+    assert parse_config(MINIMAL + "train: {capture: off}\n").train.capture == "off"
+    assert parse_config(MINIMAL, ["train.capture=off"]).train.capture == "off"
+    assert parse_config(MINIMAL, ["train.capture=graph"]).train.capture == "graph"
+    assert problems(MINIMAL, "train.capture=true") != []
+
+
 def test_interpolation_sees_overrides():
     config = parse_config(MINIMAL + "run_dir: /data/${name}/${seed}\n", ["seed=5"])
     assert str(config.run_dir) == "/data/flights/5"

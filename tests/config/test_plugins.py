@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from distopt.config import ConfigError
-from distopt.config.plugins import TRUSTED_VARIABLE, Reference, is_reference, load_reference
+from distopt.config.plugins import TRUSTED_VARIABLE, Reference, is_reference, load_reference, load_subclass
 
 CHECK = TypeAdapter(Reference)
 
@@ -89,3 +90,30 @@ def test_only_trusted_packages_where_some_are_declared(reference, trusted, monke
         ):
             CHECK.validate_python(reference)
     assert not {"mine", "also", "theirs"} & set(sys.modules)
+
+
+class Contract(ABC):
+    @abstractmethod
+    def needed(self) -> None: ...
+
+
+class Whole(Contract):
+    def needed(self) -> None: ...
+
+
+def test_subclass_of_a_contract_is_imported():
+    assert load_subclass(f"{__name__}:Whole", "train.loss", Contract) is Whole
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Plugin", r"found \S+:Plugin, expected a subclass of tests.config.test_plugins.Contract"),
+        ("load_reference", r"found \S+:load_reference, expected a subclass of"),
+        ("Contract", r"\S+:Contract lacks methods that tests.config.test_plugins.Contract requires: needed"),
+        ("Contrakt", r"found \S+:Contrakt, but \S+ has no Contrakt; did you mean Contract\?"),
+    ],
+)
+def test_class_that_does_not_fulfil_a_contract_is_answered_with_it(name, message):
+    with pytest.raises(ConfigError, match=f"^train.loss: {message}"):
+        load_subclass(f"{__name__}:{name}", "train.loss", Contract)

@@ -1,14 +1,20 @@
-"""Models with plates to shard, and the unequal shards of their data."""
+"""Models with plates to shard, the unequal shards of their data, and what training leaves."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.infer import config_enumerate
 from torch import Tensor
 from torch.distributions import constraints
+
+from distopt.infer import gather_local
+from distopt.sharding import local_parameters
 
 DATA = torch.linspace(-2.0, 3.0, 11, dtype=torch.float64)
 SHARDS = DATA.split([2, 5, 4])
@@ -56,9 +62,40 @@ def two_plates(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z[who] + bias, 0.5), obs=x[who])
 
 
+@config_enumerate
+def mixture(x: Tensor) -> None:
+    """Three clusters, a local scale, and a membership that is summed out."""
+    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+    with pyro.plate("clusters", 3):
+        loc = pyro.sample("loc", dist.Normal(torch.tensor([-2.0, 0.0, 2.0]), 1.0))
+    with pyro.plate("rows", len(x)):
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        cluster = pyro.sample("cluster", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(loc[cluster], scale), obs=x)
+
+
 def outside(x: Tensor) -> None:
     """A guide as many are written: rows of parameters, stated outside the plate."""
     pyro.sample("loc", dist.Normal(pyro.param("loc_loc", torch.tensor(0.1)), 0.1))
     mean = pyro.param("z_loc", lambda: torch.zeros(len(x), 2))
     with pyro.plate("rows", len(x)):
         pyro.sample("z", dist.Normal(mean, 1.0).to_event(1))
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """Computes in float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def parameters_of_all() -> dict[str, Tensor]:
+    """Returns this rank's replicated parameters, and the local ones of all ranks."""
+    local = local_parameters()
+    found = {name: value.detach().clone() for name, value in pyro.get_param_store().items() if name not in local}
+    for name in local:
+        found |= gather_local(name)
+    return found

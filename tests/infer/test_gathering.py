@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from distopt import backends
-from distopt.infer.gathering import gather, gather_rows, read_local, write_local
+from distopt.infer.gathering import gather_local, gather_rows, read_local, write_local
 from distopt.infer.sharded_plate import sharded_plate
 from distopt.sharding import LocalParameterError
 from tests.workers import world
@@ -43,20 +43,20 @@ def _run_gather(directory: str) -> dict[str, Any]:
     start = sum(SIZES[:rank])
     _state_rows(None, list(range(start, start + SIZES[rank])))
     found: dict[str, Any] = {
-        "all": gather("z")["guide.locs.z"].tolist(),
-        "some": gather("w", rows=[6, 2])["w"].tolist(),
-        "unknown": _error(lambda: gather("q")),
-        "beyond": _error(lambda: gather("z", rows=[3, 8])),
+        "all": gather_local("z")["guide.locs.z"].tolist(),
+        "some": gather_local("w", rows=[6, 2])["w"].tolist(),
+        "unknown": _error(lambda: gather_local("q")),
+        "beyond": _error(lambda: gather_local("z", rows=[3, 8])),
     }
     write_local(directory)
     pyro.clear_param_store()
     _state_rows(SCATTERED[rank], SCATTERED[rank])
-    found["scattered"] = gather("w")["w"].tolist()
+    found["scattered"] = gather_local("w")["w"].tolist()
     doubled = 2 * torch.tensor(SCATTERED[rank])[None, :]
     found["values"] = gather_rows(doubled, "cells", rows=np.array([5, 1, 7]), dim=1).tolist()
     pyro.clear_param_store()
     _state_rows([0, 1, rank + 2], [0, 1, rank + 2])
-    found["doubly"] = _error(lambda: gather("z", rows=[3, 0]))
+    found["doubly"] = _error(lambda: gather_local("z", rows=[3, 0]))
     return found
 
 
@@ -73,10 +73,10 @@ def test_gathered_rows_are_those_asked_for_on_every_rank_and_files_hold_them(tmp
     assert len(list(tmp_path.iterdir())) == 3
     assert read_local(tmp_path, "guide.locs.z").tolist() == list(range(8))
     np.testing.assert_allclose(read_local(tmp_path, "w", rows=[7, 3, 0]), [[70.5, 71.5], [30.5, 31.5], [0.5, 1.5]])
-    with pytest.raises(LocalParameterError, match="no shard holds rows 9"):
+    with pytest.raises(LocalParameterError, match="no file holds rows 9"):
         read_local(tmp_path, "w", rows=[1, 9])
     with pytest.raises(LocalParameterError, match="no parameter 'v'. It has: guide.locs.z, w"):
         read_local(tmp_path, "v")
     (tmp_path / "local-00001-of-00003.safetensors").unlink()
-    with pytest.raises(LocalParameterError, match="found 2 shards of a writing by 3 ranks"):
+    with pytest.raises(LocalParameterError, match="found 2 files, written by 3 ranks; one file of each rank is needed"):
         read_local(tmp_path, "w")

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,6 +91,19 @@ def test_signal_reaches_each_worker_once_and_all_save_and_end(backend_section, s
     assert run.processes() == []
     written = [path for path in run.run_dir.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
     assert written == []
+
+
+def test_run_that_is_killed_after_it_was_asked_to_stop_does_not_end_with_status_0(backend_section, start, tmp_path):
+    write_config(tmp_path, "ignore", "1", more=backend_section)
+    run = start()
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers ready")
+    run.signal(signal.SIGINT)
+    wait_until(lambda: "SIGINT" in run.err, "the first one is answered")
+    time.sleep(1.5)  # another wish, and not the echo of the first one
+    run.signal(signal.SIGINT)
+    assert run.wait() not in (0, 143), run.err
+    assert state(run).startswith(("failed", "stopped"))
+    assert run.processes() == []
 
 
 def test_worker_that_ignores_the_signal_is_killed_after_the_grace_time(start, tmp_path):

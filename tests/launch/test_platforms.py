@@ -191,6 +191,6 @@ def test_platform_that_is_not_trusted_or_not_known_is_never_imported(platform, m
     expected = {
         "elsewhere:Fleet": "found elsewhere:Fleet, but your DISTOPT_TRUSTED_TASKS allows only code of distopt, mine; ",
         "os:Fleet": "found os:Fleet, but os belongs to Python's standard library; ",
-        "slurmm": "expected one of local, torchrun, horovodrun, mpirun, slurm, kubernetes or module:Name of your own code",
+        "slurmm": "expected one of local, torchrun, horovodrun, mpirun, slurm, kubernetes or module:Name of your own",
     }
     assert problem.startswith("command line: launch.platform: ") and expected[platform] in problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import pytest
 
 from distopt.launch.worker import elastic, terminal
 from distopt.launch.worker.supervisor import TERMINATION_LOG_BYTES
-from distopt.launchers import TERMINAL_VARIABLE
+from distopt.launchers import STOP_FILE, TERMINAL_VARIABLE, WATCH_STOP_VARIABLE
 from tests.launch.launching import wait_until
 from tests.test_launchers import exported, horovodrun, mpich, open_mpi, srun, torchrun
 
@@ -84,6 +85,29 @@ def test_world_of_any_size_that_is_allowed_runs(tmp_path):
     env = {"DISTOPT_WORLD_SIZE": "1:3", **torchrun(0, 2)}
     assert supervise(tmp_path, "").wait(TIMEOUT_S) == 0
     assert supervise(tmp_path, "", env).wait(TIMEOUT_S) == 0
+
+
+@pytest.mark.parametrize(("worker_status", "expected"), [(143, 0), (0, 0), (3, 3)])
+def test_worker_that_stopped_as_the_stop_file_asked_ends_well_for_the_launcher(worker_status, expected, tmp_path):
+    # mpirun kills all others at the first status that is not 0, and supervisors that have not recorded the same yet.
+    code = (
+        f"import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: os._exit({worker_status})); time.sleep(60)"
+    )
+    supervisor = supervise(tmp_path, code, {WATCH_STOP_VARIABLE: "1"})
+    wait_until(lambda: list((tmp_path / "run").glob("logs/*.jsonl")), "the worker started")
+    wait_until(lambda: handles_sigterm(psutil.Process(supervisor.pid).children()), "the worker's handler is set")
+    (tmp_path / "run" / STOP_FILE).touch()
+    assert supervisor.wait(TIMEOUT_S) == expected
+    assert [(event["status"], event["stopped"]) for event in endings(tmp_path)] == [(worker_status, True)]
+
+
+def handles_sigterm(processes: list[psutil.Process]) -> bool:
+    """Returns whether the one process has a handler, as the kernel sees it."""
+    if len(processes) != 1:
+        return False
+    status = Path(f"/proc/{processes[0].pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) & 1 << (signal.SIGTERM - 1))
 
 
 def test_processes_that_a_worker_leaves_behind_are_killed(tmp_path):

@@ -129,6 +129,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def new_slot(self, tensor: Tensor, alias: int | None = None) -> int:
         """Gives a tensor the next slot; `alias` is an earlier slot with the same memory."""
+        if tensor.device.type != "cpu":  # the program restores the CPU's generator, and compares memory itself
+            self.refuse(f"a tensor on {tensor.device} is used, and steps are captured on the CPU only")
         recording = self.recording
         slot = len(recording.infos)
         recording.infos.append(TensorInfo.of(tensor))

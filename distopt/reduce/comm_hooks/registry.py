@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distopt.backends import Backend
-from distopt.config.plugins import is_reference, load_reference
+from distopt.config.plugins import is_reference, load_subclass
 from distopt.config.reduce import ReduceOptions
 from distopt.reduce.comm_hooks.adasum import Adasum
 from distopt.reduce.comm_hooks.allreduce import AllReduce, BFloat16AllReduce, Float16AllReduce
@@ -24,14 +24,11 @@ def make_hook(backend: Backend, options: ReduceOptions) -> CommHook:
     """Returns the hook that the options name.
 
     Raises:
-        ConfigError: There is no module or class of the name `module:Name`.
-        TypeError: That class is not a `CommHook`.
+        ConfigError: There is no module or class of the name `module:Name`, or it is no complete `CommHook`.
         ValueError: It cannot do what the options ask for.
     """
     name = options.op if options.op in HOOKS else options.compression
-    hook = load_reference(name, "reduce.compression") if is_reference(name) else HOOKS[name]
-    if not (isinstance(hook, type) and issubclass(hook, CommHook)):
-        raise TypeError(f"compression={name!r} is not a subclass of distopt.reduce.CommHook.")
+    hook = load_subclass(name, "reduce.compression", CommHook) if is_reference(name) else HOOKS[name]
     if options.overlap and not hook.can_overlap:
         raise ValueError(f"overlap=True needs a CommHook with can_overlap=True, which {name!r} is not.")
     return hook(backend, options)

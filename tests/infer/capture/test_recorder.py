@@ -141,6 +141,12 @@ def uses_subclass(x):
     observe(loc + TAGGED.sum().as_subclass(torch.Tensor), 1.0, x)
 
 
+def uses_another_device(x):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    torch.empty(3, device="meta").exp()
+    observe(loc, 1.0, x)
+
+
 CALLS = []
 
 
@@ -204,6 +210,7 @@ REFUSED = {
     reads_argument_as_global: "in another",
     uses_sparse: "layout",
     uses_subclass: "subclass",
+    uses_another_device: "captured on the CPU only",
     appends: "len(CALLS) changes",
     counts: "COUNT changes",
     Carries: "previous changes",

@@ -10,95 +10,21 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO, config_enumerate
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
-    AutoDiscreteParallel,
-    AutoGuideList,
-    AutoHierarchicalNormalMessenger,
-    AutoMultivariateNormal,
     AutoNormal,
-    AutoNormalMessenger,
-    AutoRegressiveMessenger,
-    AutoStructured,
     init_to_median,
 )
-from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 from torch.distributions import constraints
 
 from distopt.infer.sharded_plate import shard, sharded_plate, share_plates
-from distopt.sharding import is_local, local_parameters
+from distopt.sharding import LocalParameterError, is_local, local_parameters
 from tests.infer.one_process import assert_same, gradients_of_all, gradients_of_ranks
-from tests.infer.sharded_models import DATA, SHARDS, W, init, nested, normal_normal, outside, two_plates
+from tests.infer.sharded_models import DATA, SHARDS, W, init, mixture, nested, normal_normal, outside
 
 pytestmark = pytest.mark.usefixtures("same_noise_in_every_row")
-
-
-def list_of_guides(model: Callable[..., Any]) -> AutoGuideList:
-    """Full covariance for the global site, one normal per local one."""
-    guide = AutoGuideList(model)
-    guide.append(AutoMultivariateNormal(poutine.block(model, hide=["z"]), init_loc_fn=init))
-    guide.append(AutoNormal(poutine.block(model, expose=["z"]), init_loc_fn=init))
-    return guide
-
-
-GUIDES: dict[str, tuple[Callable[[Tensor], None], Callable[..., Any]]] = {
-    "AutoDelta": (normal_normal, lambda model: AutoDelta(model, init_loc_fn=init)),
-    "AutoNormal": (normal_normal, lambda model: AutoNormal(model, init_loc_fn=init)),
-    "AutoNormal nested": (nested, lambda model: AutoNormal(model, init_loc_fn=init)),
-    "AutoNormal two plates": (two_plates, lambda model: AutoNormal(model, init_loc_fn=init)),
-    "AutoNormalMessenger": (normal_normal, lambda model: AutoNormalMessenger(model, init_loc_fn=init)),
-    "AutoNormalMessenger amortized": (
-        normal_normal,
-        lambda model: AutoNormalMessenger(model, init_loc_fn=init, amortized_plates=("rows",)),
-    ),
-    "AutoHierarchicalNormalMessenger": (
-        normal_normal,
-        lambda model: AutoHierarchicalNormalMessenger(model, init_loc_fn=init),
-    ),
-    "AutoRegressiveMessenger": (normal_normal, lambda model: AutoRegressiveMessenger(model, init_loc_fn=init)),
-    "AutoStructured": (
-        normal_normal,
-        lambda model: AutoStructured(
-            model,
-            conditionals={"loc": "mvn", "z": "normal"},
-            dependencies={"z": {"loc": "linear"}},
-            init_loc_fn=init,
-        ),
-    ),
-    "AutoStructured nested": (
-        nested,
-        lambda model: AutoStructured(
-            model,
-            conditionals={"scale": "normal", "z": "normal", "offset": "delta"},
-            dependencies={"z": {"scale": "linear"}},
-            init_loc_fn=init,
-        ),
-    ),
-    "AutoGuideList": (normal_normal, list_of_guides),
-}
-
-
-@pytest.mark.parametrize("case", GUIDES)
-def test_gradients_of_unequal_shards_are_those_of_one_process_with_all_data(case: str) -> None:
-    model, make_guide = GUIDES[case]
-    plates = ["rows", "ratings"] if model is two_plates else ["rows"]
-    elbo = Trace_ELBO()
-    seen: dict[str, Any] = {}
-
-    def run_shard(x: Tensor) -> float:
-        sharded = shard(model, plates, num_shards=W)
-        loss = elbo.loss_and_grads(sharded, shard(make_guide(sharded), plates, num_shards=W), x)
-        seen.update(local_parameters())
-        return float(loss)
-
-    found = gradients_of_ranks(run_shard, SHARDS)
-    assert bool(seen) == ("amortized" not in case)
-    assert all(any(part in name for part in ("z", "offset", "bias")) for name in seen)
-    expected = gradients_of_all(lambda x: float(elbo.loss_and_grads(model, make_guide(model), x)), DATA, seen)
-    assert_same(found, expected)
-    assert any(grad.abs().max() > 1e-3 for grad in found.by_name.values())
 
 
 @pytest.mark.parametrize("loss", [TraceMeanField_ELBO, TraceGraph_ELBO])
@@ -117,18 +43,6 @@ def test_gradients_agree_under_the_other_losses(loss: type[Trace_ELBO]) -> None:
     )
 
 
-@config_enumerate
-def mixture(x: Tensor) -> None:
-    """Three clusters, a local scale, and a membership that is summed out."""
-    weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
-    with pyro.plate("clusters", 3):
-        loc = pyro.sample("loc", dist.Normal(torch.tensor([-2.0, 0.0, 2.0]), 1.0))
-    with pyro.plate("rows", len(x)):
-        scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
-        cluster = pyro.sample("cluster", dist.Categorical(weights))
-        pyro.sample("x", dist.Normal(loc[cluster], scale), obs=x)
-
-
 def test_enumeration_inside_a_sharded_plate_gives_the_gradients_of_all_data() -> None:
     def run(model: Any, plates: list[str], x: Tensor) -> float:
         guide: Any = AutoNormal(poutine.block(model, hide=["cluster"]), init_loc_fn=init)
@@ -138,27 +52,6 @@ def test_enumeration_inside_a_sharded_plate_gives_the_gradients_of_all_data() ->
     found = gradients_of_ranks(lambda x: run(shard(mixture, "rows", num_shards=W), ["rows"], x), SHARDS)
     entries = local_parameters()
     assert_same(found, gradients_of_all(lambda x: run(mixture, [], x), DATA, entries))
-
-
-def test_discrete_guide_keeps_the_probabilities_of_each_datapoint() -> None:
-    def discrete(model: Any) -> AutoGuideList:
-        guide = AutoGuideList(InitMessenger(init)(model))  # it sets the probabilities by a run of its own
-        guide.append(AutoNormal(poutine.block(model, hide=["cluster"]), init_loc_fn=init))
-        guide.append(AutoDiscreteParallel(poutine.block(InitMessenger(init)(model), expose=["cluster"])))
-        return guide
-
-    def run(model: Any, guide: Any, x: Tensor) -> float:
-        return float(TraceEnum_ELBO(max_plate_nesting=1).loss_and_grads(model, guide, x))
-
-    def run_shard(x: Tensor) -> float:
-        sharded = shard(mixture, "rows", num_shards=W)
-        return run(sharded, shard(discrete(sharded), "rows", num_shards=W), x)
-
-    found = gradients_of_ranks(run_shard, SHARDS)
-    entries = local_parameters()
-    assert "AutoGuideList.1.cluster_probs" in entries
-    expected = gradients_of_all(lambda x: run(mixture, discrete(mixture), x), DATA, entries)
-    assert_same(found, expected)
 
 
 def hand_written_guide(x: Tensor, plate: Callable[..., Any]) -> None:
@@ -292,3 +185,19 @@ def test_weights_of_ranks_fall_on_what_is_not_sharded(is_sharded: bool) -> None:
         weighted, weights[1] = run_shard(1), 1.0
         pyro.clear_param_store()
         assert weighted == pytest.approx(1.4 * run_shard(1))
+
+
+def test_parameter_inside_sharded_plate_without_event_dim_is_noticed_by_the_plate_itself() -> None:
+    with pytest.raises(LocalParameterError, match=r"'z_loc' has shape \(11,\).*event_dim=0"):
+        with sharded_plate("rows", 11, num_shards=W):
+            pyro.param("z_loc", torch.zeros(11))
+
+
+def test_rows_that_do_not_fit_the_plate_are_refused() -> None:
+    with pytest.raises(LocalParameterError, match=r"4 datapoints.*shape \(3,\)"):
+        sharded_plate("rows", 4, rows=[5, 6, 9], num_shards=W)
+
+
+def test_plate_that_the_model_does_not_have_is_named_with_those_it_has() -> None:
+    with pytest.raises(LocalParameterError, match="'cells'.*no such plate.*genes, rows"):
+        shard(nested, "cells", num_shards=W)(DATA)

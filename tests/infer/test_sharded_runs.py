@@ -1,14 +1,16 @@
-"""Noise-free runs of models with a latent variable per datapoint: in one Pyro process, and each rank's part of them."""
+"""Workers with unequal shards end where one Pyro process with all data ends; runs are free of noise."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
@@ -18,23 +20,15 @@ from torch.distributions import constraints
 
 from distopt import backends, optim
 from distopt.checkpoint import Checkpointer, CheckpointError
-from distopt.infer import gather, shard, sharded_plate
+from distopt.infer import shard, sharded_plate
 from distopt.reduce import DisagreementError
-from distopt.sharding import local_parameters
+from tests.infer.sharded_costs import NUM_DIMS, train
+from tests.infer.sharded_models import float64, parameters_of_all
+from tests.workers import world
 
 DATA = torch.linspace(-2.0, 3.0, 23, dtype=torch.float64)
 CUTS = {1: [], 2: [5], 3: [4, 19], 4: [2, 3, 15]}
 PRIOR, SPREAD, NOISE = 2.0, 0.7, 0.5
-
-
-@contextmanager
-def float64() -> Iterator[None]:
-    """Computes in float64."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def shard_of(rank: int, world_size: int) -> Tensor:
@@ -162,24 +156,15 @@ def sharded_svi(case: str, optimizer: str, op: str = "average") -> tuple[SVI, Te
     return SVI(model, guide, distributed, chosen.loss()), shard_of(backend.rank, backend.world_size)
 
 
-def parameters_of_all() -> dict[str, Tensor]:
-    """Returns this rank's replicated parameters, and the local ones of all ranks."""
-    local = local_parameters()
-    found = {name: value.detach().clone() for name, value in pyro.get_param_store().items() if name not in local}
-    for name in local:
-        found |= gather(name)
-    return found
-
-
-def train_shard(case: str, optimizer: str, num_steps: int, op: str = "average") -> tuple[dict[str, Any], float]:
+def _run_shard(case: str, optimizer: str, num_steps: int, op: str = "average") -> tuple[dict[str, Any], float]:
     """One rank's part of `train_in_pyro`; returns the same, as arrays."""
     with float64():
         svi, data = sharded_svi(case, optimizer, op)
         return _go_on(svi, data, num_steps)
 
 
-def train_and_save(case: str, directory: str, num_steps: int, num_more: int) -> tuple[dict[str, Any], float]:
-    """One rank's part of a run that saves after `num_steps` and goes on for `num_more`; returns as `train_shard`."""
+def _run_and_save(case: str, directory: str, num_steps: int, num_more: int) -> tuple[dict[str, Any], float]:
+    """One rank's part of a run that saves after `num_steps` and goes on for `num_more`; returns as `_run_shard`."""
     with float64():
         svi, data = sharded_svi(case, "Adam")
         for _ in range(num_steps):
@@ -190,7 +175,7 @@ def train_and_save(case: str, directory: str, num_steps: int, num_more: int) -> 
         return _go_on(svi, data, num_more)
 
 
-def resume(case: str, directory: str, num_more: int) -> tuple[dict[str, Any], float]:
+def _run_resumed(case: str, directory: str, num_more: int) -> tuple[dict[str, Any], float]:
     """One rank's part of a run that goes on from there, on any number of ranks."""
     with float64():
         svi, data = sharded_svi(case, "Adam")
@@ -233,14 +218,14 @@ def clip_in_torch(num_steps: int) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in store.items()}
 
 
-def clip_shard(num_steps: int) -> dict[str, Any]:
+def _run_clipped(num_steps: int) -> dict[str, Any]:
     """One rank's part of `clip_in_torch`."""
     with float64():
         svi, data = sharded_svi("normal", "clipped")
         return _go_on(svi, data, num_steps)[0]
 
 
-def skip_with_scaler() -> tuple[float, float, list[float]]:
+def _run_overflow() -> tuple[float, float, list[float]]:
     """Returns the scale, the replicated and this rank's own values after rank 0's own gradient overflowed once."""
     rank = backends.current().rank
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -258,7 +243,7 @@ def skip_with_scaler() -> tuple[float, float, list[float]]:
     return scaler.get_scale(), float(shared), own.tolist()
 
 
-def disagree(kind: str) -> str:
+def _run_disagreement(kind: str) -> str:
     """Returns what this rank is told of a parameter that is local on rank 0 alone, or clipped by a callable."""
     data = DATA[:4]
 
@@ -280,3 +265,84 @@ def disagree(kind: str) -> str:
     except (DisagreementError, ValueError) as error:
         return str(error)
     return "no error"
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size"),
+    [("torch_dist", 1), ("torch_dist", 2), ("torch_dist", 3), ("torch_dist", 4), ("horovod", 2)],
+)
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+@pytest.mark.parametrize("case", ["normal", "mixture"])
+def test_parameters_after_100_steps_are_those_of_one_pyro_process(
+    case: str, optimizer: str, kind: str, world_size: int
+) -> None:
+    expected, expected_loss = train_in_pyro(case, optimizer, 100)
+    for found, loss in world(kind, world_size).run(_run_shard, case, optimizer, 100):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
+        assert loss == pytest.approx(expected_loss, rel=1e-9)
+
+
+def test_sum_over_ranks_scales_shared_and_local_gradients_alike() -> None:
+    expected, _ = train_in_pyro("normal", "SGD", 100)
+    for found, _ in world("torch_dist", 3).run(_run_shard, "normal", "SGD, a third of its rate", 100, "sum"):
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+def test_training_ends_at_the_closed_form_posterior() -> None:
+    found, _ = world("torch_dist", 3).run(_run_shard, "normal", "to the end", 700)[1]
+    for name, value in normal_posterior().items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+@pytest.mark.parametrize("case", ["normal", "mixture"])
+def test_run_of_four_workers_goes_on_from_its_checkpoint_on_two_and_on_three(case: str, tmp_path: Path) -> None:
+    expected, expected_loss = train_in_pyro(case, "Adam", 60)
+    ways = [
+        world("torch_dist", 4).run(_run_and_save, case, str(tmp_path), 40, 20),
+        world("torch_dist", 2).run(_run_resumed, case, str(tmp_path), 20),
+        world("torch_dist", 3).run(_run_resumed, case, str(tmp_path), 20),
+    ]
+    for found, loss in (each for way in ways for each in way):
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
+        assert loss == pytest.approx(expected_loss, rel=1e-9)
+
+
+def test_memory_falls_with_the_number_of_workers_and_bytes_sent_do_not_grow_with_the_rows() -> None:
+    num_rows = 1_000_000
+    for world_size in (1, 2, 3, 4):
+        few = world("torch_dist", world_size).run(train, 1000, 2)  # also loads what a first step loads
+        workers = world("torch_dist", world_size).run(train, num_rows, 2)
+        assert sum(worker["rows"] for worker in workers) == num_rows
+        if world_size == 1:
+            alone = workers[0]["peak"]
+            assert alone > 4 * num_rows * NUM_DIMS * 4  # values, gradients, Adam's two moments: the measure sees them
+        for worker in workers:
+            assert worker["peak"] == pytest.approx(alone / world_size, rel=0.15)
+            assert worker["calls"] == 1
+            assert worker["bytes"] == few[0]["bytes"] < 1000
+
+
+def test_parameter_that_is_local_on_one_rank_alone_is_named_on_all() -> None:
+    for told in world("torch_dist", 2).run(_run_disagreement, "kind"):
+        assert "'z_loc' differs in kind: rank 0: local; rank 1: replicated" in told
+
+
+def test_global_norm_is_over_the_parameters_of_all_ranks_as_torch_clips_those_of_one_process() -> None:
+    expected = clip_in_torch(40)
+    for found in world("torch_dist", 3).run(_run_clipped, 40):
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_global_norm_of_a_callable_is_refused_where_ranks_cannot_tell_over_which_parameters_it_goes() -> None:
+    for told in world("torch_dist", 2).run(_run_disagreement, "clip"):
+        assert "gives global_norm for 'z_loc', which is one rank's own" in told
+
+
+def test_overflow_of_one_ranks_own_gradient_makes_all_skip_the_step_and_lower_their_scale() -> None:
+    for rank, (scale, shared, own) in enumerate(world("torch_dist", 2).run(_run_overflow)):
+        assert (scale, shared, own) == (4.0, -2.0, [-2.0] * (rank + 2))
