@@ -171,6 +171,7 @@ class Checkpointer:
             message["step"] = step = step_number(step)
             encoded_progress = encode(progress, NoTensors(), (None, "progress"))
             if rank == 0:
+                # All ranks take rank 0's name for this attempt, so that files of another one can never be mixed in.
                 message |= {"attempt": uuid.uuid4().hex[:12], "saved": not busy and self._is_saved(step)}
             if not busy:
                 self._finish()
@@ -227,6 +228,8 @@ class Checkpointer:
 
         storage, tries = choose_on_all_ranks(self._backend, self._storage, which)
         rows = ShardedReader(self._backend)
+        # From the newest to the oldest, until all ranks could read one. The others are left alone: a read that failed
+        # may succeed next time, and only retention deletes.
         for folder, attempt, problem in tries:
             loaded, error = (
                 (None, problem) if problem else read_on_all_ranks(storage, folder, attempt, self._backend, rows)
@@ -281,6 +284,8 @@ class Checkpointer:
         """Starts to write what all ranks have agreed to save."""
         rank, world_size = self._backend.rank, self._backend.world_size
         attempt = Attempt(step, messages[0]["attempt"], rank, world_size, self._timeout)
+        # Buffers are equal on all ranks unless they hold batch statistics: one digest per rank, gathered with the rest,
+        # tells which of them have to be written.
         named = {rank_name(rank): snapshots["rank"]}
         if rank == 0:
             named[REPLICATED] = snapshots[REPLICATED]
@@ -290,6 +295,8 @@ class Checkpointer:
             named[shard_name(rank)] = snapshots["shard"]
 
         about = _about(self._backend) | {key: [each[key] for each in messages] for key in ("rng", "plates")}
+
+        # The thread reads these values later, when a restore may have changed the attributes.
         generation = self._generation
         config = self._config
         copied_at = time.monotonic()
@@ -311,6 +318,7 @@ class Checkpointer:
             self._last.finish()
 
     def _is_saved(self, step: int) -> bool:
+        # A loop that saves every n steps and once more at its end may come twice to the same step.
         last = self._last
         if last is None or last.step != step:
             return False

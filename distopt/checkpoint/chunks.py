@@ -36,6 +36,8 @@ def by_chunk(pieces: Iterable[memoryview], offset: int = 0) -> Iterator[tuple[in
         >>> [(index, sum(map(len, chunk))) for index, chunk in by_chunk([memoryview(bytes(10 << 20))])]
         [(0, 8388608), (1, 2097152)]
     """
+    # `space` is what is left of the current chunk, `chunk` what has been put into it so far. A piece that reaches
+    # beyond its end is cut as often as needed; slices of a memoryview copy nothing.
     index, inside = divmod(offset, CHUNK_BYTES)
     space = CHUNK_BYTES - inside
     chunk: list[memoryview] = []
@@ -72,6 +74,8 @@ def write_file(stream: WriteStream, pieces: Iterable[memoryview], pool: ThreadPo
         pieces: The bytes of the file; they must not change until this returns.
         pool: Threads for hashing, which overlaps with the writing.
     """
+    # This thread writes a chunk while others hash the ones before it, so hashing costs no time where there is more than
+    # one core. The results are collected at the end, in the order of the chunks.
     digests: list[Future[str]] = []
     size = 0
     try:

@@ -1,4 +1,10 @@
-"""Nested state as JSON beside tensors: what `state_dict()` methods return, exactly, and nothing that would be code."""
+"""Nested state as JSON beside tensors: what `state_dict()` methods return, exactly, and nothing that would be code.
+
+`encode` turns state into JSON and hands each tensor to a `TensorSink`, which answers with the note that stands for it;
+`decode` turns the JSON back and asks for the tensor of each note. What JSON lacks (tuples, infinities, sets, dicts
+whose keys are no strings) becomes an object with one key that begins with `$`, from a fixed list: whatever else a file
+may hold is refused, and nothing in it can name a class or function.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +22,24 @@ from torch import Tensor, nn
 
 from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError
 
-Json = Any
-Place: TypeAlias = tuple[Any, Any]
-"""Where in the state a value is: (place of what holds it, its key there); a text is made of it only when needed."""
+Json: TypeAlias = Any
+Location: TypeAlias = tuple[Any, Any]
+"""Where in the state a value is: (location of what holds it, its key there). It becomes text only when needed: most of
+a state's values are never named."""
 
 
-class Keeper(Protocol):
+class TensorSink(Protocol):
     """Takes the tensors that `encode` finds."""
 
-    def put(self, tensor: Tensor, where: Place) -> Json:
-        """Keeps a tensor that was found at a place, and returns what stands for it in the JSON."""
+    def put(self, tensor: Tensor, location: Location) -> Json:
+        """Takes a tensor, and returns the note that stands for it in the JSON."""
 
-    def put_alike(self, tensors: list[Tensor]) -> Json | None:
-        """Keeps small tensors of one kind and shape, and returns what stands for one; None for others, not kept."""
+    def put_uniform(self, tensors: list[Tensor]) -> Json | None:
+        """Takes small tensors of one kind and shape, and returns the note of one; None if they are others."""
 
 
-Get = Callable[[Json], Tensor]
-"""Returns the tensor that such a stand-in means."""
+Get: TypeAlias = Callable[[Json], Tensor]
+"""Returns the tensor that a note stands for."""
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -43,29 +50,31 @@ DTYPES = {
     )
 }  # fmt: skip
 _PLAIN = frozenset({type(None), bool, int, str})
-_RUN = 4  # from so many tensors on, a list is looked at as a whole
+_RUN = 4  # a list of at least this many tensors is looked at as a whole
 MAX_RUN = 1_000_000
 
 
-def path_of(where: Place) -> str:
-    """Returns a place as text.
+def path_of(location: Location) -> str:
+    """Returns a location as text.
 
     Example:
         >>> path_of((((None, "replicated"), "params"), 3))
         'replicated/params/3'
     """
-    parent, key = where
+    parent, key = location
     return str(key) if parent is None else f"{path_of(parent)}/{key}"
 
 
 class NoTensors:
-    """A `Keeper` for places where tensors have none."""
+    """A `TensorSink` for state that must not hold tensors."""
 
-    def put(self, tensor: Tensor, where: Place) -> Json:
+    def put(self, tensor: Tensor, location: Location) -> Json:
         """Refuses."""
-        raise CheckpointError(f"{path_of(where)}: a tensor has no place here; extras keep tensors.")
+        raise CheckpointError(
+            f"{path_of(location)}: a tensor cannot be saved here; pass Checkpointer an object whose state has it."
+        )
 
-    def put_alike(self, tensors: list[Tensor]) -> None:
+    def put_uniform(self, tensors: list[Tensor]) -> None:
         """Leaves them to `put`."""
 
     def get(self, note: Json) -> Tensor:
@@ -73,82 +82,91 @@ class NoTensors:
         raise CorruptCheckpointError(f"a tensor where there should be none: {note!r}.")
 
 
-def encode(value: Any, keeper: Keeper, where: Place) -> Json:
-    """Returns `value` as JSON; tensors go to `keeper`.
+def encode(value: Any, sink: TensorSink, location: Location) -> Json:
+    """Returns `value` as JSON.
 
-    JSON has no tuples, infinities or dicts with other keys than strings: these become objects with one key that begins
-    with `$`. Python, numpy and torch scalars, sequences, mappings, sets, bytes, dtypes and devices are known.
+    Python's, NumPy's and torch's scalars, sequences, mappings, sets, bytes, dtypes and devices are known.
+
+    Args:
+        value: Nested state.
+        sink: Takes its tensors.
+        location: Of `value`, for errors and names of tensors.
 
     Raises:
-        CheckpointError: for a value of any other type, naming its place.
+        CheckpointError: A value is of another type; the message has its path.
     """
     kind = type(value)
     if kind in _PLAIN:
         return value
     if kind is Tensor or kind is nn.Parameter:
-        return keeper.put(value, where)
+        return sink.put(value, location)
     if kind is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
-    # Most values are plain: not calling for these halves the time.
+
+    # Most values are plain, and most containers dicts with plain values. Looking at the items' types here, instead of
+    # calling `encode` for each, halves the time.
     if kind is dict:
         if _is_object(tuple(value)):
             return {
                 key: item
                 if (of := type(item)) in _PLAIN
-                else keeper.put(item, (where, key))
+                else sink.put(item, (location, key))
                 if of is Tensor
-                else encode(item, keeper, (where, key))
+                else encode(item, sink, (location, key))
                 for key, item in value.items()
             }
-        return {"$dict": _encode_pairs(value, keeper, where)}
+        return {"$dict": _encode_pairs(value, sink, location)}
     if kind is list:
         may_run = _RUN <= len(value) <= MAX_RUN and type(value[0]) is Tensor
-        if may_run and (alike := keeper.put_alike(value)) is not None:
-            return {"$run": [len(value), alike]}
+        if may_run and (note := sink.put_uniform(value)) is not None:
+            return {"$run": [len(value), note]}
         return [
-            item if type(item) in _PLAIN else encode(item, keeper, (where, index)) for index, item in enumerate(value)
+            item if type(item) in _PLAIN else encode(item, sink, (location, index)) for index, item in enumerate(value)
         ]
     if kind is tuple:
-        return {"$tuple": encode(list(value), keeper, where)}
-    return _encode_rare(value, keeper, where)
+        return {"$tuple": encode(list(value), sink, location)}
+    return _encode_rare(value, sink, location)
 
 
 @lru_cache(maxsize=1024)
 def _is_object(keys: tuple[Any, ...]) -> bool:
-    """Can JSON's objects have these keys? Optimizers' states have the same ones over and over."""
+    """Returns whether JSON's objects can have these keys; optimizers' states have the same ones over and over."""
     return all(type(key) is str and key[:1] != "$" for key in keys)
 
 
-def _encode_pairs(value: Mapping[Any, Any], keeper: Keeper, where: Place) -> Json:
-    return [[encode(key, keeper, where), encode(item, keeper, (where, key))] for key, item in value.items()]
+def _encode_pairs(value: Mapping[Any, Any], sink: TensorSink, location: Location) -> Json:
+    return [[encode(key, sink, location), encode(item, sink, (location, key))] for key, item in value.items()]
 
 
-def _encode_rare(value: Any, keeper: Keeper, where: Place) -> Json:
+def _encode_rare(value: Any, sink: TensorSink, location: Location) -> Json:
     if isinstance(value, Tensor):
-        return keeper.put(value, where)
+        return sink.put(value, location)
     if isinstance(value, np.generic):
-        return encode(value.item(), keeper, where)
+        return encode(value.item(), sink, location)
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-        return {"$array": keeper.put(torch.from_numpy(np.ascontiguousarray(value)), where)}
+        return {"$array": sink.put(torch.from_numpy(np.ascontiguousarray(value)), location)}
+
     for kind, tag in ((OrderedDict, "$ordered"), (Counter, "$counter")):
-        if type(value) is kind:
-            return {tag: _encode_pairs(value, keeper, where)}
+        if type(value) is kind:  # and no subclass, which could not be made again
+            return {tag: _encode_pairs(value, sink, location)}
     if type(value) in (set, frozenset):
-        return {"$set" if type(value) is set else "$frozenset": encode(sorted(value, key=repr), keeper, where)}
+        return {"$set" if type(value) is set else "$frozenset": encode(sorted(value, key=repr), sink, location)}
     if isinstance(value, (bytes, bytearray)):
         return {"$bytes": base64.b64encode(value).decode()}
     if type(value) is complex:
         return {"$complex": [repr(value.real), repr(value.imag)]}
+
     if isinstance(value, torch.dtype):
         return {"$dtype": str(value).removeprefix("torch.")}
     if isinstance(value, torch.Size):
         return {"$size": list(value)}
     if isinstance(value, torch.device):
         return {"$device": str(value)}
+
     name = f"{type(value).__module__}.{type(value).__qualname__}"
     raise CheckpointError(
-        f"{path_of(where)}: a {name} cannot be saved. Checkpoints hold tensors, numbers, strings, lists, tuples, dicts "
-        "and sets: let its state_dict() return these."
+        f"{path_of(location)}: a {name} cannot be saved. Checkpoints hold tensors, numbers, strings, lists, tuples, "
+        "dicts and sets: let its state_dict() return these."
     )
 
 
@@ -174,14 +192,14 @@ def decode(value: Json, get: Get) -> Any:
     """Returns what `encode` was given.
 
     Raises:
-        CorruptCheckpointError: for JSON that `encode` does not write.
+        CorruptCheckpointError: It is not JSON that `encode` writes.
     """
     if isinstance(value, list):
         return [decode(item, get) for item in value]
     if not isinstance(value, dict):
         return value
     tag = next(iter(value), "")
-    if tag == "$t":
+    if tag == "$t":  # the most frequent tag by far
         return get(value)
     if not tag.startswith("$"):
         return {key: decode(item, get) for key, item in value.items()}
@@ -206,16 +224,22 @@ def _run(value: Json, get: Get) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class TensorNote:
-    """What stands for a tensor in the JSON: `{"$t": "float32 3,4"}`, with `in` for one that has its own entry."""
+    """What stands for a tensor in the JSON: `{"$t": "float32 3,4"}`, with `in` for one that has its own entry.
+
+    Example:
+        >>> TensorNote(torch.float32, (3, 4), "replicated/params/x/value").as_json()
+        {'$t': 'float32 3,4', 'in': 'replicated/params/x/value'}
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     entry: str | None = None
     """Its name in the safetensors file; None when it is packed with others of its dtype, in the order of the JSON."""
     on_accelerator: bool = False
+    """Whether it was on the accelerator of the run that saved it."""
 
     def as_json(self) -> dict[str, Json]:
-        """Returns the stand-in."""
+        """Returns the note as JSON."""
         text = f"{str(self.dtype)[6:]} {','.join(map(str, self.shape))}".rstrip()
         note: dict[str, Json] = {"$t": text}
         if self.entry is not None:
@@ -226,10 +250,10 @@ class TensorNote:
 
     @classmethod
     def from_json(cls, note: Json) -> TensorNote:
-        """Returns the note that a stand-in means.
+        """Returns the note that `as_json` gave.
 
         Raises:
-            CorruptCheckpointError: for anything else.
+            CorruptCheckpointError: It is something else.
         """
         try:
             dtype, _, shape = note["$t"].partition(" ")

@@ -59,6 +59,7 @@ def states_of(saved: Any) -> dict[str, Any]:
         CorruptCheckpointError: It is something else.
     """
     try:
+        # StateColumns cuts its tensors where the shapes say, and raises where these do not add up to them.
         columns = tuple(
             StateColumns(tuple(each["names"]), _shapes(each["shapes"]), each["shared"], each["columns"])
             for each in saved["columns"]

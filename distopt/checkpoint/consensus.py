@@ -43,6 +43,8 @@ def claim(backend: Backend, storage: Storage) -> ExitStack:
         DirectoryInUseError: Another job has it (on rank 0; the others raise the same message).
         CheckpointError: A rank cannot write there, or does not see what rank 0 writes.
     """
+    # Rank 0 locks and clears the directory for all; what any rank finds wrong is agreed before the first of them
+    # raises.
     claimed = ExitStack()
     error: Exception | None = None
     token = ""

@@ -44,6 +44,7 @@ def upgrade_rank(state: Any) -> dict[str, Any]:
     """Returns the state of one rank; errors of compressed gradients were an object among the user's."""
     try:
         objects = dict(state["extras"])
+        # A user's object may have had this name, too, where the optimizer had no such state.
         compression = objects.get(_COMPRESSION)
         if isinstance(compression, dict) and compression.keys() == {"errors", "starts"}:
             del objects[_COMPRESSION]
@@ -66,6 +67,8 @@ def upgrade_shard(params: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str
 def _states(shared: Mapping[str, Any], tables: Any) -> dict[str, Any]:
     """Returns the state dict of each parameter."""
 
+    # Three shapes occur: `{"scheduler", "optimizer"}`, either with the optimizer's dict or with its content flattened;
+    # `{"state", "param_groups": number}`; and `{tensors…, "param_groups": number}`, the state of one tensor flattened.
     def unfold(state: Any) -> Any:
         if not isinstance(state, dict):
             return state

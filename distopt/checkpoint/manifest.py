@@ -59,6 +59,7 @@ class FileRecord:
         if type(size) is not int or size < 0 or not isinstance(chunks, list):
             raise ValueError("a file's size is not a natural number, or its digests are no list")
 
+        # A negative size or too many digests would make a reader ask for bytes that are not there.
         if len(chunks) != -(-size // CHUNK_BYTES):
             raise ValueError(f"a file of {size} bytes has {len(chunks)} digests")
         if not all(isinstance(chunk, str) and _CHUNK.fullmatch(chunk) for chunk in chunks):
@@ -147,6 +148,7 @@ class Manifest:
         if not isinstance(body["about"], dict) or not isinstance(body["files"], dict):
             raise ValueError("about or files is no object")
 
+        # Names are checked before any of them becomes part of a path.
         files = {file_name(name): FileRecord.from_json(record) for name, record in body.pop("files").items()}
         if body["format"] == FORMAT_3 and "noise" in body["about"]:
             body["about"]["rng"] = body["about"].pop("noise")
@@ -179,7 +181,8 @@ def unseal(raw: bytes, where: str) -> dict[str, Any]:
     Raises:
         CorruptCheckpointError: `raw` is not byte for byte what `seal` returned.
     """
-    if len(raw) > MAX_MANIFEST_BYTES or raw.count(b'"chunks"') > MAX_FILES:  # before any of it takes shape in memory
+    # Before any of it takes shape in memory: as objects, a text needs many times its size.
+    if len(raw) > MAX_MANIFEST_BYTES or raw.count(b'"chunks"') > MAX_FILES:
         raise CorruptCheckpointError(
             f"{where}: more than {MAX_MANIFEST_BYTES:,} bytes or {MAX_FILES:,} files, which is more than is read."
         )

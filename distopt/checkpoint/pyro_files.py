@@ -104,6 +104,8 @@ def import_pyro(
     storage = open_storage(directory)
     with storage.lock():
         generation = max((each.manifest.generation for each in candidates(storage) if each.manifest), default=-1) + 1
+        # Written as a run of one rank would, so that everything that reads checkpoints reads this one. Its generators
+        # are those of this process: the files hold none.
         attempt = Attempt(step, uuid.uuid4().hex[:12], 0, 1, _PATIENCE)
         rank = {"rng": capture_rng_state(torch.device("cpu")), "optimizers": {}, "objects": {}}
         metadata = {"step": str(step), "attempt": attempt.id}
@@ -224,6 +226,7 @@ def export_module(checkpoint: str | Path, path: str | Path, name: str) -> int:
     if name not in saved["modules"]:
         raise CheckpointError(f"{storage.root}/{folder} has no module {name!r}; it has {[*saved['modules']]}.")
 
+    # A module's state is in three places: parameters that Pyro does not know, parameters in Pyro's store, and buffers.
     state = dict(saved["modules"][name])
     for key, stored in saved["module_params"].get(name, {}).items():
         if stored not in saved["params"]:

@@ -83,6 +83,7 @@ def check_files(storage: Storage, folder: str, manifest: Manifest) -> None:
         raise CorruptCheckpointError(f"{storage.root}/{folder}: {name} is missing.")
     for name in sorted(present - manifest.files.keys()):
         raise CorruptCheckpointError(f"{storage.root}/{folder}: {name} is not in its manifest.")
+    # Opening a file compares its size, and finds links and pipes in place of files.
     for name, record in manifest.files.items():
         CheckedFile(storage, folder, name, record, manifest).close()
 
@@ -159,6 +160,8 @@ class CheckedFile:
         Raises:
             CorruptCheckpointError: A byte that was read, or another one of its chunk, is not what was written.
         """
+        # `whole` is read by the pool below, straight into its final memory. What is incomplete is copied from a cached
+        # chunk: rows of a tensor that are read one after the other often share their border.
         whole = []
         position = offset
         for index, chunk in by_chunk(pieces, offset):

@@ -60,6 +60,8 @@ class Retention:
         if not readable:
             return []
 
+        # What the run gave up is left out before the newest are counted: else abandoned checkpoints, which have higher
+        # steps, would push out those that the run continues from.
         current = [each for each in readable if not _is_abandoned(each, readable)]
         oldest = min(each.step for each in current[: self.last])
         surplus: list[str] = []
@@ -84,6 +86,8 @@ def retain(storage: Storage, keep: Retention) -> None:
         CheckpointError: The newest checkpoint is not what was written; nothing is deleted then.
         OSError: From the disk.
     """
+    # An interrupted deletion leaves a folder that has been renamed already, which the next call removes. So it does not
+    # matter where in this function a process ends.
     newest_first = candidates(storage)
     surplus = keep.surplus(newest_first)
     if surplus:

@@ -108,6 +108,7 @@ class RunState:
         if not local and backend.rank != 0:
             return captured
 
+        # Local parameters go to this rank's shard, by row; all others are equal on all ranks, so rank 0's are enough.
         optimizers = {name: capture_optimizer(optimizer) for name, optimizer in self.optimizers.items()}
         if local:
             states = {name: packed.select(local.__contains__).unpack() for name, packed in optimizers.items()}
@@ -140,6 +141,7 @@ class RunState:
         Raises:
             CheckpointError: An object does not accept its state; those before it have been restored.
         """
+        # Parameters come first: state of an optimizer is taken up by the parameters that are in the store.
         apply_params(replicated["params"], self.modules)
         apply_modules(replicated["modules"], self.modules)
         apply_modules(buffers, self.modules)
@@ -212,6 +214,8 @@ def apply_params(saved: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> 
         saved: What `capture_params` returned; tensors may end up in the store.
         modules: The run's modules by name.
     """
+    # Pyro's store knows a parameter by its unconstrained tensor, and so do optimizers and modules. There are three
+    # cases: the store has the tensor; a module has it, and would register it at its first call; or neither has it yet.
     store = pyro.get_param_store()
     homes = _module_parameters(modules)
     live = dict(store.named_parameters())
@@ -258,6 +262,8 @@ def capture_modules(modules: Mapping[str, nn.Module]) -> tuple[dict[str, Any], d
         The parameters that are not in Pyro's store; buffers and extra state, apart since batch statistics differ
         between ranks; and of each parameter in the store its name there.
     """
+    # A parameter that is in Pyro's store is saved there. Its name in the store cannot be told from its name in the
+    # module (`pyro.module("line", net)`, `PyroModule`, autoguides each make another), so it is found by identity.
     stored = {id(value): name for name, value in pyro.get_param_store().named_parameters()}
     outside: dict[str, Any] = {}
     buffers: dict[str, Any] = {}

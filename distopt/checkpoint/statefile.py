@@ -1,8 +1,9 @@
 """Nested state in two files: `NAME.json.gz` for its shape and numbers, `NAME.safetensors` for its tensors.
 
-A tensor of 64 KiB or more has an entry of its own, named by its path, and goes to the disk straight from its copy.
-Smaller ones lie packed in one entry per dtype, in the order of the JSON, so that a thousand of them cost a few bytes
-each and not a hundred.
+A tensor of 64 KiB or more has an entry named by its path, and goes to the disk straight from its copy. Smaller ones are
+packed into one entry per dtype, in the order of the JSON, so that a thousand of them cost a few bytes each and not a
+hundred. Nothing says where in its pack a tensor is: readers walk over the JSON and count. So JSON and tensors must fit
+together to the last byte, and every one of these bytes is checked (`CheckedFile`) before it becomes part of a tensor.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from distopt.checkpoint.reader import CheckedFile
 from distopt.checkpoint.storage.base import Storage
 from distopt.checkpoint.tensorfile import Entry
 
-OWN_ENTRY_BYTES = 64 << 10
+LARGE_BYTES = 64 << 10
+"""Tensors of at least this size have their own entry."""
 MAX_JSON_BYTES = 64 << 20
-_CLONED_BYTES = 1 << 20  # beyond what optimizers pack
+"""More text than this is not read, however little it was compressed to."""
+_CLONED_BYTES = 1 << 20  # larger than any parameter that optimizers pack
 
 STORED: dict[torch.dtype, tuple[str, torch.dtype]] = {
     torch.bool: ("BOOL", torch.bool), torch.uint8: ("U8", torch.uint8), torch.int8: ("I8", torch.int8),
@@ -52,7 +55,17 @@ def bytes_of(block: Tensor) -> memoryview:
 
 
 class StateReader:
-    """Reads what `Snapshot.files` wrote; every byte that it returns has been checked."""
+    """Reads what `Snapshot.files` wrote; every byte that it returns has been checked.
+
+    Args:
+        storage: Where the checkpoint is.
+        folder: Its folder.
+        manifest: Its manifest.
+        name: Of the state, without suffix.
+
+    Raises:
+        CorruptCheckpointError: The JSON or the header of the tensors is not what was written.
+    """
 
     def __init__(self, storage: Storage, folder: str, manifest: Manifest, name: str) -> None:
         self.manifest = manifest
@@ -73,17 +86,23 @@ class StateReader:
         return CheckedFile(self._storage, self._folder, file, self.manifest.files[file], self.manifest)
 
     def load(self, accelerator: torch.device | None = None) -> Any:
-        """Returns all of the state, tensors on the CPU or on `accelerator` when they came from one.
+        """Returns all of the state.
+
+        Args:
+            accelerator: Where tensors go that came from an accelerator; all others, or all if it is None, are on the
+                CPU.
 
         Raises:
-            CorruptCheckpointError: when a byte differs from what was written, or JSON and tensors do not fit together.
+            CorruptCheckpointError: A byte differs from what was written, or JSON and tensors do not fit together.
         """
-        blocks = {entry: torch.empty(found.size_bytes, dtype=torch.uint8) for entry, found in self._entries.items()}
+        # The entries follow each other in the file without a gap, so one pass over it fills all blocks.
+        blocks = {name: torch.empty(entry.size_bytes, dtype=torch.uint8) for name, entry in self._entries.items()}
         if blocks:
-            first = min(found.start for found in self._entries.values())
+            first = min(entry.start for entry in self._entries.values())
             with thread_pool() as pool:
                 self.shared_file().read_into(first, [bytes_of(block) for block in blocks.values()], pool)
             self.close()
+
         used = dict.fromkeys(self._entries, 0)
 
         def get(note: Json) -> Tensor:
@@ -92,8 +111,8 @@ class StateReader:
             tensor = _as_dtype(blocks[entry][start:stop], wanted)
             if wanted.on_accelerator and accelerator is not None:
                 return tensor.to(accelerator)
-            # Else one small tensor would keep its whole pack alive, and no optimizer could move what lies in memory
-            # that numpy has seen.
+            # Without the clone one small tensor would keep its whole pack alive, and optimizers could not pack what is
+            # in memory that NumPy has a view of.
             return tensor.clone() if wanted.entry is None or stop - start <= _CLONED_BYTES else tensor
 
         state = decode(self.tree, get)
@@ -107,46 +126,58 @@ class StateReader:
         return self._shared
 
     def close(self) -> None:
-        """Lets go of the tensors' file, which `load` does by itself."""
+        """Releases the tensors' file, which `load` does by itself."""
         if self._shared is not None:
             self._shared.close()
             self._shared = None
 
     def visit(self, read: Callable[[TensorNote, RowReader], Any]) -> Any:
-        """Returns the state with `read(note, rows)` in the place of each tensor: to read some rows of some of them.
+        """Returns the state with `read(note, rows)` in place of each tensor, to read some rows of some of them.
 
-        Call `close` when no more rows are read.
+        Args:
+            read: What to make of each tensor; `rows` can be kept and read from later. Call `close` afterwards.
         """
         used = dict.fromkeys(self._entries, 0)
 
         def get(note: Json) -> Tensor:
             wanted = TensorNote.from_json(note)
             entry, start, _ = self._span(wanted, used)
-            found: Tensor = read(wanted, RowReader(self, wanted, self._entries[entry].start + start))
-            return found
+            replacement: Tensor = read(wanted, RowReader(self, wanted, self._entries[entry].start + start))
+            return replacement
 
         return decode(self.tree, get)
 
     def _span(self, wanted: TensorNote, used: dict[str, int]) -> tuple[str, int, int]:
-        """Returns where a tensor lies: entry, first and last byte in it."""
-        stored, plain = STORED[wanted.dtype]
-        entry = wanted.entry or f"packed/{stored}"
+        """Returns where a tensor is: name of the entry, first byte in it, and the byte behind the last.
+
+        Args:
+            wanted: The tensor.
+            used: By entry, how many of its bytes belong to the tensors before.
+        """
+        stored, _ = STORED[wanted.dtype]
+        name = wanted.entry or f"packed/{stored}"
         size = math.prod(wanted.shape) * wanted.dtype.itemsize
-        found = self._entries.get(entry)
-        if found is None or found.dtype != stored or used[entry] + size > found.size_bytes:
-            raise CorruptCheckpointError(f"{self._where}: entry {entry!r} does not hold the {wanted.as_json()['$t']}.")
-        start = used[entry]
-        used[entry] += size
-        return entry, start, start + size
+        entry = self._entries.get(name)
+        if entry is None or entry.dtype != stored or used[name] + size > entry.size_bytes:
+            raise CorruptCheckpointError(f"{self._where}: entry {name!r} does not hold the {wanted.as_json()['$t']}.")
+        start = used[name]
+        used[name] += size
+        return name, start, start + size
 
     def _check_all_used(self, used: Mapping[str, int]) -> None:
-        for entry, found in self._entries.items():
-            if used[entry] != found.size_bytes:
-                raise CorruptCheckpointError(f"{self._where}: entry {entry!r} holds more than the JSON says.")
+        for name, entry in self._entries.items():
+            if used[name] != entry.size_bytes:
+                raise CorruptCheckpointError(f"{self._where}: entry {name!r} holds more than the JSON says.")
 
 
 class RowReader:
-    """One tensor of a state file, of which some rows may be read alone."""
+    """One tensor of a state file, of which some rows may be read alone.
+
+    Args:
+        state: The file, which must be open while rows are read.
+        note: The tensor's dtype and shape.
+        offset: Of its first byte in the file.
+    """
 
     def __init__(self, state: StateReader, note: TensorNote, offset: int) -> None:
         self._state = state

@@ -26,7 +26,7 @@ _LENGTH_BYTES = 8
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies."""
+    """Where in the file one tensor is."""
 
     name: str
     dtype: str
@@ -41,12 +41,15 @@ class Entry:
 
 
 def encode_header(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
-    """Returns the first bytes of the file; the data of all tensors (name, dtype, shape) follow in this order.
+    """Returns the first bytes of the file; the data of all tensors follow in this order.
 
-    Tensors should come with the widest dtype first: then each lies at a multiple of its item's size.
+    Args:
+        tensors: (name, dtype, shape) of each, the widest dtype first: then each begins at a multiple of its item's
+            size.
+        metadata: What else the header says.
 
     Raises:
-        ValueError: when there are more of them than `decode_header` reads.
+        ValueError: There are more of them than `decode_header` reads.
     """
     document: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -54,6 +57,7 @@ def encode_header(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: M
         end = offset + ITEM_BYTES[dtype] * math.prod(shape)
         document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
+
     text = json.dumps(document, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES or len(tensors) > MAX_ENTRIES:
@@ -62,10 +66,10 @@ def encode_header(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: M
 
 
 def header_bytes(first: bytes, size: int) -> int:
-    """Returns the header's size, read from the first eight bytes of a file of `size` bytes.
+    """Returns the header's size with these bytes, read from the first eight bytes of a file of `size` bytes.
 
     Raises:
-        ValueError: when it cannot be that.
+        ValueError: It cannot be that.
     """
     length = int.from_bytes(first[:_LENGTH_BYTES], "little")
     if size < _LENGTH_BYTES + 2 or length > min(size - _LENGTH_BYTES, MAX_HEADER_BYTES):
@@ -77,15 +81,18 @@ def decode_header(raw: bytes, size: int) -> tuple[dict[str, Entry], dict[str, st
     """Returns the tensors by name and the metadata; `raw` is the whole header, `size` the file's.
 
     Raises:
-        ValueError: for overlapping, missing or surplus bytes, unknown dtypes, repeated names, or anything else that
-            is no well-formed header.
+        ValueError: There are overlapping, missing or surplus bytes, unknown dtypes, repeated names, or anything else
+            that is no well-formed header.
     """
-    if raw.count(b":") > 8 * MAX_ENTRIES:  # an entry has four, beside those in its name
+    # Counted before the text is parsed, which needs many times its size: an entry has four colons, beside those
+    # in its name.
+    if raw.count(b":") > 8 * MAX_ENTRIES:
         raise ValueError(f"more than {MAX_ENTRIES:,} tensors, which is more than is read")
     try:
         document = json.loads(raw[_LENGTH_BYTES:], object_pairs_hook=_without_repeats)
     except RecursionError as error:
         raise ValueError("a header nested too deep") from error
+
     if not isinstance(document, dict):
         raise ValueError("a header that is no object")
     metadata = document.pop("__metadata__", {})
@@ -93,7 +100,9 @@ def decode_header(raw: bytes, size: int) -> tuple[dict[str, Entry], dict[str, st
         raise ValueError("metadata that are not strings")
     if len(document) > MAX_ENTRIES:
         raise ValueError(f"{len(document):,} tensors, at most {MAX_ENTRIES:,} are read")
-    entries = {}
+
+    # Each tensor must begin where the one before it ends: then no byte belongs to two tensors, or to none.
+    entries: dict[str, Entry] = {}
     offset = len(raw)
     for name, value in document.items():
         entries[name] = entry = _entry(name, value, offset, len(raw))

@@ -87,7 +87,7 @@ def test_progress_that_cannot_be_kept_is_refused_at_once_with_its_place(tmp_path
     with checkpointer(tmp_path) as keeper:
         with pytest.raises(CheckpointError, match=r"progress/a/1: a builtins\.object cannot be saved"):
             keeper.save(1, progress={"a": [0, object()]})
-        with pytest.raises(CheckpointError, match="progress/a: a tensor has no place here"):
+        with pytest.raises(CheckpointError, match="progress/a: a tensor cannot be saved here"):
             keeper.save(1, progress={"a": torch.zeros(1)})
         keeper.save(1)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 SOURCE = "PYRO_TESTS"
 """Environment variable: a checkout of Pyro, or a git repository of it, that is used in place of a clone."""
 
-CLONE_S = 300
+CLONE_S = 120
 TREE = ("tests", "setup.cfg")
 
 _MODULE = re.compile(r"\bpyro\.optim\b")

@@ -165,6 +165,7 @@ class Storage(ABC):
         """
         return self._without_exclusion()
 
+    # Apart from `lock`, so that an override returns whatever context it likes and need not be a generator.
     @contextmanager
     def _without_exclusion(self) -> Iterator[str]:
         token = new_token()
@@ -216,6 +217,7 @@ def open_storage(path: str | Path) -> Storage:
 
         return PosixStorage(Path(path))
 
+    # Registered schemes come first: fsspec knows dozens of names, and one of them may be what a user calls a storage.
     registered = _REGISTERED.get(match[1].lower())
     if registered is not None:
         return registered(str(path))

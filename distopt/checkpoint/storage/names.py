@@ -19,6 +19,8 @@ from distopt.checkpoint.errors import CheckpointError
 LOCK = ".lock"
 """Name of the file, in the root, that holds the token of the job that writes there."""
 
+# Steps are padded so that names sort like numbers up to 99,999,999; beyond that they only get longer. Files of the user
+# that merely look similar (`.tmp-notes`) must not match, since what matches `_LEFTOVER` is deleted.
 _CHECKPOINT = re.compile(r"step-(\d{8,19})(-[0-9a-f]{8,32})?")
 _LEFTOVER = re.compile(r"\.tmp-\d{8,19}-[0-9a-f]{8,32}|\.del-step-\d{8,19}-[0-9a-f]{8}")
 

@@ -38,6 +38,7 @@ class RemoteStorage(Storage):
 
     def create(self, folder: str, name: str) -> RemoteWriteStream:
         """Opens an object for writing; attempts never share a folder, so there is none of that name."""
+        # Object stores have no folders and ignore this; fsspec's local and memory file systems need it.
         path = self._join(folder)
         self._fs.makedirs(path, exist_ok=True)
         return RemoteWriteStream(self._fs.open(f"{path}/{name}", "wb"))
@@ -102,6 +103,8 @@ class RemoteWriteStream(WriteStream):
 
     def abandon(self) -> None:
         """Drops what was uploaded, where the file system can."""
+        # Closing would complete the upload of half a file. Where fsspec offers no way to discard it, the file is left
+        # open and its attempt has no manifest, so it is removed as a leftover.
         discard = getattr(self._file, "discard", None)
         if discard is not None and not self._file.closed:
             discard()
