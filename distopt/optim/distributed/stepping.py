@@ -16,7 +16,7 @@ from distopt.config.reduce import ReduceOptions
 from distopt.optim.arguments import args_for
 from distopt.optim.clipping import global_norm
 from distopt.optim.lr_scheduler import PyroLRScheduler
-from distopt.optim.optim import PyroOptim, _evaluated
+from distopt.optim.optim import PyroOptim, call_closure
 from distopt.reduce import DisagreementError, DriftError, LocalGradients, PeerError, ReducedGradients, Reducer
 from distopt.reduce.drift import explain_nonfinite, is_finite
 from distopt.reduce.messages import RankMessage, RoundKind
@@ -126,7 +126,7 @@ class Stepper:
         measure_norm: bool = False,
     ) -> StepInfo:
         """Adds this call's gradients to those before, and reduces and steps by them if the step is complete."""
-        args, kwargs = _evaluated(args, kwargs)
+        args, kwargs = call_closure(args, kwargs)
         if loss is not None:
             self._losses.append(float(loss))
         self._stop |= stop
