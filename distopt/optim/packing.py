@@ -192,8 +192,8 @@ class Segments:
     """Consecutive segments of a flat tensor, each of which holds the elements of one tensor in row-major order.
 
     Tensors whose shapes differ in the first dimension only are one tensor when they are concatenated, which one call
-    does in half the time that a copy into a view of each takes. Others (scalars, matrices of several widths) have no
-    dimension along which they could be joined.
+    does in a third to a half of the time that copying into a view of each takes. Others (scalars, matrices of several
+    widths) have no dimension along which they could be joined.
 
     Args:
         flat: Shape (sum of numels,).
