@@ -231,6 +231,6 @@ def _check_recorded_config(config: RunConfig) -> Iterator[Finding]:
         yield Finding(
             "run_dir",
             f"{config.run_dir} holds checkpoints of another configuration:{''.join(changes)}",
-            f"to start anew, choose another run_dir (run_dir={config.run_dir}-2) or move this one away; "
+            f"to start from the beginning, choose another run_dir (run_dir={config.run_dir}-2) or move this one away; "
             "to resume, undo the changes",
         )

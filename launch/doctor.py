@@ -96,7 +96,7 @@ def _packages() -> Iterator[Finding]:
             yield Finding(name, "not installed", fix, "failure" if name in required else "warning")
 
 
-# Run by a process of its own: this one imports neither torch nor Horovod, which may be broken.
+# Run by a separate process: this one imports neither torch nor Horovod, which may be broken.
 _PRINT_BUILDS = """
 import json, torch
 builds = {

@@ -23,10 +23,10 @@ class AdagradRMSProp(Optimizer):
         \theta_k &= \theta_{k-1} - \eta\, k^{-1/2 + \delta} \, \frac{g_k}{1 + \sqrt{s_k}}
 
     Args:
-        params: dense tensors, or torch parameter groups of them.
-        eta: scale of the step size.
-        delta: exponent that keeps the step sizes summable; tiny.
-        t: weight of the newest squared gradient, in (0, 1].
+        params: Dense tensors, or torch parameter groups of them.
+        eta: Scale of the step size.
+        delta: Exponent that keeps the step sizes summable; tiny.
+        t: Weight of the newest squared gradient, in (0, 1].
 
     State of each parameter: `step`, a number, and `sum`, shape and dtype of the parameter.
 
@@ -63,7 +63,7 @@ class AdagradRMSProp(Optimizer):
         """Takes one step for every parameter that has a gradient.
 
         Args:
-            closure: evaluates the model anew and returns the loss.
+            closure: Evaluates the model anew and returns the loss.
 
         Returns:
             What `closure` returned, or None.
@@ -81,12 +81,16 @@ class AdagradRMSProp(Optimizer):
             raise RuntimeError(
                 "AdagradRMSProp: a gradient is sparse, expected dense ones; make it dense, or use SparseAdam."
             )
+
+        # Both decay and step size depend on the number of steps, which parameters that were skipped now and then do not
+        # share: those that do are one call.
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
         by_step: dict[int, list[int]] = defaultdict(list)
         for i, p in enumerate(params):
             state = self.state[p]
             state["step"] += 1
             by_step[int(state["step"])].append(i)
+
         step_each = scaled_descent_ if is_fusable(params + grads) else _scaled_descent_
         for step, chosen in by_step.items():
             step_each(
@@ -102,7 +106,7 @@ class AdagradRMSProp(Optimizer):
 def _scaled_descent_(
     params: list[Tensor], grads: list[Tensor], squares: list[Tensor], *, lr: float, decay: float, eps: float
 ) -> None:
-    """What `scaled_descent_` does, for tensors that its kernel does not take."""
+    """Does what `scaled_descent_` does, for tensors that its kernel does not take."""
     torch._foreach_mul_(squares, decay)
     torch._foreach_addcmul_(squares, grads, grads, 1.0 - decay)
     scales = torch._foreach_sqrt(squares)

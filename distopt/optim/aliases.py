@@ -12,9 +12,18 @@ import pyro
 import torch
 from torch import Tensor
 
-_OWN_REFERENCES = 3  # of `num_forgotten_aliases` itself: a dict, a variable and an argument
+# Why this is needed. An autoguide runs the model once and makes its parameters of the values that were drawn: the
+# parameter and the value in the trace are two tensors over one memory. The trace is dead, but the cycles within it keep
+# it from being freed. Without this search none of AutoNormal's parameters is packed: a step of 400 of them takes 2.6 ms
+# instead of 0.05 ms (one thread). The same holds for AutoDelta, AutoStructured and guides of Bayesian networks.
+#
+# Why it is safe. Python counts the references to every tensor. When the holders that are known to be dead account for
+# all of them, nobody is left who could read the tensor. One reference too many, from wherever, and the parameter stays
+# where it is, which costs time and never a wrong number.
+
+_SEARCH_REFERENCES = 3  # of `num_forgotten_aliases` itself: a dict, a variable and an argument
 _WITH_ONE_VIEW = 2  # uses of a tensor by C++: its Python object and the view
-_SITE = frozenset({"type", "name", "fn", "value"})
+_SITE = frozenset({"type", "name", "fn", "value"})  # what every site of a trace of pyro.poutine has
 
 
 def num_forgotten_aliases(params: Sequence[Tensor]) -> list[int]:
@@ -25,15 +34,17 @@ def num_forgotten_aliases(params: Sequence[Tensor]) -> list[int]:
     view, when nothing but the parameter holds it. Any other holder may want to see the parameter change: such a tensor
     is not counted.
 
-    Cost: one or two walks over all objects of the garbage collector, about 0.1 s.
+    Cost:
+        One or two walks over all objects of the garbage collector, about 0.1 s; `Grouping` limits their number.
     """
     aliases = _aliases(params)
     bases = {id(p._base) for p in params if p._is_view()}
     forgotten = _forgotten_references(aliases)
+
     counts: dict[int, int] = defaultdict(int)
     for i in aliases:
         alias: Any = aliases[i]
-        known = forgotten[i] + _OWN_REFERENCES
+        known = forgotten[i] + _SEARCH_REFERENCES
         if i in bases and alias._use_count() == _WITH_ONE_VIEW:
             known += _references_by_views()
         # All references are accounted for; variables of running functions show in no other way.
@@ -72,4 +83,5 @@ def _references_by_views() -> int:
 
 
 def _is_site(holder: Any) -> bool:
+    """Returns whether `holder` is a site of a trace, which Pyro's handlers no longer read once it is made."""
     return isinstance(holder, dict) and holder.keys() >= _SITE

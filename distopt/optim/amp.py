@@ -1,4 +1,8 @@
-"""Mixed precision: gradients of a scaled loss, and a loss that is scaled for `pyro.infer.SVI`."""
+"""Mixed precision: gradients of a scaled loss, and a loss that is scaled for `pyro.infer.SVI`.
+
+In 16 bits small gradients round to zero. So the loss is multiplied by a scale before it is differentiated, and the
+gradients are divided by it before they are used; `torch.amp.GradScaler` lowers the scale when a gradient overflows.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,10 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 from torch.amp import GradScaler
+
+# GradScaler wants one optimizer that owns the parameters. Here the parameters are spread over several, and what is
+# unscaled is not `.grad` but packed buffers. So it is shown an optimizer of empty tensors whose gradients are those
+# buffers, and whose step is all of ours.
 
 
 class _Gradients(torch.optim.Optimizer):
@@ -56,8 +64,8 @@ class ScaledELBO(ELBO):  # type: ignore[misc]
     Give the same scaler to the optimizer, which divides the scale out again.
 
     Args:
-        elbo: the ELBO that is wrapped.
-        scaler: what holds the scale.
+        elbo: The ELBO that is wrapped.
+        scaler: What holds the scale.
 
     Example:
         >>> from pyro.infer import Trace_ELBO
@@ -79,7 +87,8 @@ class ScaledELBO(ELBO):  # type: ignore[misc]
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Returns the loss, and leaves scaled gradients on the parameters."""
-        # GradScaler makes its scale when it first scales something.
+        # GradScaler makes its scale when it first scales something; `get_scale` would return the initial number and
+        # leave none to be updated.
         scale = float(self.scaler.scale(torch.ones((), device=self.scaler._device)))
         scaled = self.elbo.loss_and_grads(poutine.scale(model, scale), poutine.scale(guide, scale), *args, **kwargs)
         if isinstance(scaled, tuple):  # ReweightedWakeSleep returns two losses

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from pyro.params.param_store import module_from_param_with_module_name, normalize_param_name, user_param_name
 
+# What pyro.optim calls optim_args and clip_args. A callable is asked once for each parameter, when it is first seen.
 Args: TypeAlias = Mapping[str, Any] | Callable[..., Mapping[str, Any]]
 
 
@@ -28,27 +29,27 @@ def args_for(what: str, args: Args, name: str) -> dict[str, Any]:
 
     Args:
         what: "optim_args" or "clip_args", for the message.
-        args: a dict; or a callable, given `name` as `nn.Module.named_parameters` has it (one argument), or module name
+        args: A dict; or a callable, given `name` as `nn.Module.named_parameters` has it (one argument), or module name
             and parameter name (two arguments).
-        name: in the parameter store.
+        name: In the parameter store.
     """
     if not callable(args):
         return dict(args)
     if num_arguments(args) == 1:
-        found = args(normalize_param_name(name))
+        result = args(normalize_param_name(name))
     else:
-        found = args(module_from_param_with_module_name(name), user_param_name(name))
-    if not isinstance(found, Mapping):
-        raise TypeError(f"{what}({name!r}) returned {found!r}, expected a dict of arguments.")
-    return dict(found)
+        result = args(module_from_param_with_module_name(name), user_param_name(name))
+    if not isinstance(result, Mapping):
+        raise TypeError(f"{what}({name!r}) returned {result!r}, expected a dict of arguments.")
+    return dict(result)
 
 
 def by_name(default: Mapping[str, Any], patterns: Mapping[str, Mapping[str, Any]]) -> Callable[[str], dict[str, Any]]:
     """Returns `optim_args` (or `clip_args`) that depend on the parameter's name.
 
     Args:
-        default: arguments of every parameter.
-        patterns: further arguments by shell pattern (`*`, `?`, `[...]`) of the name, in the form of
+        default: Arguments of every parameter.
+        patterns: Further arguments by shell pattern (`*`, `?`, `[...]`) of the name, in the form of
             `nn.Module.named_parameters`. All that match apply, later ones over earlier ones.
 
     Example:

@@ -1,7 +1,13 @@
-"""What is known of the torch optimizers: which may be packed or listed, and which switches make them quick."""
+"""What is known of the torch optimizers: which may be packed or listed, and which switches make them quick.
+
+Nothing has to be known of an optimizer for it to work. One that is in no table here, a class of yours for example, gets
+each parameter by itself with exactly the arguments that you gave, as in `pyro.optim`.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -30,8 +36,14 @@ ELEMENTWISE: frozenset[Any] = frozenset(
         torch.optim.SGD,
     }
 )
-"""Optimizers that treat every element alike, so that one step on a packed tensor is a step on each parameter."""
+"""Optimizers that treat every element in the same way, so that one step on a packed tensor is a step on each parameter.
 
+Subclasses are not meant: what they override may look at a parameter as a whole.
+"""
+
+# Which of torch's implementations is quickest. `fused` makes one pass over memory, where torch 2.13 has such a kernel;
+# `foreach` makes one call for each operation of a whole list. A packed group is a list of one tensor, for which
+# `foreach` gains nothing.
 _FUSED = frozenset({torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad})
 _FUSED_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _FOREACH = frozenset(
@@ -44,6 +56,24 @@ _FOREACH = frozenset(
     }
 )
 _QUICKER: dict[Any, Any] = {torch.optim.RMSprop: OnePassRMSprop}
+
+
+def without_partial(constructor: Any) -> tuple[Any, dict[str, Any]]:
+    """Returns what a `functools.partial` calls and the keyword arguments that it adds; others with no arguments.
+
+    Example:
+        >>> without_partial(functools.partial(torch.optim.Adam, amsgrad=True))
+        (<class 'torch.optim.adam.Adam'>, {'amsgrad': True})
+    """
+    if isinstance(constructor, functools.partial) and not constructor.args:
+        return constructor.func, dict(constructor.keywords)
+    return constructor, {}
+
+
+def name_of(constructor: Any) -> str:
+    """Returns what to call an optimizer's constructor in messages."""
+    constructor, _ = without_partial(constructor)
+    return getattr(constructor, "__name__", None) or repr(constructor)
 
 
 def quicker(constructor: Any) -> Any:
@@ -74,6 +104,11 @@ def switches(
     return {}
 
 
+def drifts(args: Mapping[str, Any]) -> bool:
+    """Returns whether the optimizer changes its own hyper-parameters as it steps, as those of Pyro do for `lrd`."""
+    return bool(args.get("lrd", 1.0) != 1.0)
+
+
 def check_arguments(args: Mapping[str, Any], where: str) -> None:
     """Raises ValueError when a number among the optimizer's arguments is NaN."""
     for key, value in args.items():
@@ -84,20 +119,11 @@ def check_arguments(args: Mapping[str, Any], where: str) -> None:
 
 def check_constructor(constructor: Any) -> None:
     """Raises for optimizers that no per-parameter step can serve."""
-    if constructor is torch.optim.LBFGS:
+    called, _ = without_partial(constructor)
+    if inspect.isclass(called) and issubclass(called, torch.optim.LBFGS):
         raise ValueError(
             "LBFGS needs a closure that it can call many times in one step, which an optimizer of `SVI` never has. "
             "Use Adam, or `torch.optim.LBFGS` directly on `pyro.get_param_store().named_parameters()`."
         )
     if not callable(constructor):
         raise TypeError(f"optim_constructor is {constructor!r}, expected a torch.optim.Optimizer class.")
-
-
-def name_of(constructor: Any) -> str:
-    """Returns what to call an optimizer's constructor in messages."""
-    return getattr(constructor, "__name__", None) or repr(constructor)
-
-
-def drifts(args: Mapping[str, Any]) -> bool:
-    """Returns whether the optimizer changes its own hyper-parameters as it steps."""
-    return bool(args.get("lrd", 1.0) != 1.0)

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from distopt.optim.kernels import Hyper, Pending, check_at_least_zero, check_betas, evaluated, started, step_all_
+from distopt.optim.kernels import (
+    Hyper,
+    PendingStep,
+    check_at_least_zero,
+    check_betas,
+    evaluated,
+    started,
+    step_all_,
+)
 
 _SHARED = ("eps", "clip_norm", "weight_decay", "centered_variance")
 
@@ -26,14 +34,14 @@ class ClippedAdam(Optimizer):
             \qquad \gamma_k = \gamma_0\, d^k
 
     Args:
-        params: dense tensors, or torch parameter groups of them.
-        lr: learning rate :math:`\gamma_0`.
-        betas: decay rates of the two moments.
-        eps: added to the square root of the second moment.
+        params: Dense tensors, or torch parameter groups of them.
+        lr: Learning rate :math:`\gamma_0`.
+        betas: Decay rates of the two moments.
+        eps: Added to the square root of the second moment.
         weight_decay: L2 penalty :math:`\lambda`.
-        clip_norm: bound :math:`c` on the magnitude of each element of the gradient.
-        lrd: factor :math:`d` of the learning rate at each step.
-        centered_variance: whether :math:`v` follows the variance of the gradient and not its square.
+        clip_norm: Bound :math:`c` on the magnitude of each element of the gradient.
+        lrd: Factor :math:`d` of the learning rate at each step.
+        centered_variance: Whether :math:`v` follows the variance of the gradient and not its square.
 
     State of each parameter: `step`, a number; `exp_avg` and `exp_avg_sq`, shape and dtype of the parameter.
 
@@ -79,22 +87,25 @@ class ClippedAdam(Optimizer):
         """Takes one step for every parameter that has a gradient, which may be overwritten by the clipped one.
 
         Args:
-            closure: evaluates the model anew and returns the loss.
+            closure: Evaluates the model anew and returns the loss.
 
         Returns:
             What `closure` returned, or None.
         """
         loss = evaluated(closure)
-        alike: dict[tuple[Any, ...], list[Pending]] = defaultdict(list)
+
+        # Parameter groups that differ in their rate alone, as they do where `lrd` decays it, are one list of steps.
+        by_hyper: dict[tuple[Any, ...], list[PendingStep]] = defaultdict(list)
         for group in self.param_groups:
             group["lr"] *= group["lrd"]
-            same = alike[(tuple(group["betas"]), *(group[key] for key in _SHARED))]
+            same = by_hyper[(tuple(group["betas"]), *(group[key] for key in _SHARED))]
             same += [
-                Pending(p, p.grad, started(self.state[p], p), group["lr"])
+                PendingStep(p, p.grad, started(self.state[p], p), group["lr"])
                 for p in group["params"]
                 if p.grad is not None
             ]
-        for hyper, pending in alike.items():
+
+        for hyper, pending in by_hyper.items():
             if pending:
                 step_all_(pending, Hyper(*hyper))
         return loss

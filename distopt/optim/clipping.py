@@ -1,4 +1,9 @@
-"""Clipping of gradients: per parameter by norm or value, and by one norm over all parameters."""
+"""Clipping of gradients: per parameter by norm or value, and by one norm over all parameters.
+
+Norms of single parameters are computed in the parameters' dtype, as torch and Pyro do, so that trajectories equal
+theirs. The norm over all parameters, which Pyro does not have, is computed in float64: sums over ranks and over groups
+in any order then give the same float32 factor.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +47,12 @@ def clip_by_norm_(buffer: Tensor, numels: Sequence[int], max_norm: float) -> boo
     """Scales each segment of `buffer` down to a 2-norm of at most `max_norm`, in place; returns whether one changed.
 
     Args:
-        buffer: shape (sum(numels),).
-        numels: length of each segment.
-        max_norm: as in `torch.nn.utils.clip_grad_norm_`, whose coefficient `max_norm / (norm + 1e-6)` is used.
+        buffer: Shape (sum(numels),).
+        numels: Length of each segment.
+        max_norm: As in `torch.nn.utils.clip_grad_norm_`, whose coefficient `max_norm / (norm + 1e-6)` is used.
     """
+    # As many norms as segments from one call, and one multiplication of the whole buffer: the coefficients are spread
+    # over the elements instead of looping over the segments.
     segments = [s for s in torch.split(buffer, list(numels)) if s.numel()]
     norms = torch.stack(torch._foreach_norm(segments))
     coefficients = (max_norm / (norms + _EPS)).clamp_(max=1.0)
@@ -80,6 +87,10 @@ def clip_segments_(buffer: Tensor, numels: Sequence[int], clip: Clip) -> bool:
     return changed
 
 
+# Clipped gradients are copied back to `.grad` only where clipping has changed them. On the CPU to ask costs less than
+# the copy. On a GPU the answer would have to be waited for, which stops the pipeline, so there they are always copied.
+
+
 def _may_change(coefficients: Tensor) -> bool:
     """Returns whether a gradient that is scaled by `coefficients` changes; True where the answer is on a device."""
     return coefficients.device.type != "cpu" or not bool((coefficients >= 1.0).all())
@@ -99,9 +110,9 @@ def clip_by_global_norm_(gradients: Sequence[Tensor], max_norm: float, total: fl
     """Scales all `gradients` by one factor so that their common 2-norm is at most `max_norm`.
 
     Args:
-        gradients: scaled in place.
-        max_norm: of what it is after scaling.
-        total: the norm before, where more gradients count than those at hand.
+        gradients: Scaled in place.
+        max_norm: Of what it is after scaling.
+        total: The norm before, where more gradients count than those at hand.
 
     Returns:
         Whether they changed; on a device other than the CPU True, since the answer would have to be waited for.

@@ -12,7 +12,15 @@ from pyro.ops.tensor_utils import dct, idct, next_fast_len
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from distopt.optim.kernels import Hyper, Pending, check_at_least_zero, check_betas, evaluated, started, step_all_
+from distopt.optim.kernels import (
+    Hyper,
+    PendingStep,
+    check_at_least_zero,
+    check_betas,
+    evaluated,
+    started,
+    step_all_,
+)
 
 
 class DCTAdam(Optimizer):
@@ -26,16 +34,16 @@ class DCTAdam(Optimizer):
 
     where :math:`C` is the orthonormal discrete cosine transform along time (padded with zeros to a length that
     transforms fast) and :math:`u` the direction of Adam for the gradient :math:`h`. So errors that are slow in time are
-    put right as quickly as those of single points.
+    corrected as quickly as those of single points.
 
     Args:
-        params: dense tensors, or torch parameter groups of them.
-        lr: learning rate.
-        betas: decay rates of the two moments.
-        eps: added to the square root of the second moment.
-        clip_norm: bound on the magnitude of each element of the gradient.
-        lrd: factor of the learning rate at each step.
-        subsample_aware: whether only those elements of a parameter are updated that its attribute `_pyro_subsample`
+        params: Dense tensors, or torch parameter groups of them.
+        lr: Learning rate.
+        betas: Decay rates of the two moments.
+        eps: Added to the square root of the second moment.
+        clip_norm: Bound on the magnitude of each element of the gradient.
+        lrd: Factor of the learning rate at each step.
+        subsample_aware: Whether only those elements of a parameter are updated that its attribute `_pyro_subsample`
             (`{dim: indices}`, set by `pyro.plate`) names; each element then counts its own steps.
 
     State of each parameter: `step`, `exp_avg` and `exp_avg_sq`; the latter two of the shape of :math:`h`, in which time
@@ -80,10 +88,10 @@ class DCTAdam(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step for every parameter that has a gradient; returns what `closure` returned."""
         loss = evaluated(closure)
-        alike: dict[tuple[Any, ...], list[tuple[Tensor, float]]] = defaultdict(list)
+        by_hyper: dict[tuple[Any, ...], list[tuple[Tensor, float]]] = defaultdict(list)
         for group in self.param_groups:
             group["lr"] *= group["lrd"]
-            same = alike[tuple(group["betas"]), group["eps"], group["clip_norm"]]
+            same = by_hyper[tuple(group["betas"]), group["eps"], group["clip_norm"]]
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -92,33 +100,39 @@ class DCTAdam(Optimizer):
                     self._step_rows(group, p, subsample)
                 else:
                     same.append((p, group["lr"]))
-        for hyper, chosen in alike.items():
+
+        for hyper, chosen in by_hyper.items():
             self._step_together(chosen, Hyper(*hyper))
         return loss
 
     def _step_together(self, chosen: Sequence[tuple[Tensor, float]], hyper: Hyper) -> None:
         """Steps parameters by lists; time series of one length and dtype are transformed as one matrix."""
-        pending: list[Pending] = []
+        pending: list[PendingStep] = []
         series: dict[tuple[Any, ...], list[tuple[Tensor, float]]] = defaultdict(list)
         for p, lr in chosen:
             dim = getattr(p, "_pyro_dct_dim", None)
             if dim is not None:
                 series[p.size(dim), p.dtype, p.device].append((p, lr))
             elif p.grad is not None:
-                pending.append(Pending(p, p.grad, started(self.state[p], p), lr))
+                pending.append(PendingStep(p, p.grad, started(self.state[p], p), lr))
+
         if pending:
             step_all_(pending, hyper)
-        for alike in series.values():
-            self._step_series([p for p, _ in alike], [lr for _, lr in alike], hyper)
+        for same in series.values():
+            self._step_series([p for p, _ in same], [lr for _, lr in same], hyper)
 
     def _step_series(self, params: Sequence[Tensor], rates: Sequence[float], hyper: Hyper) -> None:
-        """Steps time series of one length: their steps in time and frequency are taken from zero and then added."""
+        """Steps time series of one length: their steps in time and frequency are taken from zero and then added.
+
+        Adam's direction does not depend on the parameter, so the step of a tensor of zeros is that direction times the
+        learning rate. The transform is linear: it is taken once, of the sum of all steps.
+        """
         dims: list[int] = [p._pyro_dct_dim for p in params]  # type: ignore[attr-defined]
         length = params[0].size(dims[0])
         gradients = [p.grad.clamp(-hyper.clip_norm, hyper.clip_norm) for p in params if p.grad is not None]
         rows = _as_rows(gradients, dims)  # (series of all parameters, time)
         pending = [
-            Pending(torch.zeros_like(h), h, started(self.state[p], h), lr)
+            PendingStep(torch.zeros_like(h), h, started(self.state[p], h), lr)
             for p, h, lr in zip(params, _as_tensors(to_frequency(rows, -1), params, dims), rates, strict=True)
         ]
         step_all_(pending, Hyper(hyper.betas, hyper.eps, math.inf))  # frequencies are not clipped
@@ -135,6 +149,9 @@ class DCTAdam(Optimizer):
         state = self.state[p]
         if not state:
             state.update({key: torch.zeros_like(p) for key in ("step", "exp_avg", "exp_avg_sq")})
+
+        # As in pyro.optim.DCTAdam, element by element: `step` is a tensor, and an element that no minibatch has touched
+        # keeps its number of steps, so that its first steps are corrected for their bias as those of any parameter.
         index = _rows(p, subsample)
         beta1, beta2 = group["betas"]
         gradient = p.grad[index].clamp(-group["clip_norm"], group["clip_norm"])  # type: ignore[index]
@@ -147,6 +164,9 @@ class DCTAdam(Optimizer):
         p[index] -= size * mean / (square.sqrt() + group["eps"])
 
 
+# A time series and its transform side by side, in one tensor twice as long, so that one step of Adam moves both.
+
+
 def to_frequency(x: Tensor, dim: int) -> Tensor:
     """Returns `x` and behind it, along `dim`, its cosine transform, padded to a length that transforms fast."""
     length = x.size(dim)
@@ -156,7 +176,7 @@ def to_frequency(x: Tensor, dim: int) -> Tensor:
 
 
 def from_frequency(y: Tensor, dim: int, length: int) -> Tensor:
-    """Returns the part of `y` in time plus the inverse transform of the rest, both of `length` along `dim`."""
+    """Returns what `y` has in time plus the inverse transform of the rest, both of `length` along `dim`."""
     time = y.narrow(dim, 0, length)
     padded: Tensor = idct(y.narrow(dim, length, y.size(dim) - length), dim)
     return time + padded.narrow(dim, 0, length)
@@ -170,10 +190,10 @@ def _as_rows(tensors: Sequence[Tensor], dims: Sequence[int]) -> Tensor:
 
 def _as_tensors(rows: Tensor, like: Sequence[Tensor], dims: Sequence[int]) -> list[Tensor]:
     """Undoes `_as_rows`: contiguous tensors, shaped as those in `like` but for their size along `dims`."""
-    parts = torch.split(rows, [t.numel() // t.size(dim) for t, dim in zip(like, dims, strict=True)])
+    matrices = torch.split(rows, [t.numel() // t.size(dim) for t, dim in zip(like, dims, strict=True)])
     return [
-        part.view(*t.movedim(dim, -1).shape[:-1], rows.size(-1)).movedim(-1, dim).contiguous()
-        for part, t, dim in zip(parts, like, dims, strict=True)
+        matrix.view(*t.movedim(dim, -1).shape[:-1], rows.size(-1)).movedim(-1, dim).contiguous()
+        for matrix, t, dim in zip(matrices, like, dims, strict=True)
     ]
 
 

@@ -111,6 +111,8 @@ def load_state(handle: Any, state: State, switches: dict[str, Any]) -> None:
         optimizer._opt_called = True  # type: ignore[attr-defined]  # no warning of a scheduler stepped first
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, saved in optimizer_dict["state"].items():
+        if not isinstance(i, int):
+            continue  # an optimizer of the user's may keep state that belongs to no parameter
         values = optimizer.state[params[i]]
         for key in SCALARS & saved.keys() - {"step"}:
             values[key] = saved[key]
@@ -297,7 +299,8 @@ class ListGroup:
             state = copied(states[0]) if self.alone else list_state(states, separate=separate)
             load_state(self.handle, state, switches)
 
-        # Torch's parameter group of each member by the member's id, where they are separate.
+        # Torch's parameter group of each member by the member's id, where they are separate. The optimizer's list of
+        # groups is set anew at each step, to those of the members that the step touches.
         self._group_of: dict[int, dict[str, Any]] | None = None
         if separate:
             self._group_of = dict(zip(map(id, members), optimizer_of(self.handle).param_groups, strict=True))
@@ -317,6 +320,7 @@ class ListGroup:
 
     def absorb(self, other: ListGroup) -> None:
         """Takes over the members of another group with the same hyper-parameters."""
+        # Nothing is copied: the state of each tensor changes hands, and the other optimizer is dropped.
         ours = optimizer_of(self.handle)
         ours.state.update(optimizer_of(other.handle).state)
         self.members.extend(other.members)
@@ -345,6 +349,7 @@ class ListGroup:
 
     def has_lost(self, member: ParamRecord) -> bool:
         """Returns whether `member` was moved since it was listed here: to another dtype, device or order of memory."""
+        # Torch's state refers to the tensor, not to its memory: other storage of the same kind changes nothing here.
         p = member.param
         if p.dtype is not member.key[2] or p.device != member.key[3]:
             return True

@@ -4,6 +4,9 @@ The kernel computes, in one pass over memory,
 
     g <- g + weight_decay * p;  m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2
     p <- p - lr / (1 - beta1^k) * m / (sqrt(v) / sqrt(1 - beta2^k) + eps)
+
+Written with torch's `foreach` operations the same step takes ten passes, and for large parameters the time of a step is
+that of its passes over memory.
 """
 
 from __future__ import annotations
@@ -17,36 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What Pyro's own optimizers have in common: checks of their arguments, and the closure.
-
-
-def check_at_least_zero(optimizer: str, **values: float) -> None:
-    """Raises ValueError for a negative number or NaN among `values`."""
-    for name, value in values.items():
-        if not value >= 0.0:
-            raise ValueError(f"{optimizer}: {name} is {value}, expected a number >= 0.")
-
-
-def check_betas(optimizer: str, betas: tuple[float, float]) -> None:
-    """Raises ValueError unless both decay rates are in [0, 1)."""
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"{optimizer}: betas are {betas}, expected two numbers in [0, 1).")
-
-
-def evaluated(closure: Callable[[], Any] | None) -> Any:
-    """Returns what `closure` returns, called with gradients; None without one."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
-
+# The kernel itself. It is private in torch, so where a version has none, or a tensor is not what it takes, `is_fusable`
+# says no and the caller computes the same with public operations.
 
 _kernel: Any = getattr(torch, "_fused_adam_", None)
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
 def is_fusable(tensors: Sequence[Tensor]) -> bool:
-    """Returns whether the kernel takes `tensors`: dense, of one dtype and device that it knows."""
+    """Returns whether the kernel takes `tensors`: dense, contiguous, of one dtype and device that it knows."""
     kinds = {(t.dtype, t.device, t.layout) for t in tensors}
     dtype, device, layout = next(iter(kinds))
     return (
@@ -103,9 +85,10 @@ def scaled_descent_(
     weight_decay: float = 0.0,
     maximize: bool = False,
 ) -> None:
-    """Steps `params` by `lr * g / (sqrt(v) + eps)` with `v` the running mean of `g^2`; `grads` may be overwritten.
+    r"""Steps `params` by :math:`\mathrm{lr}\; g / (\sqrt v + \epsilon)`, with `v` the running mean of `g^2`.
 
-    With `beta1 = 0` the mean is the gradient, whose memory serves for it; at step infinity nothing is corrected.
+    With `beta1 = 0` the mean is the gradient itself, whose memory serves for it: `grads` may be overwritten. At step
+    infinity nothing is corrected for its bias.
     """
     adam_(
         params,
@@ -122,15 +105,15 @@ def scaled_descent_(
     )
 
 
-# Steps of Adam with clipped gradients over lists of tensors, each at its own step number and learning rate.
-
+# Adam with clipped gradients over lists of tensors, each at its own step number and learning rate: what ClippedAdam and
+# DCTAdam have in common.
 
 _SMALL_NUMEL = 16_384  # up to here a call for each costs more than a pass over its memory
 
 
 @dataclass(frozen=True)
 class Hyper:
-    """What tensors must have in common to be stepped together."""
+    """What tensors must have in common to be stepped together; meanings and names are those of `ClippedAdam`."""
 
     betas: tuple[float, float]
     eps: float
@@ -140,7 +123,7 @@ class Hyper:
 
 
 @dataclass(slots=True)
-class Pending:
+class PendingStep:
     """One tensor and what steps it; `state` holds `step`, the number of this step, `exp_avg` and `exp_avg_sq`."""
 
     param: Tensor
@@ -157,31 +140,34 @@ def started(state: dict[str, Any], like: Tensor) -> dict[str, Any]:
     return state
 
 
-def step_all_(pending: Sequence[Pending], hyper: Hyper) -> None:
-    """Takes the steps that are `pending`, in as few calls as may be; gradients may be overwritten."""
+def step_all_(pending: Sequence[PendingStep], hyper: Hyper) -> None:
+    """Takes the steps that are `pending`, in as few calls as possible; gradients may be overwritten."""
     grads = [x.grad for x in pending]
     if hyper.centered_variance or not is_fusable([*grads, *[x.param for x in pending]]):
         _step_foreach(pending, hyper)
         return
+
     _clip_(grads, hyper.clip_norm)
-    alike: dict[tuple[int, float], list[Pending]] = defaultdict(list)
+    by_constants: dict[tuple[int, float], list[PendingStep]] = defaultdict(list)
     for x in pending:
-        alike[int(x.state["step"]), x.lr].append(x)
-    for (step, lr), same in alike.items():
+        by_constants[int(x.state["step"]), x.lr].append(x)
+    for (step, lr), same in by_constants.items():
         _step_fused(same, hyper, step, lr)
 
 
-def _step_fused(pending: Sequence[Pending], hyper: Hyper, step: int, lr: float) -> None:
-    """One pass over memory for all tensors of one step count; `eps` is added where the kernel divides by it."""
+def _step_fused(pending: Sequence[PendingStep], hyper: Hyper, step: int, lr: float) -> None:
+    """Takes one pass over memory for all tensors of one step count."""
     constants: dict[str, Any] = {
         "step": step,
         "lr": lr,
         "beta1": hyper.betas[0],
         "beta2": hyper.betas[1],
+        # Pyro adds eps to sqrt(v), torch to sqrt(v) / sqrt(1 - beta2^k): the same once it is divided alike.
         "eps": hyper.eps / math.sqrt(1 - hyper.betas[1] ** step),
         "weight_decay": hyper.weight_decay,
     }
-    means, squares = [x.state["exp_avg"] for x in pending], [x.state["exp_avg_sq"] for x in pending]
+    means = [x.state["exp_avg"] for x in pending]
+    squares = [x.state["exp_avg_sq"] for x in pending]
     adam_([x.param for x in pending], [x.grad for x in pending], means, squares, **constants)
 
 
@@ -198,26 +184,32 @@ def _clip_(grads: Sequence[Tensor], bound: float) -> None:
         torch._foreach_clamp_max_(small, bound)
 
 
-def _step_foreach(pending: Sequence[Pending], hyper: Hyper) -> None:
-    """The same by lists of tensors of any dtype, and with the variance of the gradient in place of its square."""
+def _step_foreach(pending: Sequence[PendingStep], hyper: Hyper) -> None:
+    """Does the same by lists of tensors of any dtype, and with the variance of the gradient instead of its square."""
     beta1, beta2 = hyper.betas
-    params, grads = [x.param for x in pending], [x.grad for x in pending]
-    means, squares = [x.state["exp_avg"] for x in pending], [x.state["exp_avg_sq"] for x in pending]
+    params = [x.param for x in pending]
+    grads = [x.grad for x in pending]
+    means = [x.state["exp_avg"] for x in pending]
+    squares = [x.state["exp_avg_sq"] for x in pending]
+
     _clip_(grads, hyper.clip_norm)
     if hyper.weight_decay != 0:
         grads = list(torch._foreach_add(grads, params, alpha=hyper.weight_decay))
     torch._foreach_mul_(means, beta1)
     torch._foreach_add_(means, grads, alpha=1 - beta1)
+
+    # The new mean is what the gradient deviates from, as in Pyro's ClippedAdam.
     deviations = list(torch._foreach_sub(grads, means)) if hyper.centered_variance else grads
     torch._foreach_mul_(squares, beta2)
     torch._foreach_addcmul_(squares, deviations, deviations, 1 - beta2)
+
     scales = torch._foreach_sqrt(squares)
     torch._foreach_add_(scales, hyper.eps)
     sizes = [-x.lr * math.sqrt(1 - beta2 ** x.state["step"]) / (1 - beta1 ** x.state["step"]) for x in pending]
     torch._foreach_addcdiv_(params, means, scales, sizes)
 
 
-# Torch's RMSprop in one pass over memory.
+# RMSprop, for which torch has no fused kernel: one pass over memory instead of one for each of its operations.
 
 
 class OnePassRMSprop(torch.optim.RMSprop):
@@ -229,20 +221,22 @@ class OnePassRMSprop(torch.optim.RMSprop):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step for every parameter that has a gradient; returns what `closure` returned."""
+        if closure is not None or not all(map(_is_fusable_group, self.param_groups)):
+            return super().step(closure)
         for group in self.param_groups:
             params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
-            grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-            if closure is not None or not params or not _is_plain(group) or not is_fusable(params + grads):
-                return super().step(closure)
+            if not params:
+                continue
             states = [self.state[p] for p in params]
             for p, state in zip(params, states, strict=True):
                 if not state:
                     state["step"] = torch.zeros(())
                     state["square_avg"] = torch.zeros_like(p)
                 state["step"] += 1
+
             scaled_descent_(
                 params,
-                grads,
+                [p.grad for p in params if p.grad is not None],
                 [s["square_avg"] for s in states],
                 lr=group["lr"],
                 decay=group["alpha"],
@@ -253,7 +247,9 @@ class OnePassRMSprop(torch.optim.RMSprop):
         return None
 
 
-def _is_plain(group: dict[str, Any]) -> bool:
+def _is_fusable_group(group: dict[str, Any]) -> bool:
+    """Returns whether the kernel computes the RMSprop of a torch parameter group and takes its tensors."""
+    params = [p for p in group["params"] if p.grad is not None]
     return (
         group["momentum"] == 0
         and not group["centered"]
@@ -261,4 +257,29 @@ def _is_plain(group: dict[str, Any]) -> bool:
         and not group["differentiable"]
         and not isinstance(group["lr"], Tensor)
         and 0.0 < group["alpha"] < 1.0
+        and (not params or is_fusable(params + [p.grad for p in params]))
     )
+
+
+# What Pyro's optimizers, which are built on these kernels, have in common: checks of their arguments, and the closure.
+
+
+def check_at_least_zero(optimizer: str, **values: float) -> None:
+    """Raises ValueError for a negative number or NaN among `values`."""
+    for name, value in values.items():
+        if not value >= 0.0:
+            raise ValueError(f"{optimizer}: {name} is {value}, expected a number >= 0.")
+
+
+def check_betas(optimizer: str, betas: tuple[float, float]) -> None:
+    """Raises ValueError unless both decay rates are in [0, 1)."""
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"{optimizer}: betas are {betas}, expected two numbers in [0, 1).")
+
+
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """Returns what `closure` returns, called with gradients enabled; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

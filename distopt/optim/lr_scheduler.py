@@ -1,4 +1,8 @@
-"""Learning-rate schedules of parameters that appear as training goes on."""
+"""Learning-rate schedules of parameters that appear during training.
+
+A torch scheduler belongs to one optimizer and counts its own steps. Here it belongs to a group of parameters, so what
+parameters must share to be grouped includes the number of scheduler steps before they were first seen.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from distopt.optim.arguments import Args, args_for
+from distopt.optim.arguments import Args
+from distopt.optim.capabilities import name_of
 from distopt.optim.optim import PyroOptim
 from distopt.optim.state import State, copied, load_into
 
@@ -17,15 +22,15 @@ class PyroLRScheduler(PyroOptim):
     """A `PyroOptim` whose torch optimizers have a learning-rate scheduler; drop-in for `pyro.optim.PyroLRScheduler`.
 
     Args:
-        scheduler_constructor: a class of `torch.optim.lr_scheduler`.
+        scheduler_constructor: A class of `torch.optim.lr_scheduler`.
         optim_args: `"optimizer"`, a torch optimizer class; `"optim_args"`, its arguments (a dict or a callable, see
             `PyroOptim`); and the scheduler's own arguments. Not changed.
-        clip_args: see `PyroOptim`.
+        clip_args: See `PyroOptim`.
 
     A parameter's schedule starts when it is first seen.
 
     Raises:
-        ValueError: when `"optimizer"` or `"optim_args"` is missing.
+        ValueError: When `"optimizer"` or `"optim_args"` is missing.
 
     Example:
         >>> import pyro, torch
@@ -55,35 +60,43 @@ class PyroLRScheduler(PyroOptim):
         for key, what in (("optimizer", "a torch optimizer class"), ("optim_args", "its arguments")):
             if key not in kwargs:
                 raise ValueError(
-                    f"{getattr(scheduler_constructor, '__name__', 'PyroLRScheduler')}: optim_args has no {key!r}, "
+                    f"{name_of(scheduler_constructor)}: optim_args has no {key!r}, "
                     f"expected {what}. For example {{'optimizer': torch.optim.Adam, 'optim_args': {{'lr': 1e-3}}}}."
                 )
         self.pt_scheduler_constructor = scheduler_constructor
-        optimizer, optimizer_args = kwargs.pop("optimizer"), kwargs.pop("optim_args")
+        optimizer = kwargs.pop("optimizer")
+        optimizer_args = kwargs.pop("optim_args")
         self.kwargs = kwargs
         self._num_steps = 0
         super().__init__(optimizer, optimizer_args, clip_args, **options)
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
-        """Takes one step of the optimizer for each of `params`; the schedule goes on with `step` alone."""
+        """Takes one step of the optimizer for each of `params`; only `step` advances the schedule."""
         super().__call__(params, *args, **kwargs)
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Takes one step of every schedule.
 
         Args:
-            *args: as the torch scheduler takes them, such as the `metrics` of `ReduceLROnPlateau`.
-            **kwargs: likewise.
+            *args: As the torch scheduler takes them, such as the `metrics` of `ReduceLROnPlateau`.
+            **kwargs: Likewise.
         """
         self._num_steps += 1
         for group in self._groups:
             group.handle.step(*args, **kwargs)
+
+        # A parameter whose state was loaded and which the model has not reached yet does not stand still either: its
+        # schedule began in the run that was saved. (pyro.optim leaves it behind.)
         for name, state in self._registry.waiting.items():
             self._registry.waiting[name] = self._advanced(name, state, args, kwargs)
 
     def _advanced(self, name: str, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
-        """Returns state that was loaded for a parameter not seen yet, its schedule one step further."""
-        handle = self._construct([torch.zeros(1)], args_for("optim_args", self.pt_optim_args, name))
+        """Returns state that was loaded for a parameter not seen yet, its schedule one step further.
+
+        The schedule is stepped around an optimizer of one placeholder tensor, which has the parameter's
+        hyper-parameters and none of its moments.
+        """
+        handle = self._construct([torch.zeros(1)], self._args_of(name))
         groups = state["optimizer"]["param_groups"]
         load_into(handle, {"scheduler": state["scheduler"], "optimizer": {"state": {}, "param_groups": groups}})
         handle.optimizer._opt_called = True
@@ -101,8 +114,8 @@ class PyroLRScheduler(PyroOptim):
         return self._num_steps
 
 
-# `SequentialLR` and `ChainedScheduler` from specifications: their inner schedulers are built per optimizer.
-
+# `SequentialLR` and `ChainedScheduler` are made of schedulers of the same optimizer. That optimizer does not exist when
+# a user writes them down, and there will be one for each group, so the inner ones are given as specifications.
 
 Spec: TypeAlias = tuple[Any, Mapping[str, Any]]
 """A scheduler class (or its name in `torch.optim.lr_scheduler`) and its arguments; any iterable form is a pair."""
@@ -112,13 +125,13 @@ def composed(constructor: Any, optimizer: torch.optim.Optimizer, kwargs: Mapping
     """Builds a scheduler around `optimizer`, its inner ones first when it has some.
 
     Args:
-        constructor: a scheduler class.
-        optimizer: what it schedules.
-        kwargs: its arguments; `schedulers`, where it has them, is a list of `Spec`.
+        constructor: A scheduler class.
+        optimizer: What it schedules.
+        kwargs: Its arguments; `schedulers`, where it has them, is a list of `Spec`.
     """
     if "schedulers" not in kwargs:
         return constructor(optimizer, **kwargs)
-    name = getattr(constructor, "__name__", "scheduler")
+    name = name_of(constructor)
     inner = [_built(spec, optimizer, name) for spec in kwargs["schedulers"]]
     if not inner:
         raise ValueError(f"{name}: schedulers is empty, expected a list of (scheduler class, arguments).")
@@ -129,14 +142,15 @@ def composed(constructor: Any, optimizer: torch.optim.Optimizer, kwargs: Mapping
 
 
 def _built(spec: Any, optimizer: torch.optim.Optimizer, outer: str) -> Any:
+    """Returns the scheduler that a `Spec` describes; `outer` is the name of the one that it is part of."""
     if not isinstance(spec, Sequence) or isinstance(spec, str) or len(spec) != 2 or not isinstance(spec[1], Mapping):
         raise ValueError(
             f"{outer}: found {spec!r} among schedulers, expected a pair such as ('ConstantLR', {{'factor': 0.1}})."
         )
     constructor, kwargs = spec
     if isinstance(constructor, str):
-        found = getattr(torch.optim.lr_scheduler, constructor, None)
-        if found is None:
+        scheduler_class = getattr(torch.optim.lr_scheduler, constructor, None)
+        if scheduler_class is None:
             raise ValueError(f"{outer}: torch.optim.lr_scheduler has no {constructor!r}.")
-        constructor = found
+        constructor = scheduler_class
     return composed(constructor, optimizer, kwargs)

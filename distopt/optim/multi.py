@@ -1,4 +1,8 @@
-"""Optimizers that differentiate the loss themselves, once or more often."""
+"""Optimizers that differentiate the loss themselves, once or more often.
+
+A `PyroOptim` is given parameters whose gradients are there already. These are given the loss, so that they can use its
+second derivatives, and some return values that are differentiable themselves.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,9 @@ from torch import Tensor
 
 from distopt.optim.optim import PyroOptim
 
-# One step of Newton's method on a batch of small independent problems.
-
+# One step of Newton's method on a batch of small independent problems. The Hessian of a batch of B variables of D
+# dimensions has (B D)^2 elements, of which only the B blocks of D^2 on the diagonal are not zero. So row i of all
+# blocks is the gradient of the i-th components' gradients, summed over the batch: D backward passes, whatever B is.
 
 Reduce: TypeAlias = Callable[[Tensor], Tensor]
 """Combines a tensor with those of other workers and returns the result, of the same shape."""
@@ -39,16 +44,16 @@ def newton_update(loss: Tensor, x: Tensor, trust_radius: float | None = None, re
     clamped to :math:`\pm r`; a step that is NaN there is left out.
 
     Args:
-        loss: scalar, twice differentiable, a sum over the batch.
-        x: shape (..., D).
+        loss: Scalar, twice differentiable, a sum over the batch.
+        x: Shape (..., D).
         trust_radius: :math:`r`, in units of `x`.
-        reduce: applied to gradient, shape (..., D), and Hessian, shape (..., D, D), before the system is solved.
+        reduce: Applied to gradient, shape (..., D), and Hessian, shape (..., D, D), before the system is solved.
 
     Returns:
         Shape (..., D); derivatives with respect to what `loss` depends on are kept, those through the old `x` are not.
 
     Raises:
-        ValueError: when `loss` is no scalar or `x` has no dimension.
+        ValueError: When `loss` is no scalar or `x` has no dimension.
 
     References:
         Y. Yuan, A review of trust region algorithms for optimization, ICIAM 1999;
@@ -58,14 +63,17 @@ def newton_update(loss: Tensor, x: Tensor, trust_radius: float | None = None, re
         raise ValueError(f"Newton: the loss has shape {tuple(loss.shape)}, expected a scalar.")
     if x.dim() < 1:
         raise ValueError("Newton: a variable has shape (), expected (..., D); reshape it to (1,).")
+
     local = torch.autograd.grad(loss, [x], create_graph=True)[0]  # (..., D)
     size = x.shape[-1]
     rows = [torch.autograd.grad(local[..., i].sum(), [x], create_graph=True)[0] for i in range(size)]
     g, hessian = reduce(local), reduce(torch.stack(rows, dim=-1))  # (..., D), (..., D, D)
+
     if size == 1:
         step = g / hessian[..., 0].clamp(min=_TINY)
         step = torch.where(step.isnan(), torch.zeros_like(step), step)
         return x.detach() - (step if trust_radius is None else step.clamp(-trust_radius, trust_radius))
+
     if trust_radius is not None:
         smallest = torch.linalg.eigvalsh(hessian)[..., 0]  # (...)
         shift = (torch.linalg.vector_norm(g, dim=-1) / trust_radius - smallest).clamp(min=_TINY)
@@ -80,7 +88,7 @@ class MultiOptimizer:
     Derived classes override `step`, or `get_step` when they can return differentiable values.
 
     Attributes:
-        reduce: combines a gradient (or Hessian) with those of other workers; by itself it returns what it is given.
+        reduce: Combines a gradient (or Hessian) with those of other workers; by itself it returns what it is given.
             A distributed run sets it to an average over ranks.
     """
 
@@ -90,8 +98,8 @@ class MultiOptimizer:
         """Updates `params` in place and detached.
 
         Args:
-            loss: differentiable scalar; some optimizers differentiate it more than once.
-            params: unconstrained values by name, as in the parameter store.
+            loss: Differentiable scalar; some optimizers differentiate it more than once.
+            params: Unconstrained values by name, as in the parameter store.
         """
         updated = self.get_step(loss, params)
         with torch.no_grad():
@@ -107,10 +115,10 @@ class PyroMultiOptimizer(MultiOptimizer):
     """A `PyroOptim` behind the interface of `MultiOptimizer`.
 
     Args:
-        optim: of distopt or of Pyro; a distributed one averages the gradients itself.
+        optim: Of distopt or of Pyro; a distributed one averages the gradients itself.
 
     Raises:
-        TypeError: when `optim` is no `PyroOptim`.
+        TypeError: When `optim` is no `PyroOptim`.
 
     Example:
         >>> x = torch.tensor([2.0], requires_grad=True)
@@ -136,8 +144,8 @@ class TorchMultiOptimizer(PyroMultiOptimizer):
     """A torch optimizer behind the interface of `MultiOptimizer`.
 
     Args:
-        optim_constructor: a `torch.optim.Optimizer` class.
-        optim_args: its arguments.
+        optim_constructor: A `torch.optim.Optimizer` class.
+        optim_args: Its arguments.
 
     Example:
         >>> x = torch.tensor([2.0], requires_grad=True)
@@ -154,10 +162,10 @@ class MixedMultiOptimizer(MultiOptimizer):
     """Different optimizers for different parameters.
 
     Args:
-        parts: pairs of parameter names and their optimizer, a `MultiOptimizer` or a `PyroOptim`.
+        parts: Pairs of parameter names and their optimizer, a `MultiOptimizer` or a `PyroOptim`.
 
     Raises:
-        ValueError: when a name has two optimizers.
+        ValueError: When a name has two optimizers.
 
     Example:
         >>> x, y = torch.tensor([2.0], requires_grad=True), torch.tensor([[2.0]], requires_grad=True)
@@ -176,18 +184,18 @@ class MixedMultiOptimizer(MultiOptimizer):
                 if name in owners:
                     raise ValueError(
                         f"parameter {name!r} has two optimizers, {type(owners[name]).__name__} and "
-                        f"{type(multi).__name__}; name it in one part only."
+                        f"{type(multi).__name__}; name it once only."
                     )
                 owners[name] = multi
             self.parts.append((names, multi))
 
     def step(self, loss: Tensor, params: Mapping[str, Tensor]) -> None:
-        """Lets each part step its own parameters."""
+        """Lets each optimizer step its parameters."""
         for names, optim in self.parts:
             optim.step(loss, {name: params[name] for name in names})
 
     def get_step(self, loss: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the updated values of all parts."""
+        """Returns the updated values of all parameters."""
         updated: dict[str, Tensor] = {}
         for names, optim in self.parts:
             updated.update(optim.get_step(loss, {name: params[name] for name in names}))
@@ -198,7 +206,7 @@ class Newton(MultiOptimizer):
     """Newton's method on batches of low-dimensional variables, within a trust region where a radius is given.
 
     Args:
-        trust_radii: radius of the trust region by parameter name; names that are missing have none.
+        trust_radii: Radius of the trust region by parameter name; names that are missing have none.
 
     Parameters have shape (..., D), a batch of independent variables of D dimensions: the loss must be a sum in which
     no two of them meet.

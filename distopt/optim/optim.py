@@ -15,7 +15,7 @@ from torch.amp import GradScaler
 
 from distopt.optim.amp import scaled_step
 from distopt.optim.arguments import Args, args_for, check_args, num_arguments
-from distopt.optim.capabilities import check_arguments, check_constructor, quicker, shares
+from distopt.optim.capabilities import check_arguments, check_constructor, quicker, shares, without_partial
 from distopt.optim.clipping import Clip
 from distopt.optim.grouping import Grouping
 from distopt.optim.groups import ParamRecord
@@ -79,6 +79,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         nonfinite: Literal["step", "skip", "raise"] = "step",
         scaler: GradScaler | None = None,
     ) -> None:
+        # All of it is checked here: an error in the first step would come after the model has run, on every rank.
         check_constructor(optim_constructor)
         check_args("optim_args", optim_args)
         if not callable(optim_args):
@@ -98,9 +99,11 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         self.num_skipped_steps = 0
         self.nonfinite_names: tuple[str, ...] = ()
 
+        # What a functools.partial adds are arguments as any others: the class behind it may be one that packs.
+        self._constructor, self._default_args = without_partial(optim_constructor)
         self._clip = None if callable(self.pt_clip_args) else Clip.of(self.pt_clip_args, "*")
         self._registry = ParamRegistry()
-        self._groups = Grouping(optim_constructor, self._construct, self._scheduled)
+        self._groups = Grouping(self._constructor, self._construct, self._scheduled)
         self._planner = Planner(self._registry, self._groups, self._record)
 
     # -- one step ------------------------------------------------------------------------------------------------------
@@ -184,6 +187,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
 
     def _refuse(self, names: tuple[str, ...]) -> None:
         """Skips a step whose gradient is not finite, or raises."""
+        # The names are looked for only now: that takes a pass over each parameter by itself.
         which = f"the gradient of {', '.join(map(repr, names))}" if names else "a gradient of another process"
         if self.nonfinite == "raise":
             raise FloatingPointError(f"{which} is not finite; no parameter was stepped.")
@@ -217,6 +221,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         for record, state in live:
             self._groups.check(record, state)
 
+        # All states are checked by now, so that a wrong one among many changes nothing.
         self._registry.waiting.update({name: copied(s) for name, s in state_dict.items() if name not in known})
         if live:
             self._groups.extract(record for record, _ in live)
@@ -287,7 +292,11 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
 
     def _construct(self, params: list[Any], args: dict[str, Any]) -> Any:
         """Builds the torch optimizer of a group; overridden where a scheduler goes around it."""
-        return quicker(self.pt_optim_constructor)(params, **args)
+        return quicker(self._constructor)(params, **args)
+
+    def _args_of(self, name: str) -> dict[str, Any]:
+        """Returns the arguments of the torch optimizer of parameter `name`."""
+        return {**self._default_args, **args_for("optim_args", self.pt_optim_args, name)}
 
     def _birth(self) -> Hashable:
         """Returns what parameters that are first seen now have in common, beyond their arguments."""
@@ -295,11 +304,11 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
 
     def _record(self, name: str, p: Tensor) -> ParamRecord:
         """Returns the record of a parameter that is seen for the first time."""
-        args = args_for("optim_args", self.pt_optim_args, name)
+        args = self._args_of(name)
         check_arguments(args, f"optim_args of parameter {name!r}")
         clip = self._clip or Clip.of(args_for("clip_args", self.pt_clip_args, name), name)
         key = (_args_key(args), clip, p.dtype, p.device, self._birth())
-        alone = not shares(self.pt_optim_constructor, args) or p.is_complex() or not p.is_contiguous()
+        alone = not shares(self._constructor, args) or p.is_complex() or not p.is_contiguous()
         return ParamRecord(p, name, args, clip, key, alone, pyro.get_param_store().param_name(p) is not None)
 
 

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,8 +53,9 @@ class StateColumns:
         count = len(self.names)
         optimizer = optimizer_state(self.shared)
         group = optimizer["param_groups"][0]
-        values: dict[str, Sequence[Any]] = {}
 
+        # By key, one value for each parameter; then a dict for each parameter.
+        values: dict[str, Sequence[Any]] = {}
         for key, value in optimizer["state"].get(0, {}).items():
             # One element of a new tensor for each: torch counts a `step` up in place.
             values[key] = (
@@ -179,7 +180,11 @@ class PackedState:
         )
 
 
-# Packing of states that lie one by one: those of `get_state()`, and those of torch's optimizers over a list of tensors.
+# Packing of states that lie one by one: those of `get_state()`, and those of torch's optimizers over lists of tensors.
+#
+# Rows are sorted twice. First by what can be compared without reading a tensor: the frame, keys, types, dtypes and
+# plain values. Then by their scalar tensors, all of a kind read at once, since each read of one waits for its device.
+# What is then in one heap differs in its elementwise tensors alone, and these are concatenated, one call for each key.
 
 
 class Row(NamedTuple):
@@ -199,61 +204,87 @@ class Row(NamedTuple):
 
     def state(self) -> State:
         """Returns the state dict; its tensors are those of `values`."""
-        return with_optimizer_state(
-            self.frame, state_of_one(optimizer_state(self.frame)["param_groups"][0], dict(self.values))
-        )
-
-    def shape(self) -> Shape:
-        """Returns the shape of its elementwise tensors: of the first tensor that is no scalar; `()` without one."""
-        tensors = (v.shape for k, v in self.values.items() if isinstance(v, Tensor) and not _is_scalar(k, v))
-        return next(tensors, ())
+        hyper = optimizer_state(self.frame)["param_groups"][0]
+        return with_optimizer_state(self.frame, state_of_one(hyper, dict(self.values)))
 
 
 def pack_rows(rows: Iterable[Row]) -> tuple[list[StateColumns], list[Row]]:
-    """Returns the rows in columns, and those that do not pack.
-
-    Rows are sorted twice. First by what can be compared without reading a tensor: keys, types, dtypes, plain values and
-    the frame. Then by their scalar tensors, all of a kind read at once, since each read of one waits for its device.
-    """
-    kinds: dict[tuple[Hashable, tuple[_Label, ...]], list[Row]] = defaultdict(list)
+    """Returns the rows in columns, and those that do not pack."""
+    kinds: dict[Hashable, list[tuple[Row, Shape]]] = defaultdict(list)
     unpacked: list[Row] = []
     columns: list[StateColumns] = []
 
     for row in rows:
-        labels = _labels(row)
-        if labels is None:
+        described = _describe(row)
+        if described is None:
             unpacked.append(row)
         else:
-            kinds[row.frame_key, labels].append(row)
+            labels, shape = described
+            kinds[row.frame_key, labels].append((row, shape))
 
-    for (_, labels), of_kind in kinds.items():
-        elementwise = [label.key for label in labels if label.kind == "elementwise"]
-        numbers = [_numbers([row.values[x.key] for row in of_kind]) for x in labels if x.kind == "scalar"]
-        by_numbers: dict[Hashable, list[Row]] = defaultdict(list)
-        for row, *values in zip(of_kind, *numbers, strict=True):
-            by_numbers[tuple(values)].append(row)
+    for of_kind in kinds.values():
+        first = of_kind[0][0].values
+        tensors = [key for key, value in first.items() if isinstance(value, Tensor)]
+        scalars = [key for key in tensors if _is_scalar(key, first[key])]
+        elementwise = [key for key in tensors if key not in scalars]
+        numbers = [_numbers([row.values[key] for row, _ in of_kind]) for key in scalars]
+        by_numbers: dict[Hashable, list[tuple[Row, Shape]]] = defaultdict(list)
+        for shaped, *each in zip(of_kind, *numbers, strict=True):
+            by_numbers[tuple(each)].append(shaped)
         for equal in by_numbers.values():
             columns += _columns_of_equal(equal, elementwise)
     return columns, unpacked
 
 
-def _columns_of_equal(rows: Sequence[Row], elementwise: Sequence[str]) -> Iterator[StateColumns]:
-    """Yields columns of rows that are equal in all but elementwise tensors; large ones alone, without a copy."""
-    small: list[tuple[str, Shape, Row]] = []
-    batches = [small]
-    for row in rows:
-        entry = (row.name, tuple(row.shape()), row)
-        if math.prod(entry[1]) <= MAX_NUMEL:
-            small.append(entry)
-        else:
-            batches.append([entry])
+def _describe(row: Row) -> tuple[Hashable, Shape] | None:
+    """Returns what a row must have in common with another to be packed with it, and the shape of its tensors.
 
+    The shape is that of its first tensor that is no scalar, `()` without one. None for a row that no columns can hold.
+    """
+    labels: list[Hashable] = []
+    shape: Shape | None = None
+    for key, value in row.values.items():
+        if type(value) is not Tensor:
+            text = exact_key(value)
+            if text is None:
+                return None
+            labels.append((key, text))
+        elif value.layout is not torch.strided:
+            return None
+        elif _is_scalar(key, value):
+            labels.append((key, value.dtype, value.device, value.shape))
+        else:
+            shape = value.shape if shape is None else shape
+            if value.shape != shape:
+                return None
+            labels.append((key, value.dtype, value.device))
+    return tuple(labels), shape or ()
+
+
+def _columns_of_equal(rows: Sequence[tuple[Row, Shape]], elementwise: Sequence[str]) -> Iterator[StateColumns]:
+    """Yields columns of rows that are equal in all but elementwise tensors.
+
+    Large tensors are columns by themselves, which need no copy: to join them would take the memory of the state once
+    more, and a column of one costs nothing that its size would not.
+    """
+    small: list[tuple[Row, Shape]] = []
+    batches = [small]
+    for row, shape in rows:
+        if math.prod(shape) <= MAX_NUMEL:
+            small.append((row, shape))
+        else:
+            batches.append([(row, shape)])
+
+    frame = rows[0][0].frame
+    hyper = optimizer_state(frame)["param_groups"][0]
     for batch in filter(None, batches):
-        names, shapes, members = zip(*batch, strict=True)
-        frame = members[0].frame
-        scalars = {key: copied(value) for key, value in members[0].values.items() if key not in elementwise}
-        shared = with_optimizer_state(frame, state_of_one(optimizer_state(frame)["param_groups"][0], scalars))
-        yield StateColumns(names, shapes, shared, {k: _joined([row.values[k] for row in members]) for k in elementwise})
+        scalars = {key: copied(value) for key, value in batch[0][0].values.items() if key not in elementwise}
+        yield StateColumns(
+            tuple(row.name for row, _ in batch),
+            tuple(tuple(shape) for _, shape in batch),
+            with_optimizer_state(frame, state_of_one(hyper, scalars)),
+            {key: _joined([row.values[key] for row, _ in batch]) for key in elementwise},
+        )
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -275,35 +306,6 @@ def _row_of(name: str, state: State) -> Row | None:
     frame = dict(state) | ({"state": {}} if optimizer is state else {"optimizer": optimizer | {"state": {}}})
     frame_key = exact_key(frame)
     return None if frame_key is None else Row(name, optimizer["state"].get(0, {}), frame, frame_key)
-
-
-class _Label(NamedTuple):
-    """What the values of one key have in common where rows are packed."""
-
-    key: str
-    kind: Literal["elementwise", "scalar", "plain"]
-    equal: Hashable
-
-
-def _labels(row: Row) -> tuple[_Label, ...] | None:
-    """Returns what rows must have in common with this one; None for a row that no columns can hold."""
-    shape = row.shape()
-    labels = []
-    for key, value in row.values.items():
-        if type(value) is not Tensor:
-            text = exact_key(value)
-            if text is None:
-                return None
-            labels.append(_Label(key, "plain", text))
-        elif value.layout is not torch.strided:
-            return None
-        elif _is_scalar(key, value):
-            labels.append(_Label(key, "scalar", (value.dtype, value.device, value.shape)))
-        elif value.shape == shape:
-            labels.append(_Label(key, "elementwise", (value.dtype, value.device)))
-        else:
-            return None
-    return tuple(labels)
 
 
 def _is_scalar(key: str, value: Tensor) -> bool:

@@ -43,6 +43,7 @@ class StepPlan:
         self.tensors = tensors
         self._missing = list(missing)
 
+        # Packed groups are stepped whole: `Grouping.arrange` has seen to it that all of their members are among these.
         by_group: dict[int, list[ParamRecord]] = defaultdict(list)
         for m in members:
             by_group[id(m.group)].append(m)
@@ -52,6 +53,7 @@ class StepPlan:
         self._listed_params = tuple(m.param for _, members in self._listed for m in members)
         self._listed_at = addresses(self._listed_params)
 
+        # Only what some parameter asks for is looked at in a step.
         clips = {id(m.clip): m.clip for m in members}.values()
         self._clips_each = any(c.per_parameter for c in clips)
         self._norms = sorted({c.global_norm for c in clips if c.global_norm is not None})
@@ -78,6 +80,9 @@ class StepPlan:
             for group, members in self._listed:
                 if group.switches and any(_is_sparse(m.param.grad) for m in members):
                     return None
+
+        # Tried first and explained afterwards: to look for a missing gradient before each step would take as long as
+        # the copy.
         try:
             buffers = [group.gather_() for group in self._packed]
         except (TypeError, RuntimeError):
@@ -228,9 +233,11 @@ class Planner:
                         self._plans.insert(0, self._plans.pop(i))
                     return plan, buffers
 
+        # The order by name makes groups, and so sums over them, the same on all ranks: Pyro hands over a set.
         members = self._registry.known(tensors)
         if members is None:
             members = self._records(self._registry.named(tensors))
+
         missing = []
         if not has_dense_gradients(tensors):
             for m in members:
@@ -260,6 +267,7 @@ class Planner:
         for m, (_, _, gradient) in zip(members[len(named) :], loose, strict=True):
             if _is_sparse(gradient):
                 self._set_alone(m)
+
         self._arrange(members, [])
         plan = FlatStepPlan(dense, loose, members)
         self._flat_plans = [plan, *self._flat_plans[: _MAX_PLANS - 1]]

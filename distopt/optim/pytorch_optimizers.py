@@ -34,6 +34,7 @@ Example:
     >>> optim([x])
 """
 
+# What each needs beyond a learning rate; the generated docstrings are doctests, so every function runs once.
 _INNER = '[("ConstantLR", {"total_iters": 5}), ("ExponentialLR", {"gamma": 0.9})]'
 _EXAMPLES = {
     "AdagradRMSProp": '"eta": 0.1',
@@ -59,17 +60,19 @@ def _keywords(constructor: Any) -> str:
 
 
 def _optimizers() -> dict[str, Any]:
-    found = {
+    """Returns the optimizers of the installed torch, and Pyro's, by name."""
+    classes = {
         name: value
         for name, value in vars(torch.optim).items()
         if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer)
     }
-    for name in ("Optimizer", "LBFGS"):
-        del found[name]
-    return found | {"AdagradRMSProp": _AdagradRMSProp, "ClippedAdam": _ClippedAdam, "DCTAdam": _DCTAdam}
+    for name in ("Optimizer", "LBFGS"):  # a base class, and one that no step of SVI can serve
+        del classes[name]
+    return classes | {"AdagradRMSProp": _AdagradRMSProp, "ClippedAdam": _ClippedAdam, "DCTAdam": _DCTAdam}
 
 
 def _schedulers() -> dict[str, Any]:
+    """Returns the schedulers of the installed torch by name; `ReduceLROnPlateau` is none by type in some versions."""
     module = torch.optim.lr_scheduler
     base = module.LRScheduler
     return {
@@ -77,6 +80,11 @@ def _schedulers() -> dict[str, Any]:
         for name, value in vars(module).items()
         if inspect.isclass(value) and issubclass(value, base) and not name.startswith("_")
     } | {"ReduceLROnPlateau": module.ReduceLROnPlateau}
+
+
+# The generated functions have docstrings with an example that is run, so that a torch whose optimizer takes other
+# arguments is noticed. Type checkers cannot see them: tests/optim/test_pytorch_optimizers.py compares the stub file
+# with what is generated.
 
 
 def _optimizer(name: str, constructor: Any) -> Callable[..., PyroOptim]:

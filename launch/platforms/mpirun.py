@@ -93,7 +93,7 @@ def _slots(config: RunConfig) -> str:
 
 def _open_mpi_options(config: RunConfig, env: dict[str, str]) -> list[str]:
     """Both Open MPI 4 and 5 read a double dash; 5 takes `-bind-to` for a program's name."""
-    # Open MPI passes on only its own variables unless it is told to; PATH is that of each host.
+    # Open MPI passes on only its own variables unless others are named; PATH is that of each host.
     passed = [name for name in sorted(env) if name != "PATH"]
     return [
         *("-n", str(config.launch.world_sizes[0])),

@@ -13,6 +13,10 @@ HEADER = re.compile(rb"^--- \d{4}-\d\d-\d\dT\S+ rank \d+ of \d+, attempt \d+")
 
 MAX_TRACEBACK_LINES = 30
 
+# torch reports a connection that another rank has closed with a trace of its C++ code. A rank that has already said why
+# it ends prints such a trace behind its reason, from the thread of its heartbeat, and the reason is what is wanted.
+_LIBRARY_TRACE = re.compile(r"\[[WEI]\d{4} |frame #\d+: |<omitting python frames>|Exception raised from ")
+
 
 def log_of(run_dir: Path, rank: int) -> Path:
     """Returns where a rank's output is kept."""
@@ -54,10 +58,14 @@ def last_attempt_lines(run_dir: Path, rank: int) -> list[str]:
 
 
 def traceback_of(run_dir: Path, rank: int) -> list[str]:
-    """Returns the last traceback that a rank printed in its last attempt, or its last lines where it printed none."""
+    """Returns the last traceback that a rank printed in its last attempt; its last messages if it printed none."""
     lines = last_attempt_lines(run_dir, rank)
     starts = [index for index, line in enumerate(lines) if "Traceback (most recent call last)" in line]
-    return lines[starts[-1] :][-MAX_TRACEBACK_LINES:] if starts else lines[-10:]
+    if starts:
+        return lines[starts[-1] :][-MAX_TRACEBACK_LINES:]
+
+    messages = [line for line in lines if not _LIBRARY_TRACE.match(line.lstrip())]
+    return messages[-10:] if any(map(str.strip, messages)) else lines[-10:]
 
 
 def last_line(run_dir: Path, rank: int) -> str:

@@ -53,7 +53,7 @@ def test_plan_keeps_secrets_from_horovodrun_which_puts_its_environment_on_comman
     (command,) = plan.commands
     assert "HUB_TOKEN" in command.hidden
     assert "s3cret" not in str(plan)
-    assert plan.stop_by_file and plan.together
+    assert plan.stop_by_file and plan.ends_together
 
 
 def test_ssh_of_the_run_comes_first_on_its_path_and_the_mpirun_of_this_python_next():
@@ -70,4 +70,4 @@ def test_script_that_lists_hosts_prints_each_with_its_slots(tmp_path):
     (text,) = [text for path, text in plan.files.items() if path.name == "hosts.sh"]
     done = subprocess.run(["sh", "-c", text], capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout == "203.0.113.1:2\n203.0.113.2:2\n"
-    assert not plan.together  # horovodrun starts workers again
+    assert not plan.ends_together  # horovodrun starts workers again

@@ -50,3 +50,19 @@ def test_log_without_a_traceback_gives_its_last_lines_and_a_missing_one_none(wri
     assert rank_log.traceback_of(tmp_path, 0)[-2:] == ["step 49", ""]
     assert rank_log.last_line(tmp_path, 0) == "step 49"
     assert rank_log.read_log(tmp_path, 0, offset=len(rank_log.header(0, 2, 0))).startswith(b"step 0\n")
+
+
+def test_reason_that_a_rank_printed_is_quoted_and_not_the_trace_of_torch_s_code_behind_it(write, tmp_path):
+    reason = "distopt: rank 1 of 2: data: task: rows() is 1,000 on rank 0 and 1,005 on rank 1"
+    trace = [
+        "[W1126 06:27:41.968654732 TCPStore.cpp:125] [c10d] recvValue failed: Connection reset by peer",
+        "Exception raised from recvBytes at torch/csrc/distributed/c10d/Utils.hpp:682 (most recent call first):",
+        "frame #0: c10::Error::Error(c10::SourceLocation, std::string) + 0x80 (0x7f8e21390022 in libc10.so)",
+        "<omitting python frames>",
+        "frame #18: <unknown function> + 0x1098ec (0x7f8e281278ec in /lib/x86_64-linux-gnu/libc.so.6)",
+        "",
+    ]
+    write(["step 1", reason, *trace])
+    assert rank_log.last_line(tmp_path, 0) == reason
+    write(trace)  # nothing else was printed
+    assert "frame #18" in rank_log.last_line(tmp_path, 0)

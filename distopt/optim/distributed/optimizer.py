@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distopt.backends import Backend
 from distopt.config.reduce import ReduceOptions
+from distopt.optim.capabilities import name_of
 from distopt.optim.distributed.convert import from_pyro
 from distopt.optim.distributed.stepping import StepInfo, Stepper
 from distopt.optim.lr_scheduler import PyroLRScheduler
@@ -215,7 +216,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
             One all-reduce of the first bucket when there is a metric or `join` is open, else none.
         """
         if not isinstance(self.optim, PyroLRScheduler):
-            raise AttributeError(f"step() is for schedulers; this wraps a {self.optim.pt_optim_constructor.__name__}.")
+            raise AttributeError(f"step() is for schedulers; this wraps a {name_of(self.optim.pt_optim_constructor)}.")
         return self._stepper.step_scheduler
 
     # Taking part in other ways.
