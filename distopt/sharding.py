@@ -1,4 +1,8 @@
-"""Which parameters belong to one rank alone: those of datapoints that only this rank holds."""
+"""Which parameters belong to one rank alone: those of datapoints that only this rank holds.
+
+A plate that is sharded splits its datapoints over the ranks, and a parameter with a row for each datapoint is split
+with them. Such a parameter is never sent: it is stepped by its rank alone, and saved by the global index of its rows.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +24,15 @@ class LocalParameterError(ValueError):
 
 @dataclass
 class PlateShard:
-    """This rank's part of a plate whose datapoints are split over the ranks.
+    """This rank's shard of a plate whose datapoints are split over the ranks.
 
     Args:
         name: The plate's name.
         num_shards: Over how many ranks the plate is split; the density of its sites is multiplied by this.
-        size: Number of datapoints this rank holds, 0 until the plate was first entered.
+        size: Number of datapoints that this rank holds, 0 until the plate was first entered.
         rows: (size,) int64, the global index of each datapoint, or None: ranks hold consecutive blocks in order of
             rank.
-        local: Parameters with a row per datapoint that their statement does not tell: by name (or pattern, as in
+        local: Parameters with a row per datapoint that their statement does not declare: by name (or pattern, as in
             `fnmatch`), which dimension runs over the datapoints.
         replicated: Names (or patterns) of parameters that have the shard's size in their shape by chance.
     """
@@ -39,10 +43,13 @@ class PlateShard:
     rows: NDArray[np.int64] | None = None
     local: dict[str, int] = field(default_factory=dict)
     replicated: tuple[str, ...] = ()
-    _placed: tuple[int, NDArray[np.int64]] | None = field(default=None, repr=False)
 
     def resize(self, size: int) -> None:
-        """Takes note of this rank's number of datapoints, seen when the plate is entered."""
+        """Records this rank's number of datapoints, which is seen when the plate is entered.
+
+        Raises:
+            LocalParameterError: `rows` has another length.
+        """
         if self.rows is not None and self.rows.shape != (size,):
             raise LocalParameterError(
                 f"plate {self.name!r} has {size} datapoints on this rank, but its rows have shape {self.rows.shape}: "
@@ -55,15 +62,16 @@ class PlateShard:
         """Returns the (size,) int64 global index of each datapoint of this rank, in the order of the plate.
 
         Cost:
-            One exchange of a number per rank the first time, nothing afterwards. All ranks call it together.
+            One gather of a number per rank, unless `rows` are given. All ranks call it together.
         """
         if self.rows is not None:
             return self.rows
-        if self._placed is None or self._placed[0] != self.size:
-            sizes = backend.all_gather_json(self.size)
-            start = sum(sizes[: backend.rank])
-            self._placed = (self.size, np.arange(start, start + self.size, dtype=np.int64))
-        return self._placed[1]
+
+        # Not kept from one call to the next: the size may have changed on some of the ranks only, which then would
+        # gather it alone.
+        sizes = backend.all_gather_json(self.size)
+        start = sum(sizes[: backend.rank])
+        return np.arange(start, start + self.size, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -92,41 +100,37 @@ class LocalParameter:
         return rows.movedim(0, self.dim).reshape(like.shape)
 
 
-# By tensor, weakly: the mark goes with the parameter when the store is cleared, and a new one of an old name has none.
+# By tensor and weakly, not by name: the mark goes with the parameter when the store is cleared, and a new parameter
+# that takes an old name has none until its plate marks it.
 _LOCAL: Any = WeakTensorKeyDictionary()
 
 
 def mark_local(param: Tensor, entry: LocalParameter) -> None:
-    """Says that `param`, an unconstrained leaf tensor, is this rank's own."""
+    """Declares `param`, an unconstrained leaf tensor, to belong to this rank alone."""
     _LOCAL[param] = entry
 
 
 def local_parameter(param: Tensor) -> LocalParameter | None:
     """Returns how `param` is split, or None for a replicated one.
 
-    Local parameters are left out of agreement, exchange and drift watch, and before clipping and stepping their
-    gradient is divided by `plate.num_shards`: the density of the plate was multiplied by it, so that the mean over
-    ranks of the replicated gradients is that of all the data. Where those are summed, it is as much larger.
+    Local parameters take no part in agreement, reduction and drift watch. Before clipping and stepping, their gradient
+    is divided by `plate.num_shards`: the density of the plate was multiplied by it, so that the mean over ranks of the
+    replicated gradients is that of all the data. Where gradients are summed over ranks and not averaged, it stays
+    larger by the number of ranks.
     """
-    found: LocalParameter | None = _LOCAL.get(param)
-    return found
+    entry: LocalParameter | None = _LOCAL.get(param)
+    return entry
 
 
 def num_shards(param: Tensor) -> int:
-    """Returns by what the gradient of `param` is divided: over how many ranks its plate is split, 1 if replicated."""
+    """Returns over how many ranks the plate of `param` is split; 1 for a replicated parameter."""
     entry = local_parameter(param)
     return 1 if entry is None else entry.plate.num_shards
 
 
 def any_local() -> bool:
-    """Whether there are local parameters at all; a look of no cost."""
+    """Returns whether there are local parameters at all, without looking at any parameter."""
     return len(_LOCAL.data) > 0
-
-
-def is_local(name: str) -> bool:
-    """Whether the parameter of that name in Pyro's store is this rank's own."""
-    param = pyro.get_param_store()._params.get(name)
-    return param is not None and local_parameter(param) is not None
 
 
 def local_parameters() -> dict[str, LocalParameter]:

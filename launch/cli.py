@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 config_app = typer.Typer(
-    help="Show the resolved YAML, its schema, or what differs from a run's.",
+    help="Show the resolved YAML, its schema, or what changed.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -29,6 +29,7 @@ DIALECT = frozenset(
 
 NOT_OURS = {
     ("distopt/optim/multi.py", "parts"),  # an argument of pyro.optim.MixedMultiOptimizer
+    ("distopt/optim/distributed/wrappers.py", "noise"),  # as that of DistributedOptimizer
     ("distopt/optim/distributed/optimizer.py", "noise"),  # the policy: independent or shared noise, as papers say
     ("distopt/config/schema.py", "noise"),
     ("distopt/rng.py", "NoisePolicy"),

@@ -20,8 +20,11 @@ from distopt.config.plugins import REFERENCE_PATTERN
 from distopt.config.schema import RUN_NAME_PATTERN, RunConfig
 from distopt.config.yaml_source import MAX_BYTES, UnsafeYAML, parse_yaml
 
+# `key=value`: the key is dotted, and everything behind the first `=` is YAML, which may hold further `=` and newlines.
 _OVERRIDE = re.compile(r"^([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*)=(.*)$", re.DOTALL)
 _SECRET_REFERENCE = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([A-Za-z0-9_]+)")
+
+# What is expected, by pydantic's type of error, where its own message does not say it to somebody who writes YAML.
 _EXPECTED = {
     "int_type": "an integer",
     "int_from_float": "an integer",
@@ -105,6 +108,9 @@ def _resolve(raw: dict[str, Any], overrides: Sequence[str], source: str) -> tupl
     problems = [problem for _, _, problem in parsed if problem]
     if problems:
         raise ConfigError(problems)
+
+    # The resolved configuration is written into the run directory and shown by `--dry-run`. A secret that is read from
+    # the environment would end up there, so it is refused before it is resolved.
     for value in _strings([raw, [value for _, value, _ in parsed]]):
         for variable in _SECRET_REFERENCE.findall(value):
             if SECRET_NAME.search(variable):
@@ -112,6 +118,8 @@ def _resolve(raw: dict[str, Any], overrides: Sequence[str], source: str) -> tupl
                     [f"{source}: ${{oc.env:{variable}}} would write a secret into the run directory; "
                      f"name it in launch.secrets: [{variable}]"]
                 )  # fmt: skip
+
+    # `run_dir` gets its default before interpolation, so that other values may refer to it as `${run_dir}`.
     try:
         default = {"run_dir": "runs/${name}"} if "name" in raw else {}
         tree = OmegaConf.create({**default, **raw})
@@ -191,6 +199,7 @@ def _expectation(detail: ErrorDetails) -> str:
 
 def _unknown(key: str) -> str:
     """Names the nearest known key: first of the same section, then one with the same name in another section."""
+    # A key at the wrong level is the most common mistake, so a key of the same name anywhere is the second guess.
     parent, _, leaf = key.rpartition(".")
     known = sorted(_fields(parent.split(".") if parent else []))
     prefix = parent + "." if parent else ""
@@ -202,6 +211,8 @@ def _unknown(key: str) -> str:
 
 def _section(annotation: Any) -> type[BaseModel] | None:
     """Returns the section that a field holds, which may be optional or in a list."""
+    # `ClipConfig`, `SchedulerConfig | None`, `list[LoggerConfig]`: the first section inside is the one that keys below
+    # the field belong to. No field holds two kinds of sections.
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if typing.get_origin(annotation) in (list, typing.Union, types.UnionType, typing.Annotated):

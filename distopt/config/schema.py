@@ -19,6 +19,7 @@ from distopt.launchers import TRUSTED_VARIABLE
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
+# Kept true by a test, which looks for the type `Reference` in the JSON schema.
 CODE_KEYS = (
     "task",
     "train.loss",
@@ -212,6 +213,7 @@ class RunConfig(Section):
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
     """Where and how the run is started."""
 
+    # A validator and not a default, because pydantic's defaults cannot see other fields.
     @model_validator(mode="before")
     @classmethod
     def _default_run_dir(cls, data: Any) -> Any:
@@ -219,6 +221,8 @@ class RunConfig(Section):
             return {**data, "run_dir": f"runs/{data['name']}"}
         return data
 
+    # The name becomes a folder, a Slurm job and Kubernetes objects. The pattern allows dots, two of which would lead
+    # out of `runs/`.
     @field_validator("name")
     @classmethod
     def _name_stays_in_its_folder(cls, name: str) -> str:
@@ -226,6 +230,7 @@ class RunConfig(Section):
             raise ValueError("'..' is not allowed in a run's name")
         return name
 
+    # The path is printed, and written into shell scripts and manifests: control characters could hide what it is.
     @field_validator("run_dir")
     @classmethod
     def _printable(cls, path: Path) -> Path:
@@ -236,8 +241,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _one_thing_to_run(self) -> RunConfig:
         if (self.task is None) == (self.script is None):
-            found = "neither" if self.task is None else "both"
-            raise ValueError(f"found {found} of task and script, expected exactly one of them")
+            given = "neither" if self.task is None else "both"
+            raise ValueError(f"found {given} of task and script, expected exactly one of them")
         if self.script is None and self.script_args:
             raise ValueError("found script_args without script; the arguments of a task are task_args")
         if self.task is None and self.task_args:

@@ -1,4 +1,9 @@
-"""Reading YAML that may be hostile: no objects, no bombs, no duplicate keys."""
+"""Reads YAML that may be hostile: no Python objects, no exponential aliases, no duplicate keys.
+
+A configuration may come from a web page or a pull request, and `distopt config` should be safe on any of them. PyYAML's
+safe loader keeps code from being run. The checks here keep a document of a few lines from filling memory ("a billion
+laughs": aliases of lists of aliases) or from overflowing the stack, and a key that is written twice from being ignored.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ from typing import Any
 
 import yaml
 
+# Far above anything that is written by hand or by a sweep, far below anything that hurts.
 MAX_BYTES = 1 << 20
 MAX_ALIASES = 100
 MAX_DEPTH = 32
@@ -14,19 +20,21 @@ MAX_NODES = 100_000
 
 
 class UnsafeYAML(ValueError):
-    """A document that no configuration looks like."""
+    """A document that exceeds the limits above."""
 
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with YAML 1.2's floats (`1e-3`) and without its dates."""
 
-    # Own copies: the class attribute is shared with yaml.SafeLoader.
+    # Copies, because the class attribute is shared with yaml.SafeLoader, and other users of it should see no change.
+    # Without the resolver of timestamps, a value such as 2013-01-01 stays a string.
     yaml_implicit_resolvers = {
         char: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:timestamp",)]
         for char, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
+# YAML 1.1, which PyYAML reads, takes `1e-3` for a string: it wants a dot and a sign, `1.0e-3`.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
@@ -35,11 +43,11 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """Returns what `text` says, as plain dicts, lists and scalars.
+    """Returns the content of `text` as plain dicts, lists and scalars.
 
     Raises:
         UnsafeYAML: The document is too large, too deep, or has too many, recursive or exploding aliases.
-        yaml.YAMLError: It is not YAML, has a tag other than YAML's own, or a key twice.
+        yaml.YAMLError: It is not YAML, uses tags that are not part of YAML, or has a key twice.
     """
     if len(text.encode("utf-8", "replace")) > MAX_BYTES:
         raise UnsafeYAML(f"more than {MAX_BYTES:,} bytes, no configuration is that long")
@@ -56,7 +64,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def _check_events(text: str) -> None:
-    """Refuses depth and aliases before anything recursive runs over the document."""
+    """Refuses depth and aliases; events are a flat stream, so that this cannot overflow the stack itself."""
     depth = aliases = 0
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent):
@@ -73,12 +81,15 @@ def _check_events(text: str) -> None:
 
 def _expanded_size(node: yaml.Node, known: dict[int, int | None]) -> int:
     """Counts nodes as if each alias were written out, refusing cycles, bombs and duplicate keys."""
+    # An alias is the same node object again. None marks a node whose content is being counted: an alias to it would be
+    # inside of what it refers to.
     if id(node) in known:
         size = known[id(node)]
         if size is None:
             raise UnsafeYAML(f"line {node.start_mark.line + 1}: an alias refers to what contains it")
         return size
     known[id(node)] = None
+
     size = 1
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
@@ -91,6 +102,7 @@ def _expanded_size(node: yaml.Node, known: dict[int, int | None]) -> int:
             size += 1 + _expanded_size(value, known)
     elif isinstance(node, yaml.SequenceNode):
         size += sum(_expanded_size(item, known) for item in node.value)
+
     if size > MAX_NODES:
         raise UnsafeYAML(f"more than {MAX_NODES:,} values once its aliases are written out")
     known[id(node)] = size

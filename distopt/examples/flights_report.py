@@ -29,6 +29,7 @@ Draws = dict[str, Tensor]
 
 def write(flights: Flights, report: Report) -> None:
     """Adds the results to `report`."""
+    # All tables and figures are made from one set of posterior draws, so that their numbers agree.
     draws = posterior_draws(flights)
     data = flights.data
     report.text(
@@ -46,6 +47,7 @@ def write(flights: Flights, report: Report) -> None:
 @torch.no_grad()
 def posterior_draws(flights: Flights, num_draws: int = NUM_DRAWS) -> Draws:
     """Returns draws from the guide; all effects but the aircraft's are deviations from the average, as in the model."""
+    # The guide does not depend on the data, so a single row will do.
     batch = flights.batch(np.arange(1))
     sampled = [flights.guide(*batch) for _ in range(num_draws)]
     draws = {name: torch.stack([draw[name] for draw in sampled]).cpu() for name in sampled[0]}
@@ -182,6 +184,7 @@ def baseline_score(flights: Flights) -> tuple[float, float]:
         for columns in (flights.batch(np.arange(flights.rows())), flights.select(flights.held_out))
     )
 
+    # Groups without training flights get the overall median.
     median = np.full((train["carrier"].max() + 1, 12), np.median(train["delay"]))
     for carrier, month in np.ndindex(median.shape):
         group = train["delay"][(train["carrier"] == carrier) & (train["month"] == month)]
@@ -227,6 +230,7 @@ def _interval(draws: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64], 
 
 
 def _forest(names: Sequence[str], draws: Tensor, label: str) -> Figure:
+    # The height grows with the number of names, so that labels never overlap.
     figure = Figure(figsize=(9, 0.28 * len(names) + 0.9))
     axes = figure.subplots()
     _points(axes, names, draws)

@@ -72,6 +72,7 @@ class Components(Task):
 
     def explained(self) -> float:
         """Returns the fraction of the pictures' variance that lies in the directions of W, in [0, 1]."""
+        # The rows of W are neither orthogonal nor ordered, so the space that they span is compared, by projection.
         weight = self.guide.median()["W"].double()
         basis = torch.linalg.qr(weight.T).Q
         centred = (self.data - self.data.mean(0)).double()
@@ -103,6 +104,7 @@ class _InitialValues:
         self._seed = seed
 
     def __call__(self, site: dict[str, Any]) -> Tensor:
+        # W = 0 is a saddle point: no component explains anything, and none has a gradient that tells it from another.
         if site["name"] != "W":
             return torch.full(site["fn"].shape(), 0.3 if site["name"] == "sigma" else 0.0)
         with pyro.poutine.block(), torch.random.fork_rng(devices=[]):

@@ -11,7 +11,7 @@ from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.multi import MixedMultiOptimizer, MultiOptimizer, Newton, PyroMultiOptimizer, TorchMultiOptimizer
 from distopt.optim.optim import PyroOptim
 from distopt.optim.packed_state import PackedState, StateColumns
-from distopt.optim.packing import FlatGradients, pack
+from distopt.optim.packing import FlatGradients
 from distopt.optim.pytorch_optimizers import *  # noqa: F403
 from distopt.optim.pytorch_optimizers import __all__ as _generated
 from distopt.optim.state import is_scheduler
@@ -55,7 +55,6 @@ __all__ = [
     "TorchMultiOptimizer",
     "by_name",
     "is_scheduler",
-    "pack",
     *_generated,
 ]
 

@@ -93,6 +93,11 @@ def check_constructor(constructor: Any) -> None:
         raise TypeError(f"optim_constructor is {constructor!r}, expected a torch.optim.Optimizer class.")
 
 
+def name_of(constructor: Any) -> str:
+    """Returns what to call an optimizer's constructor in messages."""
+    return getattr(constructor, "__name__", None) or repr(constructor)
+
+
 def drifts(args: Mapping[str, Any]) -> bool:
     """Returns whether the optimizer changes its own hyper-parameters as it steps."""
     return bool(args.get("lrd", 1.0) != 1.0)

@@ -1,34 +1,62 @@
-"""Who is stepped with whom: places parameters into groups, parts them and brings them together again."""
+"""Which parameters are stepped together: puts them into groups, splits groups, and joins what has become equal."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
+
 from distopt.optim.aliases import num_forgotten_aliases
-from distopt.optim.capabilities import drifts, packs, switches
-from distopt.optim.groups import Construct, ListGroup, Member, PackedGroup
+from distopt.optim.capabilities import drifts, name_of, packs, switches
+from distopt.optim.groups import Construct, ListGroup, PackedGroup, ParamRecord
 from distopt.optim.packing import num_aliases
-from distopt.optim.state import State, frozen, hyper_of, life_of, optimizer_of, optimizer_part
+from distopt.optim.state import (
+    State,
+    check_state,
+    frozen,
+    hyper_key,
+    is_scheduler,
+    optimizer_of,
+    optimizer_state,
+    packing_key,
+)
+
+# How groups split and join
+#
+# Parameters begin together: all that are first seen in one call, with equal arguments, dtype and device, make one
+# packed group. A call that touches some members of a packed group only splits it, since one flat tensor has one number
+# of steps: the touched ones leave with a copy of their state and make a group by themselves. So each different subset
+# costs a copy, once, and a group more at every step after.
+#
+# That must not go on without end. A model of minibatches may touch another half of its parameters at each step, and
+# after n steps every parameter would have a group. So a key (equal arguments, dtype, device) keeps few packed groups:
+# when there are more than MAX_PACKED, the smaller ones are listed together, in one group in which each parameter counts
+# its own steps. And once there is such a list, what splits off with fewer than _MIN_PACKED members goes there at once.
+# Lists are slower per parameter than packed groups, and their cost does not depend on how the parameters' lives differ.
+#
+# Groups are joined again only where state is placed anew: members that were moved, loaded or split off at one time are
+# sorted by `packing_key`, so those that have become equal share a group.
 
 MAX_PACKED = 8
 """Packed groups of one key before the smaller ones are listed together, so that groups do not multiply."""
 
-_SPLINTER = 16
-_MAX_SEARCHES = 8  # for holders of a parameter's memory: each takes a while
+_MIN_PACKED = 16
+_MAX_SEARCHES = 8  # for holders of a parameter's memory: each takes about 0.1 s
 
-Placed = tuple[Member, State | None]
+Assignment = tuple[ParamRecord, State | None]
+"""A parameter that is in no group, and its state; None for one not stepped yet."""
 
 
 class Grouping:
     """The groups of one optimizer.
 
     Args:
-        constructor: the torch optimizer class that the user chose.
-        construct: see `Construct`.
-        scheduled: whether it builds schedulers; their state tells nothing of one parameter among several.
+        constructor: The torch optimizer class that the user chose.
+        construct: See `Construct`.
+        scheduled: Whether it builds schedulers; their state tells nothing of one parameter among several.
     """
 
     def __init__(self, constructor: Any, construct: Construct, scheduled: bool = False) -> None:
@@ -44,144 +72,215 @@ class Grouping:
             for same_key in groups.values():
                 yield from same_key
 
-    def place(self, placed: Iterable[Placed], packing: bool = True) -> None:
-        """Puts parameters that are in no group into one, those of one life together.
+    def arrange(
+        self,
+        members: Sequence[ParamRecord],
+        missing: Sequence[ParamRecord],
+        claim: Callable[[ParamRecord], State | None],
+    ) -> bool:
+        """Sees to it that every parameter of a call is in a group, and that no group is touched in part.
 
         Args:
-            placed: parameters, each with its state; None for one without any.
-            packing: whether their bytes may be moved side by side.
+            members: The parameters of the call.
+            missing: Those of them that have no gradient, and so are not stepped.
+            claim: Returns the state with which a parameter that is in no group begins; called once for each.
+
+        Returns:
+            Whether any parameter changed its group.
         """
-        placed = list(placed)
-        buckets: dict[tuple[Hashable, ...], list[Placed]] = defaultdict(list)
+        changed = False
+        moved = [m for m in members if m.group is not None and m.group.has_lost(m)]
+        if moved:
+            self.assign(_with_new_keys(self.extract(_with_mates(moved))))
+            changed = True
+
+        untouched = set(map(id, missing))
+        touched = [m for m in members if id(m) not in untouched]
+        for records in (touched, missing):
+            new = [m for m in records if m.group is None]
+            if new:
+                self.assign([(m, claim(m)) for m in new])
+                changed = True
+        changed |= self._split(touched)
+        changed |= self._list_packed([m for m in missing if drifts(m.args)])
+        return changed
+
+    def assign(self, assignments: Iterable[Assignment], packing: bool = True) -> None:
+        """Puts parameters that are in no group into one, those with equal states together.
+
+        Args:
+            assignments: Parameters, each with its state.
+            packing: Whether their bytes may be moved side by side.
+        """
+        assignments = list(assignments)
+        buckets: dict[tuple[Hashable, ...], list[Assignment]] = defaultdict(list)
         packing = packing and packs(self._constructor)
-        movable = self._movable([m for m, _ in placed if packing and not m.alone])
-        for m, state in placed:
-            life = life_of(state, m.param.numel())
-            if m.alone:
-                buckets["alone", id(m)].append((m, state))
-            elif id(m) in movable and life is not None:
-                buckets["packed", m.key, life].append((m, state))
-            elif drifts(m.args) and self._scheduled:
-                m.alone = True
-                buckets["alone", id(m)].append((m, state))
-            elif drifts(m.args):
-                buckets["listed", m.key, state is None].append((m, state))
-            else:
-                like = None if state is None else (hyper_of(optimizer_part(state)["param_groups"][0]), _schedule(state))
-                buckets["listed", m.key, like].append((m, state))
+        movable = self._movable([m for m, _ in assignments if packing and not m.alone])
+        for m, state in assignments:
+            buckets[self._bucket(m, state, id(m) in movable)].append((m, state))
+
         for (kind, *_), bucket in buckets.items():
             members = [m for m, _ in bucket]
             states = [s for _, s in bucket if s is not None] or None
-            # Where lives have long parted, splinters of groups are not worth a call each.
-            splinter = states and len(members) < _SPLINTER and self._listed.get(members[0].key)
-            if kind == "packed" and not splinter:
+            few = states and len(members) < _MIN_PACKED and self._listed.get(members[0].key)
+            if kind == "packed" and not few:
                 self._packed[members[0].key].append(self._pack(members, states))
             else:
                 self._list(members, states)
         if packing:
-            self._bound()
+            self._limit_packed()
 
-    def extract(self, members: Iterable[Member]) -> list[tuple[Member, State]]:
+    def _bucket(self, m: ParamRecord, state: State | None, movable: bool) -> tuple[Hashable, ...]:
+        """Returns what parameters must share to come into one group, its kind first; may set `m.alone`."""
+        key = packing_key(state, m.param.numel())
+        if not m.alone and movable and key is not None:
+            return ("packed", m.key, key)
+        if not m.alone and drifts(m.args):
+            if not self._scheduled:
+                return ("listed", m.key, state is None)
+            m.alone = True  # the schedule and the optimizer both change its rate
+        if m.alone:
+            return ("alone", id(m))
+        if state is None:
+            return ("listed", m.key, None)
+        return ("listed", m.key, hyper_key(optimizer_state(state)["param_groups"][0]), frozen(state.get("scheduler")))
+
+    def extract(self, members: Iterable[ParamRecord]) -> list[tuple[ParamRecord, State]]:
         """Takes `members` out of their groups and returns them with their states; the others stay together."""
         leaving = {id(m): m for m in members}
-        result: list[tuple[Member, State]] = []
+        extracted: list[tuple[ParamRecord, State]] = []
+
         for group in {id(m.group): m.group for m in leaving.values()}.values():
-            if group is None:
-                continue
-            states = list(zip(group.members, group.states(), strict=True))
-            result += [(m, s) for m, s in states if id(m) in leaving]
             if isinstance(group, PackedGroup):
+                states = list(zip(group.members, group.states(), strict=True))
+                extracted += [(m, s) for m, s in states if id(m) in leaving]
                 self._packed[group.members[0].key].remove(group)
-                self.place((m, s) for m, s in states if id(m) not in leaving)
-            elif isinstance(group, ListGroup) and all(id(m) in leaving for m in group.members):
-                self._listed[group.members[0].key].remove(group)
+                self.assign((m, s) for m, s in states if id(m) not in leaving)
             elif isinstance(group, ListGroup):
-                group.remove(set(leaving))
+                of_group = [m for m in group.members if id(m) in leaving]
+                extracted += zip(of_group, group.states(of_group), strict=True)
+                if len(of_group) == len(group.members):
+                    self._listed[group.members[0].key].remove(group)
+                else:
+                    group.remove(set(leaving))
         for m in leaving.values():
             m.group = None
-        return result
+        return extracted
 
-    def unpack(self, members: Sequence[Member]) -> bool:
+    def set_alone(self, m: ParamRecord) -> bool:
+        """Gives `m` a torch optimizer by itself, from now on; returns whether it had none."""
+        if m.alone:
+            return False
+        assignments = self.extract([m]) if m.group is not None else []
+        m.alone = True
+        self.assign(assignments)
+        return True
+
+    def check(self, m: ParamRecord, state: State) -> None:
+        """Raises ValueError unless `state` may be that of `m`."""
+        handle = m.group.handle if m.group is not None else self._construct([torch.zeros(1)], m.args)
+        hyper = set(optimizer_of(handle).param_groups[0])
+        name = name_of(self._constructor)
+        check_state(m.name, state, m.param, hyper, is_scheduler(handle), name, packs(self._constructor))
+
+    def _list_packed(self, members: Sequence[ParamRecord]) -> bool:
         """Takes those of `members` that are packed out of their groups and lists them; returns whether there were any.
 
-        So they can go on without a step, when a step is more than what gradients do.
+        So they can live through a call without a step, when a step is more than what gradients do.
         """
         packed = [m for m in members if isinstance(m.group, PackedGroup)]
         if packed:
-            self.place(self.extract(packed), packing=False)
+            self.assign(self.extract(packed), packing=False)
         return bool(packed)
 
-    def part(self, touched: Sequence[Member]) -> bool:
-        """Parts each packed group of which `touched` are some but not all, so that no group is stepped in half.
-
-        Returns:
-            Whether there was one.
-        """
-        parted = False
+    def _split(self, touched: Sequence[ParamRecord]) -> bool:
+        """Splits each packed group of which `touched` are some but not all; returns whether there was one."""
+        split = False
         ids = {id(m) for m in touched}
         for group in {id(m.group): m.group for m in touched}.values():
             if isinstance(group, PackedGroup) and not all(id(m) in ids for m in group.members):
-                self.place(self.extract([m for m in group.members if id(m) in ids]))
-                parted = True
-        return parted
+                self.assign(self.extract([m for m in group.members if id(m) in ids]))
+                split = True
+        return split
 
-    def _bound(self) -> None:
-        """Lists the smaller packed groups of a key together when there are too many of them."""
+    def _limit_packed(self) -> None:
+        """Lists the smaller packed groups of a key together when there are too many of them.
+
+        At most half of the allowed number stay, and only those of at least half the average size: else the next split
+        would list again, and each listing copies the state of all its members.
+        """
         for key, groups in list(self._packed.items()):
             if len(groups) > MAX_PACKED:
                 groups.sort(key=lambda g: -len(g.members))
                 least = sum(len(g.members) for g in groups) // (2 * MAX_PACKED)
-                kept = sum(len(g.members) > least for g in groups[: MAX_PACKED // 2])
-                small = groups[kept:]
-                del groups[kept:]
+                num_kept = sum(len(g.members) > least for g in groups[: MAX_PACKED // 2])
+                small = groups[num_kept:]
+                del groups[num_kept:]
                 states = [pair for g in small for pair in zip(g.members, g.states(), strict=True)]
-                self.place(states, packing=False)
+                self.assign(states, packing=False)
             if not groups:
                 del self._packed[key]
 
-    def _movable(self, members: Sequence[Member]) -> set[int]:
+    def _movable(self, members: Sequence[ParamRecord]) -> set[int]:
         """Returns the ids of those members whose parameters may be packed."""
-        found = {id(m): num_aliases(m.param) for m in members}
-        at: dict[int, Member] = {}
+        num_others = {id(m): num_aliases(m.param) for m in members}
+        at: dict[int, ParamRecord] = {}
         for m in members:  # two tensors over one array of numpy, of which torch knows nothing
-            other = at.setdefault(m.param.data_ptr(), m) if found[id(m)] < math.inf else m
+            other = at.setdefault(m.param.data_ptr(), m) if num_others[id(m)] < math.inf else m
             if other is not m:
-                found[id(m)] = found[id(other)] = math.inf
-        doubtful = [m for m in members if 0 < found[id(m)] < math.inf]
+                num_others[id(m)] = num_others[id(other)] = math.inf
+
+        doubtful = [m for m in members if 0 < num_others[id(m)] < math.inf]
         if doubtful and self._num_searches < _MAX_SEARCHES:
             self._num_searches += 1
             for m, forgotten in zip(doubtful, num_forgotten_aliases([m.param for m in doubtful]), strict=True):
-                found[id(m)] -= forgotten
-        return {i for i, number in found.items() if number <= 0}
+                num_others[id(m)] -= forgotten
+        return {i for i, number in num_others.items() if number <= 0}
 
-    def _extra(self, member: Member, listed: bool) -> dict[str, Any]:
+    def _switches(self, member: ParamRecord, listed: bool) -> dict[str, Any]:
         p = member.param
         return {} if member.alone else switches(self._constructor, member.args, p.dtype, p.device.type, listed)
 
-    def _pack(self, members: list[Member], states: list[State] | None) -> PackedGroup:
-        return PackedGroup(members, self._construct, self._extra(members[0], listed=False), states)
+    def _pack(self, members: list[ParamRecord], states: list[State] | None) -> PackedGroup:
+        return PackedGroup(members, self._construct, self._switches(members[0], listed=False), states)
 
-    def _list(self, members: list[Member], states: list[State] | None) -> None:
+    def _list(self, members: list[ParamRecord], states: list[State] | None) -> None:
+        """Makes a list of `members`, or adds them to one with the same hyper-parameters."""
         first = members[0]
-        group = ListGroup(members, self._construct, self._extra(first, listed=True), states)
+        group = ListGroup(members, self._construct, self._switches(first, listed=True), states)
         same_key = self._listed[first.key]
         if not first.alone:
-            like = _likeness(group)
+            key = _list_key(group)
             for other in same_key:
-                if not other.alone and other.extra == group.extra and _likeness(other) == like:
+                if not other.alone and other.switches == group.switches and _list_key(other) == key:
                     other.absorb(group)
                     return
         same_key.append(group)
 
 
-def _schedule(state: State) -> Hashable:
-    return frozen(state.get("scheduler"))  # type: ignore[no-any-return]
+def _with_mates(moved: Sequence[ParamRecord]) -> list[ParamRecord]:
+    """Returns all members of the packed groups that `moved` were in, and the moved ones.
+
+    A flat tensor is of no use once one of its slices is elsewhere, so all of its members are packed again.
+    """
+    groups = {id(m.group): m.group for m in moved if isinstance(m.group, PackedGroup)}
+    mates = [m for g in groups.values() for m in g.members]
+    return mates + [m for m in moved if not isinstance(m.group, PackedGroup)]
 
 
-def _likeness(group: ListGroup) -> Hashable:
-    """What two list groups must have in common to become one."""
-    if group.is_apart:
-        return "apart"
+def _with_new_keys(extracted: list[tuple[ParamRecord, State]]) -> list[tuple[ParamRecord, State]]:
+    """Notes the new dtype, device and order of memory of parameters that were moved."""
+    for m, _ in extracted:
+        args, clip, _, _, birth = m.key
+        m.key = (args, clip, m.param.dtype, m.param.device, birth)
+        m.alone |= not m.param.is_contiguous()
+    return extracted
+
+
+def _list_key(group: ListGroup) -> Hashable:
+    """Returns what two list groups must have in common to become one."""
+    if group.is_separate:
+        return "separate"
     handle = group.handle
-    schedule = frozen(handle.state_dict()) if hasattr(handle, "optimizer") else None
-    return (hyper_of(optimizer_of(handle).param_groups[0]), schedule)
+    schedule = frozen(handle.state_dict()) if is_scheduler(handle) else None
+    return (hyper_key(optimizer_of(handle).param_groups[0]), schedule)

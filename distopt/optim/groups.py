@@ -1,4 +1,9 @@
-"""Groups of parameters that are stepped together by one torch optimizer."""
+"""Groups of parameters that are stepped together by one torch optimizer.
+
+There are two kinds. A `PackedGroup` shows its optimizer a single flat tensor and costs one call however many parameters
+it has; its members must be equal in everything but their elements. A `ListGroup` hands its optimizer a list of tensors,
+each with a state and a number of steps of its own, and costs what torch's `foreach` or fused loops cost.
+"""
 
 from __future__ import annotations
 
@@ -14,38 +19,39 @@ from torch import Tensor
 
 from distopt.optim.capabilities import drifts
 from distopt.optim.clipping import Clip, clip_each_, clip_segments_
-from distopt.optim.packed_state import PackedState, Row, StateColumns, exactly, pack_rows
-from distopt.optim.packing import Arena, Block, blocks_of, bump_versions, gather, has_dense_gradients
+from distopt.optim.packed_state import PackedState, Row, StateColumns, exact_key, pack_rows
+from distopt.optim.packing import Arena, GradientBuffer, bump_versions, has_dense_gradients
 from distopt.optim.state import (
     SCALARS,
     State,
     copied,
+    flat_state,
     is_scheduler,
-    joined,
+    list_state,
     load_into,
     optimizer_of,
-    optimizer_part,
+    optimizer_state,
     state_dict_of,
     state_of_one,
 )
 
 _shape = attrgetter("shape")
-_gradient = attrgetter("grad")
 
 
 @dataclass(slots=True, eq=False)
-class Member:
+class ParamRecord:
     """One parameter that the optimizer has seen.
 
     Attributes:
-        param: the user's own tensor.
-        name: its name in the parameter store, kept when the store forgets it.
-        args: arguments of its torch optimizer.
-        clip: how its gradient is clipped.
-        key: what parameters must have in common to share a group: arguments, clip, dtype, device, birth.
-        alone: whether it needs a torch optimizer of its own, without any switch that makes it quick.
-        named: whether the parameter store has known it.
-        group: where it is stepped; None before its first step.
+        param: The user's own tensor.
+        name: Its name in the parameter store, kept when the store forgets it.
+        args: Arguments of its torch optimizer.
+        clip: How its gradient is clipped.
+        key: What parameters must have in common to share a group: arguments, clip, dtype, device, and when they were
+            first seen where that matters (a schedule starts then).
+        alone: Whether it needs a torch optimizer by itself, without any switch that makes it quick.
+        named: Whether the parameter store has known it.
+        group: Where it is stepped; None before its first step.
     """
 
     param: Tensor
@@ -66,8 +72,8 @@ class Group(Protocol):
     """Parameters behind one torch optimizer or scheduler, the `handle`."""
 
     handle: Any
-    members: list[Member]
-    extra: dict[str, Any]
+    members: list[ParamRecord]
+    switches: dict[str, Any]
 
     def states(self) -> list[State]:
         """Returns the states of all members, in their order; they share no memory with it."""
@@ -75,34 +81,42 @@ class Group(Protocol):
     def packed(self) -> PackedState:
         """Returns the states of all members in columns; tensors may be the optimizer's memory."""
 
-    def has_lost(self, member: Member) -> bool:
-        """Returns whether `member` was moved since it was placed here: to other storage, dtype or device."""
+    def has_lost(self, member: ParamRecord) -> bool:
+        """Returns whether `member` was moved since it came here: to other storage, dtype or device."""
 
-    def values_of(self, member: Member) -> dict[str, Any]:
+    def values_of(self, member: ParamRecord) -> dict[str, Any]:
         """Returns what torch keeps for one member; tensors are the optimizer's memory."""
 
-    def hyper_of(self, member: Member) -> dict[str, Any]:
+    def hyper_of(self, member: ParamRecord) -> dict[str, Any]:
         """Returns torch's parameter group that `member` is in, perhaps with others."""
 
 
-def reloaded(handle: Any, state: State | None, extra: dict[str, Any]) -> Any:
-    """Loads `state` into a new `handle` (nothing when None) and sets the fast path's switches `extra` anew."""
-    if state is not None:
-        part = optimizer_part(state)
-        for group in part["param_groups"]:
-            group.update(extra)
-        load_into(handle, state)
-        optimizer = optimizer_of(handle)
-        if part["state"]:
-            optimizer._opt_called = True  # type: ignore[attr-defined]  # no warning of a scheduler stepped first
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, values in part["state"].items():
-            for key in SCALARS & values.keys() - {"step"}:  # torch casts them to the parameter's dtype, which rounds
-                optimizer.state[params[i]][key] = values[key]
-            for key, value in optimizer.state[params[i]].items():  # one-pass kernels go through memory in its order
-                if isinstance(value, Tensor) and value.stride() != params[i].stride() and value.layout is torch.strided:
-                    optimizer.state[params[i]][key] = _laid_out_as(value, params[i])
-    return handle
+# What both kinds do with their torch optimizer.
+
+
+def load_state(handle: Any, state: State, switches: dict[str, Any]) -> None:
+    """Loads `state` into a new `handle` and sets the fast path's switches anew.
+
+    Torch's `load_state_dict` suits a state to the optimizer in ways that must be undone here: it casts every tensor to
+    the parameter's dtype, which rounds numbers such as `mu_product` in 16 bits, and keeps the order of memory in which
+    a tensor was saved, though the kernels that take one pass go through parameter and state as one.
+    """
+    optimizer_dict = optimizer_state(state)
+    for group in optimizer_dict["param_groups"]:
+        group.update(switches)
+    load_into(handle, state)
+
+    optimizer = optimizer_of(handle)
+    if optimizer_dict["state"]:
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # no warning of a scheduler stepped first
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, saved in optimizer_dict["state"].items():
+        values = optimizer.state[params[i]]
+        for key in SCALARS & saved.keys() - {"step"}:
+            values[key] = saved[key]
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.stride() != params[i].stride() and value.layout is torch.strided:
+                values[key] = _laid_out_as(value, params[i])
 
 
 def _laid_out_as(value: Tensor, param: Tensor) -> Tensor:
@@ -110,18 +124,22 @@ def _laid_out_as(value: Tensor, param: Tensor) -> Tensor:
     return torch.empty_like(param).copy_(value) if value.shape == param.shape else value
 
 
-def restored_switches(group: dict[str, Any], args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """Returns the entries of parameter group `group` as the user's own optimizer would have them."""
-    entries = {k: copied(v) for k, v in group.items() if k != "params"}
-    for key in extra:
-        if key in entries:
-            entries[key] = args.get(key)
-    return entries
+def user_options(group: dict[str, Any], args: dict[str, Any], switches: dict[str, Any]) -> dict[str, Any]:
+    """Returns the entries of a torch parameter group as the user's own optimizer would have them.
+
+    Switches that were added to make the optimizer quick must not be saved: `pyro.optim`, or another device, would load
+    them.
+    """
+    options = {k: copied(v) for k, v in group.items() if k != "params"}
+    for key in switches:
+        if key in options:
+            options[key] = args.get(key)
+    return options
 
 
-def with_schedule(handle: Any, part: State) -> State:
-    """Returns one parameter's state: its optimizer's `part`, and a copy of the schedule where there is one."""
-    return {"scheduler": copied(handle.state_dict()), "optimizer": part} if is_scheduler(handle) else part
+def with_schedule(handle: Any, optimizer: State) -> State:
+    """Returns one parameter's state: its optimizer's, and a copy of the schedule where there is one."""
+    return {"scheduler": copied(handle.state_dict()), "optimizer": optimizer} if is_scheduler(handle) else optimizer
 
 
 def direct_step(handle: Any) -> Callable[..., Any]:
@@ -135,33 +153,42 @@ def direct_step(handle: Any) -> Callable[..., Any]:
 
 
 class PackedGroup:
-    """Parameters of one life whose bytes lie side by side: the torch optimizer sees one flat tensor.
+    """Parameters equal in all but their elements, packed into one flat tensor, the only one that torch sees.
 
     Args:
-        members: with packable parameters, of one dtype and device.
-        construct: see `Construct`.
-        extra: further arguments of the optimizer that make it quick without changing what it computes.
-        states: one per member, equal in all that is not elementwise; None for parameters not stepped yet.
+        members: With packable parameters, of one dtype and device.
+        construct: See `Construct`.
+        switches: Further arguments of the optimizer that make it quick without changing what it computes.
+        states: One per member, equal in all that is not elementwise; None for parameters not stepped yet.
+
+    Attributes:
+        arena: The members' memory.
+        params: The members' tensors.
+        names: The members' names.
+        clip: How each member's gradient is clipped.
+        switches: As given.
     """
 
     def __init__(
-        self, members: Sequence[Member], construct: Construct, extra: dict[str, Any], states: Sequence[State] | None
+        self,
+        members: Sequence[ParamRecord],
+        construct: Construct,
+        switches: dict[str, Any],
+        states: Sequence[State] | None,
     ) -> None:
         self.members = list(members)
         self.params = tuple(m.param for m in members)
         self.names = tuple(m.name for m in members)
         self.clip = members[0].clip
-        self.extra = extra
-        self.arena = Arena(self.params)
-        flat = self.arena.flat
-        self.handle = reloaded(
-            construct([flat], members[0].args | extra), None if states is None else joined(states, flat=True), extra
-        )
-        self._step = direct_step(self.handle)
-        self.buffer = torch.empty_like(flat)
-        self._blocks: list[Block] = []
-        self._segments: list[Tensor] = []
+        self.switches = switches
         self._index = {id(m): i for i, m in enumerate(self.members)}
+        self.arena = Arena(self.params)
+
+        self.handle = construct([self.arena.flat], members[0].args | switches)
+        if states is not None:
+            load_state(self.handle, flat_state(states), switches)
+        self._step = direct_step(self.handle)
+        self._gradients = GradientBuffer(self.arena)
         for m in self.members:
             m.group = self
 
@@ -170,47 +197,32 @@ class PackedGroup:
         """Number of elements of each parameter."""
         return self.arena.numels
 
-    def has_lost(self, member: Member) -> bool:
-        """Returns whether `member` was moved since it was placed here: to other storage, dtype or device."""
-        i = self._index[id(member)]
-        p = member.param
-        return p.data_ptr() != self.arena.pointers[i] or p.numel() != self.numels[i] or not p.is_contiguous()
+    def has_lost(self, member: ParamRecord) -> bool:
+        """Returns whether `member` was moved since it was packed here: to other storage, dtype or device."""
+        return not self.arena.holds(self._index[id(member)])
 
     def gather_(self, gradients: Sequence[Tensor] | None = None) -> Tensor | None:
-        """Copies `gradients` of all members, or their `.grad`, into the group's buffer.
-
-        Returns:
-            The buffer; None when a member was moved to other memory.
-        """
-        done = None if gradients is not None else gather(self.params, self.arena.flat, self.buffer)
-        if done is not None:
-            return self.buffer if done else None
-        if not self._blocks:
-            if any(map(self.has_lost, self.members)):
-                return None
-            self._blocks = blocks_of(self.params, self.buffer)
-        start = 0
-        for block in self._blocks:
-            end = start + len(block.params)
-            if not block.copy_(None if gradients is None else gradients[start:end]):
-                return None
-            start = end
-        return self.buffer
+        """Copies the members' gradients side by side; see `GradientBuffer.gather_`."""
+        return self._gradients.gather_(gradients)
 
     def clip_(self, buffer: Tensor) -> bool:
         """Clips the gradient of each member by itself, in place; returns whether one changed."""
         return self.clip.per_parameter and clip_segments_(buffer, self.numels, self.clip)
 
     def write_gradients(self) -> None:
-        """Copies the group's buffer back to each member's `.grad`."""
-        if not self._segments:
-            segments = torch.split(self.buffer, self.numels)
-            self._segments = [s.view(p.shape) for s, p in zip(segments, self.params, strict=True)]
-        torch._foreach_copy_(list(map(_gradient, self.params)), self._segments)
+        """Copies what `gather_` has gathered, and clipping has changed since, back to each member's `.grad`."""
+        self._gradients.write_back()
 
-    def values_of(self, member: Member) -> dict[str, Any]:
-        """Returns what torch keeps for one member; tensors are views of the optimizer's memory."""
-        flat, index = self.arena.flat, self._index[id(member)]
+    def step(self, buffer: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Steps all members by the gradients in `buffer`, which may be overwritten."""
+        self.arena.flat.grad = buffer
+        self._step(*args, **kwargs)
+        bump_versions(self.params)
+
+    def values_of(self, member: ParamRecord) -> dict[str, Any]:
+        """Returns what torch keeps for one member; elementwise tensors are views of the optimizer's memory."""
+        flat = self.arena.flat
+        index = self._index[id(member)]
         start = sum(self.numels[:index])
         segment = slice(start, start + self.numels[index])
         values = optimizer_of(self.handle).state.get(flat, {})
@@ -221,143 +233,154 @@ class PackedGroup:
             for key, value in values.items()
         }
 
-    def hyper_of(self, member: Member) -> dict[str, Any]:
-        """Returns torch's parameter group, in which `params` is all of them."""
+    def hyper_of(self, member: ParamRecord) -> dict[str, Any]:
+        """Returns torch's parameter group, in which `params` is the flat tensor of all members."""
         return optimizer_of(self.handle).param_groups[0]
-
-    def step(self, buffer: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Steps all members by the gradients in `buffer`, which may be overwritten."""
-        self.arena.flat.grad = buffer
-        self._step(*args, **kwargs)
-        bump_versions(self.params)
-
-    def columns(self) -> StateColumns:
-        """Returns the state of all members, in their order; its columns are the optimizer's memory."""
-        optimizer, flat = optimizer_of(self.handle), self.arena.flat
-        values = optimizer.state.get(flat, {})
-        columns = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.shape == flat.shape}
-        scalars = {k: copied(v) for k, v in values.items() if k not in columns}
-        shapes: tuple[Any, ...] = tuple(map(_shape, self.params)) if columns else ((),) * len(self.params)
-
-        group = restored_switches(optimizer.param_groups[0], self.members[0].args, self.extra)
-        shared = with_schedule(self.handle, state_of_one(group, scalars))
-        return StateColumns(self.names, shapes, shared, columns)
 
     def packed(self) -> PackedState:
         """Returns the state of all members; its columns are the optimizer's memory."""
-        return PackedState((self.columns(),))
+        return PackedState((self._columns(),))
 
     def states(self) -> list[State]:
         """Returns the states of all members, in their order: views of one copy for each kind of state.
 
         A copy for each member would take ten times as long, and as long again to save.
         """
-        live = self.columns()
+        live = self._columns()
         return replace(live, columns={key: column.clone() for key, column in live.columns.items()}).states()
+
+    def _columns(self) -> StateColumns:
+        """Returns the state of all members, in their order, in the optimizer's memory."""
+        optimizer = optimizer_of(self.handle)
+        flat = self.arena.flat
+        values = optimizer.state.get(flat, {})
+        columns = {k: v for k, v in values.items() if isinstance(v, Tensor) and v.shape == flat.shape}
+        scalars = {k: copied(v) for k, v in values.items() if k not in columns}
+
+        options = user_options(optimizer.param_groups[0], self.members[0].args, self.switches)
+        shared = with_schedule(self.handle, state_of_one(options, scalars))
+        shapes: tuple[Any, ...] = tuple(map(_shape, self.params)) if columns else ((),) * len(self.params)
+        return StateColumns(self.names, shapes, shared, columns)
 
 
 class ListGroup:
     """Parameters of equal hyper-parameters and any number of steps: torch's list of tensors, a state for each.
 
-    Where the optimizer changes its hyper-parameters as it steps, each parameter has a torch parameter group of its own.
+    Where the optimizer changes its hyper-parameters as it steps, each parameter has a torch parameter group by itself.
 
     Args:
-        members: parameters of one dtype and device, or a single one of any kind.
-        construct: see `Construct`.
-        extra: further arguments of the optimizer that make it quick without changing what it computes.
-        states: one per member, of equal hyper-parameters; None for parameters not stepped yet.
+        members: Parameters of one dtype and device, or a single one of any kind.
+        construct: See `Construct`.
+        switches: Further arguments of the optimizer that make it quick without changing what it computes.
+        states: One per member, of equal hyper-parameters; None for parameters not stepped yet.
+
+    Attributes:
+        alone: Whether its one parameter has a torch optimizer by itself, as the user would build it.
+        switches: As given.
     """
 
     def __init__(
-        self, members: Sequence[Member], construct: Construct, extra: dict[str, Any], states: Sequence[State] | None
+        self,
+        members: Sequence[ParamRecord],
+        construct: Construct,
+        switches: dict[str, Any],
+        states: Sequence[State] | None,
     ) -> None:
         self.members = list(members)
-        self.extra = extra
+        self.switches = switches
         self.alone = members[0].alone
-        apart = not self.alone and drifts(members[0].args)
-        params: list[Any] = [{"params": [m.param]} for m in members] if apart else [m.param for m in members]
-        handle = construct(params, members[0].args | extra)
+        separate = not self.alone and drifts(members[0].args)
+        params: list[Any] = [{"params": [m.param]} for m in members] if separate else [m.param for m in members]
+
+        self.handle = construct(params, members[0].args | switches)
         if states is not None:
-            state = copied(states[0]) if self.alone else joined(states, flat=False, apart=apart)
-            handle = reloaded(handle, state, extra)
-        self.handle = handle
-        self._own: dict[int, dict[str, Any]] | None = None  # parameter groups by id of the member, where they are apart
-        if apart:
-            self._own = dict(zip(map(id, members), optimizer_of(handle).param_groups, strict=True))
+            state = copied(states[0]) if self.alone else list_state(states, separate=separate)
+            load_state(self.handle, state, switches)
+
+        # Torch's parameter group of each member by the member's id, where they are separate.
+        self._group_of: dict[int, dict[str, Any]] | None = None
+        if separate:
+            self._group_of = dict(zip(map(id, members), optimizer_of(self.handle).param_groups, strict=True))
+
         # Fused SGD takes either parameters that have no momentum yet or others, but not both (torch 2.13).
         self._unstarted: set[int] = set()
-        if extra.get("fused") and members[0].args.get("momentum"):
-            state = optimizer_of(handle).state
-            self._unstarted = {id(m) for m in members if state.get(m.param, {}).get("momentum_buffer") is None}
+        if switches.get("fused") and members[0].args.get("momentum"):
+            values = optimizer_of(self.handle).state
+            self._unstarted = {id(m) for m in members if values.get(m.param, {}).get("momentum_buffer") is None}
         for m in self.members:
             m.group = self
 
     @property
-    def is_apart(self) -> bool:
-        """Whether each parameter has hyper-parameters of its own."""
-        return self._own is not None
+    def is_separate(self) -> bool:
+        """Whether each parameter has hyper-parameters by itself."""
+        return self._group_of is not None
 
     def absorb(self, other: ListGroup) -> None:
         """Takes over the members of another group with the same hyper-parameters."""
-        mine, theirs = optimizer_of(self.handle), optimizer_of(other.handle)
-        mine.state.update(theirs.state)
+        ours = optimizer_of(self.handle)
+        ours.state.update(optimizer_of(other.handle).state)
         self.members.extend(other.members)
         self._unstarted |= other._unstarted
-        if self._own is not None and other._own is not None:
-            self._own.update(other._own)
-            mine.param_groups = list(self._own.values())
+        if self._group_of is not None and other._group_of is not None:
+            self._group_of.update(other._group_of)
+            ours.param_groups = list(self._group_of.values())
         for m in other.members:
             m.group = self
 
-    def remove(self, gone: set[int]) -> None:
-        """Forgets the members whose ids are in `gone`."""
+    def remove(self, leaving: set[int]) -> None:
+        """Forgets the members whose ids are in `leaving`."""
         optimizer = optimizer_of(self.handle)
         for m in self.members:
-            if id(m) in gone:
+            if id(m) in leaving:
                 optimizer.state.pop(m.param, None)
                 m.group = None
-        self.members = [m for m in self.members if id(m) not in gone]
-        self._unstarted -= gone
-        if self._own is not None:
-            self._own = {id(m): self._own[id(m)] for m in self.members}
-            optimizer.param_groups = list(self._own.values())
+        self.members = [m for m in self.members if id(m) not in leaving]
+        self._unstarted -= leaving
+
+        if self._group_of is not None:
+            self._group_of = {id(m): self._group_of[id(m)] for m in self.members}
+            optimizer.param_groups = list(self._group_of.values())
         else:
             optimizer.param_groups[0]["params"] = [m.param for m in self.members]
 
-    def has_lost(self, member: Member) -> bool:
-        """Returns whether `member` was moved since it was placed here: to other storage, dtype or device."""
+    def has_lost(self, member: ParamRecord) -> bool:
+        """Returns whether `member` was moved since it was listed here: to another dtype, device or order of memory."""
         p = member.param
         if p.dtype is not member.key[2] or p.device != member.key[3]:
             return True
         return not (self.alone or p.is_contiguous())
 
-    def clip_(self, members: Sequence[Member]) -> None:
+    def clip_(self, members: Sequence[ParamRecord]) -> None:
         """Clips the gradient of each of `members` by itself, in place."""
         for m in members:
             if m.clip.per_parameter and m.param.grad is not None:
                 clip_each_([m.param.grad], m.clip)
 
-    def step(self, members: Sequence[Member], *args: Any, **kwargs: Any) -> None:
-        """Steps `members`, which are some or all of its own, by their `.grad`."""
+    def step(self, members: Sequence[ParamRecord], *args: Any, **kwargs: Any) -> None:
+        """Steps `members`, which are some or all of the group's, by their `.grad`."""
         optimizer = optimizer_of(self.handle)
         if self.alone:
             optimizer.step(*args, **kwargs)
             return
+
         step = direct_step(self.handle)
-        if self.extra.get("fused") and not has_dense_gradients(tuple(m.param for m in members)):
+        if self.switches.get("fused") and not has_dense_gradients(tuple(m.param for m in members)):
             for m in members:  # the kernels take parameter, gradient and state to lie in one order (torch 2.13)
                 if m.param.grad is not None and not m.param.grad.is_contiguous():
                     m.param.grad = m.param.grad.contiguous()
-        if self._own is not None:
-            optimizer.param_groups = [self._own[id(m)] for m in members]
+
+        # The optimizer is shown the members that this step touches and no others: a skipped parameter keeps its number
+        # of steps, and its moments do not decay.
+        if self._group_of is not None:
+            optimizer.param_groups = [self._group_of[id(m)] for m in members]
             step(*args, **kwargs)
             return
-        for part in self._by_momentum(members):
-            optimizer.param_groups[0]["params"] = [m.param for m in part]
+        for batch in self._by_momentum(members):
+            optimizer.param_groups[0]["params"] = [m.param for m in batch]
             step(*args, **kwargs)
 
-    def _by_momentum(self, members: Sequence[Member]) -> Iterator[Sequence[Member]]:
-        """Parts those of `members` that have no momentum yet from the others."""
+    def _by_momentum(self, members: Sequence[ParamRecord]) -> Iterator[Sequence[ParamRecord]]:
+        """Separates those of `members` that have no momentum yet from the others."""
         if not self._unstarted:
             yield members
             return
@@ -366,40 +389,39 @@ class ListGroup:
         self._unstarted.difference_update(map(id, first))
         yield from filter(None, (first, others))
 
-    def values_of(self, member: Member) -> dict[str, Any]:
-        """Returns what torch keeps for one member, its own memory."""
+    def values_of(self, member: ParamRecord) -> dict[str, Any]:
+        """Returns what torch keeps for one member; tensors are the optimizer's memory."""
         values: dict[str, Any] = optimizer_of(self.handle).state.get(member.param, {})
         return values
 
-    def hyper_of(self, member: Member) -> dict[str, Any]:
-        """Returns torch's parameter group of one member."""
-        group: dict[str, Any] = (
-            optimizer_of(self.handle).param_groups[0] if self._own is None else self._own[id(member)]
-        )
-        return group
+    def hyper_of(self, member: ParamRecord) -> dict[str, Any]:
+        """Returns torch's parameter group that holds for one member."""
+        groups = optimizer_of(self.handle).param_groups
+        return groups[0] if self._group_of is None else self._group_of[id(member)]
 
     def packed(self) -> PackedState:
         """Returns the state of all members; tensors may be the optimizer's memory."""
         if self.alone:
             return PackedState(alone={self.members[0].name: copied(state_dict_of(self.handle), tensors=False)})
-        columns, unpacked = pack_rows(self._rows())
+        columns, unpacked = pack_rows(self._rows(self.members))
         return PackedState(tuple(columns), {row.name: row.state() for row in unpacked})
 
-    def states(self) -> list[State]:
-        """Returns the states of all members, in their order; they share no memory with it."""
+    def states(self, members: Sequence[ParamRecord] | None = None) -> list[State]:
+        """Returns the states of all members, or of `members`, in that order; they share no memory with the group."""
         if self.alone:
             return [copied(state_dict_of(self.handle))]
-        return [row._replace(values=copied(row.values)).state() for row in self._rows()]
+        return [row._replace(values=copied(row.values)).state() for row in self._rows(members or self.members)]
 
-    def _rows(self) -> Iterator[Row]:
-        """Yields what torch keeps for each member, in their order."""
+    def _rows(self, members: Sequence[ParamRecord]) -> Iterator[Row]:
+        """Yields what torch keeps for each of `members`, in their order."""
         optimizer = optimizer_of(self.handle)
         values = dict(zip(map(id, optimizer.state), optimizer.state.values(), strict=True))  # tensors hash slowly
         frame: State = {}
-        for i, m in enumerate(self.members):
-            own = None if self._own is None else self._own[id(m)]
-            if own is not None or i == 0:
-                group = restored_switches(own or optimizer.param_groups[0], m.args, self.extra)
-                frame = with_schedule(self.handle, state_of_one(group, {}))
-            key = None if own is None else exactly(frame) or id(own)
-            yield Row(m.name, values.get(id(m.param), {}), frame, key)
+        frame_key: Any = None
+
+        for i, m in enumerate(members):
+            if self._group_of is not None or i == 0:
+                group = self.hyper_of(m)
+                frame = with_schedule(self.handle, state_of_one(user_options(group, m.args, self.switches), {}))
+                frame_key = None if self._group_of is None else exact_key(frame) or id(group)
+            yield Row(m.name, values.get(id(m.param), {}), frame, frame_key)

@@ -78,8 +78,8 @@ class PyroLRScheduler(PyroOptim):
         self._num_steps += 1
         for group in self._groups:
             group.handle.step(*args, **kwargs)
-        for name, state in self._waiting.items():
-            self._waiting[name] = self._advanced(name, state, args, kwargs)
+        for name, state in self._registry.waiting.items():
+            self._registry.waiting[name] = self._advanced(name, state, args, kwargs)
 
     def _advanced(self, name: str, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
         """Returns state that was loaded for a parameter not seen yet, its schedule one step further."""

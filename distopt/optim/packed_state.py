@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from distopt.optim.packing import MAX_NUMEL
-from distopt.optim.state import SCALARS, State, copied, optimizer_part, state_of_one, with_optimizer_part
+from distopt.optim.state import SCALARS, State, copied, optimizer_state, state_of_one, with_optimizer_state
 
 Shape = tuple[int, ...]
 
@@ -51,7 +51,7 @@ class StateColumns:
         Elementwise tensors are views of the columns; the rest is a copy for each parameter.
         """
         count = len(self.names)
-        optimizer = optimizer_part(self.shared)
+        optimizer = optimizer_state(self.shared)
         group = optimizer["param_groups"][0]
         values: dict[str, Sequence[Any]] = {}
 
@@ -67,9 +67,9 @@ class StateColumns:
             ]
 
         if not values:
-            return [complete(self.shared, state_of_one(group, {})) for _ in self.names]
+            return [with_optimizer_state(self.shared, state_of_one(group, {})) for _ in self.names]
         each = (dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True))
-        return [complete(self.shared, state_of_one(group, state)) for state in each]
+        return [with_optimizer_state(self.shared, state_of_one(group, state)) for state in each]
 
     def select(self, keep: Sequence[bool]) -> StateColumns:
         """Returns the columns of those parameters alone for which `keep`, in the order of `names`, is true.
@@ -182,11 +182,6 @@ class PackedState:
 # Packing of states that lie one by one: those of `get_state()`, and those of torch's optimizers over a list of tensors.
 
 
-def complete(frame: State, optimizer: State) -> State:
-    """Returns one parameter's state: its optimizer's, and a copy of the schedule where `frame` has one."""
-    return {"scheduler": copied(frame["scheduler"]), "optimizer": optimizer} if "scheduler" in frame else optimizer
-
-
 class Row(NamedTuple):
     """What torch keeps for one parameter, before it is packed.
 
@@ -204,7 +199,9 @@ class Row(NamedTuple):
 
     def state(self) -> State:
         """Returns the state dict; its tensors are those of `values`."""
-        return complete(self.frame, state_of_one(optimizer_part(self.frame)["param_groups"][0], dict(self.values)))
+        return with_optimizer_state(
+            self.frame, state_of_one(optimizer_state(self.frame)["param_groups"][0], dict(self.values))
+        )
 
     def shape(self) -> Shape:
         """Returns the shape of its elementwise tensors: of the first tensor that is no scalar; `()` without one."""
@@ -255,7 +252,7 @@ def _columns_of_equal(rows: Sequence[Row], elementwise: Sequence[str]) -> Iterat
         names, shapes, members = zip(*batch, strict=True)
         frame = members[0].frame
         scalars = {key: copied(value) for key, value in members[0].values.items() if key not in elementwise}
-        shared = complete(frame, state_of_one(optimizer_part(frame)["param_groups"][0], scalars))
+        shared = with_optimizer_state(frame, state_of_one(optimizer_state(frame)["param_groups"][0], scalars))
         yield StateColumns(names, shapes, shared, {k: _joined([row.values[k] for row in members]) for k in elementwise})
 
 
@@ -268,15 +265,15 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
 
 def _row_of(name: str, state: State) -> Row | None:
     """Returns the row of one state dict; None when it is not one of a single parameter and plain hyper-parameters."""
-    optimizer = optimizer_part(state)
+    optimizer = optimizer_state(state)
     groups = optimizer["param_groups"]
     if optimizer.keys() != {"state", "param_groups"} or len(groups) != 1 or groups[0].get("params") != [0]:
         return None
     if optimizer["state"].keys() - {0} or not (optimizer is state or state.keys() == {"scheduler", "optimizer"}):
         return None
 
-    frame = with_optimizer_part(state, {"state": {}, "param_groups": groups})
-    frame_key = exactly(frame)
+    frame = dict(state) | ({"state": {}} if optimizer is state else {"optimizer": optimizer | {"state": {}}})
+    frame_key = exact_key(frame)
     return None if frame_key is None else Row(name, optimizer["state"].get(0, {}), frame, frame_key)
 
 
@@ -294,7 +291,7 @@ def _labels(row: Row) -> tuple[_Label, ...] | None:
     labels = []
     for key, value in row.values.items():
         if type(value) is not Tensor:
-            text = exactly(value)
+            text = exact_key(value)
             if text is None:
                 return None
             labels.append(_Label(key, "plain", text))
@@ -318,7 +315,7 @@ def _numbers(scalars: Sequence[Tensor]) -> list[Any]:
     return torch.stack(list(scalars)).reshape(-1).tolist()
 
 
-def exactly(value: Any) -> bytes | None:
+def exact_key(value: Any) -> bytes | None:
     """Returns bytes that are equal for equal plain values alone; None for a value that is not plain.
 
     `marshal` tells 1 from 1.0 and True, and tuples from lists. Its version 2 writes no references, which would make

@@ -1,31 +1,36 @@
-"""Packed storage: parameters that stay the user's own tensors while their bytes lie side by side."""
+"""Packed memory: parameters, and their gradients, side by side in one flat tensor.
+
+A torch call on a tensor of ten numbers takes as long as one on a thousand, so a thousand small parameters are stepped
+in one call where their bytes are consecutive. Parameters stay the user's tensors: only the memory behind them moves.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-# Loops over many small tensors: compiled where that was possible when distopt was installed, else in Python.
-
+logger = logging.getLogger("distopt.optim")
 
 _address = Tensor.data_ptr
 _gradient = attrgetter("grad")
 
-logger = logging.getLogger("distopt.optim")
+# Loops over many small tensors. Each takes a few nanoseconds per tensor where it is compiled (`_bulk.cpp`, when distopt
+# was installed with a compiler at hand), and otherwise what Python's own C loops (`map`, `all`) take, about 50 ns. The
+# compiled ones return NotImplemented for anything out of the ordinary (a subclass of Tensor, a fake or a sparse one),
+# so that the two always agree: tests/optim/test_packing.py compares them.
 
 
-def _loaded() -> Any:
-    """Returns the compiled loops, None where there are none or they were compiled for another torch."""
+def _load_compiled() -> Any:
+    """Returns the compiled loops; None where there are none, or they were compiled for another torch."""
     try:
         from distopt.optim import _bulk
     except ImportError as error:
@@ -37,20 +42,20 @@ def _loaded() -> Any:
     return _bulk
 
 
-_compiled = _loaded()
+_compiled = _load_compiled()
 
 
 def same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
-    """Returns whether both hold the same objects, in one order."""
+    """Returns whether both tuples hold the same objects in the same order."""
     if _compiled is not None:
         return _compiled.same(some, others)  # type: ignore[no-any-return]
     return len(some) == len(others) and all(map(is_, some, others))
 
 
-def places(params: tuple[Tensor, ...]) -> Any:
-    """Returns where in memory `params` lie, to be compared with what this returned for the same ones before."""
-    found = NotImplemented if _compiled is None else _compiled.places(params)
-    return list(map(_address, params)) if found is NotImplemented else found
+def addresses(params: tuple[Tensor, ...]) -> Any:
+    """Returns where in memory `params` are, to be compared with what this returned for the same ones before."""
+    result = NotImplemented if _compiled is None else _compiled.places(params)
+    return list(map(_address, params)) if result is NotImplemented else result
 
 
 def bump_versions(params: tuple[Tensor, ...]) -> None:
@@ -61,8 +66,8 @@ def bump_versions(params: tuple[Tensor, ...]) -> None:
 
 def has_dense_gradients(params: tuple[Tensor, ...]) -> bool:
     """Returns whether each of `params` has a gradient, strided and contiguous."""
-    found = NotImplemented if _compiled is None else _compiled.dense(params)
-    return all(map(_is_dense, map(_gradient, params))) if found is NotImplemented else found
+    result = NotImplemented if _compiled is None else _compiled.dense(params)
+    return all(map(_is_dense, map(_gradient, params))) if result is NotImplemented else result
 
 
 def _is_dense(gradient: Tensor | None) -> bool:
@@ -70,21 +75,25 @@ def _is_dense(gradient: Tensor | None) -> bool:
 
 
 def gather(params: tuple[Tensor, ...], home: Tensor, buffer: Tensor) -> bool | None:
-    """Copies each parameter's `.grad` side by side into `buffer`, if that can be compiled.
+    """Copies each parameter's `.grad` side by side into `buffer` by the compiled loop.
 
     Args:
-        params: exactly those whose memory `home` is made of, in order.
-        home: shape (sum of numels,).
-        buffer: shape, dtype and device of `home`.
+        params: Exactly those whose memory `home` is made of, in order.
+        home: Shape (sum of numels,).
+        buffer: Shape, dtype and device of `home`.
 
     Returns:
-        True when done; False when the parameters do not fill `home` any more; None when something is out of the
-        ordinary (no gradient, a sparse one, another device), so that Python must see to it. Unless True, `buffer`
-        holds anything.
+        True when done; False when the parameters do not fill `home` any more; None when the loop is not compiled or
+        something is out of the ordinary (no gradient, a sparse one, another device), so that Python must see to it.
+        Unless True, `buffer` holds anything.
     """
-    found = NotImplemented if _compiled is None else _compiled.gather(params, home, buffer)
-    return None if found is NotImplemented else found
+    result = NotImplemented if _compiled is None else _compiled.gather(params, home, buffer)
+    return None if result is NotImplemented else result
 
+
+# Which parameters may be packed. Moving a parameter's bytes is invisible to everybody who reads it through the tensor;
+# it would be seen by another tensor, a file or a process that shares the memory. So the question is not what a
+# parameter is but who else holds its storage.
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 MAX_NUMEL = 32_768
@@ -111,6 +120,7 @@ def num_aliases(p: Tensor) -> float:
         or _use_count is None
     ):
         return math.inf
+
     storage = p.untyped_storage()
     if storage.nbytes() != p.numel() * p.element_size() or (p.device.type == "cpu" and storage.is_shared()):
         return math.inf
@@ -122,35 +132,68 @@ def num_aliases(p: Tensor) -> float:
 class Arena:
     """One flat tensor whose slices are the data of many parameters.
 
-    Each parameter gets a storage object of its own that covers exactly its bytes, so that saving, pickling and copying
-    one parameter never touch its neighbours; a step on `flat` updates them all.
+    Each parameter gets a storage object that covers exactly its bytes, so that saving, pickling and copying one
+    parameter never touch its neighbours; a step on `flat` updates them all.
 
     Args:
-        params: packable tensors of one dtype and device; their `.data` is replaced by equal data.
+        params: Packable tensors of one dtype and device; their `.data` is replaced by equal data.
 
     Attributes:
-        flat: shape (sum of numels,), the parameters in row-major order one behind the other.
+        params: As given.
+        numels: Number of elements of each parameter.
+        flat: Shape (sum of numels,), the parameters in row-major order one behind the other.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         first = params[0]
+        self.params = tuple(params)
         self.numels = [p.numel() for p in params]
         self.flat = torch.empty(sum(self.numels), dtype=first.dtype, device=first.device)
+
         with torch.no_grad():
             torch.cat([p.detach().reshape(-1) for p in params], out=self.flat)
             for p, segment in zip(params, torch.split(self.flat, self.numels), strict=True):
+                # A view would keep the storage of `flat`, all of it: pickling one parameter would write its neighbours,
+                # and `num_aliases` would count them. DLPack makes a storage of the segment alone.
                 p.data = from_dlpack(segment).view(p.shape)
-        self.pointers = [p.data_ptr() for p in params]
+        self._addresses = [p.data_ptr() for p in params]
+
+    def holds(self, index: int) -> bool:
+        """Returns whether the parameter of that index is still where it was packed, with as many elements."""
+        p = self.params[index]
+        return p.data_ptr() == self._addresses[index] and p.numel() == self.numels[index] and p.is_contiguous()
 
 
-# Gradients of many parameters copied side by side, a block at a time so that each is read while it is in the cache.
+# Gradients side by side.
+
+
+class FlatGradients(NamedTuple):
+    """Gradients of several dense parameters of one dtype and device side by side in one 1-D buffer.
+
+    Attributes:
+        names: Parameter-store names, one per parameter.
+        params: The unconstrained leaf tensors, in the order of `names`.
+        buffer: Shape (sum of numels,), dtype of the parameters; the gradients in that order, each in row-major order.
+            Whoever receives it may overwrite it.
+
+    The steady state is recognised by the identity of the `params` tuple: hand over the same tuple object each step.
+    """
+
+    names: tuple[str, ...]
+    params: tuple[Tensor, ...]
+    buffer: Tensor
+
+    def offsets(self) -> list[int]:
+        """Returns where each gradient starts in `buffer`, and at last where the last one ends."""
+        return list(accumulate((p.numel() for p in self.params), initial=0))
 
 
 class Segments:
     """Consecutive segments of a flat tensor, each of which holds the elements of one tensor in row-major order.
 
     Tensors whose shapes differ in the first dimension only are one tensor when they are concatenated, which one call
-    does in half the time that a copy into a view of each takes.
+    does in a third to a half of the time that copying into a view of each takes. Others (scalars, matrices of several
+    widths) have no dimension along which they could be joined.
 
     Args:
         flat: Shape (sum of numels,).
@@ -180,109 +223,72 @@ class Segments:
             torch._foreach_copy_(self.views, list(tensors))
 
 
-_SIZE = 200  # parameters; what torch keeps of them fits a second-level cache together
-_gradient = attrgetter("grad")
+# Parameters whose gradients are copied at a time where Python does it: what torch keeps of so many tensors fits a
+# second-level cache, so that the check of their addresses, which reads it first, pays for the copy's reads.
+_BLOCK_SIZE = 200
 
 
-class Block:
-    """Some parameters and the memory that their gradients are copied to.
+class GradientBuffer:
+    """The gradients of an arena's parameters, side by side in the order of the arena.
 
     Args:
-        params: contiguous; where they lie now is where they must lie when gradients are copied.
-        target: shape (sum of numels,).
-    """
-
-    def __init__(self, params: tuple[Tensor, ...], target: Tensor) -> None:
-        self.params = params
-        self._places = places(params)
-        self._segments = Segments(target, [p.shape for p in params])
-
-    def copy_(self, gradients: Sequence[Tensor] | None) -> bool:
-        """Copies `gradients`, or each parameter's `.grad`; returns whether the parameters are where they were."""
-        if places(self.params) != self._places:
-            return False
-        self._segments.copy_(list(map(_gradient, self.params) if gradients is None else gradients))
-        return True
-
-
-def blocks_of(params: tuple[Tensor, ...], buffer: Tensor) -> list[Block]:
-    """Returns the blocks of `params`, whose gradients fill the 1-D `buffer` in their order."""
-    ends = list(accumulate((p.numel() for p in params), initial=0))
-    starts = range(0, len(params), _SIZE)
-    return [Block(params[i : i + _SIZE], buffer[ends[i] : ends[min(i + _SIZE, len(params))]]) for i in starts]
-
-
-# Gradients of many parameters side by side in one buffer.
-
-
-@dataclass(slots=True, eq=False)
-class FlatGradients:
-    """Gradients of several dense parameters of one dtype and device side by side in one 1-D buffer.
+        arena: The parameters.
 
     Attributes:
-        names: parameter-store names, one per parameter.
-        params: the unconstrained leaf tensors, in the order of `names`.
-        buffer: shape (sum of numels,), dtype of the parameters; the gradients in that order, each in row-major order.
-            Whoever receives it may overwrite it.
-
-    The steady state is recognised by the identity of the `params` tuple: hand over the same tuple object each step.
+        flat: Shape, dtype and device of `arena.flat`.
     """
 
-    names: tuple[str, ...]
-    params: tuple[Tensor, ...]
-    buffer: Tensor
+    def __init__(self, arena: Arena) -> None:
+        self.flat = torch.empty_like(arena.flat)
+        self._arena = arena
+        self._blocks: list[tuple[tuple[Tensor, ...], Any, Segments]] = []
 
-    def offsets(self) -> list[int]:
-        """Returns where each gradient starts in `buffer`, and at last where the last one ends."""
-        return list(accumulate((p.numel() for p in self.params), initial=0))
+    def gather_(self, gradients: Sequence[Tensor] | None = None) -> Tensor | None:
+        """Copies `gradients`, or each parameter's `.grad`, into `flat`.
 
+        Args:
+            gradients: One per parameter, of its shape.
 
-def copy_into(buffer: Tensor, tensors: Sequence[Tensor], offsets: Sequence[int] | None = None) -> None:
-    """Copies dense `tensors` one behind the other into the 1-D `buffer`, whose length is the sum of theirs."""
-    if all(t.dim() == 1 for t in tensors):
-        torch.cat(list(tensors), out=buffer)
-        return
-    start = 0
-    for t in tensors:
-        end = start + t.numel()
-        buffer[start:end].view(t.shape).copy_(t)
-        start = end
+        Returns:
+            `flat`; None when a parameter was moved to other memory, so that the arena is not what must be stepped.
 
+        Raises:
+            TypeError: A parameter has no gradient.
+            RuntimeError: A gradient is sparse.
+        """
+        arena = self._arena
+        done = None if gradients is not None else gather(arena.params, arena.flat, self.flat)
+        if done is not None:
+            return self.flat if done else None
 
-def pack(named: Sequence[tuple[str, Tensor]], buffer: Tensor | None = None) -> FlatGradients:
-    """Copies the gradients of `named` into one buffer, in the given order.
+        if not self._blocks and not self._make_blocks():
+            return None
+        start = 0
+        for params, at, segments in self._blocks:
+            if addresses(params) != at:
+                return None
+            end = start + len(params)
+            segments.copy_(list(map(_gradient, params)) if gradients is None else gradients[start:end])
+            start = end
+        return self.flat
 
-    Args:
-        named: (name, parameter) pairs of one dtype and device, each with a dense gradient.
-        buffer: shape (sum of numels,), overwritten when given; a new one otherwise.
+    def write_back(self) -> None:
+        """Copies what was gathered back to each parameter's `.grad`, in place."""
+        torch._foreach_copy_(list(map(_gradient, self._arena.params)), self._segments.views)
 
-    Returns:
-        The packed gradients.
+    @cached_property
+    def _segments(self) -> Segments:
+        return Segments(self.flat, [p.shape for p in self._arena.params])
 
-    Raises:
-        ValueError: when a parameter has no gradient, a sparse one, or another dtype or device than the first.
+    def _make_blocks(self) -> bool:
+        """Divides the parameters into blocks; returns False when one of them is no longer in the arena."""
+        params = self._arena.params
+        if not all(map(self._arena.holds, range(len(params)))):
+            return False
 
-    Example:
-        >>> x, y = torch.zeros(2, requires_grad=True), torch.zeros((), requires_grad=True)
-        >>> (x.sum() + 3 * y).backward()
-        >>> pack([("x", x), ("y", y)]).buffer
-        tensor([1., 1., 3.])
-    """
-    if not named:
-        raise ValueError("pack: no parameters given, expected at least one (name, parameter) pair.")
-    first = named[0][1]
-    for name, p in named:
-        if p.grad is None or p.grad.layout is not torch.strided:
-            found = "no gradient" if p.grad is None else f"a gradient of layout {p.grad.layout}"
-            raise ValueError(f"pack: parameter {name!r} has {found}, expected a dense one; pass it as loose instead.")
-        if p.dtype != first.dtype or p.device != first.device:
-            raise ValueError(
-                f"pack: parameter {name!r} is {p.dtype} on {p.device}, {named[0][0]!r} is {first.dtype} on "
-                f"{first.device}; pack each dtype and device by itself."
-            )
-    params = tuple(p for _, p in named)
-    if buffer is None:
-        buffer = first.new_empty(sum(p.numel() for p in params), requires_grad=False)
-    with torch.no_grad():
-        copy_into(buffer, [p.grad for p in params if p.grad is not None])
-    return FlatGradients(tuple(name for name, _ in named), params, buffer)
+        ends = list(accumulate(self._arena.numels, initial=0))
+        for start in range(0, len(params), _BLOCK_SIZE):
+            block = params[start : start + _BLOCK_SIZE]
+            segment = self.flat[ends[start] : ends[start + len(block)]]
+            self._blocks.append((block, addresses(block), Segments(segment, [p.shape for p in block])))
+        return True

@@ -7,11 +7,11 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from distopt.optim.groups import Group, Member, restored_switches
+from distopt.optim.groups import Group, ParamRecord, user_options
 from distopt.optim.state import copied, is_scheduler, optimizer_of, state_of_one
 
 
-def view_of(member: Member, group: Group) -> Any:
+def view_of(member: ParamRecord, group: Group) -> Any:
     """Returns the optimizer of one parameter, or its scheduler, as users of `pyro.optim` look at it.
 
     One that steps this parameter alone is torch's own. Others are views, made anew each time they are asked for:
@@ -32,7 +32,7 @@ class OptimizerView:
     optimizer behind it.
     """
 
-    def __init__(self, member: Member, group: Group) -> None:
+    def __init__(self, member: ParamRecord, group: Group) -> None:
         self._member = member
         self._group = group
         self._optimizer = optimizer_of(group.handle)
@@ -62,7 +62,7 @@ class OptimizerView:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state dict of this parameter alone; it shares no memory with the optimizer."""
-        hyper = restored_switches(self._group.hyper_of(self._member), self._member.args, self._group.extra)
+        hyper = user_options(self._group.hyper_of(self._member), self._member.args, self._group.switches)
         return state_of_one(hyper, copied(self._group.values_of(self._member)))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -93,7 +93,7 @@ class OptimizerView:
 class SchedulerView:
     """The scheduler of one parameter: its optimizer is a view, everything else is torch's scheduler of the group."""
 
-    def __init__(self, member: Member, group: Group) -> None:
+    def __init__(self, member: ParamRecord, group: Group) -> None:
         self._scheduler = group.handle
         self.optimizer = OptimizerView(member, group)
 

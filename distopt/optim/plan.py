@@ -1,166 +1,313 @@
-"""What one call of the optimizer does, worked out once and used for as long as the calls are alike."""
+"""What one call of the optimizer does, worked out once and used for as long as the calls are equal.
+
+A training loop calls with the same parameters thousands of times. Sorting them by name, finding their groups and what
+they clip takes longer than the step; comparing two tuples by identity takes microseconds. So a call is compared with
+the plans of the last few calls first, and planned only when it fits none.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from distopt.optim.groups import ListGroup, Member, PackedGroup
-from distopt.optim.packing import FlatGradients, has_dense_gradients, places, same
+from distopt.optim.capabilities import drifts
+from distopt.optim.clipping import clip_by_global_norm_
+from distopt.optim.grouping import Grouping
+from distopt.optim.groups import ListGroup, PackedGroup, ParamRecord
+from distopt.optim.packing import FlatGradients, addresses, has_dense_gradients, same
+from distopt.optim.parameters import ParamRegistry
+from distopt.optim.state import State
+
+LooseGradients: TypeAlias = Sequence[tuple[str, Tensor, Tensor]]
+"""(name, parameter, gradient) of gradients that are not packed."""
+
+_MAX_PLANS = 4  # calls of alternating kinds (wake and sleep, model and guide) that are remembered
 
 
-class Plan:
+class StepPlan:
     """The groups that a call with certain parameters steps.
 
     Args:
-        tensors: the parameters as they were handed over.
-        members: those of them that have a gradient.
-        missing: those that have none.
+        tensors: The parameters as they were handed over.
+        members: Those of them that have a gradient.
+        missing: Those that have none.
     """
 
-    def __init__(self, tensors: tuple[Tensor, ...], members: Sequence[Member], missing: Sequence[Tensor]) -> None:
+    def __init__(
+        self, tensors: tuple[Tensor, ...], members: Sequence[ParamRecord], missing: Sequence[Tensor] = ()
+    ) -> None:
         self.tensors = tensors
-        self.missing = list(missing)
-        by_group: dict[int, list[Member]] = defaultdict(list)
+        self._missing = list(missing)
+
+        by_group: dict[int, list[ParamRecord]] = defaultdict(list)
         for m in members:
             by_group[id(m.group)].append(m)
         groups = {i: mates[0].group for i, mates in by_group.items()}
-        self.packed = [g for g in groups.values() if isinstance(g, PackedGroup)]
-        self.listed = [(g, by_group[i]) for i, g in groups.items() if isinstance(g, ListGroup)]
-        self._listed = tuple(m.param for _, members in self.listed for m in members)
-        self._places = places(self._listed)
+        self._packed = [g for g in groups.values() if isinstance(g, PackedGroup)]
+        self._listed = [(g, by_group[i]) for i, g in groups.items() if isinstance(g, ListGroup)]
+        self._listed_params = tuple(m.param for _, members in self._listed for m in members)
+        self._listed_at = addresses(self._listed_params)
+
         clips = {id(m.clip): m.clip for m in members}.values()
-        self.clips = any(c.per_parameter for c in clips)
-        self.norms = sorted({c.global_norm for c in clips if c.global_norm is not None})
+        self._clips_each = any(c.per_parameter for c in clips)
+        self._norms = sorted({c.global_norm for c in clips if c.global_norm is not None})
 
     def fits(self, tensors: tuple[Tensor, ...]) -> bool:
-        """Returns whether this is still the plan for `tensors`: the same ones, where they were, with gradients."""
+        """Returns whether this is still the plan for `tensors`: the same ones, where they were, with gradients.
+
+        Packed parameters are not looked at here: `gather` finds those that were moved or have no gradient.
+        """
         return (
             same(tensors, self.tensors)
-            and all(p.grad is None for p in self.missing)
-            and places(self._listed) == self._places
+            and all(p.grad is None for p in self._missing)
+            and addresses(self._listed_params) == self._listed_at
         )
 
-    def gradients(self, buffers: Sequence[Tensor], global_norm: float | None = None) -> list[Tensor]:
-        """Returns all gradients, those of packed groups as one each; with `global_norm` only those clipped by it."""
-        chosen = [b for g, b in zip(self.packed, buffers, strict=True) if global_norm in (None, g.clip.global_norm)]
-        listed = [m for _, members in self.listed for m in members if global_norm in (None, m.clip.global_norm)]
-        return chosen + [m.param.grad for m in listed if m.param.grad is not None]
-
-    def gathered(self) -> list[Tensor] | None:
+    def gather(self) -> list[Tensor] | None:
         """Copies the `.grad` of the packed groups' parameters side by side.
 
         Returns:
             One buffer per packed group; None when some gradient is missing or sparse, or a parameter was moved, so that
             a new plan is needed.
         """
-        if not has_dense_gradients(self._listed):
-            for group, members in self.listed:
-                if group.extra and any(_is_sparse(m.param.grad) for m in members):
+        if not has_dense_gradients(self._listed_params):
+            for group, members in self._listed:
+                if group.switches and any(_is_sparse(m.param.grad) for m in members):
                     return None
         try:
-            buffers = [group.gather_() for group in self.packed]
+            buffers = [group.gather_() for group in self._packed]
         except (TypeError, RuntimeError):
-            if any(p.grad is None or _is_sparse(p.grad) for group in self.packed for p in group.params):
+            if any(p.grad is None or _is_sparse(p.grad) for group in self._packed for p in group.params):
                 return None
             raise
-        found = [buffer for buffer in buffers if buffer is not None]
-        return found if len(found) == len(buffers) else None
+        whole = [buffer for buffer in buffers if buffer is not None]
+        return whole if len(whole) == len(buffers) else None
 
-    def write_gradients(self) -> None:
+    def gradients(self, buffers: Sequence[Tensor], global_norm: float | None = None) -> list[Tensor]:
+        """Returns all gradients, those of packed groups as one each; with `global_norm` only those clipped by it."""
+        packed = [b for g, b in zip(self._packed, buffers, strict=True) if global_norm in (None, g.clip.global_norm)]
+        listed = [m for _, members in self._listed for m in members if global_norm in (None, m.clip.global_norm)]
+        return packed + [m.param.grad for m in listed if m.param.grad is not None]
+
+    def clip_and_step(
+        self, buffers: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], total_norm: float | None
+    ) -> None:
+        """Clips the gradients, in place, and steps.
+
+        Each parameter's own limits come first and the global norms second, so that these are norms of what is stepped
+        by. Parameters may have different global norms; each is over the parameters that have it.
+        """
+        changed = False
+        if self._clips_each:
+            for group, buffer in zip(self._packed, buffers, strict=True):
+                changed |= group.clip_(buffer)
+            for listed, members in self._listed:
+                listed.clip_(members)
+        for norm in self._norms:
+            changed |= clip_by_global_norm_(self.gradients(buffers, norm), norm, total_norm)
+        if changed:
+            self._write_gradients()
+
+        for group, buffer in zip(self._packed, buffers, strict=True):
+            group.step(buffer, *args, **kwargs)
+        for listed, members in self._listed:
+            listed.step(members, *args, **kwargs)
+
+    def _write_gradients(self) -> None:
         """Copies the packed groups' gradients back to `.grad`, where `pyro.optim` leaves them clipped."""
-        for group in self.packed:
+        for group in self._packed:
             group.write_gradients()
 
+    def nonfinite_names(self, buffers: Iterable[Tensor]) -> tuple[str, ...]:
+        """Returns the names of the parameters whose gradient is not finite, sorted."""
+        names: list[str] = []
+        for group, buffer in zip(self._packed, buffers, strict=True):
+            segments = torch.split(buffer, group.numels)
+            names += [name for name, s in zip(group.names, segments, strict=True) if not all_finite([s])]
+        for _, members in self._listed:
+            names += [m.name for m in members if m.param.grad is not None and not all_finite([m.param.grad])]
+        return tuple(sorted(names))
 
-class FlatPlan(Plan):
-    """The plan of a call that hands over its gradients."""
 
-    def __init__(
-        self,
-        dense: Sequence[FlatGradients],
-        loose: Sequence[tuple[str, Tensor, Tensor]],
-        members: Sequence[Member],
-    ) -> None:
+class FlatStepPlan(StepPlan):
+    """The plan of a call that hands over its gradients.
+
+    Where a group's gradients lie side by side in one of the given buffers, and in the group's order, that slice is
+    what the group steps by, without a copy. So they do in the steady state of a distributed run, whose buckets and
+    whose groups are both sorted by name.
+    """
+
+    def __init__(self, dense: Sequence[FlatGradients], loose: LooseGradients, members: Sequence[ParamRecord]) -> None:
         tensors = tuple(p for flat in dense for p in flat.params) + tuple(p for _, p, _ in loose)
-        super().__init__(tensors, members, ())
-        self._all_places = places(tensors)
+        super().__init__(tensors, members)
+        self._all_at = addresses(tensors)
         self._keys = [flat.params for flat in dense]
         self._loose = [p for _, p, _ in loose]
         self._loose_index = {id(p): i for i, p in enumerate(self._loose)}
-        self._where = {
+
+        # Where each gradient is: (index of the buffer, start, end).
+        self._spans = {
             id(p): (i, start, start + p.numel())
             for i, flat in enumerate(dense)
             for p, start in zip(flat.params, flat.offsets()[:-1], strict=True)
         }
-        self._runs = [self._run(group) for group in self.packed]
+        self._group_spans = [self._span_of(group) for group in self._packed]
 
-    def is_for(self, dense: Sequence[FlatGradients], loose: Sequence[tuple[str, Tensor, Tensor]]) -> bool:
+    def is_for(self, dense: Sequence[FlatGradients], loose: LooseGradients) -> bool:
         """Returns whether this is still the plan for these gradients."""
         return (
             len(dense) == len(self._keys)
             and all(flat.params is key for flat, key in zip(dense, self._keys, strict=True))
             and len(loose) == len(self._loose)
             and all(p is q for (_, p, _), q in zip(loose, self._loose, strict=True))
-            and places(self.tensors) == self._all_places
+            and addresses(self.tensors) == self._all_at
         )
 
-    def scattered(self, dense: Sequence[FlatGradients], loose: Sequence[tuple[str, Tensor, Tensor]]) -> list[Tensor]:
-        """Finds the gradients of each group in the given buffers; copies only where they do not lie side by side."""
+    def scatter(self, dense: Sequence[FlatGradients], loose: LooseGradients) -> list[Tensor]:
+        """Returns the gradients of each packed group, and gives those of listed parameters to their `.grad`."""
         buffers = []
-        for group, run in zip(self.packed, self._runs, strict=True):
-            if run is not None:
-                i, start, end = run
+        for group, span in zip(self._packed, self._group_spans, strict=True):
+            if span is not None:
+                i, start, end = span
                 buffers.append(dense[i].buffer[start:end])
             else:
-                group.gather_([self._one(p, dense, loose) for p in group.params])
-                buffers.append(group.buffer)
-        for _, members in self.listed:
+                gathered = group.gather_([self._gradient(p, dense, loose) for p in group.params])
+                assert gathered is not None  # `is_for` has compared all addresses
+                buffers.append(gathered)
+        for _, members in self._listed:
             for m in members:
-                m.param.grad = self._one(m.param, dense, loose)
+                m.param.grad = self._gradient(m.param, dense, loose)
         return buffers
 
-    def write_gradients(self) -> None:
+    def _write_gradients(self) -> None:
         """Does nothing: the gradients that were handed over are not those in `.grad`."""
 
-    def _one(self, p: Tensor, dense: Sequence[FlatGradients], loose: Sequence[tuple[str, Tensor, Tensor]]) -> Tensor:
+    def _gradient(self, p: Tensor, dense: Sequence[FlatGradients], loose: LooseGradients) -> Tensor:
         if id(p) in self._loose_index:
             return loose[self._loose_index[id(p)]][2]
-        i, start, end = self._where[id(p)]
+        i, start, end = self._spans[id(p)]
         return dense[i].buffer[start:end].view(p.shape)
 
-    def _run(self, group: PackedGroup) -> tuple[int, int, int] | None:
-        """Where all of a group's gradients lie side by side and in its order, if they do."""
-        found = [self._where.get(id(p)) for p in group.params]
-        runs: list[tuple[int, int, int]] = [f for f in found if f is not None]
-        if len(runs) != len(found) or any(a[0] != b[0] or a[2] != b[1] for a, b in zip(runs, runs[1:], strict=False)):
+    def _span_of(self, group: PackedGroup) -> tuple[int, int, int] | None:
+        """Returns where all of a group's gradients lie side by side and in its order, if they do."""
+        spans = [self._spans[id(p)] for p in group.params if id(p) in self._spans]
+        if len(spans) != len(group.params):
             return None
-        return runs[0][0], runs[0][1], runs[-1][2]
+        if any(a[0] != b[0] or a[2] != b[1] for a, b in zip(spans, spans[1:], strict=False)):
+            return None
+        return spans[0][0], spans[0][1], spans[-1][2]
+
+
+class Planner:
+    """Finds the plan of a call: which parameters it is about, and which groups step them.
+
+    Args:
+        registry: The parameters that the optimizer has seen.
+        groups: Where each of them is stepped.
+        record: Makes the record of a parameter that is seen for the first time.
+    """
+
+    def __init__(self, registry: ParamRegistry, groups: Grouping, record: Callable[[str, Tensor], ParamRecord]) -> None:
+        self._registry = registry
+        self._groups = groups
+        self._new_record = record
+        self._plans: list[StepPlan] = []
+        self._flat_plans: list[FlatStepPlan] = []
+
+    def plan_for(self, tensors: tuple[Tensor, ...]) -> tuple[StepPlan, list[Tensor]]:
+        """Returns the plan for a call with `tensors`, and the gradients of its packed groups."""
+        for i, plan in enumerate(self._plans):
+            if plan.fits(tensors):
+                buffers = plan.gather()
+                if buffers is not None:
+                    if i:
+                        self._plans.insert(0, self._plans.pop(i))
+                    return plan, buffers
+
+        members = self._registry.known(tensors)
+        if members is None:
+            members = self._records(self._registry.named(tensors))
+        missing = []
+        if not has_dense_gradients(tensors):
+            for m in members:
+                if _is_sparse(m.param.grad):
+                    self._set_alone(m)
+            missing = [m for m in members if m.param.grad is None]
+        self._arrange(members, missing)
+
+        absent = set(map(id, missing))
+        stepped = [m for m in members if id(m) not in absent]
+        idle = [m for m in missing if drifts(m.args)]  # pyro.optim calls their optimizers, too
+        plan = StepPlan(tensors, stepped + idle, [m.param for m in missing])
+        buffers = plan.gather()
+        if buffers is None:
+            raise RuntimeError("distopt.optim: gradients changed while the step was being planned.")
+        self._plans = [plan, *self._plans[: _MAX_PLANS - 1]]
+        return plan, buffers
+
+    def flat_plan_for(self, dense: Sequence[FlatGradients], loose: LooseGradients) -> FlatStepPlan:
+        """Returns the plan for a call that hands over gradients."""
+        for plan in self._flat_plans:
+            if plan.is_for(dense, loose):
+                return plan
+
+        named = [pair for flat in dense for pair in zip(flat.names, flat.params, strict=True)]
+        members = self._records(named + [(name, p) for name, p, _ in loose])
+        for m, (_, _, gradient) in zip(members[len(named) :], loose, strict=True):
+            if _is_sparse(gradient):
+                self._set_alone(m)
+        self._arrange(members, [])
+        plan = FlatStepPlan(dense, loose, members)
+        self._flat_plans = [plan, *self._flat_plans[: _MAX_PLANS - 1]]
+        return plan
+
+    def forget(self) -> None:
+        """Drops all plans: parameters have changed their groups."""
+        self._plans.clear()
+        self._flat_plans.clear()
+
+    def _records(self, named: Iterable[tuple[str, Tensor]]) -> list[ParamRecord]:
+        """Returns the record of each parameter, new where it was never seen; lets go of those that left the store."""
+        records = []
+        for name, p in named:
+            record = self._registry.get(p)
+            if record is None:
+                record = self._new_record(name, p)
+                self._registry.add(record)
+            records.append(record)
+
+        for record in self._registry.gone(records):
+            [(_, state)] = self._groups.extract([record])
+            self._registry.remove(record, state)
+            self.forget()
+        return records
+
+    def _arrange(self, members: Sequence[ParamRecord], missing: Sequence[ParamRecord]) -> None:
+        if self._groups.arrange(members, missing, self._claim):
+            self.forget()
+
+    def _set_alone(self, record: ParamRecord) -> None:
+        if self._groups.set_alone(record):
+            self.forget()
+
+    def _claim(self, record: ParamRecord) -> State | None:
+        """Returns the state that waits for a parameter now seen first, or with which it once left."""
+        state = self._registry.waiting.get(record.name)
+        if state is None:
+            return self._registry.returned(record.param)
+        self._groups.check(record, state)
+        return self._registry.waiting.pop(record.name)
 
 
 def _is_sparse(gradient: Any) -> bool:
     return gradient is not None and gradient.layout is not torch.strided
 
 
-# The guard against gradients that are NaN or infinite.
-
-
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Returns whether every element of all `tensors` is finite; one transfer from the device."""
-    found = [torch.isfinite(t.coalesce()._values() if t.is_sparse else t).all() for t in tensors]
-    return not found or bool(torch.stack([f.to(found[0].device) for f in found]).all())
-
-
-def nonfinite_names(plan: Plan, buffers: Iterable[Tensor]) -> tuple[str, ...]:
-    """Returns the names of the parameters whose gradient is not finite, sorted."""
-    names = []
-    for group, buffer in zip(plan.packed, buffers, strict=True):
-        segments = torch.split(buffer, group.numels)
-        names += [name for name, s in zip(group.names, segments, strict=True) if not all_finite([s])]
-    for _, members in plan.listed:
-        names += [m.name for m in members if m.param.grad is not None and not all_finite([m.param.grad])]
-    return tuple(sorted(names))
+    finite = [torch.isfinite(t.coalesce()._values() if t.is_sparse else t).all() for t in tensors]
+    return not finite or bool(torch.stack([f.to(finite[0].device) for f in finite]).all())

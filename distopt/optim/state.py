@@ -15,6 +15,9 @@ SCALARS = frozenset({"step", "mu_product", "eta", "mu"})
 """Per-parameter state that is one number whatever the shape of the parameter."""
 
 
+# Torch optimizers and schedulers, and the state dicts that they read and write.
+
+
 def is_scheduler(optimizer: Any) -> bool:
     """Returns whether `optimizer` is a learning-rate scheduler (it wraps an optimizer) and not an optimizer.
 
@@ -47,14 +50,14 @@ def load_into(handle: Any, state: State) -> None:
         handle.load_state_dict(state)
 
 
-def optimizer_part(state: State) -> State:
-    """Returns the optimizer's part of a parameter's state."""
+def optimizer_state(state: State) -> State:
+    """Returns the optimizer's state dict within a parameter's state."""
     return state["optimizer"] if "optimizer" in state else state
 
 
-def with_optimizer_part(state: State, part: State) -> State:
-    """Returns `state` with its optimizer's part replaced."""
-    return {"scheduler": state["scheduler"], "optimizer": part} if "optimizer" in state else part
+def with_optimizer_state(state: State, optimizer: State) -> State:
+    """Returns one parameter's state: its optimizer's, and a copy of the schedule in `state` where that has one."""
+    return {"scheduler": copied(state["scheduler"]), "optimizer": optimizer} if "scheduler" in state else optimizer
 
 
 def state_of_one(group: dict[str, Any], values: dict[str, Any]) -> State:
@@ -73,6 +76,10 @@ def copied(value: Any, *, tensors: bool = True) -> Any:
     return value
 
 
+# What must be equal for parameters to be stepped together. Keys are built of values, not of identities, so that two
+# parameters whose states were loaded from a file meet again in one group.
+
+
 def frozen(value: Any) -> Any:
     """Returns a hashable stand-in for `value`, equal for equal numbers, strings and containers of them."""
     if isinstance(value, Tensor):
@@ -88,60 +95,72 @@ def frozen(value: Any) -> Any:
     return (type(value).__name__, value)
 
 
-def hyper_of(group: Mapping[str, Any]) -> Any:
-    """Returns a hashable stand-in for the hyper-parameters of a torch parameter group."""
+def hyper_key(group: Mapping[str, Any]) -> Any:
+    """Returns a hashable stand-in for the hyper-parameters of a torch parameter group.
+
+    `fused` and `foreach` choose a kernel and change no result, so groups may differ in them.
+    """
     return tuple((k, frozen(v)) for k, v in sorted(group.items()) if k not in ("params", "fused", "foreach"))
 
 
-def life_of(state: State | None, numel: int) -> Any:
+def packing_key(state: State | None, numel: int) -> Any:
     """Returns what must be equal for two parameters' states to be packed: all of the state that is not elementwise.
 
     Returns None when the state cannot be packed at all, being neither elementwise nor one number.
     """
     if state is None:
         return "new"
-    part = optimizer_part(state)
+
+    optimizer = optimizer_state(state)
     scalars = []
-    for key, value in part["state"].get(0, {}).items():
+    for key, value in optimizer["state"].get(0, {}).items():
         if isinstance(value, Tensor) and key not in SCALARS:
             if value.numel() != numel or value.layout is not torch.strided:
                 return None
             scalars.append((key, str(value.dtype)))
         else:
             scalars.append((key, frozen(value)))
-    return (tuple(scalars), hyper_of(part["param_groups"][0]), frozen(state.get("scheduler")))
+    return (tuple(scalars), hyper_key(optimizer["param_groups"][0]), frozen(state.get("scheduler")))
 
 
-def joined(states: Sequence[State], flat: bool, apart: bool = False) -> State:
-    """Returns one state dict for the parameters of all `states`, which are each of one parameter.
+# State dicts of several parameters, for one torch optimizer.
+
+
+def flat_state(states: Sequence[State]) -> State:
+    """Returns one state dict for parameters that lie packed in one tensor.
 
     Args:
-        states: of parameters with equal hyper-parameters and schedule.
-        flat: whether the parameters lie packed in one tensor; their lives are then equal.
-        apart: whether each has a parameter group of its own; their hyper-parameters may then differ.
+        states: Of one parameter each, with equal packing keys, in the order in which the parameters are packed.
     """
-    parts = [optimizer_part(s) for s in states]
-    each = [part["state"].get(0, {}) for part in parts]
-    group = dict(parts[0]["param_groups"][0])
-    if not flat:
-        group["params"] = list(range(len(states)))
-        state = {i: copied(s) for i, s in enumerate(each) if s}
-        if apart:
-            groups = [dict(part["param_groups"][0]) | {"params": [i]} for i, part in enumerate(parts)]
-            return with_optimizer_part(states[0], {"state": state, "param_groups": groups})
-        return with_optimizer_part(states[0], {"state": state, "param_groups": [group]})
-    group["params"] = [0]
-    merged = {
+    optimizers = [optimizer_state(s) for s in states]
+    each = [optimizer["state"].get(0, {}) for optimizer in optimizers]
+    values = {
         key: torch.cat([s[key].reshape(-1) for s in each])
         if isinstance(value, Tensor) and key not in SCALARS
         else copied(value)
         for key, value in each[0].items()
     }
-    return with_optimizer_part(states[0], {"state": {0: merged} if merged else {}, "param_groups": [group]})
+    return with_optimizer_state(states[0], state_of_one(optimizers[0]["param_groups"][0], values))
 
 
-# Checks of state dicts before they are loaded: whose they are, and of what shape.
+def list_state(states: Sequence[State], *, separate: bool) -> State:
+    """Returns one state dict for a list of parameters.
 
+    Args:
+        states: Of one parameter each, with equal schedules.
+        separate: Whether each has a parameter group of its own, so that their hyper-parameters may differ.
+    """
+    optimizers = [optimizer_state(s) for s in states]
+    values = {i: copied(o["state"][0]) for i, o in enumerate(optimizers) if o["state"].get(0)}
+    if separate:
+        groups = [dict(o["param_groups"][0]) | {"params": [i]} for i, o in enumerate(optimizers)]
+    else:
+        groups = [dict(optimizers[0]["param_groups"][0]) | {"params": list(range(len(states)))}]
+    return with_optimizer_state(states[0], {"state": values, "param_groups": groups})
+
+
+# Checks of state dicts before they are loaded: whose they are, and of what shape. Torch's own `load_state_dict` takes
+# anything that has as many parameters, and a wrong one shows steps later, as numbers.
 
 _ALWAYS_KNOWN = frozenset(
     {
@@ -162,6 +181,7 @@ _ALWAYS_KNOWN = frozenset(
         "decoupled_weight_decay",
     }
 )
+"""Keys that schedulers write into a parameter group, or that another version of torch has."""
 
 
 def check_state_dict(state_dict: Any) -> None:
@@ -169,22 +189,26 @@ def check_state_dict(state_dict: Any) -> None:
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"set_state: found {type(state_dict).__name__}, expected {{parameter name: torch state dict}}.")
     for name, state in state_dict.items():
-        if not isinstance(name, str):
-            raise ValueError(
-                f"set_state: found the name {name!r}, expected a string. A file that pyro.optim wrote after the "
-                "parameter store was cleared has lost its names; save it before clearing."
-            )
-        part = state.get("optimizer", state) if isinstance(state, Mapping) else None
-        if not isinstance(part, Mapping) or not {"state", "param_groups"} <= set(part):
-            raise ValueError(
-                f"set_state: the state of {name!r} is no torch state dict, expected the keys 'state' and "
-                "'param_groups' (or 'scheduler' and 'optimizer')."
-            )
-        if ("optimizer" in state) != ("scheduler" in state):
-            raise ValueError(f"set_state: the state of {name!r} has only one of 'scheduler' and 'optimizer'.")
-        groups = part["param_groups"]
-        if len(groups) != 1 or len(groups[0].get("params", ())) != 1:
-            raise ValueError(f"set_state: the state of {name!r} is of several parameters, expected one by itself.")
+        _check_entry(name, state)
+
+
+def _check_entry(name: Any, state: Any) -> None:
+    if not isinstance(name, str):
+        raise ValueError(
+            f"set_state: found the name {name!r}, expected a string. A file that pyro.optim wrote after the "
+            "parameter store was cleared has lost its names; save it before clearing."
+        )
+    optimizer = state.get("optimizer", state) if isinstance(state, Mapping) else None
+    if not isinstance(optimizer, Mapping) or not {"state", "param_groups"} <= set(optimizer):
+        raise ValueError(
+            f"set_state: the state of {name!r} is no torch state dict, expected the keys 'state' and "
+            "'param_groups' (or 'scheduler' and 'optimizer')."
+        )
+    if ("optimizer" in state) != ("scheduler" in state):
+        raise ValueError(f"set_state: the state of {name!r} has only one of 'scheduler' and 'optimizer'.")
+    groups = optimizer["param_groups"]
+    if len(groups) != 1 or len(groups[0].get("params", ())) != 1:
+        raise ValueError(f"set_state: the state of {name!r} is of several parameters, expected that of one.")
 
 
 def check_state(
@@ -193,28 +217,30 @@ def check_state(
     """Raises ValueError unless `state` may be that of `param`.
 
     Args:
-        name: of the parameter.
-        state: one parameter's state, as `check_state_dict` accepts it.
-        param: the parameter.
-        hyper: the hyper-parameters that its optimizer has.
-        scheduled: whether its optimizer is behind a scheduler.
-        optimizer: the optimizer's name, for the message.
-        shaped: whether its state is of the parameter's shape.
+        name: Of the parameter.
+        state: One parameter's state, as `check_state_dict` accepts it.
+        param: The parameter.
+        hyper: The hyper-parameters that its optimizer has.
+        scheduled: Whether its optimizer is behind a scheduler.
+        optimizer: The optimizer's name, for the message.
+        shaped: Whether its state is of the parameter's shape.
     """
     if scheduled != ("scheduler" in state):
-        found, wanted = ("no scheduler", "one") if scheduled else ("a scheduler", "none")
+        written, wanted = ("no scheduler", "one") if scheduled else ("a scheduler", "none")
         raise ValueError(
-            f"state of {name!r}: it has {found}, this optimizer has {wanted}. Load it into the kind that wrote it."
+            f"state of {name!r}: it has {written}, this optimizer has {wanted}. Load it into the kind that wrote it."
         )
-    part = optimizer_part(dict(state))
-    if strange := sorted(set(part["param_groups"][0]) - hyper - _ALWAYS_KNOWN):
+
+    saved = optimizer_state(dict(state))
+    if unknown := sorted(set(saved["param_groups"][0]) - hyper - _ALWAYS_KNOWN):
         raise ValueError(
-            f"state of {name!r}: it was written by another optimizer, it has {', '.join(strange)}, which {optimizer} "
+            f"state of {name!r}: it was written by another optimizer, it has {', '.join(unknown)}, which {optimizer} "
             f"has not. Load it into the optimizer that wrote it, or start without it."
         )
     if not shaped:
         return
-    values: Mapping[str, Any] = next(iter(part["state"].values()), {})
+
+    values: Mapping[str, Any] = next(iter(saved["state"].values()), {})
     for key, value in values.items():
         if isinstance(value, Tensor) and key not in SCALARS and value.shape != param.shape:
             raise ValueError(

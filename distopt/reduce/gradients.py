@@ -129,8 +129,9 @@ class DroppedGradients:
 
 
 # Collecting gradients. A model of a thousand parameters passes here in each step, so the usual case, all parameters of
-# the layout with a dense gradient each, is recognised by loops that run inside the interpreter (`map`) and costs about
-# 0.1 ms for them. Whatever differs from it (a parameter missing, new, replaced, sparse) is sorted out one by one.
+# the layout with a dense gradient each, is recognised by loops that run inside the interpreter (`map`), which takes
+# 0.2 ms for them. Whatever differs from it (a parameter missing, new, replaced, sparse) is sorted out one by one, which
+# takes five times as long.
 
 
 def collect_gradients(params: Iterable[Tensor], layout: Layout, dropped: DroppedGradients) -> LocalGradients:

@@ -55,7 +55,7 @@ class Reducer:
     Args:
         backend: Link to the other ranks.
         options: How to reduce, the same on all ranks.
-        noise: Whether the ranks draw independent noise or the same.
+        rng_policy: Whether the ranks draw independent noise or the same.
         state: Returns the optimizer's state by parameter name, for the drift watch.
 
     Attributes:
@@ -72,7 +72,7 @@ class Reducer:
         self,
         backend: Backend,
         options: ReduceOptions,
-        noise: NoisePolicy = "independent",
+        rng_policy: NoisePolicy = "independent",
         state: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self.backend = backend
@@ -84,7 +84,7 @@ class Reducer:
         self._state = state
         self._hook = make_hook(backend, options)
         self._control_hook = self._hook if self._hook.carries_control else AllReduce(backend, options)
-        compared = options.model_dump(mode="json", include=set(ReduceOptions.model_fields)) | {"noise": noise}
+        compared = options.model_dump(mode="json", include=set(ReduceOptions.model_fields)) | {"noise": rng_policy}
         self._agreement = Agreement(backend, compared, tensor_of)
         self._overlap: Overlap | None = None
         self._use_layout(self._build_layout())

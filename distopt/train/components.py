@@ -34,6 +34,10 @@ def make_optimizer(config: RunConfig) -> tuple[PyroOptim, StepSchedule]:
     chosen = config.optim
     args = dict(chosen.args)
     constructor = _find(chosen.name, OPTIMIZERS, "optim.name")
+
+    # The optimizer makes torch's optimizers when it first sees a parameter. One is made here on trial, because else the
+    # first step would be the first to find a misspelt argument, after the data were read and all ranks had met. The
+    # parameter has two dimensions since Muon refuses others.
     with refused("optim.args"):
         optimizer = PyroOptim(constructor, args, chosen.clip.args(), nonfinite=chosen.nonfinite)
         trial = constructor([torch.zeros(1, 1)], **args)
@@ -47,6 +51,8 @@ def make_optimizer(config: RunConfig) -> tuple[PyroOptim, StepSchedule]:
         optimizer = PyroLRScheduler(make, scheduler_args, chosen.clip.args(), nonfinite=chosen.nonfinite)
         schedule = optimizer._construct([torch.zeros(1, 1)], args)
     _check_kind(schedule, torch.optim.lr_scheduler.LRScheduler, chosen.scheduler.name, "optim.scheduler.name")
+
+    # Schedules such as ReduceLROnPlateau follow the loss; a user's may, too, whatever its class.
     if "metrics" in inspect.signature(schedule.step).parameters:
         return optimizer, lambda made, loss: made.step(loss)
     return optimizer, lambda made, _loss: made.step()
@@ -72,6 +78,7 @@ def make_loggers(config: RunConfig, console: Console) -> list[Logger]:
     Raises:
         ConfigError: There is no such logger, or it does not accept its arguments.
     """
+    # `metrics.jsonl` is always written: the report is made of it.
     loggers: list[Logger] = [JsonLinesLogger()]
     if config.log.tensorboard:
         loggers.append(TensorBoardLogger())

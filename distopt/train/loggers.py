@@ -105,6 +105,7 @@ class Loggers(Logger):
 
     def __enter__(self) -> Self:
         """Starts all loggers; if one fails, those that were started before it are closed."""
+        # `pop_all` hands the callbacks over when all have started; until then an error closes those that have.
         with ExitStack() as started:
             for logger in self._loggers:
                 logger.start(self._run)
@@ -158,6 +159,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Returns the rows of a run's `metrics.jsonl`, oldest first, without a last line that was cut off."""
     path = run_dir / FILE_NAME
     rows = []
+    # A process that is killed while it writes leaves half a line; everything before it is whole.
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))

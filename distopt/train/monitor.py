@@ -56,6 +56,9 @@ class Status(Logger):
     progress_at: float = field(default_factory=time.monotonic)
     """When the last step, or another piece of work that takes as long, was finished."""
 
+    # The server's thread reads while the loop writes. Each attribute is replaced as a whole, so a reader sees an old or
+    # a new value, and never half of one; two attributes may come from different steps, which no probe minds.
+
     def progress(self) -> None:
         """Notes the end of a long piece of work that is no step: joining, restoring, writing the report."""
         self.progress_at = time.monotonic()
@@ -121,6 +124,8 @@ class PaceMeter:
     @contextmanager
     def step(self) -> Iterator[None]:
         """Measures a step."""
+        # The backend adds up the waiting, wherever in the step it happens: in the optimizer, or during backward with
+        # `reduce.overlap`.
         began_s = monotonic()
         waited_s = self._backend.all_reduce_s
         yield
@@ -153,6 +158,7 @@ def describe_straggler(paces: Sequence[RankPace]) -> str | None:
     if len(paces) < 2:
         return None
 
+    # Compared with the median of the others and not with the mean: a second slow rank would hide the first.
     slowest = max(paces, key=lambda pace: pace.work_s)
     usual_s = median(pace.work_s for pace in paces if pace is not slowest)
     if slowest.work_s < STRAGGLER_RATIO * usual_s:

@@ -69,6 +69,7 @@ class StatusServer:
     def __init__(
         self, status: Status, port: int, host: str = "127.0.0.1", stall: timedelta = timedelta(minutes=10)
     ) -> None:
+        # Pages are closures over the status and not methods of the handler, which is made anew for each request.
         pages = {
             "/healthz": lambda: _text(HTTPStatus.OK, "ok"),
             "/readyz": lambda: _ready(status),

@@ -27,6 +27,7 @@ def set_up_process(config: RunConfig, backend: Backend) -> None:
     Cost:
         One `all_gather_json`.
     """
+    # torch would use all cores in each process, and the processes would slow each other down.
     cores = len(os.sched_getaffinity(0))
     node_ranks = backend.all_gather_json(backend.node_rank)
     torch.set_num_threads(max(1, cores // node_ranks.count(backend.node_rank)))

@@ -66,8 +66,11 @@ class Task(ABC):
 _REQUIRED = ("model", "guide", "rows", "batch", "report")
 
 
+# Tasks need not inherit from `Task`: a class written before it existed, or one that must not import distopt, has the
+# required members only. It is adapted in this one place, so that everywhere else all members can be relied on and none
+# is looked up by name.
 class _AdaptedTask(Task):
-    """Gives a task that is no subclass of `Task` the optional members, so that the loop can rely on all of them."""
+    """A task that is no subclass of `Task`, with the defaults of the optional members that it lacks."""
 
     def __init__(self, task: Any) -> None:
         self._task = task
@@ -98,6 +101,7 @@ def load_task(reference: str, arguments: Mapping[str, Any]) -> Task:
             not caught: it is a defect of the class and not of the configuration.
     """
     build = load_reference(reference, "task")
+    # Bound before it is called: a TypeError of the call itself may as well come from inside of the constructor.
     try:
         inspect.signature(build).bind(**arguments)
     except TypeError as error:

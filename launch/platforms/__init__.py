@@ -1,25 +1,6 @@
-"""The platforms: each renders a plan for a launcher that is there. An unknown name is refused by `distopt.config`.
+"""The platforms: each renders a plan for a launcher or a cluster that is there.
 
-A platform of the user's is a subclass of `Platform` in a module of the user's, named as `launch.platform: module:Name`.
-Two methods are enough, here for a command that takes care of the rest:
-
-    import sys
-
-    from distopt.launch.findings import Finding
-    from distopt.launch.plan import Command, Plan, env_of_workers, run_files, worker_argv
-    from distopt.launch.platforms import Platform
-
-    class Parallel(Platform):
-        def check(self, config):
-            if config.launch.hosts:
-                yield Finding("launch.hosts", "found hosts, but parallel-run starts workers here", "remove them")
-
-        def plan(self, config):
-            command = Command(("parallel-run", *worker_argv(config, sys.executable)), env_of_workers(config))
-            return Plan("parallel", (command,), run_files(config))
-
-Its launcher must set the rank and world size of each worker in variables that `distopt.init` knows, such as `RANK`,
-`WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`.
+`launch.platform` names one of those below, or a platform of the user's as `module:Name`; `Platform` has an example.
 """
 
 from __future__ import annotations

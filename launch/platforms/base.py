@@ -15,7 +15,7 @@ from ..plan import Plan
 
 
 class Platform(ABC):
-    """One way to start workers: through a launcher such as torchrun, or as a job of a cluster.
+    r"""One way to start workers: through a launcher such as torchrun, or as a job of a cluster.
 
     An instance is made without arguments and keeps no state; all that it answers follows from the configuration. It
     first renders a plan, which touches nothing and is what `--dry-run` prints. `distopt launch` then carries the plan
@@ -23,6 +23,29 @@ class Platform(ABC):
 
     `check` and `plan` are required. The other members have defaults for a platform that runs the code of this machine
     on hosts that the configuration names, below a `distopt launch` that stays until the run ends.
+
+    Whatever starts the workers must give each its rank and the world size in variables that `distopt.launchers` lists,
+    such as `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`.
+
+    Example:
+        A platform of your own, in a module `myplatforms`, is used with `launch.platform: myplatforms:Parallel`:
+
+        >>> import sys
+        >>> from distopt.config import parse_config
+        >>> from distopt.launch.plan import Command, Plan, env_of_workers, run_files, worker_argv
+        >>> class Parallel(Platform):
+        ...     def check(self, config):
+        ...         if config.launch.hosts:
+        ...             yield Finding("launch.hosts", "found hosts, but parallel-run stays here", "remove them")
+        ...
+        ...     def plan(self, config):
+        ...         argv = ["parallel-run", f"--count={config.launch.workers}", *worker_argv(config, sys.executable)]
+        ...         return Plan("parallel", (Command(tuple(argv), env_of_workers(config)),), run_files(config))
+        >>> config = parse_config("name: demo\nscript: train.py\nlaunch: {workers: 4, hosts: [a]}")
+        >>> print(*Parallel().check(config))
+        launch.hosts: found hosts, but parallel-run stays here; remove them
+        >>> Parallel().plan(config).commands[0].argv[:2]
+        ('parallel-run', '--count=4')
     """
 
     finds_hosts: ClassVar[bool] = False

@@ -25,7 +25,7 @@ ROUNDS, BATCH = 9, 3
 KINDS = ("horovod", "torch_dist")
 BIG = "10 M-parameter network"
 SIZES = {"10 × 100": 10, "100 × 100": 100, "1000 × 100": 1000}
-WORDS = {"10": "10 × 100", "100": "100 × 100", "1000": "1000 × 100", "big": BIG}
+MODELS = {"10": "10 × 100", "100": "100 × 100", "1000": "1000 × 100", "big": BIG}
 REQUIRED = {"10 × 100": (1.3, 1.0), "100 × 100": (10.0, 4.0), "1000 × 100": (40.0, 4.0)}  # on torch_dist, on Horovod
 
 
@@ -90,7 +90,7 @@ def time_round(number: int) -> dict[str, float]:
 
     store, times = pyro.get_param_store(), {}
     for name in [*_steps][number % len(_steps) :] + [*_steps][: number % len(_steps)]:
-        # Each contender has parameters of its own, put back before the clock starts.
+        # Each contender has its own parameters, put back before the clock starts.
         store.clear()
         store.set_state(_stores[name])
         current().barrier()
@@ -124,11 +124,11 @@ def time_contenders(model: str) -> dict[str, list[float]]:
         for number in range(ROUNDS + 1):
             for kind, world in worlds.items():
                 with awake(pids[kind]):
-                    told = world.run(time_round, number, timeout_s=120)
-                for name in told[0] if number else ():  # the first round creates optimizers and connections
+                    by_rank = world.run(time_round, number, timeout_s=120)
+                for name in by_rank[0] if number else ():  # the first round creates optimizers and connections
                     # A step is done when the slower rank is.
                     key = f"{name} ({kind})" if name.startswith("bare") else name
-                    times.setdefault(key, []).append(max(each[name] for each in told))
+                    times.setdefault(key, []).append(max(each[name] for each in by_rank))
     finally:
         for pid in [pid for each in pids.values() for pid in each]:
             os.kill(pid, signal.SIGCONT)
@@ -251,15 +251,15 @@ def _requirements(
         yield f"whole step, big network: {other} / distopt on {kind}", ratio, least
 
 
-def main(words: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Runs the comparison, of all models or those named, or with `scaling` the study of how the cost grows."""
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # no rank stays stopped
-    if words[:1] == ["scaling"]:
+    if arguments[:1] == ["scaling"]:
         from tests.benchmarks import scaling
 
-        scaling.main(words[1:])
+        scaling.main(arguments[1:])
         return 0
-    return compare([WORDS[word] for word in words or WORDS])
+    return compare([MODELS[name] for name in arguments or MODELS])
 
 
 if __name__ == "__main__":

@@ -89,12 +89,12 @@ def measure(num_ranks: int, prefixes: Sequence[Sequence[str]] = ((),), address: 
         for process in started:
             process.kill()
             process.wait()
-    words = [line.split() for line in out.splitlines() if line.startswith("point")]
-    return [Point(num_ranks, int(num_bytes), float(seconds)) for _, num_bytes, seconds in words]
+    rows = [line.split() for line in out.splitlines() if line.startswith("point")]
+    return [Point(num_ranks, int(num_bytes), float(seconds)) for _, num_bytes, seconds in rows]
 
 
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True)
 
 
 def remove_stale() -> None:
@@ -141,9 +141,9 @@ def fit(points: Sequence[Point]) -> tuple[np.ndarray, float]:
         if (solved >= 0).all():
             break
         kept = [each for each, value in zip(kept, solved, strict=True) if value >= 0]
-    found = np.zeros(3)
-    found[kept] = solved
-    return found, float(np.median(np.abs(rows @ found / seconds - 1)))
+    coefficients = np.zeros(3)
+    coefficients[kept] = solved
+    return coefficients, float(np.median(np.abs(rows @ coefficients / seconds - 1)))
 
 
 def _terms(point: Point) -> np.ndarray:
@@ -174,21 +174,21 @@ def report(name: str, points: Sequence[Point]) -> None:
     print(f"  fit: {constant * 1e3:.2f} ms + 2 (W - 1) x {latency * 1e6:.0f} us, {bandwidth}; median error {error:.0%}")
     print(f"  fitted without {largest} ranks, it misses those by {', '.join(f'{each:.0%}' for each in misses)}")
     for ranks in (64, 512):
-        told = ", ".join(f"{expected(model, ranks, size) * 1e3:,.1f} ms" for size in BYTES)
-        print(f"  expected at {ranks:3d} ranks: {told}", flush=True)
+        durations = ", ".join(f"{expected(model, ranks, size) * 1e3:,.1f} ms" for size in BYTES)
+        print(f"  expected at {ranks:3d} ranks: {durations}", flush=True)
 
 
-def main(words: Sequence[str] = ()) -> None:
+def main(arguments: Sequence[str] = ()) -> None:
     """Measures and reports all of it, or one part: `ranks`, or a rate in Mbit/s."""
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # so that namespaces are removed
-    if not words or "ranks" in words:
+    if not arguments or "ranks" in arguments:
         report("ranks on this machine", [point for ranks in RANKS for point in measure(ranks)])
     if os.geteuid() != 0 or shutil.which("tc") is None:
         print("hosts: left out, network namespaces need root and iproute2")
         return
     remove_stale()
     for rate in RATES_MBIT:
-        if words and str(rate) not in words:
+        if arguments and str(rate) not in arguments:
             continue
         points = []
         for num_hosts in HOSTS:

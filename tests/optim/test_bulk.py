@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distopt.optim
 from distopt.optim import packing
-from distopt.optim.packing import Arena, blocks_of
+from distopt.optim.packing import Arena, GradientBuffer
 from tests.optim.trajectories import OPTIMIZERS, SHAPES, Schedule, run
 
 needs_compiled = pytest.mark.skipif(
@@ -98,8 +98,9 @@ def outcome(function, *args):
 def test_gradients_are_gathered_as_python_gathers_them(shapes, dtype, gradients, moved):
     params = tuple(parameter(shape, dtype) for shape in shapes)
     arena = Arena(params)
-    mine, theirs = torch.full_like(arena.flat, 7.0), torch.full_like(arena.flat, 7.0)
-    blocks = blocks_of(params, theirs)
+    mine = torch.full_like(arena.flat, 7.0)
+    in_blocks = GradientBuffer(arena)
+    assert in_python(in_blocks._make_blocks)
     for p, kind in zip(params, gradients, strict=False):
         give_gradient_(p, kind)
     if moved is not None:
@@ -109,8 +110,9 @@ def test_gradients_are_gathered_as_python_gathers_them(shapes, dtype, gradients,
     if found is None:
         assert set(gradients[: len(params)]) != {"dense"}
         return
-    assert found == (moved is None)
-    assert all(b.copy_(None) for b in blocks) is found
+    assert found == (moved is None) == all(map(arena.holds, range(len(params))))
+    theirs = in_python(in_blocks.gather_)
+    assert (theirs is not None) is found
     if found:
         assert torch.equal(mine, theirs)
 
@@ -156,11 +158,11 @@ def test_odd_memory_is_neither_read_nor_written(kind):
 @needs_compiled
 def test_places_change_when_and_only_when_a_parameter_is_moved():
     params = tuple(parameter(shape) for shape in SHAPES)
-    before, before_in_python = packing.places(params), in_python(packing.places, params)
-    assert packing.places(params) == before
+    before, before_in_python = packing.addresses(params), in_python(packing.addresses, params)
+    assert packing.addresses(params) == before
     params[3].data = params[3].detach().clone()
-    assert packing.places(params) != before
-    assert in_python(packing.places, params) != before_in_python
+    assert packing.addresses(params) != before
+    assert in_python(packing.addresses, params) != before_in_python
 
 
 @needs_compiled
@@ -191,7 +193,7 @@ def test_no_reference_is_kept_or_lost():
 
     def call():
         packing.same(params, params)
-        packing.places(params)
+        packing.addresses(params)
         packing.bump_versions(params)
         packing.has_dense_gradients(params)
         assert packing.gather(params, arena.flat, buffer)
@@ -227,7 +229,7 @@ def test_loops_are_compiled_where_a_compiler_is():
 def test_loops_compiled_for_another_torch_are_not_used(monkeypatch, caplog):
     monkeypatch.setattr(packing._compiled, "TORCH", "1.13.1")
     with caplog.at_level(logging.DEBUG, logger="distopt.optim"):
-        assert packing._loaded() is None
+        assert packing._load_compiled() is None
     assert "compiled for torch 1.13.1" in caplog.text
 
 
@@ -235,5 +237,5 @@ def test_without_compiled_loops_python_is_used(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "distopt.optim._bulk", None)
     monkeypatch.delattr(distopt.optim, "_bulk", raising=False)
     with caplog.at_level(logging.DEBUG, logger="distopt.optim"):
-        assert packing._loaded() is None
+        assert packing._load_compiled() is None
     assert "in Python" in caplog.text

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import distopt.optim
-from distopt.optim import Adam, FlatGradients, pack
+from distopt.optim import Adam, FlatGradients
 from distopt.optim.groups import ListGroup, PackedGroup
 from tests.optim.trajectories import start
 
@@ -29,6 +29,12 @@ def stepped(params, optim=None, times=1):
 
 def groups(optim, kind):
     return [g for g in optim._groups if isinstance(g, kind)]
+
+
+def packed(params):
+    """The gradients of `params` in one buffer."""
+    names = tuple(pyro.get_param_store().param_name(p) for p in params)
+    return FlatGradients(names, tuple(params), torch.cat([p.grad.reshape(-1) for p in params]))
 
 
 def reference(values, times):
@@ -299,7 +305,7 @@ def test_sparse_gradients_reach_sparse_optimizers():
 
 
 def test_gradients_handed_over_step_as_those_read_do():
-    def run(packed):
+    def run(hands_over):
         params = start(torch.float64)
         optim = Adam({"lr": 0.1}, {"clip_norm": 0.5, "global_norm": 1.0})
         generator = torch.Generator().manual_seed(0)
@@ -308,16 +314,13 @@ def test_gradients_handed_over_step_as_those_read_do():
             chosen = params if t < 3 else params[:4]
             for p in chosen:
                 p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-            if not packed:
+            if not hands_over:
                 optim(chosen)
                 continue
-            named = optim.collect(chosen)
-            new = pack(named[:-1])
-            if flat is not None and len(flat.params) == len(new.params):
-                new = FlatGradients(flat.names, flat.params, new.buffer)
-            flat = new
-            name, p = named[-1]
-            optim.clip_and_step([flat], [(name, p, p.grad.clone())])
+            new = packed(chosen[:-1])
+            flat = new if flat is None or len(flat.params) != len(new.params) else flat._replace(buffer=new.buffer)
+            p = chosen[-1]
+            optim.clip_and_step([flat], [(pyro.get_param_store().param_name(p), p, p.grad.clone())])
         return [p.detach().clone() for p in params]
 
     torch.testing.assert_close(run(True), run(False), rtol=1e-12, atol=1e-12)
@@ -327,7 +330,7 @@ def test_handed_over_buffer_of_a_whole_group_is_stepped_without_a_copy():
     params = start()
     values = [p.detach().clone() for p in params]
     optim = stepped(params)
-    flat = pack(optim.collect(params))
+    flat = packed(params)
     flat.buffer.fill_(1.0)
     (group,) = groups(optim, PackedGroup)
     optim.clip_and_step([flat])
@@ -343,7 +346,7 @@ def test_parameters_whose_lives_part_share_one_optimizer_though_its_rate_decays(
     for _ in range(30):
         stepped([params[i] for i in torch.randperm(64, generator=generator)[:32].tolist()], optim)
     assert len(list(optim._groups)) <= 10
-    optimizers = {id(m.group.handle) for m in optim._roster}
+    optimizers = {id(m.group.handle) for m in optim._registry}
     assert len(optimizers) <= 10
 
 

@@ -17,7 +17,7 @@ class DistributedMultiOptimizer(MultiOptimizer):
     """A `MultiOptimizer` whose gradients and Hessians are means over all ranks, so that ranks equal one with all data.
 
     Every rank gives the same parameters with equal values, in any order. What `get_step` returns has the value that all
-    ranks share and the derivatives of this rank's own part of the loss.
+    ranks share and the derivatives of this rank's own term of the loss.
 
     Args:
         optim: `Newton`, `PyroMultiOptimizer`, `TorchMultiOptimizer` or a mixture of them.
@@ -27,7 +27,7 @@ class DistributedMultiOptimizer(MultiOptimizer):
         DisagreementError: Ranks gave parameters of other names or shapes; nothing was stepped.
 
     Cost:
-        A small exchange of names, and one all-reduce for each gradient and Hessian.
+        A small gather of names, and one all-reduce for each gradient and Hessian.
 
     Example:
         >>> from distopt.optim import Newton
@@ -38,24 +38,26 @@ class DistributedMultiOptimizer(MultiOptimizer):
     """
 
     def __init__(self, optim: MultiOptimizer, *, backend: Backend | None = None) -> None:
-        self.optim, self._backend = optim, backend
+        self.optim = optim
+        self._backend = backend
         _set_reduce(optim, self._mean)
 
     def step(self, loss: Tensor, params: Mapping[str, Tensor]) -> None:
         """Updates `params` in place; a collective call."""
-        self.optim.step(loss, self._agreed(params))
+        self.optim.step(loss, self._agree_on(params))
 
     def get_step(self, loss: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the updated values, differentiable; a collective call."""
-        return self.optim.get_step(loss, self._agreed(params))
+        return self.optim.get_step(loss, self._agree_on(params))
 
-    def _agreed(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _agree_on(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the parameters in one order on all ranks, so that their all-reduces are paired rightly."""
         backend = self._backend = self._backend or current()
-        told = backend.all_gather_json({name: list(params[name].shape) for name in sorted(params)})
-        for rank, each in enumerate(told):
-            if each != told[0]:
+        shapes = backend.all_gather_json({name: list(params[name].shape) for name in sorted(params)})
+        for rank, each in enumerate(shapes):
+            if each != shapes[0]:
                 raise DisagreementError(
-                    f"rank {backend.rank} of {backend.world_size}: parameters differ: rank 0 gives {told[0]}, rank "
+                    f"rank {backend.rank} of {backend.world_size}: parameters differ: rank 0 gives {shapes[0]}, rank "
                     f"{rank} gives {each}. Every rank must give the same ones."
                 )
         return {name: params[name] for name in sorted(params)}
@@ -66,7 +68,7 @@ class DistributedMultiOptimizer(MultiOptimizer):
 
 
 class _Mean(torch.autograd.Function):
-    """The mean over ranks, bit by bit the same on all; its derivative is that of this rank's part."""
+    """The mean over ranks, bit by bit the same on all; its derivative is that of this rank's value."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, backend: Backend) -> Tensor:
@@ -81,5 +83,5 @@ class _Mean(torch.autograd.Function):
 
 def _set_reduce(optim: MultiOptimizer, reduce: object) -> None:
     optim.reduce = reduce  # type: ignore[assignment]
-    for _, part in optim.parts if isinstance(optim, MixedMultiOptimizer) else ():
-        _set_reduce(part, reduce)
+    for _, member in optim.parts if isinstance(optim, MixedMultiOptimizer) else ():
+        _set_reduce(member, reduce)

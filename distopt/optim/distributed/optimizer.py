@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from distopt.backends import Backend
 from distopt.config.reduce import ReduceOptions
-from distopt.optim.distributed.convert import as_ours
+from distopt.optim.distributed.convert import from_pyro
 from distopt.optim.distributed.stepping import StepInfo, Stepper
 from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.optim import PyroOptim
@@ -97,16 +97,20 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
         noise: NoisePolicy = "independent",
     ) -> None:
         if isinstance(optim, DistributedOptimizer):
-            raise TypeError(f"{type(optim).__name__} is distributed already; give the optimizer that it wraps.")
+            raise TypeError(
+                f"{type(optim).__name__} is already distributed; pass the optimizer that it wraps, its `optim`."
+            )
         if not isinstance(reduce, ReduceOptions):
             raise TypeError(f"reduce={reduce!r}: expected ReduceOptions(...) of distopt.optim.")
         if noise not in get_args(NoisePolicy):
             raise ValueError(f"noise={noise!r} should be 'independent' or 'shared'.")
-        self._optim = as_ours(optim)
+        self._optim = from_pyro(optim)
         self._options = reduce
         self._stepper = Stepper(self._optim, backend, reduce, noise)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        # pyro.optim.PyroOptim has a `__dict__`, so `__slots__` would not refuse a misspelt name here; and a name that
+        # is set and never read is a setting that silently does nothing.
         if not name.startswith("_") and not hasattr(type(self), name):
             known = [each for each in dir(type(self)) if not each.startswith("_")]
             near = difflib.get_close_matches(name, known, 1)
@@ -140,7 +144,8 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
         reducer = self.reducer
         return reducer.step > 0 or reducer.num_agreements > 0 or reducer.backend.world_size == 1
 
-    # The wrapped optimizer's, by the names of pyro.optim and distopt.optim.
+    # The wrapped optimizer's, by the names of pyro.optim and distopt.optim. Each is named here, instead of forwarding
+    # whatever is not found, so that `hasattr`, `dir` and a reader see what there is.
 
     nonfinite = _delegate(
         "nonfinite", "What to do with a gradient that is not finite: `step`, `skip` or `raise`.", writable=True
@@ -261,6 +266,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
             params = [param for _, param in pyro.get_param_store().named_parameters()]
         reducer.reduce(reducer.collect_gradients(params), RankMessage(reducer.step, RoundKind.AGREE))
 
+        # Buffers are no parameters, so no agreement covers them; ranks have the same modules and thus the same buffers.
         by_dtype: dict[tuple[torch.dtype, str], list[Tensor]] = {}
         for module in modules:
             for _, buffer in sorted(module.named_buffers()):

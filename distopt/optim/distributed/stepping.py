@@ -16,7 +16,7 @@ from distopt.config.reduce import ReduceOptions
 from distopt.optim.arguments import args_for
 from distopt.optim.clipping import global_norm
 from distopt.optim.lr_scheduler import PyroLRScheduler
-from distopt.optim.optim import PyroOptim, _evaluated
+from distopt.optim.optim import PyroOptim, call_closure
 from distopt.reduce import DisagreementError, DriftError, LocalGradients, PeerError, ReducedGradients, Reducer
 from distopt.reduce.drift import explain_nonfinite, is_finite
 from distopt.reduce.messages import RankMessage, RoundKind
@@ -67,6 +67,7 @@ class GradientAccumulator:
             return params
         params = list(params)
         self._num_added += 1
+        # Copies, since whoever calls the optimizer zeroes or replaces the gradients after each call.
         for param in params:
             if param.grad is not None:
                 _, before = self._sums.get(id(param), (param, None))
@@ -88,15 +89,19 @@ class GradientAccumulator:
 class Stepper:
     """Takes the steps of a `DistributedOptimizer`, whose arguments it has.
 
-    A step is one exchange, which every rank makes whether it has gradients, has run out of data, or has failed. What
-    a rank must tell the others is collected until then, sent once, and answered for all of them at once.
+    A rank is active (it brings gradients), has joined (it has no data left and follows the others), or has failed. In
+    each of these states it takes part in the same reductions, one for each step, so that ranks never wait for a
+    collective that another one leaves out. What a rank must tell the others is collected until then and sent with the
+    gradients; what all ranks do next follows from the sums alone.
     """
 
-    def __init__(self, optim: PyroOptim, backend: Backend | None, options: ReduceOptions, noise: NoisePolicy) -> None:
+    def __init__(
+        self, optim: PyroOptim, backend: Backend | None, options: ReduceOptions, rng_policy: NoisePolicy
+    ) -> None:
         self.optim = optim
         self._backend = backend
         self._options = options
-        self._noise: NoisePolicy = noise
+        self._rng_policy: NoisePolicy = rng_policy
         self._reducer: Reducer | None = None
         self._accumulator = GradientAccumulator(options.backward_passes_per_step)
         self._losses: list[float] = []
@@ -106,7 +111,7 @@ class Stepper:
     def reducer(self) -> Reducer:
         """What reduces the gradients; made when it is first needed, so that `init` may come after the optimizer."""
         if self._reducer is None:
-            self._reducer = Reducer(self._backend or current(), self._options, self._noise, self.optim.get_state)
+            self._reducer = Reducer(self._backend or current(), self._options, self._rng_policy, self.optim.get_state)
         return self._reducer
 
     def step(
@@ -121,13 +126,14 @@ class Stepper:
         measure_norm: bool = False,
     ) -> StepInfo:
         """Adds this call's gradients to those before, and reduces and steps by them if the step is complete."""
-        args, kwargs = _evaluated(args, kwargs)
+        args, kwargs = call_closure(args, kwargs)
         if loss is not None:
             self._losses.append(float(loss))
         self._stop |= stop
         accumulated = self._accumulator.add(params)
         if accumulated is None:
             return StepInfo()
+        # The caller's number is used in the step that it belongs to; the reducer counts on from it.
         if step is not None:
             self.reducer.step = step
         return self._reduce_and_step(accumulated, args, kwargs, measure_norm)
@@ -135,6 +141,7 @@ class Stepper:
     def follow(self) -> None:
         """Takes part in the others' steps until no rank has data any more; what is left here makes a step first."""
         remaining = self._accumulator.take()
+        # Ranks with another number of calls make this step together: each with what it has left, or with zeros.
         if remaining:
             self._reduce_and_step(remaining, (), {})
         while self._follow_one():
@@ -173,6 +180,7 @@ class Stepper:
         reducer = self.reducer
         reducer.backend.note(reducer.step, "reduce")
         local, message = reducer.collect_gradients(params), self._message(RoundKind.GRADIENT)
+        # This error is raised by what one rank holds, so the others learn of it instead of waiting.
         if local.rank_local:
             try:
                 announce_rank_local(self.optim, local, message)
@@ -224,6 +232,8 @@ class Stepper:
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} {self._explain_nonfinite(reduced)}") from None
 
+        # All ranks have skipped the step: each decided by the same sums. What compression would add to the next
+        # gradient stems from one that is not finite.
         if not stepped:
             logger.warning(self._explain_nonfinite(reduced))
             reducer.forget_errors()
@@ -262,9 +272,9 @@ def announce_rank_local(optim: PyroOptim, local: LocalGradients, message: RankMe
     for name, _, _ in local.rank_local:
         if args_for("clip_args", args, name).get("global_norm") is not None:
             raise ValueError(
-                f"clip_args is a callable and gives global_norm for {name!r}, which is one rank's own, so the ranks "
-                "cannot tell over which parameters the norm goes. Give clip_args={'global_norm': ...}, which is for "
-                "all, or clip_norm for this one."
+                f"clip_args is a callable that gives global_norm for {name!r}, a parameter of one rank alone, so the "
+                "ranks do not know which parameters the norm covers. Give clip_args={'global_norm': ...} for all "
+                "parameters, or clip_norm for this one."
             )
 
 

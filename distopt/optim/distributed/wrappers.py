@@ -86,7 +86,7 @@ class HorovodOptimizer(DistributedOptimizer):
         options = ReduceOptions(
             op=_op_name(op),
             compression=_compression_name(compression),
-            groups=num_groups if groups is None else _group_names(groups),
+            groups=(num_groups or ()) if groups is None else _group_names(groups),
             gradient_predivide_factor=gradient_predivide_factor,
             sparse_as_dense=sparse_as_dense,
             backward_passes_per_step=backward_passes_per_step,

@@ -92,9 +92,11 @@ def test_wish_to_stop_in_a_call_that_only_adds_up_is_told_with_the_step() -> Non
 
 def test_arguments_that_are_not_understood_are_refused() -> None:
     optimizer = DistributedOptimizer(SGD({"lr": 1.0}))
-    with pytest.raises(TypeError, match="DistributedOptimizer is distributed already"):
+    with pytest.raises(
+        TypeError, match="DistributedOptimizer is already distributed; pass the optimizer that it wraps"
+    ):
         DistributedOptimizer(optimizer)
-    with pytest.raises(TypeError, match="is no PyroOptim"):
+    with pytest.raises(TypeError, match="expected an optimizer of distopt.optim or pyro.optim"):
         DistributedOptimizer(torch.optim.SGD([torch.zeros(1)], lr=1.0))
     with pytest.raises(TypeError, match=r"expected ReduceOptions\(...\)"):
         DistributedOptimizer(SGD({"lr": 1.0}), reduce={"op": "sum"})  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
-"""What one rank does in the tests of whole loops; what a body returns must be the same on all ranks."""
+"""Whole loops of several ranks: what they step by, and what they tell each other."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,12 +18,21 @@ from torch.distributions import constraints
 
 import distopt.infer
 from distopt.backends import current
-from distopt.optim import SGD, Adam, DistributedOptimizer, ReduceOptions, StepInfo
+from distopt.optim import (
+    SGD,
+    Adam,
+    DistributedOptimizer,
+    PyroLRScheduler,
+    ReduceOptions,
+    StepInfo,
+)
 from distopt.reduce import DisagreementError, PeerError
+from distopt.sharding import LocalParameter, PlateShard, mark_local
 from tests.reduce.steps import Values, noise, step_with, store_values, unconstrained
+from tests.workers import Ranks
 
 
-def failing_rank_is_named_by_all() -> Values:
+def _run_failing_rank_is_named_by_all() -> Values:
     """The last rank raises in its model at step 2; the others raise its cause in that step."""
     rank, size = current().rank, current().world_size
     optim = DistributedOptimizer(SGD({"lr": 1.0}))
@@ -39,7 +49,7 @@ def failing_rank_is_named_by_all() -> Values:
     return store_values()
 
 
-def uneven_data_is_averaged_over_active_ranks() -> Values:
+def _run_uneven_data_is_averaged_over_active_ranks() -> Values:
     """Rank r has 2 + r batches; late ranks bring a new parameter while the others have joined."""
     rank, size = current().rank, current().world_size
     optim = DistributedOptimizer(SGD({"lr": 1.0}))
@@ -63,7 +73,7 @@ def uneven_data_is_averaged_over_active_ranks() -> Values:
     return store_values()
 
 
-def failure_while_others_have_joined_reaches_them() -> None:
+def _run_failure_while_others_have_joined_reaches_them() -> None:
     """A rank that raises inside `join` is heard by those who are done."""
     rank, size = current().rank, current().world_size
     optim = DistributedOptimizer(SGD({"lr": 1.0}))
@@ -76,7 +86,7 @@ def failure_while_others_have_joined_reaches_them() -> None:
             step_with(optim, {"x": torch.ones(2)})
 
 
-def second_optimizer_inside_a_join_is_refused() -> Values:
+def _run_second_optimizer_inside_a_join_is_refused() -> Values:
     """Whether it is called as it is or inside a join of its own: ranks that are done could not follow both."""
     rank, size = current().rank, current().world_size
     first, second = DistributedOptimizer(SGD({"lr": 1.0})), DistributedOptimizer(SGD({"lr": 1.0}))
@@ -94,7 +104,7 @@ def second_optimizer_inside_a_join_is_refused() -> Values:
     return store_values()
 
 
-def several_calls_make_one_step() -> Values:
+def _run_several_calls_make_one_step() -> Values:
     """Gradients of three calls are added up, whichever parameters each of them touched."""
     rank, size = current().rank, current().world_size
     optim = DistributedOptimizer(SGD({"lr": 1.0}), reduce=ReduceOptions(backward_passes_per_step=3))
@@ -112,7 +122,7 @@ def several_calls_make_one_step() -> Values:
     return store_values()
 
 
-def calls_that_are_left_at_the_end_of_uneven_data_make_a_step() -> Values:
+def _run_calls_that_are_left_at_the_end_of_uneven_data_make_a_step() -> Values:
     """Rank r has 4 + r batches for steps of three calls: all have two steps in each epoch, and nothing is kept over."""
     rank, size = current().rank, current().world_size
     optim = DistributedOptimizer(SGD({"lr": 1.0}), reduce=ReduceOptions(backward_passes_per_step=3))
@@ -126,7 +136,7 @@ def calls_that_are_left_at_the_end_of_uneven_data_make_a_step() -> Values:
     return store_values()
 
 
-def several_backward_passes_before_a_call_need_nothing() -> Values:
+def _run_several_backward_passes_before_a_call_need_nothing() -> Values:
     """Particles: `backward` runs three times before one call."""
     optim = DistributedOptimizer(SGD({"lr": 1.0}))
     for _ in range(2):
@@ -139,7 +149,7 @@ def several_backward_passes_before_a_call_need_nothing() -> Values:
     return store_values()
 
 
-def nonfinite_gradient_is_skipped_by_all() -> Values:
+def _run_nonfinite_gradient_is_skipped_by_all() -> Values:
     """NaN on the last rank, then infinity on rank 0: no rank steps, and the counts stay equal."""
     rank, size = current().rank, current().world_size
     optim = DistributedOptimizer(Adam({"lr": 0.1}))
@@ -158,7 +168,7 @@ def nonfinite_gradient_is_skipped_by_all() -> Values:
     return store_values()
 
 
-def loss_and_flag_ride_along() -> None:
+def _run_losses_are_averaged_and_a_stop_of_one_rank_reaches_all() -> None:
     """Their mean and their disjunction, over all ranks, after each call."""
     rank, size = current().rank, current().world_size
     optim = DistributedOptimizer(SGD({"lr": 1.0}))
@@ -170,7 +180,7 @@ def loss_and_flag_ride_along() -> None:
         assert info.stop == (step == 1)
 
 
-def modules_share_their_parameters() -> Values:
+def _run_modules_share_their_parameters() -> Values:
     """`pyro.module` and a `PyroModule` whose ranks start from other seeds."""
     pyro.set_rng_seed(current().rank)
     linear = torch.nn.Linear(3, 2)
@@ -200,7 +210,7 @@ def modules_share_their_parameters() -> Values:
     return values
 
 
-def first_gradient_is_computed_from_the_agreed_values() -> Values:
+def _run_first_gradient_is_computed_from_the_agreed_values() -> Values:
     """Guides that start elsewhere on each rank, and ranks without data: steps on x²/2 from the lowest rank's value."""
     rank, size = current().rank, current().world_size
 
@@ -221,7 +231,7 @@ def first_gradient_is_computed_from_the_agreed_values() -> Values:
     return store_values()
 
 
-def guide_that_grows_differently_trains() -> Values:
+def _run_guide_that_grows_differently_trains() -> Values:
     """An autoguide, and a guide with a parameter for each group that a rank has met in its data."""
     rank, size = current().rank, current().world_size
 
@@ -253,7 +263,7 @@ def guide_that_grows_differently_trains() -> Values:
     return store_values()
 
 
-def call_left_out_is_found_before_anything_is_stepped() -> Values:
+def _run_call_left_out_is_found_before_anything_is_stepped() -> Values:
     """Rank 1 leaves out step 3 of its loop; all ranks name it in their next call, with the values of before."""
     rank, size = current().rank, current().world_size
     optim = DistributedOptimizer(SGD({"lr": 1.0}))
@@ -272,18 +282,75 @@ def call_left_out_is_found_before_anything_is_stepped() -> Values:
     return store_values()
 
 
-TRAINING = [
-    failing_rank_is_named_by_all,
-    uneven_data_is_averaged_over_active_ranks,
-    failure_while_others_have_joined_reaches_them,
-    second_optimizer_inside_a_join_is_refused,
-    several_calls_make_one_step,
-    calls_that_are_left_at_the_end_of_uneven_data_make_a_step,
-    several_backward_passes_before_a_call_need_nothing,
-    nonfinite_gradient_is_skipped_by_all,
-    loss_and_flag_ride_along,
-    modules_share_their_parameters,
-    first_gradient_is_computed_from_the_agreed_values,
-    guide_that_grows_differently_trains,
-    call_left_out_is_found_before_anything_is_stepped,
+def _run_schedules_agree_on_the_averaged_metric() -> Values:
+    """ReduceLROnPlateau sees one metric on all ranks; a rank that has joined follows its steps."""
+    rank, size = current().rank, current().world_size
+
+    def scheduler(**kwargs: object) -> PyroLRScheduler:
+        arguments = {"optimizer": torch.optim.SGD, "optim_args": {"lr": 1.0}, "factor": 0.5, "patience": 0}
+        return PyroLRScheduler(torch.optim.lr_scheduler.ReduceLROnPlateau, arguments | kwargs)
+
+    optim = DistributedOptimizer(scheduler())
+    pyro.param("x", torch.zeros(2))
+    with optim.join():
+        for _step in range(3 + rank):
+            step_with(optim, {"x": torch.ones(2)})
+            # By itself rank 0 would see its metric fall, the others see theirs rise; the mean rises.
+            optim.step(-1.0 * _step if rank == 0 else 10.0 * _step)
+    expected, rate, best, value = 0.0, 1.0, float("inf"), 0.0
+    for step in range(2 + size):
+        value -= rate
+        active = [r for r in range(size) if step < 3 + r]
+        metric = sum(-1.0 * step if r == 0 else 10.0 * step for r in active) / len(active)
+        best, rate = (metric, rate) if metric < best - abs(best) * 1e-4 or best == float("inf") else (best, rate * 0.5)
+        expected = value
+    torch.testing.assert_close(unconstrained("x"), torch.full((2,), expected))
+    arguments = {"optimizer": torch.optim.SGD, "optim_args": {"lr": 1.0}, "gamma": 0.5}
+    exponential = DistributedOptimizer(PyroLRScheduler(torch.optim.lr_scheduler.ExponentialLR, arguments))
+    pyro.param("y", torch.zeros(1))
+    with exponential.join():
+        for _ in range(1 + rank):
+            step_with(exponential, {"y": torch.ones(1)})
+            exponential.step()
+    torch.testing.assert_close(unconstrained("y"), torch.full((1,), -sum(0.5**i for i in range(size))))
+    return store_values()
+
+
+def _run_rank_local_parameters_are_never_sent() -> None:
+    """Parameters of one rank's own datapoints have other shapes and values on each, and skip together with the rest."""
+    rank = current().rank
+    optim = DistributedOptimizer(SGD({"lr": 1.0}))
+    optim.nonfinite = "skip"
+    pyro.param("x", torch.zeros(2))
+    own = pyro.param("local", torch.zeros(rank + 1)).unconstrained()
+    mark_local(own, LocalParameter(PlateShard("rows", num_shards=1), (rank + 1,), 0))
+    for step in range(3):
+        bad = step == 1 and rank == 0
+        step_with(optim, {"x": torch.ones(2), "local": torch.full((rank + 1,), float("nan") if bad else rank + 1.0)})
+    assert unconstrained("x").eq(-2).all()
+    assert unconstrained("local").eq(-2 * (rank + 1)).all()
+    assert optim.num_skipped_steps == 1
+
+
+LOOPS = [
+    _run_failing_rank_is_named_by_all,
+    _run_uneven_data_is_averaged_over_active_ranks,
+    _run_failure_while_others_have_joined_reaches_them,
+    _run_second_optimizer_inside_a_join_is_refused,
+    _run_several_calls_make_one_step,
+    _run_calls_that_are_left_at_the_end_of_uneven_data_make_a_step,
+    _run_several_backward_passes_before_a_call_need_nothing,
+    _run_nonfinite_gradient_is_skipped_by_all,
+    _run_losses_are_averaged_and_a_stop_of_one_rank_reaches_all,
+    _run_modules_share_their_parameters,
+    _run_first_gradient_is_computed_from_the_agreed_values,
+    _run_guide_that_grows_differently_trains,
+    _run_call_left_out_is_found_before_anything_is_stepped,
+    _run_schedules_agree_on_the_averaged_metric,
+    _run_rank_local_parameters_are_never_sent,
 ]
+
+
+@pytest.mark.parametrize("body", LOOPS, ids=lambda body: body.__name__.removeprefix("_run_"))
+def test_loops_on_every_backend(ranks: Ranks, body: Callable[[], Any]) -> None:
+    ranks.run_alike(body)

@@ -1,7 +1,8 @@
-"""What one rank does in the tests of agreement; what a body returns must be the same on all ranks."""
+"""What ranks do when one of them has a parameter that the others lack, or holds one otherwise."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -14,48 +15,18 @@ from torch.distributions.transforms import identity_transform
 
 from distopt.backends import current
 from distopt.constraints import _KNOWN, register_constraint
-from distopt.optim import SGD, Adam, DistributedOptimizer, ReduceOptions
+from distopt.optim import (
+    SGD,
+    Adam,
+    DistributedOptimizer,
+    ReduceOptions,
+)
 from distopt.reduce import DisagreementError
-from tests.reduce.steps import Values, counting_calls, noise, step_with, store_values, unconstrained
+from tests.reduce.steps import Values, noise, step_with, store_values, unconstrained
+from tests.workers import Ranks
 
 
-def gradients_are_averaged() -> Values:
-    """Equals torch's own SGD on the mean gradient."""
-    rank, size = current().rank, current().world_size
-    optim = DistributedOptimizer(SGD({"lr": 0.1}))
-    pyro.param("b", torch.zeros(3))
-    pyro.param("a", torch.ones(2, 2), constraint=constraints.positive)
-    reference = {"a": torch.zeros(2, 2), "b": torch.zeros(3)}
-    for step in range(3):
-        gradients = [
-            {name: noise(100 * step + r + ord(name), *reference[name].shape) for name in reference} for r in range(size)
-        ]
-        info = step_with(optim, gradients[rank])
-        for name, value in reference.items():
-            value -= 0.1 * torch.stack([each[name] for each in gradients]).mean(0)
-            torch.testing.assert_close(unconstrained(name), value)
-    assert info.num_active == size
-    return store_values()
-
-
-def steady_state_costs_one_collective() -> None:
-    """Counts the calls that reach the backend."""
-    rank = current().rank
-    optim = DistributedOptimizer(Adam({"lr": 0.1}))
-    names = [f"p{i}" for i in range(20)]
-    for name in names:
-        pyro.param(name, torch.zeros(4, 5))
-    step_with(optim, {name: noise(0, 4, 5) for name in names})
-    with counting_calls() as calls:
-        for step in range(5):
-            step_with(optim, {name: noise(step, 4, 5) for name in names})
-        for step in range(4):  # fewer of them, and others on each rank: still one
-            step_with(optim, {name: noise(step, 4, 5) for name in (names[step], names[step + rank + 1])})
-    assert [method for method, _ in calls] == ["all_reduce"] * 9
-    assert optim.reducer.num_agreements == 1
-
-
-def parameter_of_one_rank_is_created_everywhere() -> Values:
+def _run_parameter_of_one_rank_is_created_everywhere() -> Values:
     """Each rank has one of its own, from another step on; all have all of them, stepped by the zero-aware mean."""
     rank, size = current().rank, current().world_size
     optim = DistributedOptimizer(SGD({"lr": 1.0}))
@@ -76,7 +47,7 @@ def parameter_of_one_rank_is_created_everywhere() -> Values:
     return store_values()
 
 
-def order_of_creation_does_not_matter() -> Values:
+def _run_order_of_creation_does_not_matter() -> Values:
     """Same shapes, created in reverse on odd ranks: gradients are not swapped."""
     rank, size = current().rank, current().world_size
     optim = DistributedOptimizer(SGD({"lr": 1.0}))
@@ -90,7 +61,7 @@ def order_of_creation_does_not_matter() -> Values:
     return store_values()
 
 
-def first_values_come_from_the_lowest_rank() -> Values:
+def _run_first_values_come_from_the_lowest_rank() -> Values:
     """Ranks start from other seeds; `late` is first seen on the highest rank alone, but rank 0 has it in its store."""
     rank, size = current().rank, current().world_size
     pyro.set_rng_seed(rank)
@@ -105,7 +76,7 @@ def first_values_come_from_the_lowest_rank() -> Values:
     return store_values()
 
 
-def synchronize_agrees_before_the_first_step() -> Values:
+def _run_synchronize_agrees_before_the_first_step() -> Values:
     """The first gradients are computed from equal values, and a module's buffers are equal."""
     rank = current().rank
     optim = DistributedOptimizer(SGD({"lr": 0.5}))
@@ -118,26 +89,6 @@ def synchronize_agrees_before_the_first_step() -> Values:
     param.square().sum().backward()
     optim({param})
     assert unconstrained("x").eq(0).all()
-    return store_values()
-
-
-def untouched_parameters_are_not_stepped() -> Values:
-    """Adam's step counts: of a parameter touched on some rank all count, of one that is not none."""
-    rank = current().rank
-    optim = DistributedOptimizer(Adam({"lr": 0.1}))
-    for name in ("always", "sometimes", "missing"):
-        pyro.param(name, torch.ones(2))
-    for step in range(4):
-        gradients: dict[str, Tensor | None] = {"always": torch.ones(2)}
-        if step == 2 and rank == 0:
-            gradients["sometimes"] = torch.ones(2)
-        gradients["missing"] = None
-        step_with(optim, gradients)
-    state = optim.get_state()
-    assert state["always"]["state"][0]["step"] == 4
-    assert state["sometimes"]["state"][0]["step"] == 1
-    assert "missing" not in state or not state["missing"]["state"]
-    assert unconstrained("missing").eq(1).all()
     return store_values()
 
 
@@ -158,7 +109,7 @@ def _disagreement(**differs: Any) -> str:
     return str(raised.value).replace(f"rank {rank} of", "rank R of", 1)
 
 
-def disagreement_is_the_same_error_everywhere() -> list[str]:
+def _run_disagreement_is_the_same_error_everywhere() -> list[str]:
     """Other shapes (of as many elements or not), dtypes, constraints: each names the parameter, ranks and values."""
     if current().world_size == 1:
         return []
@@ -177,7 +128,7 @@ def disagreement_is_the_same_error_everywhere() -> list[str]:
     return texts
 
 
-def settings_that_differ_are_an_error_before_the_first_step() -> None:
+def _run_options_that_differ_are_an_error_before_the_first_step() -> None:
     """Another bucket size on one rank would pair unlike collectives."""
     if current().world_size == 1:
         return
@@ -201,7 +152,7 @@ class Odd(constraints.Constraint):
 transform_to.register(Odd, lambda constraint: identity_transform)
 
 
-def constraint_of_the_user_needs_registering_where_it_is_created() -> Values:
+def _run_constraint_of_the_user_needs_registering_where_it_is_created() -> Values:
     """A class that all ranks use is only compared; to be created where it is missing it must be registered there."""
     rank, size = current().rank, current().world_size
     optim = DistributedOptimizer(SGD({"lr": 1.0}))
@@ -224,7 +175,31 @@ def constraint_of_the_user_needs_registering_where_it_is_created() -> Values:
     return store_values()
 
 
-def files_loaded_into_a_live_run_are_applied() -> Values:
+def _run_failed_creation_changes_no_rank() -> Values:
+    """Of two new parameters one cannot be created: neither is, and the next call takes both from the rank with them."""
+    rank, size = current().rank, current().world_size
+    optim = DistributedOptimizer(SGD({"lr": 1.0}))
+    pyro.param("x", torch.zeros(2))
+    step_with(optim, {"x": torch.ones(2)})
+    gradients: dict[str, Tensor | None] = {"x": torch.ones(2)}
+    if rank == size - 1:
+        pyro.param("fine", torch.full((2,), 7.0))
+        pyro.param("odd", torch.ones(2), constraint=Odd(1))
+        gradients |= {"fine": torch.ones(2), "odd": torch.ones(2)}
+    try:
+        if size > 1:
+            with pytest.raises(DisagreementError, match="'odd' cannot be created"):
+                step_with(optim, gradients)
+            assert ("fine" in pyro.get_param_store()) == (rank == size - 1)
+        register_constraint(Odd)
+        step_with(optim, gradients)
+    finally:
+        _KNOWN.pop("Odd", None)
+    torch.testing.assert_close(unconstrained("fine"), torch.full((2,), 7.0 - 1.0 / size))
+    return store_values()
+
+
+def _run_files_loaded_into_a_live_run_are_applied() -> Values:
     """`ParamStore.load` and `load` of the optimizer, in the middle: values and step counts go on from the file's."""
     rank = current().rank
     optim = DistributedOptimizer(Adam({"lr": 0.1}))
@@ -253,7 +228,7 @@ def files_loaded_into_a_live_run_are_applied() -> Values:
     return straight
 
 
-def replaced_and_cleared_parameters_are_agreed_anew() -> Values:
+def _run_replaced_and_cleared_parameters_are_agreed_anew() -> Values:
     """`store[name] = value` on one rank counts for all; a cleared store starts over, other shapes included."""
     rank, size = current().rank, current().world_size
     optim = DistributedOptimizer(SGD({"lr": 1.0}))
@@ -273,50 +248,20 @@ def replaced_and_cleared_parameters_are_agreed_anew() -> Values:
     return store_values()
 
 
-def kinds_of_tensors_mix() -> Values:
-    """float64, 16 bits, complex, scalars and empty tensors in one model."""
-    rank, size = current().rank, current().world_size
-    optim = DistributedOptimizer(SGD({"lr": 1.0}))
-    kinds = {
-        "double": torch.zeros(3, dtype=torch.float64),
-        "half": torch.zeros(4, dtype=torch.bfloat16),
-        "complex": torch.zeros(2, 2, dtype=torch.complex64),
-        "scalar": torch.zeros(()),
-        "empty": torch.zeros(0, 3),
-        "single": torch.zeros(5, 1),
-        "strided": torch.zeros(3, 4),
-    }
-    for name, value in kinds.items():
-        pyro.param(name, value)
-    for step in range(3):
-        gradients = {
-            name: torch.full_like(value, rank + 1)
-            for name, value in kinds.items()
-            if not (step == 1 and name == "single")
-        }
-        gradients["complex"] = torch.full_like(kinds["complex"], complex(rank + 1, -rank))
-        gradients["strided"] = torch.full((4, 3), float(rank + 1)).t()
-        step_with(optim, gradients)
-    mean = (size + 1) / 2
-    for name in kinds:
-        steps = 2 if name == "single" else 3
-        expected = complex(-3 * mean, 3 * (mean - 1)) if name == "complex" else -steps * mean
-        assert unconstrained(name).eq(expected).all(), name
-    return store_values()
-
-
-AGREEMENT = [
-    gradients_are_averaged,
-    steady_state_costs_one_collective,
-    parameter_of_one_rank_is_created_everywhere,
-    order_of_creation_does_not_matter,
-    first_values_come_from_the_lowest_rank,
-    synchronize_agrees_before_the_first_step,
-    untouched_parameters_are_not_stepped,
-    disagreement_is_the_same_error_everywhere,
-    settings_that_differ_are_an_error_before_the_first_step,
-    constraint_of_the_user_needs_registering_where_it_is_created,
-    files_loaded_into_a_live_run_are_applied,
-    replaced_and_cleared_parameters_are_agreed_anew,
-    kinds_of_tensors_mix,
+BODIES = [
+    _run_parameter_of_one_rank_is_created_everywhere,
+    _run_order_of_creation_does_not_matter,
+    _run_first_values_come_from_the_lowest_rank,
+    _run_synchronize_agrees_before_the_first_step,
+    _run_disagreement_is_the_same_error_everywhere,
+    _run_options_that_differ_are_an_error_before_the_first_step,
+    _run_constraint_of_the_user_needs_registering_where_it_is_created,
+    _run_failed_creation_changes_no_rank,
+    _run_files_loaded_into_a_live_run_are_applied,
+    _run_replaced_and_cleared_parameters_are_agreed_anew,
 ]
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__.removeprefix("_run_"))
+def test_agreement_on_every_backend(ranks: Ranks, body: Callable[[], Any]) -> None:
+    ranks.run_alike(body)

@@ -1,4 +1,4 @@
-"""Part of the ranks as a world of its own: what a rank does."""
+"""Optimizers with the arguments of Horovod and DDP; those over a group of the ranks, which average alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 import distopt
 from distopt.backends import BackendError, current
-from distopt.optim import SGD, DDPOptimizer, DistributedOptimizer, HorovodOptimizer
+from distopt.optim import SGD, DDPOptimizer, DistributedOptimizer, HorovodOptimizer, ReduceOptions
+from tests import workers
 from tests.reduce.steps import step_with, store_values, unconstrained
 
 
@@ -31,7 +32,7 @@ def _average_alone(optim: DistributedOptimizer, group: int) -> None:
     optim.backend.close()
 
 
-def process_groups_average_alone() -> None:
+def _run_process_groups_average_alone() -> None:
     """`DDPOptimizer(process_group=...)` on two groups of a world of four, then the whole world again."""
     rank = current().rank
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -50,7 +51,7 @@ def process_groups_average_alone() -> None:
     assert unconstrained("x").eq(-2.5).all()
 
 
-def process_sets_average_alone() -> None:
+def _run_process_sets_average_alone() -> None:
     """A script's own Horovod with process sets, whose world distopt adopts."""
     import horovod.torch as hvd
 
@@ -70,3 +71,28 @@ def process_sets_average_alone() -> None:
     print(f"rank {rank} has averaged", flush=True)
     distopt.backends.current().close()
     hvd.shutdown()
+
+
+def test_process_groups_of_torch_average_alone() -> None:
+    workers.world("torch_dist", 4).run(_run_process_groups_average_alone, timeout_s=90)
+
+
+def test_process_sets_of_horovod_average_alone() -> None:
+    statuses, started = workers.run_script("horovod", 4, _run_process_sets_average_alone, timeout_s=120)
+    assert statuses == [0], started.output()
+    assert all(f"rank {rank} has averaged" in started.output() for rank in range(4))
+
+
+def test_arguments_of_horovod_become_options() -> None:
+    x = pyro.param("x", torch.zeros(2)).unconstrained()
+    optim = HorovodOptimizer(SGD({"lr": 1.0}), op="Sum", compression="fp16", groups=[[x, "y"]], sparse_as_dense=True)
+    assert optim.options == ReduceOptions(op="sum", compression="fp16", groups=[["x", "y"]], sparse_as_dense=True)
+    assert HorovodOptimizer(SGD({"lr": 1.0}), num_groups=3).options.groups == 3
+    average = HorovodOptimizer(SGD({"lr": 1.0}), backward_passes_per_step=2, gradient_predivide_factor=4.0)
+    assert average.options == ReduceOptions(backward_passes_per_step=2, gradient_predivide_factor=4.0)
+    with pytest.raises(ValueError, match="op='max' should be 'average', 'sum' or 'adasum'"):
+        HorovodOptimizer(SGD({"lr": 1.0}), op="max")
+
+
+def test_bucket_cap_of_ddp_is_the_size_of_buckets() -> None:
+    assert DDPOptimizer(SGD({"lr": 1.0}), bucket_cap_mb=8.0).options == ReduceOptions(bucket_mib=8.0)

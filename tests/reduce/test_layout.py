@@ -1,0 +1,162 @@
+"""In which buffers gradients are reduced: the same on all ranks, and without an effect on the sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from torch import Tensor
+
+from distopt.backends import current
+from distopt.optim import (
+    SGD,
+    DistributedOptimizer,
+    ReduceOptions,
+)
+from distopt.reduce.layout import Layout, ParamSpec
+from distopt.reduce.messages import NUM_SLOTS
+from tests.reduce.steps import Values, by_rank, noise, step_with, store_values, unconstrained
+from tests.workers import Ranks
+
+
+def _run_buckets_groups_and_factors_change_nothing() -> Values:
+    """Many buckets, groups by name, tensor and number, a factor before the sum: equal to the plain mean."""
+    rank, size = current().rank, current().world_size
+    options: list[dict[str, object]] = [
+        {},
+        {"bucket_mib": 0.0001},
+        {"groups": [["p3", "p1"], ["p0"]]},
+        {"groups": 2},
+        {"gradient_predivide_factor": 4.0},
+        {"overlap": True, "bucket_mib": 0.0001},
+    ]
+    values = []
+    for option in options:
+        pyro.clear_param_store()
+        optim = DistributedOptimizer(SGD({"lr": 1.0}), reduce=ReduceOptions(**option))  # type: ignore[arg-type]
+        for i in range(5):
+            pyro.param(f"p{i}", torch.zeros(10 * i + 1))
+        for step in range(3):
+            touched = [i for i in range(5) if (i + step + rank) % 3]
+            step_with(optim, {f"p{i}": by_rank(10 * step + i, 10 * i + 1)[rank] for i in touched}, loss=1.0)
+        values.append(store_values())
+    for other in values[1:]:
+        for name, value in other.items():
+            torch.testing.assert_close(torch.tensor(value), torch.tensor(values[0][name]))
+    total = DistributedOptimizer(SGD({"lr": 1.0}), reduce=ReduceOptions(op="sum"))
+    pyro.param("sum", torch.zeros(2))
+    step_with(total, {"sum": torch.ones(2)})
+    assert unconstrained("sum").eq(-size).all()
+    return values[1]
+
+
+def _run_kinds_of_tensors_mix() -> Values:
+    """float64, 16 bits, complex, scalars and empty tensors in one model."""
+    rank, size = current().rank, current().world_size
+    optim = DistributedOptimizer(SGD({"lr": 1.0}))
+    kinds = {
+        "double": torch.zeros(3, dtype=torch.float64),
+        "half": torch.zeros(4, dtype=torch.bfloat16),
+        "complex": torch.zeros(2, 2, dtype=torch.complex64),
+        "scalar": torch.zeros(()),
+        "empty": torch.zeros(0, 3),
+        "single": torch.zeros(5, 1),
+        "strided": torch.zeros(3, 4),
+    }
+    for name, value in kinds.items():
+        pyro.param(name, value)
+    for step in range(3):
+        gradients = {
+            name: torch.full_like(value, rank + 1)
+            for name, value in kinds.items()
+            if not (step == 1 and name == "single")
+        }
+        gradients["complex"] = torch.full_like(kinds["complex"], complex(rank + 1, -rank))
+        gradients["strided"] = torch.full((4, 3), float(rank + 1)).t()
+        step_with(optim, gradients)
+    mean = (size + 1) / 2
+    for name in kinds:
+        steps = 2 if name == "single" else 3
+        expected = complex(-3 * mean, 3 * (mean - 1)) if name == "complex" else -steps * mean
+        assert unconstrained(name).eq(expected).all(), name
+    return store_values()
+
+
+BODIES = [
+    _run_buckets_groups_and_factors_change_nothing,
+    _run_kinds_of_tensors_mix,
+]
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__.removeprefix("_run_"))
+def test_buckets_on_every_backend(ranks: Ranks, body: Callable[[], Any]) -> None:
+    ranks.run_alike(body)
+
+
+def specs_of(**shapes: tuple[int, ...]) -> dict[str, ParamSpec]:
+    return {name: ParamSpec(name, shape, torch.float32, "cpu", False, "") for name, shape in shapes.items()}
+
+
+def layout_of(specs: dict[str, ParamSpec], **options: Any) -> Layout:
+    params = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+    return Layout(specs, params, **({"bucket_mib": 25.0, "control_device": torch.device("cpu")} | options))
+
+
+def test_buckets_are_filled_in_order_of_names_up_to_their_size() -> None:
+    specs = specs_of(c=(100,), a=(100,), b=(100,), d=(300,))
+    layout = layout_of(specs, bucket_mib=800 / 2**20)
+    assert layout.names == ("a", "b", "c", "d")
+    assert [bucket.names for bucket in layout.buckets] == [("a", "b"), ("c",), ("d",)]
+    assert layout.buckets[0].slots is not None and layout.slots.numel() == NUM_SLOTS + 4
+
+
+def test_groups_of_names_share_a_bucket_whatever_their_size() -> None:
+    specs = specs_of(a=(100,), b=(100,), c=(100,), d=(100,))
+    layout = layout_of(specs, bucket_mib=400 / 2**20, groups=(("d", "a"),))
+    assert [bucket.names for bucket in layout.buckets] == [("a", "d"), ("b",), ("c",)]
+    assert [bucket.names for bucket in layout_of(specs, groups=2).buckets] == [("a", "b"), ("c", "d")]
+
+
+def test_control_slots_are_in_the_first_bucket_whose_sums_are_exact() -> None:
+    specs = specs_of(b=(3,)) | {"a": ParamSpec("a", (3,), torch.bfloat16, "cpu", False, "")}
+    assert [bucket.names for bucket in layout_of(specs).buckets] == [("b",), ("a",)]
+    alone = layout_of(specs, carries_control=False)
+    assert [bucket.names for bucket in alone.buckets] == [(), ("a",), ("b",)]
+    assert alone.buckets[0].slots is alone.slots
+
+
+def test_control_slots_of_a_large_model_come_first_and_alone() -> None:
+    layout = layout_of(specs_of(a=(800_000,), b=(800_000,)), bucket_mib=4.0)
+    assert layout.control_first and [bucket.names for bucket in layout.buckets] == [(), ("a",), ("b",)]
+    assert not layout_of(specs_of(a=(800_000,), b=(800_000,))).control_first  # one bucket
+
+
+@pytest.mark.parametrize("shapes", [[(3,), (2,), (0,)], [(4, 2), (1, 2)], [(2, 3), (), (0, 5), (7,)], [(40_000,)]])
+@pytest.mark.parametrize("complete", [True, False])
+def test_filled_bucket_holds_the_scaled_gradients_side_by_side(shapes: list[tuple[int, ...]], complete: bool) -> None:
+    layout = layout_of(
+        {f"p{i}": ParamSpec(f"p{i}", shape, torch.float64, "cpu", False, "") for i, shape in enumerate(shapes)}
+    )
+    gradients: list[Tensor | None] = [noise(i, *shape, dtype=torch.float64) for i, shape in enumerate(shapes)]
+    if not complete:
+        gradients[0] = None
+    (bucket,) = layout.buckets
+    bucket.buffer.fill_(float("nan"))
+    bucket.fill_(gradients, 0.25, complete=complete)
+    flat = [torch.zeros(shape) if g is None else 0.25 * g for shape, g in zip(shapes, gradients, strict=True)]
+    torch.testing.assert_close(bucket.flat, torch.cat([each.double().reshape(-1) for each in flat]), rtol=0, atol=0)
+    bucket.fill_(None, 0.25)
+    assert bucket.buffer.eq(0).all()
+
+
+def test_complex_gradients_are_pairs_of_real_numbers_in_their_bucket() -> None:
+    layout = layout_of({"z": ParamSpec("z", (2, 2), torch.complex64, "cpu", False, "")})
+    (bucket,) = layout.buckets
+    assert (bucket.flat.dtype, bucket.flat.numel()) == (torch.float32, 8)
+    gradient = torch.complex(noise(1, 2, 2), noise(2, 2, 2))
+    bucket.fill_([gradient], 1.0, complete=True)
+    assert torch.equal(bucket.views[0], gradient)
+    assert torch.equal(bucket.flat.view(2, 2, 2), torch.view_as_real(gradient))
