@@ -36,7 +36,9 @@ NOT_OURS = {
 }
 """Names that others gave: (file, name)."""
 
-SAME_IDEA = frozenset("__init__.py __main__.py base.py cli.py errors.py platform.py job.py horovod.py mpi.py".split())
+SAME_IDEA = frozenset(
+    "__init__.py __main__.py base.py cli.py errors.py platform.py job.py horovod.py mpi.py multi.py".split()
+)
 """Files of one name that hold the same idea of different packages."""
 
 

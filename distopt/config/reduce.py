@@ -76,6 +76,8 @@ class ReduceOptions(Section):
             )
         if self.op == "adasum" and self.compression != "none":
             raise ValueError(f"op='adasum' needs compression='none', found compression={self.compression!r}")
+
+        # What is sent during backward must be final, and must not depend on what was received.
         if self.overlap and self.backward_passes_per_step > 1:
             raise ValueError(
                 "overlap=True reduces in each call of the optimizer, so it needs backward_passes_per_step=1, found "
@@ -102,6 +104,7 @@ def _mistakes(options: type[Section], error: ValidationError) -> list[str]:
     mistakes: dict[str, list[str]] = {}
     for detail in error.errors():
         name = str(detail["loc"][0]) if detail["loc"] else ""
+
         if detail["type"] == "value_error":
             mistakes[""] = [str(detail["ctx"]["error"])]
         elif detail["type"] == "extra_forbidden":
@@ -113,4 +116,5 @@ def _mistakes(options: type[Section], error: ValidationError) -> list[str]:
             is_reference = detail["type"] == "string_pattern_mismatch"
             expected = "module:Name" if is_reference else detail["msg"].removeprefix("Input should be ")
             mistakes.setdefault(name, [f"{name}={detail['input']!r} should be "]).append(expected)
+
     return [first + " or ".join(dict.fromkeys(rest)) for first, *rest in mistakes.values()]

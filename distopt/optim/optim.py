@@ -23,8 +23,8 @@ from distopt.optim.packed_state import PackedState
 from distopt.optim.packing import FlatGradients
 from distopt.optim.param_view import view_of
 from distopt.optim.parameters import ParamRegistry
-from distopt.optim.plan import LooseGradients, Planner, StepPlan, all_finite
 from distopt.optim.state import State, check_state_dict, copied, frozen
+from distopt.optim.step_plan import LooseGradients, Planner, StepPlan, all_finite
 
 logger = logging.getLogger("distopt.optim")
 

@@ -23,7 +23,7 @@ from distopt.sharding import local_parameters
 from distopt.train import run
 from tests import workers
 from tests.checkpoint.format_3 import task
-from tests.checkpoint.test_exchange import run as command
+from tests.checkpoint.runs import command
 
 FOLDER = Path(__file__).parent / "format_3"
 NUM_ROWS = 5  # of the sharded plate of two_ranks

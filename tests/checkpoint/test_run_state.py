@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import random
+import warnings
 
+import numpy as np
 import pyro
+import pyro.distributions.constraints as constraints
 import pyro.optim
 import pytest
 import torch
@@ -12,10 +16,13 @@ from torch import nn
 
 import distopt.optim
 from distopt.backends.single import Single
-from distopt.checkpoint import Checkpointer
+from distopt.checkpoint import Checkpointer, CheckpointError, register_constraint
 from distopt.checkpoint.pyro_files import export_optimizer, read_replicated
-from distopt.checkpoint.run_state import RunState
-from tests.checkpoint.states import assert_equal
+from distopt.checkpoint.reader import read_manifest
+from distopt.checkpoint.run_state import RunState, built, described
+from distopt.checkpoint.statefile import StateReader
+from distopt.constraints import _KNOWN
+from tests.checkpoint.states import assert_equal, commit_state
 
 
 class Counter:
@@ -53,6 +60,165 @@ def test_distributed_optimizer_with_error_feedback_has_state_of_its_rank():
     compressed = distopt.optim.DistributedOptimizer(distopt.optim.Adam({}), reduce=options)
     state = RunState({"plain": plain, "compressed": compressed}, {})
     assert state.compression == {"compressed": compressed.rank_local_state}
+
+
+@pytest.mark.parametrize(
+    ("state", "per_rank", "kind", "message"),
+    [
+        (
+            {"a": {}},
+            {},
+            TypeError,
+            r"state\['a'\] is a dict; expected a PyroOptim, an nn.Module or an object with state_dict",
+        ),
+        ({"a": torch.nn.Linear}, {}, TypeError, r"state\['a'\] is the class Linear"),
+        ({}, {"a": 3}, TypeError, r"per_rank\['a'\] is a int; expected an object with state_dict"),
+        ({"a": torch.nn.Linear(1, 1)}, {"a": torch.nn.Linear(1, 1)}, ValueError, "a: in state and in per_rank"),
+    ],
+    ids=["no state", "class", "no state per rank", "same name"],
+)
+def test_objects_that_cannot_be_saved_are_refused_at_once(state, per_rank, kind, message, tmp_path):
+    with pytest.raises(kind, match=message):
+        Checkpointer(tmp_path, state, per_rank=per_rank, backend=Single())
+    assert list(tmp_path.iterdir()) == []
+
+
+ALL_CONSTRAINTS = [
+    constraints.real, constraints.positive, constraints.nonnegative, constraints.unit_interval, constraints.simplex,
+    constraints.lower_cholesky, constraints.corr_cholesky, constraints.lower_triangular, constraints.positive_definite,
+    constraints.positive_semidefinite, constraints.symmetric, constraints.square, constraints.real_vector,
+    constraints.boolean, constraints.one_hot, constraints.nonnegative_integer, constraints.positive_integer,
+    constraints.integer_interval(0, 5), constraints.interval(-1.0, 2.5), constraints.half_open_interval(0.0, 1.0),
+    constraints.greater_than(3.0), constraints.greater_than_eq(-3), constraints.less_than(0.5),
+    constraints.multinomial(4), constraints.greater_than(torch.tensor([0.1, 0.2], dtype=torch.float64)),
+    constraints.MixtureSameFamilyConstraint(constraints.positive),
+    constraints.independent(constraints.interval(0.0, torch.tensor(2.0)), 2),
+    constraints.independent(constraints.independent(constraints.simplex, 1), 1),
+    constraints.cat([constraints.positive, constraints.unit_interval], dim=-1, lengths=[2, 3]),
+    constraints.stack([constraints.independent(constraints.real, 1), constraints.simplex], dim=-2),
+    constraints.integer, constraints.sphere, constraints.corr_matrix, constraints.ordered_vector,
+    constraints.positive_ordered_vector, constraints.softplus_positive, constraints.softplus_lower_cholesky,
+    constraints.unit_lower_cholesky,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("constraint", ALL_CONSTRAINTS, ids=repr)
+def test_constraint_when_saved_comes_back_of_the_same_class_with_the_same_arguments(constraint, tmp_path):
+    description = described(constraint, "params/x")
+    storage, folder = commit_state(tmp_path, description)
+    loaded = built(StateReader(storage, folder, read_manifest(storage, folder), "replicated").load(), "x")
+    assert_same_constraint(loaded, constraint)
+
+
+def assert_same_constraint(one, other):
+    assert type(one) is type(other)
+    assert vars(one).keys() == vars(other).keys()
+    for name, value in vars(other).items():
+        mine = vars(one)[name]
+        if isinstance(value, constraints.Constraint):
+            assert_same_constraint(mine, value)
+        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], constraints.Constraint):
+            for left, right in zip(mine, value, strict=True):
+                assert_same_constraint(left, right)
+        else:
+            assert_equal(mine, value)
+
+
+def test_every_constraint_class_of_torch_and_pyro_has_been_tried():
+    tried = set()
+
+    def visit(constraint):
+        tried.add(type(constraint))
+        for value in vars(constraint).values():
+            for inner in value if isinstance(value, list) else [value]:
+                if isinstance(inner, constraints.Constraint):
+                    visit(inner)
+
+    for constraint in ALL_CONSTRAINTS:
+        visit(constraint)
+    missing = {kind for name, kind in _KNOWN.items() if "test_run_state" not in kind.__module__} - tried
+    assert {kind.__name__ for kind in missing} <= {"_IntegerLessThan"}
+
+
+class Odd(constraints.Constraint):
+    def __init__(self, order):
+        self.order = order
+
+
+def test_constraint_of_an_unknown_class_is_refused_at_save_time_and_known_once_registered(tmp_path):
+    pyro.param("x", torch.ones(2))
+    pyro.get_param_store()._constraints["x"] = Odd(3)
+    with Checkpointer(tmp_path, backend=Single()) as checkpointer:
+        with pytest.raises(
+            CheckpointError, match=r"params/x: the constraint tests\.checkpoint.*Odd.*register_constraint"
+        ):
+            checkpointer.save(1)
+        assert checkpointer.steps() == []
+    register_constraint(Odd)
+    try:
+        assert_same_constraint(built(described(Odd(3), "x"), "x"), Odd(3))
+    finally:
+        del _KNOWN["Odd"]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.frozen = nn.Parameter(torch.randn(2), requires_grad=False)
+
+    def forward(self, x):
+        return self.norm(self.first(x))
+
+
+def test_modules_when_restored_have_their_buffers_and_parameters_in_the_tensors_they_had(tmp_path):
+    def fill(net: Net) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pyro says that frozen parameters are not in its store
+            pyro.module("net", net)
+        net(torch.randn(8, 3))
+
+    net = Net()
+    fill(net)
+    expected = {name: value.clone() for name, value in net.state_dict().items()}
+    with Checkpointer(tmp_path, {"net": net}, backend=Single()) as checkpointer:
+        checkpointer.save(1)
+    pyro.clear_param_store()
+    other = Net()
+    before = dict(other.named_parameters())
+    with Checkpointer(tmp_path, {"net": other}, backend=Single()) as checkpointer:
+        checkpointer.restore()
+    assert_equal(dict(other.state_dict()), expected)
+    fill(other)
+    assert all(
+        pyro.get_param_store()._params[f"net$$${name}"] is before[name] for name in ("first.weight", "norm.bias")
+    )
+
+
+def test_extras_when_saved_are_loaded_into_the_object_of_that_name(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler._lazy_init_scale_growth_tracker(torch.device("cpu"))
+    with Checkpointer(tmp_path, {"scaler": scaler}, backend=Single()) as checkpointer:
+        checkpointer.save(5, progress={"epoch": 2, "rows": [1, 2]})
+        checkpointer.wait()
+        scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0})
+        restored = checkpointer.restore(5)
+    assert scaler.state_dict()["scale"] == 64.0
+    assert (restored.step, restored.progress) == (5, {"epoch": 2, "rows": [1, 2]})
+
+
+def test_noise_when_restored_goes_on_with_the_same_numbers(tmp_path):
+    def draw():
+        return random.random(), np.random.randn(3).tolist(), torch.randn(3).tolist(), random.gauss(0, 1)
+
+    draw()
+    with Checkpointer(tmp_path, backend=Single()) as checkpointer:
+        checkpointer.save(1)
+        expected = draw()
+        assert draw() != expected
+        checkpointer.restore()
+        assert draw() == expected
 
 
 @pytest.mark.parametrize("package", [pyro.optim, distopt.optim], ids=["pyro", "distopt"])

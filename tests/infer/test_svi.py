@@ -10,12 +10,13 @@ import pyro.distributions as dist
 import pyro.infer
 import pytest
 import torch
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, init_to_value
 
 from distopt.backends import current
 from distopt.data import GlobalBatches
 from distopt.infer import SVI
-from distopt.optim import Adam, DistributedOptimizer
+from distopt.optim import SGD, Adam, DistributedOptimizer, ReduceOptions, StepInfo
 from tests.workers import world
 
 NUM_ROWS = 11
@@ -138,3 +139,35 @@ def test_optimizer_that_is_not_distributed_gives_pyros_svi() -> None:
     svi = SVI(model, guide(), pyro.optim.Adam({"lr": 0.05}), pyro.infer.Trace_ELBO())
     loss = svi.step(data()[GlobalBatches(11, 7, 3).rows(0)])
     assert [loss] == expected_losses and parameters() == expected
+
+
+def delta_model() -> None:
+    pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+def delta_guide() -> None:
+    pyro.sample("z", dist.Delta(pyro.param("x", torch.tensor(3.0))))
+
+
+def test_step_with_returns_what_a_loop_reads() -> None:
+    svi = SVI(delta_model, delta_guide, DistributedOptimizer(SGD({"lr": 0.5})), Trace_ELBO())
+    loss = -dist.Normal(0.0, 1.0).log_prob(torch.tensor(3.0)).item()
+    info = svi.step_with(step=0, stop=True, measure_norm=True)
+    assert info == StepInfo(pytest.approx(loss), stop=True, num_active=1, gradient_norm=pytest.approx(3.0))
+    assert pyro.param("x").item() == 1.5
+    assert svi.step_with(step=1).gradient_norm is None
+
+
+def test_loss_of_a_call_that_only_adds_gradients_is_this_ranks() -> None:
+    options = ReduceOptions(backward_passes_per_step=2)
+    svi = SVI(delta_model, delta_guide, DistributedOptimizer(SGD({"lr": 0.1}), reduce=options), Trace_ELBO())
+    first, second = svi.step_with(), svi.step_with()
+    assert (first.num_active, second.num_active) == (0, 1)
+    assert first.loss == second.loss == -dist.Normal(0.0, 1.0).log_prob(torch.tensor(3.0)).item()
+    torch.testing.assert_close(pyro.param("x").detach(), torch.tensor(3.0 - 0.1 * 6.0))
+
+
+def test_step_with_of_an_optimizer_that_is_not_distributed_is_an_error() -> None:
+    svi = SVI(delta_model, delta_guide, SGD({"lr": 0.1}), Trace_ELBO())
+    with pytest.raises(TypeError, match=r"step_with\(\) needs a DistributedOptimizer, found PyroOptim; use step\(\)"):
+        svi.step_with()

@@ -85,7 +85,9 @@ def test_host_that_does_not_share_the_folder_or_has_no_python_is_refused(lacks, 
         assert "launch.hosts: dh2 does not see runs/run/launch.json, which is here" in run.err
         assert FollowedJob(run.run_dir).state().detail == "exit status 2"
     else:
-        assert f"launch.hosts: dh2 has no {sys.executable}; install distopt there in the same place" in run.err
+        assert (
+            f"launch.hosts: dh2 has no {sys.executable}; install distopt there at the same path, or share it" in run.err
+        )
         assert not run.run_dir.exists()
 
 

@@ -36,7 +36,7 @@ def test_workers_of_one_machine_meet_in_a_file_unless_a_port_is_named():
 
 def test_each_host_gets_an_agent_over_ssh_in_the_same_folder_and_the_first_one_hosts_the_rendezvous():
     plan = TorchrunPlatform().plan(parse_config(TASK, [HOSTS, "launch.min_hosts=1"]))
-    assert (plan.heartbeat, plan.least, [command.host for command in plan.commands]) == (
+    assert (plan.heartbeat, plan.min_hosts, [command.host for command in plan.commands]) == (
         True, 1, ["203.0.113.1", "203.0.113.2"],
     )  # fmt: skip
     for index, command in enumerate(plan.commands):

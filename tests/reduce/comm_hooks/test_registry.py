@@ -92,7 +92,7 @@ def test_options_refuse_overlap_exactly_for_hooks_that_cannot(name: str) -> None
 def test_hook_that_cannot_be_used_is_an_error_with_its_name() -> None:
     with pytest.raises(ConfigError, match="reduce.compression: found .*has no SumOfSines; did you mean SumOfSigns"):
         make_hook(Single(), ReduceOptions(compression=NAMED.replace("Signs", "Sines")))
-    with pytest.raises(TypeError, match="is not a subclass of distopt.reduce.CommHook"):
+    with pytest.raises(ConfigError, match="Unready, expected a subclass of distopt.reduce.comm_hooks.CommHook"):
         make_hook(Single(), ReduceOptions(compression=NAMED.replace("SumOfSigns", "Unready")))
     with pytest.raises(ValueError, match="overlap=True needs a CommHook with can_overlap=True"):
         make_hook(Single(), ReduceOptions(compression=NAMED, overlap=True))

@@ -1,4 +1,4 @@
-"""Pyro's own files come in and go out, what is in a pickle beside them does not; the commands say what is there."""
+"""Pyro's own files come in and go out; what is in a pickle beside them does not."""
 
 from __future__ import annotations
 
@@ -12,17 +12,12 @@ import pyro.optim
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
-from typer.testing import CliRunner
 
 from distopt.backends.single import Single
 from distopt.checkpoint import Checkpointer, CheckpointError
-from distopt.checkpoint.cli import app
 from distopt.checkpoint.pyro_files import import_pyro, load_state_dict, read_torch_file
+from tests.checkpoint.runs import command
 from tests.checkpoint.states import assert_equal
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, list(map(str, arguments)))
 
 
 @pytest.fixture
@@ -44,7 +39,9 @@ def files(tmp_path):
 
 def test_files_of_pyro_when_imported_are_what_a_run_goes_on_from_and_come_out_again(files):
     root, params, state = files
-    imported = run("import", root / "params.pt", "--optimizer", root / "optim.pt", "--to", root / "run", "--step", "70")
+    imported = command(
+        "import", root / "params.pt", "--optimizer", root / "optim.pt", "--to", root / "run", "--step", "70"
+    )
     assert imported.exit_code == 0, imported.output
     pyro.clear_param_store()
     optimizer = pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.9})
@@ -55,13 +52,13 @@ def test_files_of_pyro_when_imported_are_what_a_run_goes_on_from_and_come_out_ag
             pyro.get_param_store()._constraints["scale"].base_constraint, type(constraints.interval(0, 1))
         )
         checkpointer.save(71)
-    assert run("export", root / "run", root / "again.pt").exit_code == 0
-    assert run("export", root / "run", root / "optim-again.pt", "--what", "optimizer").exit_code == 0
+    assert command("export", root / "run", root / "again.pt").exit_code == 0
+    assert command("export", root / "run", root / "optim-again.pt", "--what", "optimizer").exit_code == 0
     pyro.clear_param_store()
     pyro.get_param_store().load(root / "again.pt")  # Pyro's own reader
     assert_equal({name: value.detach() for name, value in pyro.get_param_store().named_parameters()}, params)
     assert_equal(torch.load(root / "optim-again.pt", weights_only=False), state)
-    assert run("export", root / "run", root / "again.pt").exit_code == 1  # never over a file
+    assert command("export", root / "run", root / "again.pt").exit_code == 1  # never over a file
 
 
 class Canary:
@@ -78,7 +75,7 @@ def test_pickle_that_runs_code_when_imported_is_refused_and_runs_nothing(tmp_pat
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Canary(canary)))
     (tmp_path / "text.pt").write_text("hello")
     for name in ("evil.pt", "plain.pt", "text.pt"):
-        result = run("import", tmp_path / name, "--to", tmp_path / "run")
+        result = command("import", tmp_path / name, "--to", tmp_path / "run")
         assert result.exit_code == 1 and name in result.output
     assert not os.path.exists(canary)
     torch.save({"a": 1}, tmp_path / "other.pt")
@@ -118,7 +115,7 @@ def test_state_dict_of_a_guide_when_imported_is_what_a_run_goes_on_from_and_come
     guide = guide_of(2)
     expected = {key: value.clone() for key, value in guide.state_dict().items()}
     torch.save(guide.state_dict(), tmp_path / "guide.pt")
-    imported = run("import", "--module", f"guide={tmp_path / 'guide.pt'}", "--to", tmp_path / "run", "--step", 9)
+    imported = command("import", "--module", f"guide={tmp_path / 'guide.pt'}", "--to", tmp_path / "run", "--step", 9)
     assert imported.exit_code == 0, imported.output
     other = guide_of(3)
     with Checkpointer(tmp_path / "run", {"guide": other}, backend=Single()) as checkpointer:
@@ -129,34 +126,14 @@ def test_state_dict_of_a_guide_when_imported_is_what_a_run_goes_on_from_and_come
         with torch.no_grad():
             other.locs.z_unconstrained.fill_(5.0)
         checkpointer.save(10)
-    exported = run("export", tmp_path / "run", tmp_path / "again.pt", "--what", "module", "--name", "guide")
+    exported = command("export", tmp_path / "run", tmp_path / "again.pt", "--what", "module", "--name", "guide")
     assert exported.exit_code == 0, exported.output
     again = torch.load(tmp_path / "again.pt", weights_only=True)
     expected["locs.z_unconstrained"].fill_(5.0)
     assert_equal({key: again[key] for key in expected}, expected)
     third = guide_of(4)
     assert third.load_state_dict(again).missing_keys == []
-    unknown = run("export", tmp_path / "run", tmp_path / "more.pt", "--what", "module", "--name", "other")
+    unknown = command("export", tmp_path / "run", tmp_path / "more.pt", "--what", "module", "--name", "other")
     assert unknown.exit_code == 1 and "no module 'other'; it has ['guide']" in unknown.output
-    assert run("import", "--module", "guide", "--to", tmp_path / "run").exit_code == 1
-    assert run("import", "--to", tmp_path / "run").exit_code == 1
-
-
-def test_inspect_and_verify_tell_what_is_there_and_what_is_broken(tmp_path):
-    pyro.param("weights", torch.zeros(200, 200))
-    config = {"seed": 7}
-    with Checkpointer(tmp_path, backend=Single(), config=config) as checkpointer:
-        checkpointer.save(3, progress={"epoch": 1})
-        checkpointer.save(4)
-    seen = run("inspect", tmp_path, "--tensors").output
-    for words in ("step 4, 1 rank(s)", "step 3", '{"epoch": 1}', '{"seed": 7}', "replicated/params/weights/value: F32"):
-        assert words in seen
-    whole = run("verify", tmp_path)
-    assert whole.exit_code == 0 and whole.output.count("whole") == 2
-    path = tmp_path / "step-00000004" / "replicated.safetensors"
-    os.truncate(path, 100)
-    broken = run("verify", tmp_path)
-    assert broken.exit_code == 1
-    assert "BAD" in broken.output and "replicated.safetensors has 100 bytes, its manifest says" in broken.output
-    missing = run("verify", tmp_path / "nowhere")
-    assert missing.exit_code == 1 and "no checkpoint there" in missing.output
+    assert command("import", "--module", "guide", "--to", tmp_path / "run").exit_code == 1
+    assert command("import", "--to", tmp_path / "run").exit_code == 1

@@ -1,16 +1,38 @@
-"""Whatever ends or fails a save, at any system call: the newest acknowledged checkpoint loads, the next save works."""
+"""Whatever ends or fails a save, at any system call or message, on one rank or two: all of it is there, or nothing."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
+import torch
 
-from tests.checkpoint import faults, power
+from distopt.checkpoint import Retention
+from distopt.checkpoint.background import BackgroundSave
+from distopt.checkpoint.commit import Attempt
+from distopt.checkpoint.failpoint import NAMES
+from distopt.checkpoint.manifest import Manifest
+from distopt.checkpoint.reader import candidates
+from distopt.checkpoint.snapshot import HostMemory, take_snapshot
+from distopt.checkpoint.storage.base import open_storage
+from tests.checkpoint import driver, faults, power
+
+OF_TRAINING = {"after_snapshot", "after_agreement"}  # passed before the protocol starts, with the process group
+
+
+POINTS = [name for name in NAMES if name not in OF_TRAINING]
+
 
 needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace (Debian package strace)")
+
+
 ERRORS = {
     "mkdir": ("ENOSPC", "EROFS", "EACCES"),
     "openat": ("EMFILE", "EROFS", "EACCES", "ENOSPC"),
@@ -142,3 +164,88 @@ def test_harness_when_the_second_rank_leaves_out_its_fsync_finds_it(tmp_path):
     targets = [(0, "unlinkat", 1), (0, "rmdir", 1)]
     found = power.cut_everywhere("xfs", tmp_path, targets, world_size=2, planted="no-fsync", timeout_s=60)
     assert found.keys() == {"rank 0, unlinkat-1", "rank 0, rmdir-1"}
+
+
+def save_on_two(root, step, failpoint, timeout_s):
+    """Both ranks save a step; returns each one's (exit status, acknowledged, what it wrote to stderr)."""
+    environment = {**os.environ, "DISTOPT_FAILPOINT": failpoint}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.checkpoint.driver", str(root), str(step), f"{rank}/2/{timeout_s}"],
+            cwd=faults.ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    done = []
+    hanging = [int(failpoint.split(":")[1][-1])] if failpoint.endswith(":hang") else []
+    for rank in [rank for rank in range(2) if rank not in hanging] + hanging:
+        if rank in hanging:
+            ranks[rank].kill()
+        out, err = ranks[rank].communicate(timeout=30)
+        done.append((rank, (ranks[rank].returncode, f"ACK {step}" in out, err)))
+    return [result for _, result in sorted(done)]
+
+
+@pytest.mark.parametrize("action", ["kill", "raise", "hang"])
+def test_ranks_when_one_is_lost_at_any_message_commit_or_abort_together(action, tmp_path):
+    faults.start(tmp_path / "start")
+
+    def attack(point_and_rank):
+        point, rank = point_and_rank
+        root = tmp_path / f"{point}-{rank}"
+        shutil.copytree(tmp_path / "start", root)
+        ranks = save_on_two(root, 3, f"{point}:rank{rank}:{action}", timeout_s=3)
+        newest = driver.newest_good(root)
+        found = [f"acknowledged, but {newest} is the newest" for _, acked, _ in ranks if acked and newest != 3]
+        status, acked, err = ranks[1 - rank]
+        if not acked and status == 0:
+            found.append("the survivor neither acknowledged nor failed")
+        if newest == 3 and not acked:
+            found.append("committed, and the survivor does not know")
+        if newest != 3 and not re.search(r"rank(\(s\) \[| )\d", err):
+            found.append(f"the survivor names no rank: {err[-300:]}")
+        return found + faults.violations(root, max(2, newest), 3)
+
+    cases = [(point, rank) for point in POINTS for rank in range(2)]
+    with ThreadPoolExecutor(4) as pool:
+        wrong = {case: found for case, found in zip(cases, pool.map(attack, cases), strict=True) if found}
+    assert wrong == {}
+
+
+def test_ranks_when_none_is_lost_both_acknowledge(tmp_path):
+    faults.start(tmp_path)
+    assert [(status, acked) for status, acked, _ in save_on_two(tmp_path, 3, "", 20)] == [(0, True), (0, True)]
+    assert driver.newest_good(tmp_path) == 3
+    assert len(list((tmp_path / "step-00000003").iterdir())) == 7
+
+
+def test_rank_that_fails_is_named_with_its_cause_by_rank_0_at_once(tmp_path):
+    faults.start(tmp_path)
+    (status, acked, err), _ = save_on_two(tmp_path, 3, "after_write:rank1:raise", 25)
+    assert status != 0 and not acked
+    assert "CheckpointError: rank 1 of 2: OSError: [Errno 5] failpoint after_write" in err
+
+
+def test_rank_that_writes_to_an_object_store_before_rank_0_does_keeps_its_files():
+    storage = open_storage("memory://ahead")
+
+    def save(rank):
+        attempt = Attempt(1, "0123456789ab", rank, 2, timedelta(seconds=10))
+        snapshots = {f"rank-{rank:05d}": take_snapshot({"x": torch.ones(3)}, HostMemory(), "own")}
+        return BackgroundSave(
+            storage, attempt, snapshots, lambda files: Manifest(1, attempt.id, 0, 2, files), Retention(2), lambda: None
+        )
+
+    leader, follower = save(0), save(1)
+    follower.start()
+    while ".prepared-00001.json" not in storage.files("step-00000001-0123456789ab"):
+        time.sleep(0.01)
+    leader.start()
+    for one in (leader, follower):
+        one.wait(timedelta(seconds=20))
+        one.finish()
+    assert [one.step for one in candidates(storage) if one.manifest] == [1]

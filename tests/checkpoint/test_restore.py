@@ -1,0 +1,116 @@
+"""Which checkpoint a run resumes from, and what of it each rank reads."""
+
+from __future__ import annotations
+
+import logging
+
+import pyro
+import pytest
+import torch
+
+from distopt.backends import current
+from distopt.backends.single import Single
+from distopt.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    ConfigMismatchError,
+)
+from distopt.checkpoint.reader import candidates
+from distopt.checkpoint.storage.base import open_storage
+from tests import workers
+from tests.checkpoint.damage import BEFORE, LAST, flip
+from tests.checkpoint.runs import checkpointer, value
+
+
+def test_restore_finds_by_step_and_path_and_says_what_there_is(tmp_path):
+    with checkpointer(tmp_path / "a" / "checkpoints") as keeper:
+        for step in (1, 2):
+            value(step)
+            keeper.save(step)
+        keeper.wait()
+        assert keeper.restore("never") is None
+        assert keeper.restore(1).step == 1 and pyro.param("x")[0] == 1
+        with pytest.raises(CheckpointError, match=r"no checkpoint of step 7; there are \[1, 2\]"):
+            keeper.restore(7)
+    with checkpointer(tmp_path / "b") as keeper:
+        assert keeper.restore() is None
+        assert keeper.restore(tmp_path / "a").step == 2
+        assert keeper.restore(str(tmp_path / "a" / "checkpoints" / "step-00000001")).step == 1
+        with pytest.raises(CheckpointError, match="no checkpoint there"):
+            keeper.restore(tmp_path / "nowhere")
+        value(9)
+        keeper.save(9)
+    assert [one.step for one in candidates(open_storage(tmp_path / "b"))] == [9]
+
+
+def test_checkpoint_of_another_configuration_is_refused_with_the_difference_unless_told_otherwise(tmp_path):
+    config = {"seed": 1, "optim": {"name": "Adam", "args": {"lr": 0.1}}, "name": "a", "reduce": {"op": "average"}}
+    value(1)
+    with checkpointer(tmp_path, config=config) as keeper:
+        keeper.save(1)
+    changed = config | {"optim": {"name": "Adam", "args": {"lr": 0.2}}, "extra": 1}
+    with checkpointer(tmp_path, config=changed) as keeper:
+        with pytest.raises(ConfigMismatchError) as refused:
+            keeper.restore()
+        assert "optim.args.lr: 0.1 in the checkpoint, 0.2 now" in str(refused.value)
+        assert "extra: absent in the checkpoint, 1 now" in str(refused.value)
+        assert keeper.restore(any_config=True).step == 1
+    changed = config | {"name": "b", "reduce": {"op": "sum"}, "optim": config["optim"] | {"name": "SGD"}}
+    with checkpointer(tmp_path, config=changed) as keeper:
+        with pytest.raises(ConfigMismatchError) as refused:
+            keeper.restore()
+        assert str(refused.value).splitlines()[1:-1] == [
+            "  name: 'a' in the checkpoint, 'b' now",
+            "  optim.name: 'Adam' in the checkpoint, 'SGD' now",
+            "  reduce.op: 'average' in the checkpoint, 'sum' now",
+        ]
+    with checkpointer(tmp_path, config=changed, ignore_keys=("name", "optim.name", "reduce")) as keeper:
+        assert keeper.restore().step == 1
+
+
+def test_run_when_all_checkpoints_are_bad_does_not_start_from_zero(root):
+    for folder in (LAST, BEFORE):
+        flip(root / folder / "replicated.json.gz")
+    with Checkpointer(root, backend=Single()) as checkpointer:
+        with pytest.raises(CheckpointError, match="none of the 2 checkpoints can be loaded"):
+            checkpointer.restore()
+        with pytest.raises(CheckpointError, match="none of the 1"):
+            checkpointer.restore(2)
+
+
+def _save_rank_state(directory, steps):
+    backend = current()
+    norm = torch.nn.BatchNorm1d(2)
+    pyro.param("x", torch.arange(3.0))
+    pyro.set_rng_seed(10 + backend.rank)
+    with Checkpointer(directory, {"norm": norm}, background=backend.rank % 2 == 0) as keeper:
+        for step in steps:
+            norm(torch.randn(4, 2))
+            keeper.save(step, progress={"step": step})
+        keeper.wait()
+    return norm.running_mean.tolist(), torch.rand(2).tolist()
+
+
+def _restore_rank_state(directory):
+    norm = torch.nn.BatchNorm1d(2)
+    with Checkpointer(directory, {"norm": norm}) as keeper:
+        restored = keeper.restore()
+    return restored.step, restored.world_size, norm.running_mean.tolist(), torch.rand(2).tolist()
+
+
+def test_run_on_other_numbers_of_ranks_goes_on_with_replicated_state_and_defined_noise(tmp_path, caplog):
+    saved = workers.world("torch_dist", 2).run(_save_rank_state, str(tmp_path), [1, 2])
+    same = workers.world("torch_dist", 2).run(_restore_rank_state, str(tmp_path))
+    assert [(mean, noise) for _, _, mean, noise in same] == [tuple(rank) for rank in saved]
+    assert saved[0][0] != saved[1][0]  # batch statistics are each rank's own
+    norm = torch.nn.BatchNorm1d(2)
+    caplog.set_level(logging.WARNING)
+    with checkpointer(tmp_path, {"norm": norm}) as keeper:
+        assert keeper.restore().world_size == 2
+        assert (norm.running_mean.tolist(), torch.rand(2).tolist()) == saved[0]
+        assert "resumed on 1 rank(s) from a checkpoint of 2" in caplog.text
+        keeper.save(3)
+    wider = workers.world("torch_dist", 2).run(_restore_rank_state, str(tmp_path))
+    again = workers.world("torch_dist", 2).run(_restore_rank_state, str(tmp_path))
+    assert wider == again
+    assert wider[0][3] != wider[1][3]
