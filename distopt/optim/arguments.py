@@ -20,8 +20,11 @@ def check_args(what: str, args: Any) -> None:
 
 
 def num_arguments(function: Callable[..., Any]) -> int:
-    """Returns how many arguments `function` declares."""
-    return len(inspect.signature(function).parameters)
+    """Returns how many arguments `function` declares; 1 for a builtin that tells nothing, such as `dict.get`."""
+    try:
+        return len(inspect.signature(function).parameters)
+    except ValueError:
+        return 1
 
 
 def args_for(what: str, args: Args, name: str) -> dict[str, Any]:

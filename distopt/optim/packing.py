@@ -219,7 +219,7 @@ class Segments:
         """Overwrites all segments with dense `tensors` of their shapes, dtype and device; no gradient is recorded."""
         if self._joined is not None:
             torch.cat(list(tensors), out=self._joined)
-        else:
+        elif self._shapes:
             torch._foreach_copy_(self.views, list(tensors))
 
 

@@ -204,8 +204,8 @@ def test_state_saved_in_the_middle_goes_on_in_either_module(kind, direction, tmp
         # loads, and a schedule that was loaded for a parameter not seen again yet stands still.
         again = (lambda o: handed_over(o, lambda: make(pyro.optim), tmp_path)) if second is pyro.optim else None
         expected, _ = run(lambda: make(pyro.optim), schedule, resume=again)
-        found, _ = run(lambda: make(first), schedule, resume=lambda o: handed_over(o, lambda: make(second), tmp_path))
-        assert_close(found, expected)
+        values, _ = run(lambda: make(first), schedule, resume=lambda o: handed_over(o, lambda: make(second), tmp_path))
+        assert_close(values, expected)
 
 
 @pytest.mark.parametrize("kind", ["ClippedAdam", "DCTAdam"])

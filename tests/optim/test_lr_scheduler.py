@@ -4,7 +4,7 @@ import pyro
 import pytest
 import torch
 
-from distopt.optim import ChainedScheduler, ClippedAdam, ExponentialLR, SequentialLR, by_name
+from distopt.optim import ChainedScheduler, ExponentialLR, SequentialLR
 from distopt.optim.groups import PackedGroup
 
 SPECS = [("ConstantLR", {"factor": 0.5, "total_iters": 3}), (torch.optim.lr_scheduler.ExponentialLR, {"gamma": 0.8})]
@@ -74,28 +74,9 @@ def test_one_schedule_serves_all_parameters_of_one_birth():
     assert rates == {"x0": 0.25, "x1": 0.25, "x2": 0.5, "x3": 0.5}
 
 
-def test_arguments_follow_patterns_of_names():
-    args = by_name({"lr": 0.1}, {"AutoNormal.scales.*": {"lr": 0.5}, "*.b": {"clip_norm": 1.0}})
-    optim = ClippedAdam(args)
-    names = ["AutoNormal$$$locs.a", "AutoNormal$$$scales.a", "AutoNormal$$$scales.b"]
-    params = [pyro.param(name, torch.zeros(2)).unconstrained() for name in names]
-    for p in params:
-        p.grad = torch.ones(2)
-    optim(params)
-    found = {n: s["param_groups"][0] for n, s in optim.get_state().items()}
-    assert [(found[n]["lr"], found[n]["clip_norm"]) for n in names] == [(0.1, 10.0), (0.5, 10.0), (0.5, 1.0)]
-
-
-def test_global_norm_is_one_norm_over_all_parameters():
-    import distopt.optim
-
-    shapes = [(3,), (2, 2), (50_000,)]
-    params = [pyro.param(f"x{i}", torch.zeros(s)).unconstrained() for i, s in enumerate(shapes)]
-    twins = [torch.zeros(s, requires_grad=True) for s in shapes]
-    for p, q in zip(params, twins, strict=True):
-        p.grad = torch.randn(p.shape)
-        q.grad = p.grad.clone()
-    torch.nn.utils.clip_grad_norm_(twins, 0.7)
-    distopt.optim.SGD({"lr": 1.0}, {"global_norm": 0.7})(params)
-    for p, q in zip(params, twins, strict=True):
-        torch.testing.assert_close(-p.detach(), q.grad, rtol=1e-5, atol=1e-8)
+def test_scheduler_without_optimizer_is_refused_and_its_arguments_are_left_alone():
+    with pytest.raises(ValueError, match="'optimizer'"):
+        ExponentialLR({"gamma": 0.9})
+    args = {"optimizer": torch.optim.SGD, "optim_args": {"lr": 0.1}, "gamma": 0.9}
+    ExponentialLR(args)
+    assert set(args) == {"optimizer", "optim_args", "gamma"}

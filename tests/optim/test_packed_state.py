@@ -81,10 +81,10 @@ def test_run_resumed_from_columns_takes_the_same_steps_bit_by_bit(kind):
 
     for seed in range(4):
         schedule = Schedule.random(seed, save_at=6)
-        (expected, state), (found, packed) = (
+        (expected, state), (values, packed) = (
             run(lambda: make(kind), schedule, resume=r) for r in (by_name, in_columns)
         )
-        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(expected, values, strict=True))
         assert exact(packed) == exact(state)
 
 

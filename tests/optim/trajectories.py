@@ -1,10 +1,12 @@
-"""Runs one schedule of gradients through an optimizer of any module, so that two modules can be compared."""
+"""Schedules of gradients for an optimizer of any module, so that two modules can be compared; and single steps."""
 
 import random
 from dataclasses import dataclass, field
 
 import pyro
 import torch
+
+from distopt.optim import Adam, FlatGradients
 
 SHAPES = [(3,), (), (2, 3), (1,), (4,), (5,), (2, 1, 2), (7,)]
 
@@ -63,10 +65,10 @@ def run(make, schedule, dtype=torch.float64, resume=None):
     """Returns all parameter values after `schedule`, and the state.
 
     Args:
-        make: returns the optimizer.
-        schedule: what to do.
-        dtype: of parameters and gradients.
-        resume: given the optimizer in the middle of the run, returns the one that goes on.
+        make: Returns the optimizer.
+        schedule: What to do.
+        dtype: Of parameters and gradients.
+        resume: Given the optimizer in the middle of the run, returns the one that resumes.
     """
     params = start(dtype)
     optim = make()
@@ -82,7 +84,73 @@ def run(make, schedule, dtype=torch.float64, resume=None):
     return [p.detach().clone() for p in params], optim.get_state()
 
 
-def assert_close(found, expected, dtype=torch.float64):
-    """The tolerance of the issue: 1e-12 in float64, 1e-6 in float32."""
+def assert_close(values, expected, dtype=torch.float64):
+    """Compares with a tolerance of a few roundings: 1e-12 in float64, 1e-6 in float32."""
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 3e-2}[dtype]
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(values, expected, rtol=tolerance, atol=tolerance)
+
+
+TENSOR_SHAPES = [(7,), (), (3, 5), (2, 1)]
+
+
+def stepped(params, optim=None, times=1):
+    """Steps `params` by gradients of ones, and returns the optimizer; Adam without one."""
+    optim = optim or Adam({"lr": 0.1})
+    for _ in range(times):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optim(params)
+    return optim
+
+
+def groups(optim, kind):
+    """The groups of one kind in which an optimizer steps its parameters."""
+    return [g for g in optim._groups if isinstance(g, kind)]
+
+
+def flat_gradients(params):
+    """The gradients of `params` in one buffer."""
+    names = tuple(pyro.get_param_store().param_name(p) for p in params)
+    return FlatGradients(names, tuple(params), torch.cat([p.grad.reshape(-1) for p in params]))
+
+
+def reference(values, times):
+    """One torch optimizer per tensor, stepped `times` times by ones."""
+    results = []
+    for value in values:
+        p = value.clone().requires_grad_()
+        optim = torch.optim.Adam([p], lr=0.1)
+        for _ in range(times):
+            p.grad = torch.ones_like(p)
+            optim.step()
+        results.append(p.detach())
+    return results
+
+
+def param(name="x", size=3, gradient=1.0):
+    """A parameter of the store, of zeros, and its gradient."""
+    p = pyro.param(name, torch.zeros(size)).unconstrained()
+    p.grad = torch.full_like(p, gradient)
+    return p
+
+
+def value(name="x"):
+    """The present value of a parameter of the store."""
+    return pyro.param(name).detach().clone()
+
+
+def steps_of(constructor, args, dtype, prepare=lambda p: None, steps=6, skip=True):
+    """The values of tensors of `TENSOR_SHAPES` after some steps of a torch optimizer that is given them as a list."""
+    generator = torch.Generator().manual_seed(0)
+    params = [
+        torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in TENSOR_SHAPES
+    ]
+    for p in params:
+        prepare(p)
+    optim = constructor(params, **args)
+    for t in range(steps):
+        for i, p in enumerate(params):
+            gradient = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(dtype)
+            p.grad = None if skip and (t + i) % 3 == 0 else gradient
+        optim.step()
+    return [p.detach() for p in params]

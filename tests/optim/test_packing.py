@@ -1,10 +1,14 @@
-"""The compiled loops do what those in Python do, whatever they are given; and the optimizers do without them."""
+"""Packed parameters stay the user's own tensors, and the compiled loops over them do what those in Python do."""
 
+import copy
 import gc
+import io
 import logging
 import shutil
 import sys
 
+import numpy as np
+import pyro
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import distopt.optim
 from distopt.optim import packing
-from distopt.optim.packing import Arena, GradientBuffer
-from tests.optim.trajectories import OPTIMIZERS, SHAPES, Schedule, run
+from distopt.optim.groups import ListGroup, PackedGroup
+from distopt.optim.packing import Arena, FlatGradients, GradientBuffer, Segments
+from tests.optim.trajectories import OPTIMIZERS, SHAPES, Schedule, groups, run, stepped
 
 needs_compiled = pytest.mark.skipif(
     packing._compiled is None, reason="no compiler was there when distopt was installed"
@@ -106,14 +111,14 @@ def test_gradients_are_gathered_as_python_gathers_them(shapes, dtype, gradients,
     if moved is not None:
         with torch.no_grad():
             params[moved % len(params)].data = params[moved % len(params)].detach().clone()
-    found = packing.gather(params, arena.flat, mine)
-    if found is None:
+    gathered = packing.gather(params, arena.flat, mine)
+    if gathered is None:
         assert set(gradients[: len(params)]) != {"dense"}
         return
-    assert found == (moved is None) == all(map(arena.holds, range(len(params))))
+    assert gathered == (moved is None) == all(map(arena.holds, range(len(params))))
     theirs = in_python(in_blocks.gather_)
-    assert (theirs is not None) is found
-    if found:
+    assert (theirs is not None) is gathered
+    if gathered:
         assert torch.equal(mine, theirs)
 
 
@@ -239,3 +244,96 @@ def test_without_compiled_loops_python_is_used(monkeypatch, caplog):
     with caplog.at_level(logging.DEBUG, logger="distopt.optim"):
         assert packing._load_compiled() is None
     assert "in Python" in caplog.text
+
+
+@pytest.mark.usefixtures("loops")
+def test_saving_or_copying_one_parameter_takes_its_own_bytes_alone():
+    params = [pyro.param(f"x{i}", torch.zeros(10)).unconstrained() for i in range(1000)]
+    stepped(params)
+    assert params[5].untyped_storage().nbytes() == 40
+    file = io.BytesIO()
+    torch.save(params[5].data, file)
+    assert file.tell() < 3_000
+    other = copy.deepcopy(params[5])
+    with torch.no_grad():
+        other.add_(1.0)
+    assert not torch.equal(other, params[5])
+
+
+@pytest.mark.usefixtures("loops")
+def test_in_place_changes_by_the_user_are_seen():
+    linear = torch.nn.Linear(3, 2)
+    pyro.module("net", linear)
+    params = list(linear.parameters())
+    optim = stepped(params)
+    linear.load_state_dict({"weight": torch.zeros(2, 3), "bias": torch.full((2,), 5.0)})
+    stepped(params, optim)
+    torch.testing.assert_close(linear.weight.detach(), torch.full((2, 3), -0.1))
+    torch.testing.assert_close(linear.bias.detach(), torch.full((2,), 4.9))
+
+
+@pytest.mark.usefixtures("loops")
+def test_memory_that_others_see_is_not_moved(tmp_path):
+    file = tmp_path / "memory"
+    file.write_bytes(bytes(12))
+    array = np.zeros(3, dtype=np.float32)
+    base = torch.zeros(4)
+    shared = torch.zeros(3).share_memory_()
+    mapped = torch.from_file(str(file), shared=True, size=3)
+    owned = [base[:2], shared, mapped, torch.from_numpy(array), torch.from_numpy(array)]
+    held, viewed = torch.zeros(3), torch.zeros(3)
+    alias = held.view(3, 1)
+    owned += [held, viewed.view(1, 3)]
+    params = [pyro.param(f"x{i}", t).unconstrained() for i, t in enumerate(owned)]
+    del owned, mapped
+    optim = stepped(params)
+    assert not groups(optim, PackedGroup)
+    assert len(groups(optim, ListGroup)) == 1
+    torch.testing.assert_close(base, torch.tensor([-0.1, -0.1, 0.0, 0.0]))
+    assert shared.is_shared()
+    np.testing.assert_allclose(np.frombuffer(file.read_bytes(), np.float32), -0.1, rtol=1e-5)
+    torch.testing.assert_close(alias, torch.full((3, 1), -0.1))
+    torch.testing.assert_close(viewed, torch.full((3,), -0.1))
+    torch.testing.assert_close(params[3].detach(), params[4].detach(), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("loops")
+def test_backward_through_a_stepped_parameter_raises_as_with_torch():
+    p = pyro.param("x", torch.ones(3)).unconstrained()
+    loss = (p * p).sum()
+    optim = stepped([p])
+    stepped([p], optim)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("shapes", [[(3,), (5,)], [(2, 3), (4, 3)], [(), ()], [(2,), (2, 1), ()], [(0,), (3,)], []])
+def test_segments_hold_tensors_side_by_side_whatever_their_strides(shapes):
+    tensors = [torch.randn(shape[::-1]).permute(tuple(range(len(shape) - 1, -1, -1))) for shape in shapes]
+    flat = torch.full((sum(t.numel() for t in tensors),), 7.0)
+    segments = Segments(flat, shapes)
+    segments.copy_(tensors)
+    expected = torch.cat([t.reshape(-1) for t in tensors]) if tensors else torch.zeros(0)
+    assert torch.equal(flat, expected)
+    assert all(torch.equal(view, t) for view, t in zip(segments.views, tensors, strict=True))
+    for view in segments.views:
+        view.zero_()
+    assert not flat.any()
+
+
+def test_offsets_are_where_each_gradient_starts_and_the_last_one_ends():
+    params = tuple(torch.zeros(shape) for shape in [(2, 3), (), (4,)])
+    assert FlatGradients(("a", "b", "c"), params, torch.zeros(11)).offsets() == [0, 6, 7, 11]
+
+
+def test_gradients_that_were_gathered_are_written_back_in_place():
+    params = tuple(parameter(shape) for shape in SHAPES)
+    gradients = GradientBuffer(Arena(params))
+    for p in params:
+        p.grad = torch.randn(p.shape)
+    before = [p.grad for p in params]
+    gradients.gather_().mul_(2.0)
+    expected = [2.0 * g for g in before]
+    gradients.write_back()
+    assert all(p.grad is g for p, g in zip(params, before, strict=True))
+    torch.testing.assert_close(before, expected)
