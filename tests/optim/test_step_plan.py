@@ -8,7 +8,7 @@ import torch
 
 from distopt.optim import SGD, Adam
 from distopt.optim.groups import PackedGroup
-from distopt.optim.plan import all_finite
+from distopt.optim.step_plan import all_finite
 from tests.optim.trajectories import flat_gradients, groups, reference, start, stepped
 
 pytestmark = pytest.mark.usefixtures("loops")
