@@ -1,4 +1,4 @@
-"""Which other tensors share a parameter's memory only because Pyro or torch forgot them there."""
+"""Tensors that share a parameter's memory and that nothing will read: left over by Pyro or torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor
 
 # Why this is needed. An autoguide runs the model once and makes its parameters of the values that were drawn: the
 # parameter and the value in the trace are two tensors over one memory. The guide keeps the trace for its names and
-# shapes, and nobody reads the values again. Without this search none of AutoNormal's parameters is packed: a step of
+# shapes, and does not read the values again. Without this search none of AutoNormal's parameters is packed: a step of
 # 400 of them takes 2.6 ms instead of 0.05 ms (one thread). The same holds for AutoDelta and AutoStructured.
 #
 # Why it is safe. Python counts the references to every tensor. When the holders that are known not to read it account
-# for all of them, nobody is left who could. One reference too many, from wherever, and the parameter stays where it is,
+# for all of them, nothing else can read it. One reference too many, from wherever, and the parameter stays where it is,
 # which costs time and never a wrong number.
 
 _SEARCH_REFERENCES = 3  # of `num_forgotten_aliases` itself: a dict, a variable and an argument
@@ -27,12 +27,12 @@ _SITE = frozenset({"type", "name", "fn", "value"})  # what every site of a trace
 
 
 def num_forgotten_aliases(params: Sequence[Tensor]) -> list[int]:
-    """Counts, for each of `params`, the tensors on its memory that nobody will read again.
+    """Counts, for each of `params`, the tensors on its memory that nothing will read again.
 
-    Those are the samples of traces from which an autoguide took its initial values, and tensors that `PyroParam`
-    replaced in the parameter store and that its index of names still holds; and the tensor of which a parameter is a
-    view, when nothing but the parameter holds it. Any other holder may want to see the parameter change: such a tensor
-    is not counted.
+    Those are samples in traces from which an autoguide took its initial values; tensors that `PyroParam` replaced in
+    the parameter store and that the store's index of names still holds; and the tensor of which a parameter is a view,
+    if only the parameter holds it. A tensor with any other holder is not counted: that holder may expect to see the
+    parameter change.
 
     Cost:
         One or two walks over all objects of the garbage collector, about 0.1 s; `Grouping` limits their number.

@@ -1,7 +1,7 @@
 """What is known of the torch optimizers: which may be packed or listed, and which switches make them quick.
 
-Nothing has to be known of an optimizer for it to work. One that is in no table here, a class of yours for example, gets
-each parameter by itself with exactly the arguments that you gave, as in `pyro.optim`.
+Nothing has to be known of an optimizer for it to work. For one that is in no table here, such as your own class, a
+separate instance is made for each parameter, with exactly the arguments that you gave, as in `pyro.optim`.
 """
 
 from __future__ import annotations

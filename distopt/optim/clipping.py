@@ -39,7 +39,7 @@ class Clip:
 
     @property
     def per_parameter(self) -> bool:
-        """Whether each parameter's gradient is clipped by itself."""
+        """Whether each parameter's gradient is clipped separately."""
         return self.clip_norm is not None or self.clip_value is not None
 
 

@@ -31,14 +31,15 @@ from distopt.optim.state import (
 # of steps: the touched ones leave with a copy of their state and make a group by themselves. So each different subset
 # costs a copy, once, and a group more at every step after.
 #
-# That must not go on without end. A model of minibatches may touch another half of its parameters at each step, and
-# after n steps every parameter would have a group. So a key (equal arguments, dtype, device) keeps few packed groups:
-# when there are more than MAX_PACKED, the smaller ones are listed together, in one group in which each parameter counts
-# its own steps. And once there is such a list, what splits off with fewer than _MIN_PACKED members goes there at once.
-# Lists are slower per parameter than packed groups, and their cost does not depend on how the parameters' lives differ.
+# The number of groups must stay small. A model of minibatches may touch another half of its parameters at each step,
+# and after n steps every parameter would have a group. So a key (equal arguments, dtype, device) keeps few packed
+# groups: when there are more than MAX_PACKED, the smaller ones are listed together, in one group in which each
+# parameter counts its own steps. And once there is such a list, what splits off with fewer than _MIN_PACKED members
+# goes there at once.
+# Lists are slower per parameter than packed groups, and their cost does not depend on which parameters a call touches.
 #
-# Groups are joined again only where state is placed anew: members that were moved, loaded or split off at one time are
-# sorted by `packing_key`, so those that have become equal share a group.
+# Groups are joined again only where parameters are assigned anew: members that were moved, loaded or split off at one
+# time are sorted by `packing_key`, so those that have become equal share a group.
 
 MAX_PACKED = 8
 """Packed groups of one key before the smaller ones are listed together, so that groups do not multiply."""
@@ -168,7 +169,7 @@ class Grouping:
         return extracted
 
     def set_alone(self, m: ParamRecord) -> bool:
-        """Gives `m` a torch optimizer by itself, from now on; returns whether it had none."""
+        """Gives `m` a torch optimizer for it alone from now on; returns whether it had none."""
         if m.alone:
             return False
         assignments = self.extract([m]) if m.group is not None else []

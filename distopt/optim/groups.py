@@ -2,7 +2,7 @@
 
 There are two kinds. A `PackedGroup` shows its optimizer a single flat tensor and costs one call however many parameters
 it has; its members must be equal in everything but their elements. A `ListGroup` hands its optimizer a list of tensors,
-each with a state and a number of steps of its own, and costs what torch's `foreach` or fused loops cost.
+each with a separate state and step count, and costs what torch's `foreach` or fused loops cost.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ParamRecord:
         clip: How its gradient is clipped.
         key: What parameters must have in common to share a group: arguments, clip, dtype, device, and when they were
             first seen where that matters (a schedule starts then).
-        alone: Whether it needs a torch optimizer by itself, without any switch that makes it quick.
+        alone: Whether it needs a torch optimizer for it alone, without any switch that makes it quick.
         named: Whether the parameter store has known it.
         group: Where it is stepped; None before its first step.
     """
@@ -268,7 +268,7 @@ class PackedGroup:
 class ListGroup:
     """Parameters of equal hyper-parameters and any number of steps: torch's list of tensors, a state for each.
 
-    Where the optimizer changes its hyper-parameters as it steps, each parameter has a torch parameter group by itself.
+    Where the optimizer changes its hyper-parameters as it steps, each parameter has a separate torch parameter group.
 
     Args:
         members: Parameters of one dtype and device, or a single one of any kind.
@@ -277,7 +277,7 @@ class ListGroup:
         states: One per member, of equal hyper-parameters; None for parameters not stepped yet.
 
     Attributes:
-        alone: Whether its one parameter has a torch optimizer by itself, as the user would build it.
+        alone: Whether it has one parameter, whose torch optimizer is built as the user would build it.
         switches: As given.
     """
 
@@ -315,7 +315,7 @@ class ListGroup:
 
     @property
     def is_separate(self) -> bool:
-        """Whether each parameter has hyper-parameters by itself."""
+        """Whether each parameter has separate hyper-parameters."""
         return self._group_of is not None
 
     def absorb(self, other: ListGroup) -> None:

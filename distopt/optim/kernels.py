@@ -162,7 +162,7 @@ def _step_fused(pending: Sequence[PendingStep], hyper: Hyper, step: int, lr: flo
         "lr": lr,
         "beta1": hyper.betas[0],
         "beta2": hyper.betas[1],
-        # Pyro adds eps to sqrt(v), torch to sqrt(v) / sqrt(1 - beta2^k): the same once it is divided alike.
+        # Pyro adds eps to sqrt(v), torch to sqrt(v) / sqrt(1 - beta2^k): the same if eps is divided by it too.
         "eps": hyper.eps / math.sqrt(1 - hyper.betas[1] ** step),
         "weight_decay": hyper.weight_decay,
     }

@@ -88,7 +88,7 @@ class MultiOptimizer:
     Derived classes override `step`, or `get_step` when they can return differentiable values.
 
     Attributes:
-        reduce: Combines a gradient (or Hessian) with those of other workers; by itself it returns what it is given.
+        reduce: Combines a gradient (or Hessian) with those of other workers; the default returns it unchanged.
             A distributed run sets it to an average over ranks.
     """
 

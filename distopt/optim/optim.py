@@ -40,7 +40,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             returns an optimizer.
         optim_args: Its keyword arguments; or a callable that returns them, given a parameter's name in the form of
             `nn.Module.named_parameters` (one argument) or module name and parameter name (two arguments).
-        clip_args: `clip_norm`, `clip_value` (each parameter by itself) and `global_norm` (one norm over all parameters
+        clip_args: `clip_norm`, `clip_value` (each parameter separately) and `global_norm` (one norm over all parameters
             of a call), or a callable that returns them, given one or two arguments as above.
         nonfinite: What to do with a step whose gradient is NaN or infinite somewhere: "step" regardless, as
             `pyro.optim` does, "skip" the step for all parameters, or "raise" FloatingPointError.
@@ -187,7 +187,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
 
     def _refuse(self, names: tuple[str, ...]) -> None:
         """Skips a step whose gradient is not finite, or raises."""
-        # The names are looked for only now: that takes a pass over each parameter by itself.
+        # The names are looked for only now: that takes a separate pass over each parameter.
         which = f"the gradient of {', '.join(map(repr, names))}" if names else "a gradient of another process"
         if self.nonfinite == "raise":
             raise FloatingPointError(f"{which} is not finite; no parameter was stepped.")

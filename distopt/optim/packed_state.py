@@ -1,6 +1,6 @@
 """Optimizer state in columns: what many parameters share is held once, and their tensors lie in one flat tensor each.
 
-`PyroOptim.get_state()` gives every parameter a state dict of its own, as `pyro.optim` does. For a thousand parameters
+`PyroOptim.get_state()` gives every parameter a separate state dict, as `pyro.optim` does. For a thousand parameters
 that are stepped together these are a thousand equal `param_groups` and three thousand tensors cut from three. A
 checkpoint needs neither the dicts nor the cuts: `PyroOptim.packed_state()` hands out the three tensors.
 """
@@ -49,6 +49,9 @@ class StateColumns:
         """Returns the state dict of each parameter, in the order of `names`.
 
         Elementwise tensors are views of the columns; the rest is a copy for each parameter.
+
+        Raises:
+            RuntimeError: A column is not as long as the shapes together.
         """
         count = len(self.names)
         optimizer = optimizer_state(self.shared)
@@ -75,7 +78,7 @@ class StateColumns:
     def select(self, keep: Sequence[bool]) -> StateColumns:
         """Returns the columns of those parameters alone for which `keep`, in the order of `names`, is true.
 
-        Where that is not all of them, the columns are copies.
+        Where that is neither all of them nor one, the columns are copies.
         """
         if all(keep):
             return self

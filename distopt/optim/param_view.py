@@ -15,7 +15,7 @@ def view_of(member: ParamRecord, group: Group) -> Any:
     """Returns the optimizer of one parameter, or its scheduler, as users of `pyro.optim` look at it.
 
     One that steps this parameter alone is torch's own. Others are views, made anew each time they are asked for:
-    nothing is kept up to date while nobody looks.
+    nothing is kept up to date between two uses.
     """
     if len(group.members) == 1 and member.alone:
         return group.handle

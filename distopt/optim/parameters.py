@@ -36,7 +36,7 @@ class ParamRegistry:
 
     A parameter is a tensor, not a name: one that is replaced in Pyro's store by another of its name has ended, and the
     new one begins without state. A parameter that leaves the store leaves the registry. Should it come back (as with
-    `ParamStoreDict.scope`), it resumes where it was: its state is kept for as long as somebody else keeps the tensor
+    `ParamStoreDict.scope`), it resumes where it was: its state is kept for as long as anything else keeps the tensor
     alive.
 
     Attributes:
@@ -137,13 +137,13 @@ class ParamRegistry:
     # -- parameters that go and come back ------------------------------------------------------------------------------
 
     def gone(self, touched: Iterable[ParamRecord]) -> list[ParamRecord]:
-        """Returns the parameters that the store has let go and that are not among `touched`."""
+        """Returns the parameters that were removed from the store and are not among `touched`."""
         store = dict(pyro.get_param_store().named_parameters())
         kept = {id(p) for p in store.values()} | {id(record.param) for record in touched}
         return [record for record in self._records.values() if record.named and id(record.param) not in kept]
 
     def remove(self, record: ParamRecord, state: State) -> None:
-        """Lets a parameter go; its state waits for its return while the tensor lives and its name is not taken over."""
+        """Removes a parameter; its state is kept, should it return, while the tensor exists and its name is free."""
         param = record.param
         key = id(param)
         self._sorted = None

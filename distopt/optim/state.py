@@ -148,7 +148,7 @@ def list_state(states: Sequence[State], *, separate: bool) -> State:
 
     Args:
         states: Of one parameter each, with equal schedules.
-        separate: Whether each has a parameter group of its own, so that their hyper-parameters may differ.
+        separate: Whether each has a separate parameter group, so that their hyper-parameters may differ.
     """
     optimizers = [optimizer_state(s) for s in states]
     values = {i: copied(o["state"][0]) for i, o in enumerate(optimizers) if o["state"].get(0)}

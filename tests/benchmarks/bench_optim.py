@@ -1,10 +1,10 @@
 """Times of one optimizer step, as ratios to `pyro.optim` and to one torch optimizer over the same list of tensors.
 
-    python -m tests.benchmarks.bench_optim [--quick] [WORD ...]
+    python -m tests.benchmarks.bench_optim [--quick] [NAME ...]
 
 One process, one thread, in time of that thread on its processor. Each number is the median over rounds in which the
-candidates take turns, so that a slow moment meets them all. With words, only the rows that have one of them
-in their name ("5,000", "SGD", "half", "state") are measured.
+candidates take turns, so that a slow moment affects all of them. With names, only the rows in whose name one of them
+occurs ("5,000", "SGD", "half", "state") are measured.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def steps(quick: bool, wanted: Callable[[str], bool]) -> Iterator[Row]:
             pyro_optim, optim = getattr(pyro.optim, name)(dict(args)), getattr(distopt.optim, name)(dict(args))
             optimizer = torch_list(listed)
             sets = set(theirs), set(mine)
-            found = interleaved(
+            medians = interleaved(
                 {
                     "pyro": lambda o=pyro_optim, s=sets[0]: o(s),
                     "ours": lambda o=optim, s=sets[1]: o(s),
@@ -128,9 +128,9 @@ def steps(quick: bool, wanted: Callable[[str], bool]) -> Iterator[Row]:
                 },
                 seconds=0.4 if quick else 2.0,
             )
-            us = 1e6 * found["ours"]
-            yield Row(what, "pyro.optim", found["pyro"] / found["ours"], over_pyro, us)
-            yield Row(what, "torch's list", found["list"] / found["ours"], over_list, us)
+            us = 1e6 * medians["ours"]
+            yield Row(what, "pyro.optim", medians["pyro"] / medians["ours"], over_pyro, us)
+            yield Row(what, "torch's list", medians["list"] / medians["ours"], over_list, us)
 
 
 def coming_and_going(quick: bool, wanted: Callable[[str], bool]) -> Iterator[Row]:
@@ -151,12 +151,12 @@ def coming_and_going(quick: bool, wanted: Callable[[str], bool]) -> Iterator[Row
             candidates[prefix] = lambda o=optim, h=halves, t=turn: o(h[next(t) % 64])
         for _ in range(5 if quick else 70):
             candidates["ours"]()
-        found = interleaved(candidates, seconds=0.5 if quick else 2.0)
-        yield Row(what, "pyro.optim", found["pyro"] / found["ours"], 5.0, 1e6 * found["ours"])
+        medians = interleaved(candidates, seconds=0.5 if quick else 2.0)
+        yield Row(what, "pyro.optim", medians["pyro"] / medians["ours"], 5.0, 1e6 * medians["ours"])
 
 
 def state_and_schedule(quick: bool) -> Iterator[Row]:
-    """`get_state`, `set_state` with the step that takes it up, and `PyroLRScheduler.step` of 1,000 parameters."""
+    """State by name and in columns, `set_state` with the step that uses it, and `PyroLRScheduler.step`."""
     pyro.clear_param_store()
     optims, params, states = {}, {}, {}
     for prefix, module in (("pyro", pyro.optim), ("ours", distopt.optim)):
@@ -164,33 +164,37 @@ def state_and_schedule(quick: bool) -> Iterator[Row]:
         optims[prefix](params[prefix])
         states[prefix] = optims[prefix].get_state()
     seconds = 0.5 if quick else 2.0
-    found = interleaved({k: o.get_state for k, o in optims.items()}, seconds)
-    yield Row("get_state of 1,000", "pyro.optim", found["pyro"] / found["ours"], 1.0, 1e6 * found["ours"])
+    medians = interleaved({k: o.get_state for k, o in optims.items()}, seconds)
+    yield Row("get_state of 1,000", "pyro.optim", medians["pyro"] / medians["ours"], 1.0, 1e6 * medians["ours"])
+
+    # Pyro has no state in columns; what a checkpoint would otherwise start from is its get_state.
+    medians = interleaved({"pyro": optims["pyro"].get_state, "ours": optims["ours"].packed_state}, seconds)
+    yield Row("packed_state of 1,000", "get_state", medians["pyro"] / medians["ours"], 10.0, 1e6 * medians["ours"])
 
     def resume(prefix: str, module: Any) -> None:
         optim = module.Adam({"lr": 1e-3})
         optim.set_state(states[prefix])
         optim(params[prefix])
 
-    found = interleaved(
+    medians = interleaved(
         {"pyro": lambda: resume("pyro", pyro.optim), "ours": lambda: resume("ours", distopt.optim)}, seconds
     )
     yield Row(
-        "set_state and first step of 1,000", "pyro.optim", found["pyro"] / found["ours"], 1.0, 1e6 * found["ours"]
+        "set_state and first step of 1,000", "pyro.optim", medians["pyro"] / medians["ours"], 1.0, 1e6 * medians["ours"]
     )
     for prefix, module in (("pyro", pyro.optim), ("ours", distopt.optim)):
         args = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 1e-3}, "gamma": 0.9999}
         optims[prefix] = module.ExponentialLR(args)
         optims[prefix](params[prefix])
-    found = interleaved({k: o.step for k, o in optims.items()}, seconds)
-    yield Row("scheduler step of 1,000", "pyro.optim", found["pyro"] / found["ours"], 100.0, 1e6 * found["ours"])
+    medians = interleaved({k: o.step for k, o in optims.items()}, seconds)
+    yield Row("scheduler step of 1,000", "pyro.optim", medians["pyro"] / medians["ours"], 100.0, 1e6 * medians["ours"])
 
 
-def rows(quick: bool = False, words: Sequence[str] = ()) -> Iterable[Row]:
-    """Measures and yields every row, or those in whose name one of `words` occurs."""
+def rows(quick: bool = False, names: Sequence[str] = ()) -> Iterable[Row]:
+    """Measures and yields every row, or those in whose name one of `names` occurs."""
 
     def wanted(what: str) -> bool:
-        return not words or any(word in what for word in words)
+        return not names or any(name in what for name in names)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -208,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     """Prints every row as it is measured."""
     argv = sys.argv[1:] if argv is None else argv
     missed = 0
-    for row in rows("--quick" in argv, [word for word in argv if not word.startswith("--")]):
+    for row in rows("--quick" in argv, [name for name in argv if not name.startswith("--")]):
         missed += row.ratio < row.needed
         print(row, flush=True)
     print(f"{missed} missed")

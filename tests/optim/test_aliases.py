@@ -1,4 +1,4 @@
-"""Parameters whose memory is shared with what nobody will read are packed; those that somebody may read are not."""
+"""Parameters that share memory with tensors that nothing will read are packed; those that may be read are not."""
 
 import pyro
 import pyro.distributions as dist

@@ -1,4 +1,4 @@
-"""Which parameters are stepped together, and that nobody notices: what moves, splits and joins keeps its state."""
+"""Which parameters are stepped together; what moves, splits and joins keeps its values and its state."""
 
 import pyro
 import pytest

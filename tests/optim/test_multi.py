@@ -11,7 +11,7 @@ from distopt.optim import Adam, MixedMultiOptimizer, Newton, PyroMultiOptimizer,
 
 
 def loss_of(x):
-    """Convex in part, each row by itself."""
+    """Convex in some regions; rows are independent."""
     weights = torch.linspace(0.5, 2.0, x.numel(), dtype=x.dtype).view(x.shape)
     rows = (x * weights).sum(-1)
     return (weights * (x - 0.3) ** 2).sum() + (rows.cos() + 0.1 * rows**4).sum()
