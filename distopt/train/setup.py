@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -16,6 +13,7 @@ from distopt.backends import Backend
 from distopt.config import ConfigError, RunConfig, differences
 from distopt.config.plugins import load_reference
 from distopt.rng import seed_all
+from distopt.train.source_code import differing_files, source_digests
 from distopt.train.task import Task, TaskError, load_task
 
 _LOCAL_SECTIONS = ("launch", "log", "run_dir", "serve")  # keys that may differ between ranks
@@ -65,12 +63,12 @@ def load_task_on_all_ranks(config: RunConfig, backend: Backend) -> Task:
 
 def describe_setup(config: RunConfig) -> dict[str, Any]:
     """Returns what must be equal on all ranks for them to train the same model: configuration, code and versions."""
-    setup: dict[str, Any] = {"config": config.model_dump(mode="json", exclude=set(_LOCAL_SECTIONS))}
-    for _, reference in _shared_references(config):
-        file = getattr(sys.modules.get(reference.partition(":")[0]), "__file__", None)
-        setup[f"SHA-256 of the file of {reference}"] = file and hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    setup["version"] = {"torch": str(torch.__version__), "pyro": pyro.__version__, "distopt": distopt.__version__}
-    return setup
+    modules = [reference.partition(":")[0] for _, reference in _shared_references(config)]
+    return {
+        "config": config.model_dump(mode="json", exclude=set(_LOCAL_SECTIONS)),
+        "code": source_digests(modules),
+        "version": {"torch": str(torch.__version__), "pyro": pyro.__version__, "distopt": distopt.__version__},
+    }
 
 
 def _shared_references(config: RunConfig) -> list[tuple[str, str]]:
@@ -80,10 +78,16 @@ def _shared_references(config: RunConfig) -> list[tuple[str, str]]:
 
 def check_same_setup(setups: list[dict[str, Any]]) -> None:
     """Raises a `TaskError` that shows where the first rank that differs from rank 0 does."""
+    code = differing_files([setup["code"] for setup in setups])
     for rank, setup in enumerate(setups):
         lines = [
             f"{key}: {first!r} on rank 0, {other!r} on rank {rank}"
-            for key, first, other in differences(setups[0], setup)
+            for key, first, other in differences(setups[0], setup, ignore=["code"])
+        ]
+        lines += [
+            f"module {name}: the file has SHA-256 {values[0]} on rank 0, {values[rank]} on rank {rank}"
+            for name, values in code.items()
+            if values[rank] != values[0]
         ]
         if lines:
             raise TaskError("\n  ".join(["ranks have different configuration, code or versions:", *lines]))

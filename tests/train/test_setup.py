@@ -77,18 +77,19 @@ def test_reference_to_nothing_is_an_error_before_the_first_step() -> None:
 def test_setup_holds_all_code_that_trains_and_leaves_out_what_may_differ() -> None:
     setup = describe_setup(config(train={"loss": f"{__name__}:PickyTask"}, log={"loggers": ["elsewhere:Logger"]}))
     digest = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    assert setup[f"SHA-256 of the file of {__name__}:PickyTask"] == digest
-    assert not any("elsewhere" in key for key in setup)
+    assert setup["code"][__name__] == digest
+    assert "tests.train.tasks" in setup["code"], "all of the task's package, imported or not"
+    assert not any("elsewhere" in key for key in setup["code"])
     assert setup["version"]["torch"] == torch.__version__
     assert not {"launch", "log", "run_dir", "serve"} & set(setup["config"])
 
 
 def test_difference_between_ranks_is_shown_by_key_with_both_values() -> None:
-    check_same_setup([{"a": {"b": 1}}] * 3)
+    check_same_setup([{"a": {"b": 1}, "code": {}}] * 3)
     with pytest.raises(
         TaskError, match=r"different configuration, code or versions:\n  a\.b: 1 on rank 0, 2 on rank 2$"
     ):
-        check_same_setup([{"a": {"b": 1}}, {"a": {"b": 1}}, {"a": {"b": 2}}])
+        check_same_setup([{"a": {"b": value}, "code": {}} for value in (1, 1, 2)])
 
 
 def test_process_starts_without_parameters_and_with_its_share_of_the_cores() -> None:
