@@ -24,10 +24,18 @@ def __getattr__(name: str) -> Any:
 
         return version("distopt")
     if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+        home = import_module(_HOME[name])
+        if name == "init":
+            home.on_join(_watch_pyro)
+        return getattr(home, name)
     if name in _PACKAGES:
         return import_module(f"distopt.{name}")
     raise AttributeError(f"module 'distopt' has no attribute {name!r}")
+
+
+def _watch_pyro() -> None:
+    """Has Pyro's own optimizers and samplers say so when they see one rank's data alone."""
+    import_module("distopt.optim.distributed.pyro_hooks").install()
 
 
 def __dir__() -> list[str]:

@@ -17,6 +17,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from distopt.backends.base import Backend
 
+SPLIT = "_sharded"
+"""Key of a message of Pyro whose scale was multiplied by the number of shards.
+
+It is in the `infer` dictionary of a site too, which `poutine.replay` copies from the guide's trace to the model's, so
+that a site of the model can tell whether the guide's plate was sharded.
+"""
+
+
+def is_split(msg: Any) -> bool:
+    """Returns whether the scale of a site was multiplied by the number of shards."""
+    return bool(msg.get(SPLIT))
+
 
 class LocalParameterError(ValueError):
     """A parameter that is replicated where it should be local, or the other way round; the message has the edit."""

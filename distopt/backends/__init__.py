@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from importlib import import_module
 
@@ -16,7 +16,7 @@ from distopt.config.base import ConfigError
 from distopt.config.plugins import is_reference, load_subclass
 from distopt.launchers import LauncherError, RankInfo, find_launcher, find_rank
 
-__all__ = ["BACKENDS", "Backend", "BackendError", "Handle", "Json", "Op", "current", "init"]
+__all__ = ["BACKENDS", "Backend", "BackendError", "Handle", "Json", "Op", "current", "init", "joined_world", "on_join"]
 
 BACKENDS: Mapping[str, str] = {
     "single": "distopt.backends.single:Single",
@@ -27,6 +27,13 @@ BACKENDS: Mapping[str, str] = {
 """The backends that have a name of their own; each is imported, with its library, when it is chosen."""
 
 _current: Backend | None = None
+_on_join: list[Callable[[], None]] = []
+
+
+def on_join(call: Callable[[], None]) -> None:
+    """Has `call` run when `init` joins a world of several ranks; a call that is known already changes nothing."""
+    if call not in _on_join:
+        _on_join.append(call)
 
 
 def init(backend: str = "auto", *, timeout: timedelta = DEFAULT_TIMEOUT, world_size: int | None = None) -> Backend:
@@ -69,7 +76,15 @@ def init(backend: str = "auto", *, timeout: timedelta = DEFAULT_TIMEOUT, world_s
             f"expected {world_size} workers, but this world has {_current.world_size}. Start {world_size} processes "
             "with a launcher (`distopt launch`, torchrun, horovodrun, mpirun), or change world_size."
         )
+    if _current.world_size > 1:
+        for call in _on_join:
+            call()
     return _current
+
+
+def joined_world() -> Backend | None:
+    """Returns the backend of this process if it has one already; joins nothing."""
+    return None if _current is None or _current.closed else _current
 
 
 def current() -> Backend:

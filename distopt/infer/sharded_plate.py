@@ -34,14 +34,13 @@ from distopt.infer.splitting import (
     Unsplit,
     check_guide,
     check_replicated,
-    is_split,
     keep_local,
     plate_shard,
     scale_site,
     split_site,
 )
 from distopt.rng import RankStream, begin_rank_stream
-from distopt.sharding import LocalParameterError, PlateShard, mark_local
+from distopt.sharding import LocalParameterError, PlateShard, is_split, mark_local
 
 
 class sharded_plate(pyro.plate):  # type: ignore[misc]  # noqa: N801  # reads like pyro.plate, which it is

@@ -17,11 +17,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from distopt import backends
-from distopt.sharding import LocalParameter, LocalParameterError, PlateShard, local_parameter, mark_local
-
-# Set on a message whose scale was multiplied already; and in the `infer` dictionary of a site, which `poutine.replay`
-# copies from the guide's trace to the model's, so that `check_guide` can tell whether the guide's plate was sharded.
-_SPLIT = "_sharded"
+from distopt.sharding import SPLIT, LocalParameter, LocalParameterError, PlateShard, local_parameter, mark_local
 
 
 def plate_shard(
@@ -56,20 +52,15 @@ def split_site(msg: Any, plates: Mapping[str, PlateShard]) -> None:
 
 def scale_site(msg: Any, plate: PlateShard) -> None:
     """Multiplies the scale of a site by the number of ranks that share its plate, unless that was done already."""
-    if not msg.get(_SPLIT):
+    if not msg.get(SPLIT):
         msg["scale"] = msg["scale"] * plate.num_shards
-        msg["infer"] = {**(msg["infer"] or {}), _SPLIT: True}
-        msg[_SPLIT] = True
-
-
-def is_split(msg: Any) -> bool:
-    """Returns whether the scale of a site was multiplied by the number of ranks."""
-    return bool(msg.get(_SPLIT))
+        msg["infer"] = {**(msg["infer"] or {}), SPLIT: True}
+        msg[SPLIT] = True
 
 
 def check_guide(msg: Any, plates: Mapping[str, PlateShard]) -> None:
     """Raises if, during training, a site of the model was drawn by a guide whose plate of that name is not sharded."""
-    if not msg.get(_SPLIT) or msg["is_observed"] or _SPLIT in msg["infer"] or not torch.is_grad_enabled():
+    if not msg.get(SPLIT) or msg["is_observed"] or SPLIT in msg["infer"] or not torch.is_grad_enabled():
         return
     name = next((frame.name for frame in msg["cond_indep_stack"] if frame.name in plates), None)
     if name is not None and msg["mask"] is not False:

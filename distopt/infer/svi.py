@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
 
-import pyro
 import pyro.infer
-from pyro import poutine
-from pyro.infer import Trace_ELBO, TraceTailAdaptive_ELBO
 from pyro.infer.util import zero_grads
 from torch import Tensor
 
 from distopt.infer.capture import StepCapture
 from distopt.infer.sharded_plate import share_plates
 from distopt.optim.distributed import DistributedOptimizer, StepInfo
-from distopt.rng import generators_state, set_generators_state
+from distopt.optim.distributed.stepping import Loss
+from distopt.optim.distributed.svi_step import loss_and_named_params, run_once, step_on_all_ranks
 
 CaptureMode: TypeAlias = Literal["graph", "off"]
 
@@ -39,12 +35,16 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         model: The model, called with the arguments of `step`.
         guide: The guide, called with the same arguments.
         optim: A `DistributedOptimizer`, or any optimizer that Pyro's SVI takes.
-        loss: An ELBO.
+        loss: An ELBO; or a function of model, guide and their arguments, as Pyro's SVI takes it.
+        loss_and_grads: Computes such a loss and its gradients; None for calling `backward` on what `loss` returns.
+        num_samples: As in Pyro's SVI, deprecated there.
+        num_steps: Likewise.
         weight: `w_r`, such as `GlobalBatches.weight` if ranks read unequally many rows; the mean over the ranks must be
             1. Sites in sharded plates are not weighted.
         capture: "graph" records a step and runs later ones from the recording, with the losses, gradients and random
             numbers of eager steps in every bit (see `distopt.infer.capture`); a step that cannot be captured stays
             eager, and `captured.refusal` says why. "off": every step is eager.
+        **kwargs: What Pyro's `TracePosterior` takes.
 
     Attributes:
         captured: The `StepCapture` that runs the steps, None for `capture="off"`.
@@ -73,14 +73,19 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         model: Callable[..., Any],
         guide: Callable[..., Any],
         optim: Any,
-        loss: pyro.infer.ELBO,
+        loss: pyro.infer.ELBO | Callable[..., Any],
+        loss_and_grads: Callable[..., Any] | None = None,
+        num_samples: int = 0,
+        num_steps: int = 0,
         *,
         weight: float = 1.0,
         capture: CaptureMode = "off",
+        **kwargs: Any,
     ) -> None:
         if capture not in get_args(CaptureMode):
             raise ValueError(f"capture={capture!r}: must be one of {', '.join(map(repr, get_args(CaptureMode)))}.")
-        super().__init__(*share_plates(model, guide, weight), optim, loss)
+        wrapped = share_plates(model, guide, weight)
+        super().__init__(*wrapped, optim, loss, loss_and_grads, num_samples, num_steps, **kwargs)
         self.captured = StepCapture(self.loss_and_grads) if capture == "graph" else None
 
     def init(self, *args: Any, **kwargs: Any) -> None:
@@ -90,13 +95,9 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
             *args: The arguments of model and guide.
             **kwargs: Their keyword arguments.
         """
-        loss = self.loss
-        # This objective has only a gradient, its `loss` raises.
-        if isinstance(getattr(loss, "__self__", None), TraceTailAdaptive_ELBO):
-            loss = partial(Trace_ELBO.loss, loss.__self__)
-        loss(self.model, self.guide, *args, **kwargs)
+        run_once(self, args, kwargs)
 
-    def step(self, *args: Any, **kwargs: Any) -> float:
+    def step(self, *args: Any, **kwargs: Any) -> Loss:
         """Takes one gradient step.
 
         Args:
@@ -104,7 +105,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
             **kwargs: Their keyword arguments.
 
         Returns:
-            The loss in nats, mean over the ranks.
+            The loss in nats, mean over the ranks; a tuple where the objective has several, as `ReweightedWakeSleep`.
 
         Raises:
             Exception: What model or guide raised on this rank; no rank has stepped.
@@ -116,9 +117,8 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         """
         if not isinstance(self.optim, DistributedOptimizer):
             return self._step_alone(args, kwargs)
-        loss = self.step_with(args, kwargs).loss
-        assert loss is not None
-        return loss
+        info = self.step_with(args, kwargs)
+        return info.losses if len(info.losses) > 1 else info.losses[0]
 
     def step_with(
         self,
@@ -152,44 +152,22 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         """
         if not isinstance(self.optim, DistributedOptimizer):
             raise TypeError(f"step_with() needs a DistributedOptimizer, found {type(self.optim).__name__}; use step().")
-        kwargs = kwargs or {}
+        shared = {"step": step, "stop": stop, "measure_norm": measure_norm}
+        return step_on_all_ranks(self, args, kwargs or {}, self._loss_and_params, self.optim.zero_grad, **shared)
 
-        # A model that raises on one rank would leave the others waiting in the all-reduce: they are told first.
-        try:
-            if not self.optim.is_synchronized:
-                self._meet(*args, **kwargs)
-            loss, params = self._loss_and_params(args, kwargs)
-        except Exception as error:
-            self.optim.abort(error)
-            raise
-
-        info = self.optim.step_with(params, loss=loss, step=step, stop=stop, measure_norm=measure_norm)
-        self.optim.zero_grad(params)
-        return info if info.loss is not None else replace(info, loss=loss)
-
-    def _loss_and_params(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[float, set[Tensor]]:
+    def _loss_and_params(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Loss, set[Tensor]]:
         """Computes the loss and its gradients; returns the loss, and the parameters that the step named."""
-        if self.captured is not None:
-            result = self.captured(self.model, self.guide, *args, **kwargs)
-            return float(result.loss), set(result.params)
-        with poutine.trace(param_only=True) as capture:
-            loss = float(self.loss_and_grads(self.model, self.guide, *args, **kwargs))
-        return loss, {site["value"].unconstrained() for site in capture.trace.nodes.values()}
+        if self.captured is None:
+            return loss_and_named_params(self, args, kwargs)
+        result = self.captured(self.model, self.guide, *args, **kwargs)
+        return result.loss, set(result.params)
 
-    def _step_alone(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+    def _step_alone(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Loss:
         """Takes a step with an optimizer that is not distributed, as Pyro's SVI does."""
         if self.captured is None:
-            return float(super().step(*args, **kwargs))
+            loss: Loss = super().step(*args, **kwargs)
+            return loss
         loss, params = self._loss_and_params(args, kwargs)
         self.optim(params)
         zero_grads(params)
         return loss
-
-    def _meet(self, *args: Any, **kwargs: Any) -> None:
-        """Agrees on the first values of the parameters before a gradient is computed from them."""
-        device = self.optim.backend.device
-        state = generators_state(device)  # kept, so that the first step draws what it would draw on a single rank
-        with poutine.trace(param_only=True) as capture:
-            self.init(*args, **kwargs)
-        set_generators_state(state, device)
-        self.optim.synchronize({site["value"].unconstrained() for site in capture.trace.nodes.values()})

@@ -29,6 +29,9 @@ class PyroLRScheduler(PyroOptim):
 
     A parameter's schedule starts when it is first seen.
 
+    Attributes:
+        num_steps: How many steps the schedule has taken.
+
     Raises:
         ValueError: When `"optimizer"` or `"optim_args"` is missing.
 
@@ -67,7 +70,7 @@ class PyroLRScheduler(PyroOptim):
         optimizer = kwargs.pop("optimizer")
         optimizer_args = kwargs.pop("optim_args")
         self.kwargs = kwargs
-        self._num_steps = 0
+        self.num_steps = 0
         super().__init__(optimizer, optimizer_args, clip_args, **options)
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
@@ -81,7 +84,7 @@ class PyroLRScheduler(PyroOptim):
             *args: As the torch scheduler takes them, such as the `metrics` of `ReduceLROnPlateau`.
             **kwargs: Likewise.
         """
-        self._num_steps += 1
+        self.num_steps += 1
         for group in self._groups:
             group.handle.step(*args, **kwargs)
 
@@ -89,6 +92,12 @@ class PyroLRScheduler(PyroOptim):
         # schedule began in the run that was saved. (pyro.optim leaves it behind.)
         for name, state in self._registry.waiting.items():
             self._registry.waiting[name] = self._advanced(name, state, args, kwargs)
+
+    def take_counts_from(self, other: PyroOptim) -> None:
+        """As that of `PyroOptim`; and the steps of the schedule."""
+        super().take_counts_from(other)
+        assert isinstance(other, PyroLRScheduler)
+        self.num_steps = other.num_steps
 
     def _advanced(self, name: str, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
         """Returns state that was loaded for a parameter not seen yet, its schedule one step further.
@@ -111,7 +120,7 @@ class PyroLRScheduler(PyroOptim):
         return composed(self.pt_scheduler_constructor, super()._construct(params, args), self.kwargs)
 
     def _birth(self) -> Hashable:
-        return self._num_steps
+        return self.num_steps
 
 
 # `SequentialLR` and `ChainedScheduler` are made of schedulers of the same optimizer. That optimizer does not exist when

@@ -28,6 +28,8 @@ from distopt.constraints import ConstraintError, build_constraint, describe_cons
 from distopt.optim.packing import Segments
 from distopt.reduce.errors import DisagreementError, PeerError, ranks_by_value
 from distopt.reduce.layout import ParamSpec
+from distopt.reduce.loop_counters import explain_skipped
+from distopt.reduce.model_survey import warn_of_differences
 from distopt.rng import generator_digest, separate_streams
 from distopt.sharding import local_parameter
 
@@ -42,6 +44,9 @@ class LayoutChanges:
         names: Parameters that the layout lacks or holds otherwise.
         sparse: Those of them whose gradient is sparse here.
         dense: Those of them whose gradient is dense here.
+        schedule_steps: How many steps its learning-rate schedule has taken.
+        loop_counters: The variables that count its calls, see `LoopCounters.describe`; None of a rank that makes none.
+        survey: What its model looked like, see `ModelSurvey.describe`; None if it was not looked at.
         error: What the rank has raised.
     """
 
@@ -50,6 +55,9 @@ class LayoutChanges:
     names: set[str] = field(default_factory=set)
     sparse: set[str] = field(default_factory=set)
     dense: set[str] = field(default_factory=set)
+    schedule_steps: int = 0
+    loop_counters: Json = None
+    survey: Json = None
     error: BaseException | None = None
 
 
@@ -92,6 +100,7 @@ class Agreement:
         if self._is_first and self._options["noise"] == "independent":
             separate_streams([each["noise"] for each in messages], self._backend.rank)
         self._is_first = False
+        warn_of_differences([each["survey"] for each in messages], self._backend.rank)
 
         # A name that no rank's store holds any more is given up. One that is gone on some ranks is created anew there.
         gone = [set(each["gone"]) for each in messages]
@@ -127,6 +136,9 @@ class Agreement:
         return {
             "step": changes.step,
             "activity": changes.activity,
+            "schedule_steps": changes.schedule_steps,
+            "loop_counters": changes.loop_counters,
+            "survey": changes.survey,
             "options": self._options,
             "noise": generator_digest() if self._is_first else None,
             "new": sorted(changes.names),
@@ -162,6 +174,7 @@ class Agreement:
     def _check_steps(self, messages: Sequence[Json]) -> None:
         active = [(rank, each) for rank, each in enumerate(messages) if each["activity"] != "joined"]
         if len({(each["step"], each["activity"]) for _, each in active}) <= 1:
+            self._check_calls(active)
             return
         latest = max(each["step"] for _, each in active)
         ahead = [rank for rank, each in active if each["step"] == latest]
@@ -171,6 +184,23 @@ class Agreement:
             f"rank {', '.join(map(str, ahead))} left out or added a call. Every rank must call it equally often; for "
             "uneven data use `with optimizer.join():`."
         )
+
+    def _check_calls(self, active: Sequence[tuple[int, Json]]) -> None:
+        """Raises if ranks that count the same step have made different calls to get there."""
+        ranks = ", ".join(str(rank) for rank, _ in active)
+        if len({each["schedule_steps"] for _, each in active}) > 1:
+            steps = ", ".join(f"{each['schedule_steps']} on rank {rank}" for rank, each in active)
+            raise DisagreementError(
+                f"{self._here(active[0][1]['step'])}: the learning-rate schedule has taken {steps}. "
+                "Every rank must call step() of the schedule after the same calls of the optimizer, or the replicas "
+                "drift apart; for uneven data use `with optimizer.join():`."
+            )
+        skipped = explain_skipped([each["loop_counters"] or {} for _, each in active])
+        if skipped is not None:
+            raise DisagreementError(
+                f"{self._here(active[0][1]['step'])}: a rank has left out a call of the optimizer: of rank {ranks}, "
+                f"{skipped}. Every rank must call it equally often; for uneven data use `with optimizer.join():`."
+            )
 
     def _check_options(self, messages: Sequence[Json]) -> None:
         for key in self._options:

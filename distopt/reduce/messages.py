@@ -16,6 +16,10 @@ from torch import Tensor
 BASE = 64
 NUM_CHECKSUM_DIGITS = 8
 """Digits of a checksum in base 64, which are 48 bits."""
+NUM_RNG_DIGITS = 4
+"""Digits of what stands for a random generator's state, which are 24 bits."""
+MAX_VALUES = 4
+"""Numbers that a loss may be made of."""
 
 # Index of each slot. A digit d takes two, for d and d²; a slot per parameter of the layout follows these.
 _ACTIVE = 0
@@ -23,12 +27,16 @@ _CHANGED = 1
 _ABORT = 2
 _STOP = 3
 _NONFINITE = 4
-_VALUE = 5
-_NUM_VALUES = 6
-_RANK_LOCAL_SQUARE = 7
-_STEP = 8
-_KIND = 10
-_CHECKSUM = 12
+_VALUES = 5
+_NUM_VALUES = _VALUES + MAX_VALUES  # how many ranks sent values
+_LEN_VALUES = _NUM_VALUES + 1  # how many values each, summed over the ranks
+_RANK_LOCAL_SQUARE = _LEN_VALUES + 1
+_STEP = _RANK_LOCAL_SQUARE + 1
+_KIND = _STEP + 2
+_SCHEDULE_STEPS = _KIND + 2
+_SKIPPED_CALLS = _SCHEDULE_STEPS + 2
+_RNG = _SKIPPED_CALLS + 2
+_CHECKSUM = _RNG + 2 * NUM_RNG_DIGITS
 NUM_SLOTS = _CHECKSUM + 2 * NUM_CHECKSUM_DIGITS
 
 
@@ -51,9 +59,12 @@ class RankMessage:
         has_changes: Whether it has parameters that the layout lacks.
         stop: Whether it asks all ranks to stop.
         nonfinite: Whether a gradient of its rank-local parameters is not finite.
-        value: Its loss, or the metric of a schedule.
+        values: Its loss (of up to `MAX_VALUES` numbers), or the metric of a schedule; empty for none.
         rank_local_square: Squared 2-norm of the gradients of its rank-local parameters.
         checksum: Of its replicas of parameters and optimizer state; 0 without drift watch.
+        rng: Stands for the state of its random generator; 0 where that is not compared.
+        schedule_steps: How many steps its learning-rate schedule has taken.
+        skipped_calls: How many calls it seems to have left out since the last one, see `LoopCounters`.
     """
 
     step: int
@@ -61,9 +72,12 @@ class RankMessage:
     has_changes: bool = False
     stop: bool = False
     nonfinite: bool = False
-    value: float | None = None
+    values: tuple[float, ...] = ()
     rank_local_square: float = 0.0
     checksum: int = 0
+    rng: int = 0
+    schedule_steps: int = 0
+    skipped_calls: int = 0
 
 
 @dataclass
@@ -76,11 +90,12 @@ class RoundSummary:
         num_aborts: Ranks that have raised an error.
         num_stops: Ranks that ask to stop.
         num_nonfinite: Ranks with a gradient of a rank-local parameter that is not finite.
-        mean_value: Mean of the values, over the ranks that sent one; None if none did.
+        mean_values: Means of the values, over the ranks that sent any; empty if none did.
         rank_local_square: Squared 2-norm of the gradients of all ranks' rank-local parameters together.
         kind: Why the active ranks took part; None if they differ, or none is active.
-        in_step: Whether all active ranks are at the same step, for the same reason.
+        in_step: Whether all active ranks are at the same step, for the same reason, as far as they can tell.
         in_sync: Whether all ranks have the same checksum.
+        same_rng: Whether all active ranks have the same `rng`.
         touched: Number of ranks that have a gradient, by index of the parameter in the layout.
     """
 
@@ -89,11 +104,12 @@ class RoundSummary:
     num_aborts: int
     num_stops: int
     num_nonfinite: int
-    mean_value: float | None
+    mean_values: tuple[float, ...]
     rank_local_square: float
     kind: RoundKind | None
     in_step: bool
     in_sync: bool
+    same_rng: bool
     touched: list[float]
 
     def is_stepped(self, index: int) -> bool:
@@ -108,9 +124,10 @@ def write_message(slots: Tensor, message: RankMessage) -> None:
     numbers[_STOP] = float(message.stop)
     numbers[_NONFINITE] = float(message.nonfinite)
     numbers[_RANK_LOCAL_SQUARE] = message.rank_local_square
-    if message.value is not None:
-        numbers[_VALUE] = message.value
+    if message.values:
+        numbers[_VALUES : _VALUES + len(message.values)] = message.values
         numbers[_NUM_VALUES] = 1.0
+        numbers[_LEN_VALUES] = float(len(message.values))
 
     # Steps are compared modulo 61: ranks that are further apart by a multiple of it would be taken for equal. It is a
     # prime, so that the usual periods of a loop (an epoch of 64 or 100 steps) are no multiples of it.
@@ -119,12 +136,11 @@ def write_message(slots: Tensor, message: RankMessage) -> None:
         numbers[_ABORT] = float(message.kind is RoundKind.ABORT)
         _write_digit(numbers, _STEP, message.step % (BASE - 3))
         _write_digit(numbers, _KIND, int(message.kind))
+        _write_digit(numbers, _SCHEDULE_STEPS, message.schedule_steps % (BASE - 3))
+        _write_digit(numbers, _SKIPPED_CALLS, min(message.skipped_calls, BASE - 1))
+        _write_number(numbers, _RNG, message.rng)
 
-    checksum, slot = message.checksum, _CHECKSUM
-    while checksum:
-        checksum, digit = divmod(checksum, BASE)
-        _write_digit(numbers, slot, digit)
-        slot += 2
+    _write_number(numbers, _CHECKSUM, message.checksum)
     write_slots_(slots[:NUM_SLOTS], numbers)
 
 
@@ -141,7 +157,8 @@ def read_summary(slots: Tensor, world_size: int) -> RoundSummary:
     numbers: list[float] = slots.tolist()
     num_active = int(numbers[_ACTIVE])
     num_values = int(numbers[_NUM_VALUES])
-    in_step = _all_equal(numbers, _STEP, num_active) and _all_equal(numbers, _KIND, num_active)
+    len_values = round(numbers[_LEN_VALUES] / num_values) if num_values else 0
+    in_step = all(_all_equal(numbers, slot, num_active) for slot in range(_STEP, _RNG, 2))
 
     return RoundSummary(
         num_active=num_active,
@@ -149,13 +166,21 @@ def read_summary(slots: Tensor, world_size: int) -> RoundSummary:
         num_aborts=int(numbers[_ABORT]),
         num_stops=int(numbers[_STOP]),
         num_nonfinite=int(numbers[_NONFINITE]),
-        mean_value=numbers[_VALUE] / num_values if num_values else None,
+        mean_values=tuple(total / num_values for total in numbers[_VALUES : _VALUES + len_values]),
         rank_local_square=numbers[_RANK_LOCAL_SQUARE],
         kind=RoundKind(round(numbers[_KIND] / num_active)) if num_active and in_step else None,
         in_step=in_step,
         in_sync=all(_all_equal(numbers, slot, world_size) for slot in range(_CHECKSUM, NUM_SLOTS, 2)),
+        same_rng=all(_all_equal(numbers, slot, num_active) for slot in range(_RNG, _CHECKSUM, 2)),
         touched=numbers[NUM_SLOTS:],
     )
+
+
+def _write_number(numbers: list[float], slot: int, number: int) -> None:
+    while number:
+        number, digit = divmod(number, BASE)
+        _write_digit(numbers, slot, digit)
+        slot += 2
 
 
 def _write_digit(numbers: list[float], slot: int, digit: int) -> None:

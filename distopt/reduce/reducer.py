@@ -11,7 +11,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from distopt.backends import Backend
+from distopt.backends import Backend, Json
 from distopt.config.reduce import ReduceOptions
 from distopt.reduce.agreement import Agreement, LayoutChanges
 from distopt.reduce.comm_hooks import CommHook, make_hook
@@ -29,6 +29,7 @@ from distopt.reduce.gradients import (
     move_out_of_buckets_,
 )
 from distopt.reduce.layout import Bucket, Layout, ParamSpec
+from distopt.reduce.loop_counters import LoopCounters
 from distopt.reduce.messages import (
     NUM_SLOTS,
     RankMessage,
@@ -66,6 +67,9 @@ class Reducer:
         specs: The parameters that all ranks know, by name.
         layout: Their order and buckets.
         dropped: Gradients that were set to zero by dropping them.
+        loop_counters: What tells whether this rank has left out a call.
+        model_survey: What this rank's model looked like when it was first run, for the first agreement; see
+            `ModelSurvey.describe`.
     """
 
     def __init__(
@@ -81,6 +85,8 @@ class Reducer:
         self.num_agreements = 0
         self.specs: dict[str, ParamSpec] = {}
         self.dropped = DroppedGradients()
+        self.loop_counters = LoopCounters()
+        self.model_survey: Json = None
         self._state = state
         self._hook = make_hook(backend, options)
         self._control_hook = self._hook if self._hook.carries_control else AllReduce(backend, options)
@@ -137,15 +143,23 @@ class Reducer:
         summary = self._round(local, message)
 
         if summary.num_aborts or not summary.in_step:
-            self.renegotiate(local, message)  # which raises the same error on all ranks
+            self.renegotiate(local, message)  # raises the same error on all ranks, or finds that they are in step
+            local, summary = self._repeat_round(local, message)
         if sums is not None and summary.kind is RoundKind.GRADIENT and not summary.in_sync:
             raise explain_drift(self.backend, sums, message.step)
         if summary.num_changed:
             self.renegotiate(local, message)
-            local = self.collect_gradients(local.params) if local is not None else None
-            message.has_changes = False
-            summary = self._round(local, message)
+            local, summary = self._repeat_round(local, message)
         return self._read_out(summary, local)
+
+    def _repeat_round(
+        self, local: LocalGradients | None, message: RankMessage
+    ) -> tuple[LocalGradients | None, RoundSummary]:
+        """Makes a round again after the ranks have agreed on what it has shown."""
+        local = self.collect_gradients(local.params) if local is not None else None
+        message.has_changes = False
+        message.skipped_calls = 0
+        return local, self._round(local, message)
 
     def abort(self, error: BaseException, step: int) -> None:
         """Takes part in one reduction with an error instead of gradients; the others raise it as `PeerError`."""
@@ -165,7 +179,11 @@ class Reducer:
             PeerError, DisagreementError: As `Agreement.renegotiate`.
         """
         activity = message.kind.name.lower() if message.kind is not None else "joined"
-        changes = LayoutChanges(message.step, activity, error=error)
+        changes = LayoutChanges(message.step, activity, schedule_steps=message.schedule_steps, error=error)
+        changes.survey = self.model_survey
+        self.model_survey = None
+        if message.kind is not None:
+            changes.loop_counters = self.loop_counters.describe()
         if local is not None:
             changes.names = set(local.changes)
             for name, (_, gradient) in local.changes.items():

@@ -54,14 +54,15 @@ def differing_files(digests: list[dict[str, str]]) -> dict[str, list[str]]:
 def _package_files(name: str) -> dict[str, Path]:
     package = name.partition(".")[0]
     top = sys.modules.get(package)
+    if top is not None and hasattr(top, "__path__"):
+        return {dotted: path for folder in top.__path__ for dotted, path in _walk(Path(folder), package)}
+
     file = getattr(top, "__file__", None)
-    if top is None or (file is None and not hasattr(top, "__path__")):
+    if file is None:
         return {}
-    if not hasattr(top, "__path__"):
-        folder = Path(file).resolve().parent
-        beside = {path.stem: path for path in folder.glob("*.py")} if not _is_installed(folder) else {}
-        return beside | {package: Path(file).resolve()}
-    return {dotted: path for folder in top.__path__ for dotted, path in _walk(Path(folder), package)}
+    path = Path(file).resolve()
+    beside = {} if _is_installed(path) else {each.stem: each for each in path.parent.glob("*.py")}
+    return beside | {package: path}
 
 
 def _walk(folder: Path, package: str) -> Iterator[tuple[str, Path]]:

@@ -27,7 +27,7 @@ MESSAGES = {
     "leaves out a step of its loop": (
         "the ranks are at different calls of the optimizer: rank 0: step 3 (gradient), rank 1: step 4 (gradient)"
     ),
-    "leaves out a call": "rank 1 exited after step 5 while other ranks were still waiting for it",
+    "leaves out a call": "a rank has left out a call of the optimizer: of rank 0, 1, the variable step in",
     "exits": "rank 1 exited after step 3 while other ranks were still waiting for it",
 }
 

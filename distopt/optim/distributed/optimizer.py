@@ -16,7 +16,7 @@ from distopt.backends import Backend
 from distopt.config.reduce import ReduceOptions
 from distopt.optim.capabilities import name_of
 from distopt.optim.distributed.convert import from_pyro
-from distopt.optim.distributed.stepping import StepInfo, Stepper
+from distopt.optim.distributed.stepping import Loss, StepInfo, Stepper
 from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.optim import PyroOptim
 from distopt.optim.packed_state import PackedState
@@ -74,7 +74,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
         BackendError: A rank is gone or late; names it and where it was last seen. The world is not usable afterwards.
 
     Cost:
-        In the steady state one all-reduce of the gradients and about 30 numbers plus one for each parameter.
+        In the steady state one all-reduce of the gradients and about 40 numbers plus one for each parameter.
 
     Example:
         >>> import pyro
@@ -105,6 +105,9 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
             raise TypeError(f"reduce={reduce!r}: expected ReduceOptions(...) of distopt.optim.")
         if noise not in get_args(NoisePolicy):
             raise ValueError(f"noise={noise!r} should be 'independent' or 'shared'.")
+        from distopt.optim.distributed import pyro_hooks  # which needs this class
+
+        pyro_hooks.install()
         self._optim = from_pyro(optim)
         self._options = reduce
         self._stepper = Stepper(self._optim, backend, reduce, noise)
@@ -175,7 +178,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
         self,
         params: Iterable[Tensor],
         *args: Any,
-        loss: float | Tensor | None = None,
+        loss: Loss | None = None,
         step: int | None = None,
         stop: bool = False,
         measure_norm: bool = False,
@@ -186,7 +189,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
         Args:
             params: As for a call.
             *args: As for a call.
-            loss: This rank's loss, whose mean over the ranks is returned.
+            loss: This rank's loss, whose mean over the ranks is returned; a tuple of an objective of several numbers.
             step: Number of the step in the caller's loop; a rank that has left out a step is reported then.
             stop: Whether this rank asks all ranks to stop, to save, or whatever the caller makes of it.
             measure_norm: Whether to compute the norm of the gradient, which takes one pass over it.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -19,9 +20,12 @@ from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.optim import PyroOptim, call_closure
 from distopt.reduce import DisagreementError, DriftError, LocalGradients, PeerError, ReducedGradients, Reducer
 from distopt.reduce.drift import explain_nonfinite, is_finite
-from distopt.reduce.messages import RankMessage, RoundKind
+from distopt.reduce.messages import BASE, MAX_VALUES, NUM_RNG_DIGITS, RankMessage, RoundKind
 from distopt.reduce.reducer import is_joining
-from distopt.rng import NoisePolicy
+from distopt.rng import NoisePolicy, generator_digest
+
+Loss: TypeAlias = float | Tensor | tuple[float | Tensor, ...]
+"""A loss in nats: one number, or several of an objective with more than one."""
 
 logger = logging.getLogger("distopt.optim")
 
@@ -34,18 +38,21 @@ class StepInfo:
     """What all ranks know after one call of a `DistributedOptimizer`; equal on all of them.
 
     Attributes:
-        loss: Mean of the ranks' losses, over those that gave one; None when none did.
+        loss: Mean of the ranks' losses, over those that gave one; None when none did. Of a loss of several numbers, as
+            that of `ReweightedWakeSleep`, the first.
         stop: Whether any rank asked to stop.
         num_active: Number of ranks whose gradients went into the step; 0 after a call that only added its gradients to
             those of the next one (`backward_passes_per_step`).
         gradient_norm: 2-norm of the gradient that all ranks stepped by, before clipping, without that of parameters
             which belong to one rank alone; None unless it was asked for.
+        losses: The mean of each number of the loss.
     """
 
     loss: float | None = None
     stop: bool = False
     num_active: int = 0
     gradient_norm: float | None = None
+    losses: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
 
 class GradientAccumulator:
@@ -104,8 +111,10 @@ class Stepper:
         self._rng_policy: NoisePolicy = rng_policy
         self._reducer: Reducer | None = None
         self._accumulator = GradientAccumulator(options.backward_passes_per_step)
-        self._losses: list[float] = []
+        self._losses: list[tuple[float, ...]] = []
         self._stop = False
+        self._skipped_calls = 0
+        self._has_warned = False
 
     @property
     def reducer(self) -> Reducer:
@@ -120,7 +129,7 @@ class Stepper:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *,
-        loss: float | Tensor | None = None,
+        loss: Loss | None = None,
         step: int | None = None,
         stop: bool = False,
         measure_norm: bool = False,
@@ -128,8 +137,12 @@ class Stepper:
         """Adds this call's gradients to those before, and reduces and steps by them if the step is complete."""
         args, kwargs = call_closure(args, kwargs)
         if loss is not None:
-            self._losses.append(float(loss))
+            self._losses.append(numbers_of(loss))
         self._stop |= stop
+        backend = self.reducer.backend
+        # A caller that numbers its steps needs no guess, and ranks with uneven data may make fewer calls.
+        if step is None and backend.world_size > 1 and not is_joining(backend):
+            self._skipped_calls += self.reducer.loop_counters.count_skipped()
         accumulated = self._accumulator.add(params)
         if accumulated is None:
             return StepInfo()
@@ -155,11 +168,11 @@ class Stepper:
             isinstance(metric, (int, float, Tensor)) and not isinstance(metric, bool) and _takes_metric(self.optim)
         )
         if is_metric or is_joining(self.reducer.backend):
-            value = float(metric) if is_metric and metric is not None else None
-            message = RankMessage(self.reducer.step, RoundKind.SCHEDULE, value=value)
-            mean = self.reducer.reduce(None, message).summary.mean_value
+            message = self._message(RoundKind.SCHEDULE)
+            message.values = (float(metric),) if is_metric and metric is not None else ()
+            means = self.reducer.reduce(None, message).summary.mean_values
             if is_metric:
-                args = (mean, *args[1:])
+                args = (*means, *args[1:])
                 kwargs = {key: each for key, each in kwargs.items() if key != "metrics"}
         self.optim.step(*args, **kwargs)
 
@@ -192,14 +205,44 @@ class Stepper:
         norm = reduced.norm() if measure_norm else None  # before the optimizer may overwrite the buckets
         self._apply(reduced, args, kwargs)
         summary = reduced.summary
-        return StepInfo(summary.mean_value, summary.num_stops > 0, summary.num_active, norm)
+        if message.rng and summary.same_rng:
+            self._warn_of_equal_streams()
+        losses = summary.mean_values
+        loss = losses[0] if losses else None
+        return StepInfo(loss, summary.num_stops > 0, summary.num_active, norm, losses)
 
     def _message(self, kind: RoundKind | None) -> RankMessage:
-        """Returns what this rank tells the others with its gradients; each loss and each stop is told once."""
+        """Returns what this rank tells the others in its next round."""
+        step = self.reducer.step
+        message = RankMessage(step, kind)
+        if isinstance(self.optim, PyroLRScheduler):
+            message.schedule_steps = self.optim.num_steps
+        if kind is RoundKind.SCHEDULE:
+            return message
+
+        # Each loss and each wish to stop is told once.
         losses, self._losses = self._losses, []
-        stop, self._stop = self._stop, False
-        value = sum(losses) / len(losses) if losses else None
-        return RankMessage(self.reducer.step, kind, stop=stop, value=value)
+        message.values = tuple(sum(numbers) / len(losses) for numbers in zip(*losses, strict=True))
+        message.stop = self._stop
+        message.skipped_calls = self._skipped_calls
+        self._stop = False
+        self._skipped_calls = 0
+        if kind is RoundKind.GRADIENT and self._rng_policy == "independent" and _compares_rng(step):
+            message.rng = generator_digest() % BASE**NUM_RNG_DIGITS or 1
+        return message
+
+    def _warn_of_equal_streams(self) -> None:
+        """Warns, once, that the ranks draw the same random numbers again, which more ranks then do not average."""
+        if self._has_warned or self.reducer.backend.world_size == 1:
+            return
+        self._has_warned = True
+        warnings.warn(
+            f"step {self.reducer.step - 1}: the random generators of all ranks are in the same state: they draw the "
+            "same noise, and their mean is no better than one rank's. Does the script seed them inside its loop? There "
+            "write distopt.infer.seed_all(seed, step, distopt.init().rank); or give the optimizer noise='shared' if "
+            "equal noise is meant.",
+            stacklevel=2,
+        )
 
     def _follow_one(self) -> bool:
         """Takes part in one round as a rank without data; returns whether any rank is still active."""
@@ -211,7 +254,7 @@ class Stepper:
             return False
         if summary.kind is RoundKind.SCHEDULE:
             assert isinstance(self.optim, PyroLRScheduler)
-            self.optim.step(*(() if summary.mean_value is None else (summary.mean_value,)))
+            self.optim.step(*summary.mean_values)
         elif summary.kind is RoundKind.GRADIENT:
             self._apply(reduced, (), {})
         return True
@@ -243,6 +286,26 @@ class Stepper:
     def _explain_nonfinite(self, reduced: ReducedGradients) -> str:
         reducer = self.reducer
         return explain_nonfinite(reducer.backend, reducer.layout.names, reduced.local, reducer.step)
+
+
+def numbers_of(loss: Loss) -> tuple[float, ...]:
+    """Returns the numbers of a loss.
+
+    Raises:
+        ValueError: There are more than the ranks can exchange.
+    """
+    numbers = tuple(map(float, loss)) if isinstance(loss, tuple) else (float(loss),)
+    if len(numbers) > MAX_VALUES:
+        raise ValueError(f"the loss has {len(numbers)} numbers; at most {MAX_VALUES} can be averaged over the ranks.")
+    return numbers
+
+
+def _compares_rng(step: int) -> bool:
+    """Returns whether the ranks compare their generators: often at first, then every 64th step; never in the first.
+
+    In the first step the ranks make them different, and a script that seeds in its loop does so again and again.
+    """
+    return step % 64 == 0 if step > 64 else step > 0 and step & (step - 1) == 0
 
 
 def _takes_metric(scheduler: PyroLRScheduler) -> bool:

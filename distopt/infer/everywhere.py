@@ -1,0 +1,168 @@
+"""Training code of others on all ranks: inside `everywhere()` whatever steps is distributed, whoever made it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pyro.infer
+import pyro.optim
+from numpy.typing import ArrayLike
+from pyro.infer.abstract_infer import TracePosterior
+from pyro.optim.horovod import HorovodOptimizer
+
+from distopt.infer.sharded_plate import Sharded, shard, share_plates
+from distopt.infer.svi import SVI
+from distopt.infer.torch_closures import averaging_closures
+from distopt.optim.distributed import DistributedOptimizer
+from distopt.optim.distributed.adoption import AdoptedOptimizer, adopt_, release_
+from distopt.optim.distributed.pyro_hooks import begin_adopting, end_adopting
+
+
+@contextmanager
+def everywhere(
+    plates: str | Iterable[str] = (),
+    *,
+    rows: Mapping[str, ArrayLike] | None = None,
+    local: Mapping[str, int | tuple[str, int]] | None = None,
+    replicated: Iterable[str] = (),
+    on_adopt: Callable[[pyro.infer.SVI], None] | None = None,
+    torch_closures: bool = True,
+    **options: Any,
+) -> Iterator[None]:
+    """Makes every SVI and optimizer distributed that steps inside, also those that a library makes for itself.
+
+    They are adopted when they first step. An optimizer or schedule stays the same object, of a class that is also its
+    own, so that whoever keeps a reference to it may step the schedule, read the learning rate or pickle it. At the end
+    all of them are plain again, with the state that they have reached. An SVI of Pyro's, or of a subclass whose `step`
+    calls that of its parent, gives the mean loss over the ranks, and an error in one rank's model reaches all of them.
+    A torch optimizer that is stepped with a closure averages the gradients and the loss of it.
+
+    Each rank calls the library with its own rows. Where a library takes something else from its data than the terms of
+    the loss (means to standardise by, initial values), that is each rank's own.
+
+    Args:
+        plates: Names of plates of the models inside that are split over the ranks, as for `shard`.
+        rows: As for `shard`.
+        local: As for `shard`.
+        replicated: As for `shard`.
+        on_adopt: Called with each SVI that was adopted, before its first step.
+        torch_closures: Whether torch optimizers that are stepped with a closure are averaged, too.
+        **options: Keyword arguments of `DistributedOptimizer` for the optimizers that are adopted.
+
+    Raises:
+        TypeError: Inside: a class takes its steps in another way, so that its ranks could not step together.
+        LocalParameterError: Inside: as from `shard`.
+
+    Cost:
+        That of `DistributedOptimizer`, in each step inside. All ranks must make equally many.
+
+    Example:
+        >>> import torch
+        >>> import pyro.distributions as dist
+        >>> from pyro.optim import Adam
+        >>> def fit(model, data):  # of a library
+        ...     guide, optim = pyro.infer.autoguide.AutoDelta(model), Adam({"lr": 0.1})
+        ...     svi = pyro.infer.SVI(model, guide, optim, pyro.infer.Trace_ELBO())
+        ...     return [svi.step(data) for _ in range(3)]
+        >>> def model(data):
+        ...     loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("rows", len(data)):
+        ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=data)
+        >>> pyro.clear_param_store()
+        >>> with everywhere(plates="rows"):
+        ...     losses = fit(model, torch.ones(5))
+    """
+    names = (plates,) if isinstance(plates, str) else tuple(plates)
+    sharding = {"rows": rows, "local": local, "replicated": tuple(replicated)}
+    adoption = _Adoption(names, sharding, on_adopt, options)
+    begin_adopting(adoption)
+    with ExitStack() as stack:
+        stack.callback(adoption.undo)
+        stack.callback(end_adopting, adoption)
+        if torch_closures:
+            stack.enter_context(averaging_closures(options.get("backend")))
+        yield
+
+
+class _Adoption:
+    """What one `everywhere()` has adopted, and how.
+
+    Args:
+        plates: Names of plates that are split over the ranks.
+        sharding: Further arguments of `shard`.
+        on_adopt: See `everywhere`.
+        options: Of `DistributedOptimizer`.
+    """
+
+    def __init__(
+        self,
+        plates: tuple[str, ...],
+        sharding: Mapping[str, Any],
+        on_adopt: Callable[[pyro.infer.SVI], None] | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        self._plates = plates
+        self._sharding = sharding
+        self._on_adopt = on_adopt
+        self._options = options
+        self._optimizers: list[AdoptedOptimizer] = []
+        self._svis: dict[int, tuple[pyro.infer.SVI, Any, Any]] = {}  # as they were, by id
+
+    def adopt_svi(self, svi: pyro.infer.SVI) -> None:
+        """Adopts an SVI that is about to step, unless it was before; one of distopt keeps its model and guide."""
+        if id(svi) in self._svis or isinstance(svi.optim, HorovodOptimizer):
+            return
+        if isinstance(svi, SVI) and isinstance(svi.optim, DistributedOptimizer):
+            return
+        if not isinstance(svi.optim, DistributedOptimizer):
+            self._optimizers.append(adopt_(svi.optim, **self._options))
+
+        self._svis[id(svi)] = (svi, svi.model, svi.guide)
+        if not isinstance(svi, SVI):
+            if self._plates and not isinstance(svi.model, Sharded):
+                svi.model = shard(svi.model, self._plates, **self._sharding)
+            svi.model, svi.guide = share_plates(svi.model, svi.guide)
+        if self._on_adopt is not None:
+            self._on_adopt(svi)
+
+    def adopt_optimizer(self, optim: pyro.optim.PyroOptim) -> None:
+        """Adopts an optimizer that is stepped without an SVI of Pyro's."""
+        _refuse_other_svi()
+        if self._plates:
+            raise TypeError(
+                f"everywhere(plates={self._plates!r}): a {type(optim).__name__} is stepped without an SVI, so there is "
+                "no model whose plates could be split. Give shard(model, plates=...) to what computes its gradients, "
+                "and leave out plates here."
+            )
+        self._optimizers.append(adopt_(optim, **self._options))
+
+    def undo(self) -> None:
+        """Makes everything what it was before, with the state that it has reached."""
+        for svi, model, guide in self._svis.values():
+            svi.model = model
+            svi.guide = guide
+        for optim in self._optimizers:
+            release_(optim)
+        self._svis.clear()
+        self._optimizers.clear()
+
+
+def _refuse_other_svi() -> None:
+    """Refuses an inference algorithm with a step of its own, which may decide from one rank's loss not to step.
+
+    Its step is the calling function: the frames in between are this module's and those of the hooks.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith("distopt."):
+        frame = frame.f_back  # type: ignore[assignment]
+    caller = frame.f_locals.get("self") if frame is not None else None
+    if isinstance(caller, TracePosterior):
+        kind = type(caller).__name__
+        raise TypeError(
+            f"{kind} is an inference algorithm with a step() of its own. everywhere() cannot share its decisions: a "
+            "rank that skips a step because of its own loss would leave the others. Make it a subclass of "
+            "pyro.infer.SVI whose step() calls super().step(), or use pyro.infer.SVI."
+        )
