@@ -29,7 +29,7 @@ from distopt.checkpoint.consensus import agree_no_error, agree_to_save, claim
 from distopt.checkpoint.errors import CheckpointError, describe_error
 from distopt.checkpoint.failpoint import failpoint
 from distopt.checkpoint.manifest import FileRecord, Manifest, config_as_json
-from distopt.checkpoint.reader import candidates
+from distopt.checkpoint.reader import candidates, known_manifests
 from distopt.checkpoint.restore import (
     REPLICATED,
     Restored,
@@ -91,6 +91,7 @@ class Checkpointer:
         ValueError: A name is in both mappings.
         DirectoryInUseError: Another job writes to the directory.
         CheckpointError: The directory cannot be written, or ranks see different ones.
+        UnreadableCheckpointError: A checkpoint there cannot be read, so that nobody knows whether it is the newest.
 
     Example:
         >>> import pyro, tempfile
@@ -135,8 +136,7 @@ class Checkpointer:
         """When the state that was committed last was copied, by `time.monotonic()`; None before the first commit."""
 
         self._claimed = claim(self._backend, self._storage)
-        known = [each.manifest.generation for each in candidates(self._storage) if each.manifest]
-        self._generation = max(known, default=-1) + 1
+        self._generation = self._known_on_rank_0()[0] + 1
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -217,6 +217,8 @@ class Checkpointer:
         Raises:
             CheckpointError: There are checkpoints but none can be loaded, or not the one asked for; on all ranks.
                 Nothing has been changed then. Or an object does not accept its state; others may have been restored.
+            UnreadableCheckpointError: A checkpoint that may be the newest good one cannot be read; on all ranks.
+                Nothing has been changed or deleted, and no older one is taken in its place.
             ConfigMismatchError: It is of another configuration. Nothing has been changed then.
 
         Cost:
@@ -228,8 +230,8 @@ class Checkpointer:
 
         storage, tries = choose_on_all_ranks(self._backend, self._storage, which)
         rows = ShardedReader(self._backend)
-        # From the newest to the oldest, until all ranks could read one. The others are left alone: a read that failed
-        # may succeed next time, and only retention deletes.
+        # From the newest to the oldest, until one is whole on all ranks. The others are left alone: only retention
+        # deletes.
         for folder, attempt, problem in tries:
             loaded, error = (
                 (None, problem) if problem else read_on_all_ranks(storage, folder, attempt, self._backend, rows)
@@ -241,13 +243,14 @@ class Checkpointer:
             path = f"{storage.root}/{folder}"
             if not any_config:
                 check_config(loaded.manifest, self._config, self._ignore_keys, path)
+            newest = self._known_on_rank_0()  # may raise, so it comes before anything is changed
             failure: Exception | None = None
             try:
                 apply_loaded(loaded, self._state, self._backend)
             except Exception as caught:
                 failure = caught
             agree_no_error(self._backend, failure, path)
-            self._continue_from(loaded.manifest)
+            self._continue_from(loaded.manifest, *newest)
             progress = decode(loaded.manifest.progress, NoTensors().get)
             return Restored(loaded.manifest.step, progress, path, loaded.manifest.world_size)
 
@@ -325,15 +328,34 @@ class Checkpointer:
         last.finish()
         return last.error is None
 
-    def _continue_from(self, manifest: Manifest) -> None:
+    def _known_on_rank_0(self) -> tuple[int, str]:
+        """Returns generation and attempt of the newest checkpoint, as rank 0 sees it; (-1, "") without one; collective.
+
+        Only rank 0 writes them into manifests. The others take part to raise its error.
+        """
+        newest = (-1, "")
+        failure: Exception | None = None
+        try:
+            if self._backend.rank == 0:
+                known = known_manifests(self._storage)
+                newest = (known[0].generation, known[0].attempt) if known else newest
+        except Exception as error:
+            failure = error
+        agree_no_error(self._backend, failure, self._storage.root)
+        return newest
+
+    def _continue_from(self, manifest: Manifest, generation: int, newest: str) -> None:
         """Notes where the run continues, so that checkpoints of the future that it gave up no longer count as newer.
 
         The newest checkpoint is the one of the highest (generation, step). A run that goes back to an older step begins
         a new generation; its next save of any step is then the newest, and the abandoned ones are deleted with it.
+
+        Args:
+            manifest: Of the checkpoint that was restored.
+            generation: Of the newest checkpoint in the directory.
+            newest: Its attempt, empty when there is none.
         """
-        known = [each.manifest for each in candidates(self._storage) if each.manifest is not None]
-        newest = max(((each.generation, each.step, each.attempt) for each in known), default=(0, 0, manifest.attempt))
-        self._generation = newest[0] + (newest[2] != manifest.attempt)
+        self._generation = generation + (newest != manifest.attempt) if newest else 0
         self._last = None
         logger.info("restored step %d", manifest.step)
 
