@@ -41,12 +41,16 @@ _SHARED_ERRORS = (BackendError, PeerError, DisagreementError, DriftError)  # rai
 _PLAIN_ERRORS = (*_SHARED_ERRORS, ConfigError, LauncherError, TaskError, CheckpointError, ServeError)
 
 
-def run(config: RunConfig) -> int:
+def run(config: RunConfig, *, until_exit: bool = False) -> int:
     """Trains the task of `config` as one of its workers; every rank calls it.
 
     The run resumes from the newest good checkpoint in `run_dir/checkpoints` unless the configuration says otherwise.
     After SIGTERM or Ctrl-C, all ranks finish the same step, save a checkpoint and stop. Before the ranks have met,
     a signal ends the process at once.
+
+    Args:
+        config: The run.
+        until_exit: Whether the process ends after the call, so that signals to stop have nothing left to ask for.
 
     Returns:
         0 when all steps are done, 143 after SIGTERM, 130 after Ctrl-C, 1 after an error, which has been printed.
@@ -55,12 +59,13 @@ def run(config: RunConfig) -> int:
         One all-reduce per step.
     """
     backend: Backend | None = None
+    status = Status()
+    stop = StopSignals(until_exit=until_exit)
     try:
-        status = Status()
         rank_info = find_rank()
         local_rank = (rank_info and rank_info.local_rank) or 0
         # The server starts before the ranks have met: whether they ever will is when one wants to ask.
-        with StopSignals() as stop, serving(config.serve, status, local_rank):
+        with stop, serving(config.serve, status, local_rank):
             backend = init(config.reduce.backend, timeout=timedelta(seconds=config.reduce.timeout_s))
             stop.hold()
             return _Worker(config, backend, status, stop).run()
@@ -70,6 +75,10 @@ def run(config: RunConfig) -> int:
         if not isinstance(error, _PLAIN_ERRORS):
             raise
         who = f"rank {backend.rank} of {backend.world_size}: " if backend is not None else ""
+        if stop.received and not status.steps_done and isinstance(error, _SHARED_ERRORS):
+            # All ranks are asked, one after the other; one that was asked before it listened has ended at once.
+            print(f"distopt: {who}stopped before the first step ({error})", file=sys.stderr, flush=True)
+            return 128 + stop.received
         print(f"distopt: {who}{error}", file=sys.stderr, flush=True)
         return 1
     finally:
@@ -338,8 +347,12 @@ class _Worker:
         report.source("The configuration", dump_yaml(config))
 
         path = config.run_dir / REPORT
-        report.write(path)
-        self.print(f"report: {path}")
+        try:
+            report.write(path)
+        except OSError as error:
+            self.print(f"no report: {path} cannot be written: {error.strerror}")
+        else:
+            self.print(f"report: {path}")
 
 
 class _Window:
