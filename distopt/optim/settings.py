@@ -134,12 +134,12 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], unset: str = _UNSET
 
 
 def _frame(state: State) -> State:
-    optimizer: State = dict(optimizer_state(state)) | {"state": {}}
-    return {"scheduler": state["scheduler"], "optimizer": optimizer} if "scheduler" in state else optimizer
+    frame: State = dict(optimizer_state(state)) | {"state": {}}
+    return {"scheduler": state["scheduler"], "optimizer": frame} if "scheduler" in state else frame
 
 
 def _with_moments(frame: State, moments: Any) -> State:
-    fresh = copied(frame)
+    fresh: State = copied(frame)
     optimizer_state(fresh)["state"] = moments
     return fresh
 
