@@ -13,6 +13,7 @@ from typing import Any
 from distopt.backends.base import Backend
 from distopt.checkpoint.chunks import read_small
 from distopt.checkpoint.errors import CheckpointError, UnreadableCheckpointError, describe_error
+from distopt.checkpoint.reader import known_manifests
 from distopt.checkpoint.retention import remove_leftovers
 from distopt.checkpoint.storage.base import Storage
 from distopt.checkpoint.storage.names import LOCK
@@ -91,6 +92,25 @@ def _token(storage: Storage) -> str:
         return read_small(storage, "", LOCK, _MAX_TOKEN_BYTES).decode(errors="replace")
     except FileNotFoundError:
         return ""
+
+
+def newest_known(backend: Backend, storage: Storage) -> tuple[int, str]:
+    """Returns generation and attempt of the newest checkpoint as rank 0 sees it, (-1, "") without one; collective.
+
+    Only rank 0 needs them, since it writes the manifests. The others take part to raise its error, and get (-1, "").
+
+    Raises:
+        UnreadableCheckpointError: A checkpoint cannot be read; on all ranks.
+    """
+    newest = (-1, "")
+    failure: Exception | None = None
+    try:
+        known = known_manifests(storage) if backend.rank == 0 else []
+        newest = (known[0].generation, known[0].attempt) if known else newest
+    except Exception as error:
+        failure = error
+    agree_no_error(backend, failure, storage.root)
+    return newest
 
 
 def agree_to_save(step: int, messages: Sequence[dict[str, Any]]) -> str:

@@ -38,7 +38,7 @@ def saved(tmp_path):
         ("reduce.op=sum", "reduce.op: 'average' in the checkpoint, 'sum' now"),
         ("reduce.compression=bf16", "reduce.compression: 'none' in the checkpoint, 'bf16' now"),
         ("reduce.power_sgd_rank=3", "reduce.power_sgd_rank: 2 in the checkpoint, 3 now"),
-        ("optim.args.lr=0.1", "optim.args.lr: 0.05 in the checkpoint, 0.1 now"),
+        ("optim.name=AdamW", "optim.name: 'Adam' in the checkpoint, 'AdamW' now"),
         ("seed=2", "seed: 1 in the checkpoint, 2 now"),
     ],
     ids=lambda change: change[0],
@@ -52,7 +52,8 @@ def test_change_of_what_is_computed_is_refused_on_resume(change, saved, capsys):
 @pytest.mark.parametrize(
     "change",
     ["reduce.bucket_mib=1", "reduce.overlap=true", "reduce.drift_every_steps=1", "reduce.timeout_s=60", "name=other"]
-    + ["checkpoint.keep_last=5", "log.every_steps=1", "data.prefetch=1", "train.num_steps=3"],
+    + ["checkpoint.keep_last=5", "log.every_steps=1", "data.prefetch=1", "train.num_steps=3"]
+    + ["optim.args.lr=0.1", "optim.clip.clip_norm=1.0", "optim.nonfinite=skip"],
 )
 def test_change_of_where_and_how_long_a_run_computes_is_accepted_on_resume(change, saved, capsys):
     run_here(saved, "train.num_steps=3", change)
