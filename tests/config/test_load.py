@@ -39,7 +39,7 @@ def test_unknown_key_is_answered_in_the_form_of_the_style_guide():
 
 
 @pytest.mark.parametrize(
-    ("yaml", "said"),
+    ("yaml", "message"),
     [
         ("bucket_mib: 3", "bucket_mib: unknown key. Did you mean reduce.bucket_mib?"),
         (
@@ -75,17 +75,17 @@ def test_unknown_key_is_answered_in_the_form_of_the_style_guide():
         ("optim: {args: {lr: .nan}, clip: {clip_norm: .inf}}", "optim.clip.clip_norm: found inf (float)"),
     ],
 )
-def test_mistake_names_file_key_found_and_expected(yaml, said):
+def test_mistake_names_file_key_found_and_expected(yaml, message):
     (problem,) = problems(MINIMAL + yaml)
     assert problem.startswith(SOURCE + ": ")
-    assert said in problem
+    assert message in problem
 
 
 def test_all_mistakes_come_at_once_and_those_of_the_command_line_say_so():
-    found = problems(MINIMAL + "sed: 1\nlog: {every_steps: -1}", "launch.wokers=2", "train.num_steps=x")
-    assert len(found) == 4
-    assert [text for text in found if text.startswith("command line: ")] == [
-        text for text in found if "wokers" in text or "num_steps" in text
+    mistakes = problems(MINIMAL + "sed: 1\nlog: {every_steps: -1}", "launch.wokers=2", "train.num_steps=x")
+    assert len(mistakes) == 4
+    assert [text for text in mistakes if text.startswith("command line: ")] == [
+        text for text in mistakes if "wokers" in text or "num_steps" in text
     ]
 
 

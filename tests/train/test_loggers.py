@@ -74,14 +74,14 @@ def test_tensorboard_reads_back_what_was_written_without_what_a_crash_undid(tmp_
     write(tmp_path, 0, range(10, 60, 10), TensorBoardLogger())
     write(tmp_path, 30, range(40, 80, 10), TensorBoardLogger())
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    found = {event.step: event.value for event in events.Scalars("elbo")}
-    assert sorted(found) == [10, 20, 30, 40, 50, 60, 70]
+    scalars = {event.step: event.value for event in events.Scalars("elbo")}
+    assert sorted(scalars) == [10, 20, 30, 40, 50, 60, 70]
     assert len(events.Scalars("elbo")) == 7
 
     write(tmp_path, 0, range(10, 30, 10), TensorBoardLogger())  # a new run in a used folder
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("elbo")] == [10, 20]
-    assert found[50] == pytest.approx(-2.0)
+    assert scalars[50] == pytest.approx(-2.0)
 
 
 def test_tensorboard_that_is_not_installed_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
