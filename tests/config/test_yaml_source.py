@@ -37,6 +37,8 @@ def test_hostile_document_is_refused_before_it_is_built(text, message, tmp_path,
         ("-2E5", -2e5),
         ("1.5", 1.5),
         ("2013-01-01", "2013-01-01"),  # PyYAML alone makes a date of it
+        ("1:30:00", "1:30:00"),  # YAML 1.1 counts it in base 60: 5400
+        ("-1:30.5", "-1:30.5"),
         ("yes", True),
         ("'1e-3'", "1e-3"),
         ("", None),
