@@ -16,13 +16,17 @@ MAY_CHANGE = (
     "data.prefetch",
     "train.num_steps",
     "train.capture",  # a captured step computes what an eager one does
+    "optim.args",  # what differs in these is put in place of the checkpoint's, see `distopt.optim.settings`
+    "optim.clip",
+    "optim.nonfinite",
+    "optim.scheduler",
     "reduce.backend",
     "reduce.bucket_mib",
     "reduce.overlap",
     "reduce.drift_every_steps",
     "reduce.timeout_s",
 )
-"""Keys that may differ when a run resumes from its checkpoints: where and how long it runs, not what it computes.
+"""Keys that may differ when a run resumes from its checkpoints: where and how long it runs, how it steps from there.
 
 Everything else is compared. `reduce.op`, `compression` and `power_sgd_rank` change every step of the optimizer, so a
 run with another one of them would not continue the run that was saved.

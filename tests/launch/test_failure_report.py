@@ -120,6 +120,15 @@ def test_success_and_orderly_stops_need_an_end_of_every_worker():
     assert not failure_report.all_stopped([*started, end(0, 2.0, 143), end(1, 2.0, -9)])
 
 
+def test_rank_that_the_launcher_ended_with_those_that_stopped_as_asked_has_stopped_too():
+    started = [events.Start(rank, 0, "host", 1, 1.0) for rank in (0, 1)]
+    for status in (0, 143, -15):
+        assert failure_report.all_stopped([*started, end(0, 2.0, status)], ends_together=True)
+    assert not failure_report.all_stopped([*started, end(0, 2.0, 1)], ends_together=True)
+    assert not failure_report.all_stopped([*started, end(0, 2.0, -11)], ends_together=True)
+    assert not failure_report.all_stopped(started, ends_together=True)
+
+
 def test_out_of_memory_is_named_as_such():
     assert "out of memory" in failure_report.describe_end(end(0, 0.0, -9, out_of_memory=True))
     assert "out of memory?" in failure_report.describe_end(end(0, 0.0, -9))

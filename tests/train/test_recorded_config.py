@@ -61,7 +61,7 @@ def undisturbed(tmp_path_factory):
         ("reduce.op=sum", "reduce.op: 'average' in the checkpoint, 'sum' now"),
         ("reduce.compression=bf16", "reduce.compression: 'none' in the checkpoint, 'bf16' now"),
         ("reduce.power_sgd_rank=3", "reduce.power_sgd_rank: 2 in the checkpoint, 3 now"),
-        ("optim.args.lr=0.1", "optim.args.lr: 0.05 in the checkpoint, 0.1 now"),
+        ("optim.name=AdamW", "optim.name: 'Adam' in the checkpoint, 'AdamW' now"),
         ("seed=2", "seed: 1 in the checkpoint, 2 now"),
     ],
     ids=lambda change: change[0],
@@ -85,6 +85,13 @@ def test_change_of_where_and_how_long_a_run_computes_is_accepted_and_changes_no_
     resumed = parameters(tmp_path / "run")
     assert resumed.keys() == undisturbed.keys()
     assert all(torch.equal(resumed[name], value) for name, value in undisturbed.items())
+
+
+@pytest.mark.parametrize("change", ["optim.args.lr=0.1", "optim.clip.clip_norm=1.0", "optim.nonfinite=skip"])
+def test_change_of_how_a_run_steps_from_there_is_accepted_on_resume(change, saved, capsys):
+    """What becomes of it is in test_resume.py."""
+    run_here(saved, "train.num_steps=3", change)
+    assert "resuming from step 2" in capsys.readouterr().out
 
 
 def test_backend_may_change(saved, tmp_path):
