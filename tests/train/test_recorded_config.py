@@ -126,7 +126,17 @@ VALUES: list[Any] = [
     "kubernetes",
     "other:Other",
 ]
-VALUES += ["127.0.0.2", "10:00", "/x", "a.b/c", {"X": "1"}, {"X": {"secret": "a", "key": "b"}}, ["a"], [["a"]]]
+VALUES += [
+    "127.0.0.2",
+    "10:00",
+    "/x",
+    "a.b/c",
+    {"X": "1"},
+    {"X": {"secret": "a", "key": "b"}},
+    ["a"],
+    ["params"],
+    [["a"]],
+]
 VALUES += [[{"name": "mine:Logger"}], [{"claim": "a", "path": "/b"}]]
 NOT_OF_A_TASK = ("script", "script_args")  # a script saves its checkpoints itself
 NOT_RECORDED = ("launch.hostfile", "launch.min_hosts")  # read into launch.hosts; needs launch.hosts
