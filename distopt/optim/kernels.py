@@ -24,6 +24,8 @@ from torch import Tensor
 # says no and the caller computes the same with public operations.
 
 _kernel: Any = getattr(torch, "_fused_adam_", None)
+DEVICE_TYPES = frozenset({"cpu", "cuda"})
+"""Devices for which torch has the kernel, and on which it was tried."""
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
@@ -35,7 +37,7 @@ def is_fusable(tensors: Sequence[Tensor]) -> bool:
         _kernel is not None
         and len(kinds) == 1
         and dtype in _DTYPES
-        and device.type in ("cpu", "cuda")
+        and device.type in DEVICE_TYPES
         and layout is torch.strided
         and all(map(Tensor.is_contiguous, tensors))
     )
