@@ -43,9 +43,9 @@ def build() -> Path:
         return library
 
     library.parent.mkdir(parents=True, exist_ok=True)
-    part = library.with_name(f"{os.getpid()}.so")
+    partial = library.with_name(f"{os.getpid()}.so")
     command = [os.environ.get("CXX", "c++"), "-shared", "-fPIC", "-std=c++20", "-O1", "-g0"]
-    command += ["-DTORCH_EXTENSION_NAME=_far_device", str(SOURCE), "-o", str(part)]
+    command += ["-DTORCH_EXTENSION_NAME=_far_device", str(SOURCE), "-o", str(partial)]
     command += [f"-I{path}" for path in [*include_paths(), sysconfig.get_paths()["include"]]]
     for path in library_paths():
         command += [f"-L{path}", f"-Wl,-rpath,{path}"]
@@ -56,7 +56,7 @@ def build() -> Path:
         raise RuntimeError(f"no C++ compiler {command[0]!r}: install one, or set CXX") from None
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed on {SOURCE.name}:\n{done.stderr[-3000:]}")
-    part.rename(library)
+    partial.rename(library)
     return library
 
 
@@ -138,8 +138,8 @@ def _line() -> str:
     """Returns the innermost line of distopt or Pyro that is running."""
     for frame in reversed(traceback.extract_stack()):
         for package in ("distopt", "pyro"):
-            _, found, rest = frame.filename.rpartition(f"/{package}/")
-            if found:
+            _, separator, rest = frame.filename.rpartition(f"/{package}/")
+            if separator:
                 return f"{package}/{rest}:{frame.lineno}"
     return "the test"
 
