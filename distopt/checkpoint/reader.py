@@ -83,11 +83,11 @@ def known_manifests(storage: Storage) -> list[Manifest]:
     Raises:
         UnreadableCheckpointError: One cannot be read, so that nobody knows which is the newest.
     """
-    found = candidates(storage)
-    for each in found:
+    listed = candidates(storage)
+    for each in listed:
         if each.is_unreadable:
             raise UnreadableCheckpointError(each.error)
-    return [each.manifest for each in found if each.manifest is not None]
+    return [each.manifest for each in listed if each.manifest is not None]
 
 
 def read_manifest(storage: Storage, folder: str) -> Manifest:
