@@ -314,16 +314,8 @@ class Checkpointer:
         """Starts to write what all ranks have agreed to save."""
         rank, world_size = self._backend.rank, self._backend.world_size
         attempt = Attempt(step, messages[0]["attempt"], rank, world_size, self._timeout)
-        # Buffers are equal on all ranks unless they hold batch statistics: one digest per rank, gathered with the rest,
-        # tells which of them have to be written.
-        named = {rank_name(rank): snapshots["rank"]}
-        if rank == 0:
-            named[REPLICATED] = snapshots[REPLICATED]
-        if messages[rank]["buffers"] != messages[0]["buffers"] or (rank == 0 and self._state.modules):
-            named[buffers_name(rank)] = snapshots["buffers"]
-        if "shard" in snapshots:
-            named[shard_name(rank)] = snapshots["shard"]
-
+        differ = messages[rank]["buffers"] != messages[0]["buffers"]
+        named = _by_file(snapshots, rank, has_buffers=differ or (rank == 0 and bool(self._state.modules)))
         about = _about(self._backend) | {"only": self._only and [*self._only]}
         about |= {key: [each[key] for each in messages] for key in ("rng", "plates")}
 
@@ -349,19 +341,30 @@ class Checkpointer:
             self._last.finish()
 
     def _continue_from(self, manifest: Manifest, generation: int, newest: str) -> None:
-        """Notes where the run continues, so that checkpoints of the future that it gave up no longer count as newer.
+        """Notes where the run continues, given the newest checkpoint of the directory and its attempt.
 
         The newest checkpoint is the one of the highest (generation, step). A run that goes back to an older step begins
         a new generation; its next save of any step is then the newest, and the abandoned ones are deleted with it.
-
-        Args:
-            manifest: Of the checkpoint that was restored.
-            generation: Of the newest checkpoint in the directory.
-            newest: Its attempt, empty when there is none.
         """
         self._generation = generation + (newest != manifest.attempt) if newest else 0
         self._last = None
         logger.info("restored step %d", manifest.step)
+
+
+def _by_file(snapshots: Mapping[str, Snapshot], rank: int, *, has_buffers: bool) -> dict[str, Snapshot]:
+    """Returns the snapshots that this rank writes by the name of their file.
+
+    Buffers are equal on all ranks unless they hold batch statistics: one digest per rank, gathered with all else that
+    a save agrees on, tells which have to be written.
+    """
+    named = {rank_name(rank): snapshots["rank"]}
+    if rank == 0:
+        named[REPLICATED] = snapshots[REPLICATED]
+    if has_buffers:
+        named[buffers_name(rank)] = snapshots["buffers"]
+    if "shard" in snapshots:
+        named[shard_name(rank)] = snapshots["shard"]
+    return named
 
 
 def _has_saved(last: BackgroundSave | None, step: int) -> bool:
