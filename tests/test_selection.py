@@ -19,17 +19,17 @@ def pytest_here(*arguments: str, **environment: str) -> subprocess.CompletedProc
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "said"),
+    ("arguments", "environment", "message"),
     [
         (["tests/docker", "-m", "images"], {"DISTOPT_TEST_IMAGES": "1", "PATH": "/nowhere"}, "nothing ran: "),
         (["tests/docker/test_cpu_image.py"], {}, "nothing ran: builds an image: make test-images"),
         (["tests/chaos", "-k", "many_runs"], {}, "nothing ran: takes minutes: pytest tests --slow runs it"),
     ],
 )
-def test_selection_of_which_all_is_skipped_fails_and_says_what_is_missing(arguments, environment, said):
+def test_selection_of_which_all_is_skipped_fails_and_says_what_is_missing(arguments, environment, message):
     done = pytest_here(*arguments, **environment)
     assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout + done.stderr
-    assert said in done.stdout
+    assert message in done.stdout
     assert not environment or "apt-get install buildah" in done.stdout or "sudo" in done.stdout
 
 

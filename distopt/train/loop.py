@@ -25,6 +25,7 @@ from distopt.train.loggers import FILE_NAME, Logger, Loggers, RunInfo, printer, 
 from distopt.train.monitor import PaceMeter, RankPace, Status, describe_straggler
 from distopt.train.recorded_config import recorded_config
 from distopt.train.report import Report, elbo_figure, paces_table
+from distopt.train.resume import describe_restored, which_checkpoint
 from distopt.train.serve import ServeError, serving
 from distopt.train.setup import count_rows, load_task_on_all_ranks, set_up_process
 from distopt.train.signals import StopSignals
@@ -205,16 +206,21 @@ class _Worker:
 
     def _resume(self, checkpointer: Checkpointer) -> int:
         """Restores a checkpoint if there is one to resume from; returns the steps that are done already."""
-        resume = self.config.checkpoint.resume
-        which = int(resume) if isinstance(resume, str) and resume.isdigit() else resume
-        restored: Restored | None = checkpointer.restore(which)
+        config = self.config
+        which, is_new = which_checkpoint(config, has_checkpoints=bool(checkpointer.steps()))
+        schedule = config.optim.scheduler
+        restored: Restored | None = checkpointer.restore(
+            which,
+            only=config.checkpoint.resume_only,
+            new_run=is_new,
+            schedule_every=schedule.every_steps if schedule else 1,
+        )
+
         first_step = 0
         if restored is not None:
-            first_step = restored.step
-            workers = (
-                "" if restored.world_size == self.backend.world_size else f", saved by {restored.world_size} workers"
-            )
-            self.print(f"resuming from step {first_step:,} ({restored.path}{workers})")
+            first_step = 0 if is_new else restored.step
+            for line in describe_restored(restored, config, self.backend.world_size, is_new=is_new):
+                self.print(line)
             self.status.checkpoint_at = time.monotonic()
 
         self.status.step = first_step
