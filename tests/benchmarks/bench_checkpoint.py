@@ -43,11 +43,11 @@ missed = 0
 def report(what: str, ratios: Iterable[float], limit: float) -> None:
     """Prints the median of some ratios beside what it may not exceed, and their range."""
     global missed
-    found = sorted(ratios)
-    ratio = statistics.median(found)
+    ordered = sorted(ratios)
+    ratio = statistics.median(ordered)
     missed += ratio > limit
     verdict = "ok    " if ratio <= limit else "MISSED"
-    print(f"{verdict} {what}: {ratio:.3f} (at most {limit:.4g}; {found[0]:.3f} to {found[-1]:.3f})", flush=True)
+    print(f"{verdict} {what}: {ratio:.3f} (at most {limit:.4g}; {ordered[0]:.3f} to {ordered[-1]:.3f})", flush=True)
 
 
 def remark(what: str, ratios: Iterable[float]) -> None:
@@ -226,11 +226,11 @@ def small(root: Path, where: str) -> None:
 def main(names: list[str]) -> int:
     """Runs all, or those named; returns how many ratios were missed."""
     torch.set_num_threads(1)
-    places = {"disk": Path(tempfile.gettempdir())}
+    folders = {"disk": Path(tempfile.gettempdir())}
     if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 8 * LARGE_MIB << 20:
-        places["memory"] = MEMORY
+        folders["memory"] = MEMORY
     for name, work in (("small", small), ("large", large)):
-        for where, base in places.items():
+        for where, base in folders.items():
             if not names or name in names:
                 with tempfile.TemporaryDirectory(dir=base) as root:
                     work(Path(root), where)

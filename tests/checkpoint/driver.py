@@ -74,11 +74,11 @@ def plant(fault: str) -> None:
 
 
 if __name__ == "__main__":
-    place, wait_s = (0, 1), TIMEOUT
+    position, wait_s = (0, 1), TIMEOUT
     for argument in sys.argv[3:]:
         if "/" in argument:
             rank, size, seconds = argument.split("/")
-            place, wait_s = (int(rank), int(size)), timedelta(seconds=float(seconds))
+            position, wait_s = (int(rank), int(size)), timedelta(seconds=float(seconds))
         else:
             plant(argument)
-    save(Path(sys.argv[1]), int(sys.argv[2]), *place, wait_s)
+    save(Path(sys.argv[1]), int(sys.argv[2]), *position, wait_s)
