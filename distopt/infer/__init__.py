@@ -1,6 +1,6 @@
 """What distribution changes in inference."""
 
-from distopt.infer.capture import explain_capture
+from distopt.infer.capture import TensorRows, explain_capture
 from distopt.infer.everywhere import everywhere
 from distopt.infer.gathering import gather_local, gather_rows, read_local, write_local
 from distopt.infer.sharded_plate import shard, sharded_plate
@@ -12,6 +12,7 @@ __all__ = [
     "SVI",
     "LocalParameterError",
     "NoisePolicy",
+    "TensorRows",
     "everywhere",
     "explain_capture",
     "gather_local",

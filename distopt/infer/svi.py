@@ -9,11 +9,12 @@ import pyro.infer
 from pyro.infer.util import zero_grads
 from torch import Tensor
 
-from distopt.infer.capture import StepCapture
+from distopt.infer.capture import StepCapture, TensorRows
 from distopt.infer.sharded_plate import share_plates
 from distopt.optim.distributed import DistributedOptimizer, StepInfo
 from distopt.optim.distributed.stepping import Loss
 from distopt.optim.distributed.svi_step import loss_and_named_params, run_once, step_on_all_ranks
+from distopt.reduce.layout import Layout
 
 CaptureMode: TypeAlias = Literal["graph", "off"]
 
@@ -87,6 +88,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         wrapped = share_plates(model, guide, weight)
         super().__init__(*wrapped, optim, loss, loss_and_grads, num_samples, num_steps, **kwargs)
         self.captured = StepCapture(self.loss_and_grads) if capture == "graph" else None
+        self._layout: Layout | None = None  # in whose buckets captured steps leave gradients
 
     def init(self, *args: Any, **kwargs: Any) -> None:
         """Runs guide and model once, so that their parameters exist before the first step; changes no parameter.
@@ -132,7 +134,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         """Does what `step` does, and exchanges what a training loop needs to know.
 
         Args:
-            args: The arguments of model and guide.
+            args: The arguments of model and guide; `TensorRows` lets a captured step select them itself.
             kwargs: Their keyword arguments.
             step: Number of the step in the caller's loop; a rank that has left out a step is reported then.
             stop: Whether this rank asks all ranks to stop.
@@ -155,12 +157,23 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         shared = {"step": step, "stop": stop, "measure_norm": measure_norm}
         return step_on_all_ranks(self, args, kwargs or {}, self._loss_and_params, self.optim.zero_grad, **shared)
 
-    def _loss_and_params(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Loss, set[Tensor]]:
+    def _loss_and_params(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Loss, Sequence[Tensor]]:
         """Computes the loss and its gradients; returns the loss, and the parameters that the step named."""
         if self.captured is None:
             return loss_and_named_params(self, args, kwargs)
-        result = self.captured(self.model, self.guide, *args, **kwargs)
-        return result.loss, set(result.params)
+        self._leave_gradients_in_buckets(self.captured)
+        whole = (args,) if isinstance(args, TensorRows) else args
+        result = self.captured(self.model, self.guide, *whole, **kwargs)
+        return result.loss, result.params
+
+    def _leave_gradients_in_buckets(self, captured: StepCapture) -> None:
+        """Lets captured steps write gradients to where they are reduced."""
+        if not isinstance(self.optim, DistributedOptimizer):
+            return
+        layout = self.optim.reducer.layout
+        if layout is not self._layout:
+            self._layout = layout
+            captured.use_gradient_buffers(layout.gradient_buffers())
 
     def _step_alone(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Loss:
         """Takes a step with an optimizer that is not distributed, as Pyro's SVI does."""

@@ -149,7 +149,8 @@ def write_slots_(slots: Tensor, numbers: float | list[float]) -> None:
     if slots.device.type == "cpu":
         slots.numpy()[:] = numbers  # a tenth of the time that making a tensor of the numbers takes
     else:
-        slots.copy_(torch.tensor(numbers, dtype=slots.dtype))
+        # A copy that blocks would wait until the device has done everything that was started before, backward included.
+        slots.copy_(torch.tensor(numbers, dtype=slots.dtype), non_blocking=True)
 
 
 def read_summary(slots: Tensor, world_size: int) -> RoundSummary:
@@ -181,6 +182,24 @@ def _write_number(numbers: list[float], slot: int, number: int) -> None:
         number, digit = divmod(number, BASE)
         _write_digit(numbers, slot, digit)
         slot += 2
+
+
+def summary_of_one(message: RankMessage, num_params: int) -> RoundSummary:
+    """Returns what a rank knows that is alone and has a gradient of every parameter."""
+    return RoundSummary(
+        num_active=1,
+        num_changed=0,
+        num_aborts=0,
+        num_stops=int(message.stop),
+        num_nonfinite=int(message.nonfinite),
+        mean_values=message.values,
+        rank_local_square=message.rank_local_square,
+        kind=message.kind,
+        in_step=True,
+        in_sync=True,
+        same_rng=True,
+        touched=[1.0] * num_params,
+    )
 
 
 def _write_digit(numbers: list[float], slot: int, digit: int) -> None:

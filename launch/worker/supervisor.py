@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from distopt.cgroups import available_cores
 from distopt.launchers import (
     CWD_VARIABLE,
     ECHO_VARIABLE,
     GRACE_VARIABLE,
-    LOGS,
     SECRETS_FILE,
     STOP_FILE,
     WATCH_STOP_VARIABLE,
@@ -36,10 +36,9 @@ from distopt.launchers import (
 
 from . import elastic, events, rank_log, terminal
 from .network import interface_env
-from .processes import die_with_parent
+from .processes import REQUESTS, die_with_parent, heeded
 
 POLL_S = 0.5
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 WRONG_WORLD_SIZE = 3
 """Exit status where the launcher started another number of workers than the run allows."""
 
@@ -60,6 +59,7 @@ class Supervisor:
     Attributes:
         rank: The worker's rank.
         world_size: The number of workers.
+        local_size: Those of them on this host, as far as the launcher says.
         attempt: How often the workers had been started before.
         asked_to_stop: Whether this worker is to end for good.
     """
@@ -84,7 +84,7 @@ class Supervisor:
         # for output alike, and no signal is lost between two looks at a flag.
         self._wake, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        for number in (*SIGNALS, signal.SIGCHLD):
+        for number in (signal.SIGTERM, *heeded(REQUESTS), signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
 
     def run(self) -> int:
@@ -107,6 +107,7 @@ class Supervisor:
         rank_info = find_rank() or RankInfo("by hand", 0, 1)
         self.rank = rank_info.rank
         self.world_size = rank_info.world_size
+        self.local_size = rank_info.local_size or 1
 
     def _wait_while_wanted(self) -> bool:
         """Waits a moment; false when this worker has been asked to stop."""
@@ -116,7 +117,7 @@ class Supervisor:
 
     def _read_signals(self) -> set[int]:
         """Empties the pipe, and returns the requests to stop that were in it."""
-        return set(os.read(self._wake, 512)) & set(SIGNALS)
+        return set(os.read(self._wake, 512)) & set(REQUESTS)
 
     def _run_attempt(self) -> int:
         self._signalled = False
@@ -125,8 +126,7 @@ class Supervisor:
             self._round = number
             self.attempt = number - 1
 
-        (self.run_dir / LOGS).mkdir(parents=True, exist_ok=True)
-        with rank_log.log_of(self.run_dir, self.rank).open("ab", buffering=0) as log:
+        with rank_log.RankLog(self.run_dir, self.rank, self._report_unwritable) as log:
             log.write(rank_log.header(self.rank, self.world_size, self.attempt))
             self._record(events.Start)
             if self._refuse_world_size(log):
@@ -136,7 +136,7 @@ class Supervisor:
         self._record(events.End, status)
         return status
 
-    def _refuse_world_size(self, log: IO[bytes]) -> bool:
+    def _refuse_world_size(self, log: rank_log.RankLog) -> bool:
         """Refuses a world of another size than the run's: a launcher may continue with fewer workers, and exit 0."""
         allowed = os.environ.get(WORLD_SIZE_VARIABLE)
         if not allowed or self.world_size in parse_range(allowed):
@@ -147,7 +147,7 @@ class Supervisor:
         )
         return True
 
-    def _run_worker(self, log: IO[bytes]) -> int:
+    def _run_worker(self, log: rank_log.RankLog) -> int:
         screen = terminal.open_for(self.rank)
         worker, output = self._start(screen)
         sink = terminal.Tee(log, screen, echo=ECHO_VARIABLE in os.environ)
@@ -177,6 +177,7 @@ class Supervisor:
     def _start(self, screen: IO[bytes] | None) -> tuple[subprocess.Popen[bytes], int]:
         """Starts the worker, and returns it with the file descriptor of its output."""
         env = {**os.environ, **interface_env(os.environ), "PYTHONUNBUFFERED": "1", **self._secrets()}
+        env.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // self.local_size)))
         if screen is not None:
             reading_end, worker_end = terminal.open_pseudo_terminal(screen)
         else:
@@ -221,7 +222,7 @@ class Supervisor:
             if is_over or number > self._round:
                 self._ask_to_stop(worker, for_good=number > self._round)
 
-    def _record(self, kind: type[events.Event], status: int | None = None) -> None:
+    def _record(self, kind: type[events.Event], status: int | None = None, **more: str) -> None:
         event = kind(
             rank=self.rank,
             attempt=self.attempt,
@@ -231,8 +232,15 @@ class Supervisor:
             status=status,
             stopped=self._signalled or self.asked_to_stop,
             out_of_memory=status == -signal.SIGKILL and events.oom_kills() > self._oom_kills,
+            **more,
         )
-        events.append(self.run_dir, event)
+        try:
+            events.append(self.run_dir, event)
+        except OSError as error:  # the worker does not depend on it
+            print(f"distopt: {error.filename}: {error.strerror}; lost: {event}", file=sys.stderr, flush=True)
+
+    def _report_unwritable(self, path: Path, error: OSError) -> None:
+        self._record(events.Unwritable, path=str(path), error=error.strerror or str(error))
 
 
 def write_termination_message(run_dir: Path, rank: int) -> None:

@@ -70,11 +70,12 @@ def step_on_all_ranks(
 
 def loss_and_named_params(
     svi: pyro.infer.SVI, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[Loss, set[Tensor]]:
+) -> tuple[Loss, list[Tensor]]:
     """Computes the loss and its gradients, as Pyro's SVI does, and returns the loss and the parameters it named."""
     with poutine.trace(param_only=True) as capture:
         loss = svi.loss_and_grads(svi.model, svi.guide, *args, **kwargs)
-    params = {site["value"].unconstrained() for site in capture.trace.nodes.values()}
+    # In the order of the model and not of a set, which would differ from one run of a process to the next.
+    params = list(dict.fromkeys(site["value"].unconstrained() for site in capture.trace.nodes.values()))
     return tuple(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss), params
 
 
