@@ -30,6 +30,7 @@ from distopt.checkpoint.reader import read_manifest
 from distopt.checkpoint.restore import REPLICATED, load_replicated
 from distopt.checkpoint.statefile import StateReader
 from distopt.checkpoint.storage.base import open_storage
+from distopt.optim import PackedState
 
 LARGE_MIB = 1024
 LARGE_ROUNDS, LARGE_S = (3, 7), 25.0
@@ -216,7 +217,14 @@ def small(root: Path, where: str) -> None:
                 keeper._finish()
         folder = root / "small" / f"step-{keeper.steps()[-1]:08d}"
         written = sum(file.stat().st_size for file in folder.iterdir())
+    states = optimizer.get_state()
+    for step in range(SMALL_ROUNDS):
+        for name, work in in_turn(
+            [("from_states", lambda: PackedState.from_states(states)), ("get_state", optimizer.get_state)], step
+        ):
+            sides.add(name, timed(work))
     sides.show()
+    report(f"{where}: packing of pyro.optim's state / its get_state", sides.ratios("from_states", "get_state"), 1.5)
     report(f"{where}: files / bytes of the tensors", [written / size], 1.2)
     report(
         f"{where}: save of everything / PyroOptim.save of the optimizer", sides.ratios("save", "PyroOptim.save"), 1 / 3
