@@ -197,7 +197,9 @@ class _Worker:
     def _resume(self, checkpointer: Checkpointer) -> int:
         """Restores a checkpoint if there is one to resume from; returns the steps that are done already."""
         resume = self.config.checkpoint.resume
-        which = int(resume) if isinstance(resume, str) and resume.isdigit() else resume
+        # A number too long for a step is the name of a folder.
+        is_step = isinstance(resume, str) and resume.isdecimal() and len(resume) < 19
+        which = int(resume) if is_step else resume
         restored: Restored | None = checkpointer.restore(which)
         first_step = 0
         if restored is not None:
