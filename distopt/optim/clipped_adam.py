@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import pyro.optim.clipped_adam
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 
@@ -22,7 +23,7 @@ from distopt.optim.kernels import (
 _SHARED = ("eps", "clip_norm", "weight_decay", "centered_variance")
 
 
-class ClippedAdam(Optimizer):
+class ClippedAdam(pyro.optim.clipped_adam.ClippedAdam):  # type: ignore[misc]
     r"""Adam whose gradient is clipped elementwise and whose learning rate is multiplied by `lrd` at each step.
 
     .. math::
@@ -80,7 +81,7 @@ class ClippedAdam(Optimizer):
             "lrd": lrd,
             "centered_variance": centered_variance,
         }
-        super().__init__(params, defaults)
+        Optimizer.__init__(self, params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pyro.optim.dct_adam
 import torch
 from pyro.ops.tensor_utils import dct, idct, next_fast_len
 from torch import Tensor
@@ -23,7 +24,7 @@ from distopt.optim.kernels import (
 )
 
 
-class DCTAdam(Optimizer):
+class DCTAdam(pyro.optim.dct_adam.DCTAdam):  # type: ignore[misc]
     r"""ClippedAdam that steps parameters of time series in the frequency domain as well.
 
     A parameter that has an attribute `_pyro_dct_dim` (a negative dim, its time) is stepped by
@@ -82,7 +83,7 @@ class DCTAdam(Optimizer):
             "lrd": lrd,
             "subsample_aware": subsample_aware,
         }
-        super().__init__(params, defaults)
+        Optimizer.__init__(self, params, defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

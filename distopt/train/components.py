@@ -6,7 +6,6 @@ step, with the key of the configuration.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -18,6 +17,7 @@ from rich.console import Console
 from distopt.config import ConfigError, RunConfig
 from distopt.config.plugins import is_reference, load_reference
 from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim
+from distopt.optim.lr_scheduler import metric_name
 from distopt.optim.pytorch_optimizers import OPTIMIZERS, SCHEDULERS
 from distopt.train.loggers import JsonLinesLogger, Logger, ProgressLogger, TensorBoardLogger
 
@@ -53,7 +53,7 @@ def make_optimizer(config: RunConfig) -> tuple[PyroOptim, StepSchedule]:
     _check_kind(schedule, torch.optim.lr_scheduler.LRScheduler, chosen.scheduler.name, "optim.scheduler.name")
 
     # Schedules such as ReduceLROnPlateau follow the loss; a user's may, too, whatever its class.
-    if "metrics" in inspect.signature(schedule.step).parameters:
+    if metric_name(schedule) is not None:
         return optimizer, lambda made, loss: made.step(loss)
     return optimizer, lambda made, _loss: made.step()
 
