@@ -10,14 +10,16 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
-from distopt.launchers import FAILURE_FILE, LOGS, STOP_FILE
+from distopt.launchers import FAILURE_FILE, LOGS
 
 from . import failure_report, output
 from .plan import Command, Plan
-from .worker import events, host_agent, terminal
-from .worker.processes import adopt_orphans, die_with_parent, kill_descendants
+from .run_dir import ask_to_stop
+from .worker import events, host_agent, streams, terminal
+from .worker.processes import REQUESTS, adopt_orphans, die_with_parent, heeded, kill_descendants
+from .worker.rank_log import read_from
 
 LAUNCHER_LOG = "launcher.log"  # the output of torchrun, horovodrun, mpirun
 PREFIX = "distopt: "  # of lines that distopt itself prints, here and into that log
@@ -29,39 +31,49 @@ FINISH_S = 20.0  # for the others, once one host has finished or one worker has 
 EVENT_DELAY_S = 5.0  # until what a supervisor on another host has written is seen here
 KILL_MARGIN_S = 7.0  # supervisors kill at the end of the grace time, launchers 5 s after them
 
+# One Ctrl-C may come twice, as from a terminal and a process manager that both signal; workers take it the same way.
+ECHO_S = 1.0
+
+SAVING = "saving a checkpoint and stopping"
+SCRIPT_STOPPING = "asking the script to stop"
+
 NEVER = float("inf")
 SSH_CONNECTION_LOST = 255
 
 
-def run_plan(plan: Plan, run_dir: Path, grace_s: float, ranks: Sequence[int] = (0,)) -> int:
+def run_plan(plan: Plan, run_dir: Path, grace_s: float, ranks: Sequence[int] = (0,), *, stopping: str = SAVING) -> int:
     """Runs the plan's commands to their end and shows what some ranks print.
 
-    Ctrl-C or SIGTERM asks the workers once to save a checkpoint and stop. What still runs after the grace time, or at a
-    second Ctrl-C, is killed.
+    Ctrl-C, SIGTERM, SIGUSR1 or a terminal that hangs up asks the workers once to save a checkpoint and stop. What still
+    runs after the grace time, or at a second signal that is no echo of the first, is killed.
 
     Args:
         plan: What to start; its files have been written.
         run_dir: Where supervisors write logs and events.
         grace_s: Seconds for the last checkpoint.
         ranks: Whose output is shown; rank 0 alone gets the terminal.
+        stopping: What workers do that are asked to stop, for messages.
 
     Returns:
-        0 when the run is done, 143 after SIGTERM and 130 after Ctrl-C if all workers ended in time, 1 otherwise.
+        0 when the run is done, 128 and the signal's number (143 for SIGTERM, 130 for Ctrl-C) if it was asked to stop
+        and all workers ended in time, 1 otherwise.
     """
     adopt_orphans()
-    run = _AttachedRun(plan, run_dir, grace_s, ranks)
+    run = _AttachedRun(plan, run_dir, grace_s, ranks, stopping)
     try:
-        with _signals_to(run), (run_dir / LOGS / LAUNCHER_LOG).open("w") as log:
+        with _signals_to(run), _open_log(run_dir / LOGS / LAUNCHER_LOG) as log:
             run.start(log)
             while run.is_alive():
                 run.poll()
                 time.sleep(POLL_S)
             run.poll()
+            kill_descendants(os.getpid())
+            return run.result()
     finally:
         kill_descendants(os.getpid())
         if plan.stop_by_file:
-            (run_dir / STOP_FILE).touch()  # for supervisors on hosts that the launcher has lost
-    return run.result()
+            with suppress(OSError):
+                ask_to_stop(run_dir)  # for supervisors on hosts that the launcher has lost
 
 
 class _AttachedRun:
@@ -71,28 +83,33 @@ class _AttachedRun:
     which something is due if nothing else happens before.
     """
 
-    def __init__(self, plan: Plan, run_dir: Path, grace_s: float, ranks: Sequence[int]) -> None:
+    def __init__(self, plan: Plan, run_dir: Path, grace_s: float, ranks: Sequence[int], stopping: str) -> None:
         self.plan = plan
         self.run_dir = run_dir
         self.grace_s = grace_s
+        self.stopping = stopping
         self.processes: list[subprocess.Popen[bytes]] = []
         self.signal: int | None = None  # the first that came
+        self.second_signal: int | None = None  # another one, that is no echo of it
+        self.hangs_up = True  # when nobody reads the output any more
 
         self._started = time.monotonic()
+        self._signal_at = NEVER
         self._has_asked = False  # the workers to stop
+        self._has_killed = False  # what had not ended in time
         self._ask_at = NEVER
         self._kill_at = NEVER
         self._heartbeat_at = 0.0
         self._rejoin_at: dict[int, float] = {}  # by the index of a lost host's command
 
-        self._log: TextIO | None = None
+        self._log: IO[bytes] | None = None
         self._forwarded_bytes = 0  # of that log
         self._events = events.Reader(run_dir)
         self._terminal_env = terminal.lend() if list(ranks) == [0] else {}
         read = output.of_files(run_dir)
         self._output = output.Output(ranks, read, [len(read(rank, 0)) for rank in ranks])
 
-    def start(self, log: TextIO) -> None:
+    def start(self, log: IO[bytes]) -> None:
         self._log = log
         self.processes = [self._start(command) for command in self.plan.commands]
 
@@ -135,24 +152,20 @@ class _AttachedRun:
         if time.monotonic() > self._ask_at:
             self._ask_to_stop()
         if self.signal is not None and not self._has_asked:
-            name = signal.Signals(self.signal).name
-            say(f"received {name}: saving a checkpoint and stopping (at most {self.grace_s:g} s)")
+            say(describe_request(self.signal, self.stopping, self.grace_s))
             self._ask_to_stop()
         if time.monotonic() > self._kill_at:
+            self._has_killed = True
             kill_descendants(os.getpid())
 
     def _show(self) -> None:
-        try:
-            self._output.show()
-        except BrokenPipeError:  # the reader has gone, as when a terminal hangs up
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        self._output.show()
+        if streams.has_lost_its_reader(sys.stdout) and self.signal is None and self.hangs_up:
             self.on_signal(signal.SIGHUP)
 
     def _forward_launcher_log(self) -> None:
         """Prints the lines that programs of distopt have written into the launcher's log."""
-        with (self.run_dir / LOGS / LAUNCHER_LOG).open("rb") as log:
-            log.seek(self._forwarded_bytes)
-            new = log.read()
+        new = read_from(self.run_dir / LOGS / LAUNCHER_LOG, self._forwarded_bytes)
         whole_lines = new[: new.rfind(b"\n") + 1]
         self._forwarded_bytes += len(whole_lines)
         for line in whole_lines.decode("utf-8", "replace").splitlines():
@@ -166,7 +179,9 @@ class _AttachedRun:
 
     def _report_deaths(self) -> None:
         for event in self._events.new():
-            if isinstance(event, events.End) and event.failed:
+            if isinstance(event, events.Unwritable):
+                say(f"{event.path} cannot be written: {event.error}; the run continues without what it would hold")
+            elif isinstance(event, events.End) and event.failed:
                 cause = f"{failure_report.describe_end(event)}{failure_report.describe_error(self.run_dir, event)}"
                 say(f"{failure_report.describe_rank(event)} {cause}")
                 # The launcher should end the others by itself; MPICH's does not for one that dies before MPI_Init.
@@ -174,10 +189,14 @@ class _AttachedRun:
                     self._ask_at = min(self._ask_at, time.monotonic() + FINISH_S)
 
     def on_signal(self, number: int) -> None:
+        """Notes a request to stop; one that comes behind the echo of the first is a request to kill."""
+        now = time.monotonic()
         if self.signal is None:
             self.signal = number
-        else:
-            self._kill_at = 0.0  # a second one: kill at once
+            self._signal_at = now
+        elif now - self._signal_at > ECHO_S:
+            self.second_signal = self.second_signal or number
+            self._kill_at = 0.0
 
     def _ask_to_stop(self) -> None:
         """Asks the workers once to save and stop, in the way in which this plan's workers can be asked."""
@@ -186,19 +205,26 @@ class _AttachedRun:
         self._has_asked = True
         self._kill_at = min(self._kill_at, time.monotonic() + self.grace_s + KILL_MARGIN_S)
         if self.plan.stop_by_file:
-            (self.run_dir / STOP_FILE).touch()
+            try:
+                ask_to_stop(self.run_dir)
+            except OSError as error:
+                say(f"{error.filename}: {error.strerror}; the launcher is asked instead, which may leave less time")
+                self._terminate()
         elif self.plan.heartbeat:
             self._send(host_agent.STOP)
         else:
-            for process in self.processes:
-                if process.poll() is None:
-                    process.terminate()
+            self._terminate()
+
+    def _terminate(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.terminate()
 
     def _send(self, line: bytes) -> None:
         """Sends a line to the agents on all hosts; one that has gone is noticed by its exit status."""
         for process in self.processes:
             if process.stdin is not None and process.poll() is None:
-                with suppress(BrokenPipeError):
+                with suppress(OSError):
                     process.stdin.write(line)
                     process.stdin.flush()
 
@@ -222,9 +248,10 @@ class _AttachedRun:
                 return 0
 
         last_attempt = failure_report.last_attempt(self._events.seen)
-        if self.signal is not None and failure_report.all_stopped(last_attempt):
+        ends_together = self.plan.ends_together and not self._has_killed
+        if self.signal is not None and failure_report.all_stopped(last_attempt, ends_together=ends_together):
             say("; ".join(filter(None, ["stopped", failure_report.resume_hint(self.run_dir)])))
-            return 130 if self.signal == signal.SIGINT else 143
+            return 128 + self.signal
 
         self._print_failure(statuses, last_attempt)
         return 1
@@ -238,9 +265,14 @@ class _AttachedRun:
         first_status = next((status for status in statuses if status), 0)
         seconds = time.monotonic() - self._started
         text = failure_report.describe_failure(self.run_dir, last_attempt, first_status, seconds, LAUNCHER_LOG)
-        (self.run_dir / LOGS / FAILURE_FILE).write_text(text + "\n")
-        sys.stdout.flush()
-        print(text, file=sys.stderr)
+        if self.second_signal is not None:
+            name = signal.Signals(self.second_signal).name
+            text = text.replace("\n", f"\n  Killed at a second signal, {name}, before all workers had stopped.\n", 1)
+        print(text, file=sys.stderr, flush=True)
+        try:
+            (self.run_dir / LOGS / FAILURE_FILE).write_text(text + "\n")
+        except OSError as error:
+            say(f"{error.filename} cannot be written: {error.strerror}")
 
     def _workers_confirm(self) -> bool:
         """Returns whether the workers too say that all is done.
@@ -260,13 +292,32 @@ class _AttachedRun:
 
 @contextmanager
 def _signals_to(run: _AttachedRun) -> Iterator[None]:
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = heeded(REQUESTS)
+    run.hangs_up = signal.SIGHUP in numbers
     handlers = {number: signal.signal(number, lambda number, _: run.on_signal(number)) for number in numbers}
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _open_log(path: Path) -> Iterator[IO[bytes]]:
+    """Opens the launcher's log; where it cannot be made, there is none."""
+    try:
+        log = path.open("wb")
+    except OSError as error:
+        say(f"{path} cannot be written: {error.strerror}; the run continues without it")
+        log = open(os.devnull, "wb")
+    with log:
+        yield log
+
+
+def describe_request(number: int, stopping: str, grace_s: float) -> str:
+    """Returns what a signal to stop makes the workers do, and what a second one will do."""
+    name = signal.Signals(number).name
+    return f"received {name}: {stopping} (at most {grace_s:g} s); a second signal kills the run at once"
 
 
 def say(text: str) -> None:

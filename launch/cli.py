@@ -6,6 +6,7 @@ alone takes several times as long to import as typer.
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -54,7 +55,8 @@ def launch(
     """Start a run and follow it to its end.
 
     The run is checked first and refused with exit status 2 if it cannot work. Ctrl-C stops it after a last checkpoint.
-    The exit status is 0 if the run is done, 130 or 143 if Ctrl-C or SIGTERM stopped it, 1 if it failed.
+    The exit status is 0 if the run is done, 128 and the number of the signal that stopped it (130 for Ctrl-C, 143 for
+    SIGTERM), 1 if it failed.
     """
     from . import checks, runs
     from .findings import failures
@@ -88,13 +90,16 @@ def train(config: Config, overrides: Overrides = None) -> None:
     from distopt.launchers import find_launcher
 
     from .worker.processes import die_with_parent
+    from .worker.streams import best_effort
 
     if find_launcher() is not None:
         die_with_parent()
     run = _load(config, overrides)
     from distopt import train as training  # imports torch
 
-    raise typer.Exit(training.run(run))
+    with best_effort():
+        status = training.run(run, until_exit=True)
+    raise typer.Exit(status)
 
 
 @app.command()
@@ -260,4 +265,10 @@ def _refuse(problems: list[str]) -> NoReturn:
 
 def main() -> None:
     """Entry point of the console script."""
+    from .worker.streams import open_standard_streams
+
+    open_standard_streams()
+    # Ctrl-C before a run has started, or while a command only asks, needs no traceback.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda number, _: sys.exit(128 + number))
     sys.exit(app())

@@ -77,11 +77,20 @@ def all_succeeded(events: Sequence[Event]) -> bool:
     return all(event.rank in ends for event in events) and all(end.status == 0 for end in ends.values())
 
 
-def all_stopped(events: Sequence[Event]) -> bool:
-    """Returns whether all workers that were started ended in time after they had been asked to."""
+def all_stopped(events: Sequence[Event], *, ends_together: bool = False) -> bool:
+    """Returns whether all workers that were started ended in time after they had been asked to.
+
+    Args:
+        events: Those of the last attempt.
+        ends_together: Whether the launcher ends all workers as soon as one has ended without leaving MPI, as one does
+            that was asked to stop before it listened. Supervisors that it kills then record no end, and the ends of
+            the others tell.
+    """
     ends = _last_ends(events)
     started = {event.rank for event in events if isinstance(event, Start)}
-    return started == set(ends) and all(end.status in STOPPED_STATUSES for end in ends.values())
+    if started != set(ends) and not (ends_together and ends):
+        return False
+    return all(end.status in STOPPED_STATUSES for end in ends.values())
 
 
 def describe_failure(run_dir: Path, events: Sequence[Event], status: int, seconds: float, launcher_log: str) -> str:

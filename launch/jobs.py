@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from distopt.launchers import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS
 
+from .worker.processes import REQUESTS
 from .worker.rank_log import read_log
 
 Phase = Literal["unknown", "pending", "running", "stopped", "done", "failed"]
@@ -125,7 +126,7 @@ class FollowedJob(Job):
         status = record.get("status")
         if status is None:
             return State("failed", f"`distopt launch`, {process}, was killed")
-        phases: dict[int, Phase] = {0: "done", 130: "stopped", 143: "stopped"}
+        phases: dict[int, Phase] = {0: "done", **{128 + number: "stopped" for number in REQUESTS}}
         return State(phases.get(status, "failed"), "; ".join([f"exit status {status}", *self._first_death()]))
 
     def _first_death(self) -> list[str]:

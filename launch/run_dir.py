@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -49,6 +50,7 @@ def submission(config: RunConfig, plan: Plan, run_dir: Path) -> Iterator[Path]:
             # What an earlier run has left: its stop file would stop this one at once.
             for stale in (run_dir / STOP_FILE, run_dir / LOGS / FAILURE_FILE):
                 stale.unlink(missing_ok=True)
+            write(run_dir / _STOP_PREPARED, "")
             for path, text in plan.files.items():
                 write(path, text, mode=0o777 if text.startswith("#!") else 0o666)
             _write_secrets(config, plan, run_dir)
@@ -59,6 +61,21 @@ def submission(config: RunConfig, plan: Plan, run_dir: Path) -> Iterator[Path]:
             yield run_dir
         finally:
             (run_dir / SECRETS_FILE).unlink(missing_ok=True)
+
+
+_STOP_PREPARED = f".{STOP_FILE}.prepared"
+
+
+def ask_to_stop(run_dir: Path) -> None:
+    """Makes the stop file, by the name of one that is there: a full disk has no room for a new one.
+
+    Raises:
+        OSError: It could not be made.
+    """
+    try:
+        (run_dir / _STOP_PREPARED).rename(run_dir / STOP_FILE)
+    except FileNotFoundError:
+        (run_dir / STOP_FILE).touch()
 
 
 def claim(run_dir: Path) -> None:
@@ -76,6 +93,7 @@ def _locked(run_dir: Path) -> TextIO:
     try:
         (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
         lock = (run_dir / LOCK_FILE).open("a+")
+        _check_logs(run_dir / LOGS)
     except OSError as error:
         raise _unwritable(run_dir, error) from error
 
@@ -91,9 +109,16 @@ def _locked(run_dir: Path) -> TextIO:
     return lock
 
 
-def _unwritable(run_dir: Path, error: OSError) -> RunDirectoryError:
+def _check_logs(logs: Path) -> None:
+    """Refuses logs of an earlier run that cannot be written to, since they are another user's."""
+    for path in (logs, *logs.iterdir()):
+        if not os.access(path, os.W_OK | (os.X_OK if path.is_dir() else 0)):
+            raise _unwritable(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def _unwritable(path: Path, error: OSError) -> RunDirectoryError:
     return RunDirectoryError(
-        f"run_dir: {run_dir} cannot be written to: {error.strerror}; choose another run_dir, or change its permissions"
+        f"run_dir: {path} cannot be written to: {error.strerror}; choose another run_dir, or change its permissions"
     )
 
 

@@ -15,12 +15,14 @@ from distopt.config import ConfigError, RunConfig, dump_yaml, load_config
 from distopt.launchers import CONFIG_FILE, LAUNCH_FILE, LOGS
 
 from . import failure_report, output, ssh
-from .attach import run_plan, say
+from .attach import SAVING, SCRIPT_STOPPING, run_plan, say
 from .jobs import FollowedJob, Job, JobError, PlatformError, State, SubmittedJob
 from .plan import Plan
 from .platforms import Platform, load_platform
 from .run_dir import RUNS, RunDirectoryError, claim, record, submission
 from .worker.events import Reader
+from .worker.processes import heeded
+from .worker.streams import best_effort
 
 ERRORS = (JobError, ConfigError)
 """What asking for a run raises where there is none, or where its platform gives no answer."""
@@ -30,7 +32,6 @@ START_TIMEOUT_S = 60
 POLL_S = 1.0
 PATIENCE_S = 300.0  # with a platform that does not answer
 KILL_MARGIN_S = 20.0  # after the grace time
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class LaunchRefused(RuntimeError):
@@ -77,9 +78,18 @@ def _run_here(config: RunConfig, plan: Plan, directory: Path, ranks: Sequence[in
         record(directory, plan, status=2)
         raise LaunchRefused("\n".join(map(str, not_shared)))
 
-    status = run_plan(plan, directory, config.launch.grace_s, ranks)
-    record(directory, plan, status=status)
+    with best_effort():
+        status = run_plan(plan, directory, config.launch.grace_s, ranks, stopping=_stopping(config))
+        try:
+            record(directory, plan, status=status)
+        except OSError as error:
+            say(f"{directory / LAUNCH_FILE} cannot be written: {error.strerror}; it lacks exit status {status}")
     return status
+
+
+def _stopping(config: RunConfig) -> str:
+    """Returns what workers do that are asked to stop: a script saves what it wants to."""
+    return SAVING if config.script is None else SCRIPT_STOPPING
 
 
 def _submit(config: RunConfig, plan: Plan, job: SubmittedJob, directory: Path, ranks: Sequence[int] | None) -> int:
@@ -97,7 +107,9 @@ def _submit(config: RunConfig, plan: Plan, job: SubmittedJob, directory: Path, r
     if ranks is None:
         say(_commands_for(directory))
         return 0
-    return follow_submitted(job, directory, config.launch.grace_s, output.Output(ranks, read, lengths), events)
+    with best_effort():
+        shown = output.Output(ranks, read, lengths)
+        return follow_submitted(job, directory, config.launch.grace_s, shown, events, stopping=_stopping(config))
 
 
 def _refuse_name_in_use(config: RunConfig, job: SubmittedJob, directory: Path) -> None:
@@ -224,8 +236,12 @@ def _wait_for_end(job: Job, limit_s: float) -> State:
     return state
 
 
-def follow_submitted(job: SubmittedJob, directory: Path, grace_s: float, shown: output.Output, events: Reader) -> int:
-    """Shows a submitted run's states and its output until it ends; Ctrl-C and SIGTERM stop it.
+def follow_submitted(
+    job: SubmittedJob, directory: Path, grace_s: float, shown: output.Output, events: Reader, *, stopping: str = SAVING
+) -> int:
+    """Shows a submitted run's states and its output until it ends; Ctrl-C, SIGTERM and SIGUSR1 stop it.
+
+    A terminal that hangs up leaves the run to its cluster.
 
     Args:
         job: The run.
@@ -233,12 +249,14 @@ def follow_submitted(job: SubmittedJob, directory: Path, grace_s: float, shown: 
         grace_s: Seconds for the last checkpoint.
         shown: Prints the output of its ranks.
         events: Reads what its supervisors have recorded since it was submitted.
+        stopping: What workers do that are asked to stop.
 
     Returns:
-        0 when it is done, 130 or 143 when it was stopped by a signal, 1 otherwise.
+        0 when it is done, 128 and the signal's number (130 for Ctrl-C) when it was stopped by one, 1 otherwise.
     """
     received: list[int] = []
-    handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in STOP_SIGNALS}
+    numbers = heeded((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+    handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     last_line = ""
     last_answer = time.monotonic()
 
@@ -256,8 +274,7 @@ def follow_submitted(job: SubmittedJob, directory: Path, grace_s: float, shown: 
                 shown.show()
                 last_answer = time.monotonic()
                 if received:
-                    name = signal.Signals(received[0]).name
-                    say(f"received {name}: saving a checkpoint and stopping (at most {grace_s:g} s)")
+                    say(f"received {signal.Signals(received[0]).name}: {stopping} (at most {grace_s:g} s)")
                     job.stop()
                     _wait_for_end(job, grace_s + KILL_MARGIN_S)
                     return 128 + received[0]

@@ -25,18 +25,20 @@ from distopt.checkpoint.background import BackgroundSave
 from distopt.checkpoint.chunks import chunk_digest
 from distopt.checkpoint.codec import NoTensors, decode, encode
 from distopt.checkpoint.commit import Attempt
-from distopt.checkpoint.consensus import agree_no_error, agree_to_save, claim
+from distopt.checkpoint.consensus import agree_no_error, agree_to_save, claim, newest_known
 from distopt.checkpoint.errors import CheckpointError, describe_error
 from distopt.checkpoint.failpoint import failpoint
 from distopt.checkpoint.manifest import FileRecord, Manifest, config_as_json
 from distopt.checkpoint.reader import candidates
 from distopt.checkpoint.restore import (
     REPLICATED,
+    Request,
     Restored,
     apply_loaded,
     buffers_name,
     check_config,
     choose_on_all_ranks,
+    narrowed,
     rank_name,
     read_on_all_ranks,
 )
@@ -50,6 +52,8 @@ from distopt.rng import rng_state_digest
 
 logger = logging.getLogger(__name__)
 _DEFAULT_RETENTION = Retention(3)
+PARTIAL = ("optimizer", "params")
+"""What of a checkpoint can be taken without the rest."""
 
 
 class Checkpointer:
@@ -91,6 +95,7 @@ class Checkpointer:
         ValueError: A name is in both mappings.
         DirectoryInUseError: Another job writes to the directory.
         CheckpointError: The directory cannot be written, or ranks see different ones.
+        UnreadableCheckpointError: A checkpoint there cannot be read, so that nobody knows whether it is the newest.
 
     Example:
         >>> import pyro, tempfile
@@ -131,12 +136,12 @@ class Checkpointer:
         self._accelerator = self._backend.device if self._backend.device.type != "cpu" else None
         self._memory = HostMemory(pinned=self._accelerator is not None)
         self._last: BackgroundSave | None = None
+        self._only: tuple[str, ...] | None = None  # what the run has taken of the checkpoint that it began with
         self.committed_at: float | None = None
         """When the state that was committed last was copied, by `time.monotonic()`; None before the first commit."""
 
         self._claimed = claim(self._backend, self._storage)
-        known = [each.manifest.generation for each in candidates(self._storage) if each.manifest]
-        self._generation = max(known, default=-1) + 1
+        self._generation = newest_known(self._backend, self._storage)[0] + 1
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -172,7 +177,7 @@ class Checkpointer:
             encoded_progress = encode(progress, NoTensors(), (None, "progress"))
             if rank == 0:
                 # All ranks take rank 0's name for this attempt, so that files of another one can never be mixed in.
-                message |= {"attempt": uuid.uuid4().hex[:12], "saved": not busy and self._is_saved(step)}
+                message |= {"attempt": uuid.uuid4().hex[:12], "saved": not busy and _has_saved(self._last, step)}
             if not busy:
                 self._finish()
                 snapshots = self._snapshot()
@@ -202,34 +207,54 @@ class Checkpointer:
             self._last.wait(4 * self._timeout)
 
     def restore(
-        self, which: Literal["auto", "never"] | int | str | Path = "auto", *, any_config: bool = False
+        self,
+        which: Literal["auto", "never"] | int | str | Path = "auto",
+        *,
+        any_config: bool = False,
+        only: Collection[str] | None = None,
+        new_run: bool = False,
+        schedule_every: int = 1,
     ) -> Restored | None:
         """Restores a checkpoint, in a new process or by rolling back in a running one.
+
+        An optimizer keeps its moments, and what it was made with now wins over the checkpoint: learning rate, weight
+        decay, schedule. A schedule counts on; a changed one is where it would be had the run begun with it.
 
         Args:
             which: "auto" is the newest good checkpoint; "never" does nothing; a step; or the path of a checkpoint, or
                 of a directory of them.
             any_config: Accept a checkpoint of another configuration.
+            only: What to take, "params" (with all of the modules) and "optimizer"; None takes all. Another
+                configuration is accepted then. A checkpoint that this run has saved since it was restored with the same
+                `only` and configuration is taken as a whole, so that the same program resumes exactly.
+            new_run: Another run starts from the checkpoint (fine-tuning): schedules start anew, and of what else is in
+                it only what `only` names is taken, by default parameters and optimizer.
+            schedule_every: Steps between two steps of the schedule, where the run has one and the checkpoint has none.
 
         Returns:
             What was restored, None when there is nothing to restore.
 
         Raises:
+            ValueError: `only` names something else.
             CheckpointError: There are checkpoints but none can be loaded, or not the one asked for; on all ranks.
                 Nothing has been changed then. Or an object does not accept its state; others may have been restored.
+            UnreadableCheckpointError: A checkpoint that may be the newest good one cannot be read; on all ranks.
+                Nothing has been changed or deleted, and no older one is taken in its place.
             ConfigMismatchError: It is of another configuration. Nothing has been changed then.
 
         Cost:
             Each rank reads the replicated state and its own; a few `all_gather_json`.
         """
         self._finish()
+        request = _request(only, new_run, schedule_every)
+        self._only = request.only
         if which == "never":
             return None
 
         storage, tries = choose_on_all_ranks(self._backend, self._storage, which)
         rows = ShardedReader(self._backend)
-        # From the newest to the oldest, until all ranks could read one. The others are left alone: a read that failed
-        # may succeed next time, and only retention deletes.
+        # From the newest to the oldest, until one is whole on all ranks. The others are left alone: only retention
+        # deletes.
         for folder, attempt, problem in tries:
             loaded, error = (
                 (None, problem) if problem else read_on_all_ranks(storage, folder, attempt, self._backend, rows)
@@ -239,23 +264,28 @@ class Checkpointer:
                 continue
 
             path = f"{storage.root}/{folder}"
-            if not any_config:
+            asked = narrowed(request, loaded.manifest, self._config, self._ignore_keys)
+            if not any_config and asked.only is None:
                 check_config(loaded.manifest, self._config, self._ignore_keys, path)
+            newest = newest_known(self._backend, self._storage)  # may raise, so it comes before anything is changed
             failure: Exception | None = None
+            changes: tuple[str, ...] = ()
             try:
-                apply_loaded(loaded, self._state, self._backend)
+                changes = apply_loaded(loaded, self._state, self._backend, asked)
             except Exception as caught:
                 failure = caught
             agree_no_error(self._backend, failure, path)
-            self._continue_from(loaded.manifest)
-            progress = decode(loaded.manifest.progress, NoTensors().get)
-            return Restored(loaded.manifest.step, progress, path, loaded.manifest.world_size)
+            self._continue_from(loaded.manifest, *newest)
+            for change in changes:
+                logger.info("%s", change)
+            return _restored(loaded.manifest, path, asked, changes)
 
         if tries:
             raise CheckpointError(
                 f"{storage.root}: none of the {len(tries)} checkpoints can be loaded, and distopt will not overwrite "
-                "them by starting from scratch. Move the directory away or pass a specific checkpoint; "
-                "`distopt checkpoint verify` shows details."
+                "them by starting from scratch. Move the directory away, name a specific checkpoint "
+                "(checkpoint.resume), or give the run another directory (run_dir); `distopt checkpoint verify` shows "
+                "details."
             )
         return None
 
@@ -284,17 +314,10 @@ class Checkpointer:
         """Starts to write what all ranks have agreed to save."""
         rank, world_size = self._backend.rank, self._backend.world_size
         attempt = Attempt(step, messages[0]["attempt"], rank, world_size, self._timeout)
-        # Buffers are equal on all ranks unless they hold batch statistics: one digest per rank, gathered with the rest,
-        # tells which of them have to be written.
-        named = {rank_name(rank): snapshots["rank"]}
-        if rank == 0:
-            named[REPLICATED] = snapshots[REPLICATED]
-        if messages[rank]["buffers"] != messages[0]["buffers"] or (rank == 0 and self._state.modules):
-            named[buffers_name(rank)] = snapshots["buffers"]
-        if "shard" in snapshots:
-            named[shard_name(rank)] = snapshots["shard"]
-
-        about = _about(self._backend) | {key: [each[key] for each in messages] for key in ("rng", "plates")}
+        differ = messages[rank]["buffers"] != messages[0]["buffers"]
+        named = _by_file(snapshots, rank, has_buffers=differ or (rank == 0 and bool(self._state.modules)))
+        about = _about(self._backend) | {"only": self._only and [*self._only]}
+        about |= {key: [each[key] for each in messages] for key in ("rng", "plates")}
 
         # The thread reads these values later, when a restore may have changed the attributes.
         generation = self._generation
@@ -317,25 +340,57 @@ class Checkpointer:
         if self._last is not None:
             self._last.finish()
 
-    def _is_saved(self, step: int) -> bool:
-        # A loop that saves every n steps and once more at its end may come twice to the same step.
-        last = self._last
-        if last is None or last.step != step:
-            return False
-        last.finish()
-        return last.error is None
-
-    def _continue_from(self, manifest: Manifest) -> None:
-        """Notes where the run continues, so that checkpoints of the future that it gave up no longer count as newer.
+    def _continue_from(self, manifest: Manifest, generation: int, newest: str) -> None:
+        """Notes where the run continues, given the newest checkpoint of the directory and its attempt.
 
         The newest checkpoint is the one of the highest (generation, step). A run that goes back to an older step begins
         a new generation; its next save of any step is then the newest, and the abandoned ones are deleted with it.
         """
-        known = [each.manifest for each in candidates(self._storage) if each.manifest is not None]
-        newest = max(((each.generation, each.step, each.attempt) for each in known), default=(0, 0, manifest.attempt))
-        self._generation = newest[0] + (newest[2] != manifest.attempt)
+        self._generation = generation + (newest != manifest.attempt) if newest else 0
         self._last = None
         logger.info("restored step %d", manifest.step)
+
+
+def _by_file(snapshots: Mapping[str, Snapshot], rank: int, *, has_buffers: bool) -> dict[str, Snapshot]:
+    """Returns the snapshots that this rank writes by the name of their file.
+
+    Buffers are equal on all ranks unless they hold batch statistics: one digest per rank, gathered with all else that
+    a save agrees on, tells which have to be written.
+    """
+    named = {rank_name(rank): snapshots["rank"]}
+    if rank == 0:
+        named[REPLICATED] = snapshots[REPLICATED]
+    if has_buffers:
+        named[buffers_name(rank)] = snapshots["buffers"]
+    if "shard" in snapshots:
+        named[shard_name(rank)] = snapshots["shard"]
+    return named
+
+
+def _has_saved(last: BackgroundSave | None, step: int) -> bool:
+    # A loop that saves every n steps and once more at its end may come twice to the same step.
+    if last is None or last.step != step:
+        return False
+    last.finish()
+    return last.error is None
+
+
+def _request(only: Collection[str] | None, new_run: bool, schedule_every: int) -> Request:
+    """Returns what is asked for.
+
+    Raises:
+        ValueError: `only` names something that cannot be taken alone.
+    """
+    if only is None and new_run:
+        only = PARTIAL
+    if only is not None and (isinstance(only, str) or not only or set(only) - set(PARTIAL)):
+        raise ValueError(f"only={only!r} (checkpoint.resume_only): expected a list of {' and '.join(PARTIAL)}.")
+    return Request(None if only is None else tuple(sorted(set(only))), new_run, schedule_every)
+
+
+def _restored(manifest: Manifest, path: str, request: Request, changes: tuple[str, ...]) -> Restored:
+    progress = decode(manifest.progress, NoTensors().get)
+    return Restored(manifest.step, progress, path, manifest.world_size, changes, manifest.config, request.only)
 
 
 def _about(backend: Backend) -> dict[str, Any]:

@@ -2,14 +2,15 @@
 
 Rank 0 alone lists the directory and names the checkpoints to try; the others follow its list, since two ranks that look
 at a moment's distance may see different ones. Every rank then reads and checks its files, and only when all have
-succeeded is any of it put to use: a checkpoint that one rank cannot read counts as damaged on all of them.
+succeeded is any of it put to use: a checkpoint that one rank finds damaged counts as damaged on all of them. One that a
+rank cannot read ends the run on all ranks: an older one in its place would lose steps that are on the disk.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ import torch
 
 from distopt.backends.base import Backend, Json
 from distopt.checkpoint.columns import states_of, untabulate
-from distopt.checkpoint.errors import CheckpointError, ConfigMismatchError, CorruptCheckpointError, describe_error
+from distopt.checkpoint.errors import (
+    CheckpointError,
+    ConfigMismatchError,
+    CorruptCheckpointError,
+    UnreadableCheckpointError,
+    describe_error,
+)
 from distopt.checkpoint.format_3 import upgrade_rank, upgrade_replicated
 from distopt.checkpoint.manifest import FORMAT_3, Manifest
 from distopt.checkpoint.reader import Candidate, candidates, check_files, read_manifest, verify
@@ -46,6 +53,27 @@ class Restored:
     """Its folder or URL."""
     world_size: int
     """Number of ranks that wrote it, which may be more or fewer than now."""
+    changes: tuple[str, ...] = ()
+    """What the optimizer is asked for now and was not then, such as `lr 0.02 -> 0.005 from step 606`."""
+    config: Any = None
+    """The configuration with which it was saved, None if none was given."""
+    only: tuple[str, ...] | None = None
+    """What was taken from it; None means all."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a checkpoint.
+
+    Attributes:
+        only: What to take, some of `params` and `optimizer`; None takes all.
+        new_run: Whether another run starts from it, which counts its steps, and those of schedules, from 0.
+        schedule_every: Steps between two steps of a schedule.
+    """
+
+    only: tuple[str, ...] | None = None
+    new_run: bool = False
+    schedule_every: int = 1
 
 
 @dataclass(frozen=True)
@@ -119,17 +147,21 @@ def choose_on_all_ranks(
 
     Raises:
         CheckpointError: Rank 0 did not find what was asked for; on all ranks.
+        UnreadableCheckpointError: A checkpoint cannot be read, so that nobody knows whether it is the newest; likewise.
     """
     choice: dict[str, Json] = {}
     if backend.rank == 0:
         try:
             chosen_storage, chosen = choose(storage, which)
+            unreadable = next((each.error for each in chosen if each.is_unreadable), None)
             tries = [(each.folder, each.manifest.attempt if each.manifest else "", each.error) for each in chosen]
-            choice = {"error": None, "root": chosen_storage.root, "tries": tries}
+            choice = {"error": None, "unreadable": unreadable, "root": chosen_storage.root, "tries": tries}
         except Exception as error:
-            choice = {"error": describe_error(error)}
+            choice = {"error": describe_error(error), "unreadable": None}
 
     choice = backend.all_gather_json(choice)[0]
+    if choice["unreadable"]:
+        raise UnreadableCheckpointError(choice["unreadable"])
     if choice["error"]:
         raise CheckpointError(choice["error"])
     root = choice["root"]
@@ -157,8 +189,25 @@ def check_config(manifest: Manifest, config: Any, ignore_keys: Collection[str], 
     if lines:
         raise ConfigMismatchError(
             f"{where} was written by a run with another configuration:\n  " + "\n  ".join(lines) + "\n"
-            "Give this run another directory, or restore with any_config=True if the difference is intended."
+            "Set these keys back to continue that run. If the difference is intended, continue from its parameters "
+            "alone with checkpoint.resume_only=[params], start anew with checkpoint.resume=never, or give this run "
+            "another run_dir. In a script: restore(only=['params']), or restore(any_config=True)."
         )
+
+
+def narrowed(request: Request, manifest: Manifest, config: Any, ignore_keys: Collection[str]) -> Request:
+    """Returns what to take of a checkpoint: all of one that this run has saved since it began with less.
+
+    Args:
+        request: What is asked of any checkpoint.
+        manifest: Of this one.
+        config: Of this run.
+        ignore_keys: Keys of it that may differ.
+    """
+    if request.only is None or request.new_run or manifest.about.get("only") != [*request.only]:
+        return request
+    is_same = next(differences(manifest.config, config, ignore_keys), None) is None
+    return replace(request, only=None) if is_same else request
 
 
 # Reading: what each rank needs, checked.
@@ -167,14 +216,34 @@ def check_config(manifest: Manifest, config: Any, ignore_keys: Collection[str], 
 def read_on_all_ranks(
     storage: Storage, folder: str, attempt: str, backend: Backend, rows: ShardedReader
 ) -> tuple[Loaded | None, str]:
-    """Returns what this rank has read if every rank could read its files, else the first rank's error; collective."""
-    loaded, problem = None, ""
+    """Returns what this rank has read, or None and the first rank's finding if one is damaged; collective.
+
+    Raises:
+        UnreadableCheckpointError: A rank could not read its files; on all ranks.
+        CheckpointError: A rank could not take them up for another reason (out of memory); on all ranks.
+    """
+    loaded: Loaded | None = None
+    problem: tuple[str, str] | None = None
     try:
         loaded = _read_for_rank(storage, folder, attempt, backend, rows)
+    except CorruptCheckpointError as error:
+        problem = ("damaged", str(error))
+    except UnreadableCheckpointError as error:
+        problem = ("unreadable", str(error))
     except Exception as error:  # raised on one rank alone, it would leave the others waiting
-        problem = describe_error(error)
-    problems = [text for text in backend.all_gather_json(problem) if text]
-    return (None, problems[0]) if problems else (loaded, "")
+        problem = ("failed", f"{storage.root}/{folder}: {describe_error(error)}")
+
+    # Damage that one rank has proven decides before what another could not read.
+    problems = backend.all_gather_json(problem)
+    for kind in ("damaged", "failed", "unreadable"):
+        for rank, each in enumerate(problems):
+            if each is None or each[0] != kind:
+                continue
+            if kind == "damaged":
+                return None, each[1]
+            text = f"rank {rank} of {len(problems)}: {each[1]}" if len(problems) > 1 else each[1]
+            raise UnreadableCheckpointError(text) if kind == "unreadable" else CheckpointError(text)
+    return loaded, ""
 
 
 def _read_for_rank(storage: Storage, folder: str, attempt: str, backend: Backend, rows: ShardedReader) -> Loaded:
@@ -233,7 +302,7 @@ def load_replicated(reader: StateReader, accelerator: torch.device | None = None
     if reader.manifest.format == FORMAT_3:
         return upgrade_replicated(state)
     keys = {"params", "tables", "optimizers", "modules", "module_params", "objects"}
-    if not isinstance(state, dict) or state.keys() != keys:
+    if not isinstance(state, dict) or state.keys() - {"settings"} != keys:  # the first of format 4 had no settings
         raise CorruptCheckpointError("the replicated state is not that of a run.")
     params = untabulate(state["params"], state.pop("tables"))
     optimizers = {name: states_of(saved) for name, saved in state["optimizers"].items()}
@@ -249,8 +318,11 @@ def _rng_is_shared(manifest: Manifest) -> bool:
 # Applying: the run takes up what was read.
 
 
-def apply_loaded(loaded: Loaded, state: RunState, backend: Backend) -> None:
+def apply_loaded(loaded: Loaded, state: RunState, backend: Backend, request: Request) -> tuple[str, ...]:
     """Puts the run's objects, Pyro's store and the random number generators into the state that was read.
+
+    Returns:
+        What the optimizers are asked for now and were not then.
 
     Raises:
         CheckpointError: An object does not accept its state, or this process lacks something; objects before it have
@@ -266,10 +338,38 @@ def apply_loaded(loaded: Loaded, state: RunState, backend: Backend) -> None:
         name: optimizers.get(name, {}) | loaded.local_params.optimizers.get(name, {}) for name in sorted(names)
     }
 
+    step = loaded.manifest.step
+    changes: list[str] = []
+    if request.only is None or "optimizer" in request.only:
+        replicated["settings"] = replicated.get("settings") or settings_of_config(loaded.manifest.config, optimizers)
+        replicated["optimizers"], changes = state.revise_optimizers(
+            replicated, step // request.schedule_every, restarts=request.new_run
+        )
+
     same_world = loaded.manifest.world_size == backend.world_size
-    state.apply(replicated, loaded.buffers, loaded.rank_local if same_world else None)
+    state.apply(replicated, loaded.buffers, loaded.rank_local if same_world else None, request.only)
     preserve_rng_during_setup(state.modules.values(), backend.device)
-    _apply_rng(loaded, backend)
+    if request.only is None:
+        _apply_rng(loaded, backend)
+    first = 1 if request.new_run else step + 1
+    return tuple(f"{change} from step {first:,}" for change in changes)
+
+
+def settings_of_config(config: Any, optimizers: Collection[str]) -> dict[str, Any]:
+    """Returns the settings of the optimizer of a YAML run whose checkpoint was written before they were saved."""
+    section = config.get("optim") if isinstance(config, dict) else None
+    if not isinstance(section, dict) or len(optimizers) != 1 or not {"name", "args"} <= section.keys():
+        return {}
+    schedule = section.get("scheduler")
+    clip = {key: value for key, value in (section.get("clip") or {}).items() if value is not None}
+    return {
+        next(iter(optimizers)): {
+            "optimizer": str(section["name"]).rpartition(":")[2],
+            "args": [[section["args"], None]],
+            "scheduler": schedule and [str(schedule["name"]).rpartition(":")[2], schedule["args"]],
+            "clip": clip,
+        }
+    }
 
 
 def _apply_rng(loaded: Loaded, backend: Backend) -> None:

@@ -6,7 +6,7 @@ Tensors stay the objects they are wherever shape and dtype allow: optimizers and
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import pyro
@@ -23,6 +23,7 @@ from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError
 from distopt.checkpoint.sharded_params import capture_local
 from distopt.constraints import ConstraintError, build_constraint, describe_constraint
 from distopt.optim import DistributedOptimizer, PackedState
+from distopt.optim.settings import Settings, revise, settings_of
 from distopt.optim.state import copied
 from distopt.rng import capture_rng_state
 from distopt.sharding import local_parameters
@@ -124,11 +125,48 @@ class RunState:
                 "modules": outside,
                 "module_params": names,
                 "objects": {name: each.state_dict() for name, each in self.objects.items()},
+                "settings": {name: self._settings(name, optimizers[name].names()) for name in optimizers},
             }
         return captured
 
+    def _settings(self, name: str, params: Iterable[str]) -> Settings:
+        return settings_of(_wrapped(self.optimizers[name]), params)
+
+    def revise_optimizers(
+        self, replicated: Mapping[str, Any], step: int, *, restarts: bool
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Returns saved states of optimizers as this run's optimizers are asked for, and what changed.
+
+        Args:
+            replicated: As for `apply`; `settings` are those of the optimizers that were saved.
+            step: Steps of their schedules, for parameters whose state has none.
+            restarts: Whether schedules start anew.
+
+        Raises:
+            CheckpointError: An optimizer is of another class than the one that was saved.
+        """
+        states = dict(_renamed(replicated["optimizers"], self.optimizers))
+        settings = _renamed(replicated.get("settings", {}), self.optimizers)
+        changes: list[str] = []
+        for name in self.optimizers.keys() & states.keys() & settings.keys():
+            optimizer, saved = _wrapped(self.optimizers[name]), settings[name]
+            now = self._settings(name, ())["optimizer"]
+            if now != saved["optimizer"]:
+                raise CheckpointError(
+                    f"the checkpoint has the state of {saved['optimizer']}, and the optimizer here is {now}. Use "
+                    f"{saved['optimizer']} (optim.name), or restore parameters alone: "
+                    "checkpoint.resume_only=[params], in a script restore(only=['params'])."
+                )
+            states[name], lines = revise(states[name], saved, optimizer, step=step, restarts=restarts)
+            changes += lines
+        return states, changes
+
     def apply(
-        self, replicated: Mapping[str, Any], buffers: Mapping[str, Any], rank_local: Mapping[str, Any] | None
+        self,
+        replicated: Mapping[str, Any],
+        buffers: Mapping[str, Any],
+        rank_local: Mapping[str, Any] | None,
+        only: Collection[str] | None = None,
     ) -> None:
         """Puts the objects and Pyro's store into a saved state; tensors may become theirs.
 
@@ -137,19 +175,28 @@ class RunState:
                 objects.
             buffers: Of the modules.
             rank_local: Of this rank; None if its ranks were not those of today.
+            only: What is taken, `params` and `optimizer`; None takes all. Parameters include all of the modules.
 
         Raises:
             CheckpointError: An object does not accept its state; those before it have been restored.
         """
         # Parameters come first: state of an optimizer is taken up by the parameters that are in the store.
-        apply_params(replicated["params"], self.modules)
-        apply_modules(replicated["modules"], self.modules)
-        apply_modules(buffers, self.modules)
-        apply_optimizers(replicated["optimizers"], self.optimizers)
+        if only is None or "params" in only:
+            apply_params(replicated["params"], self.modules)
+            apply_modules(replicated["modules"], self.modules)
+            apply_modules(buffers, self.modules)
+        if only is None or "optimizer" in only:
+            apply_optimizers(replicated["optimizers"], self.optimizers)
+        if only is not None:
+            return
         apply_objects(replicated["objects"], self.objects)
         if rank_local is not None:
             apply_objects(_renamed(rank_local["optimizers"], self.compression), self.compression)
             apply_objects(rank_local["objects"], self.per_rank)
+
+
+def _wrapped(optimizer: PyroOptim) -> PyroOptim:
+    return optimizer.optim if isinstance(optimizer, DistributedOptimizer) else optimizer
 
 
 def _checked(value: Any, where: str, expected: str) -> Stateful:

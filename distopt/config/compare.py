@@ -16,13 +16,17 @@ MAY_CHANGE = (
     "data.prefetch",
     "train.num_steps",
     "train.capture",  # a captured step computes what an eager one does
+    "optim.args",  # what differs in these is put in place of the checkpoint's, see `distopt.optim.settings`
+    "optim.clip",
+    "optim.nonfinite",
+    "optim.scheduler",
     "reduce.backend",
     "reduce.bucket_mib",
     "reduce.overlap",
     "reduce.drift_every_steps",
     "reduce.timeout_s",
 )
-"""Keys that may differ when a run resumes from its checkpoints: where and how long it runs, not what it computes.
+"""Keys that may differ when a run resumes from its checkpoints: where and how long it runs, how it steps from there.
 
 Everything else is compared. `reduce.op`, `compression` and `power_sgd_rank` change every step of the optimizer, so a
 run with another one of them would not continue the run that was saved.
@@ -85,10 +89,11 @@ def comparable(config: Any) -> Any:
         {'reduce': {'op': 'sum', 'backward_passes_per_step': 2}}
     """
     copied = deepcopy(config)
-    if not isinstance(copied, dict):
-        return copied
     for dotted, value in ADDED_LATER.items():
-        section, _, key = dotted.partition(".")
-        if isinstance(copied.get(section), dict) and copied[section].get(key, ABSENT) == value:
-            del copied[section][key]
+        *sections, key = dotted.split(".")
+        section = copied
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        if isinstance(section, dict) and section.get(key, ABSENT) == value:
+            del section[key]
     return copied

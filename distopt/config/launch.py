@@ -30,7 +30,8 @@ def _as_text(value: Any) -> Any:
     return value
 
 
-Text = Annotated[str, BeforeValidator(_as_text)]
+AS_TEXT = BeforeValidator(_as_text)
+Text = Annotated[str, AS_TEXT]
 """An argument or a variable of a process: text, whatever it looks like."""
 
 # These values become arguments of ssh, sbatch and mpirun, so none may begin with a dash, have a space or a quote.
@@ -115,7 +116,7 @@ class SlurmConfig(Section):
     """The account to charge."""
     qos: ArgumentValue | None = None
     """The quality of service."""
-    time: Annotated[str, Field(pattern=r"^[0-9:-]+$")] | None = None
+    time: Annotated[Text, Field(pattern=r"^[0-9:-]+$")] | None = None
     """The time limit in sbatch's format: minutes, `hours:minutes:seconds` or `days-hours`."""
     memory: ArgumentValue | None = None
     """Memory per node, such as `16G`."""

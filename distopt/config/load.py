@@ -8,14 +8,14 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from distopt.config.base import ConfigError
-from distopt.config.launch import SECRET_NAME, Text
+from distopt.config.launch import AS_TEXT, SECRET_NAME
 from distopt.config.plugins import REFERENCE_PATTERN
 from distopt.config.schema import RUN_NAME_PATTERN, RunConfig
 from distopt.config.yaml_source import MAX_BYTES, UnsafeYAML, format_yaml, parse_yaml
@@ -33,6 +33,7 @@ _EXPECTED = {
     "string_type": "a string",
     "bool_type": "true or false",
     "list_type": "a list",
+    "tuple_type": "a list",
     "dict_type": "a mapping",
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
@@ -198,6 +199,8 @@ def _describe(key: str, details: Sequence[ErrorDetails]) -> str:
     if kind == "literal_error" and isinstance(value, str):
         names = re.findall(r"'([^']*)'", first["ctx"]["expected"])
         hint = "".join(f" Did you mean {near}?" for near in difflib.get_close_matches(value, names, 1, 0.5))
+    elif kind == "string_type" and isinstance(value, bool | int | float):
+        hint = " Put it in quotes."
     return f"found {_shown(value)}, expected {expected}.{hint}"
 
 
@@ -258,14 +261,12 @@ def _is_text(keys: Sequence[str]) -> bool:
     """Returns whether the value at `keys` is a text that people may write without quotes, such as `1.10`."""
     # `script_args.0` and `launch.env.NAME` are elements of a field.
     field = _fields(keys[:-1]).get(keys[-1]) or _fields(keys[:-2]).get(keys[-2] if len(keys) > 1 else "")
-    return field is not None and Text in _types(field.annotation, field.metadata)
+    return field is not None and (AS_TEXT in field.metadata or _holds_text(field.annotation))
 
 
-def _types(annotation: Any, metadata: Sequence[Any] = ()) -> Iterator[Any]:
-    """Yields a type and those inside of it; pydantic takes `Annotated` at the top of a field apart."""
-    yield Annotated[(annotation, *metadata)] if metadata else annotation
-    for inner in typing.get_args(annotation):
-        yield from _types(inner)
+def _holds_text(annotation: Any) -> bool:
+    """Returns whether a type is `Text`, or one of those inside of it is."""
+    return AS_TEXT in getattr(annotation, "__metadata__", ()) or any(map(_holds_text, typing.get_args(annotation)))
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -119,8 +119,12 @@ class CheckpointConfig(Section):
     keep_every_steps: Annotated[int, Field(ge=1)] | None = None
     """Also keeps every checkpoint whose step is a multiple of this number; null keeps no others."""
     resume: Annotated[int, Field(ge=0)] | PathOrUrl = "auto"
-    """`auto` resumes from the newest good checkpoint of the run, `never` starts from the beginning; a step or a path
-    selects a checkpoint."""
+    """`auto` resumes from the newest good checkpoint of the run, `never` starts from the beginning; a step, or the path
+    of one of its checkpoints, selects one. With the path of another run, or of one of its checkpoints, the run starts
+    at step 0 from the parameters there (fine-tuning); once it has checkpoints, it resumes from these."""
+    resume_only: Annotated[list[Literal["params", "optimizer"]], Field(min_length=1)] | None = None
+    """What to take from a checkpoint of another configuration or another run: `[params]` starts with a new optimizer.
+    Null takes all, of another run its parameters and optimizer."""
 
 
 class LoggerConfig(Section):
@@ -215,8 +219,8 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_run_dir(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("name"), str) and data.get("run_dir") is None:
-            return {**data, "run_dir": f"runs/{data['name']}"}
+        if isinstance(data, dict) and data.get("run_dir") is None:
+            return {**data, "run_dir": f"runs/{data.get('name')}"}  # a name that is missing or none is an error itself
         return data
 
     # The name becomes a folder, a Slurm job and Kubernetes objects. The pattern allows dots, two of which would lead

@@ -133,7 +133,8 @@ def write_slots_(slots: Tensor, numbers: float | list[float]) -> None:
     if slots.device.type == "cpu":
         slots.numpy()[:] = numbers  # a tenth of the time that making a tensor of the numbers takes
     else:
-        slots.copy_(torch.tensor(numbers, dtype=slots.dtype))
+        # A copy that blocks would wait until the device has done everything that was started before, backward included.
+        slots.copy_(torch.tensor(numbers, dtype=slots.dtype), non_blocking=True)
 
 
 def read_summary(slots: Tensor, world_size: int) -> RoundSummary:

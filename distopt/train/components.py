@@ -51,11 +51,28 @@ def make_optimizer(config: RunConfig) -> tuple[PyroOptim, StepSchedule]:
         optimizer = PyroLRScheduler(make, scheduler_args, chosen.clip.args(), nonfinite=chosen.nonfinite)
         schedule = optimizer._construct([torch.zeros(1, 1)], args)
     _check_kind(schedule, torch.optim.lr_scheduler.LRScheduler, chosen.scheduler.name, "optim.scheduler.name")
+    _check_length(schedule, config)
 
     # Schedules such as ReduceLROnPlateau follow the loss; a user's may, too, whatever its class.
     if metric_name(schedule) is not None:
         return optimizer, lambda made, loss: made.step(loss)
     return optimizer, lambda made, _loss: made.step()
+
+
+def _check_length(schedule: Any, config: RunConfig) -> None:
+    """Refuses a schedule of a fixed length that ends before the run does: torch would raise at that step."""
+    for each in [schedule, *vars(schedule).get("_schedulers", ())]:
+        if not isinstance(each, torch.optim.lr_scheduler.OneCycleLR):
+            continue
+        assert config.optim.scheduler is not None
+        needed = config.train.num_steps // config.optim.scheduler.every_steps
+        if each.total_steps < needed:
+            raise ConfigError(
+                [
+                    f"optim.scheduler.args.total_steps: found {each.total_steps:,}, but train.num_steps makes "
+                    f"{needed:,} steps of the schedule; set it to {needed} or to ${{train.num_steps}}"
+                ]
+            )
 
 
 def make_loss(config: RunConfig) -> pyro.infer.ELBO:

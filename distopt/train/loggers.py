@@ -13,22 +13,27 @@ so a logger of one's own is one class with the methods that it needs, which the 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 FILE_NAME = "metrics.jsonl"
+MAX_PENDING_ROWS = 100_000
+"""Rows that are kept while they cannot be written; the oldest are dropped first."""
 
 
 @dataclass(frozen=True)
@@ -130,42 +135,93 @@ class Loggers(Logger):
             logger.log(step, values)
 
 
+# Metrics are best effort: a run whose run directory is full, or belongs to another user, trains all the same, since its
+# checkpoints may lie elsewhere. What could not be written is told once, with its path.
+
+
 class JsonLinesLogger(Logger):
-    """Writes one JSON object per line to `metrics.jsonl` in the run directory, which the report reads."""
+    """Writes one JSON object per line to `metrics.jsonl` in the run directory, which the report reads.
+
+    Rows that cannot be written, as while the disk is full, are kept and written when they can be.
+    """
 
     def start(self, run: RunInfo) -> None:
         """Opens the file, with the rows up to the step that the run resumes from."""
-        path = run.run_dir / FILE_NAME
-        kept = [row for row in read_metrics(run.run_dir) if row["step"] <= run.first_step]
-
-        # Replaced as a whole, so that a process that is killed here leaves the old rows or the new ones.
-        rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(rewritten, path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = run.run_dir / FILE_NAME
+        self._file: BinaryIO | None = None
+        self._pending: deque[bytes] = deque(maxlen=MAX_PENDING_ROWS)
+        self._has_failed = False
+        try:
+            self._file = self._path.open("ab", buffering=0)
+            # Cut in place, which needs no space and is done or not done when the process is killed here.
+            self._file.truncate(_size_until(self._path, run.first_step))
+        except OSError as error:
+            self._report(error)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Appends a row. JSON has neither infinity nor NaN; they are written as null."""
         row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._pending.append(f"{json.dumps(row)}\n".encode())
+        self._write()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        self._write()
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self) -> None:
+        if self._file is None:
+            return
+        while self._pending:
+            size = os.fstat(self._file.fileno()).st_size
+            try:
+                if self._file.write(self._pending[0]) != len(self._pending[0]):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                self._report(error)
+                self._file.truncate(size)  # half a row
+                return
+            self._pending.popleft()
+        self._has_failed = False
+
+    def _report(self, error: OSError) -> None:
+        if not self._has_failed:
+            _report_unwritable(self._path, error)
+        self._has_failed = True
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a run's `metrics.jsonl`, oldest first, without a last line that was cut off."""
-    path = run_dir / FILE_NAME
-    rows = []
-    # A process that is killed while it writes leaves half a line; everything before it is whole.
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+    """Returns the rows of a run's `metrics.jsonl`, oldest first, without lines that are damaged."""
+    try:
+        data = (run_dir / FILE_NAME).read_bytes()
+    except OSError:
+        return []
+    return [row for line in data.splitlines() if (row := _parse_row(line)) is not None]
+
+
+def _parse_row(line: bytes) -> dict[str, Any] | None:
+    """Returns a row; None for a line that a process was killed over, or a disk has damaged."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # also of bytes that are no UTF-8
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _size_until(path: Path, step: int) -> int:
+    """Returns how many bytes of a file of metrics hold the rows up to a step, before a line that was cut off."""
+    size = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        row = _parse_row(line)
+        if not line.endswith(b"\n") or (row is not None and row["step"] > step):
             break
-    return rows
+        size += len(line)
+    return size
+
+
+def _report_unwritable(path: Path, error: OSError) -> None:
+    print(f"distopt: {path} cannot be written: {error.strerror}; training continues", file=sys.stderr, flush=True)
 
 
 class TensorBoardLogger(Logger):
@@ -180,19 +236,32 @@ class TensorBoardLogger(Logger):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
-        # TensorBoard hides what an earlier process wrote from `purge_step` on.
-        self._events = SummaryWriter(str(run.run_dir / "tensorboard"), purge_step=run.first_step + 1)
+        self._path = run.run_dir / "tensorboard"
+        with self._without_errors():
+            # TensorBoard hides what an earlier process wrote from `purge_step` on.
+            self._events = SummaryWriter(str(self._path), purge_step=run.first_step + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one scalar per value."""
-        if self._events is not None:
+        with self._without_errors():
             for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+                if self._events is not None:
+                    self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Ends the writer's thread."""
-        if self._events is not None:
-            self._events.close()
+        with self._without_errors():
+            if self._events is not None:
+                self._events.close()
+
+    @contextmanager
+    def _without_errors(self) -> Iterator[None]:
+        """Reports an error of the file, and writes no more events; a thread of TensorBoard's has met it and ended."""
+        try:
+            yield
+        except OSError as error:
+            self._events = None
+            _report_unwritable(self._path, error)
 
 
 class ProgressLogger(Logger):

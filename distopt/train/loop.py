@@ -25,6 +25,7 @@ from distopt.train.loggers import FILE_NAME, Logger, Loggers, RunInfo, printer, 
 from distopt.train.monitor import PaceMeter, RankPace, Status, describe_straggler
 from distopt.train.recorded_config import recorded_config
 from distopt.train.report import Report, elbo_figure, paces_table
+from distopt.train.resume import describe_restored, which_checkpoint
 from distopt.train.serve import ServeError, serving
 from distopt.train.setup import count_rows, load_task_on_all_ranks, set_up_process
 from distopt.train.signals import StopSignals
@@ -40,12 +41,16 @@ _SHARED_ERRORS = (BackendError, PeerError, DisagreementError, DriftError)  # rai
 _PLAIN_ERRORS = (*_SHARED_ERRORS, ConfigError, LauncherError, TaskError, CheckpointError, ServeError)
 
 
-def run(config: RunConfig) -> int:
+def run(config: RunConfig, *, until_exit: bool = False) -> int:
     """Trains the task of `config` as one of its workers; every rank calls it.
 
     The run resumes from the newest good checkpoint in `run_dir/checkpoints` unless the configuration says otherwise.
     After SIGTERM or Ctrl-C, all ranks finish the same step, save a checkpoint and stop. Before the ranks have met,
     a signal ends the process at once.
+
+    Args:
+        config: The run.
+        until_exit: Whether the process ends after the call, so that signals to stop have nothing left to ask for.
 
     Returns:
         0 when all steps are done, 143 after SIGTERM, 130 after Ctrl-C, 1 after an error, which has been printed.
@@ -54,12 +59,13 @@ def run(config: RunConfig) -> int:
         One all-reduce per step.
     """
     backend: Backend | None = None
+    status = Status()
+    stop = StopSignals(until_exit=until_exit)
     try:
-        status = Status()
         rank_info = find_rank()
         local_rank = (rank_info and rank_info.local_rank) or 0
         # The server starts before the ranks have met: whether they ever will is when one wants to ask.
-        with StopSignals() as stop, serving(config.serve, status, local_rank):
+        with stop, serving(config.serve, status, local_rank):
             backend = init(config.reduce.backend, timeout=timedelta(seconds=config.reduce.timeout_s))
             stop.hold()
             return _Worker(config, backend, status, stop).run()
@@ -69,6 +75,10 @@ def run(config: RunConfig) -> int:
         if not isinstance(error, _PLAIN_ERRORS):
             raise
         who = f"rank {backend.rank} of {backend.world_size}: " if backend is not None else ""
+        if stop.received and not status.steps_done and isinstance(error, _SHARED_ERRORS):
+            # All ranks are asked, one after the other; one that was asked before it listened has ended at once.
+            print(f"distopt: {who}stopped before the first step ({error})", file=sys.stderr, flush=True)
+            return 128 + stop.received
         print(f"distopt: {who}{error}", file=sys.stderr, flush=True)
         return 1
     finally:
@@ -196,18 +206,21 @@ class _Worker:
 
     def _resume(self, checkpointer: Checkpointer) -> int:
         """Restores a checkpoint if there is one to resume from; returns the steps that are done already."""
-        resume = self.config.checkpoint.resume
-        # A number too long for a step is the name of a folder.
-        is_step = isinstance(resume, str) and resume.isdecimal() and len(resume) < 19
-        which = int(resume) if is_step else resume
-        restored: Restored | None = checkpointer.restore(which)
+        config = self.config
+        which, is_new = which_checkpoint(config, has_checkpoints=bool(checkpointer.steps()))
+        schedule = config.optim.scheduler
+        restored: Restored | None = checkpointer.restore(
+            which,
+            only=config.checkpoint.resume_only,
+            new_run=is_new,
+            schedule_every=schedule.every_steps if schedule else 1,
+        )
+
         first_step = 0
         if restored is not None:
-            first_step = restored.step
-            workers = (
-                "" if restored.world_size == self.backend.world_size else f", saved by {restored.world_size} workers"
-            )
-            self.print(f"resuming from step {first_step:,} ({restored.path}{workers})")
+            first_step = 0 if is_new else restored.step
+            for line in describe_restored(restored, config, self.backend.world_size, is_new=is_new):
+                self.print(line)
             self.status.checkpoint_at = time.monotonic()
 
         self.status.step = first_step
@@ -334,8 +347,12 @@ class _Worker:
         report.source("The configuration", dump_yaml(config))
 
         path = config.run_dir / REPORT
-        report.write(path)
-        self.print(f"report: {path}")
+        try:
+            report.write(path)
+        except OSError as error:
+            self.print(f"no report: {path} cannot be written: {error.strerror}")
+        else:
+            self.print(f"report: {path}")
 
 
 class _Window:

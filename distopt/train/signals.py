@@ -20,7 +20,12 @@ class StopSignals:
 
     Before `hold` the first signal ends it: there is nothing to save yet, and a handler written in Python would only be
     called when the library that waits for the other ranks returns. Python allows signal handlers only in the main
-    thread, so it must be entered there.
+    thread, so it must be entered there. A signal that was ignored before the block, as Ctrl-C is in what a script
+    starts in the background, stays ignored.
+
+    Args:
+        until_exit: Whether the process ends after the block. Signals to stop that come later are then ignored: the
+            process does what they ask for, and one that dies before it has left MPI would have mpirun kill the others.
 
     Attributes:
         received: The number of the first signal; 0 if none was received.
@@ -33,27 +38,30 @@ class StopSignals:
         15
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, until_exit: bool = False) -> None:
         self.received = 0
+        self._until_exit = until_exit
         self._first_s = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
         """Restores the default handlers, under which a signal ends the process."""
-        self._before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPING}
+        heeded = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, signal.SIG_DFL) for number in heeded}
         return self
 
     def hold(self) -> None:
         """Starts noting signals."""
-        for number in STOPPING:
+        for number in self._before:
             signal.signal(number, self._note)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Restores the handlers from before the block."""
+        """Restores the handlers from before the block, or ignores signals until the process ends."""
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # Not a handler in Python: the interpreter takes those away before it calls what MPI and others leave with.
+            signal.signal(number, signal.SIG_IGN if self._until_exit else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         now_s = time.monotonic()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +45,19 @@ class Start(Event):
     """A worker has been started."""
 
 
+@dataclass(frozen=True)
+class Unwritable(Event):
+    """A file of the run directory cannot be written, as when the disk is full; the worker runs on.
+
+    Attributes:
+        path: The file.
+        error: Why.
+    """
+
+    path: str = ""
+    error: str = ""
+
+
 class End(Event):
     """A worker has ended."""
 
@@ -54,14 +70,40 @@ class End(Event):
 STOPPED_STATUSES = (0, 128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)
 """How a worker ends that was asked to stop, and did: with a status of its own choice, or by the signal."""
 
-_KINDS = {"start": Start, "end": End}
+_KINDS: dict[str, type[Event]] = {"start": Start, "end": End, "unwritable": Unwritable}
 
 
 def append(run_dir: Path, event: Event) -> None:
-    """Adds one line to the file of the event's rank; each file has one writer at a time."""
-    line = json.dumps({"event": type(event).__name__.lower(), **asdict(event)})
-    with (run_dir / LOGS / f"rank-{event.rank}.jsonl").open("a") as file:
-        file.write(line + "\n")
+    """Adds one line to the file of the event's rank; each file has one writer at a time.
+
+    Raises:
+        OSError: The line could not be written; the file is as before.
+    """
+    line = json.dumps({"event": type(event).__name__.lower(), **asdict(event)}).encode() + b"\n"
+    with (run_dir / LOGS / f"rank-{event.rank}.jsonl").open("a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        if file.read(1) not in (b"", b"\n"):
+            line = b"\n" + line  # a writer was killed within a line
+        if isinstance(event, Start):
+            _reserve(file.fileno(), size)
+        if file.write(line) != len(line):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+
+
+RESERVED_BYTES = 4096
+_FALLOC_FL_KEEP_SIZE = 1  # linux/falloc.h
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Reserves room behind the end of a file, so that how a worker ends can be recorded though the disk is full then.
+
+    Readers do not see it. File systems that cannot do it, such as NFS 3, do without.
+    """
+    if sys.platform == "linux":
+        bounds = ctypes.c_int64(size), ctypes.c_int64(RESERVED_BYTES)
+        ctypes.CDLL(None).fallocate(fd, _FALLOC_FL_KEEP_SIZE, *bounds)
 
 
 class Reader:
@@ -98,8 +140,18 @@ class Reader:
                 if not line.endswith(b"\n"):
                     break  # still being written; the next call reads it
                 self._offsets[path] = self._offsets.get(path, 0) + len(line)
-                fields = json.loads(line)
-                yield _KINDS[fields.pop("event")](**fields)
+                event = _parse(line)
+                if event is not None:
+                    yield event
+
+
+def _parse(line: bytes) -> Event | None:
+    """Returns the event of a line; None for one that a writer was killed over, or that another version has written."""
+    try:
+        fields = json.loads(line)
+        return _KINDS[fields.pop("event")](**fields)
+    except (ValueError, LookupError, AttributeError, TypeError):
+        return None
 
 
 def oom_kills() -> int:

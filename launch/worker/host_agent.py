@@ -22,7 +22,7 @@ from socket import create_connection
 from distopt.launchers import GRACE_VARIABLE, HEARTBEAT_VARIABLE
 
 from .network import interface_env, is_here, resolve
-from .processes import adopt_orphans, die_with_parent, kill_descendants
+from .processes import adopt_orphans, die_with_parent, heeded, kill_descendants
 
 SILENCE_S = 25.0  # longer than ssh takes to give up (ServerAliveInterval times ServerAliveCountMax)
 KILL_MARGIN_S = 6.0  # supervisors kill at the end of the grace time, launchers 5 s after them
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
     adopt_orphans()
     received: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, *heeded((signal.SIGINT, signal.SIGHUP))):
         signal.signal(number, lambda number, _: received.append(number))
     if options:
         wait_for_rendezvous(options[1], received)

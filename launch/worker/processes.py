@@ -1,4 +1,4 @@
-"""What Linux offers so that no process outlives its run: death signals, a subreaper, and the tree in /proc."""
+"""What the system offers so that no process outlives its run: signals, a subreaper, the tree in /proc."""
 
 from __future__ import annotations
 
@@ -7,11 +7,25 @@ import os
 import signal
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 # linux/prctl.h
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+
+REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that ask a run to stop: of a launcher, Ctrl-C, a terminal that hangs up, a batch system before its limit."""
+
+
+def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Returns the signals that this process was not started to ignore.
+
+    nohup has a program ignore SIGHUP, and a shell without job control has one that runs in the background ignore
+    Ctrl-C. Either way the signal is not meant for it, so no handler may take its place.
+    """
+    return [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+
 
 # The two calls complement each other. The death signal reaches a child whose parent is killed in whatever way, but not
 # a child that a program has detached from its parent by starting it through a process that ended. Such orphans become

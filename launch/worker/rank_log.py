@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import IO, Self
 
 from distopt.launchers import LOGS
 
@@ -23,13 +26,71 @@ def log_of(run_dir: Path, rank: int) -> Path:
     return run_dir / LOGS / f"rank-{rank}.log"
 
 
+class RankLog:
+    """A rank's log, written as far as it can be: a full disk, or a file of another user, ends no worker.
+
+    Args:
+        run_dir: The run directory.
+        rank: The rank.
+        report: Called with the path and the error when writing begins to fail.
+    """
+
+    def __init__(self, run_dir: Path, rank: int, report: Callable[[Path, OSError], None]) -> None:
+        self._path = log_of(run_dir, rank)
+        self._report = report
+        self._file: IO[bytes] | None = None
+        self._error: OSError | None = None  # the last one, until writing succeeds again
+        self._lost_bytes = 0
+
+    def __enter__(self) -> Self:
+        """Opens the file."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("ab", buffering=0)
+        except OSError as error:
+            self._lose(b"", error)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def write(self, data: bytes) -> None:
+        """Appends data; what cannot be written is left out, and its length noted in its place once something can be."""
+        if self._file is None:
+            return
+        gap = f"\n--- {self._lost_bytes} bytes are missing here: {self._error}\n".encode() if self._error else b""
+        try:
+            rest = memoryview(gap + data)
+            while rest:
+                rest = rest[os.write(self._file.fileno(), rest) :]
+        except OSError as error:
+            self._lose(rest[-len(data) :] if data else b"", error)
+            return
+        self._error = None
+        self._lost_bytes = 0
+
+    def _lose(self, data: bytes | memoryview, error: OSError) -> None:
+        self._lost_bytes += len(data)
+        is_new = self._error is None
+        self._error = error
+        if is_new:
+            self._report(self._path, error)
+
+
 def read_log(run_dir: Path, rank: int, offset: int = 0) -> bytes:
     """Returns a rank's output from a byte on; nothing where it has not started."""
+    return read_from(log_of(run_dir, rank), offset)
+
+
+def read_from(path: Path, offset: int) -> bytes:
+    """Returns what a file holds from a byte on; nothing where it cannot be read."""
     try:
-        with log_of(run_dir, rank).open("rb") as file:
+        with path.open("rb") as file:
             file.seek(offset)
             return file.read()
-    except FileNotFoundError:
+    except OSError:
         return b""
 
 

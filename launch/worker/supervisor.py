@@ -23,7 +23,6 @@ from distopt.launchers import (
     CWD_VARIABLE,
     ECHO_VARIABLE,
     GRACE_VARIABLE,
-    LOGS,
     SECRETS_FILE,
     STOP_FILE,
     WATCH_STOP_VARIABLE,
@@ -36,10 +35,9 @@ from distopt.launchers import (
 
 from . import elastic, events, rank_log, terminal
 from .network import interface_env
-from .processes import die_with_parent
+from .processes import REQUESTS, die_with_parent, heeded
 
 POLL_S = 0.5
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 WRONG_WORLD_SIZE = 3
 """Exit status where the launcher started another number of workers than the run allows."""
 
@@ -84,7 +82,7 @@ class Supervisor:
         # for output alike, and no signal is lost between two looks at a flag.
         self._wake, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        for number in (*SIGNALS, signal.SIGCHLD):
+        for number in (signal.SIGTERM, *heeded(REQUESTS), signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
 
     def run(self) -> int:
@@ -116,7 +114,7 @@ class Supervisor:
 
     def _read_signals(self) -> set[int]:
         """Empties the pipe, and returns the requests to stop that were in it."""
-        return set(os.read(self._wake, 512)) & set(SIGNALS)
+        return set(os.read(self._wake, 512)) & set(REQUESTS)
 
     def _run_attempt(self) -> int:
         self._signalled = False
@@ -125,8 +123,7 @@ class Supervisor:
             self._round = number
             self.attempt = number - 1
 
-        (self.run_dir / LOGS).mkdir(parents=True, exist_ok=True)
-        with rank_log.log_of(self.run_dir, self.rank).open("ab", buffering=0) as log:
+        with rank_log.RankLog(self.run_dir, self.rank, self._report_unwritable) as log:
             log.write(rank_log.header(self.rank, self.world_size, self.attempt))
             self._record(events.Start)
             if self._refuse_world_size(log):
@@ -136,7 +133,7 @@ class Supervisor:
         self._record(events.End, status)
         return status
 
-    def _refuse_world_size(self, log: IO[bytes]) -> bool:
+    def _refuse_world_size(self, log: rank_log.RankLog) -> bool:
         """Refuses a world of another size than the run's: a launcher may continue with fewer workers, and exit 0."""
         allowed = os.environ.get(WORLD_SIZE_VARIABLE)
         if not allowed or self.world_size in parse_range(allowed):
@@ -147,7 +144,7 @@ class Supervisor:
         )
         return True
 
-    def _run_worker(self, log: IO[bytes]) -> int:
+    def _run_worker(self, log: rank_log.RankLog) -> int:
         screen = terminal.open_for(self.rank)
         worker, output = self._start(screen)
         sink = terminal.Tee(log, screen, echo=ECHO_VARIABLE in os.environ)
@@ -221,7 +218,7 @@ class Supervisor:
             if is_over or number > self._round:
                 self._ask_to_stop(worker, for_good=number > self._round)
 
-    def _record(self, kind: type[events.Event], status: int | None = None) -> None:
+    def _record(self, kind: type[events.Event], status: int | None = None, **more: str) -> None:
         event = kind(
             rank=self.rank,
             attempt=self.attempt,
@@ -231,8 +228,15 @@ class Supervisor:
             status=status,
             stopped=self._signalled or self.asked_to_stop,
             out_of_memory=status == -signal.SIGKILL and events.oom_kills() > self._oom_kills,
+            **more,
         )
-        events.append(self.run_dir, event)
+        try:
+            events.append(self.run_dir, event)
+        except OSError as error:  # the worker does not depend on it
+            print(f"distopt: {error.filename}: {error.strerror}; lost: {event}", file=sys.stderr, flush=True)
+
+    def _report_unwritable(self, path: Path, error: OSError) -> None:
+        self._record(events.Unwritable, path=str(path), error=error.strerror or str(error))
 
 
 def write_termination_message(run_dir: Path, rank: int) -> None:

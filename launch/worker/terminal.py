@@ -13,6 +13,9 @@ from typing import IO
 
 from distopt.launchers import TERMINAL_VARIABLE
 
+from .rank_log import RankLog
+from .streams import BestEffort
+
 # Control sequences as ECMA-48 has them: CSI (colours, cursor), OSC (titles), and those of one character.
 _ESCAPE = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 
@@ -70,9 +73,10 @@ class Tee:
         echo: Whether this process prints the output too, where the platform keeps it, as Kubernetes does.
     """
 
-    def __init__(self, log: IO[bytes], screen: IO[bytes] | None, *, echo: bool = False) -> None:
+    def __init__(self, log: RankLog, screen: IO[bytes] | None, *, echo: bool = False) -> None:
         self._log = log
         self._screen = screen
+        self._stdout = BestEffort(sys.stdout.fileno())
         self._echo = echo
         self._line = b""
 
@@ -86,7 +90,7 @@ class Tee:
             return False
 
         if self._echo:
-            os.write(sys.stdout.fileno(), data)
+            self._stdout.write(data)
         if self._screen is None:
             self._log.write(data)
             return True

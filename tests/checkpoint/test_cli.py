@@ -22,8 +22,8 @@ def test_inspect_and_verify_tell_what_is_there_and_what_is_broken(tmp_path):
         checkpointer.save(3, progress={"epoch": 1})
         checkpointer.save(4)
     seen = command("inspect", tmp_path, "--tensors").output
-    for words in ("step 4, 1 rank(s)", "step 3", '{"epoch": 1}', '{"seed": 7}', "replicated/params/weights/value: F32"):
-        assert words in seen
+    for text in ("step 4, 1 rank(s)", "step 3", '{"epoch": 1}', '{"seed": 7}', "replicated/params/weights/value: F32"):
+        assert text in seen
     whole = command("verify", tmp_path)
     assert whole.exit_code == 0 and whole.output.count("whole") == 2
     path = tmp_path / "step-00000004" / "replicated.safetensors"
@@ -60,7 +60,7 @@ def test_commands_say_in_one_line_what_is_wrong_with_what_they_are_given(tmp_pat
     for name, content in files.items():
         torch.save(content, tmp_path / name)
     to = ("--to", tmp_path / "run")
-    for arguments, words in [
+    for arguments, text in [
         (("inspect", tmp_path / "text.txt"), "text.txt: a file; a checkpoint is a folder"),
         (("verify", good / "step-00000001" / "manifest.json"), "manifest.json: a file; a checkpoint is a folder"),
         (("verify", good / "step-00000002"), "no checkpoint there"),
@@ -76,7 +76,7 @@ def test_commands_say_in_one_line_what_is_wrong_with_what_they_are_given(tmp_pat
         (("import", tmp_path / "text.txt", *to), "text.txt: not a file of tensors, numbers and constraints"),
         (("import", tmp_path / "lacks.pt", "--step", "-3", *to), "step -3: steps are whole numbers"),
     ]:
-        found = command(*arguments)
-        assert found.exit_code == 1, arguments
-        assert words in found.output and found.output.count("\n") == 1, found.output
+        result = command(*arguments)
+        assert result.exit_code == 1, arguments
+        assert text in result.output and result.output.count("\n") == 1, result.output
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("step-*"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pyro
+import pyro.optim
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from distopt.checkpoint import (
 )
 from distopt.checkpoint.reader import candidates
 from distopt.checkpoint.storage.base import open_storage
+from distopt.optim import Adam, ClippedAdam
 from tests import workers
 from tests.checkpoint.damage import BEFORE, LAST, flip
 from tests.checkpoint.runs import checkpointer, value
@@ -41,6 +43,43 @@ def test_restore_finds_by_step_and_path_and_says_what_there_is(tmp_path):
         value(9)
         keeper.save(9)
     assert [one.step for one in candidates(open_storage(tmp_path / "b"))] == [9]
+
+
+def test_optimizer_keeps_its_moments_and_takes_the_arguments_of_today_and_parameters_are_taken_alone(tmp_path):
+    def step(optimizer):
+        param = pyro.param("x", torch.zeros(4)).unconstrained()
+        param.grad = torch.ones(4)
+        optimizer([param])
+        return optimizer.get_state()["x"]
+
+    value(0)
+    for optimizer in (Adam({"lr": 0.1}), pyro.optim.Adam({"lr": 0.1})):
+        directory = tmp_path / type(optimizer).__module__
+        saved = step(optimizer)
+        with checkpointer(directory, {"optimizer": optimizer}) as keeper:
+            keeper.save(7)
+        for make in (Adam, pyro.optim.Adam):
+            value(0)
+            optimizer = make({"lr": 0.2})
+            with checkpointer(directory, {"optimizer": optimizer}) as keeper:
+                assert keeper.restore().changes == ("lr 0.1 -> 0.2 from step 8",)
+                state = step(optimizer)
+                assert state["param_groups"][0]["lr"] == 0.2 and state["state"][0]["step"] == 2
+
+    value(0)
+    optimizer = ClippedAdam({"lr": 0.1})
+    with checkpointer(directory, {"optimizer": optimizer}) as keeper:
+        with pytest.raises(CheckpointError, match=r"state of Adam, .* is ClippedAdam.*only=\['params'\]"):
+            keeper.restore()
+        with pytest.raises(ValueError, match="resume_only"):
+            keeper.restore(only=["rng"])
+        restored = keeper.restore(only=["params"])
+        assert (restored.step, restored.only) == (7, ("params",))
+        assert step(optimizer)["state"][0]["step"] == 1
+        keeper.save(8)
+    with checkpointer(directory, {"optimizer": ClippedAdam({"lr": 0.1})}) as keeper:
+        assert keeper.restore(only=["params"]).only is None
+    assert saved["state"][0]["step"] == 1
 
 
 def test_checkpoint_of_another_configuration_is_refused_with_the_difference_unless_told_otherwise(tmp_path):
@@ -101,7 +140,7 @@ def _restore_rank_state(directory):
 def test_run_on_other_numbers_of_ranks_goes_on_with_replicated_state_and_defined_noise(tmp_path, caplog):
     saved = workers.world("torch_dist", 2).run(_save_rank_state, str(tmp_path), [1, 2])
     same = workers.world("torch_dist", 2).run(_restore_rank_state, str(tmp_path))
-    assert [(mean, noise) for _, _, mean, noise in same] == [tuple(rank) for rank in saved]
+    assert [(mean, drawn) for _, _, mean, drawn in same] == [tuple(rank) for rank in saved]
     assert saved[0][0] != saved[1][0]  # batch statistics are each rank's own
     norm = torch.nn.BatchNorm1d(2)
     caplog.set_level(logging.WARNING)

@@ -24,7 +24,7 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{','.join([f'*a{i}'] * 9
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("x: !!python/object/apply:os.system ['touch canary']", "could not determine a constructor for the tag"),
         (BOMB, "values once its aliases are written out"),
@@ -37,9 +37,9 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{','.join([f'*a{i}'] * 9
         ("- 1", "found [1] (list), expected a mapping"),
     ],
 )
-def test_hostile_document_is_refused_before_it_is_built(text, said, tmp_path, monkeypatch):
+def test_hostile_document_is_refused_before_it_is_built(text, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert said in problems(text)[0]
+    assert message in problems(text)[0]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -68,6 +68,8 @@ def test_hostile_document_is_refused_before_it_is_built(text, said, tmp_path, mo
         ("'1:30'", "1:30"),
         ("=", "="),
         ('"\\ud83d\\ude00"', "\U0001f600"),  # as JSON writes it
+        ("1:30:00", "1:30:00"),
+        ("-1:30.5", "-1:30.5"),
         ("'1e-3'", "1e-3"),
         ("", None),
         ("{a: &x [1], b: *x}", {"a": [1], "b": [1]}),

@@ -10,8 +10,9 @@ import sys
 import pytest
 
 from distopt.launch.worker import events
-from distopt.launch.worker.events import End, Reader, Start
+from distopt.launch.worker.events import End, Reader, Start, Unwritable
 from tests.control_groups import control_group
+from tests.small_disks import fill, small_disk
 
 
 @pytest.fixture
@@ -55,6 +56,37 @@ def test_recorded_line_is_what_other_programs_read(run_dir):
         "event": "end", "rank": 1, "attempt": 2, "host": "host", "pid": 7, "time": 3.5, "status": 1,
         "stopped": False, "out_of_memory": False,
     }  # fmt: skip
+
+
+def test_line_that_a_writer_was_killed_over_and_those_of_other_versions_are_left_out(run_dir):
+    reader = Reader(run_dir)
+    path = run_dir / "logs/rank-0.jsonl"
+    path.write_bytes(b'{"event": "later than today"}\n[]\n\xff\n{"event": "start", "ra')
+    recorded = [
+        Start(0, 0, "a", 1, 1.0),
+        Unwritable(0, 0, "a", 1, 1.5, path="log", error="why"),
+        End(0, 0, "a", 1, 2.0, 0),
+    ]
+    for event in recorded:
+        events.append(run_dir, event)
+    assert reader.new() == recorded
+
+
+def test_end_is_recorded_though_the_disk_is_full_by_then(tmp_path):
+    with small_disk(tmp_path / "disk", 64) as folder:
+        (folder / "logs").mkdir()
+        reader = Reader(folder)
+        recorded = [Start(0, 0, "a", 1, 1.0), End(0, 0, "a", 1, 2.0, 0)]
+        path = folder / "logs/rank-0.jsonl"
+        path.write_text("\n" * 4090)  # so that the end does not fit into a page that the file has
+        events.append(folder, recorded[0])
+        fill(folder)
+        events.append(folder, recorded[1])
+        assert reader.new() == recorded
+        with pytest.raises(OSError, match="No space left"):
+            for _ in range(100):
+                events.append(folder, recorded[1])
+        assert path.read_bytes().endswith(b"}\n")
 
 
 def test_worker_that_was_asked_to_stop_has_not_failed():

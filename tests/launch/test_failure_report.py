@@ -56,9 +56,9 @@ def test_culprit_is_put_before_ranks_that_lost_their_connection_earlier(report):
     ids=["agreed in a step", "printed by the built-in loop", "published by the heartbeat"],
 )
 def test_rank_whose_error_the_others_report_is_blamed_though_it_ended_last(report, printed, error):
-    told = f"{HEADER}{printed}\n--- traceback of rank 1\nTraceback (most recent call last):\nValueError: no\n"
+    log = f"{HEADER}{printed}\n--- traceback of rank 1\nTraceback (most recent call last):\nValueError: no\n"
     text = report(
-        {0: told, 1: f"{HEADER}ValueError: no\nTrace Shapes:\n"}, [end(0, 10.0), end(1, 11.0, -15, stopped=True)]
+        {0: log, 1: f"{HEADER}ValueError: no\nTrace Shapes:\n"}, [end(0, 10.0), end(1, 11.0, -15, stopped=True)]
     )
     assert f"  rank 1 on host died first: it failed at {error}\n" in text
     assert "Stopped because of this error: rank 0 on host." in text
@@ -118,6 +118,15 @@ def test_success_and_orderly_stops_need_an_end_of_every_worker():
     assert failure_report.all_stopped([*started, end(0, 2.0, 143), end(1, 2.0, -15)])
     assert not failure_report.all_stopped([*started, end(0, 2.0, 143)])
     assert not failure_report.all_stopped([*started, end(0, 2.0, 143), end(1, 2.0, -9)])
+
+
+def test_rank_that_the_launcher_ended_with_those_that_stopped_as_asked_has_stopped_too():
+    started = [events.Start(rank, 0, "host", 1, 1.0) for rank in (0, 1)]
+    for status in (0, 143, -15):
+        assert failure_report.all_stopped([*started, end(0, 2.0, status)], ends_together=True)
+    assert not failure_report.all_stopped([*started, end(0, 2.0, 1)], ends_together=True)
+    assert not failure_report.all_stopped([*started, end(0, 2.0, -11)], ends_together=True)
+    assert not failure_report.all_stopped(started, ends_together=True)
 
 
 def test_out_of_memory_is_named_as_such():

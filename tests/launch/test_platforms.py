@@ -153,8 +153,8 @@ def test_users_platform_with_a_job_of_its_own_is_asked_followed_and_stopped(modu
     wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers ready")
     assert "submitted: process group " in run.err
 
-    def distopt(*words: str) -> str:
-        argv = [sys.executable, "-m", "distopt.launch", *words]
+    def distopt(*args: str) -> str:
+        argv = [sys.executable, "-m", "distopt.launch", *args]
         done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         return done.stdout + done.stderr
 

@@ -88,4 +88,7 @@ def test_output_goes_to_the_terminal_as_it_is_and_to_the_log_in_lines(screen, tm
         tee.close()
     os.close(source)
     assert (tmp_path / "log").read_bytes() == b"step 2\ndone\n"
-    assert b"\x1b[32mstep 2\x1b[0m" in os.read(drawn, 1000)
+    seen = b""
+    while b"done" not in seen:
+        seen += os.read(drawn, 1000)
+    assert seen == b"step 1\r\x1b[32mstep 2\x1b[0m\r\ndone"

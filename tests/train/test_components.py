@@ -77,13 +77,13 @@ def values(chosen: RunConfig, num_steps: int = 3) -> list[float]:
     pyro.clear_param_store()
     optimizer, step_schedule = make_optimizer(chosen)
     param = pyro.param("x", torch.zeros(1)).unconstrained()
-    found = []
+    seen = []
     for step in range(num_steps):
         param.grad = torch.ones(1)
         optimizer([param])
         step_schedule(optimizer, float(step))  # type: ignore[arg-type]  # here it need not be distributed
-        found.append(round(param.item(), 6))
-    return found
+        seen.append(round(param.item(), 6))
+    return seen
 
 
 def test_shipped_optimizer_and_schedule() -> None:
@@ -144,8 +144,8 @@ def test_name_that_an_older_torch_lacks_is_refused(monkeypatch: pytest.MonkeyPat
 def test_objective_is_shipped_or_the_users() -> None:
     shipped = make_loss(config(train={"loss": "TraceEnum_ELBO", "loss_args": {"max_plate_nesting": 2}}))
     assert isinstance(shipped, pyro.infer.TraceEnum_ELBO) and shipped.max_plate_nesting == 2
-    own = make_loss(config(train={"loss": f"{__name__}:TwiceElbo", "num_particles": 3}))
-    assert isinstance(own, TwiceElbo) and own.num_particles == 3
+    doubled = make_loss(config(train={"loss": f"{__name__}:TwiceElbo", "num_particles": 3}))
+    assert isinstance(doubled, TwiceElbo) and doubled.num_particles == 3
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from distopt.train.loggers import (
     printer,
     read_metrics,
 )
+from tests.small_disks import fill, small_disk
 
 
 def run_info(folder: Path, first_step: int = 0, num_steps: int = 1000) -> RunInfo:
@@ -56,6 +57,64 @@ def test_line_cut_off_by_a_crash_is_left_out_and_replaced(tmp_path: Path) -> Non
     assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30, 40, 50]
 
 
+def test_damaged_lines_are_left_out_and_cost_no_good_row(tmp_path: Path) -> None:
+    damaged = [b'{"step": 10}', b'{"step": 2', b"\xff\xfe", b"[]", b'{"elbo": 1}', b'{"step": 20}', b'{"step": 30}']
+    (tmp_path / FILE_NAME).write_bytes(b"\n".join(damaged) + b"\n")
+    assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30]
+    write(tmp_path, 20, range(30, 50, 10))
+    assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30, 40]
+
+
+def test_rows_are_kept_while_the_disk_is_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with small_disk(tmp_path / "disk", 64) as folder, Loggers([JsonLinesLogger()], run_info(folder)) as opened:
+        opened.log(1, {"elbo": 1.0})
+        filler = fill(folder)
+        for step in range(2, 200):
+            opened.log(step, {"elbo": 1.0})
+        written = [row["step"] for row in read_metrics(folder)]
+        assert 1 in written and 199 not in written
+        filler.unlink()
+        opened.log(200, {"elbo": 1.0})
+        assert [row["step"] for row in read_metrics(folder)] == list(range(1, 201))
+    assert capsys.readouterr().err == (
+        f"distopt: {tmp_path}/disk/metrics.jsonl cannot be written: No space left on device; training continues\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("logger", "name", "reason"),
+    [(JsonLinesLogger, FILE_NAME, "Is a directory"), (TensorBoardLogger, "tensorboard", "File exists")],
+)
+def test_file_that_cannot_be_written_is_told_with_its_path_and_training_goes_on(
+    logger: type[Logger], name: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if logger is TensorBoardLogger:
+        pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
+        (tmp_path / name).touch()
+    else:
+        (tmp_path / name).mkdir()
+    write(tmp_path, 0, range(10, 40, 10), logger())
+    error = capsys.readouterr().err
+    assert error == f"distopt: {tmp_path / name} cannot be written: {reason}; training continues\n"
+    assert read_metrics(tmp_path) == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
+def test_tensorboard_on_a_full_disk_is_told_and_training_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
+    with small_disk(tmp_path / "disk", 64) as folder:
+        with Loggers([TensorBoardLogger()], run_info(folder)) as opened:
+            fill(folder)
+            for step in range(1, 2000):
+                opened.log(step, {"elbo": 1.0, "rows_per_s": 2.0})
+        with Loggers([TensorBoardLogger()], run_info(folder)) as opened:
+            opened.log(1, {"elbo": 1.0})
+    message = f"distopt: {tmp_path}/disk/tensorboard cannot be written: No space left on device; training continues\n"
+    assert capsys.readouterr().err.count(message) == 2
+
+
 def test_nan_and_infinity_are_null_since_json_has_neither(tmp_path: Path) -> None:
     with Loggers([JsonLinesLogger()], run_info(tmp_path)) as opened:
         opened.log(1, {"elbo": float("nan"), "norm": float("inf"), "rows": 2.0})
@@ -74,14 +133,14 @@ def test_tensorboard_reads_back_what_was_written_without_what_a_crash_undid(tmp_
     write(tmp_path, 0, range(10, 60, 10), TensorBoardLogger())
     write(tmp_path, 30, range(40, 80, 10), TensorBoardLogger())
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    found = {event.step: event.value for event in events.Scalars("elbo")}
-    assert sorted(found) == [10, 20, 30, 40, 50, 60, 70]
+    scalars = {event.step: event.value for event in events.Scalars("elbo")}
+    assert sorted(scalars) == [10, 20, 30, 40, 50, 60, 70]
     assert len(events.Scalars("elbo")) == 7
 
     write(tmp_path, 0, range(10, 30, 10), TensorBoardLogger())  # a new run in a used folder
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("elbo")] == [10, 20]
-    assert found[50] == pytest.approx(-2.0)
+    assert scalars[50] == pytest.approx(-2.0)
 
 
 def test_tensorboard_that_is_not_installed_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,3 +47,45 @@ def test_first_of_two_kinds_is_the_one_that_counts() -> None:
 def test_second_signal_ends_the_process_at_once() -> None:
     done = subprocess.run([sys.executable, "-c", IMPATIENT], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (143, ""), done.stderr
+
+
+# A library is left behind the interpreter's own clean-up, where handlers written in Python are gone already.
+ENDING = """
+import os, signal, sys
+from distopt.train.signals import StopSignals
+
+class Library:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGTERM, write=os.write):
+        kill(pid, number)
+        write(1, b"left")
+
+sys.library = Library()
+with StopSignals(until_exit=True) as stop:
+    stop.hold()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.received == signal.SIGTERM
+os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(7)
+"""
+
+
+def test_signal_while_the_process_ends_does_not_keep_it_from_leaving_in_order() -> None:
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (7, "left"), done.stderr
+
+
+@pytest.mark.parametrize("until_exit", [False, True])
+def test_signal_that_was_ignored_before_the_block_stays_ignored(until_exit: bool) -> None:
+    code = f"""
+import os, signal
+from distopt.train.signals import StopSignals
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+with StopSignals(until_exit={until_exit}) as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    stop.hold()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.received == 0
+assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -132,12 +132,12 @@ def _step(config: RunConfig) -> str:
     agent = shlex.join([sys.executable, "-m", "distopt.launch.worker.host_agent", "--", *program])
 
     # These variables differ between nodes, so a shell on each node expands them, and they stand outside of the quotes.
-    rendezvous = '--rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$LEADER:$PORT" --local-addr="$SLURMD_NODENAME"'
+    rendezvous = '--rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$FIRST_HOST:$PORT" --local-addr="$SLURMD_NODENAME"'
     is_host = "--rdzv-conf=is_host=$((SLURM_NODEID == 0))"
     return shlex.join([*srun, "bash", "-c", f"exec {agent} {rendezvous} {is_host} {shlex.join(options)}"])
 
 
-# Two jobs may run on one node, so the port depends on the job's number. LEADER and PORT are read by the step's shells.
+# Two jobs may run on one node, so the port depends on the job's number. The step's shells read FIRST_HOST and PORT.
 _SCRIPT = """\
 #!/bin/bash
 # distopt: run {name}
@@ -145,7 +145,7 @@ set -u
 {exports}
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export {hosts}=$(echo "$hosts" | paste -sd ,)
-export LEADER=$(echo "$hosts" | head -n 1)
+export FIRST_HOST=$(echo "$hosts" | head -n 1)
 export PORT=$(({port} + SLURM_JOB_ID % 1000))
 
 # Before the time limit or a preemption: a last checkpoint, and once more into the queue.

@@ -335,8 +335,8 @@ def _run_rank_local_parameters_are_never_sent() -> None:
     optim = DistributedOptimizer(SGD({"lr": 1.0}))
     optim.nonfinite = "skip"
     pyro.param("x", torch.zeros(2))
-    own = pyro.param("local", torch.zeros(rank + 1)).unconstrained()
-    mark_local(own, LocalParameter(PlateShard("rows", num_shards=1), (rank + 1,), 0))
+    local = pyro.param("local", torch.zeros(rank + 1)).unconstrained()
+    mark_local(local, LocalParameter(PlateShard("rows", num_shards=1), (rank + 1,), 0))
     for step in range(3):
         bad = step == 1 and rank == 0
         step_with(optim, {"x": torch.ones(2), "local": torch.full((rank + 1,), float("nan") if bad else rank + 1.0)})
