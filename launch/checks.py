@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from distopt.cgroups import available_cores
 from distopt.config import MAY_CHANGE, RunConfig, comparable, differences
 from distopt.launchers import CHECKPOINTS, CONFIG_FILE
 
@@ -152,7 +153,7 @@ def _check_local_cores(config: RunConfig, platform: Platform) -> Iterator[Findin
     hosts = config.launch.hosts
     runs_here = not platform.finds_hosts and (not hosts or any(map(is_here, hosts)))
     if runs_here:
-        yield from check_cores(config, "this machine", len(os.sched_getaffinity(0)))
+        yield from check_cores(config, "this machine", available_cores())
 
 
 def _check_secrets(config: RunConfig, platform: Platform) -> Iterator[Finding]:

@@ -54,7 +54,8 @@ def launch(
 ) -> None:
     """Start a run and follow it to its end.
 
-    The run is checked first and refused with exit status 2 if it cannot work. Ctrl-C stops it after a last checkpoint.
+    The run is checked first and refused with exit status 2 if it cannot work. Ctrl-C stops it after a last checkpoint;
+    a script is asked to stop, and saves what it wants to.
     The exit status is 0 if the run is done, 128 and the number of the signal that stopped it (130 for Ctrl-C, 143 for
     SIGTERM), 1 if it failed.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 import distopt
 from distopt.backends import Backend
+from distopt.cgroups import available_cores
 from distopt.config import ConfigError, RunConfig, differences
 from distopt.config.plugins import load_reference
 from distopt.rng import seed_all
@@ -28,7 +28,7 @@ def set_up_process(config: RunConfig, backend: Backend) -> None:
         One `all_gather_json`.
     """
     # torch would use all cores in each process, and the processes would slow each other down.
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     node_ranks = backend.all_gather_json(backend.node_rank)
     torch.set_num_threads(max(1, cores // node_ranks.count(backend.node_rank)))
 

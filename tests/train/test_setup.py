@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import yaml
 
 from distopt.backends import current
 from distopt.backends.single import Single
+from distopt.cgroups import available_cores
 from distopt.config import RunConfig, parse_config
 from distopt.train.setup import (
     check_same_setup,
@@ -96,7 +96,7 @@ def test_process_starts_without_parameters_and_with_its_share_of_the_cores() -> 
     pyro.param("left", torch.zeros(1))
     try:
         set_up_process(config(), Single())
-        assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+        assert torch.get_num_threads() == available_cores()
     finally:
         torch.set_num_threads(num_threads)
     assert not pyro.get_param_store()

@@ -203,7 +203,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
         It is done in place. Those of large parameters (32,768 elements and more) are dropped (None) instead, and count
         as zero until backward leaves new ones, which then need no sum.
         """
-        self.reducer.dropped.zero_(params)
+        self.reducer.zero_(params)
 
     @property
     def step(self) -> Callable[..., None]:
