@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from distopt.backends.single import Single
 from distopt.checkpoint import Checkpointer
 from distopt.optim import Adam, DistributedOptimizer
-from tests.gpu.checks import Figures, Part, need_cuda, synchronize
+from tests.gpu.checks import Figures, Suite, need_cuda, synchronize
 
-PART = Part("checkpoints", 60)
+SUITE = Suite("checkpoints", 60)
 
 
 class Run:
@@ -61,7 +61,7 @@ def resumed(device: torch.device, folder: Path, **options: Any) -> Run:
     return run
 
 
-@PART.check("a save and a restore on the same device, bit for bit, moments too")
+@SUITE.check("a save and a restore on the same device, bit for bit, moments too")
 def _same(device: torch.device) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(device, Path(folder))
@@ -79,7 +79,7 @@ def _same(device: torch.device) -> None:
         again.checkpointer.close()
 
 
-@PART.check("from the GPU to the CPU and back")
+@SUITE.check("from the GPU to the CPU and back")
 def _across(device: torch.device) -> None:
     need_cuda(device, "there is one kind of memory")
     cpu = torch.device("cpu")
@@ -100,7 +100,7 @@ def _across(device: torch.device) -> None:
         back.checkpointer.close()
 
 
-@PART.check("random numbers of the device, bit for bit after a resume")
+@SUITE.check("random numbers of the device, bit for bit after a resume")
 def _rng(device: torch.device) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(device, Path(folder))
@@ -113,7 +113,7 @@ def _rng(device: torch.device) -> None:
         again.checkpointer.close()
 
 
-@PART.check("a background save holds what the parameters were when it was asked for")
+@SUITE.check("a background save holds what the parameters were when it was asked for")
 def _background(device: torch.device) -> Figures:
     sizes = (50_000_000,) if device.type == "cuda" else (2_000_000,)
     with tempfile.TemporaryDirectory() as folder:

@@ -23,7 +23,7 @@ class Result:
     """What became of one check.
 
     Attributes:
-        part: The part that it belongs to.
+        suite: The suite that it belongs to.
         name: What it shows.
         status: `ok`, `failed`, `skipped` or `not run`.
         seconds: How long it took.
@@ -31,7 +31,7 @@ class Result:
         figures: What it has measured.
     """
 
-    part: str
+    suite: str
     name: str
     status: str
     seconds: float = 0.0
@@ -43,19 +43,19 @@ class Result:
         return json.dumps(asdict(self))
 
 
-class Part:
+class Suite:
     """An ordered list of checks, run in a process of its own.
 
     Args:
-        name: The part.
+        name: The suite.
         limit_s: When it takes longer it is ended, and what has not run counts as not run.
 
     Example:
-        >>> part = Part("arithmetic", 5)
-        >>> @part.check("one and one are two")
+        >>> suite = Suite("arithmetic", 5)
+        >>> @suite.check("one and one are two")
         ... def _(device):
         ...     assert torch.ones((), device=device) + 1 == 2
-        >>> [result.status for result in part.run(torch.device("cpu"))]
+        >>> [result.status for result in suite.run(torch.device("cpu"))]
         ['ok']
     """
 

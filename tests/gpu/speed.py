@@ -16,10 +16,10 @@ import distopt.optim
 from distopt.backends.single import Single
 from distopt.infer import SVI
 from distopt.optim import DistributedOptimizer
-from tests.gpu.checks import Figures, Part, median_ms, need_cuda
+from tests.gpu.checks import Figures, Suite, median_ms, need_cuda
 from tests.gpu.steps import Models
 
-PART = Part("speed", 60)
+SUITE = Suite("speed", 60)
 
 
 def leaves_of(count: int, size: int, device: torch.device) -> list[Tensor]:
@@ -41,7 +41,7 @@ def torch_ms(leaves: list[Tensor], device: torch.device, **keywords: Any) -> flo
     return median_ms(optimizer.step, device)
 
 
-@PART.check("Adam's step of 1,000 parameters of 10 numbers")
+@SUITE.check("Adam's step of 1,000 parameters of 10 numbers")
 def _small(device: torch.device) -> Figures:
     ours = step_ms(distopt.optim.Adam({"lr": 0.01}), leaves_of(1000, 10, device), device)
     theirs = step_ms(pyro.optim.Adam({"lr": 0.01}), leaves_of(1000, 10, device), device)
@@ -49,7 +49,7 @@ def _small(device: torch.device) -> Figures:
     return {"ms": ours, "pyro / distopt": theirs / ours, "torch fused / distopt": fused / ours}
 
 
-@PART.check("Adam's step of 10 parameters of 1,000,000 numbers")
+@SUITE.check("Adam's step of 10 parameters of 1,000,000 numbers")
 def _large(device: torch.device) -> Figures:
     ours = step_ms(distopt.optim.Adam({"lr": 0.01}), leaves_of(10, 1_000_000, device), device)
     theirs = step_ms(pyro.optim.Adam({"lr": 0.01}), leaves_of(10, 1_000_000, device), device)
@@ -57,7 +57,7 @@ def _large(device: torch.device) -> Figures:
     return {"ms": ours, "pyro / distopt": theirs / ours, "torch fused / distopt": fused / ours}
 
 
-@PART.check("what DistributedOptimizer adds to a step of 1,000 parameters in a world of one")
+@SUITE.check("what DistributedOptimizer adds to a step of 1,000 parameters in a world of one")
 def _distributed(device: torch.device) -> Figures:
     plain = step_ms(distopt.optim.Adam({"lr": 0.01}), leaves_of(1000, 10, device), device)
     wrapped = DistributedOptimizer(distopt.optim.Adam({"lr": 0.01}), backend=Single(device))
@@ -65,7 +65,7 @@ def _distributed(device: torch.device) -> Figures:
     return {"ms": distributed, "distributed / plain": distributed / plain}
 
 
-@PART.check("a whole SVI step")
+@SUITE.check("a whole SVI step")
 def _svi(device: torch.device) -> Figures:
     def time_of(make: Any) -> float:
         pyro.clear_param_store()
@@ -80,7 +80,7 @@ def _svi(device: torch.device) -> Figures:
     return {"ms": ours, "pyro / distopt": theirs / ours, "pyro / captured": theirs / captured}
 
 
-@PART.check("memory of packed Adam beside torch's")
+@SUITE.check("memory of packed Adam beside torch's")
 def _memory(device: torch.device) -> Figures:
     need_cuda(device, "torch does not count the CPU's memory")
 

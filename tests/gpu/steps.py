@@ -15,9 +15,9 @@ from torch import Tensor
 
 import distopt.optim
 from distopt.infer import SVI, explain_capture
-from tests.gpu.checks import Figures, Part, Skip
+from tests.gpu.checks import Figures, Skip, Suite
 
-PART = Part("steps", 60)
+SUITE = Suite("steps", 60)
 
 
 class Models:
@@ -89,7 +89,7 @@ def captured_svi(model: Any, guide: Any, loss: Any) -> Any:
     return SVI(model, guide, distopt.optim.Adam({"lr": 0.05}), loss, capture="graph")
 
 
-@PART.check("losses of 20 steps as Pyro's")
+@SUITE.check("losses of 20 steps as Pyro's")
 def _eager(device: torch.device) -> Figures:
     worst = 0.0
     for case in CASES:
@@ -100,7 +100,7 @@ def _eager(device: torch.device) -> Figures:
     return {"worst": worst}
 
 
-@PART.check("captured steps: the losses of eager ones")
+@SUITE.check("captured steps: the losses of eager ones")
 def _captured(device: torch.device) -> Figures:
     explanation = str(explain_capture(Models(device).regression, AutoNormal(Models(device).regression)))
     for case in CASES:
@@ -112,7 +112,7 @@ def _captured(device: torch.device) -> Figures:
     return {"captured": explanation.splitlines()[0][:80]}
 
 
-@PART.check("mixed precision: the loss of bfloat16 is near float32's")
+@SUITE.check("mixed precision: the loss of bfloat16 is near float32's")
 def _mixed(device: torch.device) -> Figures:
     def step(model: Any, guide: Any, loss: Any) -> Any:
         svi = our_svi(model, guide, loss)
@@ -131,7 +131,7 @@ def _mixed(device: torch.device) -> Figures:
     return {"error": error}
 
 
-@PART.check("float16 with a scaler skips a step that overflows and goes on")
+@SUITE.check("float16 with a scaler skips a step that overflows and goes on")
 def _scaler(device: torch.device) -> None:
     if device.type != "cuda":
         raise Skip("no GPU: tests/optim/test_amp.py has it for the CPU")

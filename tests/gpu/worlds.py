@@ -22,9 +22,9 @@ from torch import Tensor
 import distopt
 from distopt.infer import SVI
 from distopt.optim import Adam, DistributedOptimizer, ReduceOptions
-from tests.gpu.checks import Figures, Part, Skip, need_cuda
+from tests.gpu.checks import Figures, Skip, Suite, need_cuda
 
-PART = Part("worlds", 80)
+SUITE = Suite("worlds", 80)
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 5
 
@@ -91,9 +91,9 @@ def expected(device: torch.device, world_size: int) -> list[float]:
     return [float(leaf.detach().double().sum()) for leaf in leaves]
 
 
-def assert_near(found: list[float], wanted: list[float], tolerance: float) -> float:
-    error = max(abs(a - b) / (1 + abs(b)) for a, b in zip(found, wanted, strict=True))
-    assert error <= tolerance, f"sums of parameters are {found}, expected {wanted}"
+def assert_near(values: list[float], wanted: list[float], tolerance: float) -> float:
+    error = max(abs(a - b) / (1 + abs(b)) for a, b in zip(values, wanted, strict=True))
+    assert error <= tolerance, f"sums of parameters are {values}, expected {wanted}"
     return error
 
 
@@ -183,7 +183,7 @@ def body_svi(device: torch.device) -> Any:
 # Checks.
 
 
-@PART.check("one rank over NCCL, as torch's Adam")
+@SUITE.check("one rank over NCCL, as torch's Adam")
 def _nccl(device: torch.device) -> Figures:
     need_cuda(device, "NCCL is for GPUs")
     [result] = run_ranks("body_nccl", 1, device)
@@ -192,7 +192,7 @@ def _nccl(device: torch.device) -> Figures:
     return {"error": assert_near(result["sums"], expected(device, 1), 1e-5), "libraries": result["libraries"]}
 
 
-@PART.check("two ranks over gloo, average, overlap, compression, buckets")
+@SUITE.check("two ranks over gloo, average, overlap, compression, buckets")
 def _gloo(device: torch.device) -> Figures:
     first, second = run_ranks("body_gloo", 2, device)
     assert first == second, "the replicas differ"
@@ -201,7 +201,7 @@ def _gloo(device: torch.device) -> Figures:
     return {name: assert_near(first[name], wanted, tolerance) for name, tolerance in tolerances.items()}
 
 
-@PART.check("gradients that a side stream still writes are waited for")
+@SUITE.check("gradients that a side stream still writes are waited for")
 def _side_stream(device: torch.device) -> Figures:
     need_cuda(device, "streams are of CUDA")
     means = run_ranks("body_side_stream", 2, device)
@@ -209,7 +209,7 @@ def _side_stream(device: torch.device) -> Figures:
     return {}
 
 
-@PART.check("a distributed step waits for the GPU once at most")
+@SUITE.check("a distributed step waits for the GPU once at most")
 def _waits(device: torch.device) -> Figures:
     need_cuda(device, "tests/gpu/audit.py counts waits without one")
     [counts] = run_ranks("body_waits", 1, device)
@@ -217,7 +217,7 @@ def _waits(device: torch.device) -> Figures:
     return {"waits": max(counts)}
 
 
-@PART.check("SVI of two ranks comes to the posterior of all rows")
+@SUITE.check("SVI of two ranks comes to the posterior of all rows")
 def _svi(device: torch.device) -> Figures:
     first, second = run_ranks("body_svi", 2, device)
     assert first == second, "the replicas differ"
