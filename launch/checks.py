@@ -19,7 +19,7 @@ from distopt.config import MAY_CHANGE, RunConfig, comparable, differences
 from distopt.launchers import CHECKPOINTS, CONFIG_FILE
 
 from .findings import Finding
-from .platforms import Platform
+from .platforms import Platform, findings_of
 from .ssh import check_cores
 from .worker.network import bind_error, is_here
 
@@ -27,7 +27,7 @@ from .worker.network import bind_error, is_here
 def check(config: RunConfig, platform: Platform) -> list[Finding]:
     """Returns all that is wrong with a run on its platform; it is not started where one of them is a failure."""
     return [
-        *platform.check(config),
+        *findings_of(platform, config),
         *_check_code(config, platform.image(config)),
         *_check_nodes(config, platform),
         *_check_local_cores(config, platform),
