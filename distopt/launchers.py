@@ -37,6 +37,7 @@ LAUNCH_FILE = "launch.json"
 LOCK_FILE = "launch.lock"
 LOGS = "logs"
 ROUND_FILE = "round"
+RUNS = "runs"  # the folder of run directories, by name, unless a run has another `run_dir`
 SECRETS_FILE = ".secrets.json"
 STOP_FILE = "stop"
 

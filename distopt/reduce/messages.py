@@ -159,6 +159,23 @@ def read_summary(slots: Tensor, world_size: int) -> RoundSummary:
     )
 
 
+def summary_of_one(message: RankMessage, num_params: int) -> RoundSummary:
+    """Returns what a rank knows that is alone and has a gradient of every parameter."""
+    return RoundSummary(
+        num_active=1,
+        num_changed=0,
+        num_aborts=0,
+        num_stops=int(message.stop),
+        num_nonfinite=int(message.nonfinite),
+        mean_value=message.value,
+        rank_local_square=message.rank_local_square,
+        kind=message.kind,
+        in_step=True,
+        in_sync=True,
+        touched=[1.0] * num_params,
+    )
+
+
 def _write_digit(numbers: list[float], slot: int, digit: int) -> None:
     numbers[slot] = float(digit)
     numbers[slot + 1] = float(digit**2)

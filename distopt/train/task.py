@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from distopt.config.plugins import load_reference
+from distopt.infer import TensorRows
 
 if TYPE_CHECKING:
     from distopt.train.report import Report
@@ -59,6 +61,14 @@ class Task(ABC):
     def report(self, report: Report) -> None:
         """Adds the results to the report; called on rank 0 when the run is done."""
 
+    def columns(self) -> tuple[Tensor, ...] | None:
+        """Returns what `batch` selects rows of, (rows(), ...) each; None if `batch` does anything else.
+
+        If `batch(rows)` is `tuple(column[rows] for column in columns)`, a captured step selects the rows itself, in its
+        first operations, and `batch` is not called for it.
+        """
+        return None
+
     def collect(self) -> None:  # noqa: B027  # optional
         """Collects what is distributed over the ranks, for `report`; called on all ranks when the run is done."""
 
@@ -87,6 +97,10 @@ class _AdaptedTask(Task):
 
     def report(self, report: Report) -> None:
         self._task.report(report)
+
+    def columns(self) -> tuple[Tensor, ...] | None:
+        columns: tuple[Tensor, ...] | None = getattr(self._task, "columns", super().columns)()
+        return columns
 
     def collect(self) -> None:
         getattr(self._task, "collect", super().collect)()
@@ -122,16 +136,19 @@ class TaskRows:
 
     def __init__(self, task: Task) -> None:
         self._task = task
+        self._columns = _checked_columns(task)
 
     def __len__(self) -> int:
         return self._task.rows()
 
-    def read(self, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
-        """Returns the arguments of model and guide for these rows.
+    def read(self, rows: NDArray[np.int64]) -> Sequence[Tensor]:
+        """Returns the arguments of model and guide for these rows; rows of columns are selected when they are used.
 
         Raises:
             TaskError: The task returns something else than a tuple. A single tensor would be unpacked into its rows.
         """
+        if self._columns is not None:
+            return TensorRows(self._columns, torch.from_numpy(rows))
         batch = self._task.batch(rows)
         if not isinstance(batch, tuple | list):
             raise TaskError(
@@ -139,3 +156,13 @@ class TaskRows:
                 "guide; for a single argument: `return (x,)`"
             )
         return tuple(batch)
+
+
+def _checked_columns(task: Task) -> tuple[Tensor, ...] | None:
+    columns = task.columns()
+    if columns is None:
+        return None
+    lengths = [len(column) for column in columns]
+    if set(lengths) != {task.rows()}:
+        raise TaskError(f"task: columns() have {lengths} rows, expected {task.rows():,} in each, as rows() says")
+    return tuple(columns)

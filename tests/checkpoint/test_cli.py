@@ -35,6 +35,23 @@ def test_inspect_and_verify_tell_what_is_there_and_what_is_broken(tmp_path):
     assert missing.exit_code == 1 and "no checkpoint there" in missing.output
 
 
+def test_run_is_found_by_its_name_as_the_other_commands_find_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with checkpointer(tmp_path / "runs/mine/checkpoints") as keeper:
+        keeper.save(1)
+    for arguments in (
+        ("inspect", "mine"),
+        ("verify", "mine"),
+        ("inspect", "runs/mine"),
+        ("verify", tmp_path / "runs/mine"),
+    ):
+        seen = command(*arguments)
+        assert (seen.exit_code, "mine/checkpoints/step-00000001" in seen.output) == (0, True), seen.output
+    assert command("export", "mine", "params.pt").exit_code == 0
+    (tmp_path / "mine").mkdir()  # a folder of that name comes first
+    assert "no checkpoint there" in command("inspect", "mine").output
+
+
 def test_checkpoint_that_its_run_deletes_while_it_is_verified_is_not_called_bad(tmp_path):
     with checkpointer(tmp_path) as keeper:
         keeper.save(1)

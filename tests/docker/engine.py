@@ -39,7 +39,7 @@ runtime = "runc"
 def missing() -> str | None:
     """Says what this machine lacks to build and run images."""
     if os.geteuid() != 0:
-        return "not root"
+        return "needs root: run it with sudo"
     absent = [tool for tool in TOOLS if shutil.which(tool) is None]
     packages = "buildah podman runc catatonit debootstrap iproute2"
     return f"no {', '.join(absent)} here; apt-get install {packages}" if absent else None

@@ -68,7 +68,7 @@ KUBELET = {
 def missing() -> str | None:
     """Says what this machine lacks."""
     if os.geteuid() != 0:
-        return "not root"
+        return "needs root: run it with sudo"
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
     return f"no {', '.join(absent)} here; apt-get install {PACKAGES}" if absent else None
 

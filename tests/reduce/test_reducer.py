@@ -59,7 +59,8 @@ def _run_steady_state_costs_one_collective() -> None:
             step_with(optim, {name: random_values(step, 4, 5) for name in names})
         for step in range(4):  # fewer of them, and others on each rank: still one
             step_with(optim, {name: random_values(step, 4, 5) for name in (names[step], names[step + rank + 1])})
-    assert [method for method, _ in calls] == ["all_reduce"] * 9
+    # A rank that is alone and brings every gradient has nothing to sum.
+    assert [method for method, _ in calls] == ["all_reduce"] * (9 if current().world_size > 1 else 4)
     assert optim.reducer.num_agreements == 1
 
 
@@ -93,7 +94,8 @@ def _run_large_models_reduce_the_control_slots_first() -> None:
     step_with(optim, gradients)
     with counting_calls() as calls:
         step_with(optim, gradients)
-    assert calls == [("all_reduce", NUM_SLOTS + 3), *[("all_reduce", 500_000)] * 3]
+    expected = [("all_reduce", NUM_SLOTS + 3), *[("all_reduce", 500_000)] * 3]
+    assert calls == (expected if current().world_size > 1 else [])
     with counting_calls() as calls:
         if current().rank == 0:
             pyro.param("late", torch.zeros(2))
