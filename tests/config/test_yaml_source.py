@@ -107,7 +107,7 @@ def test_parsing_leaves_pyyaml_as_it_was():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (
             "seed: 010",
@@ -130,8 +130,8 @@ def test_parsing_leaves_pyyaml_as_it_was():
         ('name: "\\ud83d"', "in which half of a surrogate pair is missing"),
     ],
 )
-def test_value_that_readers_disagree_on_is_refused_with_its_line(text, said):
-    assert said in problems(text)[0]
+def test_value_that_readers_disagree_on_is_refused_with_its_line(text, message):
+    assert message in problems(text)[0]
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
