@@ -18,6 +18,7 @@ from distopt.optim.distributed.optimizer import DistributedOptimizer
 from distopt.optim.optim import PyroOptim
 
 _CLASSES: dict[type, type] = {}
+_set_class = vars(object)["__class__"].__set__  # a DistributedOptimizer answers for the one that it wraps
 _OF_ADOPTION = frozenset(("_optim", "_options", "_stepper", "_plain_class", "_plain_attributes"))
 
 
@@ -65,7 +66,7 @@ def adopt_(optim: pyro.optim.PyroOptim, **options: Any) -> AdoptedOptimizer:
     vars(optim).update(kept | vars(made), _plain_class=plain_class, _plain_attributes=attributes)
     if plain_class not in _CLASSES:
         _CLASSES[plain_class] = type(f"Distributed{plain_class.__name__}", (AdoptedOptimizer, plain_class), {})
-    object.__setattr__(optim, "__class__", _CLASSES[plain_class])
+    _set_class(optim, _CLASSES[plain_class])
     adopted: AdoptedOptimizer = optim
     return adopted
 
@@ -77,7 +78,7 @@ def release_(optim: AdoptedOptimizer) -> None:
     plain_class, attributes = optim._plain_class, optim._plain_attributes
     since = {name: value for name, value in vars(optim).items() if name not in _OF_ADOPTION}
     vars(changed).clear()
-    object.__setattr__(changed, "__class__", plain_class)
+    _set_class(changed, plain_class)
     vars(changed).update(attributes | since)
     _give_state(changed, inner)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pyro.optim
+import torch
 
 from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.optim import PyroOptim
@@ -24,7 +25,11 @@ def from_pyro(optim: pyro.optim.PyroOptim) -> PyroOptim:
     if isinstance(optim, PyroOptim):
         return optim
     if not isinstance(optim, pyro.optim.PyroOptim):
-        raise TypeError(f"found {optim!r}, expected an optimizer of distopt.optim or pyro.optim.")
+        is_made = not callable(optim) or isinstance(optim, torch.optim.Optimizer)
+        described = f"an object of {type(optim)}" if is_made else str(optim)
+        raise TypeError(
+            f"found {described}, expected an optimizer of distopt.optim or pyro.optim, such as Adam({{'lr': 0.01}})."
+        )
     check_stepping(optim)
 
     if isinstance(optim, pyro.optim.PyroLRScheduler):
