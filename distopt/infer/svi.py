@@ -56,6 +56,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
     Example:
         >>> import torch
         >>> import pyro.distributions as dist
+        >>> from pyro.infer import Trace_ELBO
         >>> from distopt.optim import Adam
         >>> pyro.clear_param_store()
         >>> def model(data):

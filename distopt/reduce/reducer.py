@@ -96,7 +96,7 @@ class Reducer:
         compared = options.model_dump(mode="json", include=set(ReduceOptions.model_fields)) | {"noise": rng_policy}
         self._agreement = Agreement(backend, compared, tensor_of)
         self._overlap: Overlap | None = None
-        self._use_layout(self._build_layout())
+        self._use_layout(build_layout(self))
 
     @property
     def rank_local_state(self) -> CommHook | None:
@@ -214,18 +214,7 @@ class Reducer:
         self.specs = self._agreement.renegotiate(changes, before)
         changed = {name for name in before.keys() | self.specs if before.get(name) is not self.specs.get(name)}
         self._hook.forget(changed)
-        self._use_layout(self._build_layout())
-
-    def _build_layout(self) -> Layout:
-        tensors = {name: tensor_of(name) for name in self.specs}
-        return Layout(
-            self.specs,
-            {name: tensor for name, tensor in tensors.items() if tensor is not None},
-            bucket_mib=self.options.bucket_mib,
-            groups=self.options.groups,
-            carries_control=self._hook.carries_control,
-            control_device=self.backend.control_device,
-        )
+        self._use_layout(build_layout(self))
 
     def _use_layout(self, layout: Layout) -> None:
         self.layout = layout
@@ -370,6 +359,19 @@ def is_alone(reducer: Reducer, local: LocalGradients) -> bool:
         and type(reducer._hook) is AllReduce
         and reducer._overlap is None
         and not is_joining(reducer.backend)
+    )
+
+
+def build_layout(reducer: Reducer) -> Layout:
+    """Returns the layout of the parameters that all ranks know, with this rank's tensors."""
+    tensors = {name: tensor_of(name) for name in reducer.specs}
+    return Layout(
+        reducer.specs,
+        {name: tensor for name, tensor in tensors.items() if tensor is not None},
+        bucket_mib=reducer.options.bucket_mib,
+        groups=reducer.options.groups,
+        carries_control=reducer._hook.carries_control,
+        control_device=reducer.backend.control_device,
     )
 
 

@@ -23,6 +23,7 @@ from distopt.reduce import DisagreementError, DriftError, PeerError
 from distopt.train.components import make_loggers, make_loss, make_optimizer, refused
 from distopt.train.loggers import FILE_NAME, Logger, Loggers, RunInfo, printer, read_metrics
 from distopt.train.monitor import PaceMeter, RankPace, Status, describe_straggler
+from distopt.train.plate_check import check_plates
 from distopt.train.recorded_config import recorded_config
 from distopt.train.report import Report, elbo_figure, paces_table
 from distopt.train.resume import describe_restored, which_checkpoint
@@ -188,6 +189,9 @@ class _Worker:
 
         try:
             self.svi.init(*TaskRows(self.task).read(rows))
+            takes_all_rows = self.batches.full and self.backend.world_size == 1
+            if not self.task.sharded and not takes_all_rows:
+                check_plates(self.task, rows, self.batches.num_rows)
         except Exception as error:
             self.optimizer.abort(error)
             raise

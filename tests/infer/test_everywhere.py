@@ -268,12 +268,14 @@ def _install() -> None:
 
 def test_what_one_rank_does_alone_is_warned_about_once() -> None:
     world("torch_dist", 2).run(_install)
-    for rank, told in enumerate(world("torch_dist", 2).run(_run_plain)):
-        assert len(told) == 1
-        assert told[0].startswith(f"rank {rank}: the optimizer Adam is not distributed: each of the 2 ranks steps by")
-        assert "Write DistributedOptimizer(Adam(...))" in told[0] and "everywhere()" in told[0]
-    for told in world("torch_dist", 2).run(_run_samplers):
-        assert [text.split()[2] for text in told] == ["MCMC", "Importance"]
+    for rank, messages in enumerate(world("torch_dist", 2).run(_run_plain)):
+        assert len(messages) == 1
+        assert messages[0].startswith(
+            f"rank {rank}: the optimizer Adam is not distributed: each of the 2 ranks steps by"
+        )
+        assert "Write DistributedOptimizer(Adam(...))" in messages[0] and "everywhere()" in messages[0]
+    for messages in world("torch_dist", 2).run(_run_samplers):
+        assert [text.split()[2] for text in messages] == ["MCMC", "Importance"]
 
 
 def _run_first_noise(kind: str) -> tuple[list[float], list[float]]:

@@ -135,9 +135,11 @@ UNSCALED = "the mean over the ranks counts the likelihood 1/2 beside the priors 
 def test_rows_of_a_rank_that_nothing_scales_or_splits_are_warned_about(
     name: str, kind: str, expected: list[str]
 ) -> None:
-    for rank, told in enumerate(world("torch_dist", 2).run(_run_warnings, name, kind)):
-        assert len(told) == 1 and told[0].startswith(f"rank {rank} of 2: the ranks have different observations"), told
-        assert all(text in told[0] or text in told[0].lower() for text in expected), told
+    for rank, messages in enumerate(world("torch_dist", 2).run(_run_warnings, name, kind)):
+        assert len(messages) == 1 and messages[0].startswith(
+            f"rank {rank} of 2: the ranks have different observations"
+        ), messages
+        assert all(text in messages[0] or text in messages[0].lower() for text in expected), messages
 
 
 @pytest.mark.parametrize("name", ["scaled", "scaled by hand", "split", "autoencoder", "all rows everywhere"])

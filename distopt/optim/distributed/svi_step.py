@@ -98,7 +98,7 @@ def meet(svi: pyro.infer.SVI, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     device = optim.backend.device
     state = generators_state(device)
     survey = ModelSurvey()
-    with _preserving_buffers(), poutine.trace(param_only=True) as capture, survey:
+    with preserving_buffers(), poutine.trace(param_only=True) as capture, survey:
         run_once(svi, args, kwargs)
     set_generators_state(state, device)
 
@@ -107,7 +107,7 @@ def meet(svi: pyro.infer.SVI, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 
 @contextmanager
-def _preserving_buffers() -> Iterator[None]:
+def preserving_buffers() -> Iterator[None]:
     """Puts back the buffers of all modules that are called meanwhile, such as batch norm's running statistics."""
     kept: dict[int, tuple[Tensor, Tensor]] = {}
 
