@@ -15,6 +15,7 @@ from distopt.config.plugins import load_reference
 
 if TYPE_CHECKING:
     from distopt.train.report import Report
+    from distopt.train.validation import Measured
 
 
 class TaskError(ValueError):
@@ -59,6 +60,27 @@ class Task(ABC):
     def report(self, report: Report) -> None:
         """Adds the results to the report; called on rank 0 when the run is done."""
 
+    def validate(self) -> Mapping[str, Measured]:
+        """Returns this rank's part of each metric on data that the run does not train on; called on all ranks.
+
+        It runs every `train.validate_every_steps` steps, without gradients. A rank measures its share of the rows,
+        `shard_rows(num_rows, rank, world_size)` of `distopt.data` with rank and world size of
+        `distopt.backends.current()`, and returns `Mean(total, count)` for a mean over rows, or `Total(value)` for a
+        sum. A plain number is averaged over the ranks.
+
+        Example:
+            >>> def validate(self):
+            ...     worker = distopt.backends.current()
+            ...     rows = distopt.data.shard_rows(len(self.y_test), worker.rank, worker.world_size)
+            ...     errors = self.predict(self.x_test[rows]) - self.y_test[rows]
+            ...     return {"mse": Mean(float(errors.square().sum()), len(rows))}
+        """
+        return {}
+
+    def metrics(self) -> Mapping[str, float]:
+        """Returns further numbers to log, of the parameters for example; called on rank 0 whenever the run logs."""
+        return {}
+
     def collect(self) -> None:  # noqa: B027  # optional
         """Collects what is distributed over the ranks, for `report`; called on all ranks when the run is done."""
 
@@ -87,6 +109,14 @@ class _AdaptedTask(Task):
 
     def report(self, report: Report) -> None:
         self._task.report(report)
+
+    def validate(self) -> Mapping[str, Measured]:
+        measured: Mapping[str, Measured] = getattr(self._task, "validate", super().validate)()
+        return measured
+
+    def metrics(self) -> Mapping[str, float]:
+        metrics: Mapping[str, float] = getattr(self._task, "metrics", super().metrics)()
+        return metrics
 
     def collect(self) -> None:
         getattr(self._task, "collect", super().collect)()
