@@ -39,6 +39,7 @@ LOGS = "logs"
 METRICS_FILE = "metrics.jsonl"
 ROUND_FILE = "round"
 RUN_FILE = "run.json"
+RUNS = "runs"  # the folder of run directories, by name, unless a run has another `run_dir`
 SECRETS_FILE = ".secrets.json"
 STOP_FILE = "stop"
 

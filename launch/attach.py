@@ -15,6 +15,7 @@ from typing import IO
 from distopt.launchers import FAILURE_FILE, LOGS
 
 from . import failure_report, output
+from .jobs import JobError
 from .plan import Command, Plan
 from .run_dir import ask_to_stop
 from .worker import events, host_agent, streams, terminal
@@ -232,10 +233,15 @@ class _AttachedRun:
         env = {name: value for name, value in os.environ.items() if name not in command.hidden}
         env |= {**command.env, **self._terminal_env}
         # In its own session, so that Ctrl-C on the terminal reaches only this process, which then asks once.
-        return subprocess.Popen(
-            command.argv, env=env, stdin=subprocess.PIPE if self.plan.heartbeat else subprocess.DEVNULL,
-            stdout=self._log, stderr=self._log, start_new_session=True, preexec_fn=die_with_parent,
-        )  # fmt: skip
+        try:
+            return subprocess.Popen(
+                command.argv, env=env, stdin=subprocess.PIPE if self.plan.heartbeat else subprocess.DEVNULL,
+                stdout=self._log, stderr=self._log, start_new_session=True, preexec_fn=die_with_parent,
+            )  # fmt: skip
+        except OSError as error:
+            raise JobError(
+                f"{command.argv[0]} cannot be started: {error.strerror}; check that it is installed and on PATH"
+            ) from error
 
     def result(self) -> int:
         """Returns the run's exit status; prints how it ended unless it is done."""

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import yaml
 
+from distopt.cgroups import available_cores
 from distopt.config import MAY_CHANGE, RunConfig, comparable, differences
 from distopt.launchers import CHECKPOINTS, CONFIG_FILE
 
 from .findings import Finding
-from .platforms import Platform
+from .platforms import Platform, findings_of
 from .ssh import check_cores
 from .worker.network import bind_error, is_here
 
@@ -26,7 +27,7 @@ from .worker.network import bind_error, is_here
 def check(config: RunConfig, platform: Platform) -> list[Finding]:
     """Returns all that is wrong with a run on its platform; it is not started where one of them is a failure."""
     return [
-        *platform.check(config),
+        *findings_of(platform, config),
         *_check_code(config, platform.image(config)),
         *_check_nodes(config, platform),
         *_check_local_cores(config, platform),
@@ -152,7 +153,7 @@ def _check_local_cores(config: RunConfig, platform: Platform) -> Iterator[Findin
     hosts = config.launch.hosts
     runs_here = not platform.finds_hosts and (not hosts or any(map(is_here, hosts)))
     if runs_here:
-        yield from check_cores(config, "this machine", len(os.sched_getaffinity(0)))
+        yield from check_cores(config, "this machine", available_cores())
 
 
 def _check_secrets(config: RunConfig, platform: Platform) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -54,13 +55,14 @@ def launch(
 ) -> None:
     """Start a run and follow it to its end.
 
-    The run is checked first and refused with exit status 2 if it cannot work. Ctrl-C stops it after a last checkpoint.
+    The run is checked first and refused with exit status 2 if it cannot work. Ctrl-C stops it after a last checkpoint;
+    a script is asked to stop, and saves what it wants to.
     The exit status is 0 if the run is done, 128 and the number of the signal that stopped it (130 for Ctrl-C, 143 for
     SIGTERM), 1 if it failed.
     """
     from . import checks, runs
     from .findings import failures
-    from .platforms import load_platform
+    from .platforms import load_platform, plan_of
 
     run = _load(config, overrides)
     try:
@@ -71,7 +73,7 @@ def launch(
         for finding in findings:
             typer.echo(f"{config}: warning: {finding}", err=True)
 
-        plan = platform.plan(run)
+        plan = plan_of(platform, run)
         if dry_run:
             typer.echo(str(plan), nl=False)
             return
@@ -271,4 +273,20 @@ def main() -> None:
     # Ctrl-C before a run has started, or while a command only asks, needs no traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda number, _: sys.exit(128 + number))
-    sys.exit(app())
+    try:
+        sys.exit(app())
+    except Exception as error:
+        # A defect, of distopt or of the user's code. Its traceback tells where, without the frames of typer.
+        error.__traceback__ = _below_typer(error.__traceback__)
+        raise
+
+
+def _below_typer(trace: TracebackType | None) -> TracebackType | None:
+    """Returns a traceback from the command's own function on."""
+    below = trace
+    while trace is not None:
+        name = str(trace.tb_frame.f_globals.get("__name__"))
+        if name.partition(".")[0] in ("typer", "click"):
+            below = trace.tb_next
+        trace = trace.tb_next
+    return below

@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from distopt import launchers
 from distopt.config import RunConfig
 from distopt.launchers import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS, SECRETS_FILE, STOP_FILE
 
 from .plan import Plan
 
-RUNS = Path("runs")
+RUNS = Path(launchers.RUNS)
 
 
 class RunDirectoryError(RuntimeError):

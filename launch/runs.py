@@ -79,7 +79,11 @@ def _run_here(config: RunConfig, plan: Plan, directory: Path, ranks: Sequence[in
         raise LaunchRefused("\n".join(map(str, not_shared)))
 
     with best_effort():
-        status = run_plan(plan, directory, config.launch.grace_s, ranks, stopping=_stopping(config))
+        try:
+            status = run_plan(plan, directory, config.launch.grace_s, ranks, stopping=_stopping(config))
+        except JobError:
+            record(directory, plan, status=2)
+            raise
         try:
             record(directory, plan, status=status)
         except OSError as error:

@@ -18,6 +18,8 @@ SSH = "/usr/bin/ssh"
 FOLDER = "ssh"
 """Folder of the run directory with a program named `ssh`."""
 
+COUNT_CORES = "from distopt.cgroups import available_cores; print(available_cores())"
+
 # Without keepalives, a launcher would wait without end for the session of a host that was switched off: TCP alone
 # notices only what it cannot deliver, and a session that waits for output sends nothing.
 ANSWER_MARGIN_S = 15  # for the host to answer, once it is connected
@@ -122,7 +124,7 @@ def _check_host(config: RunConfig, host: str) -> Iterator[Finding]:
     key = "launch.hosts"
     here = str(Path.cwd())
     limit_s = config.launch.ssh.connect_timeout_s + ANSWER_MARGIN_S
-    script = 'cd -- "$0" || exit 3; test -x "$1" || exit 4; nproc'
+    script = f'cd -- "$0" || exit 3; test -x "$1" || exit 4; exec "$1" -c "{COUNT_CORES}"'
     argv = remote(config, host, ["sh", "-c", script, here, sys.executable])
     by_hand = f"try `{shlex.join([*argv[:-3], '--', host, 'true'])}`"
 

@@ -38,6 +38,27 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
+RAN = ("passed", "failed", "error", "xfailed", "xpassed")
+
+
+def has_run_nothing(reporter) -> bool:
+    """Returns whether every test of the selection was skipped, so that what was asked for has not been tested."""
+    return bool(reporter.stats.get("skipped")) and not any(map(reporter.stats.get, RAN))
+
+
+def pytest_sessionfinish(session, exitstatus):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if exitstatus == pytest.ExitCode.OK and has_run_nothing(reporter):
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def pytest_terminal_summary(terminalreporter):
+    if has_run_nothing(terminalreporter):
+        skipped = terminalreporter.stats["skipped"]
+        reasons = sorted({report.longrepr[2].removeprefix("Skipped: ") for report in skipped})
+        terminalreporter.write_line(f"nothing ran: {'; '.join(reasons)}", red=True)
+
+
 @pytest.fixture(scope="session", params=workers.WORLDS, ids=lambda world: f"{world[0]}-{world[1]}")
 def ranks(request: pytest.FixtureRequest) -> workers.Ranks:
     """Every backend with every number of ranks; pytest runs all tests of one world together, so that it starts once."""

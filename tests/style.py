@@ -33,8 +33,12 @@ NOT_OURS = {
     ("distopt/optim/distributed/optimizer.py", "noise"),  # the policy: independent or shared noise, as papers say
     ("distopt/config/schema.py", "noise"),
     ("distopt/rng.py", "NoisePolicy"),
+    ("tests/infer/capture/test_captured_svi.py", "noise"),
+    *(
+        (f"tests/{folder}", name) for folder in ("docker", "kubernetes") for name in ("engine", "Engine")
+    ),  # Docker's word
 }
-"""Names that others gave: (file, name)."""
+"""Names that others gave: (file or folder, name)."""
 
 SAME_IDEA = frozenset(
     "__init__.py __main__.py base.py cli.py errors.py platform.py job.py horovod.py mpi.py multi.py".split()
@@ -51,6 +55,12 @@ def sources() -> tuple[Path, ...]:
 @cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
+
+
+@cache
+def files_of_tests() -> tuple[Path, ...]:
+    """Returns the Python files below `tests`, but for this one and its test, which speak of what they refuse."""
+    return tuple(sorted(path for path in (ROOT / "tests").rglob("*.py") if not path.name.endswith("style.py")))
 
 
 def short(path: Path) -> str:
@@ -85,15 +95,22 @@ def names_bound(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def words_of(name: str) -> list[str]:
-    """Returns the words that a name is made of, in lower case."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().strip("_").split("_")
+    """Returns the words that a name is made of, in lower case; what happens in place, as torch says, is one word."""
+    separated = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    return separated.replace("in_place", "inplace").strip("_").split("_")
+
+
+def is_sentence(name: str) -> bool:
+    """Returns whether a name is that of a test, or of what it runs on each rank: those are sentences."""
+    return name.startswith(("test_", "_run_"))
 
 
 def dialect(path: Path) -> list[str]:
+    not_ours = {name for file, name in NOT_OURS if file == short(path) or short(path).startswith(f"{file}/")}
     return [
         f"{short(path)}:{line}: {name}"
         for line, name in names_bound(path)
-        if set(words_of(name)) & DIALECT and (short(path), name) not in NOT_OURS
+        if set(words_of(name)) & DIALECT and name not in not_ours and not is_sentence(name)
     ]
 
 
@@ -158,6 +175,11 @@ def main(paths: list[str]) -> None:
     for path in chosen:
         for find in (dialect, too_long, double_assignments):
             print(*find(path), sep="\n", end="\n" if find(path) else "")
+    for path in files_of_tests():
+        if any(path == root or root in path.parents for root in roots):
+            print(*dialect(path), sep="\n", end="\n" if dialect(path) else "")
+    if not chosen:
+        return
     blank, total = map(sum, zip(*map(blank_lines, chosen), strict=True))
     words, lines = map(sum, zip(*map(comment_words, chosen), strict=True))
     _, without = modules_by_test()

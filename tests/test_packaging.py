@@ -15,11 +15,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def packages_on_disk() -> set[str]:
-    found = set()
+    packages = set()
     for top, name in ((ROOT / "distopt", "distopt"), (ROOT / "launch", "distopt.launch")):
         for init in top.rglob("__init__.py"):
-            found.add(".".join([name, *init.parent.relative_to(top).parts]))
-    return found
+            packages.add(".".join([name, *init.parent.relative_to(top).parts]))
+    return packages
 
 
 def test_every_package_on_disk_is_installed() -> None:

@@ -1,4 +1,4 @@
-"""The README shows what runs: its script under every engine, its YAML through the config."""
+"""The README shows what runs: its script under every launcher, its YAML through the config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distopt.config import load_config
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 README = (ROOT / "README.md").read_text()
-ENGINES = {
+LAUNCHERS = {
     "python": [sys.executable],
     "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2"],
     "horovodrun": [str(BIN / "horovodrun"), "--gloo", "-np", "2", sys.executable],
@@ -24,9 +24,9 @@ ENGINES = {
 
 
 def block(language: str, number: int = 0) -> str:
-    found = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    assert len(found) > number, f"README.md has {len(found)} {language} blocks"
-    return str(found[number])
+    matches = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert len(matches) > number, f"README.md has {len(matches)} {language} blocks"
+    return str(matches[number])
 
 
 def test_readme_opens_with_the_two_commands() -> None:
@@ -34,16 +34,16 @@ def test_readme_opens_with_the_two_commands() -> None:
     assert "make train" in first and "make test" in first
 
 
-def test_script_is_short_and_has_no_branch_for_an_engine() -> None:
+def test_script_is_short_and_has_no_branch_for_a_launcher() -> None:
     script = block("python")
     assert len(script.splitlines()) < 25
     assert not re.search(r"\bif\b.*(horovod|torchrun|mpi|rank)", script)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_script_runs_unchanged_and_finds_the_mean(engine: str, tmp_path: Path) -> None:
-    if not Path(ENGINES[engine][0]).exists():
-        pytest.skip(f"{engine} is not installed; make setup-dev installs it")
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_script_runs_unchanged_and_finds_the_mean(launcher: str, tmp_path: Path) -> None:
+    if not Path(LAUNCHERS[launcher][0]).exists():
+        pytest.skip(f"{launcher} is not installed; make setup-dev installs it")
     # The closed form: with a flat prior and unit noise, the posterior mean is the mean of the data.
     check = """
 posterior = pyro.param("AutoNormal.locs.mean").item()
@@ -54,25 +54,25 @@ print(f"rank {worker.rank} of {worker.world_size} through {worker.name}: {poster
     script.write_text(block("python") + check)
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     env = os.environ | root | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run([*ENGINES[engine], str(script)], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*LAUNCHERS[launcher], str(script)], env=env, capture_output=True, text=True, timeout=120)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
-    found = re.findall(r"rank (\d) of (\d) through (\w+): ([-\d.e]+)", output)
-    size = 1 if engine == "python" else 2
-    assert sorted(int(rank) for rank, *_ in found) == list(range(size)), output
-    assert {int(each[1]) for each in found} == {size}
-    assert {each[2] for each in found} == {
-        {"python": "single", "torchrun": "torch_dist"}.get(engine, "horovod"),
+    matches = re.findall(r"rank (\d) of (\d) through (\w+): ([-\d.e]+)", output)
+    size = 1 if launcher == "python" else 2
+    assert sorted(int(rank) for rank, *_ in matches) == list(range(size)), output
+    assert {int(each[1]) for each in matches} == {size}
+    assert {each[2] for each in matches} == {
+        {"python": "single", "torchrun": "torch_dist"}.get(launcher, "horovod"),
     }
-    assert len({each[3] for each in found}) == 1, f"the replicas differ: {found}"
+    assert len({each[3] for each in matches}) == 1, f"the replicas differ: {matches}"
 
 
-@pytest.mark.parametrize("engine", ["python", "torchrun"])
+@pytest.mark.parametrize("launcher", ["python", "torchrun"])
 def test_script_with_a_variable_per_cell_finds_its_posterior_by_shard_and_by_sharded_plate(
-    engine: str, tmp_path: Path
+    launcher: str, tmp_path: Path
 ) -> None:
     text = block("python", 1)
-    if engine == "python":  # the other way that the text names
+    if launcher == "python":  # the other way that the text names
         text = text.replace("shard\nfrom", "sharded_plate\nfrom").replace(
             'shard(published, plates="cells")', "published"
         )
@@ -89,9 +89,9 @@ print(f"rank {worker.rank} found them", flush=True)
 """
     script = tmp_path / "script.py"
     script.write_text(text + check)
-    done = subprocess.run([*ENGINES[engine], str(script)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*LAUNCHERS[launcher], str(script)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("found them") == (1 if engine == "python" else 2)
+    assert done.stdout.count("found them") == (1 if launcher == "python" else 2)
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"`distopt launch (configs/\S+)`", README))))

@@ -175,12 +175,12 @@ def test_shared_noise_stays_in_step_around_datapoints_whose_noise_is_each_worker
     assert len({tuple(each["before"]) for each in independent}) == 3
 
 
-def _train(noise: Any, seed_stride: int) -> list[list[float]]:
+def _train(rng_policy: Any, seed_stride: int) -> list[list[float]]:
     """Pyro's own SVI, seeded by the script; returns what each of torch, NumPy and Python draws after it."""
     pyro.clear_param_store()
     pyro.set_rng_seed(3 + seed_stride * backends.current().rank)
     guide = AutoNormal(_model)
-    svi = SVI(_model, guide, DistributedOptimizer(Adam({"lr": 0.1}), noise=noise), Trace_ELBO())
+    svi = SVI(_model, guide, DistributedOptimizer(Adam({"lr": 0.1}), rng_policy=rng_policy), Trace_ELBO())
     before = generator_digest()
     svi.step()
     unseeded = torch.rand(2).tolist()
@@ -192,13 +192,13 @@ def _train(noise: Any, seed_stride: int) -> list[list[float]]:
 
 def test_ranks_that_a_script_seeds_alike_draw_their_own_noise_unless_told_to_share_it() -> None:
     ranks = world("torch_dist", 4)
-    own = ranks.run(_train, "independent", 0)
+    unshared = ranks.run(_train, "independent", 0)
     for kind in range(4):
-        assert len({str(draws[kind]) for draws in own}) == 4
-    assert own == ranks.run(_train, "independent", 0)
+        assert len({str(draws[kind]) for draws in unshared}) == 4
+    assert unshared == ranks.run(_train, "independent", 0)
     shared = ranks.run(_train, "shared", 0)
     assert all(draws == shared[0] for draws in shared)
-    assert own[0] == shared[0]
+    assert unshared[0] == shared[0]
 
 
 def test_ranks_that_a_script_seeds_apart_keep_the_noise_they_have() -> None:

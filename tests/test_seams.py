@@ -1,13 +1,14 @@
 """Every seam as a new user meets it: a class in a file of one's own, named in a YAML, used by a real run.
 
-The files are in `tests/seams/`. They are copied to an empty folder, where the run is started, so that distopt sees them
-as it sees a user's.
+The files and the YAML are the blocks of docs/plugins.md, written to an empty folder, where the run is started, so that
+distopt sees them as it sees a user's.
 """
 
 from __future__ import annotations
 
 import csv
-import shutil
+import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -19,39 +20,29 @@ import torch
 import yaml
 from torch import Tensor
 from torch.distributions import Normal
+from typer.testing import CliRunner
 
-from tests.seams.my_task import Points
+from distopt.config import parse_config
+from distopt.config.schema import CODE_KEYS
+from distopt.launch.cli import app
 from tests.train.runs import environment, parameters, steps_logged
 
 DISTOPT = Path(sys.executable).parent / "distopt"
-SEAMS = Path(__file__).parent / "seams"
-LR, STRIDE, FACTOR = 0.25, 2.0, 3.0
-DROP_AT, DROP = 2, 0.5
-CONFIG: dict[str, Any] = {
-    "name": "seams",
-    "task": "my_task:Points",
-    "train": {"num_steps": 4, "loss": "my_loss:TemperedElbo", "loss_args": {"factor": FACTOR}},
-    "optim": {
-        "name": "my_optimizer:Strides",
-        "args": {"lr": LR, "stride": STRIDE},
-        "scheduler": {"name": "my_scheduler:Drop", "args": {"at": DROP_AT, "factor": DROP}},
-    },
-    "reduce": {"backend": "my_backend:Counting", "compression": "my_comm_hook:Signs"},
-    "log": {
-        "every_steps": 1,
-        "tensorboard": False,
-        "loggers": [{"name": "my_logger:CsvLogger", "args": {"file_name": "elbo.csv"}}],
-    },
-    "launch": {"platform": "my_platform:PlainProcesses", "workers": 2, "max_restarts": 0},
+PAGE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
+FILES = {
+    name: text for name, text in re.findall(r"^```(?:python|yaml) (\S+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 }
+CONFIG: dict[str, Any] = yaml.safe_load(FILES["run.yaml"])
+LR, STRIDE = CONFIG["optim"]["args"]["lr"], CONFIG["optim"]["args"]["stride"]
+DROP_AT, DROP = CONFIG["optim"]["scheduler"]["args"]["at"], CONFIG["optim"]["scheduler"]["args"]["factor"]
+FACTOR = CONFIG["train"]["loss_args"]["factor"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with the user's files and the YAML that names them."""
-    for file in SEAMS.glob("my_*.py"):
-        shutil.copy(file, tmp_path)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG))
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
     return tmp_path
 
 
@@ -83,11 +74,12 @@ def expected_locs(num_steps: int) -> list[Tensor]:
 
 
 def logged_elbos(folder: Path) -> dict[int, float]:
-    with (folder / "runs/seams/elbo.csv").open(newline="") as file:
+    with (folder / "runs/plugins/elbo.csv").open(newline="") as file:
         return {int(step): float(elbo) for step, elbo in csv.reader(file)}
 
 
 def test_classes_of_the_user_named_in_one_yaml_train_together_and_resume(folder: Path) -> None:
+    points = runpy.run_path(str(folder / "my_task.py"))["Points"]().points
     for num_steps in (4, 6):
         done = launch(folder, f"train.num_steps={num_steps}")
         output = done.stdout + done.stderr
@@ -97,13 +89,13 @@ def test_classes_of_the_user_named_in_one_yaml_train_together_and_resume(folder:
 
         # The hook makes gradients signs, the optimizer takes strides, the schedule halves the rate: exact in binary.
         locs = expected_locs(num_steps)
-        assert parameters(folder / "runs/seams")["loc"].tolist() == locs[-1].tolist()
+        assert parameters(folder / "runs/plugins")["loc"].tolist() == locs[-1].tolist()
 
         # The logger has each step once, also after the run was resumed, and the objective has its factor.
         elbos = logged_elbos(folder)
-        assert list(elbos) == list(range(1, num_steps + 1)) == steps_logged(folder / "runs/seams")
+        assert list(elbos) == list(range(1, num_steps + 1)) == steps_logged(folder / "runs/plugins")
         for step, loc in enumerate(locs[:-1], start=1):
-            expected = FACTOR * float(Normal(loc, 1.0).log_prob(Points().points).sum())
+            expected = FACTOR * float(Normal(loc, 1.0).log_prob(points).sum())
             assert elbos[step] == pytest.approx(expected, rel=1e-6)
     assert "resuming from step 4" in output
 
@@ -125,24 +117,24 @@ def test_check_of_the_users_platform_refuses_the_run(folder: Path) -> None:
     assert "launch.port: found null, but plain processes meet at a port; set it to a free one" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("key", "reference"),
-    [
-        ("task", "my_task:Points"),
-        ("train.loss", "my_loss:TemperedElbo"),
-        ("optim.name", "my_optimizer:Strides"),
-        ("optim.scheduler.name", "my_scheduler:Drop"),
-        ("reduce.backend", "my_backend:Counting"),
-        ("reduce.compression", "my_comm_hook:Signs"),
-        ("log.loggers.0.name", "my_logger:CsvLogger"),
-        ("launch.platform", "my_platform:PlainProcesses"),
-    ],
-)
-def test_no_seam_runs_code_that_the_user_does_not_trust(folder: Path, key: str, reference: str) -> None:
+def test_page_has_a_file_for_every_key_that_names_code() -> None:
+    references = dict(parse_config(FILES["run.yaml"]).references())
+    assert set(references) == set(CODE_KEYS)
+    assert {f"{name.partition(':')[0]}.py" for name in references.values()} == {*FILES} - {"run.yaml"}
+
+
+@pytest.mark.parametrize("key", CODE_KEYS)
+def test_no_seam_runs_code_that_the_user_does_not_trust(
+    key: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = dict(parse_config(FILES["run.yaml"]).references())[key]
     module = reference.partition(":")[0]
-    others = ",".join(sorted({file.stem for file in folder.glob("my_*.py")} - {module}))
     (folder / f"{module}.py").write_text("raise SystemExit('it was imported')")
-    done = launch(folder, DISTOPT_TRUSTED_TASKS=others)
-    assert done.returncode == 2
-    assert f"run.yaml: {key}: found {reference}, but your DISTOPT_TRUSTED_TASKS allows only code of" in done.stderr
-    assert "it was imported" not in done.stdout + done.stderr
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("DISTOPT_TRUSTED_TASKS", ",".join({Path(name).stem for name in FILES} - {module}))
+
+    done = CliRunner().invoke(app, ["launch", "run.yaml"])
+    assert done.exit_code == 2
+    where = "log.loggers.0.name" if key == "log.loggers" else key
+    assert f"run.yaml: {where}: found {reference}, but your DISTOPT_TRUSTED_TASKS allows only code of" in done.output
+    assert "it was imported" not in done.output

@@ -1,4 +1,4 @@
-"""The page is held where `style.py` says: sizes, names, comments, blank lines, test files."""
+"""Sizes, names, comments, blank lines and test files of the code are as `style.py` says."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tests.style import (
     comment_words,
     dialect,
     double_assignments,
+    files_of_tests,
     modules_by_test,
     short,
     sources,
@@ -27,7 +28,12 @@ from tests.style import (
 @pytest.mark.parametrize("find", [dialect, too_long, double_assignments], ids=lambda find: find.__name__)
 def test_no_source_file_holds(find):
     refused = [line for path in sources() for line in find(path)]
-    assert not refused, "\n".join([f"{len(refused)} places:", *refused[:40]])
+    assert not refused, "\n".join([f"{len(refused)} lines:", *refused[:40]])
+
+
+def test_names_in_tests_are_the_fields_words_too():
+    refused = [line for path in files_of_tests() for line in dialect(path)]
+    assert not refused, "\n".join([f"{len(refused)} names:", *refused[:40]])
 
 
 def test_long_functions_have_paragraphs():

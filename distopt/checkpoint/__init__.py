@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         ConfigMismatchError,
         CorruptCheckpointError,
         DirectoryInUseError,
+        UnreadableCheckpointError,
     )
     from distopt.checkpoint.restore import Restored
     from distopt.checkpoint.retention import Retention
@@ -28,6 +29,7 @@ __all__ = [
     "Restored",
     "Retention",
     "Storage",
+    "UnreadableCheckpointError",
     "WriteStream",
     "register_constraint",
     "register_storage",
@@ -43,6 +45,7 @@ _HOME = {
     "Restored": "distopt.checkpoint.restore",
     "Retention": "distopt.checkpoint.retention",
     "Storage": "distopt.checkpoint.storage.base",
+    "UnreadableCheckpointError": "distopt.checkpoint.errors",
     "WriteStream": "distopt.checkpoint.storage.base",
     "register_constraint": "distopt.constraints",
     "register_storage": "distopt.checkpoint.storage.base",

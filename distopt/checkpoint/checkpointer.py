@@ -26,7 +26,7 @@ from distopt.checkpoint.background import BackgroundSave
 from distopt.checkpoint.chunks import chunk_digest
 from distopt.checkpoint.codec import NoTensors, decode, encode
 from distopt.checkpoint.commit import Attempt
-from distopt.checkpoint.consensus import agree_no_error, agree_to_save, claim
+from distopt.checkpoint.consensus import agree_no_error, agree_to_save, claim, newest_known
 from distopt.checkpoint.errors import CheckpointError, describe_error
 from distopt.checkpoint.failpoint import failpoint
 from distopt.checkpoint.manifest import FileRecord, Manifest, config_as_json
@@ -96,6 +96,7 @@ class Checkpointer:
         ValueError: A name is in both mappings.
         DirectoryInUseError: Another job writes to the directory.
         CheckpointError: The directory cannot be written, or ranks see different ones.
+        UnreadableCheckpointError: A checkpoint there cannot be read, so that nobody knows whether it is the newest.
 
     Example:
         >>> import pyro, tempfile
@@ -141,8 +142,7 @@ class Checkpointer:
         """When the state that was committed last was copied, by `time.monotonic()`; None before the first commit."""
 
         self._claimed = claim(self._backend, self._storage)
-        known = [each.manifest.generation for each in candidates(self._storage) if each.manifest]
-        self._generation = max(known, default=-1) + 1
+        self._generation = newest_known(self._backend, self._storage)[0] + 1
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -241,6 +241,8 @@ class Checkpointer:
             ValueError: `only` names something else.
             CheckpointError: There are checkpoints but none can be loaded, or not the one asked for; on all ranks.
                 Nothing has been changed then. Or an object does not accept its state; others may have been restored.
+            UnreadableCheckpointError: A checkpoint that may be the newest good one cannot be read; on all ranks.
+                Nothing has been changed or deleted, and no older one is taken in its place.
             ConfigMismatchError: It is of another configuration. Nothing has been changed then.
 
         Cost:
@@ -254,8 +256,8 @@ class Checkpointer:
 
         storage, tries = choose_on_all_ranks(self._backend, self._storage, which)
         rows = ShardedReader(self._backend)
-        # From the newest to the oldest, until all ranks could read one. The others are left alone: a read that failed
-        # may succeed next time, and only retention deletes.
+        # From the newest to the oldest, until one is whole on all ranks. The others are left alone: only retention
+        # deletes.
         for folder, attempt, problem in tries:
             loaded, error = (
                 (None, problem) if problem else read_on_all_ranks(storage, folder, attempt, self._backend, rows)
@@ -268,6 +270,7 @@ class Checkpointer:
             asked = narrowed(request, loaded.manifest, self._config, self._ignore_keys)
             if not any_config and asked.only is None:
                 check_config(loaded.manifest, self._config, self._ignore_keys, path)
+            newest = newest_known(self._backend, self._storage)  # may raise, so it comes before anything is changed
             failure: Exception | None = None
             changes: tuple[str, ...] = ()
             try:
@@ -275,7 +278,7 @@ class Checkpointer:
             except Exception as caught:
                 failure = caught
             agree_no_error(self._backend, failure, path)
-            self._continue_from(loaded.manifest)
+            self._continue_from(loaded.manifest, *newest)
             return _restored(loaded.manifest, path, asked, changes)
 
         if tries:
@@ -312,16 +315,8 @@ class Checkpointer:
         """Starts to write what all ranks have agreed to save."""
         rank, world_size = self._backend.rank, self._backend.world_size
         attempt = Attempt(step, messages[0]["attempt"], rank, world_size, self._timeout)
-        # Buffers are equal on all ranks unless they hold batch statistics: one digest per rank, gathered with the rest,
-        # tells which of them have to be written.
-        named = {rank_name(rank): snapshots["rank"]}
-        if rank == 0:
-            named[REPLICATED] = snapshots[REPLICATED]
-        if messages[rank]["buffers"] != messages[0]["buffers"] or (rank == 0 and self._state.modules):
-            named[buffers_name(rank)] = snapshots["buffers"]
-        if "shard" in snapshots:
-            named[shard_name(rank)] = snapshots["shard"]
-
+        differ = messages[rank]["buffers"] != messages[0]["buffers"]
+        named = _by_file(snapshots, rank, has_buffers=differ or (rank == 0 and bool(self._state.modules)))
         about = _about(self._backend) | {"only": self._only and [*self._only]}
         about |= {key: [each[key] for each in messages] for key in ("rng", "plates")}
 
@@ -346,17 +341,31 @@ class Checkpointer:
         if self._last is not None:
             self._last.finish()
 
-    def _continue_from(self, manifest: Manifest) -> None:
-        """Notes where the run continues, so that checkpoints of the future that it gave up no longer count as newer.
+    def _continue_from(self, manifest: Manifest, generation: int, newest: str) -> None:
+        """Notes where the run continues, given the newest checkpoint of the directory and its attempt.
 
         The newest checkpoint is the one of the highest (generation, step). A run that goes back to an older step begins
         a new generation; its next save of any step is then the newest, and the abandoned ones are deleted with it.
         """
-        known = [each.manifest for each in candidates(self._storage) if each.manifest is not None]
-        newest = max(((each.generation, each.step, each.attempt) for each in known), default=(0, 0, manifest.attempt))
-        self._generation = newest[0] + (newest[2] != manifest.attempt)
+        self._generation = generation + (newest != manifest.attempt) if newest else 0
         self._last = None
         logger.info("restored step %d", manifest.step)
+
+
+def _by_file(snapshots: Mapping[str, Snapshot], rank: int, *, has_buffers: bool) -> dict[str, Snapshot]:
+    """Returns the snapshots that this rank writes by the name of their file.
+
+    Buffers are equal on all ranks unless they hold batch statistics: one digest per rank, gathered with all else that
+    a save agrees on, tells which have to be written.
+    """
+    named = {rank_name(rank): snapshots["rank"]}
+    if rank == 0:
+        named[REPLICATED] = snapshots[REPLICATED]
+    if has_buffers:
+        named[buffers_name(rank)] = snapshots["buffers"]
+    if "shard" in snapshots:
+        named[shard_name(rank)] = snapshots["shard"]
+    return named
 
 
 def _has_saved(last: BackgroundSave | None, step: int) -> bool:

@@ -6,12 +6,12 @@ a tensor can be checked without the rest of it. This module imports no torch, se
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import xxhash
 
+from distopt.cgroups import available_cores
 from distopt.checkpoint.errors import CorruptCheckpointError
 from distopt.checkpoint.manifest import CHUNK_BYTES, FileRecord
 from distopt.checkpoint.storage.base import Storage, WriteStream
@@ -22,7 +22,7 @@ SMALL_BYTES = 1 << 20
 
 def thread_pool() -> ThreadPoolExecutor:
     """Returns enough threads to copy and hash as fast as disks write, few enough to leave training its cores."""
-    return ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+    return ThreadPoolExecutor(min(4, available_cores()))
 
 
 def by_chunk(pieces: Iterable[memoryview], offset: int = 0) -> Iterator[tuple[int, list[memoryview]]]:

@@ -13,7 +13,8 @@ from distopt.checkpoint import reader
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.restore import choose
-from distopt.checkpoint.storage.base import Storage, open_storage
+from distopt.checkpoint.storage.base import Storage, is_url, open_storage
+from distopt.launchers import RUNS
 
 app = typer.Typer(
     help="Show, verify, export and import checkpoints.",
@@ -22,7 +23,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 CheckpointPath = Annotated[
-    str, typer.Argument(metavar="PATH", help="A checkpoint, a run, its checkpoints, or a URL of them.")
+    str,
+    typer.Argument(
+        metavar="PATH", help="A checkpoint, a run (its folder or its name), its checkpoints, or a URL of them."
+    ),
 ]
 
 
@@ -76,12 +80,13 @@ def export_(
         if not to.parent.is_dir():
             raise CheckpointError(f"{to}: there is no folder {to.parent}; make it, or name another.")
 
+        source = located(path)
         if what == "module":
-            typer.echo(f"{to}: {export_module(path, to, name or 'guide')} tensors")
+            typer.echo(f"{to}: {export_module(source, to, name or 'guide')} tensors")
         elif what == "optimizer":
-            typer.echo(f"{to}: {export_optimizer(path, to, name)} parameters")
+            typer.echo(f"{to}: {export_optimizer(source, to, name)} parameters")
         else:
-            typer.echo(f"{to}: {export_params(path, to)} parameters")
+            typer.echo(f"{to}: {export_params(source, to)} parameters")
 
     _run(run)
 
@@ -122,6 +127,12 @@ def _run(command: Callable[[], None]) -> None:
         raise typer.Exit(1) from error
 
 
+def located(path: str) -> str:
+    """Returns the folder of a run that is named as `distopt status` names it, and any other path as it is."""
+    run = Path(RUNS, path)
+    return path if is_url(path) or Path(path).exists() or not run.is_dir() else str(run)
+
+
 # What the commands print.
 
 
@@ -132,7 +143,7 @@ def describe(path: str, *, tensors: bool = False) -> Iterator[str]:
         path: A checkpoint, a run, its checkpoints, or a URL of them.
         tensors: Whether to list every tensor.
     """
-    storage, newest_first = choose(open_storage("."), path)
+    storage, newest_first = choose(open_storage("."), located(path))
     for each in newest_first:
         yield f"{storage.root}/{each.folder}"
         if each.manifest is None:
@@ -151,7 +162,7 @@ def check(path: str) -> Iterator[tuple[str, bool]]:
     Args:
         path: A checkpoint, a run, its checkpoints, or a URL of them.
     """
-    storage, newest_first = choose(open_storage("."), path)
+    storage, newest_first = choose(open_storage("."), located(path))
     for each in newest_first:
         where = f"{storage.root}/{each.folder}"
         try:

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeAlias
@@ -30,8 +31,9 @@ from distopt.checkpoint.failpoint import failpoint
 from distopt.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest, file_name, seal, unseal
 from distopt.checkpoint.storage.base import Storage
 from distopt.checkpoint.storage.names import final_folder, work_folder
+from distopt.checkpoint.storage.retries import retried
 
-Files: TypeAlias = Mapping[str, Iterable[memoryview]]
+Files: TypeAlias = Mapping[str, Sequence[memoryview]]
 """By file name, the bytes of a file, in pieces that are written one after the other."""
 
 Describe: TypeAlias = Callable[[dict[str, FileRecord]], Manifest]
@@ -110,9 +112,7 @@ def _lead(storage: Storage, attempt: Attempt, files: Files, describe: Describe) 
         # Every rank has synced its files before it left its note, so the manifest never describes what may still be
         # lost. On an object store this write is the commit; where folders are renamed, the rename below is.
         _check_sizes(storage, folder, records)
-        stream = storage.create(folder, MANIFEST)
-        with thread_pool() as pool:
-            write_file(stream, [memoryview(describe(records).encode())], pool)
+        _write_small(storage, folder, MANIFEST, describe(records).encode())
         storage.sync_folder(folder)
         failpoint("after_manifest", 0)
 
@@ -172,11 +172,15 @@ def _set_aside_same_step(storage: Storage, folder: str, final: str) -> None:
 
 
 def _abort(storage: Storage, folder: str, error: BaseException) -> None:
-    """Frees the disk and tells the other ranks, as far as the disk still allows it."""
+    """Frees the disk and tells the other ranks, as far as the disk still allows it.
+
+    The manifest goes first, and if it does not go, all stays: its writing may have succeeded although it raised.
+    """
     with contextlib.suppress(OSError):
+        storage.remove_file(folder, MANIFEST)
         for name in storage.files(folder):
             storage.remove_file(folder, name)
-        _leave_note(storage, folder, _ABORTED, {"error": describe_error(error)})
+        _write_small(storage, folder, _ABORTED, seal({"error": describe_error(error)}))
 
 
 # The other ranks.
@@ -193,14 +197,14 @@ def _follow(storage: Storage, attempt: Attempt, files: Files) -> None:
         records = _write_files(storage, folder, attempt, files)
         storage.sync_folder(folder)  # rank 0 does so when the manifest is there
         note = {"files": {name: record.as_json() for name, record in records.items()}}
-        _leave_note(storage, folder, _prepared(attempt.rank), note)
+        _write_small(storage, folder, _prepared(attempt.rank), seal(note))
     except BaseException as error:
         # The files go first, since a full disk has no space for the note either.
         for name in files:
             with contextlib.suppress(OSError):
                 storage.remove_file(folder, name)
         with contextlib.suppress(OSError):
-            _leave_note(storage, folder, _failed(attempt.rank), {"error": describe_error(error)})
+            _write_small(storage, folder, _failed(attempt.rank), seal({"error": describe_error(error)}))
         raise
     failpoint("after_prepare", attempt.rank)
     _await_outcome(storage, folder, attempt)
@@ -214,8 +218,12 @@ def _await_outcome(storage: Storage, folder: str, attempt: Attempt) -> None:
     """
     final = attempt.final_folder(storage)
     for _ in _until(2 * attempt.timeout, f"rank 0 neither committed nor aborted {storage.root}/{folder}"):
-        gone = not _has_folder(storage, folder)
-        if _is_committed(storage, final, attempt):
+        try:
+            gone = not _has_folder(storage, folder)
+            committed = _is_committed(storage, final, attempt)
+        except OSError:
+            continue  # neither is known, so it is asked again
+        if committed:
             storage.sync_folder("")  # rank 0 may not have come to it yet
             return
         note = None if gone else _read_note(storage, folder, _ABORTED)
@@ -234,10 +242,11 @@ def _has_folder(storage: Storage, folder: str) -> bool:
 
 
 def _is_committed(storage: Storage, final: str, attempt: Attempt) -> bool:
+    """Returns whether the manifest is that of this attempt; an OSError when that cannot be read."""
     try:
         raw = read_small(storage, final, MANIFEST, MAX_MANIFEST_BYTES)
         return Manifest.decode(raw, final).attempt == attempt.id
-    except (OSError, CorruptCheckpointError):
+    except (FileNotFoundError, CorruptCheckpointError):
         return False
 
 
@@ -247,21 +256,26 @@ def _is_committed(storage: Storage, final: str, attempt: Attempt) -> bool:
 def _write_files(storage: Storage, folder: str, attempt: Attempt, files: Files) -> dict[str, FileRecord]:
     """Writes this rank's files; returns their records by name."""
     with thread_pool() as pool:
-        records = {
-            file_name(name): write_file(storage.create(folder, name), pieces, pool) for name, pieces in files.items()
-        }
+        records = {file_name(name): _write_again(storage, folder, name, pieces, pool) for name, pieces in files.items()}
     failpoint("after_write", attempt.rank)
     return records
 
 
-def _leave_note(storage: Storage, folder: str, name: str, body: Mapping[str, object]) -> None:
-    stream = storage.create(folder, name)
-    try:
-        stream.write([memoryview(seal(body))])
-        stream.close()
-    except BaseException:
-        stream.abandon()
-        raise
+def _write_again(
+    storage: Storage, folder: str, name: str, pieces: Sequence[memoryview], pool: ThreadPoolExecutor
+) -> FileRecord:
+    """Writes a file; after an error that may pass, all of it again under the same name.
+
+    A new file, and not the rest of the old one: after an error nobody knows which of its bytes the disk has.
+    """
+    return retried(
+        lambda: write_file(storage.create(folder, name), pieces, pool), lambda: storage.remove_file(folder, name)
+    )
+
+
+def _write_small(storage: Storage, folder: str, name: str, raw: bytes) -> None:
+    with ThreadPoolExecutor(1) as pool:  # starts no thread for so little
+        _write_again(storage, folder, name, [memoryview(raw)], pool)
 
 
 def _read_note(storage: Storage, folder: str, name: str) -> dict[str, object] | None:

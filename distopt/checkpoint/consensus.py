@@ -12,10 +12,12 @@ from typing import Any
 
 from distopt.backends.base import Backend
 from distopt.checkpoint.chunks import read_small
-from distopt.checkpoint.errors import CheckpointError, describe_error
+from distopt.checkpoint.errors import CheckpointError, UnreadableCheckpointError, describe_error
+from distopt.checkpoint.reader import known_manifests
 from distopt.checkpoint.retention import remove_leftovers
 from distopt.checkpoint.storage.base import Storage
 from distopt.checkpoint.storage.names import LOCK
+from distopt.checkpoint.storage.retries import retried
 
 _MAX_TOKEN_BYTES = 4096
 
@@ -26,11 +28,13 @@ def agree_no_error(backend: Backend, error: Exception | None, where: str) -> Non
     An error that one rank alone raised would leave the others waiting in their next collective, and all that they could
     report is the timeout.
     """
-    texts = backend.all_gather_json(None if error is None else describe_error(error))
-    for rank, text in enumerate(texts):
-        if text:
-            source = f"{where}, rank {rank} of {len(texts)}" if len(texts) > 1 else where
-            raise CheckpointError(f"{source}: {text}") from error
+    unreadable = isinstance(error, UnreadableCheckpointError)
+    errors = backend.all_gather_json(None if error is None else [describe_error(error), unreadable])
+    for rank, each in enumerate(errors):
+        if each:
+            source = f"{where}, rank {rank} of {len(errors)}" if len(errors) > 1 else where
+            kind = UnreadableCheckpointError if each[1] else CheckpointError
+            raise kind(f"{source}: {each[0]}") from error
 
 
 def claim(backend: Backend, storage: Storage) -> ExitStack:
@@ -50,7 +54,7 @@ def claim(backend: Backend, storage: Storage) -> ExitStack:
     token = ""
     try:
         if backend.rank == 0:
-            token = claimed.enter_context(storage.lock())
+            token = retried(lambda: claimed.enter_context(storage.lock()))
             remove_leftovers(storage)
         storage.check_writable()
     except Exception as caught:
@@ -61,7 +65,13 @@ def claim(backend: Backend, storage: Storage) -> ExitStack:
 
         # A path may be a local folder of each host: only a rank that reads rank 0's token sees the same files.
         token = backend.all_gather_json(token)[0]
-        sees_token = backend.all_gather_json(_token(storage) == token)
+        seen: str | None = None
+        try:
+            seen = _token(storage)
+        except OSError as caught:
+            error = caught
+        agree_no_error(backend, error, f"{storage.root} cannot hold checkpoints")
+        sees_token = backend.all_gather_json(seen == token)
         blind = [rank for rank, same in enumerate(sees_token) if not same]
         if blind:
             raise CheckpointError(
@@ -82,6 +92,25 @@ def _token(storage: Storage) -> str:
         return read_small(storage, "", LOCK, _MAX_TOKEN_BYTES).decode(errors="replace")
     except FileNotFoundError:
         return ""
+
+
+def newest_known(backend: Backend, storage: Storage) -> tuple[int, str]:
+    """Returns generation and attempt of the newest checkpoint as rank 0 sees it, (-1, "") without one; collective.
+
+    Only rank 0 needs them, since it writes the manifests. The others take part to raise its error, and get (-1, "").
+
+    Raises:
+        UnreadableCheckpointError: A checkpoint cannot be read; on all ranks.
+    """
+    newest = (-1, "")
+    failure: Exception | None = None
+    try:
+        known = known_manifests(storage) if backend.rank == 0 else []
+        newest = (known[0].generation, known[0].attempt) if known else newest
+    except Exception as error:
+        failure = error
+    agree_no_error(backend, failure, storage.root)
+    return newest
 
 
 def agree_to_save(step: int, messages: Sequence[dict[str, Any]]) -> str:

@@ -11,6 +11,10 @@ class CorruptCheckpointError(CheckpointError):
     """What is on disk is not what was written: the caller falls back to an older checkpoint."""
 
 
+class UnreadableCheckpointError(CheckpointError):
+    """A checkpoint could not be read, which proves nothing about it: it stays, and the caller must not fall back."""
+
+
 class ConfigMismatchError(CheckpointError):
     """The checkpoint was written by a run with another configuration; the message has the differences."""
 

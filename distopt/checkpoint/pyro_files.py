@@ -21,7 +21,7 @@ from distopt.checkpoint.columns import columns_of, tabulate
 from distopt.checkpoint.commit import Attempt, write_checkpoint
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.manifest import Manifest
-from distopt.checkpoint.reader import candidates, read_manifest
+from distopt.checkpoint.reader import known_manifests, read_manifest
 from distopt.checkpoint.restore import REPLICATED, buffers_name, choose, load_replicated, rank_name
 from distopt.checkpoint.run_state import built, described
 from distopt.checkpoint.snapshot import HostMemory, take_snapshot
@@ -103,7 +103,7 @@ def import_pyro(
 
     storage = open_storage(directory)
     with storage.lock():
-        generation = max((each.manifest.generation for each in candidates(storage) if each.manifest), default=-1) + 1
+        generation = max((each.generation for each in known_manifests(storage)), default=-1) + 1
         # Written as a run of one rank would, so that everything that reads checkpoints reads this one. Its generators
         # are those of this process: the files hold none.
         attempt = Attempt(step, uuid.uuid4().hex[:12], 0, 1, _PATIENCE)

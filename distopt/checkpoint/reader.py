@@ -5,8 +5,10 @@ There is no way around the check: whatever reads a file of a checkpoint does so 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import errno
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -14,7 +16,7 @@ import xxhash
 
 from distopt.checkpoint import tensorfile
 from distopt.checkpoint.chunks import by_chunk, read_small, thread_pool
-from distopt.checkpoint.errors import CorruptCheckpointError
+from distopt.checkpoint.errors import CorruptCheckpointError, UnreadableCheckpointError
 from distopt.checkpoint.manifest import CHUNK_BYTES, MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest
 from distopt.checkpoint.storage.base import ReadStream, Storage
 from distopt.checkpoint.storage.names import step_of
@@ -22,19 +24,50 @@ from distopt.checkpoint.storage.names import step_of
 _CACHED_BYTES = 512 << 10
 """What is read at a time: it is hashed while it is still in the processor's cache."""
 
+# Only these errors prove that a file is not the one that was written: it is missing, or something else is in its place
+# (a folder, a link, a pipe, a socket). After all others it may be whole.
+_PROOFS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL, errno.ENXIO})
+_PROOF_KINDS = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Raises errors of the body as what they say about a file.
+
+    Args:
+        where: The file, for the message.
+
+    Raises:
+        CorruptCheckpointError: It is not what was written.
+        UnreadableCheckpointError: It may be, and cannot be read now.
+    """
+    try:
+        yield
+    except EOFError as error:
+        raise CorruptCheckpointError(f"{where}: {error}.") from error
+    except OSError as error:
+        if isinstance(error, _PROOF_KINDS) or error.errno in _PROOFS:
+            raise CorruptCheckpointError(f"{where}: {error}.") from error
+        raise UnreadableCheckpointError(
+            f"{where}: {error}. It cannot be read, which does not mean that it is damaged: nothing is deleted or "
+            "replaced. When the disk or network works again, run the same command to resume."
+        ) from error
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """A folder that may be a checkpoint: its manifest, or what is wrong with it."""
+    """A folder that may be a checkpoint: its manifest, or why there is none."""
 
     folder: str
     step: int
     manifest: Manifest | None
     error: str = ""
+    is_unreadable: bool = False
+    """Whether the manifest could not be read; without one it is damaged otherwise."""
 
     @property
     def age(self) -> tuple[float, int]:
-        """Sorts by (generation, step); an unreadable one counts as of the newest generation, so that it is reported."""
+        """Sorts by (generation, step); one without manifest counts as of the newest, so that it is reported."""
         return (self.manifest.generation if self.manifest else float("inf"), self.step)
 
 
@@ -44,15 +77,30 @@ def candidates(storage: Storage) -> list[Candidate]:
     return sorted((each for each in read if each is not None), key=lambda each: each.age, reverse=True)
 
 
+def known_manifests(storage: Storage) -> list[Manifest]:
+    """Returns the manifests of all checkpoints that are not damaged, newest first.
+
+    Raises:
+        UnreadableCheckpointError: One cannot be read, so that nobody knows which is the newest.
+    """
+    listed = candidates(storage)
+    for each in listed:
+        if each.is_unreadable:
+            raise UnreadableCheckpointError(each.error)
+    return [each.manifest for each in listed if each.manifest is not None]
+
+
 def read_manifest(storage: Storage, folder: str) -> Manifest:
     """Returns the manifest of one folder.
 
     Raises:
         CorruptCheckpointError: It is not whole, or of another step than the folder.
-        OSError: It cannot be read.
+        UnreadableCheckpointError: It cannot be read.
     """
     where = f"{storage.root}/{folder}/{MANIFEST}"
-    manifest = Manifest.decode(read_small(storage, folder, MANIFEST, MAX_MANIFEST_BYTES), where)
+    with reading(where):
+        raw = read_small(storage, folder, MANIFEST, MAX_MANIFEST_BYTES)
+    manifest = Manifest.decode(raw, where)
     if manifest.step != step_of(folder) and step_of(folder) is not None:
         raise CorruptCheckpointError(f"{where} is of step {manifest.step}, the folder's name says {step_of(folder)}.")
     return manifest
@@ -64,12 +112,14 @@ def _candidate(storage: Storage, folder: str, step: int | None) -> Candidate | N
         return None
     try:
         return Candidate(folder, step, read_manifest(storage, folder))
-    except FileNotFoundError:
+    except UnreadableCheckpointError as error:
+        return Candidate(folder, step, None, str(error), is_unreadable=True)
+    except CorruptCheckpointError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            return Candidate(folder, step, None, str(error))
         if not storage.commits_by_rename:
             return None  # an attempt that was never committed
         return Candidate(folder, step, None, f"{storage.root}/{folder}: {MANIFEST} is missing.")
-    except (OSError, CorruptCheckpointError) as error:
-        return Candidate(folder, step, None, str(error))
 
 
 def check_files(storage: Storage, folder: str, manifest: Manifest) -> None:
@@ -77,8 +127,10 @@ def check_files(storage: Storage, folder: str, manifest: Manifest) -> None:
 
     Raises:
         CorruptCheckpointError: Naming the first file that is missing, surplus or of another size.
+        UnreadableCheckpointError: A file or the folder cannot be read.
     """
-    present = {name for name in storage.files(folder) if not name.startswith(".")} - {MANIFEST}
+    with reading(f"{storage.root}/{folder}"):
+        present = {name for name in storage.files(folder) if not name.startswith(".")} - {MANIFEST}
     for name in sorted(manifest.files.keys() - present):
         raise CorruptCheckpointError(f"{storage.root}/{folder}: {name} is missing.")
     for name in sorted(present - manifest.files.keys()):
@@ -93,6 +145,7 @@ def verify(storage: Storage, folder: str, names: Iterable[str] | None = None) ->
 
     Raises:
         CorruptCheckpointError: Naming the first file that differs, and where.
+        UnreadableCheckpointError: Naming the first file that cannot be read.
     """
     manifest = read_manifest(storage, folder)
     check_files(storage, folder, manifest)
@@ -113,7 +166,8 @@ class CheckedFile:
         manifest: The manifest, for messages.
 
     Raises:
-        CorruptCheckpointError: The file cannot be opened, or has another size.
+        CorruptCheckpointError: The file is missing, no regular one, or has another size.
+        UnreadableCheckpointError: It cannot be opened.
     """
 
     def __init__(self, storage: Storage, folder: str, name: str, record: FileRecord, manifest: Manifest) -> None:
@@ -121,10 +175,8 @@ class CheckedFile:
         self._record = record
         self._manifest = manifest
         self._cached: tuple[int, bytearray] = (-1, bytearray())  # the chunk read last: its neighbours often follow
-        try:
+        with reading(self._where):
             self._stream: ReadStream = storage.open(folder, name)
-        except OSError as error:
-            raise CorruptCheckpointError(f"{self._where}: {error}.") from error
         self.size = record.size
         if self._stream.size != record.size:
             self._stream.close()
@@ -159,6 +211,7 @@ class CheckedFile:
 
         Raises:
             CorruptCheckpointError: A byte that was read, or another one of its chunk, is not what was written.
+            UnreadableCheckpointError: The disk or network does not hand them out.
         """
         # `whole` is read by the pool below, straight into its final memory. What is incomplete is copied from a cached
         # chunk: rows of a tensor that are read one after the other often share their border.
@@ -214,7 +267,7 @@ class CheckedFile:
     def _read_chunk(self, index: int, pieces: Sequence[memoryview]) -> None:
         digest = xxhash.xxh3_128()
         offset = index * CHUNK_BYTES
-        try:
+        with reading(self._where):
             for piece in pieces:
                 # Read and hashed half a megabyte at a time: memory is then passed over once, not twice.
                 for start in range(0, len(piece), _CACHED_BYTES):
@@ -222,8 +275,6 @@ class CheckedFile:
                     self._stream.read_into(offset, [segment])
                     digest.update(segment)
                     offset += len(segment)
-        except (OSError, EOFError) as error:
-            raise CorruptCheckpointError(f"{self._where}: {error}.") from error
 
         if digest.hexdigest() != self._record.chunks[index]:
             start = index * CHUNK_BYTES

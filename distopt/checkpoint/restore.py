@@ -2,7 +2,8 @@
 
 Rank 0 alone lists the directory and names the checkpoints to try; the others follow its list, since two ranks that look
 at a moment's distance may see different ones. Every rank then reads and checks its files, and only when all have
-succeeded is any of it put to use: a checkpoint that one rank cannot read counts as damaged on all of them.
+succeeded is any of it put to use: a checkpoint that one rank finds damaged counts as damaged on all of them. One that a
+rank cannot read ends the run on all ranks: an older one in its place would lose steps that are on the disk.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ import torch
 
 from distopt.backends.base import Backend, Json
 from distopt.checkpoint.columns import states_of, untabulate
-from distopt.checkpoint.errors import CheckpointError, ConfigMismatchError, CorruptCheckpointError, describe_error
+from distopt.checkpoint.errors import (
+    CheckpointError,
+    ConfigMismatchError,
+    CorruptCheckpointError,
+    UnreadableCheckpointError,
+    describe_error,
+)
 from distopt.checkpoint.format_3 import upgrade_rank, upgrade_replicated
 from distopt.checkpoint.manifest import FORMAT_3, Manifest
 from distopt.checkpoint.reader import Candidate, candidates, check_files, read_manifest, verify
@@ -140,17 +147,21 @@ def choose_on_all_ranks(
 
     Raises:
         CheckpointError: Rank 0 did not find what was asked for; on all ranks.
+        UnreadableCheckpointError: A checkpoint cannot be read, so that nobody knows whether it is the newest; likewise.
     """
     choice: dict[str, Json] = {}
     if backend.rank == 0:
         try:
             chosen_storage, chosen = choose(storage, which)
+            unreadable = next((each.error for each in chosen if each.is_unreadable), None)
             tries = [(each.folder, each.manifest.attempt if each.manifest else "", each.error) for each in chosen]
-            choice = {"error": None, "root": chosen_storage.root, "tries": tries}
+            choice = {"error": None, "unreadable": unreadable, "root": chosen_storage.root, "tries": tries}
         except Exception as error:
-            choice = {"error": describe_error(error)}
+            choice = {"error": describe_error(error), "unreadable": None}
 
     choice = backend.all_gather_json(choice)[0]
+    if choice["unreadable"]:
+        raise UnreadableCheckpointError(choice["unreadable"])
     if choice["error"]:
         raise CheckpointError(choice["error"])
     root = choice["root"]
@@ -205,14 +216,34 @@ def narrowed(request: Request, manifest: Manifest, config: Any, ignore_keys: Col
 def read_on_all_ranks(
     storage: Storage, folder: str, attempt: str, backend: Backend, rows: ShardedReader
 ) -> tuple[Loaded | None, str]:
-    """Returns what this rank has read if every rank could read its files, else the first rank's error; collective."""
-    loaded, problem = None, ""
+    """Returns what this rank has read, or None and the first rank's finding if one is damaged; collective.
+
+    Raises:
+        UnreadableCheckpointError: A rank could not read its files; on all ranks.
+        CheckpointError: A rank could not take them up for another reason (out of memory); on all ranks.
+    """
+    loaded: Loaded | None = None
+    problem: tuple[str, str] | None = None
     try:
         loaded = _read_for_rank(storage, folder, attempt, backend, rows)
+    except CorruptCheckpointError as error:
+        problem = ("damaged", str(error))
+    except UnreadableCheckpointError as error:
+        problem = ("unreadable", str(error))
     except Exception as error:  # raised on one rank alone, it would leave the others waiting
-        problem = describe_error(error)
-    problems = [text for text in backend.all_gather_json(problem) if text]
-    return (None, problems[0]) if problems else (loaded, "")
+        problem = ("failed", f"{storage.root}/{folder}: {describe_error(error)}")
+
+    # Damage that one rank has proven decides before what another could not read.
+    problems = backend.all_gather_json(problem)
+    for kind in ("damaged", "failed", "unreadable"):
+        for rank, each in enumerate(problems):
+            if each is None or each[0] != kind:
+                continue
+            if kind == "damaged":
+                return None, each[1]
+            text = f"rank {rank} of {len(problems)}: {each[1]}" if len(problems) > 1 else each[1]
+            raise UnreadableCheckpointError(text) if kind == "unreadable" else CheckpointError(text)
+    return loaded, ""
 
 
 def _read_for_rank(storage: Storage, folder: str, attempt: str, backend: Backend, rows: ShardedReader) -> Loaded:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from distopt.checkpoint.errors import CheckpointError
@@ -63,12 +63,15 @@ class Retention:
             return []
 
         # What the run gave up is left out before the newest are counted: else abandoned checkpoints, which have higher
-        # steps, would push out those that the run continues from.
+        # steps, would push out those that the run continues from. Folders without a manifest are of no generation:
+        # damaged ones go when they are old, those that could not be read stay.
         current = [each for each in readable if not _is_abandoned(each, readable)]
         oldest = min(each.step for each in current[: self.last])
         surplus: list[str] = []
         for each in newest_first:
             milestone = self.every_steps is not None and each.step % self.every_steps == 0 and each.manifest is not None
+            if each.is_unreadable:
+                continue
             if _is_abandoned(each, current) or (each.step < oldest and not milestone and each.step != self.best):
                 surplus.append(each.folder)
         return surplus[::-1]
@@ -85,7 +88,7 @@ def retain(storage: Storage, keep: Retention) -> None:
     The newest one is read back first: nothing is deleted before its successor is known to be readable.
 
     Raises:
-        CheckpointError: The newest checkpoint is not what was written; nothing is deleted then.
+        CheckpointError: The newest checkpoint is not what was written, or cannot be read; nothing is deleted then.
         OSError: From the disk.
     """
     # An interrupted deletion leaves a folder that has been renamed already, which the next call removes. So it does not
@@ -116,18 +119,21 @@ def remove_leftovers(storage: Storage, in_progress: str = "") -> None:
         storage: Where.
         in_progress: A folder that stays: in an object store, other ranks may be writing to it already.
     """
-    for folder in _leftovers(storage):
-        if folder == in_progress:
-            continue
+    # Leftovers only cost space: what keeps them from being found or deleted must not fail a save.
+    try:
+        folders = storage.folders()
+    except OSError as error:
+        logger.warning("%s: leftovers are not deleted, since it cannot be listed: %s", storage.root, error)
+        return
+    for folder in folders:
         try:
-            storage.remove(folder)
+            if folder != in_progress and _is_left_over(storage, folder):
+                storage.remove(folder)
         except OSError as error:
             logger.warning("%s/%s is left over and cannot be deleted: %s", storage.root, folder, error)
 
 
-def _leftovers(storage: Storage) -> Iterator[str]:
-    """Yields the folders of attempts that died and of interrupted deletions."""
-    for folder in storage.folders():
-        unfinished = not storage.commits_by_rename and step_of(folder) is not None
-        if is_leftover(folder) or (unfinished and MANIFEST not in storage.files(folder)):
-            yield folder
+def _is_left_over(storage: Storage, folder: str) -> bool:
+    """Returns whether a folder is of an attempt that died, or of an interrupted deletion."""
+    unfinished = not storage.commits_by_rename and step_of(folder) is not None
+    return is_leftover(folder) or (unfinished and MANIFEST not in storage.files(folder))

@@ -91,10 +91,11 @@ def comparable(config: Any) -> Any:
         {'reduce': {'op': 'sum', 'backward_passes_per_step': 2}}
     """
     copied = deepcopy(config)
-    if not isinstance(copied, dict):
-        return copied
     for dotted, value in ADDED_LATER.items():
-        section, _, key = dotted.partition(".")
-        if isinstance(copied.get(section), dict) and copied[section].get(key, ABSENT) == value:
-            del copied[section][key]
+        *sections, key = dotted.split(".")
+        section = copied
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        if isinstance(section, dict) and section.get(key, ABSENT) == value:
+            del section[key]
     return copied

@@ -24,6 +24,7 @@ def _number_as_text(value: Any) -> Any:
 
 
 EnvValue = Annotated[str, BeforeValidator(_number_as_text)]
+"""A string, which may be written as a number."""
 
 # These values become arguments of ssh, sbatch and mpirun, so none may begin with a dash, have a space or a quote.
 HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\[:][A-Za-z0-9_.:\]-]*$", max_length=253)]
@@ -104,7 +105,7 @@ class SlurmConfig(Section):
     """The account to charge."""
     qos: ArgumentValue | None = None
     """The quality of service."""
-    time: Annotated[str, Field(pattern=r"^[0-9:-]+$")] | None = None
+    time: Annotated[EnvValue, Field(pattern=r"^[0-9:-]+$")] | None = None
     """The time limit in sbatch's format: minutes, `hours:minutes:seconds` or `days-hours`."""
     memory: ArgumentValue | None = None
     """Memory per node, such as `16G`."""

@@ -32,6 +32,7 @@ _EXPECTED = {
     "string_type": "a string",
     "bool_type": "true or false",
     "list_type": "a list",
+    "tuple_type": "a list",
     "dict_type": "a mapping",
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
@@ -183,6 +184,10 @@ def _describe(key: str, details: Sequence[ErrorDetails]) -> str:
     if kind == "literal_error" and isinstance(value, str):
         names = re.findall(r"'([^']*)'", first["ctx"]["expected"])
         hint = "".join(f" Did you mean {near}?" for near in difflib.get_close_matches(value, names, 1, 0.5))
+    elif kind == "string_type" and isinstance(value, bool | int | float):
+        hint = " Put it in quotes" + (
+            "; YAML reads on, off, yes and no as booleans." if isinstance(value, bool) else "."
+        )
     return f"found {_shown(value)}, expected {expected}.{hint}"
 
 

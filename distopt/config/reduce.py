@@ -9,13 +9,32 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from distopt.config.base import Positive, Section
 from distopt.config.plugins import Reference
 
 Names: TypeAlias = Annotated[tuple[str, ...], Field(strict=False)]
 """A list in the YAML; a tuple here, so that options can be hashed."""
+
+
+def _check_groups(value: Any) -> Any:
+    """Refuses what is neither a number nor lists of names in one sentence, instead of one for each kind."""
+    is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    is_lists = isinstance(value, list | tuple) and all(map(_is_names, value))
+    if not is_number and not is_lists:
+        raise ValueError(f"found {value!r}, expected a number of groups, or lists of names such as [[a, b], [c]]")
+    return value
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
+Groups: TypeAlias = Annotated[
+    Annotated[int, Field(ge=0)] | Annotated[tuple[Names, ...], Field(strict=False)], BeforeValidator(_check_groups)
+]
+"""A number of groups, or the names of each group."""
 
 
 class ReduceOptions(Section):
@@ -43,7 +62,7 @@ class ReduceOptions(Section):
     """Rank of the matrices that `powersgd` sends; a higher rank is more accurate and slower."""
     bucket_mib: Positive = 25.0
     """Size in MiB of the buffers that are reduced one at a time; a larger parameter has a buffer for itself."""
-    groups: Annotated[int, Field(ge=0)] | Annotated[tuple[Names, ...], Field(strict=False)] = ()
+    groups: Groups = ()
     """Names of parameters that share a buffer, by group, or a number of groups; the others are packed by size."""
     gradient_predivide_factor: Positive = 1.0
     """Gradients are divided by this before they are summed and multiplied by it afterwards, for `average`."""
@@ -106,7 +125,7 @@ def _mistakes(options: type[Section], error: ValidationError) -> list[str]:
         name = str(detail["loc"][0]) if detail["loc"] else ""
 
         if detail["type"] == "value_error":
-            mistakes[""] = [str(detail["ctx"]["error"])]
+            mistakes[name] = [f"{name}: {detail['ctx']['error']}" if name else str(detail["ctx"]["error"])]
         elif detail["type"] == "extra_forbidden":
             near = difflib.get_close_matches(name, options.model_fields, 1)
             hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(options.model_fields)}."

@@ -246,8 +246,8 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_run_dir(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("name"), str) and data.get("run_dir") is None:
-            return {**data, "run_dir": f"runs/{data['name']}"}
+        if isinstance(data, dict) and data.get("run_dir") is None:
+            return {**data, "run_dir": f"runs/{data.get('name')}"}  # a name that is missing or none is an error itself
         return data
 
     # The name becomes a folder, a Slurm job and Kubernetes objects. The pattern allows dots, two of which would lead

@@ -24,12 +24,14 @@ class UnsafeYAML(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2's floats (`1e-3`) and without its dates."""
+    """PyYAML's safe loader with YAML 1.2's floats (`1e-3`), without its dates and its numbers in base 60."""
 
     # Copies, because the class attribute is shared with yaml.SafeLoader, and other users of it should see no change.
-    # Without the resolver of timestamps, a value such as 2013-01-01 stays a string.
+    # Without the resolver of timestamps, a value such as 2013-01-01 stays a string. So does 1:30:00, a time
+    # limit of Slurm's, by a resolver that comes first: YAML 1.1 reads it as the number 5400.
     yaml_implicit_resolvers = {
-        char: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:timestamp",)]
+        char: [("tag:yaml.org,2002:str", re.compile(r"^[-+0-9_.]+(?::[0-9_.]+)+$"))]
+        + [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:timestamp"]
         for char, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 

@@ -64,7 +64,8 @@ class Flights(Task):
         self.held_out = order[:num_held_out]
         self._train = order[num_held_out:]
 
-        self._columns = (*(torch.from_numpy(data.codes[name]) for name in COLUMNS), torch.from_numpy(data.delay))
+        self._all = (*(torch.from_numpy(data.codes[name]) for name in COLUMNS), torch.from_numpy(data.delay))
+        self._columns = self.select(self._train)
         self.shares = {name: self._share(name) for name in COLUMNS}
 
         init = autoguide.init_to_median(num_samples=15)
@@ -120,12 +121,17 @@ class Flights(Task):
 
     def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
         """Returns the arguments of `model` for these rows of the training set."""
-        return self.select(self._train[rows])
+        index = torch.from_numpy(rows)
+        return tuple(column[index] for column in self._columns)
+
+    def columns(self) -> tuple[Tensor, ...]:
+        """Returns what `batch` selects from, (rows(),) each."""
+        return self._columns
 
     def select(self, flights: NDArray[np.int64]) -> tuple[Tensor, ...]:
         """Returns the arguments of `model` for these flights, given by their indices into `data`."""
         index = torch.from_numpy(flights)
-        return tuple(column[index] for column in self._columns)
+        return tuple(column[index] for column in self._all)
 
     def report(self, report: Report) -> None:
         """Adds which carriers and hours are late, and how well held-out flights are predicted."""

@@ -82,6 +82,10 @@ class Autoencoder(Task):
         """Returns these pictures."""
         return (self.data[torch.from_numpy(rows)],)
 
+    def columns(self) -> tuple[Tensor, ...]:
+        """Returns all of them."""
+        return (self.data,)
+
     def error(self) -> float:
         """Returns the mean squared error, per pixel, of held-out pictures drawn from their positions on the map."""
         with torch.no_grad():

@@ -1,6 +1,6 @@
 """What distribution changes in inference."""
 
-from distopt.infer.capture import explain_capture
+from distopt.infer.capture import TensorRows, explain_capture
 from distopt.infer.gathering import gather_local, gather_rows, read_local, write_local
 from distopt.infer.sharded_plate import shard, sharded_plate
 from distopt.infer.svi import SVI
@@ -11,6 +11,7 @@ __all__ = [
     "SVI",
     "LocalParameterError",
     "NoisePolicy",
+    "TensorRows",
     "explain_capture",
     "gather_local",
     "gather_rows",

@@ -14,9 +14,10 @@ from pyro.infer import Trace_ELBO, TraceTailAdaptive_ELBO
 from pyro.infer.util import zero_grads
 from torch import Tensor
 
-from distopt.infer.capture import StepCapture
+from distopt.infer.capture import StepCapture, TensorRows
 from distopt.infer.sharded_plate import share_plates
 from distopt.optim.distributed import DistributedOptimizer, StepInfo
+from distopt.reduce.layout import Layout
 from distopt.rng import generators_state, set_generators_state
 
 CaptureMode: TypeAlias = Literal["graph", "off"]
@@ -82,6 +83,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
             raise ValueError(f"capture={capture!r}: must be one of {', '.join(map(repr, get_args(CaptureMode)))}.")
         super().__init__(*share_plates(model, guide, weight), optim, loss)
         self.captured = StepCapture(self.loss_and_grads) if capture == "graph" else None
+        self._layout: Layout | None = None  # in whose buckets captured steps leave gradients
 
     def init(self, *args: Any, **kwargs: Any) -> None:
         """Runs guide and model once, so that their parameters exist before the first step; changes no parameter.
@@ -132,7 +134,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         """Does what `step` does, and exchanges what a training loop needs to know.
 
         Args:
-            args: The arguments of model and guide.
+            args: The arguments of model and guide; `TensorRows` lets a captured step select them itself.
             kwargs: Their keyword arguments.
             step: Number of the step in the caller's loop; a rank that has left out a step is reported then.
             stop: Whether this rank asks all ranks to stop.
@@ -167,14 +169,26 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         self.optim.zero_grad(params)
         return info if info.loss is not None else replace(info, loss=loss)
 
-    def _loss_and_params(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[float, set[Tensor]]:
+    def _loss_and_params(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[float, Sequence[Tensor]]:
         """Computes the loss and its gradients; returns the loss, and the parameters that the step named."""
         if self.captured is not None:
-            result = self.captured(self.model, self.guide, *args, **kwargs)
-            return float(result.loss), set(result.params)
+            self._leave_gradients_in_buckets(self.captured)
+            whole = (args,) if isinstance(args, TensorRows) else args
+            result = self.captured(self.model, self.guide, *whole, **kwargs)
+            return float(result.loss), result.params
         with poutine.trace(param_only=True) as capture:
             loss = float(self.loss_and_grads(self.model, self.guide, *args, **kwargs))
-        return loss, {site["value"].unconstrained() for site in capture.trace.nodes.values()}
+        # In the order of the model and not of a set, which would differ from one run of a process to the next.
+        return loss, list(dict.fromkeys(site["value"].unconstrained() for site in capture.trace.nodes.values()))
+
+    def _leave_gradients_in_buckets(self, captured: StepCapture) -> None:
+        """Lets captured steps write gradients to where they are reduced."""
+        if not isinstance(self.optim, DistributedOptimizer):
+            return
+        layout = self.optim.reducer.layout
+        if layout is not self._layout:
+            self._layout = layout
+            captured.use_gradient_buffers(layout.gradient_buffers())
 
     def _step_alone(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
         """Takes a step with an optimizer that is not distributed, as Pyro's SVI does."""

@@ -9,15 +9,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from distopt.optim.kernels import (
-    Hyper,
-    PendingStep,
-    check_at_least_zero,
-    check_betas,
-    evaluated,
-    started,
-    step_all_,
-)
+from distopt.optim.kernels import Hyper, PendingStep, adam_defaults, evaluated, started, step_all_
 
 _SHARED = ("eps", "clip_norm", "weight_decay", "centered_variance")
 
@@ -69,18 +61,10 @@ class ClippedAdam(Optimizer):
         lrd: float = 1.0,
         centered_variance: bool = False,
     ) -> None:
-        check_at_least_zero("ClippedAdam", lr=lr, eps=eps, weight_decay=weight_decay, clip_norm=clip_norm, lrd=lrd)
-        check_betas("ClippedAdam", betas)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "clip_norm": clip_norm,
-            "lrd": lrd,
-            "centered_variance": centered_variance,
-        }
-        super().__init__(params, defaults)
+        defaults = adam_defaults(
+            "ClippedAdam", lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, clip_norm=clip_norm, lrd=lrd
+        )
+        super().__init__(params, defaults | {"centered_variance": centered_variance})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

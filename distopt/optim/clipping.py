@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Numbers go to a device by copies that do not block: one that blocks waits until the device has done all that was
+# started before, and the pipeline runs dry. Pageable memory of the host may be reused at once in both cases.
+
 _EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
 
 
@@ -56,7 +59,7 @@ def clip_by_norm_(buffer: Tensor, numels: Sequence[int], max_norm: float) -> boo
     segments = [s for s in torch.split(buffer, list(numels)) if s.numel()]
     norms = torch.stack(torch._foreach_norm(segments))
     coefficients = (max_norm / (norms + _EPS)).clamp_(max=1.0)
-    lengths = torch.tensor([s.numel() for s in segments], device=buffer.device)
+    lengths = torch.tensor([s.numel() for s in segments]).to(buffer.device, non_blocking=True)
     buffer.mul_(coefficients.repeat_interleave(lengths, output_size=buffer.numel()))
     return _may_change(coefficients)
 
@@ -67,7 +70,7 @@ def clip_each_(gradients: Iterable[Tensor], clip: Clip) -> None:
         values = g._values() if g.is_sparse else g
         if clip.clip_norm is not None and values.numel():
             norm = torch.linalg.vector_norm(values)
-            values.mul_((clip.clip_norm / (norm + _EPS)).clamp(max=1.0).to(values.device))
+            values.mul_((clip.clip_norm / (norm + _EPS)).clamp(max=1.0))
         if clip.clip_value is not None:
             values.clamp_(-clip.clip_value, clip.clip_value)
 
@@ -120,7 +123,8 @@ def clip_by_global_norm_(gradients: Sequence[Tensor], max_norm: float, total: fl
     norm = global_norm(gradients) if total is None else torch.tensor(total, dtype=torch.float64)
     coefficient = (max_norm / (norm + _EPS)).clamp(max=1.0)
     for g in gradients:
-        g.mul_(coefficient.to(device=g.device, dtype=g.real.dtype if g.is_complex() else g.dtype))
+        dtype = g.real.dtype if g.is_complex() else g.dtype
+        g.mul_(coefficient.to(device=g.device, dtype=dtype, non_blocking=True))
     return _may_change(coefficient)
 
 

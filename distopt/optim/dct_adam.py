@@ -12,15 +12,7 @@ from pyro.ops.tensor_utils import dct, idct, next_fast_len
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from distopt.optim.kernels import (
-    Hyper,
-    PendingStep,
-    check_at_least_zero,
-    check_betas,
-    evaluated,
-    started,
-    step_all_,
-)
+from distopt.optim.kernels import Hyper, PendingStep, adam_defaults, evaluated, started, step_all_
 
 
 class DCTAdam(Optimizer):
@@ -72,17 +64,8 @@ class DCTAdam(Optimizer):
         lrd: float = 1.0,
         subsample_aware: bool = False,
     ) -> None:
-        check_at_least_zero("DCTAdam", lr=lr, eps=eps, clip_norm=clip_norm, lrd=lrd)
-        check_betas("DCTAdam", betas)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "clip_norm": clip_norm,
-            "lrd": lrd,
-            "subsample_aware": subsample_aware,
-        }
-        super().__init__(params, defaults)
+        defaults = adam_defaults("DCTAdam", lr=lr, betas=betas, eps=eps, clip_norm=clip_norm, lrd=lrd)
+        super().__init__(params, defaults | {"subsample_aware": subsample_aware})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

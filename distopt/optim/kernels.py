@@ -24,6 +24,8 @@ from torch import Tensor
 # says no and the caller computes the same with public operations.
 
 _kernel: Any = getattr(torch, "_fused_adam_", None)
+DEVICE_TYPES = frozenset({"cpu", "cuda"})
+"""Devices for which torch has the kernel, and on which it was tried."""
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
@@ -35,7 +37,7 @@ def is_fusable(tensors: Sequence[Tensor]) -> bool:
         _kernel is not None
         and len(kinds) == 1
         and dtype in _DTYPES
-        and device.type in ("cpu", "cuda")
+        and device.type in DEVICE_TYPES
         and layout is torch.strided
         and all(map(Tensor.is_contiguous, tensors))
     )
@@ -265,16 +267,28 @@ def _is_fusable_group(group: dict[str, Any]) -> bool:
 
 
 def check_at_least_zero(optimizer: str, **values: float) -> None:
-    """Raises ValueError for a negative number or NaN among `values`."""
+    """Raises ValueError for what is no number, negative or NaN among `values`."""
     for name, value in values.items():
-        if not value >= 0.0:
-            raise ValueError(f"{optimizer}: {name} is {value}, expected a number >= 0.")
+        if not _is_number(value) or not value >= 0.0:
+            raise ValueError(f"{optimizer}: {name} is {value!r}, expected a number >= 0.")
 
 
-def check_betas(optimizer: str, betas: tuple[float, float]) -> None:
-    """Raises ValueError unless both decay rates are in [0, 1)."""
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"{optimizer}: betas are {betas}, expected two numbers in [0, 1).")
+def _is_number(value: object) -> bool:
+    """Returns whether `value` is one number; a learning rate may be a tensor, as for torch's optimizers."""
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def adam_defaults(optimizer: str, *, lr: float, betas: tuple[float, float], **numbers: float) -> dict[str, Any]:
+    """Returns the arguments of a kind of Adam as its parameter groups hold them.
+
+    Raises:
+        ValueError: A number is negative or NaN, or `betas` are not two decay rates in [0, 1).
+    """
+    check_at_least_zero(optimizer, lr=lr, **numbers)
+    is_pair = isinstance(betas, tuple | list) and len(betas) == 2
+    if not is_pair or not all(_is_number(beta) and 0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"{optimizer}: betas are {betas!r}, expected two numbers in [0, 1).")
+    return {"lr": lr, "betas": betas, **numbers}
 
 
 def evaluated(closure: Callable[[], Any] | None) -> Any:

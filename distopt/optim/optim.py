@@ -86,8 +86,6 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             check_arguments(optim_args, "optim_args")
         self.pt_clip_args: Args = {} if clip_args is None else clip_args
         check_args("clip_args", self.pt_clip_args)
-        if nonfinite not in ("step", "skip", "raise"):
-            raise ValueError(f"nonfinite is {nonfinite!r}, expected 'step', 'skip' or 'raise'.")
 
         # The names that begin with pt_ are those of pyro.optim, whose users read them.
         self.pt_optim_constructor = optim_constructor
@@ -105,6 +103,17 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         self._registry = ParamRegistry()
         self._groups = Grouping(self._constructor, self._construct, self._scheduled)
         self._planner = Planner(self._registry, self._groups, self._record)
+
+    @property
+    def nonfinite(self) -> Literal["step", "skip", "raise"]:
+        """What to do with a gradient that is not finite; may be set."""
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, value: Literal["step", "skip", "raise"]) -> None:
+        if value not in ("step", "skip", "raise"):
+            raise ValueError(f"nonfinite is {value!r}, expected 'step', 'skip' or 'raise'.")
+        self._nonfinite: Literal["step", "skip", "raise"] = value
 
     # -- one step ------------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,11 @@ from distopt.optim.packing import MAX_NUMEL
 from distopt.optim.state import SCALARS, State, copied, optimizer_state, state_of_one, with_optimizer_state
 
 Shape = tuple[int, ...]
+_layout = attrgetter("layout")
+_dtype = attrgetter("dtype")
+_device = attrgetter("device")
+_is_cpu = attrgetter("is_cpu")  # quicker than the device, which is an object for each call
+_shape = attrgetter("shape")
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,16 +145,8 @@ class PackedState:
         Args:
             states: Not changed. Tensors may become part of the result without a copy.
         """
-        rows: list[Row] = []
         alone: dict[str, State] = {}
-
-        for name, state in states.items():
-            row = _row_of(name, state)
-            if row is None:
-                alone[name] = state
-            else:
-                rows.append(row)
-        columns, unpacked = pack_rows(rows)
+        columns, unpacked = pack_rows(_rows_of(states, alone))
         return cls(tuple(columns), alone | {row.name: states[row.name] for row in unpacked})
 
     @classmethod
@@ -188,6 +186,9 @@ class PackedState:
 # Rows are sorted twice. First by what can be compared without reading a tensor: the frame, keys, types, dtypes and
 # plain values. Then by their scalar tensors, all of a kind read at once, since each read of one waits for its device.
 # What is then in one heap differs in its elementwise tensors alone, and these are concatenated, one call for each key.
+#
+# A thousand rows mostly are of one kind, so they are looked at key by key, a whole column at once: that is a few sets
+# of a thousand attributes, where a description of each row would be a thousand lists of labels.
 
 
 class Row(NamedTuple):
@@ -213,30 +214,55 @@ class Row(NamedTuple):
 
 def pack_rows(rows: Iterable[Row]) -> tuple[list[StateColumns], list[Row]]:
     """Returns the rows in columns, and those that do not pack."""
-    kinds: dict[Hashable, list[tuple[Row, Shape]]] = defaultdict(list)
-    unpacked: list[Row] = []
-    columns: list[StateColumns] = []
-
+    by_frame: dict[Hashable, list[Row]] = defaultdict(list)
     for row in rows:
-        described = _describe(row)
-        if described is None:
-            unpacked.append(row)
-        else:
-            labels, shape = described
-            kinds[row.frame_key, labels].append((row, shape))
+        by_frame[row.frame_key, tuple(row.values)].append(row)
 
-    for of_kind in kinds.values():
-        first = of_kind[0][0].values
-        tensors = [key for key, value in first.items() if isinstance(value, Tensor)]
-        scalars = [key for key in tensors if _is_scalar(key, first[key])]
-        elementwise = [key for key in tensors if key not in scalars]
-        numbers = [_numbers([row.values[key] for row, _ in of_kind]) for key in scalars]
-        by_numbers: dict[Hashable, list[tuple[Row, Shape]]] = defaultdict(list)
-        for shaped, *each in zip(of_kind, *numbers, strict=True):
-            by_numbers[tuple(each)].append(shaped)
-        for equal in by_numbers.values():
-            columns += _columns_of_equal(equal, elementwise)
+    columns: list[StateColumns] = []
+    unpacked: list[Row] = []
+    for of_frame in by_frame.values():
+        shapes = _shapes_if_uniform(of_frame)
+        if shapes is not None:
+            columns += _columns_of_kind(of_frame, shapes)
+            continue
+        kinds: dict[Hashable, list[tuple[Row, Shape]]] = defaultdict(list)
+        for row in of_frame:
+            described = _describe(row)
+            if described is None:
+                unpacked.append(row)
+            else:
+                kinds[described[0]].append((row, described[1]))
+        for of_kind in kinds.values():
+            columns += _columns_of_kind([row for row, _ in of_kind], [shape for _, shape in of_kind])
     return columns, unpacked
+
+
+def _shapes_if_uniform(rows: Sequence[Row]) -> list[Shape] | None:
+    """Returns the shape of each row if `_describe` would give all of them the same labels; None otherwise.
+
+    It asks the same questions of whole columns, and leaves all that is out of the ordinary to `_describe`.
+    """
+    states = [row.values for row in rows]
+    shapes: list[Shape] | None = None
+    for key in states[0]:
+        column = [state[key] for state in states]
+        if set(map(type, column)) != {Tensor} or set(map(_layout, column)) != {torch.strided}:
+            return None
+        if len(set(map(_dtype, column))) > 1:
+            return None
+        if not all(map(_is_cpu, column)) and len(set(map(_device, column))) > 1:
+            return None
+
+        of_key: list[Shape] = list(map(_shape, column))
+        distinct = set(of_key)
+        if key in SCALARS and all(math.prod(shape) == 1 for shape in distinct):
+            if len(distinct) > 1:
+                return None
+        elif shapes is None:
+            shapes = of_key
+        elif shapes != of_key:
+            return None
+    return [()] * len(rows) if shapes is None else shapes
 
 
 def _describe(row: Row) -> tuple[Hashable, Shape] | None:
@@ -264,29 +290,50 @@ def _describe(row: Row) -> tuple[Hashable, Shape] | None:
     return tuple(labels), shape or ()
 
 
-def _columns_of_equal(rows: Sequence[tuple[Row, Shape]], elementwise: Sequence[str]) -> Iterator[StateColumns]:
+def _columns_of_kind(rows: Sequence[Row], shapes: Sequence[Shape]) -> Iterator[StateColumns]:
+    """Yields columns of rows that are equal in all but the numbers in their tensors."""
+    first = rows[0].values
+    tensors = [key for key, value in first.items() if isinstance(value, Tensor)]
+    scalars = [key for key in tensors if _is_scalar(key, first[key])]
+    elementwise = [key for key in tensors if key not in scalars]
+
+    numbers = [_numbers([row.values[key] for row in rows]) for key in scalars]
+    if all(len(set(each)) == 1 for each in numbers):
+        yield from _columns_of_equal(rows, shapes, elementwise)
+        return
+    by_numbers: dict[Hashable, list[int]] = defaultdict(list)
+    for index, each in enumerate(zip(*numbers, strict=True)):
+        by_numbers[each].append(index)
+    for equal in by_numbers.values():
+        yield from _columns_of_equal([rows[i] for i in equal], [shapes[i] for i in equal], elementwise)
+
+
+def _columns_of_equal(
+    rows: Sequence[Row], shapes: Sequence[Shape], elementwise: Sequence[str]
+) -> Iterator[StateColumns]:
     """Yields columns of rows that are equal in all but elementwise tensors.
 
     Large tensors are columns by themselves, which need no copy: to join them would take the memory of the state once
     more, and a column of one costs nothing that its size would not.
     """
-    small: list[tuple[Row, Shape]] = []
+    small: list[int] = []
     batches = [small]
-    for row, shape in rows:
-        if math.prod(shape) <= MAX_NUMEL:
-            small.append((row, shape))
+    for index, numel in enumerate(map(math.prod, shapes)):
+        if numel <= MAX_NUMEL:
+            small.append(index)
         else:
-            batches.append([(row, shape)])
+            batches.append([index])
 
-    frame = rows[0][0].frame
+    frame = rows[0].frame
     hyper = optimizer_state(frame)["param_groups"][0]
     for batch in filter(None, batches):
-        scalars = {key: copied(value) for key, value in batch[0][0].values.items() if key not in elementwise}
+        members = rows if len(batch) == len(rows) else [rows[index] for index in batch]
+        scalars = {key: copied(value) for key, value in members[0].values.items() if key not in elementwise}
         yield StateColumns(
-            tuple(row.name for row, _ in batch),
-            tuple(tuple(shape) for _, shape in batch),
+            tuple(row.name for row in members),
+            tuple(tuple(shapes[index]) for index in batch),
             with_optimizer_state(frame, state_of_one(hyper, scalars)),
-            {key: _joined([row.values[key] for row, _ in batch]) for key in elementwise},
+            {key: _joined([row.values[key] for row in members]) for key in elementwise},
         )
 
 
@@ -297,18 +344,27 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
         return flats[0] if len(flats) == 1 else torch.cat(flats)
 
 
-def _row_of(name: str, state: State) -> Row | None:
-    """Returns the row of one state dict; None when it is not one of a single parameter and plain hyper-parameters."""
-    optimizer = optimizer_state(state)
-    groups = optimizer["param_groups"]
-    if optimizer.keys() != {"state", "param_groups"} or len(groups) != 1 or groups[0].get("params") != [0]:
-        return None
-    if optimizer["state"].keys() - {0} or not (optimizer is state or state.keys() == {"scheduler", "optimizer"}):
-        return None
+def _rows_of(states: Mapping[str, State], alone: dict[str, State]) -> Iterator[Row]:
+    """Yields the row of each state dict; adds those to `alone` that are not of one parameter and plain values."""
+    frames: dict[Hashable, State] = {}  # one for all rows that have an equal one
+    for name, state in states.items():
+        optimizer = optimizer_state(state)
+        groups = optimizer["param_groups"]
+        values = optimizer["state"]
+        is_whole = len(optimizer) == 2 and (optimizer is state or state.keys() == {"scheduler", "optimizer"})
+        if not is_whole or len(groups) != 1 or len(values) > 1 or (values and 0 not in values):
+            alone[name] = state
+            continue
 
-    frame = dict(state) | ({"state": {}} if optimizer is state else {"optimizer": optimizer | {"state": {}}})
-    frame_key = exact_key(frame)
-    return None if frame_key is None else Row(name, optimizer["state"].get(0, {}), frame, frame_key)
+        key = exact_key(groups if optimizer is state else (state["scheduler"], groups))
+        if key is None or groups[0].get("params") != [0]:
+            alone[name] = state
+            continue
+        frame = frames.get(key)
+        if frame is None:
+            of_optimizer = optimizer | {"state": {}}
+            frame = frames[key] = of_optimizer if optimizer is state else {**state, "optimizer": of_optimizer}
+        yield Row(name, values[0] if values else {}, frame, key)
 
 
 def _is_scalar(key: str, value: Tensor) -> bool:
@@ -316,7 +372,9 @@ def _is_scalar(key: str, value: Tensor) -> bool:
 
 
 def _numbers(scalars: Sequence[Tensor]) -> list[Any]:
-    """Returns tensors of one element as numbers, read together."""
+    """Returns tensors of one element, all on one device, as numbers; those of an accelerator are read together."""
+    if scalars[0].device.type == "cpu":
+        return [scalar.item() for scalar in scalars]
     return torch.stack(list(scalars)).reshape(-1).tolist()
 
 

@@ -96,6 +96,8 @@ def gather(params: tuple[Tensor, ...], home: Tensor, buffer: Tensor) -> bool | N
 # parameter is but who else holds its storage.
 
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+DEVICE_TYPES = frozenset({"cpu", "cuda"})
+"""Devices on which packing was tried."""
 MAX_NUMEL = 32_768
 """Parameters beyond this many elements gain nothing from packing: the copy of their gradient costs more than a call."""
 
@@ -113,7 +115,7 @@ def num_aliases(p: Tensor) -> float:
         type(p) not in (Tensor, torch.nn.Parameter)
         or p.layout is not torch.strided
         or p.dtype not in DTYPES
-        or p.device.type not in ("cpu", "cuda")
+        or p.device.type not in DEVICE_TYPES
         or not 0 < p.numel() <= MAX_NUMEL
         or not p.is_contiguous()
         or p.is_neg()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,23 +24,40 @@ from distopt.reduce.messages import BASE, NUM_CHECKSUM_DIGITS
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def tensor_checksum(tensor: Tensor) -> int:
-    """Returns the sum of a tensor's elements taken as whole numbers: any one flipped bit changes it."""
+def tensor_checksums(tensors: Sequence[Tensor]) -> list[int]:
+    """Returns the sum of each tensor's elements taken as whole numbers: any one flipped bit changes it.
+
+    Cost:
+        One pass over the tensors, and one transfer to the host for each device that they are on.
+    """
+    sums = [_bit_sum(tensor) for tensor in tensors]
+    on_host: list[int] = [0] * len(sums)
+    for device in {each.device for each in sums}:
+        indices = [index for index, each in enumerate(sums) if each.device == device]
+        for index, number in zip(indices, torch.stack([sums[index] for index in indices]).tolist(), strict=True):
+            on_host[index] = number
+    return on_host
+
+
+def _bit_sum(tensor: Tensor) -> Tensor:
     real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
     if real.is_sparse:
         real = real.to_dense()
     bits = real.contiguous().view(-1).view(_INTEGER_OF_SIZE[real.dtype.itemsize])
-    return int(bits.sum(dtype=torch.int64))
+    return bits.sum(dtype=torch.int64)
 
 
 def state_checksum(state: Any) -> str:
     """Returns a digest of nested optimizer state: its tensors by their bits, numbers and texts as they are."""
-    return hashlib.blake2b(json.dumps(_as_json(state)).encode(), digest_size=8).hexdigest()
+    return _digest(state, iter(tensor_checksums(list(_tensors(state)))))
 
 
 def checksums(params: Iterable[tuple[str, Tensor]], state: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
     """Returns (checksum of the value, digest of the optimizer's state) by parameter name."""
-    return {name: (tensor_checksum(param), state_checksum(state.get(name))) for name, param in params}
+    pairs = [(name, param, state.get(name)) for name, param in params]
+    tensors = [tensor for _, param, of_param in pairs for tensor in (param, *_tensors(of_param))]
+    sums = iter(tensor_checksums(tensors))
+    return {name: (next(sums), _digest(of_param, sums)) for name, _, of_param in pairs}
 
 
 def combine_checksums(sums: Mapping[str, tuple[int, str]]) -> int:
@@ -70,13 +87,30 @@ def explain_drift(backend: Backend, sums: Mapping[str, tuple[int, str]], step: i
     return DriftError(f"step {step}: the replicas' checksums differed, and are equal now that they are compared again.")
 
 
-def _as_json(value: Any) -> Any:
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yields the tensors of nested state in the order in which `_as_json` comes to them."""
     if isinstance(value, Tensor):
-        return [str(value.dtype), list(value.shape), tensor_checksum(value)]
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _digest(state: Any, sums: Iterator[int]) -> str:
+    """Returns a digest of nested state, whose tensors' checksums are next in `sums`."""
+    return hashlib.blake2b(json.dumps(_as_json(state, sums)).encode(), digest_size=8).hexdigest()
+
+
+def _as_json(value: Any, sums: Iterator[int]) -> Any:
+    if isinstance(value, Tensor):
+        return [str(value.dtype), list(value.shape), next(sums)]
     if isinstance(value, Mapping):
-        return {str(key): _as_json(item) for key, item in value.items()}
+        return {str(key): _as_json(item, sums) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_as_json(item) for item in value]
+        return [_as_json(item, sums) for item in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
 
 

@@ -211,8 +211,8 @@ def _addresses(gradients: Sequence[Tensor | None]) -> list[int] | None:
 
 
 @torch.no_grad()
-def move_out_of_buckets_(layout: Layout, local: LocalGradients) -> None:
-    """Gives each parameter whose gradient lies in a bucket a copy of it.
+def move_out_of_buckets_(layout: Layout, local: LocalGradients, besides: Sequence[Bucket] = ()) -> None:
+    """Gives each parameter whose gradient lies in a bucket a copy of it, but for some buckets.
 
     The optimizer leaves views of the buckets as gradients, and where these are zeroed in place, the next backward pass
     accumulates there. A round overwrites the buckets and may then find that it has to be made again, for which the
@@ -225,6 +225,8 @@ def move_out_of_buckets_(layout: Layout, local: LocalGradients) -> None:
     gradients = local.gradients
     addresses = local.addresses or [0 if each is None or each.is_sparse else each.data_ptr() for each in gradients]
     for bucket in layout.buckets:
+        if bucket in besides:
+            continue
         in_bucket = list(map(addresses.__getitem__, bucket.indices))
         if not any(map(eq, in_bucket, bucket.addresses)):
             continue
@@ -232,6 +234,49 @@ def move_out_of_buckets_(layout: Layout, local: LocalGradients) -> None:
             gradient = gradients[index]
             if address == view_address and gradient is not None:
                 gradients[index] = layout.params[index].grad = gradient.clone()
+
+
+def keep_gradients_(layout: Layout, local: LocalGradients, *, is_safe: bool) -> list[Bucket]:
+    """Sees to it that gradients survive a round that overwrites the buckets and may have to be made again.
+
+    Those that fill a bucket as a whole, as a captured step leaves them, are copied aside in one piece.
+
+    Args:
+        layout: The buckets.
+        local: This rank's gradients.
+        is_safe: Whether the round leaves such buckets as they are.
+
+    Returns:
+        The buckets whose gradients were copied aside, to be restored where the round has to be made again.
+    """
+    whole: list[Bucket] = []
+    if local.complete and not local.changes:
+        whole = [bucket for bucket in layout.buckets if bucket.holds(local.addresses)]
+    if len(whole) < len(layout.buckets):
+        move_out_of_buckets_(layout, local, besides=whole)
+
+    saved = [] if is_safe else whole
+    for bucket in saved:
+        bucket.save_()
+    return saved
+
+
+def zero_in_buckets_(params: Sequence[Tensor], layout: Layout) -> bool:
+    """Zeroes all buckets if they hold the gradients of exactly `params`, none of them large; returns whether they do.
+
+    One call then does what takes one for each parameter.
+    """
+    buckets = [bucket for bucket in layout.buckets if bucket.indices]
+    if len(params) != len(layout.params) or any(bucket.max_numel >= LARGE_NUMEL for bucket in buckets):
+        return False
+    addresses = _addresses(list(map(gradient_of, layout.params)))
+    if not all(map(layout.index.__contains__, map(id, params))):
+        return False
+    if not all(bucket.holds(addresses) for bucket in buckets):
+        return False
+    for bucket in buckets:
+        bucket.flat.zero_()
+    return True
 
 
 class BucketReader:

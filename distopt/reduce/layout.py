@@ -80,6 +80,7 @@ class Bucket:
         views: One per parameter, its gradient in `flat`, in the parameter's shape and dtype.
         addresses: Memory address of each view; -1 for empty ones.
         is_complex: Whether the parameters are complex.
+        max_numel: Elements of the largest gradient.
         is_large: Whether a pass over one of its gradients costs more than a call for each.
         slots: (num_slots,), the control slots in `buffer`; None in the buckets that do not carry them.
     """
@@ -104,18 +105,55 @@ class Bucket:
         self.views = self._segments.views
         self.addresses = [view.data_ptr() if view.numel() else -1 for view in self.views]
         self.is_large = numel > LARGE_NUMEL * len(self.views)
+        self.max_numel = max((spec.numel for spec in specs), default=0)
+        self._saved: Tensor | None = None
+
+    def holds(self, addresses: Sequence[int] | None) -> bool:
+        """Returns whether gradients at these addresses, by index in the layout, lie in this bucket, each in its view.
+
+        A captured step leaves them there, so that nothing needs to be copied.
+        """
+        return (
+            addresses is not None
+            and bool(self.indices)
+            and addresses[self.indices[0]] == self.addresses[0]
+            and list(map(addresses.__getitem__, self.indices)) == self.addresses
+        )
+
+    def save_(self) -> None:
+        """Copies the gradients aside, for `restore_` after a round whose sums are thrown away."""
+        if self._saved is None:
+            self._saved = torch.empty_like(self.flat)
+        self._saved.copy_(self.flat)
+
+    def restore_(self) -> None:
+        """Puts back what `save_` has copied."""
+        assert self._saved is not None
+        self.flat.copy_(self._saved)
 
     @torch.no_grad()
-    def fill_(self, gradients: Sequence[Tensor | None] | None, scale: float, *, complete: bool = False) -> None:
+    def fill_(
+        self,
+        gradients: Sequence[Tensor | None] | None,
+        scale: float,
+        *,
+        complete: bool = False,
+        addresses: Sequence[int] | None = None,
+    ) -> None:
         """Overwrites the bucket with this rank's gradients times `scale`, and zeros where it has none.
 
         Args:
             gradients: By index in the layout; None where this rank has none, or for none at all.
             scale: What the gradients are multiplied by.
             complete: Whether none of them is None and none is sparse.
+            addresses: Memory address of each, if they are known.
         """
         if gradients is None:
             self.buffer.zero_()
+            return
+        if complete and (not self.indices or self.holds(addresses)):
+            if scale != 1.0:
+                self.flat.mul_(scale)
             return
         chosen = list(map(gradients.__getitem__, self.indices))
 
@@ -203,6 +241,14 @@ class Layout:
         slots = self.buckets[0].slots
         assert slots is not None
         self.slots = slots
+
+    def gradient_buffers(self) -> dict[int, Tensor]:
+        """Returns where the gradient of each dense parameter may be left, so that it need not be copied: by id."""
+        return {
+            id(self.params[index]): view
+            for bucket in self.buckets
+            for index, view in zip(bucket.indices, bucket.views, strict=True)
+        }
 
     def _find_carrier(self, members: Sequence[Sequence[int]]) -> int | None:
         """Returns the first bucket in whose dtype small whole numbers are summed exactly (see `messages`)."""

@@ -133,7 +133,8 @@ def write_slots_(slots: Tensor, numbers: float | list[float]) -> None:
     if slots.device.type == "cpu":
         slots.numpy()[:] = numbers  # a tenth of the time that making a tensor of the numbers takes
     else:
-        slots.copy_(torch.tensor(numbers, dtype=slots.dtype))
+        # A copy that blocks would wait until the device has done everything that was started before, backward included.
+        slots.copy_(torch.tensor(numbers, dtype=slots.dtype), non_blocking=True)
 
 
 def read_summary(slots: Tensor, world_size: int) -> RoundSummary:
@@ -155,6 +156,23 @@ def read_summary(slots: Tensor, world_size: int) -> RoundSummary:
         in_step=in_step,
         in_sync=all(_all_equal(numbers, slot, world_size) for slot in range(_CHECKSUM, NUM_SLOTS, 2)),
         touched=numbers[NUM_SLOTS:],
+    )
+
+
+def summary_of_one(message: RankMessage, num_params: int) -> RoundSummary:
+    """Returns what a rank knows that is alone and has a gradient of every parameter."""
+    return RoundSummary(
+        num_active=1,
+        num_changed=0,
+        num_aborts=0,
+        num_stops=int(message.stop),
+        num_nonfinite=int(message.nonfinite),
+        mean_value=message.value,
+        rank_local_square=message.rank_local_square,
+        kind=message.kind,
+        in_step=True,
+        in_sync=True,
+        touched=[1.0] * num_params,
     )
 
 

@@ -26,7 +26,9 @@ from distopt.reduce.gradients import (
     ReducedGradients,
     collect_gradients,
     gradient_of,
+    keep_gradients_,
     move_out_of_buckets_,
+    zero_in_buckets_,
 )
 from distopt.reduce.layout import Bucket, Layout, ParamSpec
 from distopt.reduce.messages import (
@@ -35,6 +37,7 @@ from distopt.reduce.messages import (
     RoundKind,
     RoundSummary,
     read_summary,
+    summary_of_one,
     write_message,
     write_slots_,
 )
@@ -134,7 +137,15 @@ class Reducer:
         if self.options.drift_every_steps and message.step % self.options.drift_every_steps == 0:
             sums = checksums(zip(self.layout.names, self.layout.params, strict=True), self._state())
             message.checksum = combine_checksums(sums)
+        if local is not None and self._scale_before() == 1.0 and is_alone(self, local):
+            with torch.no_grad():
+                for bucket in self.layout.buckets:
+                    self._fill(bucket, local, 1.0)
+            return self._read_out(summary_of_one(message, len(self.layout.names)), local)
         summary = self._round(local, message)
+        if summary.num_aborts or summary.num_changed or not summary.in_step:
+            for bucket in self._saved:
+                bucket.restore_()
 
         if summary.num_aborts or not summary.in_step:
             self.renegotiate(local, message)  # which raises the same error on all ranks
@@ -146,6 +157,12 @@ class Reducer:
             message.has_changes = False
             summary = self._round(local, message)
         return self._read_out(summary, local)
+
+    def zero_(self, params: Iterable[Tensor]) -> None:
+        """Sets the gradient of each parameter that has one to zero, see `DroppedGradients`."""
+        params = tuple(params)
+        if not zero_in_buckets_(params, self.layout):
+            self.dropped.zero_(params)
 
     def abort(self, error: BaseException, step: int) -> None:
         """Takes part in one reduction with an error instead of gradients; the others raise it as `PeerError`."""
@@ -195,6 +212,7 @@ class Reducer:
     def _use_layout(self, layout: Layout) -> None:
         self.layout = layout
         self._reader = BucketReader(layout)
+        self._saved: list[Bucket] = []  # whose gradients were copied aside in the last round
         self._started: dict[Bucket, Any] = {}
         if self._overlap is not None:
             self._overlap.close()
@@ -215,8 +233,12 @@ class Reducer:
     def _round(self, local: LocalGradients | None, message: RankMessage) -> RoundSummary:
         check_alone(self.backend, self)
         layout, overlap = self.layout, self._overlap
+        self._saved = []
         if not self._divides_in_copy and (local is not None or message.kind is RoundKind.SCHEDULE):
-            move_out_of_buckets_(layout, local or LocalGradients(gradients=list(map(gradient_of, layout.params))))
+            gradients = local or LocalGradients(gradients=list(map(gradient_of, layout.params)))
+            # Of one rank alone the plain sum changes nothing, and the round is not made again.
+            is_safe = self.backend.world_size == 1 and type(self._hook) is AllReduce
+            self._saved = keep_gradients_(layout, gradients, is_safe=is_safe)
         if local is not None and local.changes:
             local = None  # this round's sums are thrown away
 
@@ -269,7 +291,7 @@ class Reducer:
         if local is None:
             bucket.fill_(None, scale)
         else:
-            bucket.fill_(local.gradients, scale, complete=local.complete)
+            bucket.fill_(local.gradients, scale, complete=local.complete, addresses=local.addresses)
 
     # An average is a sum over ranks times 1 / (number of active ranks), which is known only after the control slots
     # were summed. The factor is applied in two parts, before and after the sum: before it, what the user
@@ -319,6 +341,18 @@ class Reducer:
         sums = sum_sparse(self.backend, [layout.specs[index] for index in indices], gradients)
         factor = scale * self._scale_before()
         return [(layout.names[i], layout.params[i], total * factor) for i, total in zip(indices, sums, strict=True)]
+
+
+def is_alone(reducer: Reducer, local: LocalGradients) -> bool:
+    """Returns whether a rank has nobody to tell anything, and nothing to sum or to agree on."""
+    return (
+        reducer.backend.world_size == 1
+        and local.complete
+        and not local.changes
+        and type(reducer._hook) is AllReduce
+        and reducer._overlap is None
+        and not is_joining(reducer.backend)
+    )
 
 
 def tensor_of(name: str) -> Tensor | None:

@@ -17,6 +17,12 @@ from distopt.train.loggers import Logger
 STRAGGLER_RATIO = 1.5
 """A rank is a straggler when its work for a step takes this many times as long as the median of the other ranks."""
 
+STRAGGLER_S = 1e-3
+"""Seconds for which a straggler keeps the others waiting in a step, at least: less is the noise of a busy machine."""
+
+MEASURED_STEPS = 20
+"""Steps before a rank can be a straggler: in a run of five, one page fault is a fifth of the mean."""
+
 WARM_UP_STEPS = 2
 """Steps of a process that are not measured, because they agree on parameters and create the optimizer's state."""
 
@@ -99,12 +105,14 @@ class RankPace:
         host: The name of its host.
         work_s: Seconds of a step that the rank works: rows, model, backward, optimizer.
         waiting_s: Seconds of a step that it waits for the gradients of the other ranks.
+        num_steps: Over how many steps these are means.
     """
 
     rank: int
     host: str
     work_s: float
     waiting_s: float
+    num_steps: int
 
 
 class PaceMeter:
@@ -147,7 +155,7 @@ class PaceMeter:
 
         totals = [socket.gethostname(), self._num_steps, self._work_s, self._waiting_s]
         return [
-            RankPace(rank, host, work_s / num_steps, waiting_s / num_steps)
+            RankPace(rank, host, work_s / num_steps, waiting_s / num_steps, num_steps)
             for rank, (host, num_steps, work_s, waiting_s) in enumerate(self._backend.all_gather_json(totals))
             if num_steps > 0
         ]
@@ -155,13 +163,13 @@ class PaceMeter:
 
 def describe_straggler(paces: Sequence[RankPace]) -> str | None:
     """Returns a sentence about the rank that keeps the others waiting; None if no rank does."""
-    if len(paces) < 2:
+    if len(paces) < 2 or min(pace.num_steps for pace in paces) < MEASURED_STEPS:
         return None
 
     # Compared with the median of the others and not with the mean: a second slow rank would hide the first.
     slowest = max(paces, key=lambda pace: pace.work_s)
     usual_s = median(pace.work_s for pace in paces if pace is not slowest)
-    if slowest.work_s < STRAGGLER_RATIO * usual_s:
+    if slowest.work_s < max(STRAGGLER_RATIO * usual_s, usual_s + STRAGGLER_S):
         return None
     return (
         f"rank {slowest.rank} on {slowest.host} is a straggler: its work for a step takes "

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import operator
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import pyro
 import torch
 
 import distopt
 from distopt.backends import Backend
+from distopt.cgroups import available_cores
 from distopt.config import ConfigError, RunConfig, differences
 from distopt.config.plugins import load_reference
 from distopt.rng import seed_all
@@ -28,7 +29,7 @@ def set_up_process(config: RunConfig, backend: Backend) -> None:
         One `all_gather_json`.
     """
     # torch would use all cores in each process, and the processes would slow each other down.
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     node_ranks = backend.all_gather_json(backend.node_rank)
     torch.set_num_threads(max(1, cores // node_ranks.count(backend.node_rank)))
 
@@ -98,11 +99,16 @@ def count_rows(task: Task, backend: Backend) -> int:
     Cost:
         One `all_gather_json`.
     """
-    counts: list[int] = backend.all_gather_json(int(task.rows()))
+    rows = task.rows()
+    counts = backend.all_gather_json(operator.index(rows) if isinstance(rows, SupportsIndex) else repr(rows))
     for rank, count in enumerate(counts):
+        if not isinstance(count, int) or count < 1:
+            raise TaskError(
+                f"task: rows() returned {count} on rank {rank}, expected the number of rows, an int above 0"
+            )
         if count != counts[0]:
             raise TaskError(
                 f"task: rows() is {counts[0]:,} on rank 0 and {count:,} on rank {rank}; every rank must have the whole "
                 "training set, of which batch() is asked for the rows of this rank"
             )
-    return counts[0]
+    return int(counts[0])

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from distopt.config.plugins import load_reference
+from distopt.infer import TensorRows
 
 if TYPE_CHECKING:
     from distopt.train.report import Report
@@ -81,6 +83,14 @@ class Task(ABC):
         """Returns further numbers to log, of the parameters for example; called on rank 0 whenever the run logs."""
         return {}
 
+    def columns(self) -> tuple[Tensor, ...] | None:
+        """Returns what `batch` selects rows of, (rows(), ...) each; None if `batch` does anything else.
+
+        If `batch(rows)` is `tuple(column[rows] for column in columns)`, a captured step selects the rows itself, in its
+        first operations, and `batch` is not called for it.
+        """
+        return None
+
     def collect(self) -> None:  # noqa: B027  # optional
         """Collects what is distributed over the ranks, for `report`; called on all ranks when the run is done."""
 
@@ -118,6 +128,10 @@ class _AdaptedTask(Task):
         metrics: Mapping[str, float] = getattr(self._task, "metrics", super().metrics)()
         return metrics
 
+    def columns(self) -> tuple[Tensor, ...] | None:
+        columns: tuple[Tensor, ...] | None = getattr(self._task, "columns", super().columns)()
+        return columns
+
     def collect(self) -> None:
         getattr(self._task, "collect", super().collect)()
 
@@ -152,16 +166,19 @@ class TaskRows:
 
     def __init__(self, task: Task) -> None:
         self._task = task
+        self._columns = _checked_columns(task)
 
     def __len__(self) -> int:
         return self._task.rows()
 
-    def read(self, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
-        """Returns the arguments of model and guide for these rows.
+    def read(self, rows: NDArray[np.int64]) -> Sequence[Tensor]:
+        """Returns the arguments of model and guide for these rows; rows of columns are selected when they are used.
 
         Raises:
             TaskError: The task returns something else than a tuple. A single tensor would be unpacked into its rows.
         """
+        if self._columns is not None:
+            return TensorRows(self._columns, torch.from_numpy(rows))
         batch = self._task.batch(rows)
         if not isinstance(batch, tuple | list):
             raise TaskError(
@@ -169,3 +186,13 @@ class TaskRows:
                 "guide; for a single argument: `return (x,)`"
             )
         return tuple(batch)
+
+
+def _checked_columns(task: Task) -> tuple[Tensor, ...] | None:
+    columns = task.columns()
+    if columns is None:
+        return None
+    lengths = [len(column) for column in columns]
+    if set(lengths) != {task.rows()}:
+        raise TaskError(f"task: columns() have {lengths} rows, expected {task.rows():,} in each, as rows() says")
+    return tuple(columns)

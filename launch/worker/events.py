@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from distopt import cgroups
 from distopt.launchers import LOGS
 
 
@@ -160,19 +161,12 @@ def oom_kills() -> int:
     A worker that is killed so sees nothing of it, and neither does its parent: the status is that of any SIGKILL. The
     group's counter, before and after, is what tells the two apart.
     """
-    try:
-        groups = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return 0
-
     count = 0
-    for line in groups:
-        _, controllers, path = line.split(":", 2)
-        is_v1 = "memory" in controllers.split(",")
-        root, name = ("/sys/fs/cgroup/memory", "memory.oom_control") if is_v1 else ("/sys/fs/cgroup", "memory.events")
-        try:
-            text = Path(os.path.normpath(root + path), name).read_text()
-        except OSError:
-            continue
-        count += sum(int(number) for number in re.findall(r"^oom_kill (\d+)$", text, re.MULTILINE))
+    for group, _ in cgroups.groups("memory"):
+        for name in ("memory.events", "memory.oom_control"):
+            try:
+                text = (group / name).read_text()
+            except OSError:
+                continue
+            count += sum(int(number) for number in re.findall(r"^oom_kill (\d+)$", text, re.MULTILINE))
     return count

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from distopt.cgroups import available_cores
 from distopt.launchers import (
     CWD_VARIABLE,
     ECHO_VARIABLE,
@@ -58,6 +59,7 @@ class Supervisor:
     Attributes:
         rank: The worker's rank.
         world_size: The number of workers.
+        local_size: Those of them on this host, as far as the launcher says.
         attempt: How often the workers had been started before.
         asked_to_stop: Whether this worker is to end for good.
     """
@@ -105,6 +107,7 @@ class Supervisor:
         rank_info = find_rank() or RankInfo("by hand", 0, 1)
         self.rank = rank_info.rank
         self.world_size = rank_info.world_size
+        self.local_size = rank_info.local_size or 1
 
     def _wait_while_wanted(self) -> bool:
         """Waits a moment; false when this worker has been asked to stop."""
@@ -140,7 +143,8 @@ class Supervisor:
             return False
         log.write(
             f"distopt: the launcher started {self.world_size} worker(s), expected {parse_range(allowed)[0]}. "
-            "Did a host not join? launch.min_hosts allows a world of changing size.\n".encode()
+            "Did a host not join? launch.min_hosts allows a world of changing size. "
+            "Does a platform of your own set RANK and WORLD_SIZE?\n".encode()
         )
         return True
 
@@ -174,6 +178,7 @@ class Supervisor:
     def _start(self, screen: IO[bytes] | None) -> tuple[subprocess.Popen[bytes], int]:
         """Starts the worker, and returns it with the file descriptor of its output."""
         env = {**os.environ, **interface_env(os.environ), "PYTHONUNBUFFERED": "1", **self._secrets()}
+        env.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // self.local_size)))
         if screen is not None:
             reading_end, worker_end = terminal.open_pseudo_terminal(screen)
         else:

@@ -15,9 +15,9 @@ from distopt.backends.world import World, WorldHandle
 from distopt.launchers import RankInfo
 from tests import workers
 
-OWN = "tests.backends.store_backend:StoreBackend"
+REFERENCE = "tests.backends.store_backend:StoreBackend"
 SIZES = (2, 4, 1)
-WORLDS = [(kind, size) for kind in ("torch_dist", "horovod", "mpi", OWN) for size in SIZES]
+WORLDS = [(kind, size) for kind in ("torch_dist", "horovod", "mpi", REFERENCE) for size in SIZES]
 OTHER_STARTS = [("horovod-mpi", 2), ("mpirun-horovod", 2)]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32]
 
@@ -149,7 +149,7 @@ def test_late_rank_is_named_and_the_world_resumes(world):
     for rank, message in enumerate(messages):
         if rank == 1:
             continue
-        if kind == OWN:
+        if kind == REFERENCE:
             assert re.fullmatch(rf"call \d+: rank\(s\) \[1\] of {size} are missing", message)
         else:
             assert "timed out after 1.5 s, waiting for rank 1 (alive, at step 7, phase 'model'). If it is" in message

@@ -17,7 +17,7 @@ from tests.launch.launching import Launched
 from tests.test_launchers import exported, horovodrun, mpich, open_mpi, srun, torchrun
 from tests.workers import free_port
 
-OWN = "tests.backends.store_backend:StoreBackend"
+REFERENCE = "tests.backends.store_backend:StoreBackend"
 
 
 def test_lone_process_gets_a_world_of_one():
@@ -78,6 +78,11 @@ def test_world_of_another_size_is_refused():
         init(world_size=4)
 
 
+def test_timeout_that_is_no_timedelta_is_refused():
+    with pytest.raises(BackendError, match=r"init\(timeout=3\): expected a datetime.timedelta"):
+        init("single", timeout=3)
+
+
 def test_unknown_backend_is_answered_with_the_known_ones():
     with pytest.raises(BackendError, match="backend='gloo': unknown. Known: auto, single, torch_dist, horovod, mpi"):
         init("gloo")
@@ -96,9 +101,9 @@ def test_missing_library_names_the_command_that_installs_it(name, module, fix, m
 
 def test_backend_of_ones_own_is_started_by_its_name_and_found_again(started_as):
     started_as(exported(0, 1) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
-    backend = init(OWN)
+    backend = init(REFERENCE)
     assert isinstance(backend, store_backend.StoreBackend) and (backend.rank, backend.world_size) == (0, 1)
-    assert init(OWN) is init() is current() is backend
+    assert init(REFERENCE) is init() is current() is backend
     with pytest.raises(BackendError, match="this process already uses store"):
         init("single")
     backend.close()

@@ -30,6 +30,7 @@ from distopt.checkpoint.reader import read_manifest
 from distopt.checkpoint.restore import REPLICATED, load_replicated
 from distopt.checkpoint.statefile import StateReader
 from distopt.checkpoint.storage.base import open_storage
+from distopt.optim import PackedState
 
 LARGE_MIB = 1024
 LARGE_ROUNDS, LARGE_S = (3, 7), 25.0
@@ -43,11 +44,11 @@ missed = 0
 def report(what: str, ratios: Iterable[float], limit: float) -> None:
     """Prints the median of some ratios beside what it may not exceed, and their range."""
     global missed
-    found = sorted(ratios)
-    ratio = statistics.median(found)
+    ordered = sorted(ratios)
+    ratio = statistics.median(ordered)
     missed += ratio > limit
     verdict = "ok    " if ratio <= limit else "MISSED"
-    print(f"{verdict} {what}: {ratio:.3f} (at most {limit:.4g}; {found[0]:.3f} to {found[-1]:.3f})", flush=True)
+    print(f"{verdict} {what}: {ratio:.3f} (at most {limit:.4g}; {ordered[0]:.3f} to {ordered[-1]:.3f})", flush=True)
 
 
 def remark(what: str, ratios: Iterable[float]) -> None:
@@ -216,7 +217,14 @@ def small(root: Path, where: str) -> None:
                 keeper._finish()
         folder = root / "small" / f"step-{keeper.steps()[-1]:08d}"
         written = sum(file.stat().st_size for file in folder.iterdir())
+    states = optimizer.get_state()
+    for step in range(SMALL_ROUNDS):
+        for name, work in in_turn(
+            [("from_states", lambda: PackedState.from_states(states)), ("get_state", optimizer.get_state)], step
+        ):
+            sides.add(name, timed(work))
     sides.show()
+    report(f"{where}: packing of pyro.optim's state / its get_state", sides.ratios("from_states", "get_state"), 1.5)
     report(f"{where}: files / bytes of the tensors", [written / size], 1.2)
     report(
         f"{where}: save of everything / PyroOptim.save of the optimizer", sides.ratios("save", "PyroOptim.save"), 1 / 3
@@ -226,11 +234,11 @@ def small(root: Path, where: str) -> None:
 def main(names: list[str]) -> int:
     """Runs all, or those named; returns how many ratios were missed."""
     torch.set_num_threads(1)
-    places = {"disk": Path(tempfile.gettempdir())}
+    folders = {"disk": Path(tempfile.gettempdir())}
     if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 8 * LARGE_MIB << 20:
-        places["memory"] = MEMORY
+        folders["memory"] = MEMORY
     for name, work in (("small", small), ("large", large)):
-        for where, base in places.items():
+        for where, base in folders.items():
             if not names or name in names:
                 with tempfile.TemporaryDirectory(dir=base) as root:
                     work(Path(root), where)

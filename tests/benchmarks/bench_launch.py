@@ -51,7 +51,7 @@ def main() -> int:
         for _ in range(ROUNDS):
             for key, argv in commands.items():
                 times[key].append(seconds(argv, folder))
-    middle = {key: median(found) for key, found in times.items()}
+    middle = {key: median(values) for key, values in times.items()}
     added = middle["distopt"] - middle["torchrun"]
     print(
         f"distopt launch --help            {middle['help']:.3f} s (an empty Python {middle['python']:.3f} s); "

@@ -59,20 +59,20 @@ def measure(num_rows: int) -> dict[str, list[float]]:
     """One rank's part; returns the seconds per step in each round."""
     backend = backends.current()
     data = torch.ones(num_rows, NUM_DIMS)
-    part = data[num_rows * backend.rank // WORKERS : num_rows * (backend.rank + 1) // WORKERS]
+    share = data[num_rows * backend.rank // WORKERS : num_rows * (backend.rank + 1) // WORKERS]
     num_steps = max(2, min(5, 500_000 // num_rows))
-    kinds = {kind: _stepper(kind, part, num_steps) for kind in ("part", "distopt")}
+    kinds = {kind: _stepper(kind, share, num_steps) for kind in ("part", "distopt")}
     if backend.rank == 0:
         kinds["all"] = _stepper("all", data, num_steps)
     times: dict[str, list[float]] = {"all": [], "part": [], "distopt": []}
     for _ in range(max(ROUNDS, 500_000 // num_rows)):
-        for kind, found in times.items():
+        for kind, measured in times.items():
             backend.barrier()
             began = time.perf_counter()
             if kind in kinds:
                 kinds[kind]()
             backend.barrier()  # as slow as the slower rank
-            found.append((time.perf_counter() - began) / num_steps)
+            measured.append((time.perf_counter() - began) / num_steps)
     return times
 
 
@@ -85,17 +85,17 @@ def time_steps(num_rows: int) -> bool:
     from tests.benchmarks.bench_sharded import measure as body  # the ranks cannot find it in __main__
 
     times = world("torch_dist", WORKERS).run(body, num_rows, timeout_s=200)[0]
-    found = {kind: statistics.median(each) for kind, each in times.items()}
+    measured = {kind: statistics.median(each) for kind, each in times.items()}
     # Within a round, so that what else the machine does weighs on both alike.
-    ratio = statistics.median(ours / part for ours, part in zip(times["distopt"], times["part"], strict=True))
+    ratio = statistics.median(ours / share for ours, share in zip(times["distopt"], times["part"], strict=True))
     is_met = ratio <= MOST
     print(f"\n{num_rows:,} datapoints of {NUM_DIMS} numbers, AutoNormal, Adam, {WORKERS} workers; ms per step:")
-    print(f"  Pyro, one process, all data                           {1e3 * found['all']:8.1f}")
-    print(f"  Pyro, each process its part, and a small all-reduce   {1e3 * found['part']:8.1f}")
-    print(f"  distopt, sharded plate                                {1e3 * found['distopt']:8.1f}")
+    print(f"  Pyro, one process, all data                           {1e3 * measured['all']:8.1f}")
+    print(f"  Pyro, each process its part, and a small all-reduce   {1e3 * measured['part']:8.1f}")
+    print(f"  distopt, sharded plate                                {1e3 * measured['distopt']:8.1f}")
     met = "met" if is_met else "NOT met"
     print(f"  against Pyro on its part and the all-reduce: {ratio:.2f} x, required at most {MOST}: {met}")
-    print(f"  against Pyro with all data: {found['all'] / found['distopt']:.2f} x as fast", flush=True)
+    print(f"  against Pyro with all data: {measured['all'] / measured['distopt']:.2f} x as fast", flush=True)
     return is_met
 
 
@@ -104,8 +104,8 @@ def measure_memory(num_rows: int) -> None:
     print(f"\n{num_rows:,} datapoints of {NUM_DIMS} numbers, AutoDelta, Adam; each worker, at most:")
     for world_size in (1, 2, 3, 4):
         world("torch_dist", world_size).run(train, 1000, 2)  # loads what a first step loads
-        found = world("torch_dist", world_size).run(train, num_rows, 3)
-        rows, peak, sent = (max(each[key] for each in found) for key in ("rows", "peak", "bytes"))
+        measured = world("torch_dist", world_size).run(train, num_rows, 3)
+        rows, peak, sent = (max(each[key] for each in measured) for key in ("rows", "peak", "bytes"))
         print(
             f"  {world_size} workers: {rows:9,} datapoints, {peak / 2**20:6.0f} MiB, {sent} bytes sent a step",
             flush=True,

@@ -160,12 +160,12 @@ def report(workload: str, medians: dict[str, float]) -> bool:
 
 def main(arguments: list[str]) -> int:
     """Measures the workloads; returns how many miss their targets."""
-    words = [argument for argument in arguments if argument != "--quick"]
+    names = [argument for argument in arguments if argument != "--quick"]
     has_numpyro = importlib.util.find_spec("numpyro") is not None
     candidates = CANDIDATES if has_numpyro else CANDIDATES[1:]
     missed = 0
     for workload in WORKLOADS:
-        if words and not any(word in workload for word in words):
+        if names and not any(substring in workload for substring in names):
             continue
         medians = measure(workload, candidates, 5.0 if "--quick" in arguments else 30.0)
         missed += not report(workload, medians)

@@ -48,9 +48,9 @@ ENDING = ("stop", "stop-twice", "stop-again", "hang-up")
 """Kinds after which the launcher ends."""
 
 
-def write_config(folder: Path, engine: str) -> Path:
+def write_config(folder: Path, runner: str) -> Path:
     """Writes run.yaml of a run on two workers, whose checkpoints hold all there is to compare."""
-    platform = PLATFORMS[engine]
+    platform = PLATFORMS[runner]
     keys = {
         "name": "chaos",
         "run_dir": str(folder / "run"),
@@ -133,7 +133,7 @@ class Disturbed:
         self.history: list[str] = []
         self.num_launches = 0
         self._began = time.monotonic()
-        self._path = write_config(folder, schedule.engine)
+        self._path = write_config(folder, schedule.runner)
         self._steps = reference_steps(undisturbed) if undisturbed else {}
 
     def play(self) -> list[str]:
@@ -245,7 +245,7 @@ class Disturbed:
         before = self._num_injected()
         (self.folder / FAULTS).write_text("0.2" if event.seconds < LASTING_S else "1")
         self._send(event, launch)
-        if event.target == "launcher" or self.schedule.engine not in RESTARTING:
+        if event.target == "launcher" or self.schedule.runner not in RESTARTING:
             self._end(launch)
             launch = self._launch()
             launch.fired.append(event)
@@ -327,7 +327,7 @@ class Disturbed:
 
     def _may_fail(self, launch: Launch) -> bool:
         """Whether what happened lets a launch end before its run is done."""
-        if self.schedule.engine in RESTARTING:
+        if self.schedule.runner in RESTARTING:
             return any(event.kind not in ("pause",) and not _healed(event) for event in launch.fired)
         return any(event.kind != "pause" for event in launch.fired)
 
@@ -448,7 +448,7 @@ class Disturbed:
 
 
 def _healed(event: Event) -> bool:
-    """Whether an engine that restarts workers must get over it."""
+    """Whether a runner that restarts workers must get over it."""
     return event.kind == "kill" and event.target in ("0", "1") and event.moment != "start"
 
 
@@ -472,8 +472,8 @@ def reference_steps(folder: Path) -> dict[int, dict[str, int]]:
     return {rank: {batch: step for step, batch in enumerate(life.batches)} for (rank, _), life in lives(folder).items()}
 
 
-def run_undisturbed(folder: Path, engine: str) -> None:
+def run_undisturbed(folder: Path, runner: str) -> None:
     """Makes the run that disturbed ones are compared with."""
     folder.mkdir()
-    problems = (run := Disturbed(Schedule(-1, engine, ()), folder, None)).play()
+    problems = (run := Disturbed(Schedule(-1, runner, ()), folder, None)).play()
     assert not problems, run.report()

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ENGINES = ("local", "torchrun", "horovodrun", "mpirun")
+RUNNERS = ("local", "torchrun", "horovodrun", "mpirun")
 STOPS = ("SIGTERM", "SIGINT", "SIGHUP")
 
 
@@ -40,14 +40,14 @@ class Event:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A run on one engine, and its disturbances in their order."""
+    """A run on one runner, and its disturbances in their order."""
 
     seed: int
-    engine: str
+    runner: str
     events: tuple[Event, ...]
 
     def __str__(self) -> str:
-        return f"seed {self.seed} over {self.engine}: " + "; ".join(map(str, self.events))
+        return f"seed {self.seed} over {self.runner}: " + "; ".join(map(str, self.events))
 
 
 def _stop(chance: random.Random, moment: tuple[str, float]) -> Event:
@@ -123,11 +123,11 @@ def enabled_kinds() -> tuple[str, ...]:
     return kinds if chosen else tuple(kind for kind in kinds if kind not in PENDING)
 
 
-def draw(seed: int, kinds: Sequence[str], engines: Sequence[str] = ENGINES) -> Schedule:
-    """Draws an engine and one to four events; the same arguments give the same schedule."""
+def draw(seed: int, kinds: Sequence[str], runners: Sequence[str] = RUNNERS) -> Schedule:
+    """Draws a runner and one to four events; the same arguments give the same schedule."""
     chance = random.Random(seed)
-    engine = engines[seed % len(engines)]
-    return Schedule(seed, engine, tuple(_event(chance, kinds) for _ in range(chance.randint(1, 4))))
+    runner = runners[seed % len(runners)]
+    return Schedule(seed, runner, tuple(_event(chance, kinds) for _ in range(chance.randint(1, 4))))
 
 
 def _event(chance: random.Random, kinds: Sequence[str]) -> Event:

@@ -11,15 +11,15 @@ import pytest
 
 from distopt.launch.platforms.mpi import find_mpirun
 from tests.chaos.disturbed import Disturbed, run_undisturbed
-from tests.chaos.schedule import ENGINES, KINDS, PENDING, draw, enabled_kinds
+from tests.chaos.schedule import KINDS, PENDING, RUNNERS, draw, enabled_kinds
 
 NUM_QUICK, NUM_SLOW = 8, 300
 
 
-def available_engines() -> tuple[str, ...]:
+def available_runners() -> tuple[str, ...]:
     missing = {"horovodrun"} if find_spec("horovod") is None else set()
     missing |= {"mpirun"} if find_mpirun() is None else set()
-    return tuple(engine for engine in ENGINES if engine not in missing)
+    return tuple(runner for runner in RUNNERS if runner not in missing)
 
 
 def chosen_seeds(count: int) -> list[int]:
@@ -35,13 +35,13 @@ def kinds_here() -> tuple[str, ...]:
 
 def play_all(seeds: list[int], folder: Path) -> None:
     """Plays each seed, two at a time, and prints what it was."""
-    undisturbed, kinds, engines = folder / "undisturbed", kinds_here(), available_engines()
+    undisturbed, kinds, runners = folder / "undisturbed", kinds_here(), available_runners()
     run_undisturbed(undisturbed, "local")
 
     def play(seed: int) -> Disturbed:
-        own = folder / str(seed)
-        own.mkdir()
-        run = Disturbed(draw(seed, kinds, engines), own, undisturbed)
+        of_seed = folder / str(seed)
+        of_seed.mkdir()
+        run = Disturbed(draw(seed, kinds, runners), of_seed, undisturbed)
         run.play()
         print("\n".join(run.history), flush=True)
         return run
@@ -67,7 +67,7 @@ def test_schedule_follows_from_its_seed_and_every_kind_comes_up():
     assert draw(7, tuple(KINDS)) == draw(7, tuple(KINDS))
     drawn = [draw(seed, tuple(KINDS)) for seed in range(NUM_SLOW)]
     assert {event.kind for schedule in drawn for event in schedule.events} == set(KINDS)
-    assert {schedule.engine for schedule in drawn} == set(ENGINES)
+    assert {schedule.runner for schedule in drawn} == set(RUNNERS)
     assert PENDING.keys() <= KINDS.keys()
 
 

@@ -18,6 +18,7 @@ from distopt.checkpoint.failpoint import failpoint
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.reader import CheckedFile, candidates, verify
 from distopt.checkpoint.retention import Retention, remove_leftovers, retain
+from distopt.checkpoint.storage import posix
 from distopt.checkpoint.storage.posix import PosixStorage, PosixWriteStream
 
 TIMEOUT = timedelta(seconds=10)
@@ -68,17 +69,17 @@ def plant(fault: str) -> None:
     if fault == "no-fsync":
         PosixWriteStream.close = PosixWriteStream.abandon
     elif fault == "no-folder-fsync":
-        PosixStorage._sync = lambda self, path: None
+        posix._synced = lambda path: nullcontext()
     else:
         raise ValueError(fault)
 
 
 if __name__ == "__main__":
-    place, wait_s = (0, 1), TIMEOUT
+    position, wait_s = (0, 1), TIMEOUT
     for argument in sys.argv[3:]:
         if "/" in argument:
             rank, size, seconds = argument.split("/")
-            place, wait_s = (int(rank), int(size)), timedelta(seconds=float(seconds))
+            position, wait_s = (int(rank), int(size)), timedelta(seconds=float(seconds))
         else:
             plant(argument)
-    save(Path(sys.argv[1]), int(sys.argv[2]), *place, wait_s)
+    save(Path(sys.argv[1]), int(sys.argv[2]), *position, wait_s)

@@ -69,7 +69,7 @@ def points(scratch: Path) -> list[Point]:
         shutil.rmtree(scratch / "dry")
         start(scratch / "dry")
     counts: Counter[str] = Counter()
-    found: list[Point] = []
+    collected: list[Point] = []
     locked = False
     for line in log.read_text().splitlines():
         match = re.match(r"(\w+)\(", line)
@@ -78,10 +78,10 @@ def points(scratch: Path) -> list[Point]:
         counts[match[1]] += 1
         locked = locked or f'"{scratch}/dry/.lock"' in line
         if locked:
-            found.append(Point(match[1], counts[match[1]], "O_CREAT" in line))
+            collected.append(Point(match[1], counts[match[1]], "O_CREAT" in line))
         if line.startswith("rmdir(") and "/.del-" in line:
             break
-    return found
+    return collected
 
 
 def acknowledged(output: str, before: int) -> int:
@@ -91,17 +91,17 @@ def acknowledged(output: str, before: int) -> int:
 
 def violations(root: Path, acked: int, latest: int) -> list[str]:
     """Returns what is wrong after a fault: an acknowledged step lost or mixed, or the next save failing."""
-    found = []
+    collected = []
     try:
         newest = driver.newest_good(root)
         if not acked <= newest <= latest:
-            found.append(f"step {acked} was acknowledged, the newest good one is {newest}")
+            collected.append(f"step {acked} was acknowledged, the newest good one is {newest}")
         driver.save(root, latest + 1)
         if driver.newest_good(root) != latest + 1:
-            found.append("the next save is not the newest good one")
+            collected.append("the next save is not the newest good one")
         left = {path.name for path in root.iterdir()} - {".lock"}
         if any(name.startswith(".") for name in left):
-            found.append(f"leftovers: {sorted(left)}")
+            collected.append(f"leftovers: {sorted(left)}")
     except Exception as error:
-        found.append(f"{type(error).__name__}: {error}")
-    return found
+        collected.append(f"{type(error).__name__}: {error}")
+    return collected

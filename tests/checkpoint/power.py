@@ -72,10 +72,10 @@ def _attack(kind: str, scratch: Path, targets: Sequence[Target], world_size: int
         for rank, call, number in targets:
             output = _save(mount / "run", step + 1, faults.killing(call, number), rank, world_size, planted)
             _cut(device, mount)
-            found = faults.violations(mount / "run", faults.acknowledged(output, step), step + 1)
+            violations = faults.violations(mount / "run", faults.acknowledged(output, step), step + 1)
             step += 2
-            if found:
-                wrong[f"rank {rank}, {call}-{number}"] = found
+            if violations:
+                wrong[f"rank {rank}, {call}-{number}"] = violations
                 shutil.rmtree(mount / "run")
                 faults.start(mount / "run")
                 step = 2
@@ -86,10 +86,10 @@ def _save(root: Path, step: int, strace: tuple[str, ...], victim: int, world_siz
     """Saves on all ranks until `victim` dies or is done; the other one soon follows, as the power goes for all."""
     ranks = []
     for rank in range(world_size):
-        place = [f"{rank}/{world_size}/{TIMEOUT_S}"]
+        position = [f"{rank}/{world_size}/{TIMEOUT_S}"]
         # Followers have their bug alone: a rank 0 with it would be found out by itself.
         bug = [planted] if planted and rank == world_size - 1 else []
-        argv = faults.command(root, step, *place, *bug, strace=strace if rank == victim else ())
+        argv = faults.command(root, step, *position, *bug, strace=strace if rank == victim else ())
         ranks.append(subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
     ranks[victim].wait(TIMEOUT_S)
     if world_size > 1:

@@ -24,7 +24,7 @@ def die(*args: Any, **settings: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Told(Line):
+class LoggedLine(Line):
     """The straight line, with a file of this life's batches.
 
     Args:
@@ -42,7 +42,7 @@ class Told(Line):
         return super().batch(rows)
 
 
-class Dying(Told):
+class Dying(LoggedLine):
     """Each life of the run but the last ends in another phase of its work, on one rank and then on the other."""
 
     PHASES = ("init", "first collective", "forward", "backward", "reduce", "optimizer", "save", "exit")
@@ -62,7 +62,7 @@ class Dying(Told):
             atexit.register(die)
 
     def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
-        found = super().batch(rows)
+        arguments = super().batch(rows)
         if self._read == self.NUM_BATCHES:
             if self._phase == "reduce":
                 torch.distributed.all_reduce = die
@@ -70,7 +70,7 @@ class Dying(Told):
                 sys.modules[torch.optim.Adam.__module__].adam = die  # what each step of Adam calls
             elif self._phase == "save":
                 os.environ["DISTOPT_FAILPOINT"] = "after_write:kill"
-        return found
+        return arguments
 
     def model(self, x: Tensor, y: Tensor) -> None:
         super().model(x, y)

@@ -26,20 +26,20 @@ def test_chunks_are_cut_at_their_multiples_whatever_the_pieces_and_the_offset(se
     cuts = sorted(chance.sample(range(len(raw) + 1), min(len(raw), chance.randint(0, 8))))
     bounds = zip([0, *cuts], [*cuts, len(raw)], strict=True)
     offset = chance.randint(0, 25)
-    found = list(by_chunk([memoryview(raw)[start:stop] for start, stop in bounds], offset))
-    assert b"".join(bytes(piece) for _, chunk in found for piece in chunk) == raw
-    indices = [index for index, _ in found]
-    assert indices == list(range(offset // 10, offset // 10 + len(found)))
+    split = list(by_chunk([memoryview(raw)[start:stop] for start, stop in bounds], offset))
+    assert b"".join(bytes(piece) for _, chunk in split for piece in chunk) == raw
+    indices = [index for index, _ in split]
+    assert indices == list(range(offset // 10, offset // 10 + len(split)))
     ends = offset
-    for index, chunk in found:
+    for index, chunk in split:
         ends += sum(map(len, chunk))
         assert ends <= (index + 1) * 10
         assert ends == (index + 1) * 10 or index == indices[-1]
 
 
 def test_pieces_of_wider_items_count_by_their_bytes(small_chunks):
-    found = list(by_chunk([memoryview(bytes(24)).cast("d")]))
-    assert [(index, sum(map(len, chunk))) for index, chunk in found] == [(0, 10), (1, 10), (2, 4)]
+    split = list(by_chunk([memoryview(bytes(24)).cast("d")]))
+    assert [(index, sum(map(len, chunk))) for index, chunk in split] == [(0, 10), (1, 10), (2, 4)]
 
 
 def test_digest_is_that_of_the_bytes_however_they_are_cut():

@@ -22,8 +22,8 @@ def test_inspect_and_verify_tell_what_is_there_and_what_is_broken(tmp_path):
         checkpointer.save(3, progress={"epoch": 1})
         checkpointer.save(4)
     seen = command("inspect", tmp_path, "--tensors").output
-    for words in ("step 4, 1 rank(s)", "step 3", '{"epoch": 1}', '{"seed": 7}', "replicated/params/weights/value: F32"):
-        assert words in seen
+    for text in ("step 4, 1 rank(s)", "step 3", '{"epoch": 1}', '{"seed": 7}', "replicated/params/weights/value: F32"):
+        assert text in seen
     whole = command("verify", tmp_path)
     assert whole.exit_code == 0 and whole.output.count("whole") == 2
     path = tmp_path / "step-00000004" / "replicated.safetensors"
@@ -33,6 +33,23 @@ def test_inspect_and_verify_tell_what_is_there_and_what_is_broken(tmp_path):
     assert "BAD" in broken.output and "replicated.safetensors has 100 bytes, its manifest says" in broken.output
     missing = command("verify", tmp_path / "nowhere")
     assert missing.exit_code == 1 and "no checkpoint there" in missing.output
+
+
+def test_run_is_found_by_its_name_as_the_other_commands_find_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with checkpointer(tmp_path / "runs/mine/checkpoints") as keeper:
+        keeper.save(1)
+    for arguments in (
+        ("inspect", "mine"),
+        ("verify", "mine"),
+        ("inspect", "runs/mine"),
+        ("verify", tmp_path / "runs/mine"),
+    ):
+        seen = command(*arguments)
+        assert (seen.exit_code, "mine/checkpoints/step-00000001" in seen.output) == (0, True), seen.output
+    assert command("export", "mine", "params.pt").exit_code == 0
+    (tmp_path / "mine").mkdir()  # a folder of that name comes first
+    assert "no checkpoint there" in command("inspect", "mine").output
 
 
 def test_checkpoint_that_its_run_deletes_while_it_is_verified_is_not_called_bad(tmp_path):
@@ -60,7 +77,7 @@ def test_commands_say_in_one_line_what_is_wrong_with_what_they_are_given(tmp_pat
     for name, content in files.items():
         torch.save(content, tmp_path / name)
     to = ("--to", tmp_path / "run")
-    for arguments, words in [
+    for arguments, text in [
         (("inspect", tmp_path / "text.txt"), "text.txt: a file; a checkpoint is a folder"),
         (("verify", good / "step-00000001" / "manifest.json"), "manifest.json: a file; a checkpoint is a folder"),
         (("verify", good / "step-00000002"), "no checkpoint there"),
@@ -76,7 +93,7 @@ def test_commands_say_in_one_line_what_is_wrong_with_what_they_are_given(tmp_pat
         (("import", tmp_path / "text.txt", *to), "text.txt: not a file of tensors, numbers and constraints"),
         (("import", tmp_path / "lacks.pt", "--step", "-3", *to), "step -3: steps are whole numbers"),
     ]:
-        found = command(*arguments)
-        assert found.exit_code == 1, arguments
-        assert words in found.output and found.output.count("\n") == 1, found.output
+        result = command(*arguments)
+        assert result.exit_code == 1, arguments
+        assert text in result.output and result.output.count("\n") == 1, result.output
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("step-*"))

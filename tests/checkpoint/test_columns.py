@@ -33,7 +33,7 @@ def test_rows_of_every_kind_when_put_into_tables_come_back_in_their_order(seed, 
 @pytest.mark.parametrize("damage", ["too few", "too many", "no table", "no column"])
 def test_tables_that_do_not_fit_their_rows_are_refused(damage):
     tables = []
-    placed = tabulate({name: {"value": torch.zeros(2)} for name in "abc"}, tables)
+    table = tabulate({name: {"value": torch.zeros(2)} for name in "abc"}, tables)
     if damage == "too few":
         tables[0]["columns"]["value"].pop()
     elif damage == "too many":
@@ -43,4 +43,4 @@ def test_tables_that_do_not_fit_their_rows_are_refused(damage):
     else:
         tables[0]["columns"].clear()
     with pytest.raises(CorruptCheckpointError, match="table of state"):
-        untabulate(placed, tables)
+        untabulate(table, tables)

@@ -58,9 +58,9 @@ def attack(scratch, name, *strace):
     root = scratch / name
     shutil.copytree(scratch / "start", root, symlinks=True)
     result = faults.save(root, 3, *strace)
-    found = faults.violations(root, faults.acknowledged(result.stdout, 2), 3)
+    violations = faults.violations(root, faults.acknowledged(result.stdout, 2), 3)
     shutil.rmtree(root)
-    return result, found
+    return result, violations
 
 
 @needs_strace
@@ -70,8 +70,8 @@ def test_save_when_killed_at_any_system_call_loses_no_acknowledged_checkpoint(po
     assert len(targets) >= 30, f"only {len(targets)} calls were found: has strace changed what it prints?"
 
     def kill(point):
-        result, found = attack(tmp_path, str(point), *faults.killing(point.call, point.number))
-        return [] if result.returncode != 0 else ["it was not killed"], found
+        result, violations = attack(tmp_path, str(point), *faults.killing(point.call, point.number))
+        return [] if result.returncode != 0 else ["it was not killed"], violations
 
     with ThreadPoolExecutor(2) as pool:
         wrong = {str(point): both for point, both in zip(targets, pool.map(kill, targets), strict=True) if any(both)}
@@ -88,17 +88,21 @@ def test_save_when_any_system_call_fails_either_acknowledges_truthfully_or_fails
     def fail(target):
         point, error = target
         inject = f"inject={point.call}:error={error}:when={point.number}"
-        result, found = attack(
+        result, violations = attack(
             tmp_path, f"{point}-{error}", "-o", "/dev/null", "-e", f"trace={point.call}", "-e", inject
         )
         if result.returncode == 0 and "ACK 3" not in result.stdout:
-            found.append("neither acknowledged nor failed")
+            violations.append("neither acknowledged nor failed")
         if result.returncode != 0 and "Error" not in result.stderr:
-            found.append("failed without a word")
-        return found
+            violations.append("failed without a word")
+        return violations
 
     with ThreadPoolExecutor(2) as pool:
-        wrong = {str(target): found for target, found in zip(targets, pool.map(fail, targets), strict=True) if found}
+        wrong = {
+            str(target): violations
+            for target, violations in zip(targets, pool.map(fail, targets), strict=True)
+            if violations
+        }
     assert wrong == {}
 
 
@@ -162,8 +166,8 @@ def test_two_ranks_when_the_power_fails_at_calls_of_either_lose_no_acknowledged_
 def test_harness_when_the_second_rank_leaves_out_its_fsync_finds_it(tmp_path):
     needs_power_cuts("xfs")
     targets = [(0, "unlinkat", 1), (0, "rmdir", 1)]
-    found = power.cut_everywhere("xfs", tmp_path, targets, world_size=2, planted="no-fsync", timeout_s=60)
-    assert found.keys() == {"rank 0, unlinkat-1", "rank 0, rmdir-1"}
+    violations = power.cut_everywhere("xfs", tmp_path, targets, world_size=2, planted="no-fsync", timeout_s=60)
+    assert violations.keys() == {"rank 0, unlinkat-1", "rank 0, rmdir-1"}
 
 
 def save_on_two(root, step, failpoint, timeout_s):
@@ -200,19 +204,21 @@ def test_ranks_when_one_is_lost_at_any_message_commit_or_abort_together(action, 
         shutil.copytree(tmp_path / "start", root)
         ranks = save_on_two(root, 3, f"{point}:rank{rank}:{action}", timeout_s=3)
         newest = driver.newest_good(root)
-        found = [f"acknowledged, but {newest} is the newest" for _, acked, _ in ranks if acked and newest != 3]
+        violations = [f"acknowledged, but {newest} is the newest" for _, acked, _ in ranks if acked and newest != 3]
         status, acked, err = ranks[1 - rank]
         if not acked and status == 0:
-            found.append("the survivor neither acknowledged nor failed")
+            violations.append("the survivor neither acknowledged nor failed")
         if newest == 3 and not acked:
-            found.append("committed, and the survivor does not know")
+            violations.append("committed, and the survivor does not know")
         if newest != 3 and not re.search(r"rank(\(s\) \[| )\d", err):
-            found.append(f"the survivor names no rank: {err[-300:]}")
-        return found + faults.violations(root, max(2, newest), 3)
+            violations.append(f"the survivor names no rank: {err[-300:]}")
+        return violations + faults.violations(root, max(2, newest), 3)
 
     cases = [(point, rank) for point in POINTS for rank in range(2)]
     with ThreadPoolExecutor(4) as pool:
-        wrong = {case: found for case, found in zip(cases, pool.map(attack, cases), strict=True) if found}
+        wrong = {
+            case: violations for case, violations in zip(cases, pool.map(attack, cases), strict=True) if violations
+        }
     assert wrong == {}
 
 

@@ -76,10 +76,10 @@ class _Odd:
 
 def test_ranks_that_disagree_all_raise_the_same(tmp_path):
     world = workers.world("torch_dist", 2)
-    said = world.run(_disagree, str(tmp_path / "a"), "value")
-    assert said[0] == said[1] and "rank 1 of 2: rank/objects/odd: a builtins.object cannot be saved" in said[0]
-    said = world.run(_disagree, str(tmp_path / "b"), "step")
-    assert said[0] == said[1] and "ranks save different steps: [1, 2]" in said[0]
+    errors = world.run(_disagree, str(tmp_path / "a"), "value")
+    assert errors[0] == errors[1] and "rank 1 of 2: rank/objects/odd: a builtins.object cannot be saved" in errors[0]
+    errors = world.run(_disagree, str(tmp_path / "b"), "step")
+    assert errors[0] == errors[1] and "ranks save different steps: [1, 2]" in errors[0]
     with pytest.raises(workers.RankFailed, match=r"rank\(s\) \[1\] of 2 do not see what rank 0 writes"):
         world.run(_disagree, str(tmp_path / "c"), "directory")
 
@@ -104,7 +104,7 @@ def _save_to_url(url):
 
 def test_url_on_several_ranks_must_be_one_place(tmp_path):
     world = workers.world("torch_dist", 2)
-    for said in world.run(_open_memory, "memory://run"):
-        assert "rank(s) [1] of 2 do not see what rank 0 writes there" in said
+    for errors in world.run(_open_memory, "memory://run"):
+        assert "rank(s) [1] of 2 do not see what rank 0 writes there" in errors
     assert world.run(_save_to_url, f"file://{tmp_path}/run") == [2, 2]
     assert [one.manifest.world_size for one in candidates(open_storage(f"file://{tmp_path}/run"))] == [2, 2]

@@ -129,25 +129,25 @@ def train(name, directory, *, stop=STEPS, saves=(), resume="never", rank=0, worl
 
 
 def digest(optimizer):
-    found = hashlib.sha256()
+    observed = hashlib.sha256()
 
     def add(value):
         if isinstance(value, torch.Tensor):
-            found.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            observed.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
         elif isinstance(value, dict):
             for key in sorted(value, key=str):
-                found.update(str(key).encode())
+                observed.update(str(key).encode())
                 add(value[key])
         elif isinstance(value, (list, tuple)):
             for item in value:
                 add(item)
         else:
-            found.update(repr(value).encode())
+            observed.update(repr(value).encode())
 
     add(dict(pyro.get_param_store().named_parameters()))
     add(optimizer.get_state())
     add(torch.rand(3))
-    return found.hexdigest()
+    return observed.hexdigest()
 
 
 def stop_and_resume(name, directory, stops, **here):
@@ -199,10 +199,10 @@ ALL = list(OPTIMIZERS)
 @pytest.mark.timeout(600)
 def test_run_on_several_ranks_when_stopped_and_resumed_equals_the_undisturbed_run(kind, size, names, stops, tmp_path):
     ranks = workers.world(kind, size).run(_stop_and_resume, str(tmp_path), names, stops, timeout_s=500)
-    for found in ranks:
-        for name, (whole, resumed) in found.items():
+    for observed in ranks:
+        for name, (whole, resumed) in observed.items():
             assert resumed == whole, name
-    losses = [found["exponential"][0][0][0] for found in ranks]
+    losses = [observed["exponential"][0][0][0] for observed in ranks]
     assert all(losses[0] != other for other in losses[1:])  # each rank has noise and rows of its own
 
 

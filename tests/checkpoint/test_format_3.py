@@ -170,13 +170,13 @@ def restore_two_ranks(directory):
     optimizer = distopt.optim.DistributedOptimizer(
         distopt.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.5})
     )
-    norm, counter, own = nn.BatchNorm1d(2), Counter(0), Counter(0)
+    norm, counter, private = nn.BatchNorm1d(2), Counter(0), Counter(0)
     with sharded_plate("rows", len(rows)):
         pyro.param("local", torch.zeros(len(rows), 2), event_dim=1)
     with Checkpointer(
         directory,
         {"optimizer": optimizer, "norm": norm, "counter": counter},
-        per_rank={"own": own},
+        per_rank={"own": private},
         config={"name": "two", "reduce": {"op": "average"}, "sizes": [1, 2]},
     ) as checkpointer:
         restored = checkpointer.restore()
@@ -201,7 +201,7 @@ def restore_two_ranks(directory):
     torch.testing.assert_close(norm.running_var, kept + (1 - kept) * factor**2 * torch.tensor([2.0, 18.0]))
     assert norm.num_batches_tracked == 4
     assert counter.value == 5
-    assert own.value == (backend.rank + 10 if backend.world_size == 2 else 0)
+    assert private.value == (backend.rank + 10 if backend.world_size == 2 else 0)
     assert_rng_is_seeded(seed_of(7, 4, backend.rank))
 
 

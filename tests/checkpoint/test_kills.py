@@ -31,7 +31,7 @@ EVERY, BATCH, SEED = 10, 100, 1
 LIFE_S = 120
 
 
-def run_config(folder, num_steps, task="Told"):
+def run_config(folder, num_steps, task="LoggedLine"):
     """A run with a schedule, whose checkpoints hold all there is to compare."""
     folder.mkdir()
     return config(
@@ -49,12 +49,12 @@ def run_config(folder, num_steps, task="Told"):
 
 def lives(folder):
     """Returns the batches of each process by (rank, pid), the oldest first; a line may still be half written."""
-    found = {}
+    observed = {}
     for path in sorted(folder.glob("batches-*.jsonl"), key=lambda path: path.stat().st_mtime_ns):
         _, rank, pid = path.stem.split("-")
         lines = path.read_text().split("\n")[:-1]
-        found[int(rank), int(pid)] = [json.loads(line) for line in lines]
-    return found
+        observed[int(rank), int(pid)] = [json.loads(line) for line in lines]
+    return observed
 
 
 def wait_for_life(folder, known, num_batches, run):

@@ -37,7 +37,7 @@ def test_directory_without_permission_is_refused_for_an_ordinary_user(tmp_path):
         "os.setuid(65534)\ntry: PosixStorage(Path(sys.argv[1])).lock().__enter__()\n"
         "except PermissionError as error: print(error)"
     )
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", script, str(closed)], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert f"Permission denied: '{closed}" in found.stdout, found.stderr
+    assert f"Permission denied: '{closed}" in done.stdout, done.stderr

@@ -140,7 +140,7 @@ def _restore_rank_state(directory):
 def test_run_on_other_numbers_of_ranks_goes_on_with_replicated_state_and_defined_noise(tmp_path, caplog):
     saved = workers.world("torch_dist", 2).run(_save_rank_state, str(tmp_path), [1, 2])
     same = workers.world("torch_dist", 2).run(_restore_rank_state, str(tmp_path))
-    assert [(mean, noise) for _, _, mean, noise in same] == [tuple(rank) for rank in saved]
+    assert [(mean, drawn) for _, _, mean, drawn in same] == [tuple(rank) for rank in saved]
     assert saved[0][0] != saved[1][0]  # batch statistics are each rank's own
     norm = torch.nn.BatchNorm1d(2)
     caplog.set_level(logging.WARNING)

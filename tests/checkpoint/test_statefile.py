@@ -99,14 +99,14 @@ def test_rows_when_read_alone_are_checked_and_equal_those_read_with_the_rest(tmp
     storage, folder = commit_state(tmp_path, state)
     manifest = verify(storage, folder)
     wanted = {"large": (rows // 2, rows // 2 + 7), "small": (2, 5)}
-    found = read_rows(storage, folder, manifest, wanted)
+    rows_read = read_rows(storage, folder, manifest, wanted)
     for name, (start, stop) in wanted.items():
-        assert torch.equal(found[name], state[name][start:stop])
+        assert torch.equal(rows_read[name], state[name][start:stop])
     path = tmp_path / folder / "replicated.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1  # in a chunk that the rows of "large" do not touch
     path.write_bytes(raw)
-    assert torch.equal(read_rows(storage, folder, manifest, wanted)["large"], found["large"])
+    assert torch.equal(read_rows(storage, folder, manifest, wanted)["large"], rows_read["large"])
     raw[rows // 2 * 400 + 1000] ^= 1
     path.write_bytes(raw)
     with pytest.raises(CorruptCheckpointError):

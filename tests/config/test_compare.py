@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from distopt.config import compare
 from distopt.config.compare import ABSENT, comparable, differences
 
 
@@ -33,6 +36,23 @@ def test_config_of_an_older_version_is_comparable_with_one_of_today():
     assert list(differences(comparable(old), comparable(today))) == []
     assert list(differences(comparable(old), comparable(changed))) == [("reduce.backward_passes_per_step", ABSENT, 4)]
     assert today["reduce"]["groups"] == []  # it is a copy that lost the key
+
+
+@pytest.mark.parametrize("key", ["later", "optim.later", "optim.clip.later"])
+def test_key_that_came_later_may_stand_at_any_depth(key, monkeypatch):
+    monkeypatch.setattr(compare, "ADDED_LATER", {key: 1})
+    old = {"seed": 7, "optim": {"clip": {"clip_norm": 2.0}}}
+
+    def today(value):
+        config = {"seed": 7, "optim": {"clip": {"clip_norm": 2.0}}}
+        section = config
+        for name in key.split(".")[:-1]:
+            section = section[name]
+        section["later"] = value
+        return config
+
+    assert comparable(today(1)) == comparable(old) == old
+    assert list(differences(comparable(old), comparable(today(2)))) == [(key, ABSENT, 2)]
 
 
 def test_what_is_no_config_is_returned_as_it_is():

@@ -20,7 +20,7 @@ def test_hosts_are_read_from_a_hostfile_and_recorded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "override", "said"),
+    ("text", "override", "expected"),
     [
         ("node1 slots=2", "launch.workers=3", "launch: workers: found 3, but node1 has 2 slots in "),
         ("node1 two", "launch.workers=1", "hosts:1: found 'node1 two', expected `name`, `name:4` or `name slots=4`"),
@@ -29,12 +29,12 @@ def test_hosts_are_read_from_a_hostfile_and_recorded(tmp_path):
         ("-oProxyCommand=x", "launch.workers=1", "launch.hosts.0: found '-oProxyCommand=x'"),
     ],
 )
-def test_hostfile_that_cannot_be_meant_is_refused(text, override, said, tmp_path):
+def test_hostfile_that_cannot_be_meant_is_refused(text, override, expected, tmp_path):
     (tmp_path / "hosts").write_text(text)
     with pytest.raises(ConfigError) as refused:
         parse_config(MINIMAL, [f"launch.hostfile={tmp_path}/hosts", override])
     (problem,) = refused.value.problems
-    assert said in problem
+    assert expected in problem
 
 
 def test_hostfile_without_slots_says_so(tmp_path):

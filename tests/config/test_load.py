@@ -39,7 +39,7 @@ def test_unknown_key_is_answered_in_the_form_of_the_style_guide():
 
 
 @pytest.mark.parametrize(
-    ("yaml", "said"),
+    ("yaml", "message"),
     [
         ("bucket_mib: 3", "bucket_mib: unknown key. Did you mean reduce.bucket_mib?"),
         (
@@ -67,6 +67,11 @@ def test_unknown_key_is_answered_in_the_form_of_the_style_guide():
         ("script: train.py", "found both of task and script"),
         ("script_args: [a]", "found script_args without script"),
         ("launch: {env: {A: [1]}}", "launch.env.A: found [1] (list), expected a string."),
+        (
+            "launch: {env: {A: on}}",
+            "launch.env.A: found True (bool), expected a string. Put it in quotes; YAML reads on,",
+        ),
+        ("launch: {hosts: [7]}", "launch.hosts.0: found 7 (int), expected a string. Put it in quotes."),
         ("launch: {env: {API_KEY: x}}", "launch.secrets: [API_KEY]"),
         ("seed: ${oc.env:HF_TOKEN}", "name it in launch.secrets: [HF_TOKEN]"),
         ("seed: ${nowhere.at.all}", "seed: Interpolation key 'nowhere.at.all' not found"),
@@ -75,17 +80,30 @@ def test_unknown_key_is_answered_in_the_form_of_the_style_guide():
         ("optim: {args: {lr: .nan}, clip: {clip_norm: .inf}}", "optim.clip.clip_norm: found inf (float)"),
     ],
 )
-def test_mistake_names_file_key_found_and_expected(yaml, said):
+def test_mistake_names_file_key_found_and_expected(yaml, message):
     (problem,) = problems(MINIMAL + yaml)
     assert problem.startswith(SOURCE + ": ")
-    assert said in problem
+    assert message in problem
+
+
+@pytest.mark.parametrize(("yaml", "message"), [("name: 7", "name: found 7 (int)"), ("seed: 1", "name: missing")])
+def test_mistake_in_the_name_is_no_mistake_in_the_folder_that_follows_from_it(yaml, message):
+    (problem,) = problems(f"{yaml}\nscript: train.py")
+    assert f"{SOURCE}: {message}" in problem
+
+
+@pytest.mark.parametrize(("time", "expected"), [("30", "30"), ("1:30:00", "1:30:00"), ("2-12", "2-12"), ("'90'", "90")])
+def test_time_limit_is_read_as_sbatch_reads_it(time, expected):
+    config = parse_config(MINIMAL + f"launch: {{slurm: {{time: {time}}}}}")
+    assert config.launch.slurm.time == expected
+    assert parse_config(dump_yaml(config)) == config
 
 
 def test_all_mistakes_come_at_once_and_those_of_the_command_line_say_so():
-    found = problems(MINIMAL + "sed: 1\nlog: {every_steps: -1}", "launch.wokers=2", "train.num_steps=x")
-    assert len(found) == 4
-    assert [text for text in found if text.startswith("command line: ")] == [
-        text for text in found if "wokers" in text or "num_steps" in text
+    mistakes = problems(MINIMAL + "sed: 1\nlog: {every_steps: -1}", "launch.wokers=2", "train.num_steps=x")
+    assert len(mistakes) == 4
+    assert [text for text in mistakes if text.startswith("command line: ")] == [
+        text for text in mistakes if "wokers" in text or "num_steps" in text
     ]
 
 

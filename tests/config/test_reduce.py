@@ -19,7 +19,8 @@ from distopt.config import ConfigError, ReduceConfig, ReduceOptions, parse_confi
         ({"power_sgd_rank": 0}, "power_sgd_rank=0 should be greater than or equal to 1"),
         ({"drift_every_steps": -1}, "drift_every_steps=-1 should be greater than or equal to 0"),
         ({"backward_passes_per_step": 0}, "backward_passes_per_step=0 should be greater than or equal to 1"),
-        ({"groups": "x"}, "groups='x' should be a valid integer or a valid tuple"),
+        ({"groups": "x"}, "groups: found 'x', expected a number of groups, or lists of names such as [[a, b], [c]]"),
+        ({"groups": ["a"], "bucket_mib": 0}, "bucket_mib=0 should be greater than 0; groups: found ['a'], expected"),
         ({"overlap": 1}, "overlap=1 should be a valid boolean"),
         ({"bucket_mb": 8}, "bucket_mb: unknown option of ReduceOptions. Did you mean bucket_mib?"),
         (
@@ -62,7 +63,10 @@ def test_section_of_the_yaml_has_every_option_and_two_more() -> None:
     ("reduce", "message"),
     [
         ("op: avg", "reduce.op: found 'avg' (str), expected one of average, sum, adasum. Did you mean average?"),
-        ("groups: [a]", "reduce.groups: found ['a'] (list), expected an integer or a valid tuple."),
+        (
+            "groups: [a]",
+            "reduce.groups: found ['a'], expected a number of groups, or lists of names such as [[a, b], [c]]",
+        ),
         ("overlap: true, op: adasum", "reduce: op='adasum' sends several messages"),
     ],
 )

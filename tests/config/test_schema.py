@@ -27,8 +27,8 @@ def test_every_key_has_a_description():
         sections = [schema, *schema["$defs"].values()]  # a $ref repeats the description of the section it names
         return [
             name
-            for part in sections
-            for name, key in part["properties"].items()
+            for each in sections
+            for name, key in each["properties"].items()
             if not {"description", "$ref"} & set(key)
         ]
 

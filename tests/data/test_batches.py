@@ -44,9 +44,9 @@ def test_weights_make_the_mean_over_ranks_the_loss_of_the_global_batch(size):
     num_rows, global_batch, world_size, seed = size
     loss = np.random.default_rng(0).normal(size=num_rows)  # of each row
     ranks = [GlobalBatches(num_rows, global_batch, seed, rank, world_size) for rank in range(world_size)]
-    parts = [batches.weight * num_rows * loss[batches.rows(3)].mean() for batches in ranks]
+    shares = [batches.weight * num_rows * loss[batches.rows(3)].mean() for batches in ranks]
     whole = num_rows * loss[GlobalBatches(num_rows, global_batch, seed).rows(3)].mean()
-    assert np.mean(parts) == pytest.approx(whole)
+    assert np.mean(shares) == pytest.approx(whole)
 
 
 def test_order_depends_on_seed_and_step_and_not_on_the_steps_asked_before():
@@ -60,10 +60,10 @@ def test_order_depends_on_seed_and_step_and_not_on_the_steps_asked_before():
 
 
 def test_no_global_batch_takes_all_rows_at_each_step_and_shares_them():
-    parts = [GlobalBatches(7, None, rank=rank, world_size=3) for rank in range(3)]
+    shares = [GlobalBatches(7, None, rank=rank, world_size=3) for rank in range(3)]
     for step in (0, 5):
-        assert [part.rows(step).tolist() for part in parts] == [[0, 1], [2, 3], [4, 5, 6]]
-    assert [part.weight for part in parts] == [pytest.approx(6 / 7), pytest.approx(6 / 7), pytest.approx(9 / 7)]
+        assert [share.rows(step).tolist() for share in shares] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert [share.weight for share in shares] == [pytest.approx(6 / 7), pytest.approx(6 / 7), pytest.approx(9 / 7)]
 
 
 @pytest.mark.parametrize(

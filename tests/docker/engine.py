@@ -39,7 +39,7 @@ runtime = "runc"
 def missing() -> str | None:
     """Says what this machine lacks to build and run images."""
     if os.geteuid() != 0:
-        return "not root"
+        return "needs root: run it with sudo"
     absent = [tool for tool in TOOLS if shutil.which(tool) is None]
     packages = "buildah podman runc catatonit debootstrap iproute2"
     return f"no {', '.join(absent)} here; apt-get install {packages}" if absent else None
@@ -76,7 +76,7 @@ class Engine:
     def call(self, *command: str | Path, check: bool = True, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Runs a command against this storage and returns what it printed."""
         done = subprocess.run(
-            [str(part) for part in command], capture_output=True, text=True, env=self.environment, timeout=timeout
+            [str(arg) for arg in command], capture_output=True, text=True, env=self.environment, timeout=timeout
         )
         if check and done.returncode:
             raise AssertionError(f"{' '.join(map(str, command))}: {done.returncode}\n{done.stdout}\n{done.stderr}")
@@ -86,7 +86,7 @@ class Engine:
         """Starts a command against this storage, its output going to a file."""
         with log.open("wb") as out:
             return subprocess.Popen(
-                [str(part) for part in command], env=self.environment, stdout=out, stderr=subprocess.STDOUT
+                [str(arg) for arg in command], env=self.environment, stdout=out, stderr=subprocess.STDOUT
             )
 
     def has(self, image: str) -> bool:
@@ -95,8 +95,8 @@ class Engine:
 
     def inspect(self, image: str) -> dict[str, Any]:
         """Returns what is known of an image: its configuration, size and history."""
-        found: dict[str, Any] = json.loads(self.call("podman", "image", "inspect", image).stdout)[0]
-        return found
+        result: dict[str, Any] = json.loads(self.call("podman", "image", "inspect", image).stdout)[0]
+        return result
 
     def make_base(self) -> None:
         """Makes a stand-in for the official Python image from Debian's packages alone, with no host's name in it."""
@@ -161,17 +161,17 @@ class Engine:
 def mirror() -> str:
     """Returns the mirror that this machine's apt uses."""
     policy = subprocess.run(["apt-cache", "policy", "base-files"], capture_output=True, text=True, check=True).stdout
-    found = [url for url in re.findall(r"https?://\S+", policy) if "security" not in url]
-    if not found:
+    result = [url for url in re.findall(r"https?://\S+", policy) if "security" not in url]
+    if not result:
         raise AssertionError("apt-cache policy base-files names no mirror; run apt-get update")
-    return found[0]
+    return result[0]
 
 
 def pip_settings() -> Mapping[str, str]:
     """Returns pip's settings on this machine, those of its environment last."""
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
-    found = sorted(re.findall(r"^(global|:env:)\.([\w-]+)='(.*)'$", listed.stdout, re.MULTILINE), reverse=True)
-    return {key: value for _, key, value in found}
+    result = sorted(re.findall(r"^(global|:env:)\.([\w-]+)='(.*)'$", listed.stdout, re.MULTILINE), reverse=True)
+    return {key: value for _, key, value in result}
 
 
 def foreign_certificates() -> list[str]:

@@ -27,8 +27,8 @@ def network(num_hosts: int) -> Iterator[list[str]]:
     """
     names = [f"distopt-pod{index}" for index in range(num_hosts)]
 
-    def ip(*words: str) -> None:
-        subprocess.run(["ip", *words], check=True, capture_output=True, timeout=20)
+    def ip(*args: str) -> None:
+        subprocess.run(["ip", *args], check=True, capture_output=True, timeout=20)
 
     made = []
     try:
@@ -74,12 +74,12 @@ def podman_run(
         command += [f"--add-host={name}-{number}:{SUBNET}.{number + 1}"] if number == index else []
     command += [f"--env={key}={value}" for key, value in env.items()]
     command += _mounts(pod, container, volumes)
-    words = [_fill(word, env) for word in [*container.get("command", ()), *container.get("args", ())]]
+    args = [_fill(arg, env) for arg in [*container.get("command", ()), *container.get("args", ())]]
     if container.get("command"):
         command += ["--entrypoint="]
     if "workingDir" in container:
         command += [f"--workdir={container['workingDir']}"]
-    return [*command, container["image"], *words]
+    return [*command, container["image"], *args]
 
 
 def _value(entry: Mapping[str, Any], index: int) -> str:
@@ -91,9 +91,9 @@ def _value(entry: Mapping[str, Any], index: int) -> str:
     return {"status.podIP": f"{SUBNET}.{index + 1}"}[path]
 
 
-def _fill(word: str, env: Mapping[str, str]) -> str:
+def _fill(arg: str, env: Mapping[str, str]) -> str:
     """Fills `$(NAME)` in as Kubernetes does: unknown names stay, `$$(NAME)` is the text `$(NAME)`."""
-    return re.sub(r"\$(\$\([A-Za-z_]\w*\))|\$\(([A-Za-z_]\w*)\)", lambda m: m[1] or env.get(m[2], m[0]), word)
+    return re.sub(r"\$(\$\([A-Za-z_]\w*\))|\$\(([A-Za-z_]\w*)\)", lambda m: m[1] or env.get(m[2], m[0]), arg)
 
 
 def _security(pod: Mapping[str, Any], container: Mapping[str, Any]) -> list[str]:

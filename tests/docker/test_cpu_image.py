@@ -87,9 +87,9 @@ def test_nothing_of_the_building_machine_is_in_the_image(engine: Engine, root: P
     for name in ("hostname", "resolv.conf", "apt/sources.list", "pip.conf"):
         path = root / "etc" / name
         assert not path.exists() or path.read_text() == "", name
-    told = json.dumps([image, json.loads(engine.call("podman", "history", "--format=json", IMAGE).stdout)])
+    history = json.dumps([image, json.loads(engine.call("podman", "history", "--format=json", IMAGE).stdout)])
     for host in engines.package_hosts():
-        assert host not in told
+        assert host not in history
     trusted = [*root.glob("etc/ssl/certs/*.crt"), *root.glob("usr/local/share/ca-certificates/**/*.crt")]
     trusted += root.glob("opt/venv/lib/python3*/site-packages/**/cacert.pem")
     assert trusted
@@ -129,9 +129,9 @@ def test_the_health_check_fails_while_the_run_s_endpoint_says_that_it_is_stalled
         assert container.stdin is not None
         assert container.stdout is not None
 
-        def health(said: str) -> int:
+        def health(healthz: str) -> int:
             assert container.stdout is not None
-            assert container.stdout.readline() == f"{said}\n"
+            assert container.stdout.readline() == f"{healthz}\n"
             return engine.call("podman", "healthcheck", "run", "distopt-health", check=False).returncode
 
         try:
@@ -187,8 +187,8 @@ class Job:
         return subprocess.run(inside, capture_output=True, text=True, timeout=30).stdout
 
     def step(self, index: int) -> int:
-        found = re.search(r"^distopt_step (\S+)", self.ask(index, "/metrics"), re.MULTILINE)
-        return int(float(found[1])) if found else -1
+        match = re.search(r"^distopt_step (\S+)", self.ask(index, "/metrics"), re.MULTILINE)
+        return int(float(match[1])) if match else -1
 
     def checkpoints(self) -> list[int]:
         return sorted(int(path.name.removeprefix("step-")) for path in self.volume.glob("flights/checkpoints/step-*"))
@@ -282,8 +282,8 @@ def test_mpirun_reaches_the_other_pod_by_the_job_s_key_and_a_pod_with_another_ke
         command += [f"--network=ns:/run/netns/{hosts[index]}", f"--volume={keys}:/home/mpiuser/.ssh:ro"]
         engine.call(*command, IMAGE, "/usr/sbin/sshd", "-De")
 
-    def from_first(*words: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        return engine.call("podman", "exec", "mpi-0", *words, check=False, timeout=timeout)
+    def from_first(*args: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        return engine.call("podman", "exec", "mpi-0", *args, check=False, timeout=timeout)
 
     program = (
         "from mpi4py import MPI; import socket; world = MPI.COMM_WORLD;"

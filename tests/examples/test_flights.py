@@ -104,9 +104,9 @@ def test_short_training_predicts_better_than_the_baseline_and_reports_each_carri
     report = Report("flights")
     report.table = lambda title, columns, rows, note="": printed.append((title, [row[0] for row in rows]))  # type: ignore[method-assign]
     write(flights, report)
-    told = dict(printed)
-    assert sorted(told["Which carriers are late"]) == sorted(flights.data.levels["carrier"])
-    assert told["Which hours are late"] == [f"{hour}:00" for hour in range(5, 24)]
+    shown = dict(printed)
+    assert sorted(shown["Which carriers are late"]) == sorted(flights.data.levels["carrier"])
+    assert shown["Which hours are late"] == [f"{hour}:00" for hour in range(5, 24)]
 
 
 @pytest.mark.parametrize("guide", ["AutoDelta", "AutoNormal"])

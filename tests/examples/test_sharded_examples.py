@@ -39,13 +39,13 @@ def _train(make: Any, arguments: dict[str, Any], num_steps: int, lr: float) -> d
     svi = SVI(task.model, task.guide, distributed, pyro.infer.Trace_ELBO())
     svi.init(*batch)
     losses = [svi.step(*batch) for _ in range(num_steps)]
-    found: dict[str, Any] = {"losses": losses}
+    result: dict[str, Any] = {"losses": losses}
     if make is Components:
-        found["explained"] = task.explained()
+        result["explained"] = task.explained()
     else:
         task.collect()
-        found["effects"] = {name: value.numpy() for name, value in task.effects.items()}
-    return found
+        result["effects"] = {name: value.numpy() for name, value in task.effects.items()}
+    return result
 
 
 def test_components_explain_what_those_of_sklearn_do() -> None:

@@ -8,9 +8,9 @@ import pytest
 
 
 @pytest.fixture
-def same_noise_in_every_row() -> Iterator[None]:
+def same_draws_in_every_row() -> Iterator[None]:
     """Float64, and 0.3 in place of each standard normal number, so that one process and many draw alike."""
-    from tests.infer.one_process import same_noise
+    from tests.infer.one_process import same_draws
 
-    with same_noise():
+    with same_draws():
         yield

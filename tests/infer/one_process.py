@@ -16,7 +16,7 @@ from distopt.sharding import LocalParameter, local_parameter
 
 
 @contextmanager
-def same_noise() -> Iterator[None]:
+def same_draws() -> Iterator[None]:
     """Float64, and 0.3 in place of each standard normal number, so that one process and many draw alike."""
 
     def constant(shape: Any, dtype: torch.dtype, device: Any) -> Tensor:
@@ -87,11 +87,11 @@ def gradients_of_all(run: Callable[[Any], float], data: Any, entries: dict[str, 
     return Gradients(loss, grads)
 
 
-def assert_same(found: Gradients, expected: Gradients, relative: float = 1e-10) -> None:
+def assert_same(actual: Gradients, expected: Gradients, relative: float = 1e-10) -> None:
     """Asserts equal losses and gradients."""
-    assert abs(found.loss - expected.loss) <= relative * abs(expected.loss)
-    assert found.by_name.keys() == expected.by_name.keys()
+    assert abs(actual.loss - expected.loss) <= relative * abs(expected.loss)
+    assert actual.by_name.keys() == expected.by_name.keys()
     for name, grad in expected.by_name.items():
         torch.testing.assert_close(
-            found.by_name[name], grad, rtol=relative, atol=relative, msg=lambda m, n=name: f"{n}: {m}"
+            actual.by_name[name], grad, rtol=relative, atol=relative, msg=lambda m, n=name: f"{n}: {m}"
         )

@@ -44,7 +44,7 @@ def train(num_rows: int, num_steps: int) -> dict[str, Any]:
     Bytes are those of the last step. Memory is the peak of resident memory over what was there before.
     """
     backend = backends.current()
-    num_own = num_rows * (backend.rank + 1) // backend.world_size - num_rows * backend.rank // backend.world_size
+    num_local = num_rows * (backend.rank + 1) // backend.world_size - num_rows * backend.rank // backend.world_size
     sent: list[int] = []
     all_reduce = backend.all_reduce
 
@@ -55,7 +55,7 @@ def train(num_rows: int, num_steps: int) -> dict[str, Any]:
     sharded = shard(model, "rows")
     guide = shard(AutoDelta(sharded, init_loc_fn=_start), "rows")
     svi = SVI(sharded, guide, optim.DistributedOptimizer(optim.Adam({"lr": 0.01})), Trace_ELBO())
-    data = torch.ones(num_own, NUM_DIMS)
+    data = torch.ones(num_local, NUM_DIMS)
     # Big blocks go back to the system when they are freed, so that the peak is what is held, not how it lies in the
     # heap.
     library = ctypes.CDLL(None)

@@ -95,7 +95,7 @@ def float64() -> Iterator[None]:
 def parameters_of_all() -> dict[str, Tensor]:
     """Returns this rank's replicated parameters, and the local ones of all ranks."""
     local = local_parameters()
-    found = {name: value.detach().clone() for name, value in pyro.get_param_store().items() if name not in local}
+    params = {name: value.detach().clone() for name, value in pyro.get_param_store().items() if name not in local}
     for name in local:
-        found |= gather_local(name)
-    return found
+        params |= gather_local(name)
+    return params

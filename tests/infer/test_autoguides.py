@@ -31,7 +31,7 @@ from distopt.sharding import LocalParameterError, local_parameters
 from tests.infer.one_process import assert_same, gradients_of_all, gradients_of_ranks
 from tests.infer.sharded_models import DATA, SHARDS, W, init, mixture, nested, normal_normal, two_plates
 
-pytestmark = pytest.mark.usefixtures("same_noise_in_every_row")
+pytestmark = pytest.mark.usefixtures("same_draws_in_every_row")
 
 
 def list_of_guides(model: Callable[..., Any]) -> AutoGuideList:
@@ -92,12 +92,12 @@ def test_gradients_of_unequal_shards_are_those_of_one_process_with_all_data(case
         seen.update(local_parameters())
         return float(loss)
 
-    found = gradients_of_ranks(run_shard, SHARDS)
+    gradients = gradients_of_ranks(run_shard, SHARDS)
     assert bool(seen) == ("amortized" not in case)
-    assert all(any(part in name for part in ("z", "offset", "bias")) for name in seen)
+    assert all(any(fragment in name for fragment in ("z", "offset", "bias")) for name in seen)
     expected = gradients_of_all(lambda x: float(elbo.loss_and_grads(model, make_guide(model), x)), DATA, seen)
-    assert_same(found, expected)
-    assert any(grad.abs().max() > 1e-3 for grad in found.by_name.values())
+    assert_same(gradients, expected)
+    assert any(grad.abs().max() > 1e-3 for grad in gradients.by_name.values())
 
 
 def test_discrete_guide_keeps_the_probabilities_of_each_datapoint() -> None:
@@ -114,11 +114,11 @@ def test_discrete_guide_keeps_the_probabilities_of_each_datapoint() -> None:
         sharded = shard(mixture, "rows", num_shards=W)
         return run(sharded, shard(discrete(sharded), "rows", num_shards=W), x)
 
-    found = gradients_of_ranks(run_shard, SHARDS)
+    gradients = gradients_of_ranks(run_shard, SHARDS)
     entries = local_parameters()
     assert "AutoGuideList.1.cluster_probs" in entries
     expected = gradients_of_all(lambda x: run(mixture, discrete(mixture), x), DATA, entries)
-    assert_same(found, expected)
+    assert_same(gradients, expected)
 
 
 JOINT = [

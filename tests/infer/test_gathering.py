@@ -42,7 +42,7 @@ def _run_gather(directory: str) -> dict[str, Any]:
     rank = backends.current().rank
     start = sum(SIZES[:rank])
     _state_rows(None, list(range(start, start + SIZES[rank])))
-    found: dict[str, Any] = {
+    gathered: dict[str, Any] = {
         "all": gather_local("z")["guide.locs.z"].tolist(),
         "some": gather_local("w", rows=[6, 2])["w"].tolist(),
         "unknown": _error(lambda: gather_local("q")),
@@ -51,25 +51,25 @@ def _run_gather(directory: str) -> dict[str, Any]:
     write_local(directory)
     pyro.clear_param_store()
     _state_rows(SCATTERED[rank], SCATTERED[rank])
-    found["scattered"] = gather_local("w")["w"].tolist()
+    gathered["scattered"] = gather_local("w")["w"].tolist()
     doubled = 2 * torch.tensor(SCATTERED[rank])[None, :]
-    found["values"] = gather_rows(doubled, "cells", rows=np.array([5, 1, 7]), dim=1).tolist()
+    gathered["values"] = gather_rows(doubled, "cells", rows=np.array([5, 1, 7]), dim=1).tolist()
     pyro.clear_param_store()
     _state_rows([0, 1, rank + 2], [0, 1, rank + 2])
-    found["doubly"] = _error(lambda: gather_local("z", rows=[3, 0]))
-    return found
+    gathered["doubly"] = _error(lambda: gather_local("z", rows=[3, 0]))
+    return gathered
 
 
 def test_gathered_rows_are_those_asked_for_on_every_rank_and_files_hold_them(tmp_path: Path) -> None:
     (tmp_path / "local-00004-of-00005.safetensors").write_bytes(b"left by another world")
-    for found in world("torch_dist", 3).run(_run_gather, str(tmp_path)):
-        assert found["all"] == list(range(8))
-        np.testing.assert_allclose(found["some"], [[60.5, 61.5], [20.5, 21.5]])
-        assert "'q'" in found["unknown"] and "guide.locs.z, w" in found["unknown"]
-        assert "rows 8 held by 0 of 3" in found["beyond"]
-        np.testing.assert_allclose(found["scattered"], [[10 * n + 0.5, 10 * n + 1.5] for n in range(8)])
-        assert found["values"] == [[10], [2], [14]]
-        assert "rows 0 held by 3 of 3" in found["doubly"]
+    for gathered in world("torch_dist", 3).run(_run_gather, str(tmp_path)):
+        assert gathered["all"] == list(range(8))
+        np.testing.assert_allclose(gathered["some"], [[60.5, 61.5], [20.5, 21.5]])
+        assert "'q'" in gathered["unknown"] and "guide.locs.z, w" in gathered["unknown"]
+        assert "rows 8 held by 0 of 3" in gathered["beyond"]
+        np.testing.assert_allclose(gathered["scattered"], [[10 * n + 0.5, 10 * n + 1.5] for n in range(8)])
+        assert gathered["values"] == [[10], [2], [14]]
+        assert "rows 0 held by 3 of 3" in gathered["doubly"]
     assert len(list(tmp_path.iterdir())) == 3
     assert read_local(tmp_path, "guide.locs.z").tolist() == list(range(8))
     np.testing.assert_allclose(read_local(tmp_path, "w", rows=[7, 3, 0]), [[70.5, 71.5], [30.5, 31.5], [0.5, 1.5]])

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distopt import backends, optim
 from distopt.infer import SVI, shard
-from tests.infer.one_process import same_noise
+from tests.infer.one_process import same_draws
 from tests.infer.sharded_models import parameters_of_all
 from tests.workers import world
 
@@ -156,7 +156,7 @@ def _cell2location() -> ModuleType:
 def train_in_pyro(case: str, num_steps: int) -> tuple[dict[str, Tensor], float]:
     """Returns parameters and last loss of Pyro alone, in this process, with all data."""
     chosen, num_rows = CASES[case], sum(CASES[case].sizes[1])
-    with same_noise():
+    with same_draws():
         pyro.clear_param_store()
         model, make_guide = chosen.make(num_rows)
         svi = pyro.infer.SVI(model, make_guide(model), pyro.optim.Adam({"lr": LR}), Trace_ELBO())
@@ -169,7 +169,7 @@ def _run_shard(case: str, num_steps: int) -> tuple[dict[str, Any], float, int]:
     backend, chosen = backends.current(), CASES[case]
     sizes = chosen.sizes[backend.world_size]
     first, num_rows = sum(sizes[: backend.rank]), sizes[backend.rank]
-    with same_noise():
+    with same_draws():
         published, make_guide = chosen.make(num_rows)
         model = shard(published, chosen.plates, replicated=["*"])
         guide = make_guide(model)
@@ -177,18 +177,18 @@ def _run_shard(case: str, num_steps: int) -> tuple[dict[str, Any], float, int]:
             guide = shard(guide, chosen.plates[0], **chosen.guide_options)
         svi = SVI(model, guide, optim.DistributedOptimizer(optim.Adam({"lr": LR})), Trace_ELBO())
         losses = [svi.step(*chosen.batch(first, num_rows, step)) for step in range(num_steps)]
-        store, found = pyro.get_param_store(), parameters_of_all()
-        num_own = sum(store[name].numel() for name in found if store[name].shape != found[name].shape)
-        return {name: value.numpy() for name, value in found.items()}, losses[-1], num_own
+        store, params = pyro.get_param_store(), parameters_of_all()
+        num_local = sum(store[name].numel() for name in params if store[name].shape != params[name].shape)
+        return {name: value.numpy() for name, value in params.items()}, losses[-1], num_local
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_published_model_trained_on_two_and_three_workers_has_the_parameters_of_one_pyro_process(case: str) -> None:
     expected, expected_loss = train_in_pyro(case, 40)
     for world_size in (2, 3):
-        for found, loss, num_own in world("torch_dist", world_size).run(_run_shard, case, 40):
-            assert found.keys() == expected.keys()
-            assert num_own > 0, "nothing was sharded"
+        for params, loss, num_local in world("torch_dist", world_size).run(_run_shard, case, 40):
+            assert params.keys() == expected.keys()
+            assert num_local > 0, "nothing was sharded"
             assert loss == pytest.approx(expected_loss, rel=1e-9)
             for name, value in expected.items():
-                np.testing.assert_allclose(found[name], value.numpy(), rtol=1e-6, atol=1e-9, err_msg=name)
+                np.testing.assert_allclose(params[name], value.numpy(), rtol=1e-6, atol=1e-9, err_msg=name)

@@ -88,9 +88,9 @@ def expected() -> Result:
 def test_flights_with_aircraft_split_over_workers_give_the_parameters_of_one_pyro_process(world_size: int) -> None:
     alone = world_size == 1
     results = [_run_shard(NUM_STEPS)] if alone else world("torch_dist", world_size).run(_run_shard, NUM_STEPS)
-    for found in results:
+    for params in results:
         for optimizer, (values, loss) in expected().items():
-            assert found[optimizer][1] == pytest.approx(loss, rel=1e-9)
-            assert found[optimizer][0].keys() == values.keys()
+            assert params[optimizer][1] == pytest.approx(loss, rel=1e-9)
+            assert params[optimizer][0].keys() == values.keys()
             for name, value in values.items():
-                np.testing.assert_allclose(found[optimizer][0][name], value, rtol=1e-6, atol=1e-8, err_msg=name)
+                np.testing.assert_allclose(params[optimizer][0][name], value, rtol=1e-6, atol=1e-8, err_msg=name)

@@ -24,7 +24,7 @@ from distopt.sharding import LocalParameterError, local_parameters
 from tests.infer.one_process import assert_same, gradients_of_all, gradients_of_ranks
 from tests.infer.sharded_models import DATA, SHARDS, W, init, mixture, nested, normal_normal, outside
 
-pytestmark = pytest.mark.usefixtures("same_noise_in_every_row")
+pytestmark = pytest.mark.usefixtures("same_draws_in_every_row")
 
 
 @pytest.mark.parametrize("loss", [TraceMeanField_ELBO, TraceGraph_ELBO])
@@ -34,11 +34,11 @@ def test_gradients_agree_under_the_other_losses(loss: type[Trace_ELBO]) -> None:
         guide = shard(AutoNormal(sharded, init_loc_fn=init), "rows", num_shards=W)
         return float(loss().loss_and_grads(sharded, guide, x))
 
-    found = gradients_of_ranks(run_shard, SHARDS)
+    gradients = gradients_of_ranks(run_shard, SHARDS)
     run_all = loss().loss_and_grads
     entries = local_parameters()
     assert_same(
-        found,
+        gradients,
         gradients_of_all(lambda x: float(run_all(nested, AutoNormal(nested, init_loc_fn=init), x)), DATA, entries),
     )
 
@@ -49,9 +49,9 @@ def test_enumeration_inside_a_sharded_plate_gives_the_gradients_of_all_data() ->
         guide = shard(guide, plates, num_shards=W) if plates else guide
         return float(TraceEnum_ELBO(max_plate_nesting=1).loss_and_grads(model, guide, x))
 
-    found = gradients_of_ranks(lambda x: run(shard(mixture, "rows", num_shards=W), ["rows"], x), SHARDS)
+    gradients = gradients_of_ranks(lambda x: run(shard(mixture, "rows", num_shards=W), ["rows"], x), SHARDS)
     entries = local_parameters()
-    assert_same(found, gradients_of_all(lambda x: run(mixture, [], x), DATA, entries))
+    assert_same(gradients, gradients_of_all(lambda x: run(mixture, [], x), DATA, entries))
 
 
 def hand_written_guide(x: Tensor, plate: Callable[..., Any]) -> None:
@@ -75,7 +75,7 @@ def test_hand_written_guide_with_sharded_plate_keeps_its_rows_and_shares_the_res
     def guide(x: Tensor) -> None:
         hand_written_guide(x, lambda name, size: sharded_plate(name, size, num_shards=W))
 
-    found = gradients_of_ranks(lambda x: float(Trace_ELBO().loss_and_grads(model, guide, x)), SHARDS)
+    gradients = gradients_of_ranks(lambda x: float(Trace_ELBO().loss_and_grads(model, guide, x)), SHARDS)
     entries = local_parameters()
     assert set(entries) == {"z_loc", "z_scale"}
     expected = gradients_of_all(
@@ -83,7 +83,7 @@ def test_hand_written_guide_with_sharded_plate_keeps_its_rows_and_shares_the_res
         DATA,
         entries,
     )
-    assert_same(found, expected)
+    assert_same(gradients, expected)
 
 
 def subsampled(x: Tensor, index: Tensor) -> None:
@@ -110,7 +110,7 @@ def test_mean_over_the_minibatches_of_unequal_shards_is_the_full_gradient() -> N
             param.grad = param.grad / 2
         return sum(losses) / 2
 
-    found = gradients_of_ranks(run_shard, shards)
+    gradients = gradients_of_ranks(run_shard, shards)
     entries = local_parameters()
     assert set(entries) == {"AutoNormal.locs.z", "AutoNormal.scales.z"}
 
@@ -118,7 +118,7 @@ def test_mean_over_the_minibatches_of_unequal_shards_is_the_full_gradient() -> N
         guide = AutoNormal(subsampled, init_loc_fn=init, create_plates=plates)
         return float(Trace_ELBO().loss_and_grads(subsampled, guide, x, torch.arange(len(x))))
 
-    assert_same(found, gradients_of_all(run_all, DATA[:10], entries))
+    assert_same(gradients, gradients_of_all(run_all, DATA[:10], entries))
 
 
 def test_subsample_size_draws_a_minibatch_of_the_shard_and_scales_it_to_all_ranks() -> None:
@@ -141,10 +141,10 @@ def test_named_parameters_of_a_guide_outside_plates_get_the_gradient_of_all_data
         model = shard(normal_normal, "rows", num_shards=W)
         return float(Trace_ELBO().loss_and_grads(model, shard(outside, "rows", local={"z_loc": 0}, num_shards=W), x))
 
-    found = gradients_of_ranks(run_shard, SHARDS)
+    gradients = gradients_of_ranks(run_shard, SHARDS)
     entries = local_parameters()
     run_all = Trace_ELBO().loss_and_grads
-    assert_same(found, gradients_of_all(lambda x: float(run_all(normal_normal, outside, x)), DATA, entries))
+    assert_same(gradients, gradients_of_all(lambda x: float(run_all(normal_normal, outside, x)), DATA, entries))
 
 
 def test_marks_end_with_the_parameters_they_were_made_for() -> None:
@@ -174,13 +174,13 @@ def test_weights_of_ranks_fall_on_what_is_not_sharded(is_sharded: bool) -> None:
         return float(Trace_ELBO().loss_and_grads(model, guide, SHARDS[rank]))
 
     if is_sharded:
-        found = gradients_of_ranks(run_shard, range(W))
+        gradients = gradients_of_ranks(run_shard, range(W))
         entries = local_parameters()
         run_all = Trace_ELBO().loss_and_grads
         expected = gradients_of_all(
             lambda x: float(run_all(normal_normal, AutoNormal(normal_normal, init_loc_fn=init), x)), DATA, entries
         )
-        assert_same(found, expected)
+        assert_same(gradients, expected)
     else:
         weighted, weights[1] = run_shard(1), 1.0
         pyro.clear_param_store()

@@ -28,7 +28,7 @@ from tests.workers import world
 
 DATA = torch.linspace(-2.0, 3.0, 23, dtype=torch.float64)
 CUTS = {1: [], 2: [5], 3: [4, 19], 4: [2, 3, 15]}
-PRIOR, SPREAD, NOISE = 2.0, 0.7, 0.5
+PRIOR, SPREAD, SCALE = 2.0, 0.7, 0.5
 
 
 def shard_of(rank: int, world_size: int) -> Tensor:
@@ -36,7 +36,7 @@ def shard_of(rank: int, world_size: int) -> Tensor:
     return torch.tensor_split(DATA, CUTS[world_size])[rank]
 
 
-class _FixedNoise(dist.Normal):
+class _FixedDraws(dist.Normal):
     """Draws `loc + scale * sign` for four particles, so that the mean of a quadratic function over them is exact."""
 
     signs: tuple[float, ...]
@@ -47,20 +47,20 @@ class _FixedNoise(dist.Normal):
         return self.loc + self.scale * signs.expand(shape)
 
 
-class _First(_FixedNoise):
+class _First(_FixedDraws):
     signs = (1.0, 1.0, -1.0, -1.0)
 
 
-class _Second(_FixedNoise):
+class _Second(_FixedDraws):
     signs = (1.0, -1.0, 1.0, -1.0)
 
 
 def normal_normal(x: Tensor, plate: Any = pyro.plate) -> None:
-    """x ~ Normal(z, NOISE), z ~ Normal(mu, SPREAD), mu ~ Normal(0, PRIOR): its posterior is a normal one."""
+    """x ~ Normal(z, SCALE), z ~ Normal(mu, SPREAD), mu ~ Normal(0, PRIOR): its posterior is a normal one."""
     mu = pyro.sample("mu", dist.Normal(0.0, PRIOR))
     with plate("rows", len(x), dim=-1):
         z = pyro.sample("z", dist.Normal(mu, SPREAD))
-        pyro.sample("x", dist.Normal(z, NOISE), obs=x)
+        pyro.sample("x", dist.Normal(z, SCALE), obs=x)
 
 
 def normal_guide(x: Tensor, plate: Any = pyro.plate) -> None:
@@ -80,8 +80,8 @@ def normal_posterior() -> dict[str, Tensor]:
     precision = torch.zeros(size + 1, size + 1, dtype=torch.float64)
     precision[0, 0] = PRIOR**-2 + size * SPREAD**-2
     precision[0, 1:] = precision[1:, 0] = -(SPREAD**-2)
-    precision[range(1, size + 1), range(1, size + 1)] = SPREAD**-2 + NOISE**-2
-    mean = torch.linalg.solve(precision, torch.cat([torch.zeros(1, dtype=torch.float64), DATA * NOISE**-2]))
+    precision[range(1, size + 1), range(1, size + 1)] = SPREAD**-2 + SCALE**-2
+    mean = torch.linalg.solve(precision, torch.cat([torch.zeros(1, dtype=torch.float64), DATA * SCALE**-2]))
     scale = precision.diagonal().rsqrt()
     return {"mu_loc": mean[0], "mu_scale": scale[0], "z_loc": mean[1:], "z_scale": scale[1:]}
 
@@ -232,15 +232,15 @@ def _run_overflow() -> tuple[float, float, list[float]]:
     optimizer = optim.DistributedOptimizer(optim.SGD({"lr": 1.0}, scaler=scaler))
     shared = pyro.param("shared", torch.zeros(())).unconstrained()
     with sharded_plate("rows", rank + 2):
-        own = pyro.param("own", torch.zeros(rank + 2), event_dim=0).unconstrained()
+        local = pyro.param("own", torch.zeros(rank + 2), event_dim=0).unconstrained()
     for step in range(3):
         scale = float(scaler.scale(torch.ones(())))
         shared.grad = torch.tensor(scale)
-        own.grad = torch.full(
+        local.grad = torch.full(
             (rank + 2,), torch.inf if rank == 0 and step == 1 else scale * backends.current().world_size
         )
-        optimizer([shared, own])
-    return scaler.get_scale(), float(shared), own.tolist()
+        optimizer([shared, local])
+    return scaler.get_scale(), float(shared), local.tolist()
 
 
 def _run_disagreement(kind: str) -> str:
@@ -277,24 +277,24 @@ def test_parameters_after_100_steps_are_those_of_one_pyro_process(
     case: str, optimizer: str, kind: str, world_size: int
 ) -> None:
     expected, expected_loss = train_in_pyro(case, optimizer, 100)
-    for found, loss in world(kind, world_size).run(_run_shard, case, optimizer, 100):
-        assert found.keys() == expected.keys()
+    for actual, loss in world(kind, world_size).run(_run_shard, case, optimizer, 100):
+        assert actual.keys() == expected.keys()
         for name, value in expected.items():
-            np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
+            np.testing.assert_allclose(actual[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
         assert loss == pytest.approx(expected_loss, rel=1e-9)
 
 
 def test_sum_over_ranks_scales_shared_and_local_gradients_alike() -> None:
     expected, _ = train_in_pyro("normal", "SGD", 100)
-    for found, _ in world("torch_dist", 3).run(_run_shard, "normal", "SGD, a third of its rate", 100, "sum"):
+    for actual, _ in world("torch_dist", 3).run(_run_shard, "normal", "SGD, a third of its rate", 100, "sum"):
         for name, value in expected.items():
-            np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
+            np.testing.assert_allclose(actual[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
 
 
 def test_training_ends_at_the_closed_form_posterior() -> None:
-    found, _ = world("torch_dist", 3).run(_run_shard, "normal", "to the end", 700)[1]
+    actual, _ = world("torch_dist", 3).run(_run_shard, "normal", "to the end", 700)[1]
     for name, value in normal_posterior().items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-3, err_msg=name)
+        np.testing.assert_allclose(actual[name], value, rtol=1e-3, atol=1e-3, err_msg=name)
 
 
 @pytest.mark.parametrize("case", ["normal", "mixture"])
@@ -305,9 +305,9 @@ def test_run_of_four_workers_goes_on_from_its_checkpoint_on_two_and_on_three(cas
         world("torch_dist", 2).run(_run_resumed, case, str(tmp_path), 20),
         world("torch_dist", 3).run(_run_resumed, case, str(tmp_path), 20),
     ]
-    for found, loss in (each for way in ways for each in way):
+    for actual, loss in (each for way in ways for each in way):
         for name, value in expected.items():
-            np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
+            np.testing.assert_allclose(actual[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
         assert loss == pytest.approx(expected_loss, rel=1e-9)
 
 
@@ -327,22 +327,22 @@ def test_memory_falls_with_the_number_of_workers_and_bytes_sent_do_not_grow_with
 
 
 def test_parameter_that_is_local_on_one_rank_alone_is_named_on_all() -> None:
-    for told in world("torch_dist", 2).run(_run_disagreement, "kind"):
-        assert "'z_loc' differs in kind: rank 0: local; rank 1: replicated" in told
+    for messages in world("torch_dist", 2).run(_run_disagreement, "kind"):
+        assert "'z_loc' differs in kind: rank 0: local; rank 1: replicated" in messages
 
 
 def test_global_norm_is_over_the_parameters_of_all_ranks_as_torch_clips_those_of_one_process() -> None:
     expected = clip_in_torch(40)
-    for found in world("torch_dist", 3).run(_run_clipped, 40):
+    for actual in world("torch_dist", 3).run(_run_clipped, 40):
         for name, value in expected.items():
-            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+            np.testing.assert_allclose(actual[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
 def test_global_norm_of_a_callable_is_refused_where_ranks_cannot_tell_over_which_parameters_it_goes() -> None:
-    for told in world("torch_dist", 2).run(_run_disagreement, "clip"):
-        assert "gives global_norm for 'z_loc', a parameter of one rank alone" in told
+    for messages in world("torch_dist", 2).run(_run_disagreement, "clip"):
+        assert "gives global_norm for 'z_loc', a parameter of one rank alone" in messages
 
 
 def test_overflow_of_one_ranks_own_gradient_makes_all_skip_the_step_and_lower_their_scale() -> None:
-    for rank, (scale, shared, own) in enumerate(world("torch_dist", 2).run(_run_overflow)):
-        assert (scale, shared, own) == (4.0, -2.0, [-2.0] * (rank + 2))
+    for rank, (scale, shared, local) in enumerate(world("torch_dist", 2).run(_run_overflow)):
+        assert (scale, shared, local) == (4.0, -2.0, [-2.0] * (rank + 2))

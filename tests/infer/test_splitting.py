@@ -17,7 +17,7 @@ from distopt.infer.sharded_plate import shard
 from distopt.sharding import LocalParameterError, local_parameters
 from tests.infer.sharded_models import DATA, W, normal_normal, outside
 
-pytestmark = pytest.mark.usefixtures("same_noise_in_every_row")
+pytestmark = pytest.mark.usefixtures("same_draws_in_every_row")
 
 
 def test_guide_that_knows_nothing_of_the_plate_is_noticed_while_training() -> None:

@@ -107,8 +107,8 @@ def _run_tail_adaptive(num_steps: int) -> dict[str, float]:
 @pytest.mark.parametrize("global_batch", [None, 7])
 def test_ranks_with_unequal_rows_end_where_one_pyro_process_ends(global_batch: int | None, world_size: int) -> None:
     expected, expected_losses = train_in_pyro(global_batch, 60)
-    for found, losses in world("torch_dist", world_size).run(_run_train, global_batch, 60):
-        assert found == pytest.approx(expected, rel=1e-9)
+    for params, losses in world("torch_dist", world_size).run(_run_train, global_batch, 60):
+        assert params == pytest.approx(expected, rel=1e-9)
         assert losses == pytest.approx(expected_losses, rel=1e-9), "the loss is the mean over ranks"
 
 

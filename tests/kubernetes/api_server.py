@@ -36,8 +36,8 @@ class Server:
             for resource in self.RESOURCES:
                 emulator.resources[resource] = kmock.ResourceInfo(namespaced=True)
             # What a kubelet answers for a container whose image is still being pulled, seen with release 1.20.
-            said = 'container "worker" in pod "waiting" is waiting to start: ContainerCreating'
-            status = {"kind": "Status", "status": "Failure", "message": said, "reason": "BadRequest", "code": 400}
+            waiting = 'container "worker" in pod "waiting" is waiting to start: ContainerCreating'
+            status = {"kind": "Status", "status": "Failure", "message": waiting, "reason": "BadRequest", "code": 400}
             emulator["get /api/v1/namespaces/default/pods/waiting/log"] << 400 << status
             emulator["get /api/v1/namespaces/default/pods/running/log"] << b"step 1\n"
             # Release 1.20 answers with this, later ones with the service.

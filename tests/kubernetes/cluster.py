@@ -68,7 +68,7 @@ KUBELET = {
 def missing() -> str | None:
     """Says what this machine lacks."""
     if os.geteuid() != 0:
-        return "not root"
+        return "needs root: run it with sudo"
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
     return f"no {', '.join(absent)} here; apt-get install {PACKAGES}" if absent else None
 
@@ -117,29 +117,29 @@ class Cluster:
                     self._start_control_plane()
                     for number in range(1, 1 + self.num_nodes):
                         self._start_node(number)
-                    wait_until(lambda: self.ready_nodes() == self.num_nodes, f"nodes ready\n{self.said()}")
+                    wait_until(lambda: self.ready_nodes() == self.num_nodes, f"nodes ready\n{self.log_tails()}")
                     yield self
                 finally:
                     self._end()
         finally:
             shutil.rmtree(self.folder)
 
-    def inside(self, number: int, *words: str | Path) -> list[str]:
+    def inside(self, number: int, *args: str | Path) -> list[str]:
         """Returns a command line that runs `words` on a host; not `ip netns exec`, which hides /sys/fs/cgroup."""
-        return ["nsenter", f"--net=/run/netns/{self._hosts[number]}", *map(str, words)]
+        return ["nsenter", f"--net=/run/netns/{self._hosts[number]}", *map(str, args)]
 
-    def kubectl(self, *words: str | Path, stdin: str | None = None, check: bool = True) -> str:
+    def kubectl(self, *args: str | Path, stdin: str | None = None, check: bool = True) -> str:
         """Runs kubectl and returns what it printed."""
-        command = self.inside(0, "kubectl", f"--kubeconfig={self.kubeconfig}", *words)
+        command = self.inside(0, "kubectl", f"--kubeconfig={self.kubeconfig}", *args)
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=180)
         if check and done.returncode:
-            raise AssertionError(f"kubectl {' '.join(map(str, words))}: {done.stderr}")
+            raise AssertionError(f"kubectl {' '.join(map(str, args))}: {done.stderr}")
         return done.stdout
 
-    def get(self, *words: str) -> Any:
+    def get(self, *args: str) -> Any:
         """Returns an object, or a list's items."""
-        found = json.loads(self.kubectl("get", *words, "--output=json"))
-        return found.get("items", found)
+        answer = json.loads(self.kubectl("get", *args, "--output=json"))
+        return answer.get("items", answer)
 
     def create(self, *objects: dict[str, Any]) -> None:
         """Creates objects; fields that 1.20 does not know are dropped, as its server does."""
@@ -151,10 +151,10 @@ class Cluster:
         nodes = json.loads(self.kubectl("get", "nodes", "--output=json", check=False) or '{"items": []}')["items"]
         return sum({"Ready": "True"}.items() <= _conditions(node).items() for node in nodes)
 
-    def distopt(self, folder: Path, *words: str) -> tuple[list[str], dict[str, Any]]:
+    def distopt(self, folder: Path, *args: str) -> tuple[list[str], dict[str, Any]]:
         """Returns the command line of `distopt WORDS` on the control plane's host, and options for its process."""
         env = {**os.environ, "KUBECONFIG": str(self.kubeconfig)}
-        return self.inside(0, sys.executable, "-m", "distopt.launch", *words), {"cwd": folder, "env": env, "text": True}
+        return self.inside(0, sys.executable, "-m", "distopt.launch", *args), {"cwd": folder, "env": env, "text": True}
 
     def kill(self, pod: dict[str, Any]) -> None:
         """Kills a pod's container, as the kernel would for want of memory."""
@@ -165,8 +165,8 @@ class Cluster:
         kill = ["ctr", f"--address={socket}", "--namespace=k8s.io", "tasks", "kill", "--signal=SIGKILL", container]
         subprocess.run(kill, check=True, capture_output=True, timeout=60)
 
-    def said(self) -> str:
-        """Returns the last words of every daemon."""
+    def log_tails(self) -> str:
+        """Returns the end of every daemon's log."""
         logs = sorted(self.folder.glob("*.log"))
         return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-1500:]}" for path in logs)
 
@@ -176,7 +176,7 @@ class Cluster:
         self._names.send_signal(1)
 
     def _start(
-        self, number: int, name: str, *words: str | Path, beside: subprocess.Popen[bytes] | None = None
+        self, number: int, name: str, *args: str | Path, beside: subprocess.Popen[bytes] | None = None
     ) -> subprocess.Popen[bytes]:
         """Starts a daemon with a host name and mounts of its own, or with those of another daemon."""
         logs = self.folder / f"pods-{number}"
@@ -187,7 +187,7 @@ class Cluster:
         if beside is not None:
             command = ["nsenter", f"--uts=/proc/{beside.pid}/ns/uts", f"--mount=/proc/{beside.pid}/ns/mnt"]
         with (self.folder / f"{name}.log").open("wb") as log:
-            inside = self.inside(number, *command, *words)
+            inside = self.inside(number, *command, *args)
             started = subprocess.Popen(inside, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         self._daemons.append(started)
         return started
@@ -211,7 +211,7 @@ class Cluster:
             "--kubelet-preferred-address-types=InternalIP",
         )  # fmt: skip
         ready = ("get", "--raw=/readyz")
-        wait_until(lambda: self.kubectl(*ready, check=False) == "ok", f"API server\n{self.said()}", timeout_s=120)
+        wait_until(lambda: self.kubectl(*ready, check=False) == "ok", f"API server\n{self.log_tails()}", timeout_s=120)
         for name in ("controller-manager", "scheduler"):
             flags = [f"--kubeconfig={self.kubeconfig}", "--leader-elect=false"]
             flags += ["--controllers=*,-serviceaccount-token"] if name == "controller-manager" else []
@@ -242,7 +242,9 @@ class Cluster:
         containerd = self._start(number, f"containerd-{number}", "containerd", f"--config={folder}/config.toml")
         ctr = ["ctr", f"--address={folder}/containerd.sock", "--namespace=k8s.io"]
         up = [*ctr, "version"]
-        wait_until(lambda: not subprocess.run(up, capture_output=True).returncode, f"containerd\n{self.said()}", 60)
+        wait_until(
+            lambda: not subprocess.run(up, capture_output=True).returncode, f"containerd\n{self.log_tails()}", 60
+        )
         for archive in self._archives():
             subprocess.run([*ctr, "images", "import", archive], check=True, capture_output=True, timeout=600)
         socket = f"unix://{folder}/containerd.sock"

@@ -14,11 +14,11 @@ def for_1_20(path: Path) -> dict[str, Any]:
     1.20 reads an empty default as null, which it refuses; lists whose keys relied on one become lists without keys.
     """
     documents = yaml.load_all(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    found: dict[str, Any] = next(one for one in documents if one and one["kind"] == "CustomResourceDefinition")
-    found.pop("status", None)
-    for version in found["spec"]["versions"]:
+    definition: dict[str, Any] = next(one for one in documents if one and one["kind"] == "CustomResourceDefinition")
+    definition.pop("status", None)
+    for version in definition["spec"]["versions"]:
         _simplify(version["schema"]["openAPIV3Schema"])
-    return found
+    return definition
 
 
 def _simplify(schema: Any) -> None:
@@ -32,8 +32,8 @@ def _simplify(schema: Any) -> None:
     if isinstance(items, dict) and any(items["properties"][key].get("default") == "" for key in keys):
         del schema["x-kubernetes-list-map-keys"]
         schema["x-kubernetes-list-type"] = "atomic"
-    for part in (*schema.get("properties", {}).values(), items, schema.get("additionalProperties")):
-        _simplify(part)
+    for child in (*schema.get("properties", {}).values(), items, schema.get("additionalProperties")):
+        _simplify(child)
     for key in ("allOf", "anyOf", "oneOf"):
-        for part in schema.get(key, ()):
-            _simplify(part)
+        for child in schema.get(key, ()):
+            _simplify(child)

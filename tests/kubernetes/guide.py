@@ -16,13 +16,15 @@ README = (FOLDER / "README.md").read_text()
 def objects() -> dict[str, dict[str, Any]]:
     """Returns the objects of all files as KIND/NAME."""
     files = sorted(FOLDER.glob("*.yaml"))
-    found = [object_ for path in files for object_ in yaml.safe_load_all(path.read_text())]
-    return {f"{object_['kind']}/{object_['metadata']['name']}": object_ for object_ in found}
+    documents = [object_ for path in files for object_ in yaml.safe_load_all(path.read_text())]
+    return {f"{object_['kind']}/{object_['metadata']['name']}": object_ for object_ in documents}
 
 
 def launches() -> list[str]:
     """Returns the guide's `distopt launch` commands, with the shell array filled in."""
     shell = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)).replace("\\\n", " ")
-    arrays = {name: words.replace("\n", " ") for name, words in re.findall(r"^(\w+)=\(([^)]*)\)", shell, re.MULTILINE)}
+    arrays = {
+        name: values.replace("\n", " ") for name, values in re.findall(r"^(\w+)=\(([^)]*)\)", shell, re.MULTILINE)
+    }
     lines = [line.partition("#")[0] for line in shell.splitlines() if line.startswith("distopt launch")]
     return [re.sub(r'"\$\{(\w+)\[@\]\}"', lambda match: arrays[match[1]], line) for line in lines]

@@ -74,7 +74,7 @@ class Run:
         _, command, config, *theirs = shlex.split(guide)
         ours = [f"name={name}", f"run_dir=/runs/{name}", f"launch.kubernetes.image={IMAGE}", "launch.workers=1"]
         ours += ["launch.kubernetes.memory=2Gi"]
-        self.words = [command, str(ROOT / config), *theirs, *ours, *overrides]
+        self.command = [command, str(ROOT / config), *theirs, *ours, *overrides]
         self.directory = cluster.volume / name
         self._launcher: subprocess.Popen[str] | None = None
 
@@ -84,17 +84,17 @@ class Run:
             folder.mkdir(exist_ok=True)
             (folder / name).write_text(code)
 
-    def call(self, *words: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-        command, options = self.cluster.distopt(self.folder, *words)
+    def call(self, *args: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        command, options = self.cluster.distopt(self.folder, *args)
         return subprocess.run(command, capture_output=True, timeout=timeout, **options)
 
-    def launch(self, *words: str) -> subprocess.CompletedProcess[str]:
+    def launch(self, *args: str) -> subprocess.CompletedProcess[str]:
         """Runs `distopt launch` to its end."""
-        return self.call(*self.words, *words)
+        return self.call(*self.command, *args)
 
     def start(self) -> None:
         """Starts `distopt launch`, which follows the run on all nodes: without indexes rank 0 may be on any."""
-        command, options = self.cluster.distopt(self.folder, *self.words, "--all-ranks")
+        command, options = self.cluster.distopt(self.folder, *self.command, "--all-ranks")
         with (self.folder / "launcher.log").open("w") as log:
             self._launcher = subprocess.Popen(command, stdout=log, stderr=log, **options)
 
@@ -102,7 +102,7 @@ class Run:
         assert self._launcher is not None
         return self._launcher.wait(timeout)
 
-    def said(self) -> str:
+    def output(self) -> str:
         return (self.folder / "launcher.log").read_text()
 
     def phase(self) -> str:
@@ -150,7 +150,7 @@ def test_pods_on_two_nodes_train_flights_one_is_killed_the_run_resumes_and_the_g
     run = run_of("flights", "train.num_steps=300", "checkpoint.every_steps=20", "log.every_steps=10")
     run.start()
     wait_until(lambda: run.checkpoints() or run._launcher.poll() is not None, "a checkpoint")
-    assert run.phase() == "running", run.said() + cluster.kubectl("describe", "pods", "-n", NAMESPACE)
+    assert run.phase() == "running", run.output() + cluster.kubectl("describe", "pods", "-n", NAMESPACE)
     first, second = sorted(run.pods(), key=lambda pod: pod["metadata"]["labels"][LABEL])
     assert first["spec"]["nodeName"] != second["spec"]["nodeName"]
     assert "agent: waiting for flights-0.flights:29400" in run.call("logs", "flights", "--rank", "1").stdout
@@ -158,12 +158,12 @@ def test_pods_on_two_nodes_train_flights_one_is_killed_the_run_resumes_and_the_g
     followed = subprocess.Popen(watching, stdout=subprocess.PIPE, **options)
     cluster.kill(second)
     saved = run.checkpoints()[-1]
-    assert run.wait() == 0, run.said()
+    assert run.wait() == 0, run.output()
     assert run.phase() == "done"
     assert run.checkpoints()[-1] == 300
     (again,) = [pod for pod in run.pods() if pod["metadata"]["name"] not in names([first, second])]
     before, resumed = (cluster.kubectl("logs", f"--namespace={NAMESPACE}", *names([pod])) for pod in (second, again))
-    assert re.search(rf"step[ -]0*{saved}\b", resumed + run.said()), "the log says from where the run went on"
+    assert re.search(rf"step[ -]0*{saved}\b", resumed + run.output()), "the log says from where the run went on"
     assert followed.communicate(timeout=60)[0] == before + resumed
     steps = [json.loads(line)["step"] for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(10, 301, 10))
@@ -223,8 +223,8 @@ def test_a_pod_that_needs_more_memory_than_it_may_have_is_named_with_the_reason(
     done = run.launch()
     assert done.returncode == 1
     (pod,) = run.pods()
-    said = f"pod {pod['metadata']['name']} on node2 died first: out of memory (OOMKilled)"
-    assert said in done.stdout + done.stderr
+    expected = f"pod {pod['metadata']['name']} on node2 died first: out of memory (OOMKilled)"
+    assert expected in done.stdout + done.stderr
 
 
 CRASHING = """
@@ -266,13 +266,13 @@ def test_a_run_waits_for_a_node_with_gpus_saying_so_and_saves_at_its_time_limit(
     assert run.phase() == "pending"
     node = {"status": {"capacity": {"nvidia.com/gpu": "1"}, "allocatable": {"nvidia.com/gpu": "1"}}}
     cluster.kubectl("patch", "node", "node2", "--subresource=status", "--type=merge", f"--patch={json.dumps(node)}")
-    wait_until(lambda: (run.directory / "metrics.jsonl").exists(), f"first steps\n{run.said()}")
+    wait_until(lambda: (run.directory / "metrics.jsonl").exists(), f"first steps\n{run.output()}")
     (pod,) = run.pods()
     assert pod["spec"]["nodeName"] == "node2"
     over = json.dumps({"spec": {"activeDeadlineSeconds": 1}})
     cluster.kubectl("patch", "job", "limited", f"--namespace={NAMESPACE}", f"--patch={over}")
     assert run.wait() == 1
-    assert "longer than specified deadline" in run.said()
+    assert "longer than specified deadline" in run.output()
     wait_until(lambda: len(run.checkpoints()) == 1, "the last checkpoint", 60)
 
 
@@ -305,8 +305,8 @@ def test_a_pod_that_finishes_no_step_is_replaced_by_its_liveness_probe_and_the_r
     assert done.returncode == 0, done.stderr
     assert (run.directory / "hung-once").exists()
     events = cluster.get("events", f"--namespace={NAMESPACE}")
-    said = [event["message"] for event in events if event["involvedObject"]["name"].startswith("hung-")]
-    assert any(re.match("Liveness probe failed: step .* allowed 30 s", message) for message in said), said
+    messages = [event["message"] for event in events if event["involvedObject"]["name"].startswith("hung-")]
+    assert any(re.match("Liveness probe failed: step .* allowed 30 s", message) for message in messages), messages
     assert run.checkpoints()[-1] == 60
     assert len(run.pods()) == 2
 

@@ -33,34 +33,34 @@ def test_a_misspelt_field_would_be_found() -> None:
 
 
 def test_objects_find_each_other_in_one_namespace() -> None:
-    found = objects()
-    assert {o["metadata"].get("namespace", o["metadata"]["name"]) for o in found.values()} == {"distopt"}
-    (claim,) = [v for v in found["Pod/reader"]["spec"]["volumes"] if "persistentVolumeClaim" in v]
-    assert f"PersistentVolumeClaim/{claim['persistentVolumeClaim']['claimName']}" in found
+    result = objects()
+    assert {o["metadata"].get("namespace", o["metadata"]["name"]) for o in result.values()} == {"distopt"}
+    (claim,) = [v for v in result["Pod/reader"]["spec"]["volumes"] if "persistentVolumeClaim" in v]
+    assert f"PersistentVolumeClaim/{claim['persistentVolumeClaim']['claimName']}" in result
 
 
 def test_the_runtime_gives_the_pods_of_a_trainjob_what_the_launcher_gives_those_of_a_job() -> None:
     (node,) = objects()[RUNTIME]["spec"]["template"]["spec"]["replicatedJobs"]
-    found = node["template"]["spec"]["template"]["spec"]
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "node"}, "spec": found}
+    result = node["template"]["spec"]["template"]["spec"]
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "node"}, "spec": result}
     for version in VERSIONS:
         kubernetes_validate.validate(pod, version, strict=True)
     (command,) = [line for line in launches() if "kind=trainjob" in line]
-    job = [word.replace("trainjob", "job") for word in shlex.split(command)[3:]]
+    job = [arg.replace("trainjob", "job") for arg in shlex.split(command)[3:]]
     ours = manifests(load_config(ROOT / "configs/flights.yaml", job))[-1]["spec"]["template"]["spec"]
     for key in ("automountServiceAccountToken", "terminationGracePeriodSeconds", "securityContext"):
-        assert found[key] == ours[key]
-    (theirs,), (own,) = found["containers"], ours["containers"]
-    assert (theirs["name"], theirs["securityContext"]) == ("node", own["securityContext"])
-    for things, expected in ((found["volumes"], ours["volumes"]), (theirs["volumeMounts"], own["volumeMounts"])):
+        assert result[key] == ours[key]
+    (theirs,), (rendered,) = result["containers"], ours["containers"]
+    assert (theirs["name"], theirs["securityContext"]) == ("node", rendered["securityContext"])
+    for things, expected in ((result["volumes"], ours["volumes"]), (theirs["volumeMounts"], rendered["volumeMounts"])):
         writable = [{key: value for key, value in thing.items() if key != "readOnly"} for thing in expected]
         assert sorted(things, key=str) == sorted(writable, key=str)
 
 
 def test_the_reader_meets_the_restricted_standard_of_the_namespace() -> None:
-    found = objects()
-    assert found["Namespace/distopt"]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
-    pod = found["Pod/reader"]["spec"]
+    result = objects()
+    assert result["Namespace/distopt"]["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    pod = result["Pod/reader"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     (container,) = pod["containers"]
@@ -71,10 +71,10 @@ def test_the_reader_meets_the_restricted_standard_of_the_namespace() -> None:
 @pytest.mark.parametrize("command", launches())
 def test_every_launch_command_of_the_guide_is_a_valid_configuration(command: str) -> None:
     _, _, path, *overrides = shlex.split(command)
-    config = load_config(ROOT / path, [word for word in overrides if "=" in word])
+    config = load_config(ROOT / path, [arg for arg in overrides if "=" in arg])
     assert (config.launch.platform, config.serve.port) == ("kubernetes", 8080)
-    found = [finding for finding in KubernetesPlatform().check(config) if "client is missing" not in finding.message]
-    assert found == []
+    result = [finding for finding in KubernetesPlatform().check(config) if "client is missing" not in finding.message]
+    assert result == []
     (run,) = [manifest for manifest in manifests(config) if manifest["kind"].lower() == config.launch.kubernetes.kind]
     assert run["metadata"]["namespace"] == "distopt"
 

@@ -97,8 +97,8 @@ def distopt(api, tmp_path, monkeypatch) -> Callable[..., tuple[int, str, str]]:
     monkeypatch.setattr(runs, "POLL_S", 0.05)
     monkeypatch.chdir(tmp_path)
 
-    def command(*words: str) -> tuple[int, str, str]:
-        result = CliRunner().invoke(app, words)
+    def command(*args: str) -> tuple[int, str, str]:
+        result = CliRunner().invoke(app, args)
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
         return result.exit_code, result.stdout, result.stderr
 
@@ -106,8 +106,8 @@ def distopt(api, tmp_path, monkeypatch) -> Callable[..., tuple[int, str, str]]:
 
 
 def test_commands_submit_a_run_ask_about_it_read_it_and_stop_it(distopt, api):
-    status, _, said = distopt("launch", "run.yaml", "--detach")
-    assert (status, "submitted: Job default/flights" in said) == (0, True)
+    status, _, message = distopt("launch", "run.yaml", "--detach")
+    assert (status, "submitted: Job default/flights" in message) == (0, True)
     assert distopt("status") == (0, "runs/flights\tpending\t\n", "")
     create_pod(api, "running")
     assert distopt("logs", "flights") == (0, "step 1\n", "")
@@ -115,8 +115,8 @@ def test_commands_submit_a_run_ask_about_it_read_it_and_stop_it(distopt, api):
     write_status(cluster_of("job", api), {"conditions": [{"type": "Complete", "status": "True"}]})
     assert distopt("logs", "flights", "--follow") == (0, "step 1\n", "")
     # The object of a run that has ended keeps its name.
-    status, _, said = distopt("launch", "run.yaml")
-    assert (status, "kubernetes already has a run flights (done); `distopt stop runs/flights`" in said) == (2, True)
+    status, _, message = distopt("launch", "run.yaml")
+    assert (status, "kubernetes already has a run flights (done); `distopt stop runs/flights`" in message) == (2, True)
     assert distopt("stop", "flights") == (0, "stopped\tthere is no Job flights in namespace default\n", "")
     assert distopt("stop", "flights") == (0, "unknown\tthere is no Job flights in namespace default\n", "")
     assert distopt("status")[1].startswith("runs/flights\tunknown\tthere is no Job flights")
@@ -127,15 +127,15 @@ def test_launcher_that_gets_no_answer_asks_again_and_tells_the_end(distopt, serv
     asked = server.emulator["get /apis/batch/v1/namespaces/default/jobs/flights"]
     asked[1:4] << 503
     asked[4:] << {"metadata": {"name": "flights"}, "status": {"conditions": [{"type": "Complete", "status": "True"}]}}
-    status, _, said = distopt("launch", "run.yaml")
-    assert status == 0, said
-    assert said.count("no answer: ") == 1 and "503" in said and said.endswith("distopt: done\n")
+    status, _, message = distopt("launch", "run.yaml")
+    assert status == 0, message
+    assert message.count("no answer: ") == 1 and "503" in message and message.endswith("distopt: done\n")
 
 
 def test_machine_without_a_kubeconfig_is_refused(distopt, tmp_path):
     (tmp_path / "kubeconfig").unlink()
-    status, _, said = distopt("launch", "run.yaml")
-    assert (status, "launch.kubernetes.context: no cluster is known here: " in said) == (2, True)
+    status, _, message = distopt("launch", "run.yaml")
+    assert (status, "launch.kubernetes.context: no cluster is known here: " in message) == (2, True)
 
 
 def test_second_run_of_the_same_name_is_refused_and_the_first_stays(api):
@@ -147,14 +147,14 @@ def test_second_run_of_the_same_name_is_refused_and_the_first_stays(api):
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         ({"reason": "OOMKilled", "message": "step 7"}, "out of memory (OOMKilled), exit status 137"),
         ({"reason": "Error", "message": "rank 1: Traceback\nValueError: boom\n"},
          "Error, exit status 137\n    rank 1: Traceback\n    ValueError: boom"),
     ],
 )  # fmt: skip
-def test_failed_run_names_the_pod_that_died_first_its_node_and_of_what(how, said, api):
+def test_failed_run_names_the_pod_that_died_first_its_node_and_of_what(how, message, api):
     cluster = cluster_of("job", api)
     cluster.submit()
     for index, ended in enumerate(
@@ -168,7 +168,7 @@ def test_failed_run_names_the_pod_that_died_first_its_node_and_of_what(how, said
     write_status(cluster, {"conditions": [{"type": "Failed", "status": "True", "message": "BackoffLimitExceeded"}]})
     state = cluster.state()
     assert state.phase == "failed"
-    assert state.detail == f"BackoffLimitExceeded; pod flights-1-abc on node1 died first: {said}"
+    assert state.detail == f"BackoffLimitExceeded; pod flights-1-abc on node1 died first: {message}"
 
 
 SPEC = {"nodeName": "node1", "containers": [{"name": "worker", "image": "x"}]}
@@ -190,7 +190,7 @@ CREATING = {"waiting": {"reason": "ContainerCreating"}}
 
 
 @pytest.mark.parametrize(
-    ("status", "said"),
+    ("status", "message"),
     [
         ({"phase": "Pending", "containerStatuses": [{**CONTAINER, "state": UNPULLED}]},
          "pod flights-0-abc: ErrImagePull: no such host: registry.example"),
@@ -198,14 +198,14 @@ CREATING = {"waiting": {"reason": "ContainerCreating"}}
         ({"phase": "Pending", "containerStatuses": [{**CONTAINER, "state": CREATING}]}, ""),
     ],
 )  # fmt: skip
-def test_run_whose_pods_cannot_start_is_pending_and_says_why(status, said, api):
+def test_run_whose_pods_cannot_start_is_pending_and_says_why(status, message, api):
     cluster = cluster_of("job", api)
     cluster.submit()
     add_pod(cluster, "flights-0-abc", 1, status)
     write_status(cluster, {"active": 2})  # a Job counts pods that have not started
-    assert (cluster.state().phase, cluster.state().detail) == ("pending", said)
+    assert (cluster.state().phase, cluster.state().detail) == ("pending", message)
     add_pod(cluster, "flights-1-abc", 1, {"phase": "Running"})
-    assert (cluster.state().phase, cluster.state().detail) == ("running", said)
+    assert (cluster.state().phase, cluster.state().detail) == ("running", message)
 
 
 INDEX = "batch.kubernetes.io/job-completion-index"

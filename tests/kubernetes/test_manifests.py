@@ -67,8 +67,8 @@ def definition(path: Path, manifest: dict) -> dict:
     group, version = manifest["apiVersion"].split("/")
     for document in yaml.load_all(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if document and document["kind"] == "CustomResourceDefinition" and document["spec"]["group"] == group:
-            (found,) = [one for one in document["spec"]["versions"] if one["name"] == version]
-            return found["schema"]["openAPIV3Schema"]
+            (result,) = [one for one in document["spec"]["versions"] if one["name"] == version]
+            return result["schema"]["openAPIV3Schema"]
     raise AssertionError(f"no {manifest['apiVersion']} in {path}")
 
 
@@ -77,7 +77,7 @@ def closed(schema: dict) -> dict:
     schema = {key: value for key, value in schema.items() if not key.startswith("x-")}
     for key in ("properties",):
         if key in schema and schema.get("properties"):
-            schema[key] = {name: closed(part) for name, part in schema[key].items()}
+            schema[key] = {name: closed(node) for name, node in schema[key].items()}
             names = set(schema[key]) | ({"apiVersion", "kind", "metadata"} if "spec" in schema[key] else set())
             open_object = schema[key].keys() == {"apiVersion", "kind", "metadata"}
             if not open_object and "additionalProperties" not in schema and names:
@@ -88,14 +88,14 @@ def closed(schema: dict) -> dict:
     return schema
 
 
-def pod_templates(part) -> Iterator[dict]:
-    if isinstance(part, dict):
-        if "containers" in part.get("spec", {}):
-            yield part
-        for value in part.values():
+def pod_templates(node) -> Iterator[dict]:
+    if isinstance(node, dict):
+        if "containers" in node.get("spec", {}):
+            yield node
+        for value in node.values():
             yield from pod_templates(value)
-    elif isinstance(part, list):
-        for value in part:
+    elif isinstance(node, list):
+        for value in node:
             yield from pod_templates(value)
 
 
@@ -134,11 +134,11 @@ def test_script_arguments_arrive_as_they_are_though_kubernetes_expands_variables
     config = config.model_copy(update={"script_args": arguments})
     main = manifests(config)[-1]["spec"]
     commands = [template["spec"]["containers"][0]["command"] for template in pod_templates(main)]
-    commands = [words for words in commands or [main["trainer"]["command"]] if "a b/train.py" in words]
+    commands = [argv for argv in commands or [main["trainer"]["command"]] if "a b/train.py" in argv]
     assert commands
-    for words in commands:
-        found = [expanded(word, {"A": "expanded"}) for word in words]
-        assert found[len(found) - len(arguments) - 1 :] == ["a b/train.py", *arguments]
+    for argv in commands:
+        result = [expanded(arg, {"A": "expanded"}) for arg in argv]
+        assert result[len(result) - len(arguments) - 1 :] == ["a b/train.py", *arguments]
 
 
 def test_trainjob_sets_nothing_that_the_operator_sets():
@@ -165,8 +165,8 @@ def container(kind: str, *overrides: str) -> dict[str, Any]:
     config = load_config(ROOT / "configs/flights.yaml", [*platform, *overrides])
     spec = manifests(config)[-1]["spec"]
     template = spec["template"] if kind == "job" else spec["pytorchReplicaSpecs"]["Master"]["template"]
-    (found,) = template["spec"]["containers"]
-    return dict(found)
+    (result,) = template["spec"]["containers"]
+    return dict(result)
 
 
 def test_probes_ask_what_the_run_serves() -> None:

@@ -13,7 +13,7 @@ from tests.kubernetes.run_config import BASE, config_of
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["launch.kubernetes.image=null"], "launch.kubernetes.image: missing"),
         (["name=Flights_1"], "name: found 'Flights_1'; Kubernetes takes a-z"),
@@ -27,9 +27,9 @@ from tests.kubernetes.run_config import BASE, config_of
         (["launch.secrets=[HUB_TOKEN]"], "use launch.kubernetes.secrets"),
     ],
 )
-def test_bad_input_is_refused(overrides, said):
-    found = load_platform("kubernetes").check(parse_config(BASE, overrides))
-    assert said in "\n".join(map(str, found))
+def test_bad_input_is_refused(overrides, message):
+    findings = load_platform("kubernetes").check(parse_config(BASE, overrides))
+    assert message in "\n".join(map(str, findings))
 
 
 def test_worker_each_needs_a_gpu_of_its_pod():

@@ -67,9 +67,9 @@ def on_hosts(hosts, start, tmp_path) -> Callable[..., Launched]:
             (tmp_path / "run.yaml").write_text(text)
         names = ",".join(hosts.names[number - 1] for number in numbers)
         keys = f"launch.ssh={{config: {hosts.folder}/ssh_config, known_hosts: {hosts.folder}/known_host}}"
-        places = [f"launch.platform={platform}", f"launch.hosts=[{names}]", "launch.workers=1", keys]
+        overrides = [f"launch.platform={platform}", f"launch.hosts=[{names}]", "launch.workers=1", keys]
         chosen = [f"launch.horovod_controller={controller}"] if controller else []
-        return start(*script, *places, *chosen, *args, prefix=hosts.run(1), **options)
+        return start(*script, *overrides, *chosen, *args, prefix=hosts.run(1), **options)
 
     return launched
 

@@ -26,8 +26,8 @@ def missing() -> str | None:
     return None if probe.returncode == 0 else f"network namespaces cannot be made: {probe.stderr.decode().strip()}"
 
 
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, timeout=30)
+def ip(*args: str) -> None:
+    subprocess.run(["ip", *args], check=True, timeout=30)
 
 
 class Hosts:
@@ -65,13 +65,13 @@ class Hosts:
             sshd.wait(30)
         self._remove()
 
-    def run(self, number: int, *words: str) -> list[str]:
+    def run(self, number: int, *args: str) -> list[str]:
         """Returns a command line that runs `words` on a host. Not `ip netns exec`, which hides /sys/fs/cgroup."""
         # An empty resolv.conf: each look-up of a name server that cannot be reached would take many seconds.
         inside = 'hostname "$0"; for f in hosts resolv.conf; do mount --bind "$1/$f" /etc/$f; done; shift; exec "$@"'
         name = self.names[number - 1]
         enter = ["nsenter", f"--net=/run/netns/{name}", "unshare", "--mount", "--uts"]
-        return [*enter, "sh", "-c", inside, name, str(self.folder), *words]
+        return [*enter, "sh", "-c", inside, name, str(self.folder), *args]
 
     def link(self, number: int, state: str) -> None:
         """Takes a host's link `down` or `up`."""
@@ -128,7 +128,7 @@ class Hosts:
         there = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, timeout=30).stdout.split()
         for name in [*self.names, SWITCH]:
             if name in there:
-                found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, timeout=30)
-                for pid in found.stdout.split():
+                listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, timeout=30)
+                for pid in listed.stdout.split():
                     subprocess.run(["kill", "-9", pid], capture_output=True, timeout=30)
                 ip("netns", "del", name)

@@ -102,15 +102,15 @@ class Launched:
 
     def processes(self) -> list[psutil.Process]:
         """Everything that the run has started, the launcher included, orphans too."""
-        found = []
+        pids = []
         for process in psutil.process_iter():
             try:
                 ours = process.environ().get("LAUNCH_TEST") == str(self.folder) or process.cwd() == str(self.folder)
                 if ours and process.pid != os.getpid() and process.status() != "zombie":
-                    found.append(process)
+                    pids.append(process)
             except psutil.Error:
                 continue
-        return found
+        return pids
 
     def everything(self) -> str:
         """All that was printed and logged, for a failed test's message."""

@@ -27,6 +27,6 @@ if __name__ == "__main__":
             os._exit(0)
         Path(f"summed-{backend.world_size}-{backend.rank}").touch()
         time.sleep(0.05)
-    found = {"total": total.item(), "host": socket.gethostname(), "library": backend.name}
-    Path(f"sum-{backend.rank}.json").write_text(json.dumps(found))
+    result = {"total": total.item(), "host": socket.gethostname(), "library": backend.name}
+    Path(f"sum-{backend.rank}.json").write_text(json.dumps(result))
     backend.close()

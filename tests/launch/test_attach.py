@@ -149,20 +149,20 @@ def test_worker_that_ignores_the_signal_is_killed_after_the_grace_time(start, tm
 
 
 @pytest.mark.parametrize(
-    ("action", "said"),
+    ("action", "expected"),
     [
         (["raise", "1"], "ValueError: the culprit's own words"),
         (["kill", "1", "11"], "died of SIGSEGV"),
     ],
     ids=["exception", "SIGSEGV"],
 )
-def test_failed_run_names_who_died_first_of_what_and_who_was_waiting(start, tmp_path, action, said):
+def test_failed_run_names_who_died_first_of_what_and_who_was_waiting(start, tmp_path, action, expected):
     write_config(tmp_path, *action)
     run = start()
     assert run.wait() == 1
     report = run.err[run.err.index("the run failed") :]
     assert "rank 1 on" in report.split("died first")[0]
-    assert said in report
+    assert expected in report
     assert "Only waiting, terminated by the launcher: rank 0 on" in report
     assert run.processes() == []
 
@@ -180,8 +180,8 @@ def test_worker_that_dies_in_each_attempt_ends_the_run_after_the_last_restart(st
 
 
 def state(run: Launched) -> str:
-    found = FollowedJob(run.run_dir).state()
-    return f"{found.phase} {found.detail}"
+    seen = FollowedJob(run.run_dir).state()
+    return f"{seen.phase} {seen.detail}"
 
 
 def test_worker_that_leaves_early_with_status_0_is_named(start, tmp_path):
@@ -292,9 +292,9 @@ def test_run_whose_output_nobody_reads_any_more_saves_and_ends_as_at_a_hang_up(t
         assert launcher.stdout is not None and launcher.stderr is not None
         assert launcher.stdout.readline() == "a step\n"
         launcher.stdout.close()
-        said = launcher.stderr.read()
-    assert (launcher.returncode, (tmp_path / "saved").exists()) == (129, True), said
-    assert said.startswith("distopt: received SIGHUP: asking the script to stop") and "Traceback" not in said
+        errors = launcher.stderr.read()
+    assert (launcher.returncode, (tmp_path / "saved").exists()) == (129, True), errors
+    assert errors.startswith("distopt: received SIGHUP: asking the script to stop") and "Traceback" not in errors
 
 
 QUIET = """

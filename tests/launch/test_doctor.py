@@ -25,10 +25,10 @@ def test_doctor_finds_what_is_installed_and_that_workers_reach_one_another(tmp_p
         capture_output=True, text=True, timeout=170, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    found = {line["subject"]: line for line in json.loads(done.stdout)}
-    assert found["pyro-ppl"] == {"subject": "pyro-ppl", "message": version("pyro-ppl"), "fix": "", "severity": "ok"}
-    assert "gloo" in found["torch.distributed"]["message"]
-    assert found["all-reduce"]["severity"] == "ok"
+    findings = {line["subject"]: line for line in json.loads(done.stdout)}
+    assert findings["pyro-ppl"] == {"subject": "pyro-ppl", "message": version("pyro-ppl"), "fix": "", "severity": "ok"}
+    assert "gloo" in findings["torch.distributed"]["message"]
+    assert findings["all-reduce"]["severity"] == "ok"
 
 
 def test_port_in_use_is_a_warning_with_its_fix():
@@ -47,8 +47,8 @@ def test_folder_that_cannot_be_written_to_is_a_failure():
 
 def test_host_that_is_this_machine_has_its_clock_and_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = doctor._hosts(run_config("launch.hosts=[localhost]"))
-    assert [one.severity for one in found] == ["ok", "ok", "ok"]
+    findings = doctor._hosts(run_config("launch.hosts=[localhost]"))
+    assert [one.severity for one in findings] == ["ok", "ok", "ok"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -83,10 +83,10 @@ def examined(hosts, folder: Path, settings: Path, names: str, *command: str) -> 
 
 def test_hosts_in_good_order_are_found_so_and_reduce_together(hosts, tmp_path):
     # Without what doctor says of this machine, which takes as long again and has a test of its own above.
-    _, found = examined(hosts, tmp_path, hosts.folder / "ssh_config", "dh1, dh2, dh3", "-c", OF_HOSTS)
+    _, findings = examined(hosts, tmp_path, hosts.folder / "ssh_config", "dh1, dh2, dh3", "-c", OF_HOSTS)
     for name in ("dh1", "dh2", "dh3"):
-        assert [found[subject]["severity"] for subject in (name, f"{name} clock", f"{name} folder")] == ["ok"] * 3
-    done = found["all-reduce over hosts"]
+        assert [findings[subject]["severity"] for subject in (name, f"{name} clock", f"{name} folder")] == ["ok"] * 3
+    done = findings["all-reduce over hosts"]
     assert (done["severity"], done["message"].startswith("3 hosts: ")) == ("ok", True), done
 
 
@@ -99,15 +99,18 @@ def test_host_with_another_clock_and_folder_and_one_out_of_reach_are_failures(ho
     ahead = ["-o", f"SetEnv=LD_PRELOAD={library} FAKETIME=+120s"]  # sessions two minutes ahead
     with hosts.odd_sshd(2, 2222, tmp_path, *ahead):
         command = ["-m", "distopt.launch", "doctor", "run.yaml", "--json"]
-        status, found = examined(hosts, tmp_path, settings, "dh1, dh2, 10.88.0.77", *command)
+        status, findings = examined(hosts, tmp_path, settings, "dh1, dh2, 10.88.0.77", *command)
     assert status == 1
-    assert found["dh2"]["severity"] == "ok"
-    assert found["dh2 clock"]["severity"] == "failure" and found["dh2 clock"]["message"] == "120.0 s apart"
-    assert found["dh2 folder"]["severity"] == "failure" and "not the same folder" in found["dh2 folder"]["message"]
+    assert findings["dh2"]["severity"] == "ok"
+    assert findings["dh2 clock"]["severity"] == "failure" and findings["dh2 clock"]["message"] == "120.0 s apart"
     assert (
-        found["10.88.0.77"]["severity"] == "failure" and "10.88.0.77 cannot be asked" in found["10.88.0.77"]["message"]
+        findings["dh2 folder"]["severity"] == "failure" and "not the same folder" in findings["dh2 folder"]["message"]
     )
-    assert found["all-reduce over hosts"]["severity"] == "warning"
+    assert (
+        findings["10.88.0.77"]["severity"] == "failure"
+        and "10.88.0.77 cannot be asked" in findings["10.88.0.77"]["message"]
+    )
+    assert findings["all-reduce over hosts"]["severity"] == "warning"
 
 
 def test_horovod_that_was_built_for_another_mpi_is_a_warning_with_the_build_that_fixes_it(tmp_path, monkeypatch):

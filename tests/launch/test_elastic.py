@@ -36,7 +36,7 @@ def order(on_hosts, tmp_path):
 def worlds(run: Launched) -> list[int]:
     """Returns the numbers of workers of the run's attempts, as rank 0 tells them."""
     headers = [line.split() for line in run.log(0).splitlines() if line.startswith("--- ")]
-    return [int(words[words.index("of") + 1].rstrip(",")) for words in headers]
+    return [int(fields[fields.index("of") + 1].rstrip(",")) for fields in headers]
 
 
 def assert_all_data_seen_in_order(run: Launched, folder: Path, num_steps: int) -> None:
@@ -58,8 +58,8 @@ def test_torchrun_loses_a_host_takes_it_back_and_sees_all_data_in_order(order, h
     finally:
         hosts.link(3, "up")
     assert_all_data_seen_in_order(run, tmp_path, 100)
-    found = worlds(run)
-    assert found[0] == 3 and min(found) < 3 and found[-1] == 3, found
+    sizes = worlds(run)
+    assert sizes[0] == 3 and min(sizes) < 3 and sizes[-1] == 3, sizes
     assert "dh3 was lost; the run continues" in run.err
 
 

@@ -56,9 +56,9 @@ def test_culprit_is_put_before_ranks_that_lost_their_connection_earlier(report):
     ids=["agreed in a step", "printed by the built-in loop", "published by the heartbeat"],
 )
 def test_rank_whose_error_the_others_report_is_blamed_though_it_ended_last(report, printed, error):
-    told = f"{HEADER}{printed}\n--- traceback of rank 1\nTraceback (most recent call last):\nValueError: no\n"
+    log = f"{HEADER}{printed}\n--- traceback of rank 1\nTraceback (most recent call last):\nValueError: no\n"
     text = report(
-        {0: told, 1: f"{HEADER}ValueError: no\nTrace Shapes:\n"}, [end(0, 10.0), end(1, 11.0, -15, stopped=True)]
+        {0: log, 1: f"{HEADER}ValueError: no\nTrace Shapes:\n"}, [end(0, 10.0), end(1, 11.0, -15, stopped=True)]
     )
     assert f"  rank 1 on host died first: it failed at {error}\n" in text
     assert "Stopped because of this error: rank 0 on host." in text

@@ -23,10 +23,10 @@ def test_horovod_that_is_not_installed_is_refused(monkeypatch):
 
 def test_horovodrun_over_mpich_is_refused_with_what_starts_it(pretended_mpi):
     pretended_mpi("MPICH", "MPICH")
-    found = horovodrun.HorovodrunPlatform().check(
+    problems = horovodrun.HorovodrunPlatform().check(
         parse_config(TASK, ["launch.platform=horovodrun", "launch.horovod_controller=mpi"])
     )
-    assert "set launch.platform=mpirun, which starts Horovod over MPICH" in "".join(map(str, found))
+    assert "set launch.platform=mpirun, which starts Horovod over MPICH" in "".join(map(str, problems))
 
 
 @pytest.mark.parametrize(

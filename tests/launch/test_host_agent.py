@@ -132,8 +132,8 @@ def test_launcher_waits_for_the_rendezvous_and_says_so(capsys):
     received: list[int] = []
     threading.Timer(0.5, received.append, [signal.SIGTERM]).start()
     host_agent.wait_for_rendezvous("nosuchhost.invalid:29400", received)
-    said = capsys.readouterr().err
-    assert said == "agent: waiting for nosuchhost.invalid:29400: it has no address yet\n"
+    printed = capsys.readouterr().err
+    assert printed == "agent: waiting for nosuchhost.invalid:29400: it has no address yet\n"
 
 
 def test_rendezvous_on_another_host_is_there_when_it_answers(monkeypatch, capsys):

@@ -24,10 +24,10 @@ pytestmark = pytest.mark.timeout(240)
 def test_one_yaml_runs_on_hosts_through_each_engine(platform, count, hosts, on_hosts, tmp_path):
     run = on_hosts(platform, list(range(1, count + 1)))
     assert run.wait() == 0, run.everything()
-    found = [json.loads((tmp_path / f"sum-{rank}.json").read_text()) for rank in range(count)]
-    assert [one["total"] for one in found] == [count] * count
-    assert sorted(one["host"] for one in found) == hosts.names[:count]
-    assert {one["library"] for one in found} == {LIBRARIES.get(platform, found[0]["library"])}
+    sums = [json.loads((tmp_path / f"sum-{rank}.json").read_text()) for rank in range(count)]
+    assert [one["total"] for one in sums] == [count] * count
+    assert sorted(one["host"] for one in sums) == hosts.names[:count]
+    assert {one["library"] for one in sums} == {LIBRARIES.get(platform, sums[0]["library"])}
     wait_until(lambda: run.processes() == [], "all processes of the run gone", timeout_s=20)
 
 
@@ -58,18 +58,18 @@ def test_connections_that_are_reset_end_the_run_and_a_rank_is_named(platform, ho
 
 
 @pytest.mark.parametrize(
-    ("numbers", "settings", "said"),
+    ("numbers", "settings", "message"),
     [
         ([1, 2], "known_other", "REMOTE HOST IDENTIFICATION HAS CHANGED"),
         ([1, 2], "no_file", "launch.hosts: dh2 cannot be reached: "),
     ],
     ids=["changed host key", "no host key"],
 )
-def test_host_with_a_wrong_key_is_refused_and_nothing_runs_there(numbers, settings, said, hosts, on_hosts, tmp_path):
+def test_host_with_a_wrong_key_is_refused_and_nothing_runs_there(numbers, settings, message, hosts, on_hosts, tmp_path):
     keys = f"launch.ssh={{config: {hosts.folder}/ssh_config, known_hosts: {hosts.folder}/{settings}}}"
     run = on_hosts("torchrun", numbers, keys)
     assert run.wait() == 2
-    assert said in run.err
+    assert message in run.err
     assert not run.run_dir.exists()
 
 
@@ -92,17 +92,17 @@ def test_host_that_does_not_share_the_folder_or_has_no_python_is_refused(lacks, 
 
 
 @pytest.mark.parametrize(
-    ("address", "said"),
+    ("address", "message"),
     [
         ("10.88.0.77", "launch.hosts: 10.88.0.77 cannot be reached: ssh: connect to host 10.88.0.77 port 22: "),
         ("nosuchhost", "launch.hosts: nosuchhost resolves to no address here"),
         ("127.0.1.1", "launch.hosts: 127.0.1.1 resolves to 127.0.1.1, where no other host reaches it"),
     ],
 )
-def test_host_that_cannot_be_reached_is_named_within_the_timeout(address, said, hosts, on_hosts):
+def test_host_that_cannot_be_reached_is_named_within_the_timeout(address, message, hosts, on_hosts):
     run = on_hosts("horovodrun", [1], f"launch.hosts=[dh1, {address}]")
     assert run.wait() == 2
-    assert said in run.err
+    assert message in run.err
 
 
 def test_host_that_accepts_and_says_nothing_is_named_within_the_timeout(hosts, on_hosts):

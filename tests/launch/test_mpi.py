@@ -16,8 +16,8 @@ def test_mpi_of_horovod_is_the_one_that_its_library_loads():
     hvd = pytest.importorskip("horovod.torch", reason="Horovod is not installed (make setup-dev builds it)")
     loaded = {"libmpi.so.40": "Open MPI", "libmpi.so.12": "MPICH"}
     maps = Path("/proc/self/maps").read_text()
-    found = [family for name, family in loaded.items() if name in maps] if hvd.mpi_built() else ["none"]
-    assert [mpi_of_horovod()] == found
+    families = [family for name, family in loaded.items() if name in maps] if hvd.mpi_built() else ["none"]
+    assert [mpi_of_horovod()] == families
 
 
 @pytest.mark.parametrize(

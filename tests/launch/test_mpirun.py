@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.mark.parametrize(
-    ("mpirun_of", "horovod_for", "backend", "said"),
+    ("mpirun_of", "horovod_for", "backend", "message"),
     [
         ("Open MPI", None, "horovod", "uses Horovod, but it is not installed; `python tools/build_horovod.py`"),
         ("Open MPI", "none", "horovod", "uses Horovod, but it was built without MPI"),
@@ -37,19 +37,19 @@ pytestmark = pytest.mark.timeout(240)
         ("MPICH", "Open MPI", "mpi", ""),
     ],
 )
-def test_library_of_another_mpi_than_mpirun_is_refused(mpirun_of, horovod_for, backend, said, pretended_mpi):
+def test_library_of_another_mpi_than_mpirun_is_refused(mpirun_of, horovod_for, backend, message, pretended_mpi):
     pytest.importorskip("mpi4py")
     pretended_mpi(mpirun_of, horovod_for)
     config = parse_config(TASK, ["launch.platform=mpirun", f"reduce.backend={backend}"])
-    found = list(mpirun.MpirunPlatform().check(config))
-    assert (len(found), said in "".join(map(str, found))) == (int(bool(said)), True), found
+    result = list(mpirun.MpirunPlatform().check(config))
+    assert (len(result), message in "".join(map(str, result))) == (int(bool(message)), True), result
 
 
 def test_mpi4py_that_is_missing_is_refused(pretended_mpi, monkeypatch):
     pretended_mpi("MPICH", None)
     monkeypatch.setattr(mpirun, "find_spec", lambda name: None)
-    (said,) = mpirun.MpirunPlatform().check(parse_config(TASK, ["launch.platform=mpirun"]))
-    assert "auto uses mpi4py, which is not installed; `pip install 'distopt[mpi]'`" in str(said)
+    (message,) = mpirun.MpirunPlatform().check(parse_config(TASK, ["launch.platform=mpirun"]))
+    assert "auto uses mpi4py, which is not installed; `pip install 'distopt[mpi]'`" in str(message)
 
 
 # MPICH in place of Open MPI.
@@ -74,9 +74,9 @@ def mpich_horovod(tmp_path_factory) -> str:
 
 
 def assert_summed(folder: Path, library: str = "mpi", hosts: set[str] | None = None) -> None:
-    found = [json.loads((folder / f"sum-{rank}.json").read_text()) for rank in range(2)]
-    assert [(one["total"], one["library"]) for one in found] == [(2, library)] * 2
-    assert hosts is None or {one["host"] for one in found} == hosts
+    result = [json.loads((folder / f"sum-{rank}.json").read_text()) for rank in range(2)]
+    assert [(one["total"], one["library"]) for one in result] == [(2, library)] * 2
+    assert hosts is None or {one["host"] for one in result} == hosts
 
 
 @pytest.mark.slow

@@ -68,8 +68,8 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path, monkeypatch):
 
 @given(st.lists(TEXT, max_size=5), st.dictionaries(st.from_regex(r"\A[A-Z_]{1,8}\Z"), TEXT, max_size=3))
 def test_printed_command_is_read_by_a_shell_as_the_same_words(argv, env):
-    words = shlex.split(str(Command(("prog", *argv), env)))
-    assert words == [*(f"{key}={value}" for key, value in sorted(env.items())), "prog", *argv]
+    tokens = shlex.split(str(Command(("prog", *argv), env)))
+    assert tokens == [*(f"{key}={value}" for key, value in sorted(env.items())), "prog", *argv]
 
 
 @pytest.mark.parametrize("text", ["", "plain\n", "END\n", "END\nEND_\n$HOME `id` \\ '\n"])

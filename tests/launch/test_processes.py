@@ -39,8 +39,8 @@ def nested():
 
 def test_descendants_are_found_at_all_depths_parents_first(nested):
     parent, child = nested
-    found = descendants(os.getpid())
-    assert found.index(parent) < found.index(child)
+    pids = descendants(os.getpid())
+    assert pids.index(parent) < pids.index(child)
     assert descendants(parent) == [child]
     assert descendants(child) == []
 

@@ -72,16 +72,16 @@ def test_reason_that_a_rank_printed_is_quoted_and_not_the_trace_of_torch_s_code_
 
 
 def test_log_on_a_full_disk_is_told_once_and_continues_when_there_is_room(tmp_path):
-    told = []
+    reported = []
     with (
         small_disk(tmp_path / "disk", 64) as folder,
-        rank_log.RankLog(folder, 0, lambda *what: told.append(what)) as log,
+        rank_log.RankLog(folder, 0, lambda *what: reported.append(what)) as log,
     ):
         log.write(b"a first line\n")
         filler = fill(folder)
         for _ in range(9):
             log.write(b"x" * 1000 + b"\n")
-        ((path, error),) = told
+        ((path, error),) = reported
         assert (path, error.strerror) == (rank_log.log_of(folder, 0), "No space left on device")
         filler.unlink()
         log.write(b"a last line\n")
@@ -89,12 +89,12 @@ def test_log_on_a_full_disk_is_told_once_and_continues_when_there_is_room(tmp_pa
     assert text.startswith("a first line\n") and text.endswith("\na last line\n")
     missing = re.search(r"--- (\d+) bytes are missing here: .*No space left", text)
     assert missing and int(missing[1]) + text.count("x") + text[: missing.start()].count("\n") >= 9 * 1000
-    assert len(told) == 1
+    assert len(reported) == 1
 
 
 def test_log_that_cannot_be_opened_is_told_and_nothing_is_written(tmp_path):
     (tmp_path / "logs").write_text("a file where a folder should be")
-    told = []
-    with rank_log.RankLog(tmp_path, 0, lambda *what: told.append(what)) as log:
+    reported = []
+    with rank_log.RankLog(tmp_path, 0, lambda *what: reported.append(what)) as log:
         log.write(b"a line\n")
-    assert [path for path, _ in told] == [rank_log.log_of(tmp_path, 0)]
+    assert [path for path, _ in reported] == [rank_log.log_of(tmp_path, 0)]

@@ -22,8 +22,8 @@ def distopt(tmp_path, monkeypatch) -> Callable[..., tuple[int, str, str]]:
     """Gives a command in the test's folder and returns its exit status, output and errors."""
     monkeypatch.chdir(tmp_path)
 
-    def command(*words: str) -> tuple[int, str, str]:
-        result = CliRunner().invoke(app, words)
+    def command(*args: str) -> tuple[int, str, str]:
+        result = CliRunner().invoke(app, args)
         return result.exit_code, result.stdout, result.stderr
 
     return command
@@ -40,9 +40,9 @@ def test_detached_run_is_asked_about_read_and_stopped_by_its_name(start, tmp_pat
     assert distopt("logs", "run", "--rank", "1") == (2, "", "--rank: found 1, but the run has 0 to 0\n")
     assert distopt("config", "diff", "run.yaml", "run", *SINGLE, "seed=7")[:2] == (1, "seed: 1 there, 7 now\n")
     for detached in ([], ["--detach"]):
-        status, _, said = distopt("launch", "run.yaml", *SINGLE, "script_args=[show, x]", *detached)
+        status, _, message = distopt("launch", "run.yaml", *SINGLE, "script_args=[show, x]", *detached)
         in_use = r"run.yaml: run_dir: runs/run is in use by process \d+ on .*; wait for it, .*\n"
-        assert (status, bool(re.fullmatch(in_use, said))) == (2, True), said
+        assert (status, bool(re.fullmatch(in_use, message))) == (2, True), message
     for _ in range(2):  # the second time there is nothing to stop
         assert distopt("stop", "run") == (0, "stopped\texit status 143\n", "")
     assert distopt("status", "run")[1] == "runs/run\tstopped\texit status 143\n"

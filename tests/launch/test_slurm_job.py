@@ -35,8 +35,8 @@ def submit(cluster, start, tmp_path):
     return launched
 
 
-def distopt(cluster, folder: Path, *words: str) -> subprocess.CompletedProcess:
-    argv = cluster.hosts.run(1, sys.executable, "-m", "distopt.launch", *words)
+def distopt(cluster, folder: Path, *tokens: str) -> subprocess.CompletedProcess:
+    argv = cluster.hosts.run(1, sys.executable, "-m", "distopt.launch", *tokens)
     return subprocess.run(
         argv, cwd=folder, env={**os.environ, **cluster.env}, capture_output=True, text=True, timeout=90
     )
@@ -46,9 +46,9 @@ def distopt(cluster, folder: Path, *words: str) -> subprocess.CompletedProcess:
 def test_run_on_nodes_is_submitted_followed_and_done(nodes, submit, tmp_path, cluster):
     run = submit(f"launch.nodes={nodes}", f"script={SUM}", "script_args=['0']")
     assert run.wait() == 0, run.everything() + (run.run_dir / "logs/slurm.log").read_text()
-    found = [json.loads((tmp_path / f"sum-{rank}.json").read_text()) for rank in range(nodes)]
-    assert [one["total"] for one in found] == [nodes] * nodes
-    assert len({one["host"] for one in found}) == nodes
+    sums = [json.loads((tmp_path / f"sum-{rank}.json").read_text()) for rank in range(nodes)]
+    assert [one["total"] for one in sums] == [nodes] * nodes
+    assert len({one["host"] for one in sums}) == nodes
     asked = distopt(cluster, tmp_path, "status", "run")
     assert "\tdone\t" in asked.stdout, asked.stderr
 
@@ -150,13 +150,13 @@ def test_srun_starts_workers_of_mpi(backend, submit, tmp_path, cluster):
     chosen = [f"reduce.backend={backend}", f"launch.env={{SUM_BACKEND: {backend}}}"]
     run = submit("launch.nodes=2", *chosen, f"script={SUM}", "script_args=['0']")
     assert run.wait() == 0, run.everything()
-    found = [json.loads((tmp_path / f"sum-{rank}.json").read_text()) for rank in range(2)]
-    assert [(one["total"], one["library"]) for one in found] == [(2, backend)] * 2
-    assert len({one["host"] for one in found}) == 2
+    sums = [json.loads((tmp_path / f"sum-{rank}.json").read_text()) for rank in range(2)]
+    assert [(one["total"], one["library"]) for one in sums] == [(2, backend)] * 2
+    assert len({one["host"] for one in sums}) == 2
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         (["launch.nodes=4"], "the cluster refuses the job: "),
         (["launch.workers=9"], "the cluster refuses the job: "),
@@ -165,10 +165,10 @@ def test_srun_starts_workers_of_mpi(backend, submit, tmp_path, cluster):
     ],
     ids=["more nodes", "more processes", "partition", "hosts"],
 )
-def test_job_that_the_cluster_cannot_run_is_refused(overrides, said, submit):
+def test_job_that_the_cluster_cannot_run_is_refused(overrides, expected, submit):
     run = submit(*overrides)
     assert run.wait() == 2
-    assert said in run.err
+    assert expected in run.err
     assert not run.run_dir.exists()
 
 

@@ -42,8 +42,8 @@ def test_job_is_one_that_bash_can_read(name, tmp_path):
     assert (check.returncode, check.stderr) == (0, "")
     only_exports = "\n".join(line for line in script.splitlines() if line.startswith("export ODD"))
     shown = ["bash", "-c", only_exports + '\nprintf %s "$ODD"']
-    said = subprocess.run(shown, capture_output=True, text=True, timeout=30, cwd=tmp_path)
-    assert (said.stdout, list(tmp_path.iterdir())) == ("'; touch canary; $(id) \" é", [])
+    done = subprocess.run(shown, capture_output=True, text=True, timeout=30, cwd=tmp_path)
+    assert (done.stdout, list(tmp_path.iterdir())) == ("'; touch canary; $(id) \" é", [])
 
 
 @pytest.mark.parametrize("backend", ["torch_dist", "mpi"])
@@ -52,10 +52,10 @@ def test_script_arguments_survive_both_shells_of_a_slurm_job(backend, arguments)
     raw = {"name": "run", "script": "a b/train.py", "script_args": arguments, "launch": {"platform": "slurm"},
            "reduce": {"backend": backend}}  # fmt: skip
     config = RunConfig.model_validate(raw)
-    words = shlex.split(platform._step(config))  # the batch script's shell
+    tokens = shlex.split(platform._step(config))  # the batch script's shell
     if backend == "torch_dist":
-        words = shlex.split(words[words.index("-c") + 1])  # the shell on each node
-    assert words[len(words) - len(arguments) - 1 :] == ["a b/train.py", *arguments]
+        tokens = shlex.split(tokens[tokens.index("-c") + 1])  # the shell on each node
+    assert tokens[len(tokens) - len(arguments) - 1 :] == ["a b/train.py", *arguments]
 
 
 @pytest.fixture

@@ -34,7 +34,11 @@ def test_complex_parameters_fall_back_to_the_general_form():
     ("args", "message"),
     [
         ({"lr": -1.0}, "lr is -1"),
-        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"lr": "0.1"}, r"ClippedAdam: lr is '0\.1', expected a number >= 0"),
+        ({"eps": None}, "eps is None"),
+        ({"betas": (0.9, 1.0)}, r"betas are \(0\.9, 1\.0\), expected two numbers"),
+        ({"betas": 0.9}, r"betas are 0\.9"),
+        ({"betas": ("0.9", 0.99)}, "betas are"),
     ],
 )
 def test_arguments_out_of_range_are_refused(args, message):

@@ -57,6 +57,8 @@ def test_transform_is_the_transpose_of_its_inverse():
     ("args", "message"),
     [
         ({"lr": float("nan")}, "lr is nan"),
+        ({"clip_norm": [10.0]}, r"DCTAdam: clip_norm is \[10\.0\], expected a number >= 0"),
+        ({"betas": (0.9, 0.99, 0.999)}, r"betas are \(0\.9, 0\.99, 0\.999\), expected two numbers"),
     ],
 )
 def test_arguments_out_of_range_are_refused(args, message):

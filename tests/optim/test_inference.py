@@ -71,12 +71,12 @@ class Regression(PyroModule):
         super().__init__()
         self.linear = PyroModule[torch.nn.Linear](1, 1)
         self.linear.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 1]).to_event(2))
-        self.noise = PyroParam(torch.tensor(0.7), constraint=dist.constraints.positive)
+        self.scale = PyroParam(torch.tensor(0.7), constraint=dist.constraints.positive)
 
     def forward(self, data):
         mean = self.linear(data[:, None]).squeeze(-1)
         with pyro.plate("data", len(data)):
-            pyro.sample("x", dist.Normal(mean, self.noise), obs=data)
+            pyro.sample("x", dist.Normal(mean, self.scale), obs=data)
 
 
 def regression():

@@ -1,6 +1,7 @@
 """State in columns is the state by name: for every optimizer, whatever its parameters have been through."""
 
 import gc
+import itertools
 import sys
 
 import pyro
@@ -255,6 +256,45 @@ def test_state_that_no_columns_can_hold_stays_alone_as_it_is(strange):
     packed = PackedState.from_states({"x": strange})
     assert packed.alone == {"x": strange}
     assert packed.unpack()["x"] is strange
+
+
+def mixed_states():
+    """States of one frame whose rows differ in all that decides whether they share columns."""
+
+    def state(**values):
+        return {"state": {0: values}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+
+    double = torch.ones(2, dtype=torch.float64)
+    return {
+        "a": state(step=torch.tensor(1.0), m=torch.ones(2)),
+        "b": state(step=torch.tensor(1.0), m=torch.ones(3)),
+        "c": state(step=torch.tensor(2.0), m=torch.zeros(2)),
+        "d": state(step=torch.tensor(1.0), m=double),
+        "e": state(step=torch.ones(1), m=torch.ones(2)),
+        "f": state(step=torch.tensor(1.0), m=torch.ones(2).to_sparse()),
+        "g": state(step=1.0, m=torch.ones(2)),
+        "h": state(step=torch.tensor(1.0), m=torch.nn.Parameter(torch.ones(2))),
+        "i": state(step=torch.tensor(1.0), m=torch.ones(2), v=torch.ones(3)),
+        "j": state(step=torch.ones(2), m=torch.ones(2)),
+        "k": state(m=torch.tensor(1.0)),
+        "l": {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        "m": {"state": {0: {}, 1: {}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+    }
+
+
+def test_rows_looked_at_by_column_pack_as_those_described_one_by_one(monkeypatch):
+    states = mixed_states()
+    for size in (1, 2, 3):
+        for names in itertools.combinations(states, size):
+            chosen = {name: states[name] for name in names}
+            quick = PackedState.from_states(chosen)
+            with monkeypatch.context() as patch:
+                patch.setattr("distopt.optim.packed_state._shapes_if_uniform", lambda rows: None)
+                slow = PackedState.from_states(chosen)
+            assert [each.names for each in quick.columns] == [each.names for each in slow.columns], names
+            assert [each.shapes for each in quick.columns] == [each.shapes for each in slow.columns], names
+            assert [exact(each.columns) for each in quick.columns] == [exact(each.columns) for each in slow.columns]
+            assert quick.alone.keys() == slow.alone.keys(), names
 
 
 def test_number_of_calls_does_not_grow_with_the_parameters():

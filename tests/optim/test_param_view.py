@@ -86,14 +86,14 @@ def test_optimizer_of_a_parameter_shows_its_state_alone(name, args):
         pyro_optim(theirs)
         optim(ours)
     for their, our in zip(theirs, ours, strict=True):
-        expected, found = pyro_optim.optim_objs[their], optim.optim_objs[our]
-        assert isinstance(found, type(expected))
-        assert list(found.state) == [our]
-        assert found.state[our].keys() == expected.state[their].keys()
+        expected, view = pyro_optim.optim_objs[their], optim.optim_objs[our]
+        assert isinstance(view, type(expected))
+        assert list(view.state) == [our]
+        assert view.state[our].keys() == expected.state[their].keys()
         for key, value in expected.state[their].items():
-            torch.testing.assert_close(torch.as_tensor(found.state[our][key]), torch.as_tensor(value))
-        assert found.param_groups[0]["lr"] == expected.param_groups[0]["lr"]
-        theirs_dict, ours_dict = expected.state_dict(), found.state_dict()
+            torch.testing.assert_close(torch.as_tensor(view.state[our][key]), torch.as_tensor(value))
+        assert view.param_groups[0]["lr"] == expected.param_groups[0]["lr"]
+        theirs_dict, ours_dict = expected.state_dict(), view.state_dict()
         assert ours_dict["param_groups"] == theirs_dict["param_groups"]
         assert ours_dict["state"].keys() == theirs_dict["state"].keys()
 
@@ -119,11 +119,11 @@ def test_scheduler_of_a_parameter_has_an_optimizer_of_its_own():
         optim.optim_objs[x].optimizer.zero_grad()
         optim.step()
     assert x.grad is None and torch.equal(y.grad, torch.full((2,), 2.0))
-    found = optim.optim_objs[y]
-    assert isinstance(found, torch.optim.lr_scheduler.ExponentialLR)
-    assert found.get_last_lr() == [0.025]
-    assert found.optimizer.state_dict()["param_groups"][0]["lr"] == 0.025
-    assert list(found.optimizer.state) == [y]
+    view = optim.optim_objs[y]
+    assert isinstance(view, torch.optim.lr_scheduler.ExponentialLR)
+    assert view.get_last_lr() == [0.025]
+    assert view.optimizer.state_dict()["param_groups"][0]["lr"] == 0.025
+    assert list(view.optimizer.state) == [y]
 
 
 def test_step_and_load_of_one_parameter_are_refused_and_the_message_says_what_to_call():

@@ -42,12 +42,12 @@ def {name}(
 
 def stub() -> str:
     """The text that the stub must have."""
-    parts = [_HEAD]
+    pieces = [_HEAD]
     for name in sorted(pytorch_optimizers.__all__):
         scheduler = name in pytorch_optimizers.SCHEDULERS
         source = pytorch_optimizers.SCHEDULERS[name] if scheduler else pytorch_optimizers.OPTIMIZERS[name]
         module = "torch.optim.lr_scheduler" if scheduler else source.__module__
-        parts.append(
+        pieces.append(
             _FUNCTION.format(
                 name=name,
                 args="Mapping[str, Any]" if scheduler else "Args",
@@ -56,7 +56,7 @@ def stub() -> str:
             )
         )
     names = "".join(f'    "{name}",\n' for name in pytorch_optimizers.__all__)
-    return "".join(parts) + f"\n__all__ = [\n{names}]\n"
+    return "".join(pieces) + f"\n__all__ = [\n{names}]\n"
 
 
 def test_every_name_of_pyro_optim_is_offered_and_of_its_kind():

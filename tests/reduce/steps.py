@@ -36,7 +36,7 @@ def step_with(optim: DistributedOptimizer, gradients: Mapping[str, Tensor | None
     return info
 
 
-def noise(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def random_values(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Numbers that depend on the seed alone."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
@@ -48,7 +48,7 @@ def unconstrained(name: str) -> Tensor:
 
 def by_rank(step: int, *shape: int) -> list[Tensor]:
     """One gradient for each rank."""
-    return [noise(1000 * step + rank, *shape) for rank in range(current().world_size)]
+    return [random_values(1000 * step + rank, *shape) for rank in range(current().world_size)]
 
 
 @contextmanager

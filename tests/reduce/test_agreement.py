@@ -22,7 +22,7 @@ from distopt.optim import (
     ReduceOptions,
 )
 from distopt.reduce import DisagreementError
-from tests.reduce.steps import Values, noise, step_with, store_values, unconstrained
+from tests.reduce.steps import Values, random_values, step_with, store_values, unconstrained
 from tests.workers import Ranks
 
 
@@ -55,9 +55,11 @@ def _run_order_of_creation_does_not_matter() -> Values:
     for name in names if rank % 2 == 0 else reversed(names):
         pyro.param(name, torch.zeros(4))
     for _ in range(2):
-        step_with(optim, {name: torch.full((4,), float(10**place) * (rank + 1)) for place, name in enumerate(names)})
-    for place, name in enumerate(names):
-        assert unconstrained(name).eq(-2 * 10**place * (size + 1) / 2).all()
+        step_with(
+            optim, {name: torch.full((4,), float(10**position) * (rank + 1)) for position, name in enumerate(names)}
+        )
+    for position, name in enumerate(names):
+        assert unconstrained(name).eq(-2 * 10**position * (size + 1) / 2).all()
     return store_values()
 
 
@@ -209,7 +211,7 @@ def _run_files_loaded_into_a_live_run_are_applied() -> Values:
 
     def train(first: int, last: int) -> Values:
         for step in range(first, last):
-            step_with(optim, {name: noise(10 * step + rank + ord(name), 2) for name in names})
+            step_with(optim, {name: random_values(10 * step + rank + ord(name), 2) for name in names})
         return store_values()
 
     with TemporaryDirectory() as folder:

@@ -21,7 +21,7 @@ from distopt.optim import (
 from distopt.reduce import layout
 from distopt.reduce.messages import NUM_SLOTS
 from tests.optim.distributed.test_stepping import LOOPS, _run_guide_that_grows_differently_trains
-from tests.reduce.steps import Values, counting_calls, noise, step_with, store_values, unconstrained
+from tests.reduce.steps import Values, counting_calls, random_values, step_with, store_values, unconstrained
 from tests.reduce.test_sparse import _run_sparse_gradients_are_sent_as_sparse
 from tests.workers import Ranks
 
@@ -35,7 +35,8 @@ def _run_gradients_are_averaged() -> Values:
     reference = {"a": torch.zeros(2, 2), "b": torch.zeros(3)}
     for step in range(3):
         gradients = [
-            {name: noise(100 * step + r + ord(name), *reference[name].shape) for name in reference} for r in range(size)
+            {name: random_values(100 * step + r + ord(name), *reference[name].shape) for name in reference}
+            for r in range(size)
         ]
         info = step_with(optim, gradients[rank])
         for name, value in reference.items():
@@ -52,13 +53,14 @@ def _run_steady_state_costs_one_collective() -> None:
     names = [f"p{i}" for i in range(20)]
     for name in names:
         pyro.param(name, torch.zeros(4, 5))
-    step_with(optim, {name: noise(0, 4, 5) for name in names})
+    step_with(optim, {name: random_values(0, 4, 5) for name in names})
     with counting_calls() as calls:
         for step in range(5):
-            step_with(optim, {name: noise(step, 4, 5) for name in names})
+            step_with(optim, {name: random_values(step, 4, 5) for name in names})
         for step in range(4):  # fewer of them, and others on each rank: still one
-            step_with(optim, {name: noise(step, 4, 5) for name in (names[step], names[step + rank + 1])})
-    assert [method for method, _ in calls] == ["all_reduce"] * 9
+            step_with(optim, {name: random_values(step, 4, 5) for name in (names[step], names[step + rank + 1])})
+    # A rank that is alone and brings every gradient has nothing to sum.
+    assert [method for method, _ in calls] == ["all_reduce"] * (9 if current().world_size > 1 else 4)
     assert optim.reducer.num_agreements == 1
 
 
@@ -92,7 +94,8 @@ def _run_large_models_reduce_the_control_slots_first() -> None:
     step_with(optim, gradients)
     with counting_calls() as calls:
         step_with(optim, gradients)
-    assert calls == [("all_reduce", NUM_SLOTS + 3), *[("all_reduce", 500_000)] * 3]
+    expected = [("all_reduce", NUM_SLOTS + 3), *[("all_reduce", 500_000)] * 3]
+    assert calls == (expected if current().world_size > 1 else [])
     with counting_calls() as calls:
         if current().rank == 0:
             pyro.param("late", torch.zeros(2))

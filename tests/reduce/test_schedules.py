@@ -14,7 +14,7 @@ from distopt.backends import current
 from distopt.optim import Adam, DistributedOptimizer, ReduceOptions
 from distopt.reduce import layout
 from tests import workers
-from tests.reduce.steps import noise, step_with, store_values
+from tests.reduce.steps import random_values, step_with, store_values
 
 SIZE = 2
 SHAPES: dict[str, tuple[int, ...]] = {"a": (2, 3), "b": (), "c": (4,), "d": (1, 5)}
@@ -37,14 +37,14 @@ def follow(schedule: Schedule, options: dict[str, Any], is_large: bool) -> list[
             patch.setattr(layout, "CONTROL_FIRST_BYTES", 0)
         for step, touched in enumerate(schedule):
             for name in touched[rank]:
-                pyro.param(name, lambda name=name: noise(ord(name) + 1000 * rank, *SHAPES[name]))
+                pyro.param(name, lambda name=name: random_values(ord(name) + 1000 * rank, *SHAPES[name]))
             step_with(optim, {name: _gradient(step, rank, name) for name in touched[rank]})
             stores.append(store_values())
     return stores
 
 
 def _gradient(step: int, rank: int, name: str) -> torch.Tensor:
-    return noise(10 * (step + 100 * rank) + ord(name), *SHAPES[name])
+    return random_values(10 * (step + 100 * rank) + ord(name), *SHAPES[name])
 
 
 def reference(schedule: Schedule) -> list[dict[str, torch.Tensor]]:
@@ -56,7 +56,7 @@ def reference(schedule: Schedule) -> list[dict[str, torch.Tensor]]:
         for name in sorted({name for names in touched for name in names}):
             if name not in params:
                 first = next(rank for rank, names in enumerate(touched) if name in names)
-                params[name] = noise(ord(name) + 1000 * first, *SHAPES[name]).requires_grad_()
+                params[name] = random_values(ord(name) + 1000 * first, *SHAPES[name]).requires_grad_()
                 optims[name] = torch.optim.Adam([params[name]], lr=0.1)
             present = [_gradient(step, rank, name) for rank, names in enumerate(touched) if name in names]
             params[name].grad = torch.stack(present).sum(0) / SIZE
@@ -73,7 +73,7 @@ def test_any_schedule_keeps_replicas_equal_to_one_process(
     options = {"bucket_mib": bucket_mib, "overlap": overlap, "drift_every_steps": 1}
     results = workers.world("torch_dist", SIZE).run(follow, schedule, options, is_large)
     assert all(result == results[0] for result in results)
-    for found, expected in zip(results[0], reference(schedule), strict=True):
-        assert set(found) == set(expected)
+    for actual, expected in zip(results[0], reference(schedule), strict=True):
+        assert set(actual) == set(expected)
         for name, value in expected.items():
-            torch.testing.assert_close(torch.tensor(found[name]), value)
+            torch.testing.assert_close(torch.tensor(actual[name]), value)

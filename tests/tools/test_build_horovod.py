@@ -33,10 +33,10 @@ def test_cuda_that_came_as_wheels_gets_the_names_that_linkers_look_for(
         file.write_text(file.name)
     monkeypatch.setattr(build_horovod.sysconfig, "get_path", lambda _name: str(tmp_path))
     for _ in range(2):  # a second build finds the links in place
-        found = build_horovod.cuda_of_wheels("")
+        result = build_horovod.cuda_of_wheels("")
     assert (cuda / "lib64/libcudart.so").read_text() == "libcudart.so.13"
     assert (nccl / "lib/libnccl.so").read_text() == "libnccl.so.2"
-    assert (found["HOROVOD_CUDA_HOME"], found["HOROVOD_NCCL_HOME"]) == (str(cuda), str(nccl))
+    assert (result["HOROVOD_CUDA_HOME"], result["HOROVOD_NCCL_HOME"]) == (str(cuda), str(nccl))
 
 
 def test_cuda_of_the_machine_is_left_to_itself(tmp_path: Path) -> None:

@@ -45,9 +45,9 @@ class Line:
         marker: str = "",
         more_on_rank_1: int = 0,
     ) -> None:
-        noise = torch.Generator().manual_seed(3)
+        rng = torch.Generator().manual_seed(3)
         self.x = torch.linspace(-1, 1, NUM_ROWS)
-        self.y = 2.0 * self.x + 1.0 + 0.3 * torch.randn(NUM_ROWS, generator=noise)
+        self.y = 2.0 * self.x + 1.0 + 0.3 * torch.randn(NUM_ROWS, generator=rng)
         self.guide: Any = getattr(autoguide, guide)(self.model)
         self._read, self._kill, self._fail_at, self._nan_at = 0, (kill_rank, kill_at), fail_at, nan_at
         self._more = more_on_rank_1 if os.environ.get("RANK") == "1" else 0

@@ -77,13 +77,13 @@ def values(chosen: RunConfig, num_steps: int = 3) -> list[float]:
     pyro.clear_param_store()
     optimizer, step_schedule = make_optimizer(chosen)
     param = pyro.param("x", torch.zeros(1)).unconstrained()
-    found = []
+    seen = []
     for step in range(num_steps):
         param.grad = torch.ones(1)
         optimizer([param])
         step_schedule(optimizer, float(step))  # type: ignore[arg-type]  # here it need not be distributed
-        found.append(round(param.item(), 6))
-    return found
+        seen.append(round(param.item(), 6))
+    return seen
 
 
 def test_shipped_optimizer_and_schedule() -> None:
@@ -141,11 +141,33 @@ def test_name_that_an_older_torch_lacks_is_refused(monkeypatch: pytest.MonkeyPat
         make_optimizer(optim(name="Muon", args={"lr": 0.1}))
 
 
+class Stepless(torch.optim.Optimizer):
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"name": "Adam", "args": {"eps": 1e-6, "lr": "x"}}, r"optim\.args: found \{eps: 1e-06, lr: x\}: .*'str'"),
+        ({"name": "Adam", "args": {"beta": 0.9}}, r"optim\.args: found \{beta: 0\.9\}: .* argument 'beta'"),
+        ({"name": f"{__name__}:Stepless", "args": {}}, r"optim\.name: .*:Stepless has no step\(closure=None\)"),
+        (
+            {"name": "Adam", "args": {}, "scheduler": {"name": "StepLR", "args": {"size": 3}}},
+            r"optim\.scheduler\.args: found \{size: 3\}: .* argument 'size'",
+        ),
+    ],
+)
+def test_optimizer_that_is_refused_is_reported_with_its_key_and_arguments(chosen: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_optimizer(optim(**chosen))
+
+
 def test_objective_is_shipped_or_the_users() -> None:
     shipped = make_loss(config(train={"loss": "TraceEnum_ELBO", "loss_args": {"max_plate_nesting": 2}}))
     assert isinstance(shipped, pyro.infer.TraceEnum_ELBO) and shipped.max_plate_nesting == 2
-    own = make_loss(config(train={"loss": f"{__name__}:TwiceElbo", "num_particles": 3}))
-    assert isinstance(own, TwiceElbo) and own.num_particles == 3
+    doubled = make_loss(config(train={"loss": f"{__name__}:TwiceElbo", "num_particles": 3}))
+    assert isinstance(doubled, TwiceElbo) and doubled.num_particles == 3
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,8 @@ def test_tensorboard_on_a_full_disk_is_told_and_training_goes_on(
                 opened.log(step, {"elbo": 1.0, "rows_per_s": 2.0})
         with Loggers([TensorBoardLogger()], run_info(folder)) as opened:
             opened.log(1, {"elbo": 1.0})
-    said = f"distopt: {tmp_path}/disk/tensorboard cannot be written: No space left on device; training continues\n"
-    assert capsys.readouterr().err.count(said) == 2
+    message = f"distopt: {tmp_path}/disk/tensorboard cannot be written: No space left on device; training continues\n"
+    assert capsys.readouterr().err.count(message) == 2
 
 
 def test_nan_and_infinity_are_null_since_json_has_neither(tmp_path: Path) -> None:
@@ -133,14 +133,14 @@ def test_tensorboard_reads_back_what_was_written_without_what_a_crash_undid(tmp_
     write(tmp_path, 0, range(10, 60, 10), TensorBoardLogger())
     write(tmp_path, 30, range(40, 80, 10), TensorBoardLogger())
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    found = {event.step: event.value for event in events.Scalars("elbo")}
-    assert sorted(found) == [10, 20, 30, 40, 50, 60, 70]
+    scalars = {event.step: event.value for event in events.Scalars("elbo")}
+    assert sorted(scalars) == [10, 20, 30, 40, 50, 60, 70]
     assert len(events.Scalars("elbo")) == 7
 
     write(tmp_path, 0, range(10, 30, 10), TensorBoardLogger())  # a new run in a used folder
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("elbo")] == [10, 20]
-    assert found[50] == pytest.approx(-2.0)
+    assert scalars[50] == pytest.approx(-2.0)
 
 
 def test_tensorboard_that_is_not_installed_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

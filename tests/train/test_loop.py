@@ -36,10 +36,10 @@ from tests.train.tasks import Line
 
 
 def assert_equal_bits(run_dir: Path, other: Path) -> None:
-    found, expected = parameters(run_dir), parameters(other)
-    assert found.keys() == expected.keys() and len(found) > 0
+    actual, expected = parameters(run_dir), parameters(other)
+    assert actual.keys() == expected.keys() and len(actual) > 0
     for name in expected:
-        assert torch.equal(found[name], expected[name]), name
+        assert torch.equal(actual[name], expected[name]), name
 
 
 def test_same_yaml_gives_the_same_posterior_on_any_workers(tmp_path: Path) -> None:
@@ -51,10 +51,10 @@ def test_same_yaml_gives_the_same_posterior_on_any_workers(tmp_path: Path) -> No
     launch_well(path, f"run_dir={tmp_path / 'horovod'}", "reduce.backend=horovod")
     expected = parameters(tmp_path / "one")
     for name in ("gloo", "horovod"):
-        found = parameters(tmp_path / name)
-        assert found.keys() == expected.keys()
+        actual = parameters(tmp_path / name)
+        assert actual.keys() == expected.keys()
         for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(actual[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_save_that_failed_is_no_checkpoint_to_those_who_ask_for_its_age(
@@ -124,9 +124,9 @@ def test_straggler_is_named_while_the_run_goes_on_and_in_the_report_and_changes_
     with control_group("cpu", fifth, {"cpu.max": "2000 10000"}) as group:
         path = config(tmp_path, task="tests.train.tasks:Straggling", task_args={"group": str(group)})
         output = launch_well(path)
-    said = r"rank 1 on \S+ is a straggler: its work for a step takes [\d.e+]+ ms, ([\d.]+) times the median"
-    (while_running,) = re.findall(rf"step \d+: {said}", output)
-    (reported,) = re.findall(said.replace("rank", "Rank", 1), (tmp_path / "run/report.html").read_text())
+    pattern = r"rank 1 on \S+ is a straggler: its work for a step takes [\d.e+]+ ms, ([\d.]+) times the median"
+    (while_running,) = re.findall(rf"step \d+: {pattern}", output)
+    (reported,) = re.findall(pattern.replace("rank", "Rank", 1), (tmp_path / "run/report.html").read_text())
     assert min(float(while_running), float(reported)) >= STRAGGLER_RATIO
     assert_equal_bits(tmp_path / "run", undisturbed)
 
@@ -236,17 +236,17 @@ def test_config_code_and_versions_that_differ_between_ranks_are_refused(tmp_path
     path = config(tmp_path, task="line:Line")
     train = f"{sys.executable} -m distopt.launch train {path} optim.args.lr=0.$((RANK + 1))"
     each = f"PYTHONPATH={tmp_path}/$RANK:{ROOT} {train}"
-    engine = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--local-addr=127.0.0.1"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--local-addr=127.0.0.1"]
     done = subprocess.run(
-        [sys.executable, *engine, "--no-python", "bash", "-c", each], capture_output=True, text=True, timeout=120
+        [sys.executable, *torchrun, "--no-python", "bash", "-c", each], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 1
-    told = re.search("ranks have different configuration, code or versions:\n((  .*\n)+)", done.stderr)
-    assert told, done.stderr
-    found = [line.strip() for line in told[1].splitlines()]
-    assert found[0] == "config.optim.args.lr: 0.1 on rank 0, 0.2 on rank 1"
-    assert found[1].startswith("SHA-256 of the file of line:Line: ")
-    assert found[2] == f"version.torch: '{torch.__version__}' on rank 0, '2.0' on rank 1"
+    difference = re.search("ranks have different configuration, code or versions:\n((  .*\n)+)", done.stderr)
+    assert difference, done.stderr
+    actual = [line.strip() for line in difference[1].splitlines()]
+    assert actual[0] == "config.optim.args.lr: 0.1 on rank 0, 0.2 on rank 1"
+    assert actual[1].startswith("SHA-256 of the file of line:Line: ")
+    assert actual[2] == f"version.torch: '{torch.__version__}' on rank 0, '2.0' on rank 1"
 
 
 def test_parameters_are_made_from_no_more_rows_than_a_step_has(tmp_path: Path) -> None:

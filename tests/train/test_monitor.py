@@ -6,12 +6,12 @@ import torch
 
 from distopt.backends import current
 from distopt.backends.single import Single
-from distopt.train.monitor import WARM_UP_STEPS, PaceMeter, RankPace, describe_straggler
+from distopt.train.monitor import MEASURED_STEPS, WARM_UP_STEPS, PaceMeter, RankPace, describe_straggler
 from tests import workers
 
 
-def paces(*work_ms: float) -> list[RankPace]:
-    return [RankPace(rank, f"host{rank}", ms / 1e3, 0.0) for rank, ms in enumerate(work_ms)]
+def paces(*work_ms: float, num_steps: int = MEASURED_STEPS) -> list[RankPace]:
+    return [RankPace(rank, f"host{rank}", ms / 1e3, 0.0, num_steps) for rank, ms in enumerate(work_ms)]
 
 
 def test_straggler_is_the_slowest_against_the_median_of_the_others() -> None:
@@ -21,6 +21,13 @@ def test_straggler_is_the_slowest_against_the_median_of_the_others() -> None:
     )
     assert describe_straggler(paces(10, 12, 14, 11)) is None
     assert describe_straggler(paces(10)) is describe_straggler([]) is None
+
+
+def test_few_or_tiny_steps_tell_nothing_of_a_straggler() -> None:
+    assert describe_straggler(paces(10, 50)) is not None
+    assert describe_straggler(paces(10, 50, num_steps=MEASURED_STEPS - 1)) is None
+    assert describe_straggler(paces(0.2, 1.1)) is None
+    assert describe_straggler(paces(0.2, 1.3)) is not None
 
 
 def test_lone_rank_waits_for_nobody() -> None:

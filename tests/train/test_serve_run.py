@@ -50,8 +50,8 @@ def ask(port: int, path: str) -> str:
 
 
 def metric(port: int, name: str) -> float:
-    found = re.search(rf"^distopt_{name} (\S+)", ask(port, "/metrics"), re.MULTILINE)
-    return float(found[1]) if found else -1.0
+    match = re.search(rf"^distopt_{name} (\S+)", ask(port, "/metrics"), re.MULTILINE)
+    return float(match[1]) if match else -1.0
 
 
 def wait_for(port: int, name: str, least: float) -> None:
@@ -98,8 +98,8 @@ def test_each_worker_answers_on_its_own_port_and_tells_what_it_does(tmp_path: Pa
         "data: {global_batch: 32}\nlog: {every_steps: 2, tensorboard: false}\ncheckpoint: {every_steps: 10}\n"
         f"serve: {{port: {port}, stall_s: 60}}\n"
     )
-    engine = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--local-addr=127.0.0.1"]
-    command = [sys.executable, *engine, "-m", "distopt.launch", "train", str(config)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--local-addr=127.0.0.1"]
+    command = [sys.executable, *torchrun, "-m", "distopt.launch", "train", str(config)]
     with (tmp_path / "log").open("wb") as log:
         run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
     try:

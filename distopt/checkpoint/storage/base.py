@@ -23,13 +23,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import ClassVar
 
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.manifest import MANIFEST
 from distopt.checkpoint.storage.names import LOCK
 
 _URL = re.compile(r"([a-z0-9+]{2,})://", re.IGNORECASE)
+
+
+class SyncError(OSError):
+    """A sync has failed: what was written may be lost, and a second sync could report success for it."""
 
 
 class WriteStream(ABC):
@@ -76,7 +79,8 @@ class Storage(ABC):
     """Folders of immutable files under one root.
 
     A folder with the name of a step is a checkpoint if its manifest can be read. All ranks of a job use the same root,
-    at the same time; jobs exclude each other by `lock`. Errors of the disk or network are `OSError`.
+    at the same time; jobs exclude each other by `lock`. Errors of the disk or network are `OSError`; every call but
+    `create` is made again when one may pass, so it must do no harm to make a call twice.
 
     Six methods are abstract. The others have defaults for a store whose files appear whole or not at all when they are
     closed, which has no folders to make, to sync or to rename, and no lock.
@@ -85,7 +89,7 @@ class Storage(ABC):
     root: str
     """The directory or URL, for messages and to open the same storage on another rank."""
 
-    commits_by_rename: ClassVar[bool] = False
+    commits_by_rename: bool = False
     """Whether `publish` renames the folder, so that one with the name of a step without a manifest is damaged; if not,
     it is an attempt that never finished."""
 
@@ -208,9 +212,18 @@ def is_url(path: str | Path) -> bool:
 def open_storage(path: str | Path) -> Storage:
     """Returns the storage at a directory, at a URL of a registered scheme, or at a URL that fsspec knows.
 
+    Calls that fail for a moment are made again, see `retries`.
+
     Raises:
         CheckpointError: The URL is of no known scheme, or needs a package that is not installed.
     """
+    from distopt.checkpoint.storage.retries import RetryingStorage
+
+    return RetryingStorage(_open_once(path))
+
+
+def _open_once(path: str | Path) -> Storage:
+    """Returns the storage itself, whose calls raise whatever happens."""
     match = _URL.match(path) if isinstance(path, str) else None
     if match is None:
         from distopt.checkpoint.storage.posix import PosixStorage

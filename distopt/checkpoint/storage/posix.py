@@ -10,13 +10,13 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from distopt.checkpoint.errors import CheckpointError, DirectoryInUseError
-from distopt.checkpoint.storage.base import ReadStream, Storage, WriteStream, new_token
+from distopt.checkpoint.storage.base import ReadStream, Storage, SyncError, WriteStream, new_token
 from distopt.checkpoint.storage.names import LOCK, doomed_folder, step_of
 
 _SENT_BYTES = 8 << 20
@@ -83,21 +83,22 @@ class PosixStorage(Storage):
 
     def sync_folder(self, folder: str) -> None:
         """Syncs the folder's own data: the names in it."""
-        self._sync(self.path / folder)
+        with _synced(self.path / folder):
+            pass
 
     def publish(self, folder: str, final: str) -> None:
         """Renames, then syncs the parent: only then is the new name sure to be there after a power failure."""
         # rename would silently replace an empty folder; the lock keeps other jobs from making one in between.
         if (self.path / final).exists():
             raise FileExistsError(errno.EEXIST, "there is a checkpoint of that step", str(self.path / final))
-        os.rename(self.path / folder, self.path / final)
-        self._sync(self.path)
+        with _synced(self.path):
+            os.rename(self.path / folder, self.path / final)
 
     def set_aside(self, folder: str) -> str:
         """Renames to the name of a leftover, and syncs that."""
         doomed = doomed_folder(folder)
-        os.rename(self.path / folder, self.path / doomed)
-        self._sync(self.path)
+        with _synced(self.path):
+            os.rename(self.path / folder, self.path / doomed)
         return doomed
 
     def check_writable(self) -> None:
@@ -110,12 +111,25 @@ class PosixStorage(Storage):
         """Takes `.lock`, which the kernel frees when the process ends, however it ends."""
         return _PosixLock(self.path)
 
-    def _sync(self, path: Path) -> None:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+@contextmanager
+def _synced(path: Path) -> Iterator[None]:
+    """Syncs a folder after the body, which changes names in it.
+
+    The folder is opened before: if that fails nothing has been changed, and the whole can be tried again.
+
+    Raises:
+        SyncError: The body's changes may be lost.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield
         try:
             os.fsync(fd)
-        finally:
-            os.close(fd)
+        except OSError as error:
+            raise SyncError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(fd)
 
 
 class _PosixLock(AbstractContextManager[str]):

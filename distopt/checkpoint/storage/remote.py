@@ -8,7 +8,8 @@ at all.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import fsspec
@@ -16,6 +17,17 @@ import fsspec
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.manifest import MANIFEST
 from distopt.checkpoint.storage.base import ReadStream, Storage, WriteStream
+
+
+@contextmanager
+def _network() -> Iterator[None]:
+    """Raises the errors of libraries below fsspec, each of which has classes of its own, as OSError."""
+    try:
+        yield
+    except (OSError, EOFError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 class RemoteStorage(Storage):
@@ -40,26 +52,27 @@ class RemoteStorage(Storage):
         """Opens an object for writing; attempts never share a folder, so there is none of that name."""
         # Object stores have no folders and ignore this; fsspec's local and memory file systems need it.
         path = self._join(folder)
-        self._fs.makedirs(path, exist_ok=True)
-        return RemoteWriteStream(self._fs.open(f"{path}/{name}", "wb"))
+        with _network():
+            self._fs.makedirs(path, exist_ok=True)
+            return RemoteWriteStream(self._fs.open(f"{path}/{name}", "wb"))
 
     def open(self, folder: str, name: str) -> RemoteReadStream:
         """Opens an object; fsspec's listings of before are forgotten, since other ranks write too."""
-        self._fs.invalidate_cache()
-        return RemoteReadStream(self._fs.open(f"{self._join(folder)}/{name}", "rb"))
+        with _network():
+            self._fs.invalidate_cache()
+            return RemoteReadStream(self._fs.open(f"{self._join(folder)}/{name}", "rb"))
 
     def remove_file(self, folder: str, name: str) -> None:
         """Deletes one object."""
-        try:
+        with suppress(FileNotFoundError), _network():
             self._fs.rm(f"{self._join(folder)}/{name}")
-        except FileNotFoundError:
-            pass
 
     def files(self, folder: str) -> list[str]:
         """Lists the objects of a folder; writing an object makes its folder, so one without objects is empty."""
-        self._fs.invalidate_cache()
         try:
-            paths = self._fs.ls(self._join(folder), detail=False)
+            with _network():
+                self._fs.invalidate_cache()
+                paths = self._fs.ls(self._join(folder), detail=False)
         except FileNotFoundError:
             return []
         return sorted(str(path).rstrip("/").rpartition("/")[2] for path in paths)
@@ -72,11 +85,13 @@ class RemoteStorage(Storage):
         """Deletes all objects of a folder that has no manifest."""
         if MANIFEST in self.files(folder):
             raise CheckpointError(f"{self.root}/{folder}: set it aside before removing it.")
-        self._fs.rm(self._join(folder), recursive=True)
+        with _network():
+            self._fs.rm(self._join(folder), recursive=True)
 
     def check_writable(self) -> None:
         """Makes the root where folders exist; that rank 0 can write is known by its token."""
-        self._fs.makedirs(self._path, exist_ok=True)
+        with _network():
+            self._fs.makedirs(self._path, exist_ok=True)
 
     def _join(self, folder: str) -> str:
         return f"{self._path}/{folder}".rstrip("/")
@@ -94,20 +109,23 @@ class RemoteWriteStream(WriteStream):
 
     def write(self, pieces: Sequence[memoryview]) -> None:
         """Hands the bytes to fsspec, which uploads them in blocks of a size that it chooses."""
-        for piece in pieces:
-            self._file.write(piece)
+        with _network():
+            for piece in pieces:
+                self._file.write(piece)
 
     def close(self) -> None:
         """Completes the upload: the object appears."""
-        self._file.close()
+        with _network():
+            self._file.close()
 
     def abandon(self) -> None:
         """Drops what was uploaded, where the file system can."""
-        # Closing would complete the upload of half a file. Where fsspec offers no way to discard it, the file is left
-        # open and its attempt has no manifest, so it is removed as a leftover.
-        discard = getattr(self._file, "discard", None)
-        if discard is not None and not self._file.closed:
-            discard()
+        # Closing would complete the upload of half a file, and so would Python when it collects an open one. Not all of
+        # fsspec's files can discard what they have, or be marked as closed; their attempt has no manifest then, so it
+        # is removed as a leftover.
+        with suppress(Exception):
+            self._file.discard()
+        with suppress(Exception):
             self._file.closed = True
 
 
@@ -125,7 +143,7 @@ class RemoteReadStream(ReadStream):
 
     def read_into(self, offset: int, pieces: Sequence[memoryview]) -> None:
         """Reads one range."""
-        with self._lock:
+        with self._lock, _network():
             self._file.seek(offset)
             for piece in pieces:
                 count = 0
@@ -136,5 +154,6 @@ class RemoteReadStream(ReadStream):
                     count += received
 
     def close(self) -> None:
-        """Releases the object."""
-        self._file.close()
+        """Releases the object; what was read is not lost by an error here."""
+        with suppress(Exception):
+            self._file.close()

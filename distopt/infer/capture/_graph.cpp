@@ -21,7 +21,7 @@ namespace {
 
 // Direct arithmetic.
 
-enum class Code { add, sub, rsub, mul, div, neg, square, copy, sum, where, eq, ne, lt, le, gt, ge, reciprocal };
+enum class Code { add, sub, rsub, mul, div, neg, square, copy, sum, where, eq, ne, lt, le, gt, ge, reciprocal, gather, scatter_add };
 enum class Layout : int { scalar = 0, contiguous = 1, strided = 2 };
 
 struct Operand {
@@ -38,6 +38,7 @@ using Kernel = void (*)(const Direct&, const void* const*);
 struct Direct {
   Kernel kernel = nullptr;
   int64_t n = 0;
+  int64_t extent = 0;  // of gather: elements of the table; of scatter_add: how many values there are
   void* out = nullptr;
   std::vector<Operand> in;
   at::Tensor result;
@@ -100,6 +101,33 @@ void where_kernel(const Direct& d, const void* const* data) {
   }
 }
 
+// Indices count from the end where they are negative. Others are an error, whose message is left to an eager step.
+inline int64_t wrapped(int64_t index, int64_t size) {
+  if (index < 0) index += size;
+  TORCH_CHECK_INDEX(index >= 0 && index < size, "index ", index, " is out of bounds for size ", size);
+  return index;
+}
+
+template <class T>
+void gather_kernel(const Direct& d, const void* const* data) {
+  T* out = static_cast<T*>(d.out);
+  const T* table = static_cast<const T*>(data[0]);
+  const int64_t* index = static_cast<const int64_t*>(data[1]);
+  const int64_t n = d.n, size = d.extent;
+  for (int64_t i = 0; i < n; ++i) out[i] = table[wrapped(index[i], size)];
+}
+
+// Sums in the order of the indices, as ATen does on one thread.
+template <class T>
+void scatter_add_kernel(const Direct& d, const void* const* data) {
+  T* out = static_cast<T*>(d.out);
+  const int64_t* index = static_cast<const int64_t*>(data[1]);
+  const T* values = static_cast<const T*>(data[2]);
+  const int64_t n = d.extent, size = d.n;
+  std::memcpy(out, data[0], size * sizeof(T));
+  for (int64_t i = 0; i < n; ++i) out[wrapped(index[i], size)] += values[i];
+}
+
 template <class From, class To>
 void cast_kernel(const Direct& d, const void* const* data) {
   unary<From, To>(d, data, [](From x) { return static_cast<To>(x); });
@@ -120,6 +148,8 @@ Kernel arithmetic(Code code) {
     case Code::sum: return [](const Direct& d, const void* const* p) { unary<T, T>(d, p, [](T x) { return T(0) + x; }); };
     case Code::reciprocal: return [](const Direct& d, const void* const* p) { unary<T, T>(d, p, [](T x) { return T(1) / x; }); };
     case Code::where: return where_kernel<T>;
+    case Code::gather: return gather_kernel<T>;
+    case Code::scatter_add: return scatter_add_kernel<T>;
     case Code::eq: return [](const Direct& d, const void* const* p) { binary<T, bool>(d, p, [](T x, T y) { return x == y; }); };
     case Code::ne: return [](const Direct& d, const void* const* p) { binary<T, bool>(d, p, [](T x, T y) { return x != y; }); };
     case Code::lt: return [](const Direct& d, const void* const* p) { binary<T, bool>(d, p, [](T x, T y) { return x < y; }); };
@@ -143,7 +173,8 @@ Kernel cast_from(at::ScalarType from) {
 
 Code code_of(const std::string& name) {
   static const std::vector<std::string> names = {"add", "sub", "rsub", "mul", "div", "neg", "square", "copy", "sum",
-                                                 "where", "eq", "ne", "lt", "le", "gt", "ge", "reciprocal"};
+                                                 "where", "eq", "ne", "lt", "le", "gt", "ge", "reciprocal",
+                                                 "gather", "scatter_add"};
   for (size_t i = 0; i < names.size(); ++i) {
     if (names[i] == name) return static_cast<Code>(i);
   }
@@ -235,8 +266,10 @@ class Program {
   }
 
   // operands: (slot or -1, fixed tensor or None, layout, offsets)
-  void add_direct(const std::string& name, at::Tensor result, at::ScalarType from, int out, const py::list& operands) {
+  void add_direct(const std::string& name, at::Tensor result, at::ScalarType from, int out, const py::list& operands,
+                  int64_t extent) {
     Direct direct;
+    direct.extent = extent;
     const Code code = code_of(name);
     const auto to = result.scalar_type();
     if (code == Code::copy) direct.kernel = to == at::kFloat ? cast_from<float>(from) : cast_from<double>(from);
@@ -315,6 +348,16 @@ class Program {
   // Adds the value of `slot` to the gradient that the parameter has.
   void add_accumulation(int param, int slot) { accumulations_.emplace_back(param, slot); }
   void add_gradient(int param, int slot, const at::Tensor& like) { grads_.push_back({param, slot, Expected(like)}); }
+
+  // By parameter, memory of its shape that its gradient is left in; undefined: memory of the program's.
+  void set_gradient_buffers(std::vector<std::optional<at::Tensor>> buffers) {
+    buffers_.assign(param_tensors_.size(), at::Tensor());
+    for (size_t i = 0; i < buffers.size() && i < buffers_.size(); ++i) {
+      if (buffers[i].has_value()) buffers_[i] = buffers[i]->detach();
+    }
+    views_.clear();
+    storages_.clear();
+  }
 
   void finish(int num_slots) {
     slots_.resize(num_slots);
@@ -561,19 +604,28 @@ class Program {
     for (const auto& [param, slot] : accumulations_) {
       at::Tensor& grad = param_tensors_[param].mutable_grad();
       const at::Tensor& value = slots_[slot].toTensor();
-      if (grad.is_contiguous() && value.is_contiguous() && grad.numel() <= max_direct && grad.scalar_type() == at::kFloat) {
-        add_to<float>(grad, value);
+      at::Tensor& buffer = buffer_of(param);
+      at::Tensor& sum = buffer.defined() ? buffer : grad;
+      if (grad.is_contiguous() && value.is_contiguous() && sum.is_contiguous() && grad.numel() <= max_direct &&
+          grad.scalar_type() == at::kFloat && value.scalar_type() == at::kFloat) {
+        add_to(sum, grad, value);
       } else {
-        grad.add_(value);
+        at::add_out(sum, grad, value);
       }
+      if (sum.const_data_ptr() != grad.const_data_ptr()) grad = sum.alias();
     }
   }
 
-  template <class T>
-  static void add_to(at::Tensor& grad, const at::Tensor& value) {
-    T* to = static_cast<T*>(grad.mutable_data_ptr());
-    const T* from = static_cast<const T*>(value.const_data_ptr());
-    for (int64_t i = 0, n = grad.numel(); i < n; ++i) to[i] += from[i];
+  static void add_to(at::Tensor& sum, const at::Tensor& grad, const at::Tensor& value) {
+    float* to = static_cast<float*>(sum.mutable_data_ptr());
+    const float* a = static_cast<const float*>(grad.const_data_ptr());
+    const float* b = static_cast<const float*>(value.const_data_ptr());
+    for (int64_t i = 0, n = grad.numel(); i < n; ++i) to[i] = a[i] + b[i];
+  }
+
+  at::Tensor& buffer_of(int param) {
+    static at::Tensor none;
+    return buffers_.empty() ? none : buffers_[param];
   }
 
   // Gradients become views of one buffer, which is used again unless somebody still holds one of them.
@@ -583,7 +635,8 @@ class Program {
     for (size_t i = 0; i < grads_.size(); ++i) {
       const at::Tensor& value = slots_[grads_[i].slot].toTensor();
       at::Tensor& view = views_[i];
-      if (value.strides() == view.strides() && value.is_non_overlapping_and_dense()) {
+      if (value.strides() == view.strides() && value.scalar_type() == view.scalar_type() &&
+          value.is_non_overlapping_and_dense()) {
         std::memcpy(view.mutable_data_ptr(), value.const_data_ptr(), value.nbytes());
       } else {
         at::AutoDispatchBelowADInplaceOrView guard;
@@ -606,6 +659,7 @@ class Program {
     storages_.clear();
     std::vector<std::pair<at::ScalarType, std::pair<at::Tensor, int64_t>>> buffers;
     for (const auto& g : grads_) {
+      if (buffer_of(g.param).defined()) continue;
       const int64_t n = c10::multiply_integers(g.expected.sizes);
       bool known = false;
       for (auto& [dtype, buffer] : buffers) {
@@ -620,6 +674,10 @@ class Program {
       buffer.second = 0;
     }
     for (const auto& g : grads_) {
+      if (buffer_of(g.param).defined()) {
+        views_.push_back(buffer_of(g.param));
+        continue;
+      }
       for (auto& [dtype, buffer] : buffers) {
         if (dtype != g.expected.dtype) continue;
         views_.push_back(buffer.first.as_strided(g.expected.sizes, g.expected.strides, buffer.second));
@@ -663,7 +721,7 @@ class Program {
   std::vector<Check> checks_;
   std::vector<Gradient> grads_;
   std::vector<std::pair<int, int>> accumulations_;
-  std::vector<at::Tensor> views_;
+  std::vector<at::Tensor> views_, buffers_;
   std::vector<std::pair<c10::Storage, size_t>> storages_;
   size_t num_inputs_ = 0;
   bool running_ = false;
@@ -677,8 +735,9 @@ PYBIND11_MODULE(_graph, m) {
       .def(py::init<>())
       .def("add_op", &Program::add_op)
       .def("add_direct",
-           [](Program& p, const std::string& name, at::Tensor result, const at::Tensor& like, int out, const py::list& operands) {
-             p.add_direct(name, std::move(result), like.scalar_type(), out, operands);
+           [](Program& p, const std::string& name, at::Tensor result, const at::Tensor& like, int out, const py::list& operands,
+              int64_t extent) {
+             p.add_direct(name, std::move(result), like.scalar_type(), out, operands, extent);
            })
       .def("add_host", &Program::add_host)
       .def("set_fixed", &Program::set_fixed)
@@ -688,6 +747,7 @@ PYBIND11_MODULE(_graph, m) {
       .def("add_check", &Program::add_check)
       .def("add_accumulation", &Program::add_accumulation)
       .def("add_gradient", &Program::add_gradient)
+      .def("set_gradient_buffers", &Program::set_gradient_buffers)
       .def("finish", &Program::finish)
       .def("run",
            [](Program& p, const py::dict& store, const std::vector<at::Tensor>& args) {

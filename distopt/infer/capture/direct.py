@@ -2,6 +2,7 @@
 
 That is arithmetic that IEEE 754 rounds exactly, on CPU tensors of float32 and float64 with at most `MAX_ELEMENTS`: a
 sum of several elements depends on their order and stays ATen's, as do exp, log, matrix products and random numbers.
+Vectors of any size are indexed here too, and summed up at indices, in the order that ATen has on one thread.
 The list is closed, and tests/infer/capture/test_direct.py compares each of its operations with ATen's for bits.
 """
 
@@ -17,6 +18,9 @@ from distopt.infer.capture.recording import Op, Recording, Slot, TensorInfo, ate
 
 MAX_ELEMENTS = 2048
 """Above this ATen's vectorized loops outweigh what they cost to call (measured: 1.16 x on 1.6 million elements)."""
+
+MAX_INDEXED = 1 << 22
+"""Vectors that are indexed may be as large as this; each result keeps its memory from step to step."""
 
 _MAX_EXACT_INT = 1 << 24  # integers up to here are exact in float32
 
@@ -57,11 +61,19 @@ class Operand(NamedTuple):
 
 
 class DirectOp(NamedTuple):
-    """An operation of the C++ loop: its name, the type of its operands, and the operands."""
+    """An operation of the C++ loop.
+
+    Attributes:
+        name: Its name there.
+        dtype: The type of its operands.
+        operands: What it reads.
+        extent: For `gather` the elements of the table, for `scatter_add` the number of values, else 0.
+    """
 
     name: str
     dtype: torch.dtype
     operands: list[Operand]
+    extent: int = 0
 
 
 def direct_op(op: Op, recording: Recording) -> DirectOp | None:
@@ -70,6 +82,8 @@ def direct_op(op: Op, recording: Recording) -> DirectOp | None:
         return None
     out = recording.infos[op.outs[0]]
     size = math.prod(out.shape)
+    if op.function in (aten.index.Tensor, aten.index_put.default):
+        return _indexed(op, recording, out)
 
     # Results are written one after the other into a buffer that stays, so they must lie in memory that way.
     if out.device.type != "cpu" or not 0 < size <= MAX_ELEMENTS or not _is_contiguous(out):
@@ -110,6 +124,26 @@ def _named(op: Op, recording: Recording, out: TensorInfo) -> tuple[str, list[Any
     if function is aten.where.self and floating:
         return "where", args, [torch.bool, out.dtype, out.dtype]
     return _cast_or_sum(op, recording, out) if floating else None
+
+
+def _indexed(op: Op, recording: Recording, out: TensorInfo) -> DirectOp | None:
+    """Returns how a vector is indexed by a vector of integers, or sums up at such indices."""
+    table, indices, *rest = op.args
+    simple = isinstance(table, Slot) and len(indices) == 1 and isinstance(indices[0], Slot) and not op.kwargs
+    if not simple or out.dtype not in _FLOATS or not 0 < math.prod(out.shape) <= MAX_INDEXED:
+        return None
+
+    tensors = [recording.infos[slot.index] for slot in (table, indices[0], *rest[:1])]
+    vectors = all(len(each.shape) == 1 and _is_contiguous(each) for each in (*tensors, out))
+    floats = {each.dtype for each in (tensors[0], *tensors[2:])} == {out.dtype}
+    if not (vectors and floats and tensors[1].dtype == torch.int64 and 0 not in tensors[1].shape + tensors[0].shape):
+        return None
+
+    operands = [Operand(slot, CONTIGUOUS, []) for slot in (table, indices[0], *rest[:1])]
+    if op.function is aten.index.Tensor:
+        return DirectOp("gather", out.dtype, operands, tensors[0].shape[0])
+    summed = rest[1:] == [True] and tensors[2].shape == tensors[1].shape
+    return DirectOp("scatter_add", out.dtype, operands, tensors[2].shape[0]) if summed else None
 
 
 def _cast_or_sum(op: Op, recording: Recording, out: TensorInfo) -> tuple[str, list[Any], list[torch.dtype]] | None:

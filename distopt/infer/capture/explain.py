@@ -13,7 +13,8 @@ import pyro.infer
 import torch
 from torch import Tensor
 
-from distopt.infer.capture.step import StepCapture, _Captured
+from distopt.infer.capture.captured_step import CapturedStep
+from distopt.infer.capture.step import StepCapture
 
 _NUM_TIMED = 5
 
@@ -125,7 +126,7 @@ def _drop_grads(params: Iterable[Tensor]) -> None:
         param.grad = None
 
 
-def _report(refusal: str | None, captured: _Captured | None, times: dict[str, list[float]]) -> CaptureReport:
+def _report(refusal: str | None, captured: CapturedStep | None, times: dict[str, list[float]]) -> CaptureReport:
     eager = statistics.median(times["eager"])
     if captured is None:
         reason = refusal or "the step took another branch each time"

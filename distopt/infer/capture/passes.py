@@ -7,6 +7,7 @@ writes in place, and each can be left out, which the tests use to compare them o
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -15,7 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distopt.infer.capture.recording import Argument, Op, Recording, Slot, TensorInfo, aten, slots_in, substitute
+from distopt.infer.capture.recording import (
+    Argument,
+    Op,
+    Recording,
+    Slot,
+    TensorInfo,
+    aten,
+    same_bits,
+    slots_in,
+    substitute,
+)
 
 MAX_FOLDED_BYTES = 1 << 16
 """Results of constants are kept up to this size each: larger ones are computed anew, for memory costs more."""
@@ -52,6 +63,7 @@ def shorten(recording: Recording, passes: Iterable[str] | None = None) -> Record
     """Returns an equal recording with fewer operations; `passes` names those of `PASSES` to apply, all by default."""
     short = copy.copy(recording)
     short.ops = [copy.copy(op) for op in recording.ops]
+    short.infos = list(recording.infos)
     short.alias = list(recording.alias)
     short.lifted = dict(recording.lifted)
     short.compared = dict(recording.compared)
@@ -250,6 +262,124 @@ def _size(tensors: list[Tensor]) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
+# Functions of one element each, computed for all elements of a tensor. The first ones are rounded exactly by IEEE 754.
+_EXACT = frozenset(
+    {
+        *(getattr(getattr(aten, name), kind) for name in ("add", "sub", "mul", "div") for kind in ("Tensor", "Scalar")),
+        aten.neg.default,
+        aten.reciprocal.default,
+    }
+)
+_ELEMENTWISE = {
+    aten.digamma.default,
+    aten.lgamma.default,
+    aten.log.default,
+    aten.log1p.default,
+    aten.exp.default,
+    aten.sqrt.default,
+}
+
+
+@functools.cache
+def _ignores_size(function: Any, dtype: torch.dtype) -> bool:
+    """Returns whether this machine computes the same bits for one number as for many equal ones, in a vector's loop."""
+    values = torch.cat([torch.logspace(-30, 30, 40, dtype=dtype), torch.linspace(-9.9, 50.3, 300, dtype=dtype)])
+    one = torch.stack([function(value) for value in values.unbind()])
+    return all(same_bits(function(values[:, None].expand(-1, n).contiguous())[:, -1], one) for n in (2, 7, 16, 35))
+
+
+def narrow_uniform(recording: Recording) -> None:
+    """Computes once what is one number in many elements, such as a parameter expanded to the rows of a batch.
+
+    Only what another kind of operation reads is written out for all elements.
+    """
+    written = recording.written()
+    small: dict[int, int] = {}  # by slot: the slot of its number, of shape ()
+    absent: set[int] = set()  # those of them that are not written out
+    kept: list[Op] = []
+    outputs = set(recording.outputs())
+
+    for op in recording.ops:
+        if _is_expanded_number(op, recording, written):
+            small[op.outs[0]] = op.ins[0]
+        elif _is_uniform(op, recording, small, written) and op.outs[0] not in outputs:
+            slot = _new_slot(recording, TensorInfo((), recording.infos[op.outs[0]].dtype, (), op_device(op, recording)))
+            args = [Slot(small.get(each.index, each.index)) if isinstance(each, Slot) else each for each in op.args]
+            kept.append(Op(op.function, args, op.kwargs, [slot], [*slots_in(args)], [], op.line))
+            small[op.outs[0]] = slot
+            absent.add(op.outs[0])
+            continue
+        elif op.function in _EXACT:
+            _broadcast_numbers(op, recording, small)
+
+        for slot in dict.fromkeys(slot for slot in op.ins if slot in absent):
+            kept += _written_out(recording, slot, small[slot], op.line)
+            absent.discard(slot)
+        kept.append(op)
+    recording.ops = kept
+
+
+def op_device(op: Op, recording: Recording) -> torch.device:
+    """Returns the device of an operation's first result."""
+    return recording.infos[op.outs[0]].device
+
+
+def _is_expanded_number(op: Op, recording: Recording, written: set[int]) -> bool:
+    return (
+        op.function is aten.expand.default
+        and recording.infos[op.ins[0]].shape == ()
+        and recording.infos[op.ins[0]].dtype in (torch.float32, torch.float64)
+        and recording.alias[op.ins[0]] not in written
+    )
+
+
+def _is_uniform(op: Op, recording: Recording, small: dict[int, int], written: set[int]) -> bool:
+    """Returns whether an operation computes one number for all elements of its result, from one number each."""
+    if not (op.function in _EXACT or op.function in _ELEMENTWISE) or not op.is_pure or op.kwargs:
+        return False
+    out = recording.infos[op.outs[0]]
+    contiguous = out.stride == torch.empty(out.shape, device="meta").stride()
+    if math.prod(out.shape) < 2 or not contiguous or recording.alias[op.outs[0]] in written:
+        return False
+    numbers = all(slot in small or recording.infos[slot].shape == () for slot in op.ins)
+    if not numbers or not any(slot in small for slot in op.ins):
+        return False
+    same_type = all(recording.infos[slot].dtype == out.dtype for slot in op.ins)
+    unwritten = all(recording.alias[small.get(slot, slot)] not in written for slot in op.ins)
+    return same_type and unwritten and (op.function in _EXACT or _ignores_size(op.function, out.dtype))
+
+
+def _broadcast_numbers(op: Op, recording: Recording, small: dict[int, int]) -> None:
+    """Lets exact arithmetic read a number itself instead of its copies, where another operand gives the shape."""
+    out = recording.infos[op.outs[0]]
+    whole = [slot for slot in op.ins if slot not in small and recording.infos[slot] == out]
+    if not whole:
+        return
+    op.args = [
+        Slot(small[each.index])
+        if isinstance(each, Slot) and recording.infos[each.index].dtype == out.dtype and each.index in small
+        else each
+        for each in op.args
+    ]
+    op.ins = [*slots_in(op.args)]
+
+
+def _written_out(recording: Recording, slot: int, number: int, line: str) -> list[Op]:
+    """Returns operations that write a number to all elements of `slot`."""
+    info = recording.infos[slot]
+    view = _new_slot(recording, info._replace(stride=(0,) * len(info.shape)), recording.alias[number])
+    expand = Op(aten.expand.default, [Slot(number), list(info.shape)], {}, [view], [number], [], line)
+    layout = {"memory_format": torch.contiguous_format}
+    return [expand, Op(aten.clone.default, [Slot(view)], layout, [slot], [view], [], line)]
+
+
+def _new_slot(recording: Recording, info: TensorInfo, alias: int | None = None) -> int:
+    slot = len(recording.infos)
+    recording.infos.append(info)
+    recording.alias.append(slot if alias is None else alias)
+    return slot
+
+
 def merge_equal(recording: Recording) -> None:
     """Computes equal expressions once: the same function of the same values, none of which is written to later on."""
     written = recording.written()
@@ -346,6 +476,7 @@ PASSES: dict[str, Callable[[Recording], None]] = {
     "remove_dead": remove_dead,
     "drop_identities": drop_identities,
     "fold_constants": fold_constants,
+    "narrow_uniform": narrow_uniform,
     "merge_equal": merge_equal,
     "remove_dead_again": remove_dead,
 }

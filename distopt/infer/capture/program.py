@@ -47,6 +47,10 @@ class Program(Protocol):
         """
         ...
 
+    def set_gradient_buffers(self, buffers: Sequence[Tensor | None]) -> None:
+        """Lets the step leave each parameter's gradient in memory of its shape; None: in memory of the program's."""
+        ...
+
 
 def build(recording: Recording, params: Sequence[Tensor], args: Sequence[Tensor], *, direct: bool = True) -> Program:
     """Returns the program of a recording.
@@ -127,7 +131,8 @@ class _Lowering:
                 operands.append((value.index, None, layout, offsets))
             else:
                 operands.append((-1, self._fixed[value.index] if isinstance(value, Slot) else value, layout, offsets))
-        self._program.add_direct(direct.name, result, torch.empty(0, dtype=direct.dtype), op.outs[0], operands)
+        like = torch.empty(0, dtype=direct.dtype)
+        self._program.add_direct(direct.name, result, like, op.outs[0], operands, direct.extent)
         self._fixed[op.outs[0]] = result
 
     def _is_view_of_fixed(self, op: Op) -> bool:
@@ -182,6 +187,11 @@ class PythonProgram:
         self._param_layouts = [_layout(tensor) for tensor in params]
         self._foreign_layouts = {slot: _layout(tensor) for slot, tensor in recording.foreign.items()}
         self._running = False
+        self._buffers: Sequence[Tensor | None] = [None] * len(self._params)
+
+    def set_gradient_buffers(self, buffers: Sequence[Tensor | None]) -> None:
+        """As `Program.set_gradient_buffers`."""
+        self._buffers = buffers
 
     def run(self, store: dict[str, Tensor], args: Sequence[Tensor]) -> tuple[int, list[float]]:
         """As `Program.run`."""
@@ -257,12 +267,13 @@ class PythonProgram:
     def _hand_out_gradients(self, values: dict[int, Tensor]) -> None:
         recording = self._recording
         for index, slot in recording.accumulated.items():
-            grad = self._params[index].grad
+            grad, buffer = self._params[index].grad, self._buffers[index]
             assert grad is not None
-            grad.add_(values[slot])
-        for param, slot in zip(self._params, recording.grads, strict=True):
+            self._params[index].grad = torch.add(grad, values[slot], out=grad if buffer is None else buffer)
+        for param, slot, buffer in zip(self._params, recording.grads, self._buffers, strict=True):
             if slot >= 0 and not recording.num_params <= slot < recording.num_inputs:
-                param.grad = values[slot].clone(memory_format=torch.preserve_format)
+                value = values[slot]
+                param.grad = value.clone() if buffer is None else buffer.copy_(value)
 
 
 def _restore(state: Tensor, saved: list[tuple[Tensor, Tensor]]) -> None:

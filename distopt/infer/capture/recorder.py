@@ -1,25 +1,18 @@
-"""Records one step while it runs: operations that reach torch's dispatcher, and values that Python reads."""
+"""Appends the operations that reach torch's dispatcher to a recording, and notes the values that Python reads."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import random
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 
-import numpy as np
-import pyro
 import torch
-from pyro import poutine
-from pyro.infer.util import torch_item
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
 from distopt.infer.capture.recording import (
     UNINITIALIZED,
@@ -98,6 +91,49 @@ def model_line() -> str:
     return line
 
 
+class StaticSlots:
+    """Slots that depend on no input, no random number and nothing that is written: their values never change.
+
+    Args:
+        recording: What they are slots of.
+
+    Attributes:
+        sources: Of each of them, and of some that are no longer static: the foreign tensors that it comes from.
+    """
+
+    def __init__(self, recording: Recording) -> None:
+        self.sources: dict[int, frozenset[int]] = {}
+        self._recording = recording
+        self._slots: set[int] = set()
+
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._slots
+
+    def add(self, slot: int, sources: frozenset[int]) -> None:
+        """Adds a slot."""
+        self._slots.add(slot)
+        self.sources[slot] = sources
+
+    def follow(self, op: Op, *, is_random: bool) -> None:
+        """Adds and removes what an operation makes static or not."""
+        recording = self._recording
+        if op.writes:
+            # What is written may hold another value the next time, even where it was read before the write.
+            written = {recording.alias[slot] for slot in op.writes}
+            writes_constants = not is_random and all(slot in self._slots for slot in op.ins)
+            foreign = any(alias in recording.foreign or alias < recording.num_inputs for alias in written)
+            if not writes_constants or foreign:
+                self._slots = {slot for slot in self._slots if recording.alias[slot] not in written}
+            return
+
+        if is_random or op.function in UNINITIALIZED or not all(slot in self._slots for slot in op.ins):
+            return
+        sources = frozenset().union(*(self.sources.get(slot, frozenset()) for slot in op.ins))
+        for slot in op.outs:
+            if slot >= 0:
+                self.add(slot, sources)
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Appends each operation that runs inside it to a `Recording`.
 
@@ -113,9 +149,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._tagged: list[Tensor] = []
         # By address of a storage that stays alive throughout the recording, its first slot.
         self._alias_of_storage: dict[int, int] = {}
-        # Slots that depend on no input, no random number and nothing that is written: their values never change.
-        self._static: set[int] = set()
-        self._sources: dict[int, frozenset[int]] = {}  # of static slots: the foreign tensors that they come from
+        self._static = StaticSlots(self.recording)
         self._generator_state: Tensor | None = None
         self.first_argument = 0  # the first slot that is an argument's
         # A recorded step that raises an error is taken again eagerly, so its writes must be undone first.
@@ -142,6 +176,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Gives a parameter, gradient or argument its slot. Its storage stays alive as long as its caller holds it."""
         return self._hold(tensor)
 
+    def add_gradients(self, gradients: list[Tensor]) -> None:
+        """Gives gradients their slots.
+
+        They may lie side by side in a buffer from which they are reduced, or not, which makes no difference to a step:
+        those that do not overlap count as memory of their own.
+        """
+        disjoint = _are_disjoint(gradients)
+        for gradient in gradients:
+            if disjoint:
+                self.new_slot(gradient)
+                self._tagged.append(gradient)
+            else:
+                self._hold(gradient)
+
     def _hold(self, tensor: Tensor) -> int:
         storage = _storage(tensor)
         slot = self.new_slot(tensor, self._alias_of_storage.get(storage))
@@ -159,8 +207,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.refuse("a tensor that requires a gradient is used, and is no parameter of the store")
         slot = self._hold(tensor)
         self.recording.foreign[slot] = tensor
-        self._static.add(slot)
-        self._sources[slot] = frozenset([slot])
+        self._static.add(slot, frozenset([slot]))
         return slot
 
     # What stands in the way.
@@ -180,7 +227,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if slot not in self._static:
             self.refuse(f"{name} reads a value that differs from step to step")
             return
-        for source in self._sources[slot]:
+        for source in self._static.sources[slot]:
             if source not in self.recording.compared:
                 self._compare(source)
 
@@ -265,7 +312,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name = schema.name.split("::")[1].rstrip("_")
             op.function = getattr(getattr(aten, name), function._overloadname)
         op.outs = self._outs(result, aliases, keep=schema.is_mutable and not inplace_view)
-        self._mark_static(op, random_op)
+        self._static.follow(op, is_random=random_op)
 
         self.recording.ops.append(op)
         return result
@@ -294,8 +341,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         slot = self._hold(tensor)
         with _disable_current_modes():
             self.recording.lifted[slot] = tensor.detach().clone()
-        self._static.add(slot)
-        self._sources[slot] = frozenset()
+        self._static.add(slot, frozenset())
         return slot
 
     def _look_at(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any], op: Op) -> None:
@@ -317,7 +363,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for slot in dict.fromkeys(decisive):
                 if slot not in self._static:
                     self.refuse(f"{what} follows from values that differ from step to step ({function})")
-                for source in self._sources.get(slot, ()):
+                for source in self._static.sources.get(slot, ()):
                     if source not in recording.compared:
                         self._compare(source)
 
@@ -339,26 +385,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with _disable_current_modes(), torch.no_grad():
                 memory = tensor.detach().as_strided((_storage_numel(tensor),), (1,), 0)
                 self._undo[alias] = (memory, memory.clone())
-
-    def _mark_static(self, op: Op, random_op: bool) -> None:
-        """Follows which values are the same in each step."""
-        recording = self.recording
-        if op.writes:
-            # What is written may hold another value the next time, even where it was read before the write.
-            written = {recording.alias[slot] for slot in op.writes}
-            writes_constants = not random_op and all(slot in self._static for slot in op.ins)
-            foreign = any(alias in recording.foreign or alias < recording.num_inputs for alias in written)
-            if not writes_constants or foreign:
-                self._static = {slot for slot in self._static if recording.alias[slot] not in written}
-            return
-
-        if random_op or op.function in UNINITIALIZED or not all(slot in self._static for slot in op.ins):
-            return
-        sources = frozenset().union(*(self._sources.get(slot, frozenset()) for slot in op.ins))
-        for slot in op.outs:
-            if slot >= 0:
-                self._static.add(slot)
-                self._sources[slot] = sources
 
     # Python code within the step.
 
@@ -398,7 +424,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 delattr(tensor, self._attribute)
 
 
-class _Functions(TorchFunctionMode):
+class ValueReads(TorchFunctionMode):
     """What does not reach the dispatcher: values that Python reads, above all the numbers that an ELBO sums up."""
 
     def __init__(self, recorder: Recorder) -> None:
@@ -427,7 +453,7 @@ class _Functions(TorchFunctionMode):
 
 
 def _backward(
-    mode: _Functions,
+    mode: ValueReads,
     tensor: Tensor,
     gradient: Tensor | None = None,
     retain_graph: bool | None = None,
@@ -453,6 +479,12 @@ def _is_warning() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _are_disjoint(tensors: list[Tensor]) -> bool:
+    spans = sorted((each.data_ptr(), each.data_ptr() + each.nbytes) for each in tensors if each.numel())
+    separate = all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+    return separate and all(each.is_contiguous() for each in tensors)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -490,133 +522,3 @@ def _written_slots(op: Op) -> list[int]:
         value = op.args[position] if position < len(op.args) else op.kwargs.get(name)
         writes += [each.index for each in (value if isinstance(value, list) else [value]) if isinstance(each, Slot)]
     return writes
-
-
-def _python_generators() -> dict[str, Any]:
-    return {"python": random.getstate(), "numpy": np.random.get_state(legacy=True)}
-
-
-def _same_generators(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    (name_a, keys_a, *rest_a), (name_b, keys_b, *rest_b) = a["numpy"], b["numpy"]
-    return a["python"] == b["python"] and (name_a, rest_a) == (name_b, rest_b) and np.array_equal(keys_a, keys_b)
-
-
-@dataclass(slots=True)
-class RecordedStep:
-    """A step that was taken and recorded.
-
-    Attributes:
-        recording: The list of its operations.
-        losses: The loss of each component that the ELBO returned.
-        params: All parameters that the store held before the step, in its order.
-        used: Those that the step named, as Pyro's SVI collects them.
-    """
-
-    recording: Recording
-    losses: list[float]
-    params: list[Tensor]
-    used: list[Tensor]
-
-
-def record(
-    loss_and_grads: Callable[..., Any], model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> RecordedStep:
-    """Takes a step, as `loss_and_grads(model, guide, *args, **kwargs)` does, and records it.
-
-    Gradients are left in the parameters' `.grad`, as ever. One eager step must have been taken before, in which guides
-    set themselves up and the ELBO finds out how deeply plates are nested.
-
-    Raises:
-        Exception: Whatever the model raised. Generators, gradients and tensors that the step had written to are as they
-            were before.
-    """
-    store = pyro.get_param_store()
-    before = dict(store._params)
-    params = list(before.values())
-
-    # Slots of what the program will be given: parameters, then the gradients that they have, then arguments.
-    recorder = Recorder()
-    recording = recorder.recording
-    for param in params:
-        recorder.add_input(param)
-    recording.num_params = len(params)
-    recording.with_grad = [index for index, param in enumerate(params) if param.grad is not None]
-    for index in recording.with_grad:
-        recorder.add_input(params[index].grad)
-    recorder.first_argument = len(recording.infos)
-    for tensor in dict.fromkeys(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)):
-        recorder.add_input(tensor)
-    recording.num_inputs = len(recording.infos)
-
-    # The step is a true one, so nothing is put back unless the model raises an error: then the caller takes the step
-    # again, eagerly, and the error that the user sees must be that step's.
-    saved_grads = [(param, param.grad, None if param.grad is None else param.grad.clone()) for param in params]
-    rng_state = torch.get_rng_state()
-    python_state = _python_generators()
-    recorder.start()
-    try:
-        with pyro.validation_enabled(False), _Functions(recorder), recorder, poutine.trace(param_only=True) as capture:
-            loss = loss_and_grads(model, guide, *args, **kwargs)
-    except BaseException:
-        recorder.close()
-        torch.set_rng_state(rng_state)
-        random.setstate(python_state["python"])
-        np.random.set_state(python_state["numpy"])
-        for param, grad, values in saved_grads:
-            param.grad = grad if grad is None else grad.copy_(values)
-        recorder.undo_writes()
-        raise
-
-    if not _same_generators(python_state, _python_generators()):
-        recorder.refuse("random numbers of Python's random or of NumPy are drawn")
-    losses = _take_losses(recorder, loss)
-    used = list(dict.fromkeys(site["value"].unconstrained() for site in capture.trace.nodes.values()))
-    _take_params(recorder, before, used)
-    recorder.close()
-    return RecordedStep(recording, losses, params, used)
-
-
-def _take_losses(recorder: Recorder, loss: Any) -> list[float]:
-    """Notes where the losses come from, and returns their values."""
-    recording = recorder.recording
-    recording.loss_type = type(loss) if isinstance(loss, tuple) else None
-    values = []
-    for each in loss if isinstance(loss, tuple) else [loss]:
-        if isinstance(each, Tensor):
-            slot = recorder.slot_of(each)
-            if slot is None or each.numel() != 1:
-                recorder.refuse("the loss is not computed from the recorded operations")
-            else:
-                recording.losses.append(Slot(slot))
-        else:
-            recording.losses.append(float(each))
-        values.append(float(torch_item(each)))
-    return values
-
-
-def _take_params(recorder: Recorder, before: dict[str, Tensor], used_params: list[Tensor]) -> None:
-    """Notes which parameters the step named, and where their gradients come from."""
-    recording = recorder.recording
-    after = pyro.get_param_store()._params
-    if list(after) != list(before) or any(after[name] is not before[name] for name in before):
-        recorder.refuse("the step itself creates or replaces parameters of the store", transient=True)
-        return
-    recording.requires_grad = [param.requires_grad for param in before.values()]
-    left = {id(param) for param in used_params}
-    seen: set[int] = set()
-    for index, param in enumerate(before.values()):
-        recording.grads.append(-1)
-        if id(param) in seen:
-            continue  # one parameter may have several names
-        seen.add(id(param))
-        if id(param) in left:
-            recording.used_params.append(index)
-            left.remove(id(param))
-        if param.grad is not None:
-            slot = recorder.slot_of(param.grad)
-            if slot is None:
-                recorder.refuse("a gradient is not computed from the recorded operations")
-            else:
-                recording.grads[index] = slot
-    if left:
-        recorder.refuse("the step names parameters that are not in the store")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pyro
@@ -13,16 +12,24 @@ import torch
 from pyro import poutine
 from pyro.infer.util import torch_item
 from pyro.poutine.runtime import _PYRO_STACK
-from pyro.util import warn_if_nan
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from distopt.infer.capture import program as programs
 from distopt.infer.capture.assumptions import Assumptions, Watch, is_plain
+from distopt.infer.capture.captured_step import (
+    FAILED,
+    CapturedStep,
+    Pending,
+    StepResult,
+    Variant,
+    other_branch,
+    recorded_result,
+)
 from distopt.infer.capture.passes import shorten
-from distopt.infer.capture.program import Program
-from distopt.infer.capture.recorder import RecordedStep, record
-from distopt.infer.capture.recording import Recording, TensorInfo, difference, same_bits
+from distopt.infer.capture.recorded_step import RecordedStep, record
+from distopt.infer.capture.recording import Recording, difference
+from distopt.infer.capture.rows import TensorRows
 
 logger = logging.getLogger(__name__)
 
@@ -32,51 +39,18 @@ MAX_PROGRAMS = 8
 MAX_MISSES = 3
 """Recordings in a row that may differ from each other before steps stay eager."""
 
-MAX_FAILED_CHECKS = 0.25
-"""A branch that goes the other way more often gets a program too."""
-
 _FIRST_COMPARISON = 8
 _COMPARISON_STEPS = 1000
 
 
-class StepResult(NamedTuple):
-    """A gradient step's losses, and the parameters whose gradients it computed."""
+class _Last(NamedTuple):
+    """A call whose arguments were tensors, and what was found for it."""
 
-    loss: Any
-    params: list[Tensor]
-
-
-@dataclass(slots=True)
-class _Captured:
-    """A program, and what it takes for granted."""
-
-    program: Program
-    recording: Recording  # as recorded
-    short: Recording
-    assumptions: Assumptions
-    params: list[Tensor]  # those that the step names
-    store: list[Tensor]  # all that there were
-    runs: int = 0
-    failed_checks: int = 0
-
-
-@dataclass(slots=True)
-class _Pending:
-    """A recording that waits for an equal one."""
-
-    recording: Recording
-    assumptions: Assumptions
-    viewed: bool  # whether the model saw other tensors with the memory of the arguments
-
-
-@dataclass(slots=True)
-class _Variant:
-    """Steps whose arguments have the same structure, shapes and plain values."""
-
-    captured: list[_Captured] = field(default_factory=list)
-    pending: list[_Pending] = field(default_factory=list)
-    misses: int = 0
-    viewed: bool = True  # the last recording's
+    model: Any
+    guide: Any
+    num_args: int
+    dtype: torch.dtype
+    variant: Variant
 
 
 class StepCapture:
@@ -125,8 +99,11 @@ class StepCapture:
         self.num_captured = 0
         self.num_recorded = 0
         self._direct = direct
-        self._variants: dict[Any, _Variant] = {}
+        self._variants: dict[Any, Variant] = {}
         self._num_programs = 0
+        self._buffers: dict[int, Tensor] | None = None
+        self._columns: tuple[Tensor, ...] | None = None  # whose rows a step selects
+        self._last: _Last | None = None
         self._elbo = elbo = getattr(loss_and_grads, "__self__", None)
         if not isinstance(elbo, pyro.infer.ELBO) or type(elbo).__name__.startswith("Jit"):
             self._refuse("the loss is no method of a pyro.infer.ELBO, or one that traces by itself")
@@ -140,6 +117,10 @@ class StepCapture:
         # The first step is never recorded: guides set themselves up in it, and ELBOs look how deep plates are nested,
         # with extra runs of the model that no later step has.
         self.num_steps += 1
+        args = self._rows_or_args(args)
+        result = self._repeat(model, guide, args, kwargs)
+        if result is not None:
+            return result
         if self.num_steps == 1 or self.refusal is not None or not _is_plain_context():
             return self._eager(model, guide, args, kwargs)
         key, tensors = _key_of(model, guide, args, kwargs)
@@ -147,22 +128,76 @@ class StepCapture:
             self._refuse(f"an argument is a {tensors}, whose contents cannot be compared from step to step")
             return self._eager(model, guide, args, kwargs)
 
-        variant = self._variants.setdefault(key, _Variant())
+        variant = self._variants.setdefault(key, Variant())
+        if not kwargs and len(tensors) == len(args):
+            self._last = _Last(model, guide, len(args), torch.get_default_dtype(), variant)
         if variant.captured and _is_comparison_step(self.num_steps):
             return self._compare(variant, model, guide, args, kwargs)
         return self._run(variant, tensors, model, guide, args, kwargs)
 
+    def use_gradient_buffers(self, buffers: dict[int, Tensor]) -> None:
+        """Lets captured steps leave gradients in memory where they are wanted, instead of memory of their own.
+
+        Args:
+            buffers: By id of the parameter, a contiguous tensor of its shape and dtype, which each step overwrites.
+        """
+        self._buffers = buffers
+
+    def _rows_or_args(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Returns the row numbers where the step selects its rows itself: its columns are constants to it."""
+        rows = args[0] if args and isinstance(args[0], TensorRows) else None
+        columns = None if rows is None else rows.columns
+        if list(map(id, columns or ())) != list(map(id, self._columns or ())) or (columns is None) != (
+            self._columns is None
+        ):
+            self._columns = columns
+            self._variants.clear()
+            self._last = None
+        return args if rows is None else (rows.rows,)
+
+    def _loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._columns is not None:
+            args = tuple(TensorRows(self._columns, *args))
+        return self.loss_and_grads(model, guide, *args, **kwargs)
+
     # Steps of each kind.
+
+    def _repeat(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepResult | None:
+        """Runs the program of the step before, if that is all that there is to decide; None if it is not.
+
+        The program looks at shapes and strides of its arguments itself, so that it is quicker to ask it than to look
+        for the program of such arguments.
+        """
+        last = self._last
+        if (
+            last is None
+            or kwargs
+            or model is not last.model
+            or guide is not last.guide
+            or len(args) != last.num_args
+            or len(set(map(id, args))) != last.num_args
+            or not all(type(each) is Tensor for each in args)
+            or torch.get_default_dtype() is not last.dtype
+            or self.refusal is not None
+            or len(last.variant.captured) != 1
+            or last.variant.captured[0].recording.checks
+            or _is_comparison_step(self.num_steps)
+            or not _is_plain_context()
+        ):
+            return None
+        result = last.variant.captured[0].run(pyro.get_param_store()._params, list(args), self._buffers)[1]
+        self.num_captured += result is not None
+        return result
 
     def _eager(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepResult:
         with poutine.trace(param_only=True) as capture:
-            loss = self.loss_and_grads(model, guide, *args, **kwargs)
+            loss = self._loss_and_grads(model, guide, *args, **kwargs)
         params = list(dict.fromkeys(site["value"].unconstrained() for site in capture.trace.nodes.values()))
         return StepResult(type(loss)(map(torch_item, loss)) if isinstance(loss, tuple) else torch_item(loss), params)
 
     def _run(
         self,
-        variant: _Variant,
+        variant: Variant,
         tensors: list[Tensor],
         model: Any,
         guide: Any,
@@ -177,22 +212,16 @@ class StepCapture:
         # A program that does not fit costs next to nothing: it looks at its inputs before it runs an operation. One
         # whose check fails has run in vain, and has put back what it changed.
         for captured in variant.captured:
-            if not captured.assumptions():
-                continue
-            try:
-                status, losses = captured.program.run(store, tensors)
-            except Exception as error:  # an eager step shows the error as the model's own
-                logger.debug("captured step failed, taking it eagerly: %s", error)
-                return self._eager(model, guide, args, kwargs)
-            if status == programs.RAN:
-                captured.runs += 1
+            status, result = captured.run(store, tensors, self._buffers)
+            if result is not None:
                 self.num_captured += 1
-                return _result(captured, losses)
+                return result
+            if status == FAILED:  # an eager step shows the error as the model's own
+                return self._eager(model, guide, args, kwargs)
             if status >= 0:
                 tried = True
                 captured.failed_checks += 1
-                total = captured.runs + captured.failed_checks
-                often_failed = often_failed and total >= 8 and captured.failed_checks > MAX_FAILED_CHECKS * total
+                often_failed = often_failed and captured.fails_often
 
         if tried and not often_failed:
             return self._eager(model, guide, args, kwargs)
@@ -206,7 +235,7 @@ class StepCapture:
         return self._record(variant, model, guide, args, kwargs)
 
     def _record(
-        self, variant: _Variant, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, variant: Variant, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> StepResult:
         """Records the step, and captures it if an earlier recording is equal."""
         # One recording sees the arguments themselves, the other one other tensors with the same memory: the two are
@@ -220,7 +249,7 @@ class StepCapture:
         if step is None:
             return self._eager(model, guide, args, kwargs)
 
-        result = _recorded_result(step)
+        result = recorded_result(step)
         if watch.effects:
             self._refuse(f"the model calls {watch.effects[0]}, which a captured step would not")
             return result
@@ -231,9 +260,9 @@ class StepCapture:
         # same branches and differs all the same shows that the step depends on something that the list does not hold.
         roots = {"elbo": self._elbo, "model": model, "guide": guide}
         for pending in variant.pending:
-            if _other_branch(pending.recording, step.recording) or pending.viewed == viewed:
+            if other_branch(pending.recording, step.recording) or pending.viewed == viewed:
                 continue
-            unlike = self._unlike(pending, step.recording)
+            unlike = _unlike(pending, step.recording)
             if unlike is None:
                 assumptions = Assumptions(watch, roots, pending.assumptions)
                 variant.pending.remove(pending)
@@ -244,29 +273,23 @@ class StepCapture:
             self._miss(variant, unlike)
             break
 
-        variant.pending.append(_Pending(step.recording, Assumptions(watch, roots), viewed))
+        variant.pending.append(Pending(step.recording, Assumptions(watch, roots), viewed))
         if len(variant.pending) > MAX_PROGRAMS:
             self._refuse(f"branches on values take more than {MAX_PROGRAMS} ways, {step.recording.checks[0].line}")
         return result
-
-    def _unlike(self, pending: _Pending, recording: Recording) -> str | None:
-        changed = pending.assumptions.changed()
-        if changed:
-            return f"{', '.join(changed[:3])} changes from step to step"
-        return difference(pending.recording, recording)
 
     def _take_recorded(
         self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> RecordedStep | None:
         try:
-            step = record(self.loss_and_grads, model, guide, args, kwargs)
+            step = record(self._loss_and_grads, model, guide, args, kwargs)
         except Exception as error:  # an eager step shows whether it is the model's own
             self._refuse(f"recording failed: {type(error).__name__}: {error}")
             return None
         self.num_recorded += 1
         return step
 
-    def _has_refusal(self, recording: Recording, variant: _Variant) -> bool:
+    def _has_refusal(self, recording: Recording, variant: Variant) -> bool:
         if recording.refusal is None:
             return False
         if recording.transient:
@@ -276,22 +299,22 @@ class StepCapture:
         return True
 
     def _capture(
-        self, variant: _Variant, step: RecordedStep, assumptions: Assumptions, args: Any, kwargs: dict[str, Any]
+        self, variant: Variant, step: RecordedStep, assumptions: Assumptions, args: Any, kwargs: dict[str, Any]
     ) -> None:
         short = shorten(step.recording)
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         tensors = list(dict.fromkeys(tensors))
         program = programs.build(short, step.params, tensors, direct=self._direct)
-        captured = _Captured(program, step.recording, short, assumptions, step.used, step.params)
+        captured = CapturedStep(program, step.recording, short, assumptions, step.used, step.params, tensors)
         variant.captured.append(captured)
         self._num_programs += 1
 
     def _compare(
-        self, variant: _Variant, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, variant: Variant, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> StepResult:
         """Records a step anew and compares it with the programs that would have run."""
         store = list(pyro.get_param_store()._params.values())
-        candidates = [captured for captured in variant.captured if _would_run(captured, store)]
+        candidates = [captured for captured in variant.captured if captured.would_run(store)]
         step = self._take_recorded(model, guide, args, kwargs)
         if step is None:
             return self._eager(model, guide, args, kwargs)
@@ -299,12 +322,12 @@ class StepCapture:
         recording = step.recording
         if recording.refusal is not None and not recording.transient:
             self._refuse(recording.refusal)
-            return _recorded_result(step)
+            return recorded_result(step)
 
         # This step was a true one and is right whatever comes out. Programs that would not have run now, for another
         # branch or for values as they were earlier, are no party to the comparison.
         for captured in candidates:
-            if _other_branch(captured.recording, recording) or recording.transient:
+            if other_branch(captured.recording, recording) or recording.transient:
                 continue
             unlike = difference(captured.recording, recording)
             if unlike is not None:
@@ -316,9 +339,9 @@ class StepCapture:
                 )
                 self._refuse(unlike)
                 break
-        return _recorded_result(step)
+        return recorded_result(step)
 
-    def _miss(self, variant: _Variant, reason: str) -> None:
+    def _miss(self, variant: Variant, reason: str) -> None:
         variant.misses += 1
         if variant.misses >= MAX_MISSES:
             self._refuse(reason)
@@ -328,48 +351,16 @@ class StepCapture:
         if self.refusal is None:
             self.refusal = reason
             self._variants.clear()
+            self._last = None
             logger.info("steps are not captured and run eagerly: %s", reason)
 
 
-def _recorded_result(step: RecordedStep) -> StepResult:
-    for loss in step.losses:
-        warn_if_nan(loss, "loss")
-    kind = step.recording.loss_type
-    return StepResult(step.losses[0] if kind is None else kind(step.losses), step.used)
-
-
-def _result(captured: _Captured, computed: list[float]) -> StepResult:
-    recording = captured.short
-    values = iter(computed)
-    losses = [loss if isinstance(loss, float) else next(values) for loss in recording.losses]
-    for loss in losses:
-        if loss != loss:
-            warn_if_nan(loss, "loss")
-    return StepResult(losses[0] if recording.loss_type is None else recording.loss_type(losses), captured.params)
-
-
-def _would_run(captured: _Captured, store: list[Tensor]) -> bool:
-    """Returns whether everything that a program takes for granted holds now, but for its checks."""
-    recording = captured.short
-    return (
-        captured.assumptions()
-        and len(store) == len(captured.store)
-        and all(a is b for a, b in zip(store, captured.store, strict=True))
-        and recording.requires_grad == [param.requires_grad for param in store]
-        and recording.with_grad == [index for index, param in enumerate(store) if param.grad is not None]
-        and recording.infos[: len(store)] == [TensorInfo.of(param) for param in store]
-        and all(same_bits(recording.foreign[slot], values) for slot, values in recording.compared.items())
-    )
-
-
-def _other_branch(a: Recording, b: Recording) -> bool:
-    """Returns whether two recordings differ because a branch went another way."""
-    for one, other in zip(a.checks, b.checks, strict=False):
-        if one.slot != other.slot:
-            return False
-        if one.answer != other.answer:
-            return True
-    return False
+def _unlike(pending: Pending, recording: Recording) -> str | None:
+    """Returns why a recording is another step than the one that waits, None if it is the same."""
+    changed = pending.assumptions.changed()
+    if changed:
+        return f"{', '.join(changed[:3])} changes from step to step"
+    return difference(pending.recording, recording)
 
 
 def _is_comparison_step(step: int) -> bool:

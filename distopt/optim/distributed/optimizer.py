@@ -105,6 +105,8 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
             raise TypeError(f"reduce={reduce!r}: expected ReduceOptions(...) of distopt.optim.")
         if noise not in get_args(NoisePolicy):
             raise ValueError(f"noise={noise!r} should be 'independent' or 'shared'.")
+        if backend is not None and not isinstance(backend, Backend):
+            raise TypeError(f"backend={backend!r}: expected what distopt.init() returns, such as init('torch_dist').")
         self._optim = from_pyro(optim)
         self._options = reduce
         self._stepper = Stepper(self._optim, backend, reduce, noise)
@@ -203,7 +205,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
         It is done in place. Those of large parameters (32,768 elements and more) are dropped (None) instead, and count
         as zero until backward leaves new ones, which then need no sum.
         """
-        self.reducer.dropped.zero_(params)
+        self.reducer.zero_(params)
 
     @property
     def step(self) -> Callable[..., None]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
+import numpy as np
 from torch import Tensor
 
 from distopt.backends import Backend, BackendError, current
@@ -126,16 +128,18 @@ class Stepper:
         measure_norm: bool = False,
     ) -> StepInfo:
         """Adds this call's gradients to those before, and reduces and steps by them if the step is complete."""
+        # Before anything is noted, so that a call that is refused leaves nothing to the next one.
+        _check_call(params, loss, step, stop)
         args, kwargs = call_closure(args, kwargs)
         if loss is not None:
             self._losses.append(float(loss))
-        self._stop |= stop
+        self._stop |= bool(stop)
         accumulated = self._accumulator.add(params)
         if accumulated is None:
             return StepInfo()
         # The caller's number is used in the step that it belongs to; the reducer counts on from it.
         if step is not None:
-            self.reducer.step = step
+            self.reducer.step = operator.index(step)
         return self._reduce_and_step(accumulated, args, kwargs, measure_norm)
 
     def follow(self) -> None:
@@ -243,6 +247,20 @@ class Stepper:
     def _explain_nonfinite(self, reduced: ReducedGradients) -> str:
         reducer = self.reducer
         return explain_nonfinite(reducer.backend, reducer.layout.names, reduced.local, reducer.step)
+
+
+def _check_call(params: object, loss: object, step: object, stop: object) -> None:
+    """Raises TypeError or ValueError for arguments of a step that would be misread, or fail later and elsewhere."""
+    if isinstance(params, Tensor | Mapping | str) or not isinstance(params, Iterable):
+        raise TypeError(f"params is a {type(params).__name__}, expected an iterable of tensors, such as [param].")
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(f"loss has shape {tuple(loss.shape)}, expected one number.")
+    if isinstance(loss, str):
+        raise TypeError(f"loss is {loss!r}, expected a number.")
+    if step is not None and (not isinstance(step, SupportsIndex) or operator.index(step) < 0):
+        raise TypeError(f"step is {step!r}, expected the number of the step, an int that is not negative.")
+    if not isinstance(stop, bool | np.bool_):
+        raise TypeError(f"stop is {stop!r}, expected True or False.")
 
 
 def _takes_metric(scheduler: PyroLRScheduler) -> bool:

@@ -8,7 +8,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 from distopt import backends
-from distopt.infer import SVI, seed_all, sharded_plate
+from distopt.infer import SVI, TensorRows, seed_all, sharded_plate
 from distopt.optim import Adam, DistributedOptimizer
 from distopt.reduce import ReduceOptions
 from tests.infer.capture.cases import DATA, hierarchy, mixture, mixture_guide
@@ -69,6 +69,64 @@ def test_captured_training_equals_eager_training(name, world_size, passes):
         assert_same_training(one, other)
         assert other[4] is None
         assert other[3] >= 12
+
+
+def run_with_late_parameter(capture: str):
+    """Rank 1 brings a new parameter at step 9, when all gradients lie in the buckets."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    rank = backends.current().rank
+    late = [False]
+
+    def model(x):
+        loc = pyro.param("loc", torch.tensor(0.5))
+        scale = pyro.param("scale", torch.tensor(2.0)) if late[0] else 1.0
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(loc, scale), obs=x)
+
+    def guide(x):
+        pass
+
+    svi = SVI(model, guide, DistributedOptimizer(Adam({"lr": 0.05})), Trace_ELBO(), capture=capture)
+    losses = []
+    for step in range(14):
+        late[0] = rank == 1 and step >= 9
+        losses.append(svi.step(DATA[rank * 15 : rank * 15 + 15]))
+    params = {name: param.tolist() for name, param in pyro.get_param_store()._params.items()}
+    return losses, params, svi.captured.num_captured if svi.captured else 0
+
+
+def test_gradients_in_buckets_survive_a_parameter_that_only_one_rank_has():
+    ranks = world("torch_dist", 2)
+    eager, captured = ranks.run(run_with_late_parameter, "off"), ranks.run(run_with_late_parameter, "graph")
+    for one, other in zip(eager, captured, strict=True):
+        assert one[:2] == other[:2]
+        assert other[2] >= 5
+
+
+def test_captured_steps_leave_gradients_in_the_buckets():
+    pyro.clear_param_store()
+    svi = SVI(hierarchy, AutoNormal(hierarchy), DistributedOptimizer(Adam({"lr": 0.05})), Trace_ELBO(), capture="graph")
+    for _ in range(6):
+        svi.step(DATA)
+    (bucket,) = svi.optim.reducer.layout.buckets
+    grads = {name: param.grad.data_ptr() for name, param in pyro.get_param_store()._params.items()}
+    assert [grads[name] for name in bucket.names] == bucket.addresses
+    assert not bucket.flat.any()  # and zero them there
+
+
+@pytest.mark.parametrize("capture", ["off", "graph"])
+def test_rows_that_a_step_selects_itself_equal_rows_that_are_given(capture):
+    results = []
+    for rows_of in (lambda rows: (DATA[rows],), lambda rows: TensorRows((DATA,), rows)):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        optim = DistributedOptimizer(Adam({"lr": 0.05}))
+        svi = SVI(hierarchy, AutoNormal(hierarchy), optim, Trace_ELBO(), capture=capture)
+        losses = [svi.step_with(rows_of(torch.arange(i, i + 30))).loss for i in range(12)]
+        results.append((losses, {name: p.tolist() for name, p in pyro.get_param_store()._params.items()}))
+    assert results[0] == results[1]
+    assert svi.captured is None or svi.captured.num_captured == 8
 
 
 def test_sharded_plates_under_shared_noise_stay_eager():

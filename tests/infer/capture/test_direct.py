@@ -222,3 +222,40 @@ def test_results_that_are_written_to_are_left_to_aten():
         computed, num_direct = run_directly(function, x)
         assert_same_bits(computed, function(x))
         assert num_direct == 1
+
+
+@given(data=st.data(), dtype=dtypes, size=st.integers(1, 9), count=st.integers(1, 40))
+@settings(max_examples=40)
+def test_vectors_are_indexed_and_summed_at_indices_as_by_aten(data, dtype, size, count):
+    table, values = (tensor_of(data.draw, (n,), dtype, "contiguous") for n in (size, count))
+    index = torch.tensor(data.draw(st.lists(st.integers(-size, size - 1), min_size=count, max_size=count)))
+
+    def indexed(table, values, index):
+        return table[index] * values
+
+    def summed(table, values, index):
+        return table.index_put([index], values, accumulate=True)
+
+    for function, expected_direct in ((indexed, 2), (summed, 1)):
+        computed, num_direct = run_directly(function, table, values, index)
+        assert_same_bits(computed, function(table, values, index))
+        assert num_direct == expected_direct
+
+
+def test_index_out_of_bounds_is_an_error():
+    with pytest.raises(IndexError, match="index 3 is out of bounds for size 3"):
+        recorded = torch.tensor([0, 2])
+        table = torch.ones(3)
+        recorder = Recorder()
+        for tensor in (table, recorded):
+            recorder.add_input(tensor)
+        recorder.recording.num_params = recorder.recording.num_inputs = 2
+        recorder.recording.requires_grad = [False, False]
+        recorder.start()
+        with recorder:
+            result = table[recorded]
+        recorder.recording.grads = [recorder.slot_of(result), -1]
+        recorder.close()
+        program = programs.build(recorder.recording, [table, recorded], [])
+        recorded[1] = 3
+        program.run({"table": table, "index": recorded}, [])

@@ -8,8 +8,8 @@ from pyro.infer.autoguide import AutoNormal
 
 from distopt.infer.capture import passes
 from distopt.infer.capture.passes import PASSES, shorten
-from distopt.infer.capture.recorder import record
-from tests.infer.capture.cases import DATA, captured_cases, hierarchy
+from distopt.infer.capture.recorded_step import record
+from tests.infer.capture.cases import DATA, Case, captured_cases, hierarchy
 from tests.infer.capture.steps import compare
 
 CASES = captured_cases()
@@ -43,6 +43,26 @@ def test_passes_shorten_the_list_and_leave_the_recording_alone():
     assert lengths == sorted(lengths, reverse=True)
     assert lengths[-1] < 0.8 * lengths[0]
     assert [op.describe() + str(op.args) for op in recording.ops] == before
+
+
+def test_one_number_in_many_elements_is_computed_once():
+    def model(x):
+        df = pyro.sample("df", pyro.distributions.Gamma(2.0, 0.1))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", pyro.distributions.StudentT(df, 0.0, 1.0), obs=x)
+
+    guide = AutoNormal(model)
+    elbo = Trace_ELBO()
+    elbo.loss_and_grads(model, guide, DATA)
+    recording = record(elbo.loss_and_grads, model, guide, (DATA,), {}).recording
+    wide = [
+        op for op in recording.ops if "gamma" in str(op.function) and recording.infos[op.outs[0]].shape == DATA.shape
+    ]
+    assert len(wide) == 4  # two of lgamma, and two of its derivative
+    short = shorten(recording)
+    narrow = [op for op in short.ops if "gamma" in str(op.function)]
+    assert {short.infos[op.outs[0]].shape for op in narrow} == {()}
+    compare(Case(Trace_ELBO, model, AutoNormal), 8)
 
 
 def test_draws_whose_results_nobody_uses_stay():

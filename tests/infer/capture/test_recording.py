@@ -5,7 +5,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
-from distopt.infer.capture.recorder import record
+from distopt.infer.capture.recorded_step import record
 from distopt.infer.capture.recording import Check, Recording, Slot, aten, difference, is_random, same_bits
 from tests.infer.capture.cases import DATA, hierarchy
 

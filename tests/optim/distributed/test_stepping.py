@@ -28,7 +28,7 @@ from distopt.optim import (
 )
 from distopt.reduce import DisagreementError, PeerError
 from distopt.sharding import LocalParameter, PlateShard, mark_local
-from tests.reduce.steps import Values, noise, step_with, store_values, unconstrained
+from tests.reduce.steps import Values, random_values, step_with, store_values, unconstrained
 from tests.workers import Ranks
 
 
@@ -202,7 +202,7 @@ def _run_modules_share_their_parameters() -> Values:
             pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=torch.ones(len(x), 2))
 
     svi = SVI(model, lambda x: None, DistributedOptimizer(Adam({"lr": 0.05})), Trace_ELBO())
-    losses = [svi.step(noise(5 * step + current().rank, 8, 3)) for step in range(20)]
+    losses = [svi.step(random_values(5 * step + current().rank, 8, 3)) for step in range(20)]
     assert losses[-1] < losses[0]
     values = store_values()
     assert sorted(values) == ["linear$$$bias", "linear$$$weight", "scale"]
@@ -259,7 +259,7 @@ def _run_guide_that_grows_differently_trains() -> Values:
 
     automatic = SVI(plain, AutoNormal(plain), DistributedOptimizer(Adam({"lr": 0.1})), Trace_ELBO())
     for step in range(5):
-        automatic.step(noise(step + 10 * rank, 6))
+        automatic.step(random_values(step + 10 * rank, 6))
     return store_values()
 
 
@@ -322,8 +322,8 @@ def _run_rank_local_parameters_are_never_sent() -> None:
     optim = DistributedOptimizer(SGD({"lr": 1.0}))
     optim.nonfinite = "skip"
     pyro.param("x", torch.zeros(2))
-    own = pyro.param("local", torch.zeros(rank + 1)).unconstrained()
-    mark_local(own, LocalParameter(PlateShard("rows", num_shards=1), (rank + 1,), 0))
+    local = pyro.param("local", torch.zeros(rank + 1)).unconstrained()
+    mark_local(local, LocalParameter(PlateShard("rows", num_shards=1), (rank + 1,), 0))
     for step in range(3):
         bad = step == 1 and rank == 0
         step_with(optim, {"x": torch.ones(2), "local": torch.full((rank + 1,), float("nan") if bad else rank + 1.0)})

@@ -16,7 +16,7 @@ from distopt.optim import (
     DistributedOptimizer,
     ReduceOptions,
 )
-from tests.reduce.steps import Values, by_rank, noise, step_with, store_values, unconstrained
+from tests.reduce.steps import Values, by_rank, random_values, step_with, store_values, unconstrained
 from tests.workers import Ranks
 
 
@@ -26,7 +26,7 @@ def _run_power_sgd_converges_by_its_error_feedback() -> Values:
     optim = DistributedOptimizer(SGD({"lr": 1.0}), reduce=ReduceOptions(compression="powersgd", power_sgd_rank=2))
     for name, shape in (("full", (12, 10)), ("low", (12, 10)), ("vector", (7,))):
         pyro.param(name, torch.zeros(shape))
-    column, rows, vectors = noise(5, 12, 1), by_rank(2, 1, 10), by_rank(3, 7)
+    column, rows, vectors = random_values(5, 12, 1), by_rank(2, 1, 10), by_rank(3, 7)
     fulls = by_rank(4, 12, 10)
     num_steps = 60
     for _ in range(num_steps):
@@ -62,12 +62,12 @@ def _run_power_sgd_keeps_its_errors_while_parameters_come_and_go() -> Values:
             if disturbed and step == 4:
                 pyro.get_param_store().setdefault("z", torch.zeros(3))
                 step_with(optim, {"y": other} | ({"z": torch.ones(3)} if rank == size - 1 else {}))
-        found = unconstrained("x")
+        param = unconstrained("x")
         pyro.clear_param_store()
         pyro.param("x", torch.zeros(10, 9))
         step_with(optim, {"x": torch.ones(10, 9)})
         torch.testing.assert_close(unconstrained("x"), -torch.ones(10, 9))
-        return found
+        return param
 
     torch.testing.assert_close(train(True), train(False))
     return store_values()

@@ -1,0 +1,142 @@
+"""A program with all that it takes for granted, and the steps for which there may be one."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from pyro.util import warn_if_nan
+from torch import Tensor
+
+from distopt.infer.capture import program as programs
+from distopt.infer.capture.assumptions import Assumptions
+from distopt.infer.capture.program import Program
+from distopt.infer.capture.recorded_step import RecordedStep
+from distopt.infer.capture.recording import Recording, TensorInfo, same_bits
+
+logger = logging.getLogger(__name__)
+
+FAILED = -100
+"""The status of a program that raised an error."""
+
+
+class StepResult(NamedTuple):
+    """A gradient step's losses, and the parameters whose gradients it computed."""
+
+    loss: Any
+    params: list[Tensor]
+
+
+@dataclass(slots=True)
+class CapturedStep:
+    """A program, and what it takes for granted.
+
+    Attributes:
+        program: What runs.
+        recording: As recorded.
+        short: What the program was built from.
+        assumptions: Plain values that the model's code read.
+        params: The parameters that the step names.
+        store: All that there were.
+        args: The tensors among its arguments when it was recorded.
+        buffers: Where the program was told to leave gradients.
+        runs: How often it has run.
+        failed_checks: How often a check has had another answer.
+    """
+
+    program: Program
+    recording: Recording
+    short: Recording
+    assumptions: Assumptions
+    params: list[Tensor]
+    store: list[Tensor]
+    args: list[Tensor]
+    buffers: dict[int, Tensor] | None = None
+    runs: int = 0
+    failed_checks: int = 0
+
+    def run(
+        self, store: dict[str, Tensor], tensors: list[Tensor], buffers: dict[int, Tensor] | None
+    ) -> tuple[int, StepResult | None]:
+        """Runs the program if what it takes for granted holds; returns the status, and the result if it ran."""
+        if not self.assumptions():
+            return programs.CONSTANTS_DIFFER, None
+        if self.buffers is not buffers and buffers is not None:
+            self.buffers = buffers
+            self.program.set_gradient_buffers([buffers.get(id(param)) for param in self.store])
+
+        try:
+            status, losses = self.program.run(store, tensors)
+        except Exception as error:
+            logger.debug("captured step failed, taking it eagerly: %s", error)
+            return FAILED, None
+        if status != programs.RAN:
+            return status, None
+        self.runs += 1
+        return status, self._result(losses)
+
+    def _result(self, computed: list[float]) -> StepResult:
+        recording = self.short
+        values = iter(computed)
+        losses = [loss if isinstance(loss, float) else next(values) for loss in recording.losses]
+        for loss in losses:
+            if loss != loss:
+                warn_if_nan(loss, "loss")
+        return StepResult(losses[0] if recording.loss_type is None else recording.loss_type(losses), self.params)
+
+    def would_run(self, store: list[Tensor]) -> bool:
+        """Returns whether everything that the program takes for granted holds now, but for its checks."""
+        recording = self.short
+        return (
+            self.assumptions()
+            and len(store) == len(self.store)
+            and all(a is b for a, b in zip(store, self.store, strict=True))
+            and recording.requires_grad == [param.requires_grad for param in store]
+            and recording.with_grad == [index for index, param in enumerate(store) if param.grad is not None]
+            and recording.infos[: len(store)] == [TensorInfo.of(param) for param in store]
+            and all(same_bits(recording.foreign[slot], values) for slot, values in recording.compared.items())
+        )
+
+    @property
+    def fails_often(self) -> bool:
+        """Whether a check has had another answer in more than one step of four."""
+        total = self.runs + self.failed_checks
+        return total >= 8 and self.failed_checks > 0.25 * total
+
+
+@dataclass(slots=True)
+class Pending:
+    """A recording that waits for an equal one."""
+
+    recording: Recording
+    assumptions: Assumptions
+    viewed: bool  # whether the model saw other tensors with the memory of the arguments
+
+
+@dataclass(slots=True)
+class Variant:
+    """Steps whose arguments have the same structure, shapes and plain values."""
+
+    captured: list[CapturedStep] = field(default_factory=list)
+    pending: list[Pending] = field(default_factory=list)
+    misses: int = 0
+    viewed: bool = True  # the last recording's
+
+
+def recorded_result(step: RecordedStep) -> StepResult:
+    """Returns the result of a step that was taken and recorded."""
+    for loss in step.losses:
+        warn_if_nan(loss, "loss")
+    kind = step.recording.loss_type
+    return StepResult(step.losses[0] if kind is None else kind(step.losses), step.used)
+
+
+def other_branch(a: Recording, b: Recording) -> bool:
+    """Returns whether two recordings differ because a branch went another way."""
+    for one, other in zip(a.checks, b.checks, strict=False):
+        if one.slot != other.slot:
+            return False
+        if one.answer != other.answer:
+            return True
+    return False

@@ -1,0 +1,148 @@
+"""Takes a step and records it while it runs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.util import torch_item
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from distopt.infer.capture.recorder import Recorder, ValueReads
+from distopt.infer.capture.recording import Recording, Slot
+
+
+def _python_generators() -> dict[str, Any]:
+    return {"python": random.getstate(), "numpy": np.random.get_state(legacy=True)}
+
+
+def _same_generators(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    (name_a, keys_a, *rest_a), (name_b, keys_b, *rest_b) = a["numpy"], b["numpy"]
+    return a["python"] == b["python"] and (name_a, rest_a) == (name_b, rest_b) and np.array_equal(keys_a, keys_b)
+
+
+@dataclass(slots=True)
+class RecordedStep:
+    """A step that was taken and recorded.
+
+    Attributes:
+        recording: The list of its operations.
+        losses: The loss of each component that the ELBO returned.
+        params: All parameters that the store held before the step, in its order.
+        used: Those that the step named, as Pyro's SVI collects them.
+    """
+
+    recording: Recording
+    losses: list[float]
+    params: list[Tensor]
+    used: list[Tensor]
+
+
+def record(
+    loss_and_grads: Callable[..., Any], model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> RecordedStep:
+    """Takes a step, as `loss_and_grads(model, guide, *args, **kwargs)` does, and records it.
+
+    Gradients are left in the parameters' `.grad`, as ever. One eager step must have been taken before, in which guides
+    set themselves up and the ELBO finds out how deeply plates are nested.
+
+    Raises:
+        Exception: Whatever the model raised. Generators, gradients and tensors that the step had written to are as they
+            were before.
+    """
+    store = pyro.get_param_store()
+    before = dict(store._params)
+    params = list(before.values())
+
+    # Slots of what the program will be given: parameters, then the gradients that they have, then arguments.
+    recorder = Recorder()
+    recording = recorder.recording
+    for param in params:
+        recorder.add_input(param)
+    recording.num_params = len(params)
+    recording.with_grad = [index for index, param in enumerate(params) if param.grad is not None]
+    recorder.add_gradients([grad for param in params if (grad := param.grad) is not None])
+    recorder.first_argument = len(recording.infos)
+    for tensor in dict.fromkeys(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)):
+        recorder.add_input(tensor)
+    recording.num_inputs = len(recording.infos)
+
+    # The step is a true one, so nothing is put back unless the model raises an error: then the caller takes the step
+    # again, eagerly, and the error that the user sees must be that step's.
+    saved_grads = [(param, param.grad, None if param.grad is None else param.grad.clone()) for param in params]
+    rng_state = torch.get_rng_state()
+    python_state = _python_generators()
+    recorder.start()
+    try:
+        with pyro.validation_enabled(False), ValueReads(recorder), recorder, poutine.trace(param_only=True) as capture:
+            loss = loss_and_grads(model, guide, *args, **kwargs)
+    except BaseException:
+        recorder.close()
+        torch.set_rng_state(rng_state)
+        random.setstate(python_state["python"])
+        np.random.set_state(python_state["numpy"])
+        for param, grad, values in saved_grads:
+            param.grad = grad if grad is None else grad.copy_(values)
+        recorder.undo_writes()
+        raise
+
+    if not _same_generators(python_state, _python_generators()):
+        recorder.refuse("random numbers of Python's random or of NumPy are drawn")
+    losses = _take_losses(recorder, loss)
+    used = list(dict.fromkeys(site["value"].unconstrained() for site in capture.trace.nodes.values()))
+    _take_params(recorder, before, used)
+    recorder.close()
+    return RecordedStep(recording, losses, params, used)
+
+
+def _take_losses(recorder: Recorder, loss: Any) -> list[float]:
+    """Notes where the losses come from, and returns their values."""
+    recording = recorder.recording
+    recording.loss_type = type(loss) if isinstance(loss, tuple) else None
+    values = []
+    for each in loss if isinstance(loss, tuple) else [loss]:
+        if isinstance(each, Tensor):
+            slot = recorder.slot_of(each)
+            if slot is None or each.numel() != 1:
+                recorder.refuse("the loss is not computed from the recorded operations")
+            else:
+                recording.losses.append(Slot(slot))
+        else:
+            recording.losses.append(float(each))
+        values.append(float(torch_item(each)))
+    return values
+
+
+def _take_params(recorder: Recorder, before: dict[str, Tensor], used_params: list[Tensor]) -> None:
+    """Notes which parameters the step named, and where their gradients come from."""
+    recording = recorder.recording
+    after = pyro.get_param_store()._params
+    if list(after) != list(before) or any(after[name] is not before[name] for name in before):
+        recorder.refuse("the step itself creates or replaces parameters of the store", transient=True)
+        return
+    recording.requires_grad = [param.requires_grad for param in before.values()]
+    left = {id(param) for param in used_params}
+    seen: set[int] = set()
+    for index, param in enumerate(before.values()):
+        recording.grads.append(-1)
+        if id(param) in seen:
+            continue  # one parameter may have several names
+        seen.add(id(param))
+        if id(param) in left:
+            recording.used_params.append(index)
+            left.remove(id(param))
+        if param.grad is not None:
+            slot = recorder.slot_of(param.grad)
+            if slot is None:
+                recorder.refuse("a gradient is not computed from the recorded operations")
+            else:
+                recording.grads[index] = slot
+    if left:
+        recorder.refuse("the step names parameters that are not in the store")

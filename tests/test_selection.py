@@ -1,0 +1,38 @@
+"""A selection of tests of which none can run fails, and says what it lacks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_here(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    env = os.environ | environment
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["tests/docker", "-m", "images"], {"DISTOPT_TEST_IMAGES": "1", "PATH": "/nowhere"}, "nothing ran: "),
+        (["tests/docker/test_cpu_image.py"], {}, "nothing ran: builds an image: make test-images"),
+        (["tests/chaos", "-k", "many_runs"], {}, "nothing ran: takes minutes: pytest tests --slow runs it"),
+    ],
+)
+def test_selection_of_which_all_is_skipped_fails_and_says_what_is_missing(arguments, environment, message):
+    done = pytest_here(*arguments, **environment)
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout + done.stderr
+    assert message in done.stdout
+    assert not environment or "apt-get install buildah" in done.stdout or "sudo" in done.stdout
+
+
+def test_selection_of_which_something_runs_is_judged_by_that():
+    done = pytest_here("tests/chaos", "-k", "many_runs or chosen_by_the_environment")
+    assert (done.returncode, "nothing ran" in done.stdout) == (0, False), done.stdout
