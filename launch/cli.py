@@ -222,9 +222,9 @@ def diff(config: Config, run: Run, overrides: Overrides = None) -> None:
 
     from . import runs
 
-    now = _load(config, overrides).model_dump(mode="json")
+    now = _load(config, overrides).as_json()
     try:
-        before = runs.recorded_config(runs.find(run)).model_dump(mode="json")
+        before = runs.recorded_config(runs.find(run)).as_json()
     except runs.ERRORS as error:
         _refuse([str(error)])
 

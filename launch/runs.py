@@ -132,7 +132,7 @@ def _detach(config: RunConfig, directory: Path) -> int:
     """Starts another `distopt launch` that stays with the run, and waits until it has the run directory."""
     claim(directory)
     source = directory / f".{CONFIG_FILE}.detached"
-    source.write_text(dump_yaml(config))
+    source.write_text(dump_yaml(config), encoding="utf-8")
     before = _modified_ns(directory / LAUNCH_FILE)
     log_path = directory / LOGS / DETACHED_LOG
     with log_path.open("w") as log:

@@ -83,7 +83,7 @@ def comparable(config: Any) -> Any:
     Of two configurations, one recorded before such a key existed and one after, these are equal where the runs are.
 
     Args:
-        config: As `RunConfig.model_dump(mode="json")` returns it, in this version or an older one. Anything else, such
+        config: As `RunConfig.as_json()` returns it, in this version or an older one. Anything else, such
             as what a damaged file holds, is returned as it is.
 
     Example:

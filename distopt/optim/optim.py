@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,18 +14,23 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
+from distopt.optim.adagrad_rmsprop import AdagradRMSProp as pt_AdagradRMSProp
 from distopt.optim.amp import scaled_step
 from distopt.optim.arguments import Args, args_for, check_args, num_arguments
-from distopt.optim.capabilities import check_arguments, check_constructor, quicker, shares, without_partial
+from distopt.optim.capabilities import check_arguments, check_built, check_constructor, quicker, shares, without_partial
+from distopt.optim.clipped_adam import ClippedAdam as pt_ClippedAdam
 from distopt.optim.clipping import Clip
+from distopt.optim.dct_adam import DCTAdam as pt_DCTAdam
 from distopt.optim.grouping import Grouping
 from distopt.optim.groups import ParamRecord
 from distopt.optim.packed_state import PackedState
 from distopt.optim.packing import FlatGradients
 from distopt.optim.param_view import view_of
 from distopt.optim.parameters import ParamRegistry
-from distopt.optim.state import State, check_state_dict, copied, frozen, optimizer_of
+from distopt.optim.state import State, check_state_dict, copied, frozen, is_scheduler, optimizer_of
 from distopt.optim.step_plan import LooseGradients, Planner, StepPlan, all_finite
+
+__all__ = ["PyroOptim", "call_closure", "is_scheduler", "pt_AdagradRMSProp", "pt_ClippedAdam", "pt_DCTAdam"]
 
 logger = logging.getLogger("distopt.optim")
 
@@ -309,7 +315,9 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
 
     def _construct(self, params: list[Any], args: dict[str, Any]) -> Any:
         """Builds the torch optimizer of a group; overridden where a scheduler goes around it."""
-        return quicker(self._constructor)(params, **args)
+        optimizer = quicker(self._constructor)(params, **args)
+        check_built(optimizer)
+        return optimizer
 
     def _args_of(self, name: str) -> dict[str, Any]:
         """Returns the arguments of the torch optimizer of parameter `name`."""
@@ -327,6 +335,13 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         key = (_args_key(args), clip, p.dtype, p.device, self._birth())
         alone = not shares(self._constructor, args) or p.is_complex() or not p.is_contiguous()
         return ParamRecord(p, name, args, clip, key, alone, pyro.get_param_store().param_name(p) is not None)
+
+
+def __getattr__(name: str) -> Any:
+    # `pyro.optim.optim` has these three functions as well, which are made of `PyroOptim`.
+    if name in ("AdagradRMSProp", "ClippedAdam", "DCTAdam"):
+        return getattr(import_module("distopt.optim.pytorch_optimizers"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _args_key(args: Mapping[str, Any]) -> Hashable:

@@ -18,6 +18,7 @@ from rich.console import Console
 from distopt.config import ConfigError, RunConfig
 from distopt.config.plugins import is_reference, load_reference
 from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim
+from distopt.optim.lr_scheduler import metric_name
 from distopt.optim.pytorch_optimizers import OPTIMIZERS, SCHEDULERS
 from distopt.train.loggers import JsonLinesLogger, Logger, ProgressLogger, TensorBoardLogger
 
@@ -56,7 +57,7 @@ def make_optimizer(config: RunConfig) -> tuple[PyroOptim, StepSchedule]:
     _check_length(schedule, config)
 
     # Schedules such as ReduceLROnPlateau follow the loss; a user's may, too, whatever its class.
-    if "metrics" in inspect.signature(schedule.step).parameters:
+    if metric_name(schedule) is not None:
         return optimizer, lambda made, loss: made.step(loss)
     return optimizer, lambda made, _loss: made.step()
 

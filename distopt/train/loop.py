@@ -16,7 +16,7 @@ from distopt.checkpoint import Checkpointer, CheckpointError, Restored, Retentio
 from distopt.config import MAY_CHANGE, ConfigError, RunConfig, dump_yaml
 from distopt.data import GlobalBatches, Loader
 from distopt.infer import SVI, seed_all
-from distopt.launchers import CHECKPOINTS, METRICS_FILE, LauncherError, find_rank
+from distopt.launchers import METRICS_FILE, LauncherError, find_rank
 from distopt.optim import DistributedOptimizer, StepInfo
 from distopt.reduce import DisagreementError, DriftError, PeerError
 from distopt.train.components import make_loggers, make_loss, make_optimizer, refused
@@ -202,7 +202,7 @@ class _Worker:
     def _make_checkpointer(self) -> Checkpointer:
         config = self.config
         return Checkpointer(
-            config.run_dir / CHECKPOINTS,
+            config.checkpoints(),
             {"optimizer": self.optimizer, **self.modules},
             keep=Retention(config.checkpoint.keep_last, config.checkpoint.keep_every_steps),
             config=recorded_config(config),
@@ -242,7 +242,7 @@ class _Worker:
         loggers: list[Logger] = [self.status]
         if self.console is not None:
             loggers += make_loggers(config, self.console)
-        dumped = config.model_dump(mode="json")
+        dumped = config.as_json()
         return Loggers(loggers, RunInfo(config.name, config.run_dir, first_step, config.train.num_steps, dumped))
 
     # The steps.

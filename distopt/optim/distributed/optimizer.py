@@ -121,6 +121,12 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}. {hint}")
         object.__setattr__(self, name, value)
 
+    # A script asks `isinstance(optim, PyroLRScheduler)` to know whether to call `step()`. Whether this is one depends
+    # on what it wraps, so it answers as that does; `type(optim)` and `isinstance` of the classes here are as ever.
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._optim)
+
     @property
     def optim(self) -> PyroOptim:
         """The wrapped optimizer, which is this rank's own."""

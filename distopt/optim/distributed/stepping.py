@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import operator
@@ -154,17 +153,15 @@ class Stepper:
     def step_scheduler(self, *args: Any, **kwargs: Any) -> None:
         """Steps the wrapped scheduler, with the mean of the ranks' metrics if it takes one."""
         assert isinstance(self.optim, PyroLRScheduler)
-        metric = args[0] if args else kwargs.get("metrics")
-        is_metric = (
-            isinstance(metric, (int, float, Tensor)) and not isinstance(metric, bool) and _takes_metric(self.optim)
-        )
-        if is_metric or is_joining(self.reducer.backend):
-            value = float(metric) if is_metric and metric is not None else None
+        name = self.optim.metric_name
+        metric = args[0] if args else kwargs.get(name or "")
+        value = None if name is None or metric is None else float(metric)
+        if value is not None or is_joining(self.reducer.backend):
             message = RankMessage(self.reducer.step, RoundKind.SCHEDULE, value=value)
             mean = self.reducer.reduce(None, message).summary.mean_value
-            if is_metric:
+            if value is not None:
                 args = (mean, *args[1:])
-                kwargs = {key: each for key, each in kwargs.items() if key != "metrics"}
+                kwargs = {key: each for key, each in kwargs.items() if key != name}
         self.optim.step(*args, **kwargs)
 
     def abort(self, error: BaseException) -> None:
@@ -261,11 +258,6 @@ def _check_call(params: object, loss: object, step: object, stop: object) -> Non
         raise TypeError(f"step is {step!r}, expected the number of the step, an int that is not negative.")
     if not isinstance(stop, bool | np.bool_):
         raise TypeError(f"stop is {stop!r}, expected True or False.")
-
-
-def _takes_metric(scheduler: PyroLRScheduler) -> bool:
-    """Returns whether its schedules are stepped with a metric, as `ReduceLROnPlateau` is."""
-    return "metrics" in inspect.signature(getattr(scheduler.pt_scheduler_constructor, "step", print)).parameters
 
 
 # What the ranks must know of gradients that one of them alone steps by: those of its sharded plates. Ranks step by the

@@ -44,7 +44,7 @@ class DDPOptimizer(DistributedOptimizer):
         super().__init__(optim, backend=backend, reduce=ReduceOptions(bucket_mib=bucket_cap_mb), noise=noise)
 
 
-class HorovodOptimizer(DistributedOptimizer):
+class HorovodOptimizer(DistributedOptimizer, pyro.optim.HorovodOptimizer):  # type: ignore[misc]
     """`DistributedOptimizer` with the arguments of `horovod.torch.DistributedOptimizer`; used in place of Pyro's.
 
     It runs over any backend, so a script that uses it needs no change without Horovod. What else can be chosen is in

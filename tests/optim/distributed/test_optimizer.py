@@ -9,6 +9,7 @@ import pyro.optim
 import pytest
 import torch
 
+import distopt.optim
 from distopt.optim import SGD, Adam, DDPOptimizer, DistributedOptimizer, HorovodOptimizer, ReduceOptions, StepInfo
 from distopt.optim.distributed.stepping import GradientAccumulator
 
@@ -148,3 +149,16 @@ def test_accumulated_gradients_are_the_sums_of_all_calls() -> None:
     assert x.grad is not None and x.grad.eq(4.0).all()
     assert y.grad is not None and y.grad.eq(2.0).all()
     assert accumulator.take() == []
+
+
+@pytest.mark.parametrize("make", [DistributedOptimizer, DDPOptimizer, HorovodOptimizer])
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_it_is_what_it_wraps_and_what_pyro_has_by_its_name(make: Any, scheduled: bool) -> None:
+    plain = distopt.optim.ExponentialLR(dict(EXPONENTIAL)) if scheduled else SGD({"lr": 1.0})
+    optimizer = make(plain)
+    for module in (pyro.optim, distopt.optim):
+        assert isinstance(optimizer, module.PyroOptim)
+        assert isinstance(optimizer, module.PyroLRScheduler) is scheduled
+        assert isinstance(optimizer, module.HorovodOptimizer) is (make is HorovodOptimizer)
+    assert isinstance(optimizer, DistributedOptimizer) and type(optimizer) is make
+    assert not isinstance(plain, DistributedOptimizer)
