@@ -90,9 +90,9 @@ def test_run_that_was_interrupted_decides_as_an_undisturbed_one_and_is_done_when
         capsys.readouterr()
         run_here(path, f"train.num_steps={num_steps}")
     assert f"stopped early after step {last}" in capsys.readouterr().out
-    found = outcome(tmp_path / "run")
-    assert {key: found[key] for key in ("best", "outcome")} == {key: expected[key] for key in ("best", "outcome")}
-    assert max(found["kept"]) == last and expected["best"] in found["kept"]
+    decided = outcome(tmp_path / "run")
+    assert {key: decided[key] for key in ("best", "outcome")} == {key: expected[key] for key in ("best", "outcome")}
+    assert max(decided["kept"]) == last and expected["best"] in decided["kept"]
     for name, value in parameters(tmp_path / "through").items():
         assert value.equal(parameters(tmp_path / "run")[name])
     assert read_facts(tmp_path / "run")["num_starts"] == 4 and (tmp_path / "run" / RUN_FILE).exists()
