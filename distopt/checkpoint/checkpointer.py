@@ -126,6 +126,10 @@ class Checkpointer:
         timeout: timedelta | None = None,
     ) -> None:
         self._backend = backend or current()
+        if isinstance(ignore_keys, str):
+            raise TypeError(f"ignore_keys is {ignore_keys!r}; expected a list of keys, such as [{ignore_keys!r}]")
+        if when_busy not in ("wait", "skip"):
+            raise ValueError(f"when_busy is {when_busy!r}; expected 'wait' or 'skip'")
         self._state = RunState(state or {}, per_rank or {})
         self._storage = open_storage(directory)
         self._keep = keep
