@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distopt.backends import current
 from distopt.data import shard_rows
+from distopt.infer import sharded_plate
 from distopt.train import Mean, Total
 
 NUM_ROWS = 1000
@@ -92,6 +93,32 @@ class Judged(Line):
 
     def metrics(self) -> dict[str, float]:
         return {"slope": float(pyro.param("AutoDelta.slope"))}
+
+
+class Cells:
+    """A latent variable for each of 11 datapoints, which are far apart: their order shows."""
+
+    sharded = True
+
+    def __init__(self) -> None:
+        self.x = 10.0 * torch.arange(11.0)
+        self.guide = autoguide.AutoNormal(self.model, init_scale=0.1)
+
+    def model(self, rows: Tensor, x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 100.0))
+        with sharded_plate("cells", len(x), rows=rows):
+            z = pyro.sample("z", dist.Normal(mean, 100.0))
+            pyro.sample("x", dist.Normal(z, 0.1), obs=x)
+
+    def rows(self) -> int:
+        return len(self.x)
+
+    def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        index = torch.from_numpy(rows)
+        return index, self.x[index]
+
+    def report(self, report: Any) -> None:
+        pass
 
 
 class Straggling(Line):
