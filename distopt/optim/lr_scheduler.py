@@ -95,12 +95,6 @@ class PyroLRScheduler(PyroOptim, pyro.optim.PyroLRScheduler):  # type: ignore[mi
         for name, state in self._registry.waiting.items():
             self._registry.waiting[name] = self._advanced(name, state, args, kwargs)
 
-    def take_counts_from(self, other: PyroOptim) -> None:
-        """As that of `PyroOptim`; and the steps of the schedule."""
-        super().take_counts_from(other)
-        assert isinstance(other, PyroLRScheduler)
-        self.num_steps = other.num_steps
-
     @property
     def metric_name(self) -> str | None:
         """What `step` calls the metric that its schedules follow, as that of `ReduceLROnPlateau`; None for others.

@@ -279,12 +279,6 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         """
         self.set_state(packed.unpack())
 
-    def take_counts_from(self, other: PyroOptim) -> None:
-        """Takes over what `other` has counted and is not in `get_state`, to continue in its place."""
-        self.nonfinite = other.nonfinite
-        self.num_skipped_steps = other.num_skipped_steps
-        self.nonfinite_names = other.nonfinite_names
-
     def save(self, filename: str | Path) -> None:
         """Writes `get_state()` to the file `filename`; `pyro.optim` can read it."""
         with open(filename, "wb") as file:

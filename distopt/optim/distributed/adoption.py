@@ -13,7 +13,7 @@ from typing import Any
 import pyro
 import pyro.optim
 
-from distopt.optim.distributed.convert import copy_of
+from distopt.optim.distributed.convert import copy_of, take_counts_
 from distopt.optim.distributed.optimizer import DistributedOptimizer
 from distopt.optim.optim import PyroOptim
 
@@ -92,7 +92,7 @@ def _give_state(plain: pyro.optim.PyroOptim, inner: PyroOptim) -> None:
     state = inner.get_state()
     if isinstance(plain, PyroOptim):
         plain.set_state(state)
-        plain.take_counts_from(inner)
+        take_counts_(plain, inner)
         return
 
     # Pyro's own would load the state of a parameter when that is stepped next, and until then a step of the schedule

@@ -58,8 +58,17 @@ def copy_of(optim: pyro.optim.PyroOptim) -> PyroOptim:
     else:
         copied = PyroOptim(optim.pt_optim_constructor, optim.pt_optim_args, optim.pt_clip_args, **options)
     copied.set_state(optim.get_state())
-    copied.take_counts_from(optim)
+    take_counts_(copied, optim)
     return copied
+
+
+def take_counts_(optim: PyroOptim, other: PyroOptim) -> None:
+    """Gives `optim` what `other`, of its kind, has counted and is not in `get_state`, to continue in its place."""
+    optim.nonfinite = other.nonfinite
+    optim.num_skipped_steps = other.num_skipped_steps
+    optim.nonfinite_names = other.nonfinite_names
+    if isinstance(optim, PyroLRScheduler) and isinstance(other, PyroLRScheduler):
+        optim.num_steps = other.num_steps
 
 
 def check_stepping(optim: pyro.optim.PyroOptim) -> None:
