@@ -15,6 +15,7 @@ MAY_CHANGE = (
     "checkpoint",
     "data.prefetch",
     "train.num_steps",
+    "train.validate_steps",
     "train.capture",  # a captured step computes what an eager one does
     "optim.args",  # what differs in these is put in place of the checkpoint's, see `distopt.optim.settings`
     "optim.clip",
