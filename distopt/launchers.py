@@ -38,10 +38,13 @@ FAILURE_FILE = "failure.txt"
 LAUNCH_FILE = "launch.json"
 LOCK_FILE = "launch.lock"
 LOGS = "logs"
+METRICS_FILE = "metrics.jsonl"
 ROUND_FILE = "round"
+RUN_FILE = "run.json"
 RUNS = "runs"  # the folder of run directories, by name, unless a run has another `run_dir`
 STOP_FILE = "stop"
 
+_MAX_DIGITS = 9  # of a rank or a number of ranks
 RENDEZVOUS_PORT = 29400
 """The port on the first host at which workers of several hosts meet, unless `launch.port` names another."""
 
@@ -163,7 +166,8 @@ def find_launcher(environ: Mapping[str, str] | None = None) -> LauncherEnv | Non
         environ: Variables to read; those of this process when None.
     """
     environ = os.environ if environ is None else environ
-    marked = [launcher for launcher in LAUNCHERS if all(marker in environ for marker in launcher.markers)]
+    # A variable that is set to nothing is one that a shell or a template has cleared.
+    marked = [launcher for launcher in LAUNCHERS if all(environ.get(marker) for marker in launcher.markers)]
     if not marked:
         return None
 
@@ -214,10 +218,10 @@ def find_rank(environ: Mapping[str, str] | None = None) -> RankInfo | None:
 
 def _number(environ: Mapping[str, str], variable: str | None, launcher: LauncherEnv) -> int | None:
     text = environ.get(variable) if variable else None
-    if text is None:
+    if not text:
         return None
-    if not text.isdecimal():
-        raise LauncherError(f"{variable}={text!r} in the environment of {launcher.name}: expected a number.")
+    if not text.isdecimal() or len(text) > _MAX_DIGITS:
+        raise LauncherError(f"{variable}={text[:50]!r} in the environment of {launcher.name}: expected a number.")
     return int(text)
 
 
@@ -235,10 +239,10 @@ def find_rendezvous(info: RankInfo, environ: Mapping[str, str] | None = None) ->
         LauncherError: The address is not given and cannot be derived; says which variables to set.
     """
     environ = os.environ if environ is None else environ
-    address = environ.get("MASTER_ADDR")
-    port = environ.get("MASTER_PORT")
-    if port is not None and not (port.isdecimal() and 0 < int(port) < 65536):
-        raise LauncherError(f"MASTER_PORT={port!r}: expected a port number from 1 to 65535.")
+    address = environ.get("MASTER_ADDR") or None
+    port = environ.get("MASTER_PORT") or None
+    if port is not None and not (port.isdecimal() and len(port) <= _MAX_DIGITS and 0 < int(port) < 65536):
+        raise LauncherError(f"MASTER_PORT={port[:50]!r}: expected a port number from 1 to 65535.")
 
     job = environ.get("SLURM_JOB_ID") if info.launcher == "srun" else None
     if address is None and job is not None:

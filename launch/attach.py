@@ -16,6 +16,7 @@ from typing import IO
 from distopt.launchers import FAILURE_FILE, LOGS
 
 from . import failure_report, output
+from .jobs import JobError
 from .plan import Command, Plan
 from .run_dir import ask_to_stop
 from .worker import events, host_agent, streams, terminal
@@ -232,10 +233,15 @@ class _AttachedRun:
     def _start(self, command: Command) -> subprocess.Popen[bytes]:
         env = {**os.environ, **command.env, **self._terminal_env}
         # In its own session, so that Ctrl-C on the terminal reaches only this process, which then asks once.
-        process = subprocess.Popen(
-            command.argv, env=env, stdin=subprocess.PIPE if self.plan.heartbeat else subprocess.DEVNULL,
-            stdout=self._log, stderr=self._log, start_new_session=True, preexec_fn=die_with_parent,
-        )  # fmt: skip
+        try:
+            process = subprocess.Popen(
+                command.argv, env=env, stdin=subprocess.PIPE if self.plan.heartbeat else subprocess.DEVNULL,
+                stdout=self._log, stderr=self._log, start_new_session=True, preexec_fn=die_with_parent,
+            )  # fmt: skip
+        except OSError as error:
+            raise JobError(
+                f"{command.argv[0]} cannot be started: {error.strerror}; check that it is installed and on PATH"
+            ) from error
         if process.stdin is not None:
             secrets = {name: os.environ[name] for name in command.secrets if name in os.environ}
             with suppress(OSError):

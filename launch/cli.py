@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="distopt",
     help="Distributed training for Pyro models: one YAML for every platform.",
+    epilog="distopt launch RUN.yaml --dry-run shows what a run would do, distopt config schema every key of its YAML.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -61,7 +63,7 @@ def launch(
     """
     from . import checks, runs
     from .findings import failures
-    from .platforms import load_platform
+    from .platforms import load_platform, plan_of
 
     run = _load(config, overrides)
     try:
@@ -72,7 +74,7 @@ def launch(
         for finding in findings:
             typer.echo(f"{config}: warning: {finding}", err=True)
 
-        plan = platform.plan(run)
+        plan = plan_of(platform, run)
         if dry_run:
             typer.echo(str(plan), nl=False)
             return
@@ -221,9 +223,9 @@ def diff(config: Config, run: Run, overrides: Overrides = None) -> None:
 
     from . import runs
 
-    now = _load(config, overrides).model_dump(mode="json")
+    now = _load(config, overrides).as_json()
     try:
-        before = runs.recorded_config(runs.find(run)).model_dump(mode="json")
+        before = runs.recorded_config(runs.find(run)).as_json()
     except runs.ERRORS as error:
         _refuse([str(error)])
 
@@ -238,7 +240,7 @@ def diff(config: Config, run: Run, overrides: Overrides = None) -> None:
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
 def checkpoint(context: typer.Context) -> None:
-    """List, verify and inspect the checkpoints of a run."""
+    """Show, verify, export and import checkpoints."""
     from importlib import import_module
 
     subcommands: typer.Typer = import_module("distopt.checkpoint.cli").app
@@ -272,4 +274,20 @@ def main() -> None:
     # Ctrl-C before a run has started, or while a command only asks, needs no traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda number, _: sys.exit(128 + number))
-    sys.exit(app())
+    try:
+        sys.exit(app())
+    except Exception as error:
+        # A defect, of distopt or of the user's code. Its traceback tells where, without the frames of typer.
+        error.__traceback__ = _below_typer(error.__traceback__)
+        raise
+
+
+def _below_typer(trace: TracebackType | None) -> TracebackType | None:
+    """Returns a traceback from the command's own function on."""
+    below = trace
+    while trace is not None:
+        name = str(trace.tb_frame.f_globals.get("__name__"))
+        if name.partition(".")[0] in ("typer", "click"):
+            below = trace.tb_next
+        trace = trace.tb_next
+    return below

@@ -129,7 +129,8 @@ def write(path: Path, text: str, mode: int = 0o666) -> None:
     # Opened with O_EXCL and O_NOFOLLOW: in a shared folder nobody else may have put a link there.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode), "w") as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    with os.fdopen(os.open(temporary, flags, mode), "w", encoding="utf-8") as file:
         file.write(text)
     temporary.replace(path)
 

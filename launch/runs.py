@@ -79,7 +79,11 @@ def _run_here(config: RunConfig, plan: Plan, directory: Path, ranks: Sequence[in
         raise LaunchRefused("\n".join(map(str, not_shared)))
 
     with best_effort():
-        status = run_plan(plan, directory, config.launch.grace_s, ranks, stopping=_stopping(config))
+        try:
+            status = run_plan(plan, directory, config.launch.grace_s, ranks, stopping=_stopping(config))
+        except JobError:
+            record(directory, plan, status=2)
+            raise
         try:
             record(directory, plan, status=status)
         except OSError as error:
@@ -128,7 +132,7 @@ def _detach(config: RunConfig, directory: Path) -> int:
     """Starts another `distopt launch` that stays with the run, and waits until it has the run directory."""
     claim(directory)
     source = directory / f".{CONFIG_FILE}.detached"
-    source.write_text(dump_yaml(config))
+    source.write_text(dump_yaml(config), encoding="utf-8")
     before = _modified_ns(directory / LAUNCH_FILE)
     log_path = directory / LOGS / DETACHED_LOG
     with log_path.open("w") as log:

@@ -16,6 +16,8 @@ MAY_CHANGE = (
     "data.prefetch",
     "train.num_steps",
     "train.capture",  # a captured step computes what an eager one does
+    "train.validate_every_steps",
+    "train.early_stopping",
     "optim.args",  # what differs in these is put in place of the checkpoint's, see `distopt.optim.settings`
     "optim.clip",
     "optim.nonfinite",
@@ -81,7 +83,7 @@ def comparable(config: Any) -> Any:
     Of two configurations, one recorded before such a key existed and one after, these are equal where the runs are.
 
     Args:
-        config: As `RunConfig.model_dump(mode="json")` returns it, in this version or an older one. Anything else, such
+        config: As `RunConfig.as_json()` returns it, in this version or an older one. Anything else, such
             as what a damaged file holds, is returned as it is.
 
     Example:

@@ -7,7 +7,7 @@ step, with the key of the configuration.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
@@ -18,6 +18,7 @@ from rich.console import Console
 from distopt.config import ConfigError, RunConfig
 from distopt.config.plugins import is_reference, load_reference
 from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim
+from distopt.optim.lr_scheduler import metric_name
 from distopt.optim.pytorch_optimizers import OPTIMIZERS, SCHEDULERS
 from distopt.train.loggers import JsonLinesLogger, Logger, ProgressLogger, TensorBoardLogger
 
@@ -38,15 +39,17 @@ def make_optimizer(config: RunConfig) -> tuple[PyroOptim, StepSchedule]:
     # The optimizer makes torch's optimizers when it first sees a parameter. One is made here on trial, because else the
     # first step would be the first to find a misspelt argument, after the data were read and all ranks had met. The
     # parameter has two dimensions since Muon refuses others.
-    with refused("optim.args"):
+    with refused("optim.args", given=args):
         optimizer = PyroOptim(constructor, args, chosen.clip.args(), nonfinite=chosen.nonfinite)
         trial = constructor([torch.zeros(1, 1)], **args)
     _check_kind(trial, torch.optim.Optimizer, chosen.name, "optim.name")
+    if inspect.unwrap(type(trial).step) is inspect.unwrap(torch.optim.Optimizer.step):  # torch wraps each class's step
+        raise ConfigError([f"optim.name: {chosen.name} has no step(closure=None), which takes the step"])
     if chosen.scheduler is None:
         return optimizer, lambda _optimizer, _loss: None
 
     make = _find(chosen.scheduler.name, SCHEDULERS, "optim.scheduler.name")
-    with refused("optim.scheduler.args"):
+    with refused("optim.scheduler.args", given=chosen.scheduler.args):
         scheduler_args = {"optimizer": constructor, "optim_args": args, **chosen.scheduler.args}
         optimizer = PyroLRScheduler(make, scheduler_args, chosen.clip.args(), nonfinite=chosen.nonfinite)
         schedule = optimizer._construct([torch.zeros(1, 1)], args)
@@ -54,7 +57,7 @@ def make_optimizer(config: RunConfig) -> tuple[PyroOptim, StepSchedule]:
     _check_length(schedule, config)
 
     # Schedules such as ReduceLROnPlateau follow the loss; a user's may, too, whatever its class.
-    if "metrics" in inspect.signature(schedule.step).parameters:
+    if metric_name(schedule) is not None:
         return optimizer, lambda made, loss: made.step(loss)
     return optimizer, lambda made, _loss: made.step()
 
@@ -83,7 +86,7 @@ def make_loss(config: RunConfig) -> pyro.infer.ELBO:
     """
     name = config.train.loss
     make = load_reference(name, "train.loss") if is_reference(name) else getattr(pyro.infer, name)
-    with refused("train.loss_args"):
+    with refused("train.loss_args", given=config.train.loss_args):
         loss = make(num_particles=config.train.num_particles, **config.train.loss_args)
     _check_kind(loss, pyro.infer.ELBO, name, "train.loss")
     return loss
@@ -103,7 +106,7 @@ def make_loggers(config: RunConfig, console: Console) -> list[Logger]:
 
     for index, entry in enumerate(config.log.loggers):
         make = load_reference(entry.name, f"log.loggers.{index}")
-        with refused(f"log.loggers.{index}.args"):
+        with refused(f"log.loggers.{index}.args", given=entry.args):
             logger = make(**entry.args)
         _check_kind(logger, Logger, entry.name, f"log.loggers.{index}")
         loggers.append(logger)
@@ -111,12 +114,21 @@ def make_loggers(config: RunConfig, console: Console) -> list[Logger]:
 
 
 @contextmanager
-def refused(key: str, kinds: tuple[type[Exception], ...] = (TypeError, ValueError)) -> Iterator[None]:
-    """Turns what a library raises for a value of the configuration into a `ConfigError` that names the key."""
+def refused(
+    key: str, kinds: tuple[type[Exception], ...] = (TypeError, ValueError), *, given: Mapping[str, Any] | None = None
+) -> Iterator[None]:
+    """Turns what a library raises for a value of the configuration into a `ConfigError` that names the key.
+
+    Args:
+        key: The key.
+        kinds: What is meant for the user; everything else is a defect.
+        given: The arguments that stand there, to be shown: many a message names neither argument nor value.
+    """
     try:
         yield
     except kinds as error:
-        raise ConfigError([f"{key}: {error}"]) from error
+        shown = "" if given is None else f"found {{{', '.join(f'{name}: {value}' for name, value in given.items())}}}: "
+        raise ConfigError([f"{key}: {shown}{error}"]) from error
 
 
 def _find(name: str, known: dict[str, Callable[..., Any]], key: str) -> Callable[..., Any]:

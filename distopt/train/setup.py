@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import pyro
 import torch
@@ -65,7 +66,7 @@ def load_task_on_all_ranks(config: RunConfig, backend: Backend) -> Task:
 
 def describe_setup(config: RunConfig) -> dict[str, Any]:
     """Returns what must be equal on all ranks for them to train the same model: configuration, code and versions."""
-    setup: dict[str, Any] = {"config": config.model_dump(mode="json", exclude=set(_LOCAL_SECTIONS))}
+    setup: dict[str, Any] = {"config": config.as_json(exclude=_LOCAL_SECTIONS)}
     for _, reference in _shared_references(config):
         file = getattr(sys.modules.get(reference.partition(":")[0]), "__file__", None)
         setup[f"SHA-256 of the file of {reference}"] = file and hashlib.sha256(Path(file).read_bytes()).hexdigest()
@@ -98,11 +99,16 @@ def count_rows(task: Task, backend: Backend) -> int:
     Cost:
         One `all_gather_json`.
     """
-    counts: list[int] = backend.all_gather_json(int(task.rows()))
+    rows = task.rows()
+    counts = backend.all_gather_json(operator.index(rows) if isinstance(rows, SupportsIndex) else repr(rows))
     for rank, count in enumerate(counts):
+        if not isinstance(count, int) or count < 1:
+            raise TaskError(
+                f"task: rows() returned {count} on rank {rank}, expected the number of rows, an int above 0"
+            )
         if count != counts[0]:
             raise TaskError(
                 f"task: rows() is {counts[0]:,} on rank 0 and {count:,} on rank {rank}; every rank must have the whole "
                 "training set, of which batch() is asked for the rows of this rank"
             )
-    return counts[0]
+    return int(counts[0])

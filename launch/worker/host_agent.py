@@ -1,7 +1,7 @@
 """Stands on each host between ssh and a launcher: `python -m MODULE [--meet NAME:PORT] -- LAUNCHER…`.
 
 With `DISTOPT_HEARTBEAT` set, `distopt launch` writes the run's secrets to the agent's standard input, then a line every
-few seconds. When the lines stop, because `distopt launch` was killed or the link is down, the agent ends the launcher of
+few seconds. When the lines stop, since `distopt launch` was killed or the link is down, the agent ends the launcher of
 its host: launchers that are cut off wait for minutes and ignore SIGTERM.
 
 With `--meet`, the launcher is started when the rendezvous can be reached. A pod may be there minutes before the first

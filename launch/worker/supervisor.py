@@ -144,7 +144,8 @@ class Supervisor:
             return False
         log.write(
             f"distopt: the launcher started {self.world_size} worker(s), expected {parse_range(allowed)[0]}. "
-            "Did a host not join? launch.min_hosts allows a world of changing size.\n".encode()
+            "Did a host not join? launch.min_hosts allows a world of changing size. "
+            "Does a platform of your own set RANK and WORLD_SIZE?\n".encode()
         )
         return True
 

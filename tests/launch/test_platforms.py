@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from distopt.config import ConfigError, parse_config
 from distopt.launch.cli import app
+from distopt.launch.jobs import FollowedJob, State
 from distopt.launch.platforms import PLATFORMS, Platform, load_platform
 from tests.launch.launching import wait_until, write_config
 
@@ -180,6 +181,61 @@ def test_class_that_is_no_platform_is_refused(text, name, message, module, tmp_p
     done = CliRunner().invoke(app, ["launch", "run.yaml", f"launch.platform={module(text)}:{name}"])
     assert done.exit_code == 2
     assert done.output.startswith("run.yaml: launch.platform: ") and message in done.output
+
+
+PLATFORM = """
+from distopt.launch.findings import Finding
+from distopt.launch.plan import Command, Plan, run_files
+from distopt.launch.platforms import Platform
+
+class Mine(Platform):
+    def check(self, config): return []
+    def plan(self, config): return Plan("mine", (Command(("no-such-program",)),), run_files(config))
+"""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        ("return []", "return config.prot", r"check failed at \S+\.py:7: AttributeError: .* has no attribute 'prot'"),
+        (
+            "return []",
+            "return None",
+            r"check\(\) of \S+ returned None, expected an iterable of distopt.launch.findings.Finding",
+        ),
+        ("return []", "yield 'no port'", r"check\(\) of \S+ returned 'no port', expected an iterable of"),
+        ("return Plan", "return Plann", r"plan failed at \S+\.py:8: NameError: name 'Plann' is not defined"),
+        ("return Plan", "Plan", r"plan\(\) of \S+ returned None, expected a distopt.launch.plan.Plan"),
+        (
+            "def check(self, config)",
+            "def check(self)",
+            r"check failed at \S+: TypeError: Mine.check\(\) takes 1 positional argument",
+        ),
+        ("class Mine", "1 / 0\nclass Mine", r"loading it failed at \S+\.py:6: ZeroDivisionError: division by zero"),
+        ("class Mine", "class Mine(:", r"loading it failed at \S+\.py:6: SyntaxError: invalid syntax"),
+        (
+            "def plan",
+            "def __init__(self, x): ...\n    def plan",
+            r"loading it failed at \S+: TypeError: .* argument: 'x'",
+        ),
+    ],
+)
+def test_mistake_in_a_users_platform_is_one_line_with_its_place(right, wrong, message, module, tmp_path):
+    write_config(tmp_path)
+    name = module(PLATFORM.replace(right, wrong))
+    done = CliRunner().invoke(app, ["launch", "run.yaml", f"launch.platform={name}:Mine"])
+    assert done.exit_code == 2, done.output
+    assert re.fullmatch(rf"run\.yaml: launch\.platform: .*{message}.*\n", done.output), done.output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_program_of_a_plan_that_is_not_there_is_named(module, start, tmp_path):
+    write_config(tmp_path)
+    run = start(f"launch.platform={module(PLATFORM)}:Mine")
+    assert run.wait() == 2
+    expected = "no-such-program cannot be started: No such file or directory; check that it is installed and on PATH"
+    assert run.err == f"run.yaml: {expected}\n"
+    assert FollowedJob(run.run_dir).state() == State("failed", "exit status 2")
 
 
 @pytest.mark.parametrize("platform", ["elsewhere:Fleet", "os:Fleet", "slurmm"])

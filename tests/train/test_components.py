@@ -141,6 +141,28 @@ def test_name_that_an_older_torch_lacks_is_refused(monkeypatch: pytest.MonkeyPat
         make_optimizer(optim(name="Muon", args={"lr": 0.1}))
 
 
+class Stepless(torch.optim.Optimizer):
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"name": "Adam", "args": {"eps": 1e-6, "lr": "x"}}, r"optim\.args: found \{eps: 1e-06, lr: x\}: .*'str'"),
+        ({"name": "Adam", "args": {"beta": 0.9}}, r"optim\.args: found \{beta: 0\.9\}: .* argument 'beta'"),
+        ({"name": f"{__name__}:Stepless", "args": {}}, r"optim\.name: .*:Stepless has no step\(closure=None\)"),
+        (
+            {"name": "Adam", "args": {}, "scheduler": {"name": "StepLR", "args": {"size": 3}}},
+            r"optim\.scheduler\.args: found \{size: 3\}: .* argument 'size'",
+        ),
+    ],
+)
+def test_optimizer_that_is_refused_is_reported_with_its_key_and_arguments(chosen: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_optimizer(optim(**chosen))
+
+
 def test_objective_is_shipped_or_the_users() -> None:
     shipped = make_loss(config(train={"loss": "TraceEnum_ELBO", "loss_args": {"max_plate_nesting": 2}}))
     assert isinstance(shipped, pyro.infer.TraceEnum_ELBO) and shipped.max_plate_nesting == 2

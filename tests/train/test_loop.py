@@ -74,6 +74,18 @@ def test_a_save_that_failed_is_no_checkpoint_to_those_who_ask_for_its_age(
     assert seen == dict.fromkeys(range(1, 25))
 
 
+@pytest.mark.parametrize("url", [True, False])
+def test_checkpoints_go_to_their_own_directory_and_are_found_there(
+    url: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = "memory://loop/kept" if url else str(tmp_path / "kept")
+    path = config(tmp_path, train={"num_steps": 4}, checkpoint={"every_steps": 2, "directory": directory})
+    run_here(path)
+    run_here(path, "train.num_steps=6")
+    assert f"resuming from step 4 ({directory}/step-00000004" in capsys.readouterr().out.replace("\n", "")
+    assert not (tmp_path / "run" / "checkpoints").exists() and (tmp_path / "kept").exists() is not url
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")

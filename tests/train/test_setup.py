@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -100,3 +101,17 @@ def test_process_starts_without_parameters_and_with_its_share_of_the_cores() -> 
     finally:
         torch.set_num_threads(num_threads)
     assert not pyro.get_param_store()
+
+
+@pytest.mark.parametrize("rows", [0, "10", 2.5, None])
+def test_number_of_rows_that_is_none_is_refused(rows: Any) -> None:
+    task = PickyTask(refuses=-2)
+    task.rows = lambda: rows  # type: ignore[method-assign]
+    with pytest.raises(TaskError, match=r"task: rows\(\) returned \S+ on rank 0, expected the number of rows, an int"):
+        count_rows(task, Single())
+
+
+def test_number_of_rows_may_be_one_of_numpy() -> None:
+    task = PickyTask(refuses=-2)
+    task.rows = lambda: np.int64(7)  # type: ignore[method-assign]
+    assert count_rows(task, Single()) == 7
