@@ -79,6 +79,8 @@ def _run_here(config: RunConfig, plan: Plan, directory: Path, ranks: Sequence[in
         raise LaunchRefused("\n".join(map(str, not_shared)))
 
     with best_effort():
+        workers = config.launch.world_sizes[-1]
+        say(f"starting {workers} worker{'s' if workers > 1 else ''} ({plan.platform})")
         try:
             status = run_plan(plan, directory, config.launch.grace_s, ranks, stopping=_stopping(config))
         except JobError:
