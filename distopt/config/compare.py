@@ -15,8 +15,10 @@ MAY_CHANGE = (
     "checkpoint",
     "data.prefetch",
     "train.num_steps",
-    "train.validate_steps",
+    "train.check_steps",
     "train.capture",  # a captured step computes what an eager one does
+    "train.validate_every_steps",
+    "train.early_stopping",
     "optim.args",  # what differs in these is put in place of the checkpoint's, see `distopt.optim.settings`
     "optim.clip",
     "optim.nonfinite",

@@ -158,7 +158,7 @@ def test_validation_samples_steps_and_changes_no_bit(tmp_path: Path, monkeypatch
     ):
         validated.clear()
         path = config(tmp_path, train={"num_steps": 105}, checkpoint={"every_steps": None})
-        run_here(path, f"run_dir={tmp_path / name}", f"train.validate_steps={value}")
+        run_here(path, f"run_dir={tmp_path / name}", f"train.check_steps={value}")
         assert validated == expected
     assert_equal_bits(tmp_path / "sampled", tmp_path / "always")
 
