@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="distopt",
     help="Distributed training for Pyro models: one YAML for every platform.",
+    epilog="distopt launch RUN.yaml --dry-run shows what a run would do, distopt config schema every key of its YAML.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -239,7 +240,7 @@ def diff(config: Config, run: Run, overrides: Overrides = None) -> None:
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
 def checkpoint(context: typer.Context) -> None:
-    """List, verify and inspect the checkpoints of a run."""
+    """Show, verify, export and import checkpoints."""
     from importlib import import_module
 
     subcommands: typer.Typer = import_module("distopt.checkpoint.cli").app

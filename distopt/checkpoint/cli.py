@@ -20,6 +20,7 @@ app = typer.Typer(
     help="Show, verify, export and import checkpoints.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    add_completion=False,
     rich_markup_mode=None,
 )
 CheckpointPath = Annotated[
@@ -32,7 +33,10 @@ CheckpointPath = Annotated[
 
 @app.command()
 def inspect(path: CheckpointPath, tensors: Annotated[bool, typer.Option(help="List every tensor.")] = False) -> None:
-    """Print what is in each checkpoint, without reading its numbers."""
+    """Print what is in each checkpoint.
+
+    The numbers themselves are not read.
+    """
 
     def run() -> None:
         for line in describe(path, tensors=tensors):
@@ -43,7 +47,10 @@ def inspect(path: CheckpointPath, tensors: Annotated[bool, typer.Option(help="Li
 
 @app.command()
 def verify(path: CheckpointPath) -> None:
-    """Read every byte and compare it with the checksums; exit with 1 if a checkpoint is damaged."""
+    """Check that checkpoints are whole.
+
+    Reads every byte and compares it with the checksums. The exit status is 1 if a checkpoint is damaged.
+    """
     num_damaged = 0
 
     def run() -> None:
@@ -71,7 +78,10 @@ def export_(
         str | None, typer.Option(help="Which module's state_dict (guide by default), or which of several optimizers.")
     ] = None,
 ) -> None:
-    """Write the parameters, an optimizer's state or a state_dict of the newest checkpoint as Pyro's or torch's file."""
+    """Write a file of Pyro or torch from a checkpoint.
+
+    It holds the parameters, an optimizer's state or a module's state_dict of the newest checkpoint.
+    """
     from distopt.checkpoint.pyro_files import export_module, export_optimizer, export_params
 
     def run() -> None:
@@ -104,7 +114,10 @@ def import_(
     ] = None,
     step: Annotated[int, typer.Option(help="The step from which the run continues to count.")] = 0,
 ) -> None:
-    """Make a checkpoint of Pyro's own files and of state_dicts; no code in them is run."""
+    """Make a checkpoint from files of Pyro or torch.
+
+    The files are Pyro's parameters and optimizers, and state_dicts of modules; no code in them is run.
+    """
     from distopt.checkpoint.pyro_files import import_pyro
 
     def run() -> None:

@@ -16,6 +16,8 @@ MAY_CHANGE = (
     "data.prefetch",
     "train.num_steps",
     "train.capture",  # a captured step computes what an eager one does
+    "train.validate_every_steps",
+    "train.early_stopping",
     "optim.args",  # what differs in these is put in place of the checkpoint's, see `distopt.optim.settings`
     "optim.clip",
     "optim.nonfinite",

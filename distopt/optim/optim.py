@@ -27,7 +27,7 @@ from distopt.optim.packed_state import PackedState
 from distopt.optim.packing import FlatGradients
 from distopt.optim.param_view import view_of
 from distopt.optim.parameters import ParamRegistry
-from distopt.optim.state import State, check_state_dict, copied, frozen, is_scheduler
+from distopt.optim.state import State, check_state_dict, copied, frozen, is_scheduler, optimizer_of
 from distopt.optim.step_plan import LooseGradients, Planner, StepPlan, all_finite
 
 __all__ = ["PyroOptim", "call_closure", "is_scheduler", "pt_AdagradRMSProp", "pt_ClippedAdam", "pt_DCTAdam"]
@@ -293,6 +293,14 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         """
         with open(filename, "rb") as file:
             self.set_state(torch.load(file, map_location=map_location, weights_only=True))
+
+    def learning_rates(self) -> list[float]:
+        """Returns the learning rates of the parameters seen so far, each once, ascending; none before the first step.
+
+        Cost: grows with the groups of parameters that are stepped together; reads a rate that is a tensor.
+        """
+        groups = [group for each in self._groups for group in optimizer_of(each.handle).param_groups]
+        return sorted({float(group["lr"]) for group in groups if "lr" in group})
 
     @property
     def optim_objs(self) -> dict[Tensor, Any]:

@@ -3,6 +3,8 @@
 from distopt.train.loggers import Logger, RunInfo
 from distopt.train.loop import run
 from distopt.train.report import Report
+from distopt.train.saved_run import SavedRun, load_run
 from distopt.train.task import Task, TaskError
+from distopt.train.validation import Mean, Total
 
-__all__ = ["Logger", "Report", "RunInfo", "Task", "TaskError", "run"]
+__all__ = ["Logger", "Mean", "Report", "RunInfo", "SavedRun", "Task", "TaskError", "Total", "load_run", "run"]

@@ -17,6 +17,7 @@ from distopt.infer import TensorRows
 
 if TYPE_CHECKING:
     from distopt.train.report import Report
+    from distopt.train.validation import Measured
 
 
 class TaskError(ValueError):
@@ -61,6 +62,27 @@ class Task(ABC):
     def report(self, report: Report) -> None:
         """Adds the results to the report; called on rank 0 when the run is done."""
 
+    def validate(self) -> Mapping[str, Measured]:
+        """Returns this rank's part of each metric on data that the run does not train on; called on all ranks.
+
+        It runs every `train.validate_every_steps` steps, without gradients. A rank measures its share of the rows,
+        `shard_rows(num_rows, rank, world_size)` of `distopt.data` with rank and world size of
+        `distopt.backends.current()`, and returns `Mean(total, count)` for a mean over rows, or `Total(value)` for a
+        sum. A plain number is averaged over the ranks.
+
+        Example:
+            >>> def validate(self):
+            ...     worker = distopt.backends.current()
+            ...     rows = distopt.data.shard_rows(len(self.y_test), worker.rank, worker.world_size)
+            ...     errors = self.predict(self.x_test[rows]) - self.y_test[rows]
+            ...     return {"mse": Mean(float(errors.square().sum()), len(rows))}
+        """
+        return {}
+
+    def metrics(self) -> Mapping[str, float]:
+        """Returns further numbers to log, of the parameters for example; called on rank 0 whenever the run logs."""
+        return {}
+
     def columns(self) -> tuple[Tensor, ...] | None:
         """Returns what `batch` selects rows of, (rows(), ...) each; None if `batch` does anything else.
 
@@ -97,6 +119,14 @@ class _AdaptedTask(Task):
 
     def report(self, report: Report) -> None:
         self._task.report(report)
+
+    def validate(self) -> Mapping[str, Measured]:
+        measured: Mapping[str, Measured] = getattr(self._task, "validate", super().validate)()
+        return measured
+
+    def metrics(self) -> Mapping[str, float]:
+        metrics: Mapping[str, float] = getattr(self._task, "metrics", super().metrics)()
+        return metrics
 
     def columns(self) -> tuple[Tensor, ...] | None:
         columns: tuple[Tensor, ...] | None = getattr(self._task, "columns", super().columns)()
