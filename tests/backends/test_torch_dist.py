@@ -30,17 +30,17 @@ def test_process_group_of_the_script_is_adopted_and_left_alone(group):
     assert dist.is_initialized()
 
 
-class OwnTorchDist(TorchDist):
+class DerivedTorchDist(TorchDist):
     """A backend of the user's that is based on the shipped one."""
 
-    name = "own"
+    name = "derived"
 
 
-@pytest.mark.parametrize("name", ["auto", "torch_dist", f"{__name__}:OwnTorchDist"])
+@pytest.mark.parametrize("name", ["auto", "torch_dist", f"{__name__}:DerivedTorchDist"])
 def test_process_group_of_the_script_is_adopted_by_whatever_name_init_is_given(group, name):
     backend = init(name)
     assert isinstance(backend, TorchDist) and backend.world_size == 1
-    assert backend.name == ("own" if ":" in name else "torch_dist")
+    assert backend.name == ("derived" if ":" in name else "torch_dist")
     backend.close()
     assert dist.is_initialized()
 
