@@ -13,27 +13,26 @@ from torch import nn
 
 from distopt.backends import Backend, BackendError, init
 from distopt.checkpoint import Checkpointer, CheckpointError, Restored, Retention
-from distopt.config import MAY_CHANGE, ConfigError, RunConfig, dump_yaml
+from distopt.config import MAY_CHANGE, ConfigError, RunConfig
 from distopt.data import GlobalBatches, Loader
 from distopt.infer import SVI, seed_all
-from distopt.launchers import METRICS_FILE, LauncherError, find_rank
+from distopt.launchers import LauncherError, find_rank
 from distopt.optim import DistributedOptimizer, StepInfo
 from distopt.reduce import DisagreementError, DriftError, PeerError
 from distopt.train.components import make_loggers, make_loss, make_optimizer, refused
-from distopt.train.facts import Facts
+from distopt.train.facts import Facts, read_facts
 from distopt.train.loggers import Logger, Loggers, RunInfo, printer, read_metrics
 from distopt.train.measurements import Measurements
 from distopt.train.monitor import PaceMeter, RankPace, Status, describe_straggler
 from distopt.train.recorded_config import recorded_config
-from distopt.train.report import Report, elbo_figure, paces_table
+from distopt.train.report import Report
 from distopt.train.resume import describe_restored, which_checkpoint
+from distopt.train.run_page import REPORT, fill_report
 from distopt.train.serve import ServeError, serving
 from distopt.train.setup import count_rows, load_task_on_all_ranks, set_up_process
 from distopt.train.signals import StopSignals
 from distopt.train.task import TaskError, TaskRows
 from distopt.train.validation import PREFIX, Validation
-
-REPORT = "report.html"
 
 # Rows that the parameters are made from. A guide's first call needs some rows, and all of them might not fit in memory.
 _INIT_ROWS = 1024
@@ -342,26 +341,11 @@ class _Worker:
     # After the last step.
 
     def _write_report(self) -> None:
-        """Writes the report, on rank 0: the task's results, the ELBO, the ranks' paces, the configuration."""
+        """Writes the report, on rank 0."""
         config = self.config
-        history = read_metrics(config.run_dir)
-        report = Report(config.name, self.console, history)
-        seed_all(config.seed, config.train.num_steps)
-        with torch.no_grad():
-            self.task.report(report)
-
-        report.heading("How the ELBO rose")
-        try:
-            figure = elbo_figure(history, self.batches.num_rows)
-        except ImportError:
-            report.text(
-                f"There is no figure without matplotlib: pip install matplotlib. The numbers are in {METRICS_FILE}."
-            )
-        else:
-            report.figure(figure, "Evidence lower bound per row, mean over the ranks.")
-        if self.paces:
-            paces_table(report, self.paces)
-        report.source("The configuration", dump_yaml(config))
+        report = Report(config.name, self.console, read_metrics(config.run_dir))
+        facts, step = read_facts(config.run_dir), self.status.step
+        fill_report(report, config, self.task, facts, step=step, num_rows=self.batches.num_rows)
 
         path = config.run_dir / REPORT
         try:

@@ -124,9 +124,14 @@ class SavedRun:
             yield
 
     @cached_property
+    def history(self) -> list[dict[str, Any]]:
+        """What the run has logged, oldest first."""
+        return read_metrics(self.run_dir)
+
+    @cached_property
     def metrics(self) -> Any:
         """What the run has logged: a pandas DataFrame by step, or a list of dicts where pandas is not installed."""
-        rows = read_metrics(self.run_dir)
+        rows = self.history
         try:
             import pandas as pd
         except ImportError:

@@ -58,9 +58,11 @@ class Task(ABC):
             rows: (rows of this rank and step,) int64, each in [0, `rows()`).
         """
 
-    @abstractmethod
-    def report(self, report: Report) -> None:
-        """Adds the results to the report; called on rank 0 when the run is done."""
+    def report(self, report: Report) -> None:  # noqa: B027  # optional
+        """Adds the results to the report; called on rank 0 when the run is done.
+
+        Without it, the report has a table and a plot of the parameters.
+        """
 
     def validate(self) -> Mapping[str, Measured]:
         """Returns this rank's part of each metric on data that the run does not train on; called on all ranks.
@@ -95,7 +97,7 @@ class Task(ABC):
         """Collects what is distributed over the ranks, for `report`; called on all ranks when the run is done."""
 
 
-_REQUIRED = ("model", "guide", "rows", "batch", "report")
+_REQUIRED = ("model", "guide", "rows", "batch")
 
 
 # Tasks need not inherit from `Task`: a class written before it existed, or one that must not import distopt, has the
@@ -118,7 +120,7 @@ class _AdaptedTask(Task):
         return batch
 
     def report(self, report: Report) -> None:
-        self._task.report(report)
+        getattr(self._task, "report", super().report)(report)
 
     def validate(self) -> Mapping[str, Measured]:
         measured: Mapping[str, Measured] = getattr(self._task, "validate", super().validate)()
