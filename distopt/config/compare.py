@@ -20,6 +20,7 @@ MAY_CHANGE = (
     "train.validate_every_steps",
     "train.early_stopping",
     "optim.args",  # what differs in these is put in place of the checkpoint's, see `distopt.optim.settings`
+    "optim.args_by_name",
     "optim.clip",
     "optim.nonfinite",
     "optim.scheduler",

@@ -124,6 +124,9 @@ class OptimConfig(Section):
     class or of a function that returns one; it is called with a list of parameters and `args`."""
     args: dict[str, Any] = Field(default_factory=lambda: {"lr": 0.01})
     """Its keyword arguments, such as `lr`."""
+    args_by_name: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Further arguments by shell pattern of a parameter's name, such as `{"*.bias": {weight_decay: 0}}`; names are
+    those of `nn.Module.named_parameters`, as in `AutoNormal.scales.z`. All that match apply, the later ones last."""
     clip: ClipConfig = Field(default_factory=ClipConfig)
     """Limits on the averaged gradient."""
     nonfinite: Literal["step", "skip", "raise"] = "step"
