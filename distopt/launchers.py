@@ -21,6 +21,8 @@ GRACE_VARIABLE = "DISTOPT_GRACE_S"  # seconds for the last checkpoint
 HEARTBEAT_VARIABLE = "DISTOPT_HEARTBEAT"  # set: host agents stop when the launcher is silent
 HOSTS_VARIABLE = "DISTOPT_HOSTS"  # the addresses of all hosts, with commas
 INTERFACE_VARIABLE = "DISTOPT_INTERFACE"  # the network interface, where the user chose one
+SECRETS_VARIABLE = "DISTOPT_SECRETS"  # the secrets for other hosts, in JSON; never exported to them by this name
+STDIN_SECRETS_VARIABLE = "DISTOPT_STDIN_SECRETS"  # set: what starts on another host reads its secrets from stdin
 TERMINAL_VARIABLE = "DISTOPT_TERMINAL"  # HOST:DEVICE of the terminal on which rank 0 may draw
 WATCH_STOP_VARIABLE = "DISTOPT_WATCH_STOP"  # set: supervisors stop when the stop file appears
 WORLD_SIZE_VARIABLE = "DISTOPT_WORLD_SIZE"  # the allowed numbers of workers, as `format_range` writes them
@@ -40,7 +42,6 @@ METRICS_FILE = "metrics.jsonl"
 ROUND_FILE = "round"
 RUN_FILE = "run.json"
 RUNS = "runs"  # the folder of run directories, by name, unless a run has another `run_dir`
-SECRETS_FILE = ".secrets.json"
 STOP_FILE = "stop"
 
 _MAX_DIGITS = 9  # of a rank or a number of ranks

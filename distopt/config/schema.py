@@ -65,6 +65,9 @@ class TrainConfig(Section):
     """The objective: the name of an ELBO of `pyro.infer`, or `module:Name` of a subclass of `pyro.infer.ELBO`."""
     loss_args: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the objective, such as `max_plate_nesting`; it also gets `num_particles`."""
+    check_steps: Annotated[int, Field(ge=0)] | None = 100
+    """Steps after each start in which Pyro checks the arguments of distributions, supports and shapes; from then on it
+    checks every 100th. Null checks every step, which takes a fifth longer. Checks change no number."""
     capture: Literal["off", "graph"] = "off"
     """With `graph` a step is recorded, and later steps run the recording instead of the model's code: the same numbers
     in a fraction of the time. A model that cannot be recorded runs as it does with `off`, and the run says why."""
@@ -121,6 +124,9 @@ class OptimConfig(Section):
     class or of a function that returns one; it is called with a list of parameters and `args`."""
     args: dict[str, Any] = Field(default_factory=lambda: {"lr": 0.01})
     """Its keyword arguments, such as `lr`."""
+    args_by_name: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Further arguments by shell pattern of a parameter's name, such as `{"*.bias": {weight_decay: 0}}`; names are
+    those of `nn.Module.named_parameters`, as in `AutoNormal.scales.z`. All that match apply, the later ones last."""
     clip: ClipConfig = Field(default_factory=ClipConfig)
     """Limits on the averaged gradient."""
     nonfinite: Literal["step", "skip", "raise"] = "step"

@@ -13,10 +13,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from distopt.backends import current
 from distopt.checkpoint import CheckpointError
 from distopt.config import ConfigError, RunConfig, differences, dump_yaml
 from distopt.launchers import METRICS_FILE
 from distopt.rng import seed_all
+from distopt.sharding import local_parameters
 from distopt.train.facts import paces_of
 from distopt.train.report import Report, curves_figure, elbo_figure, paces_table, params_figure
 from distopt.train.saved_run import load_run
@@ -102,6 +104,8 @@ def _params_section(report: Report) -> None:
     shown = dict(list(params.items())[:MAX_PARAMS])
     rest = f" The first {MAX_PARAMS} of {len(params)}." if len(params) > MAX_PARAMS else ""
     rows = [[name, _shape(value), *_summary(value)] for name, value in shown.items()]
+    if params.keys() & local_parameters().keys() and current().world_size > 1:
+        rest += " Of sharded plates these are the datapoints of rank 0; `distopt report` writes the page with all."
     note = f"Constrained values; mean, standard deviation and range are over a parameter's elements.{rest}"
     report.table("Parameters", ["parameter", "shape", "mean", "sd", "min", "max"], rows, note)
     try:
