@@ -26,9 +26,10 @@ from distopt.checkpoint.chunks import chunk_digest
 from distopt.checkpoint.codec import NoTensors, decode, encode
 from distopt.checkpoint.commit import Attempt
 from distopt.checkpoint.consensus import agree_no_error, agree_to_save, claim, newest_known
-from distopt.checkpoint.errors import CheckpointError, describe_error
+from distopt.checkpoint.errors import CheckpointError, NonfiniteStateError, describe_error
 from distopt.checkpoint.failpoint import failpoint
 from distopt.checkpoint.manifest import FileRecord, Manifest, config_as_json
+from distopt.checkpoint.module_state import align_buffers_
 from distopt.checkpoint.reader import candidates
 from distopt.checkpoint.restore import (
     REPLICATED,
@@ -159,10 +160,12 @@ class Checkpointer:
             progress: The position in the data and whatever else the loop needs to resume; no tensors. Rank 0's is kept.
 
         Raises:
-            CheckpointError: Something cannot be described (an unknown constraint, an unknown type), on all ranks.
+            CheckpointError: Something cannot be described (an unknown constraint, an unknown type), or the state of the
+                save before was not finite and was refused; on all ranks.
 
         Cost:
-            One copy of the state on this thread, and one `all_gather_json` when there are other ranks.
+            One copy of the state on this thread, and two `all_gather_json` where there are other ranks. An all-reduce
+            for each buffer of a module that differs between ranks, such as batch statistics: all have the mean then.
         """
         started_at = time.perf_counter()
         rank = self._backend.rank
@@ -170,6 +173,8 @@ class Checkpointer:
         snapshots: dict[str, Snapshot] = {}
         encoded_progress: Json = None
         message: dict[str, Json] = {"step": None, "busy": busy, "error": None}
+
+        align_buffers_(self._state.all_modules(), self._backend)
 
         # Whatever fails on this rank is sent to the others instead of raised, so that none waits for a rank that left.
         try:
@@ -180,6 +185,8 @@ class Checkpointer:
                 message |= {"attempt": uuid.uuid4().hex[:12], "saved": not busy and _has_saved(self._last, step)}
             if not busy:
                 self._finish()
+                if self._last is not None and isinstance(self._last.error, NonfiniteStateError):
+                    self._last.wait(self._timeout)  # raises: what follows from that state is of no use
                 snapshots = self._snapshot()
                 message["buffers"] = _digest(snapshots["buffers"])
                 message["rng"] = rng_state_digest(snapshots["rank"].tree["rng"])
@@ -315,7 +322,7 @@ class Checkpointer:
         rank, world_size = self._backend.rank, self._backend.world_size
         attempt = Attempt(step, messages[0]["attempt"], rank, world_size, self._timeout)
         differ = messages[rank]["buffers"] != messages[0]["buffers"]
-        named = _by_file(snapshots, rank, has_buffers=differ or (rank == 0 and bool(self._state.modules)))
+        named = _by_file(snapshots, rank, has_buffers=differ or (rank == 0 and bool(self._state.all_modules())))
         about = _about(self._backend) | {"only": self._only and [*self._only]}
         about |= {key: [each[key] for each in messages] for key in ("rng", "plates")}
 

@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "optim.args",  # what differs in these is put in place of the checkpoint's, see `distopt.optim.settings`
     "optim.clip",
     "optim.nonfinite",
+    "optim.max_skipped_in_row",
     "optim.scheduler",
     "reduce.backend",
     "reduce.bucket_mib",

@@ -228,6 +228,11 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             self._groups.assign(live)
             self._planner.forget()
 
+    def rename_waiting(self, before: str, now: str) -> None:
+        """Renames loaded state whose parameter has not been seen yet; does nothing when there is none."""
+        if before in self._registry.waiting:
+            self._registry.waiting[now] = self._registry.waiting.pop(before)
+
     def packed_state(self) -> PackedState:
         """Returns what `get_state` returns in columns, which is quicker to make, to copy and to write.
 

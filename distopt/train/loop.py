@@ -14,6 +14,7 @@ from torch import nn
 
 from distopt.backends import Backend, BackendError, init
 from distopt.checkpoint import Checkpointer, CheckpointError, Restored, Retention
+from distopt.checkpoint.module_state import RegisteredModules
 from distopt.config import MAY_CHANGE, ConfigError, RunConfig, dump_yaml
 from distopt.data import GlobalBatches, Loader
 from distopt.infer import SVI, seed_all
@@ -126,6 +127,7 @@ class _Worker:
         callables = {"model": self.task.model, "guide": self.task.guide}
         self.modules = {name: each for name, each in callables.items() if isinstance(each, nn.Module)}
 
+        self.skipped_in_row = 0
         self.pace = PaceMeter(backend)
         self.paces: list[RankPace] = []
 
@@ -191,6 +193,8 @@ class _Worker:
         except Exception as error:
             self.optimizer.abort(error)
             raise
+        # What methods of the task register by `pyro.module` is computed with as well.
+        self.modules |= RegisteredModules(self.modules).find()
         self.optimizer.synchronize(modules=self.modules.values())
 
     def _make_checkpointer(self) -> Checkpointer:
@@ -283,8 +287,21 @@ class _Worker:
             info = self.svi.step_with(batch, step=index, stop=stop, measure_norm=measure_norm)
             if scheduler is not None and step % scheduler.every_steps == 0:
                 self.step_schedule(self.optimizer, info.loss)
-        self.status.skipped_steps = self.optimizer.num_skipped_steps
+        self._count_skipped(step)
         return info
+
+    def _count_skipped(self, step: int) -> None:
+        """Notes whether the step was skipped, as it is on all ranks at once, and ends a run that skips all."""
+        num_skipped = self.optimizer.num_skipped_steps
+        self.skipped_in_row = self.skipped_in_row + 1 if num_skipped > self.status.skipped_steps else 0
+        self.status.skipped_steps = num_skipped
+        if self.skipped_in_row >= self.config.optim.max_skipped_in_row:
+            raise TaskError(
+                f"step {step:,}: the last {self.skipped_in_row:,} steps were skipped, since gradients were not finite "
+                f"({', '.join(self.optimizer.nonfinite_names[:5])}); the log names the ranks. The parameters are still "
+                "finite. Lower optim.args.lr, set optim.clip, or change the model; optim.max_skipped_in_row sets how "
+                "many are skipped."
+            )
 
     def _report_refusal(self, step: int) -> None:
         """Says once, on rank 0, that steps are not captured and why."""

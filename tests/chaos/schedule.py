@@ -104,7 +104,6 @@ PENDING: dict[str, str] = {
     "stop-twice": "two signals within a second lose the last checkpoint",
     "stop-again": "a run that a second signal ends exits with status 0",
     "hang-up": "a terminal that goes away ends the launcher before the last checkpoint",
-    "read-errors": "a checkpoint that cannot be read for a moment counts as damaged",
     "disk-full": "a full disk ends the launcher by a traceback",
 }
 """Kinds that are known to fail, and why; they take part again when their line goes."""
