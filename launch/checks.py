@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from distopt.cgroups import available_cores
-from distopt.config import MAY_CHANGE, RunConfig, comparable, differences
-from distopt.launchers import CHECKPOINTS, CONFIG_FILE
+from distopt.config import MAY_CHANGE, ConfigError, RunConfig, comparable, differences, load_config
+from distopt.launchers import CONFIG_FILE
 
 from .findings import Finding
 from .platforms import Platform, findings_of
@@ -213,20 +214,29 @@ def _check_writable(directory: Path) -> Iterator[Finding]:
         yield Finding("run_dir", f"{parent} cannot be written to", "choose another run_dir, or change its permissions")
 
 
+def _read_recorded(path: Path) -> Any:
+    """Returns the configuration in a run directory as JSON values; one of another version as it stands there."""
+    try:
+        return load_config(path).as_json()
+    except ConfigError:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
 def _check_recorded_config(config: RunConfig) -> Iterator[Finding]:
     """Refuses to resume from the checkpoints of another configuration, whose parameters would be loaded silently."""
     recorded = config.run_dir / CONFIG_FILE
-    if not recorded.is_file() or not any((config.run_dir / CHECKPOINTS).glob("step-*")):
-        return
+    folder = config.checkpoints()
+    if not recorded.is_file() or isinstance(folder, str) or not any(folder.glob("step-*")):
+        return  # checkpoints at a URL hold their configuration too, which the workers compare
     try:
-        before = yaml.safe_load(recorded.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        before = _read_recorded(recorded)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         yield Finding("run_dir", f"{recorded} cannot be read ({error})", "choose another run_dir")
         return
 
     changes = [
         f"\n    {key}: {old!r} there, {new!r} now"
-        for key, old, new in differences(comparable(before), comparable(config.model_dump(mode="json")), MAY_CHANGE)
+        for key, old, new in differences(comparable(before), comparable(config.as_json()), MAY_CHANGE)
     ]
     if changes:
         yield Finding(

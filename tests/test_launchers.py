@@ -132,15 +132,17 @@ def test_world_set_up_by_hand_in_an_interactive_shell_of_slurm_counts():
         {"SLURM_JOB_ID": "5", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"},  # a batch script
         {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
         {"MASTER_ADDR": "h", "WORLD_SIZE": "4"},
+        {"MASTER_ADDR": "h", "WORLD_SIZE": "4", "RANK": ""},
+        {"TORCHELASTIC_RUN_ID": "", "OMPI_COMM_WORLD_RANK": "", "OMPI_COMM_WORLD_SIZE": ""},
     ],
-    ids=["empty", "left over", "batch script", "pod", "no rank"],
+    ids=["empty", "left over", "batch script", "pod", "no rank", "cleared rank", "cleared markers"],
 )
 def test_process_that_no_launcher_started_has_no_rank(variables):
     assert find_launcher(variables) is None
     assert find_rank(variables) is None
 
 
-@pytest.mark.parametrize("change", [{"RANK": "x"}, {"RANK": "4"}, {"RANK": "-1"}, {"RANK": ""}])
+@pytest.mark.parametrize("change", [{"RANK": "x"}, {"RANK": "4"}, {"RANK": "-1"}, {"RANK": ""}, {"RANK": "1" * 50}])
 def test_variables_that_make_no_sense_are_an_error_that_shows_them(change):
     with pytest.raises(LauncherError, match=f"RANK='{change['RANK']}'"):
         find_rank(torchrun(3, 4) | change)
@@ -153,7 +155,7 @@ def test_srun_meets_at_the_first_node_of_the_step():
     assert find_rendezvous(info, variables | {"MASTER_ADDR": "h", "MASTER_PORT": "9"}) == ("h", 9)
 
 
-@pytest.mark.parametrize("port", ["0", "65536", "http", "-1"])
+@pytest.mark.parametrize("port", ["0", "65536", "http", "-1", "9" * 40])
 def test_port_that_is_none_is_an_error(port):
     with pytest.raises(LauncherError, match=f"MASTER_PORT='{port}': expected a port number from 1 to 65535"):
         find_rendezvous(RankInfo("srun", 1, 4), {"MASTER_ADDR": "h", "MASTER_PORT": port})
@@ -161,7 +163,7 @@ def test_port_that_is_none_is_an_error(port):
 
 def test_address_that_is_missing_names_the_variables():
     with pytest.raises(LauncherError, match=r"rank 1 of 4, started by horovodrun: MASTER_ADDR and MASTER_PORT not set"):
-        find_rendezvous(RankInfo("horovodrun", 1, 4), {})
+        find_rendezvous(RankInfo("horovodrun", 1, 4), {"MASTER_ADDR": "", "MASTER_PORT": ""})
 
 
 def test_import_takes_the_standard_library_alone():

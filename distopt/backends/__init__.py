@@ -56,6 +56,8 @@ def init(backend: str = "auto", *, timeout: timedelta = DEFAULT_TIMEOUT, world_s
         True
     """
     global _current
+    if not isinstance(timeout, timedelta):
+        raise BackendError(f"init(timeout={timeout!r}): expected a datetime.timedelta, such as timedelta(seconds=60).")
     chosen = None if backend == "auto" else _load_backend(backend)
     if _current is None or _current.closed:
         _current = _start_auto(timeout) if chosen is None else chosen.start(_rank_info(), timeout=timeout)

@@ -55,9 +55,13 @@ class TorchDist(World):
     def start(cls, rank_info: RankInfo | None, *, timeout: timedelta = DEFAULT_TIMEOUT) -> Self:
         """Meets the other ranks at MASTER_ADDR:MASTER_PORT and returns the backend.
 
+        A process group that the script has made already is adopted.
+
         Raises:
             BackendError: There is no launcher, the address cannot be reached, or not all ranks came within the timeout.
         """
+        if dist.is_initialized():
+            return cls.adopt(timeout=timeout)
         if rank_info is None:
             raise BackendError(
                 "init('torch_dist'): no launcher's variables are in the environment. Start the script by torchrun or "

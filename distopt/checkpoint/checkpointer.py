@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
@@ -126,6 +127,10 @@ class Checkpointer:
         timeout: timedelta | None = None,
     ) -> None:
         self._backend = backend or current()
+        if isinstance(ignore_keys, str):
+            raise TypeError(f"ignore_keys is {ignore_keys!r}; expected a list of keys, such as [{ignore_keys!r}]")
+        if when_busy not in ("wait", "skip"):
+            raise ValueError(f"when_busy is {when_busy!r}; expected 'wait' or 'skip'")
         self._state = RunState(state or {}, per_rank or {})
         self._storage = open_storage(directory)
         self._keep = keep
@@ -152,30 +157,30 @@ class Checkpointer:
     ) -> None:
         self.close()
 
-    def save(self, step: int, *, progress: Json = None) -> None:
+    def save(self, step: int, *, progress: Json = None, best: int | None = None) -> None:
         """Saves the run as it is now, as `step`; returns when the state has been copied.
 
         Args:
             step: Steps done so far; saving a step again that the last save has committed does nothing.
             progress: The position in the data and whatever else the loop needs to resume; no tensors. Rank 0's is kept.
+            best: The step of the best checkpoint so far, which is kept with those that `keep` names.
 
         Raises:
-            CheckpointError: Something cannot be described (an unknown constraint, an unknown type), or the state of the
-                save before was not finite and was refused; on all ranks.
+            CheckpointError: Something cannot be described, or the save before was refused as not finite; on all ranks.
 
         Cost:
-            One copy of the state on this thread, and two `all_gather_json` where there are other ranks. An all-reduce
-            for each buffer of a module that differs between ranks, such as batch statistics: all have the mean then.
+            One copy of the state on this thread, and two `all_gather_json` where there are other ranks; an all-reduce
+            for each buffer that differs between them.
         """
         started_at = time.perf_counter()
         rank = self._backend.rank
         busy = self._last is not None and self._last.running and self._when_busy == "skip"
+        self._keep = replace(self._keep, best=best)
         snapshots: dict[str, Snapshot] = {}
         encoded_progress: Json = None
         message: dict[str, Json] = {"step": None, "busy": busy, "error": None}
 
         align_buffers_(self._state.all_modules(), self._backend)
-
         # Whatever fails on this rank is sent to the others instead of raised, so that none waits for a rank that left.
         try:
             message["step"] = step = step_number(step)
@@ -185,8 +190,7 @@ class Checkpointer:
                 message |= {"attempt": uuid.uuid4().hex[:12], "saved": not busy and _has_saved(self._last, step)}
             if not busy:
                 self._finish()
-                if self._last is not None and isinstance(self._last.error, NonfiniteStateError):
-                    self._last.wait(self._timeout)  # raises: what follows from that state is of no use
+                _raise_nonfinite(self._last)
                 snapshots = self._snapshot()
                 message["buffers"] = _digest(snapshots["buffers"])
                 message["rng"] = rng_state_digest(snapshots["rank"].tree["rng"])
@@ -283,8 +287,6 @@ class Checkpointer:
                 failure = caught
             agree_no_error(self._backend, failure, path)
             self._continue_from(loaded.manifest, *newest)
-            for change in changes:
-                logger.info("%s", change)
             return _restored(loaded.manifest, path, asked, changes)
 
         if tries:
@@ -374,6 +376,12 @@ def _by_file(snapshots: Mapping[str, Snapshot], rank: int, *, has_buffers: bool)
     return named
 
 
+def _raise_nonfinite(last: BackgroundSave | None) -> None:
+    """Raises if the state of the save before was refused, once: what follows from that state is of no use."""
+    if last is not None and isinstance(last.error, NonfiniteStateError):
+        last.wait(timedelta(0))
+
+
 def _has_saved(last: BackgroundSave | None, step: int) -> bool:
     # A loop that saves every n steps and once more at its end may come twice to the same step.
     if last is None or last.step != step:
@@ -396,6 +404,8 @@ def _request(only: Collection[str] | None, new_run: bool, schedule_every: int) -
 
 
 def _restored(manifest: Manifest, path: str, request: Request, changes: tuple[str, ...]) -> Restored:
+    for change in changes:
+        logger.info("%s", change)
     progress = decode(manifest.progress, NoTensors().get)
     return Restored(manifest.step, progress, path, manifest.world_size, changes, manifest.config, request.only)
 

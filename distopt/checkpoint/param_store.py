@@ -332,7 +332,7 @@ class Adoption:
 def _rename_waiting(optimizer: PyroOptim, before: str, now: str) -> None:
     """Renames the state that an optimizer has loaded for a parameter that it has not seen."""
     optimizer = optimizer.optim if isinstance(optimizer, DistributedOptimizer) else optimizer
-    if isinstance(optimizer, distopt.optim.PyroOptim):
-        optimizer.rename_waiting(before, now)
-    elif before in optimizer._state_waiting_to_be_consumed:
-        optimizer._state_waiting_to_be_consumed[now] = optimizer._state_waiting_to_be_consumed.pop(before)
+    is_ours = isinstance(optimizer, distopt.optim.PyroOptim)
+    waiting = optimizer._registry.waiting if is_ours else optimizer._state_waiting_to_be_consumed
+    if before in waiting:
+        waiting[now] = waiting.pop(before)

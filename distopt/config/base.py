@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, TypeAlias
+import json
+from collections.abc import Collection, Sequence
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -25,4 +26,17 @@ class Section(BaseModel):
     The docstring below each field is its description in `distopt config schema`.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="strings"
+    )
+
+    def as_json(self, exclude: Collection[str] = ()) -> dict[str, Any]:
+        """Returns the values as JSON holds them, to be recorded and compared.
+
+        Keys are strings; infinity and NaN, which JSON lacks, are the strings `Infinity`, `-Infinity` and `NaN`.
+
+        Args:
+            exclude: Keys to leave out.
+        """
+        values: dict[str, Any] = json.loads(self.model_dump_json(exclude=set(exclude)))
+        return values

@@ -15,8 +15,12 @@ MAY_CHANGE = (
     "checkpoint",
     "data.prefetch",
     "train.num_steps",
+    "train.check_steps",
     "train.capture",  # a captured step computes what an eager one does
+    "train.validate_every_steps",
+    "train.early_stopping",
     "optim.args",  # what differs in these is put in place of the checkpoint's, see `distopt.optim.settings`
+    "optim.args_by_name",
     "optim.clip",
     "optim.nonfinite",
     "optim.max_skipped_in_row",
@@ -82,7 +86,7 @@ def comparable(config: Any) -> Any:
     Of two configurations, one recorded before such a key existed and one after, these are equal where the runs are.
 
     Args:
-        config: As `RunConfig.model_dump(mode="json")` returns it, in this version or an older one. Anything else, such
+        config: As `RunConfig.as_json()` returns it, in this version or an older one. Anything else, such
             as what a damaged file holds, is returned as it is.
 
     Example:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from distopt.config.base import Section
+from distopt.config.paths import LocalPath, local_path
 from distopt.config.plugins import Reference
 
 ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
@@ -18,13 +19,20 @@ ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|PRIVATE_?KEY|ACCESS_?KEY", re.IGNORECASE)
 
 
-def _number_as_text(value: Any) -> Any:
-    """Lets `OMP_NUM_THREADS: 1` stand without quotes."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+def _as_text(value: Any) -> Any:
+    """Lets `OMP_NUM_THREADS: 1` stand without quotes; a YAML file is read so that `1.10` stays as it is written."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"found {value!r}, but arguments and variables of a process cannot hold a NUL character")
+    return value
 
 
-EnvValue = Annotated[str, BeforeValidator(_number_as_text)]
-"""A string, which may be written as a number."""
+AS_TEXT = BeforeValidator(_as_text)
+Text = Annotated[str, AS_TEXT]
+"""An argument or a variable of a process: text, whatever it looks like."""
 
 # These values become arguments of ssh, sbatch and mpirun, so none may begin with a dash, have a space or a quote.
 HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\[:][A-Za-z0-9_.:\]-]*$", max_length=253)]
@@ -70,7 +78,10 @@ def read_hostfile(path: Path) -> dict[str, int | None]:
 
 def _read_hostfile_of(launch: dict[str, Any]) -> dict[str, Any]:
     """Returns the `launch` section with the hosts of its hostfile in its place; refuses more processes than slots."""
-    path = launch["hostfile"]
+    try:
+        path = local_path(launch["hostfile"])
+    except ValueError as error:
+        raise ValueError(f"hostfile: {error}") from None
     if launch.get("hosts"):
         raise ValueError("hostfile: found hosts too; give one of them")
 
@@ -88,9 +99,9 @@ def _read_hostfile_of(launch: dict[str, Any]) -> dict[str, Any]:
 class SshConfig(Section):
     """How other hosts are reached; your ssh configuration applies to everything that is not set here."""
 
-    config: str | None = None
+    config: LocalPath | None = None
     """Path of an ssh configuration to use in place of yours."""
-    known_hosts: str | None = None
+    known_hosts: LocalPath | None = None
     """Path of the only host keys to trust; null accepts hosts that were never seen before, but no changed key."""
     connect_timeout_s: Annotated[int, Field(ge=1)] = 10
     """Seconds after which a host that does not answer counts as unreachable."""
@@ -105,7 +116,7 @@ class SlurmConfig(Section):
     """The account to charge."""
     qos: ArgumentValue | None = None
     """The quality of service."""
-    time: Annotated[EnvValue, Field(pattern=r"^[0-9:-]+$")] | None = None
+    time: Annotated[Text, Field(pattern=r"^[0-9:-]+$")] | None = None
     """The time limit in sbatch's format: minutes, `hours:minutes:seconds` or `days-hours`."""
     memory: ArgumentValue | None = None
     """Memory per node, such as `16G`."""
@@ -154,7 +165,7 @@ class KubernetesConfig(Section):
     """The context of your kubeconfig; null uses the current one."""
     python: str = "python"
     """The image's Python."""
-    cpu: EnvValue = "1"
+    cpu: Text = "1"
     """Processor cores of a pod, in Kubernetes' notation."""
     memory: ArgumentValue = "4Gi"
     """Memory of a pod."""
@@ -168,7 +179,7 @@ class KubernetesConfig(Section):
     """Environment variables of the workers with values from Secrets."""
     service_account: DnsLabel | None = None
     """The service account; its token is not mounted."""
-    node_selector: dict[str, EnvValue] = Field(default_factory=dict)
+    node_selector: dict[str, Text] = Field(default_factory=dict)
     """Labels that nodes must have."""
     queue: DnsLabel | None = None
     """The Kueue local queue."""
@@ -194,7 +205,7 @@ class LaunchConfig(Section):
     """Whether a host may get more processes than it has cores."""
     hosts: list[HostName] = Field(default_factory=list)
     """Names or addresses of the hosts; the first one hosts the rendezvous; empty means this machine."""
-    hostfile: str | None = None
+    hostfile: LocalPath | None = None
     """Path of a file that lists the hosts instead, `name`, `name:4` or `name slots=4` on each line."""
     nodes: Annotated[int, Field(ge=1)] | None = None
     """Number of hosts if the platform finds them itself (slurm, kubernetes); null is one."""
@@ -210,7 +221,7 @@ class LaunchConfig(Section):
     """How often the launcher restarts all workers after one has died; they resume from the last checkpoint."""
     grace_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """Seconds that workers have for a last checkpoint after Ctrl-C or SIGTERM before they are killed."""
-    env: dict[str, EnvValue] = Field(default_factory=dict)
+    env: dict[str, Text] = Field(default_factory=dict)
     """Environment variables of the workers. They are written into plans and run directories, so no secrets here."""
     secrets: list[str] = Field(default_factory=list)
     """Names of environment variables that workers inherit from your environment; their values are written nowhere."""

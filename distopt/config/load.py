@@ -15,14 +15,15 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from distopt.config.base import ConfigError
-from distopt.config.launch import SECRET_NAME
+from distopt.config.launch import AS_TEXT, SECRET_NAME
 from distopt.config.plugins import REFERENCE_PATTERN
 from distopt.config.schema import RUN_NAME_PATTERN, RunConfig
-from distopt.config.yaml_source import MAX_BYTES, UnsafeYAML, parse_yaml
+from distopt.config.yaml_source import MAX_BYTES, UnsafeYAML, format_yaml, parse_yaml
 
 # `key=value`: the key is dotted, and everything behind the first `=` is YAML, which may hold further `=` and newlines.
 _OVERRIDE = re.compile(r"^([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*)=(.*)$", re.DOTALL)
-_SECRET_REFERENCE = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([A-Za-z0-9_]+)")
+_INTERPOLATION = re.compile(r"(\\*)\$\{")
+_SECRET_REFERENCE = re.compile(r"(?<!\\)(?:\\\\)*\$\{\s*oc\.env\s*:\s*['\"]?([A-Za-z0-9_]+)")
 
 # What is expected, by pydantic's type of error, where its own message does not say it to somebody who writes YAML.
 _EXPECTED = {
@@ -38,6 +39,7 @@ _EXPECTED = {
     "model_attributes_type": "a mapping",
     "path_type": "a path",
     "finite_number": "a finite number",
+    "invalid_key": "a string as a key",
 }
 _EXPECTED_PATTERNS = {
     RUN_NAME_PATTERN: "a letter or digit and at most 63 more letters, digits, dots, underscores and dashes",
@@ -81,7 +83,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "configuration") -> RunConfig:
     """Does what `load_config` does for YAML that is already in memory; `source` is the name of the file in errors."""
     try:
-        raw = parse_yaml(text)
+        raw = parse_yaml(text, _is_text)
     except (UnsafeYAML, yaml.YAMLError) as error:
         raise ConfigError([f"{source}: {_yaml_problem(error)}"]) from error
     if not isinstance(raw, dict):
@@ -95,7 +97,19 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "con
 
 def dump_yaml(config: RunConfig) -> str:
     """Returns the configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return format_yaml(_writable(config.model_dump()))
+
+
+def _writable(value: Any) -> Any:
+    """Returns plain values with `${` escaped, since what is written here is resolved already."""
+    if isinstance(value, dict):
+        return {key: _writable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_writable(item) for item in value]
+    if isinstance(value, Path):
+        value = f"./{value}" if value.parts and value.parts[0].startswith("~") else str(value)
+    # OmegaConf takes `\${` for a literal `${`, and two backslashes before it for one.
+    return _INTERPOLATION.sub(lambda match: match[1] * 2 + r"\${", value) if isinstance(value, str) else value
 
 
 def _resolve(raw: dict[str, Any], overrides: Sequence[str], source: str) -> tuple[dict[str, Any], list[str]]:
@@ -139,7 +153,8 @@ def _parse_override(text: str) -> tuple[str, Any, str | None]:
     if match is None:
         return "", None, f"{text!r} on the command line: expected key=value, such as train.num_steps=10"
     try:
-        return match[1], parse_yaml(match[2]) if match[2] else "", None
+        keys = tuple(match[1].split("."))
+        return match[1], parse_yaml(match[2], _is_text, keys) if match[2] else "", None
     except (UnsafeYAML, yaml.YAMLError) as error:
         return "", None, f"{text!r} on the command line: {_yaml_problem(error)}"
 
@@ -185,9 +200,7 @@ def _describe(key: str, details: Sequence[ErrorDetails]) -> str:
         names = re.findall(r"'([^']*)'", first["ctx"]["expected"])
         hint = "".join(f" Did you mean {near}?" for near in difflib.get_close_matches(value, names, 1, 0.5))
     elif kind == "string_type" and isinstance(value, bool | int | float):
-        hint = " Put it in quotes" + (
-            "; YAML reads on, off, yes and no as booleans." if isinstance(value, bool) else "."
-        )
+        hint = " Put it in quotes."
     return f"found {_shown(value)}, expected {expected}.{hint}"
 
 
@@ -242,6 +255,18 @@ def _is_key(keys: Sequence[str], name: str) -> bool:
         return True
     field = _fields(keys[:-1]).get(keys[-1]) if keys else None
     return field is not None and _section(field.annotation) is None and "dict" in str(field.annotation)
+
+
+def _is_text(keys: Sequence[str]) -> bool:
+    """Returns whether the value at `keys` is a text that people may write without quotes, such as `1.10`."""
+    # `script_args.0` and `launch.env.NAME` are elements of a field.
+    field = _fields(keys[:-1]).get(keys[-1]) or _fields(keys[:-2]).get(keys[-2] if len(keys) > 1 else "")
+    return field is not None and (AS_TEXT in field.metadata or _holds_text(field.annotation))
+
+
+def _holds_text(annotation: Any) -> bool:
+    """Returns whether a type is `Text`, or one of those inside of it is."""
+    return AS_TEXT in getattr(annotation, "__metadata__", ()) or any(map(_holds_text, typing.get_args(annotation)))
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,10 +11,11 @@ from pydantic import Field, field_validator, model_validator
 
 from distopt.config.base import Positive, Section
 from distopt.config.catalog import ElboName, OptimizerName, SchedulerName
-from distopt.config.launch import LaunchConfig
+from distopt.config.launch import LaunchConfig, Text
+from distopt.config.paths import LocalPath, PathOrUrl, RunFolder, is_url
 from distopt.config.plugins import Reference, is_reference, trusted_packages
 from distopt.config.reduce import ReduceConfig
-from distopt.launchers import TRUSTED_VARIABLE
+from distopt.launchers import CHECKPOINTS, TRUSTED_VARIABLE
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -33,6 +33,24 @@ CODE_KEYS = (
 """Keys that may name code of the user as `module:Name`."""
 
 
+class MetricConfig(Section):
+    """A metric that the task's `validate` returns, and which values of it are better."""
+
+    metric: Annotated[str, Field(min_length=1)]
+    """Its name in what `validate` returns."""
+    mode: Literal["min", "max"] = "min"
+    """Whether lower or higher values are better."""
+
+
+class EarlyStoppingConfig(MetricConfig):
+    """When a run ends before its last step."""
+
+    patience: Annotated[int, Field(ge=1)] = 5
+    """Validations without a better value after which the run ends."""
+    min_delta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """By how much a value must be better to count, in the metric's unit."""
+
+
 class TrainConfig(Section):
     """The training loop."""
 
@@ -47,15 +65,17 @@ class TrainConfig(Section):
     """The objective: the name of an ELBO of `pyro.infer`, or `module:Name` of a subclass of `pyro.infer.ELBO`."""
     loss_args: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the objective, such as `max_plate_nesting`; it also gets `num_particles`."""
+    check_steps: Annotated[int, Field(ge=0)] | None = 100
+    """Steps after each start in which Pyro checks the arguments of distributions, supports and shapes; from then on it
+    checks every 100th. Null checks every step, which takes a fifth longer. Checks change no number."""
     capture: Literal["off", "graph"] = "off"
     """With `graph` a step is recorded, and later steps run the recording instead of the model's code: the same numbers
     in a fraction of the time. A model that cannot be recorded runs as it does with `off`, and the run says why."""
 
-    @field_validator("capture", mode="before")
-    @classmethod
-    def _read_off(cls, value: Any) -> Any:
-        """YAML reads a bare `off` as false."""
-        return "off" if value is False else value
+    validate_every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two calls of the task's `validate`; null never calls it."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """Ends the run when a metric no longer improves; null trains to the last step."""
 
 
 class DataConfig(Section):
@@ -104,6 +124,9 @@ class OptimConfig(Section):
     class or of a function that returns one; it is called with a list of parameters and `args`."""
     args: dict[str, Any] = Field(default_factory=lambda: {"lr": 0.01})
     """Its keyword arguments, such as `lr`."""
+    args_by_name: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Further arguments by shell pattern of a parameter's name, such as `{"*.bias": {weight_decay: 0}}`; names are
+    those of `nn.Module.named_parameters`, as in `AutoNormal.scales.z`. All that match apply, the later ones last."""
     clip: ClipConfig = Field(default_factory=ClipConfig)
     """Limits on the averaged gradient."""
     nonfinite: Literal["step", "skip", "raise"] = "skip"
@@ -118,13 +141,18 @@ class OptimConfig(Section):
 class CheckpointConfig(Section):
     """Saving and resuming."""
 
+    directory: PathOrUrl | None = None
+    """Folder of the checkpoints, or a URL such as `s3://bucket/run` (fsspec); null is `checkpoints` in `run_dir`. Only
+    one run may use it."""
     every_steps: Annotated[int, Field(ge=1)] | None = 500
     """Steps between two checkpoints; null saves only at the end and when the run is stopped by a signal."""
     keep_last: Annotated[int, Field(ge=2)] = 3
     """Number of newest checkpoints to keep; at least two, so that one of them may be damaged."""
     keep_every_steps: Annotated[int, Field(ge=1)] | None = None
     """Also keeps every checkpoint whose step is a multiple of this number; null keeps no others."""
-    resume: Annotated[int, Field(ge=0)] | str = "auto"
+    keep_best: MetricConfig | None = None
+    """Saves a checkpoint whenever a validated metric is better than before, and keeps the best one; null does not."""
+    resume: Annotated[int, Field(ge=0)] | PathOrUrl = "auto"
     """`auto` resumes from the newest good checkpoint of the run, `never` starts from the beginning; a step, or the path
     of one of its checkpoints, selects one. With the path of another run, or of one of its checkpoints, the run starts
     at step 0 from the parameters there (fine-tuning); once it has checkpoints, it resumes from these."""
@@ -189,8 +217,9 @@ class RunConfig(Section):
 
     name: Annotated[str, Field(pattern=RUN_NAME_PATTERN)]
     """The run's name: a letter or digit, then at most 63 letters, digits, `.`, `_`, `-`."""
-    run_dir: Annotated[Path, Field(strict=False)]
-    """Folder for everything that the run writes, relative to the current directory; by default `runs/<name>`."""
+    run_dir: RunFolder
+    """Folder for everything that the run writes, relative to the current directory; by default `runs/<name>`. It is no
+    URL: only checkpoints may go to one, by `checkpoint.directory`."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     """Seed of the samples, the initial values and the order of the data."""
     task: Reference | None = None
@@ -199,9 +228,9 @@ class RunConfig(Section):
     configuration that names code outside these packages is refused."""
     task_args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the task."""
-    script: Annotated[str, Field(min_length=1)] | None = None
+    script: LocalPath | None = None
     """Path of your own training script, instead of `task`; relative to the current directory."""
-    script_args: list[str] = Field(default_factory=list)
+    script_args: list[Text] = Field(default_factory=list)
     """Arguments of the script."""
     train: TrainConfig = Field(default_factory=TrainConfig)
     """The training loop."""
@@ -237,14 +266,6 @@ class RunConfig(Section):
             raise ValueError("'..' is not allowed in a run's name")
         return name
 
-    # The path is printed, and written into shell scripts and manifests: control characters could hide what it is.
-    @field_validator("run_dir")
-    @classmethod
-    def _printable(cls, path: Path) -> Path:
-        if re.search(r"[\x00-\x1f\x7f]", str(path)):
-            raise ValueError("control characters are not allowed in a path")
-        return path
-
     @model_validator(mode="after")
     def _one_thing_to_run(self) -> RunConfig:
         if (self.task is None) == (self.script is None):
@@ -262,12 +283,21 @@ class RunConfig(Section):
         for key, steps in (
             ("train.num_steps", self.train.num_steps),
             ("checkpoint.every_steps", self.checkpoint.every_steps),
+            ("train.validate_every_steps", self.train.validate_every_steps),
         ):
             if steps is not None and steps % calls:
                 raise ValueError(
                     f"{key} is {steps}, expected a multiple of reduce.backward_passes_per_step ({calls}): a checkpoint "
                     "does not hold gradients that wait for the rest of their step"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_are_measured(self) -> RunConfig:
+        rules = {"train.early_stopping": self.train.early_stopping, "checkpoint.keep_best": self.checkpoint.keep_best}
+        for key, rule in rules.items():
+            if rule is not None and self.train.validate_every_steps is None:
+                raise ValueError(f"found {key} without train.validate_every_steps, which says how often to measure")
         return self
 
     @field_validator("script")
@@ -277,6 +307,13 @@ class RunConfig(Section):
         if script is not None and (trusted := trusted_packages()):
             raise ValueError(f"found {script}, but your {TRUSTED_VARIABLE} allows only code of {', '.join(trusted)}")
         return script
+
+    def checkpoints(self) -> Path | str:
+        """Returns where the run keeps its checkpoints: a folder, or a URL."""
+        chosen = self.checkpoint.directory
+        if chosen is None:
+            return self.run_dir / CHECKPOINTS
+        return chosen if is_url(chosen) else Path(chosen)
 
     def references(self) -> list[tuple[str, str]]:
         """Returns (key, `module:Name`) of all code of the user that the configuration names."""

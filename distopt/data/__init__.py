@@ -2,14 +2,16 @@
 
 from distopt.data.batches import GlobalBatches
 from distopt.data.loading import Loader, shard_batches, shard_rows
-from distopt.data.sources import ArraySource, DatasetSource, Source, TensorSource
+from distopt.data.sources import ArraySource, DatasetSource, JoinedSource, Source, SparseSource, TensorSource
 
 __all__ = [
     "ArraySource",
     "DatasetSource",
     "GlobalBatches",
+    "JoinedSource",
     "Loader",
     "Source",
+    "SparseSource",
     "TensorSource",
     "shard_batches",
     "shard_rows",

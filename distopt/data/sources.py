@@ -1,4 +1,4 @@
-"""Where rows of data come from: tensors in memory, arrays on disk, map-style datasets."""
+"""Where rows of data come from: tensors in memory, arrays on disk, tables, sparse matrices, map-style datasets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset, default_collate
 
 
 class Source(Protocol):
@@ -59,34 +59,77 @@ class ArraySource:
             as `numpy.memmap`, `h5py.Dataset` or `zarr.Array` that can be indexed by an ascending array of rows.
 
     Raises:
-        ValueError: There are no arrays, or their lengths differ.
+        ValueError: There are no arrays, or their lengths differ, or some elements are masked.
         TypeError: torch has no type for their elements.
     """
 
     def __init__(self, *arrays: str | Path | Any) -> None:
-        self._arrays = [
-            np.load(array, mmap_mode="r", allow_pickle=False) if isinstance(array, str | Path) else array
-            for array in arrays
-        ]
-        _check_lengths([len(array) for array in self._arrays])
-        # An empty array of the dtype shows whether torch knows it, before the first step needs a row.
+        self._arrays = [_opened(array) if isinstance(array, str | Path) else array for array in arrays]
         for array in self._arrays:
-            torch.from_numpy(np.empty(0, np.dtype(array.dtype).newbyteorder("=")))
+            _check_elements(array)
+        _check_lengths([array.shape[0] for array in self._arrays])
 
     def __len__(self) -> int:
-        return len(self._arrays[0])
+        return int(self._arrays[0].shape[0])
 
     def read(self, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
         """Returns copies of the rows: (len(rows), ...) each, in the machine's byte order."""
         # In the order of the file, which saves seeks and which h5py insists on; then put into the order asked for.
         ascending, inverse = np.unique(rows, return_inverse=True)
-        return tuple(self._read(array, ascending)[torch.from_numpy(inverse)] for array in self._arrays)
+        return tuple(_as_tensor(array[ascending])[torch.from_numpy(inverse)] for array in self._arrays)
 
-    def _read(self, array: Any, rows: NDArray[np.int64]) -> Tensor:
-        values = np.asarray(array[rows])
-        if values.dtype.byteorder not in ("=", "|", "<" if sys.byteorder == "little" else ">"):
-            values = values.astype(values.dtype.newbyteorder("="))
-        return torch.from_numpy(np.ascontiguousarray(values))
+
+def _opened(path: str | Path) -> Any:
+    array = np.load(Path(path).expanduser(), mmap_mode="r", allow_pickle=False)
+    if isinstance(array, np.ndarray):
+        return array
+    raise ValueError(f"{path} holds several arrays; {_order_of(array)}")
+
+
+def _check_elements(array: Any) -> None:
+    """Refuses arrays of which torch cannot make tensors, before the first step needs a row."""
+    if not array.shape:
+        raise ValueError("found an array without dimensions, expected (num_rows, ...)")
+    if np.ma.is_masked(array):
+        raise ValueError("found a masked array, and tensors have no mask; fill it by array.filled(value)")
+    try:
+        torch.from_numpy(np.empty(0, np.dtype(array.dtype).newbyteorder("=")))
+    except TypeError as error:
+        raise TypeError(
+            f"found an array of {array.dtype}; give numbers, for example by array.astype('float32') or by numbering "
+            f"categories ({error})"
+        ) from None
+
+
+def _as_tensor(values: Any) -> Tensor:
+    """Returns rows as a tensor in the machine's byte order."""
+    values = np.asarray(values)
+    if values.dtype.byteorder not in ("=", "|", "<" if sys.byteorder == "little" else ">"):
+        values = values.astype(values.dtype.newbyteorder("="))
+    return torch.from_numpy(np.ascontiguousarray(values))
+
+
+class SparseSource:
+    """A sparse matrix of scipy or torch in memory, whose rows are read as dense tensors.
+
+    Args:
+        matrix: (num_rows, num_columns), of any sparse format; it is converted once to one whose rows are quick to read.
+    """
+
+    def __init__(self, matrix: Any) -> None:
+        self._is_tensor = isinstance(matrix, Tensor)
+        self._matrix: Any = matrix.detach().cpu().to_sparse_coo().coalesce() if self._is_tensor else matrix.tocsr()
+        if not self._is_tensor:
+            _check_elements(self._matrix)
+
+    def __len__(self) -> int:
+        return int(self._matrix.shape[0])
+
+    def read(self, rows: NDArray[np.int64]) -> tuple[Tensor]:
+        """Returns the rows: (len(rows), num_columns), dense."""
+        if self._is_tensor:
+            return (self._matrix.index_select(0, torch.from_numpy(rows)).to_dense(),)
+        return (_as_tensor(self._matrix[rows].toarray()),)
 
 
 class DatasetSource:
@@ -117,33 +160,148 @@ class DatasetSource:
         return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
 
-def as_source(data: Any) -> Source:
-    """Returns a source of the rows of `data`.
+class JoinedSource:
+    """Several sources side by side, row by row.
 
     Args:
-        data: A source, one or several tensors, `.npy` files or arrays, or a map-style dataset.
+        *sources: Of equal length.
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: There are none, or their lengths differ.
     """
-    arrays = data if isinstance(data, tuple | list) else (data,)
+
+    def __init__(self, *sources: Source) -> None:
+        _check_lengths([len(source) for source in sources])
+        self._sources = sources
+
+    def __len__(self) -> int:
+        return len(self._sources[0])
+
+    def read(self, rows: NDArray[np.int64]) -> tuple[Any, ...]:
+        """Returns what all sources return for the rows, one after the other."""
+        return tuple(argument for source in self._sources for argument in source.read(rows))
+
+
+# Libraries have no base class in common for what has rows, and the same brackets mean a position to numpy, a label to
+# pandas, the name of a column to tables and mappings. Read by the wrong one, x and y would be paired wrongly without an
+# error. So each kind is recognised by what only it has, and what is none of them is refused.
+
+
+def as_source(data: Any) -> Source:
+    """Returns a source of the rows of `data`, which are counted by position whatever labels they have.
+
+    Args:
+        data: A source; a tensor, an `.npy` file, an array, a table or series (pandas, polars), or a sparse matrix; a
+            tuple of such, one for each argument of the model, which may also hold lists of numbers and datasets; or a
+            map-style dataset. A list of tensors or arrays counts as a tuple, any other list as a dataset of its items.
+
+    Raises:
+        ValueError: It is none of these; the message says what to write.
+        TypeError: torch has no type for its elements.
+    """
     if callable(getattr(data, "read", None)) and hasattr(data, "__len__"):
         return data  # type: ignore[no-any-return]
-    if all(isinstance(array, Tensor) for array in arrays):
-        return TensorSource(*arrays)
-    if all(isinstance(array, str | Path) or _looks_like_array(array) for array in arrays):
-        return ArraySource(*arrays)
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        return DatasetSource(data)
-    raise ValueError(
-        f"data of type {type(data).__name__} cannot be read by row; give tensors, .npy files, arrays, or a dataset "
-        "with __len__ and __getitem__ (an IterableDataset has no rows to choose from)"
+    if isinstance(data, tuple | list) and (not data or any(map(_is_column, data))):
+        return _joined(data)
+    if isinstance(data, tuple) and all(hasattr(each, "__len__") for each in data):
+        return _joined(data)
+    return _source_of(data, DatasetSource)
+
+
+def _joined(columns: Sequence[Any]) -> Source:
+    if all(map(_is_dense, columns)):
+        return TensorSource(*columns)
+    return JoinedSource(*(_source_of(column, _items_of) for column in columns))
+
+
+def _source_of(data: Any, otherwise: Callable[[Any], Source]) -> Source:
+    """Returns the source of one argument of the model; `otherwise` makes that of whatever has items by number."""
+    if isinstance(data, Tensor):
+        return TensorSource(data) if _is_dense(data) else SparseSource(data)
+    if isinstance(data, str | Path):
+        return ArraySource(data)
+    if hasattr(data, "tocsr"):
+        return SparseSource(data)
+    if _is_table(data):
+        return ArraySource(_values_of(data))
+    if hasattr(data, "dtype") and hasattr(data, "shape"):
+        return ArraySource(data)
+    _refuse_without_positions(data)
+    return otherwise(data)
+
+
+def _is_column(value: Any) -> bool:
+    """Returns whether `value` can only be all values of one argument, and not an item of a data set."""
+    return (
+        isinstance(value, Tensor | str | Path)
+        or hasattr(value, "tocsr")
+        or hasattr(value, "iloc")
+        or (hasattr(value, "dtype") and bool(getattr(value, "shape", ())))
     )
 
 
-def _looks_like_array(value: Any) -> bool:
-    """Returns whether `value` is an array of numpy, h5py, zarr or the like, which share no base class."""
-    return hasattr(value, "dtype") and hasattr(value, "shape")
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided
+
+
+def _is_table(value: Any) -> bool:
+    """Returns whether `value` is a table or series of pandas, polars or arrow, whose brackets take labels and names."""
+    is_array = hasattr(value, "dtype") and hasattr(value, "shape")
+    return hasattr(value, "__array__") and (hasattr(value, "iloc") or hasattr(value, "to_arrow") or not is_array)
+
+
+def _values_of(table: Any) -> NDArray[Any]:
+    """Returns the values of a table or series in their order, whatever its index says."""
+    values = np.asarray(table)
+    if values.dtype != object:
+        return values
+    kinds: Any = getattr(table, "dtypes", None)
+    described = {name: str(kind) for name, kind in kinds.items()} if hasattr(kinds, "items") else values.dtype
+    raise TypeError(
+        f"found a {type(table).__name__} of {described}, which have no type of torch in common: choose columns of "
+        "numbers, number categories by .cat.codes, fill gaps by .fillna(value), and make it .astype('float32')"
+    )
+
+
+def _items_of(column: Any) -> Source:
+    """Returns the source of an argument that is a list of numbers, or a column or dataset of another library."""
+    if not isinstance(column, Sequence):
+        return DatasetSource(column, _as_one_argument)
+    try:
+        values = np.asarray(column)
+    except ValueError as error:
+        raise ValueError(f"found a {type(column).__name__} whose items differ in length: {error}") from None
+    return ArraySource(values)
+
+
+def _as_one_argument(items: list[Any]) -> tuple[Any]:
+    """Makes one argument of the items of a column, which torch's collation takes apart where they are lists."""
+    return (_as_tensor(items) if isinstance(items[0], list | tuple) else default_collate(items),)
+
+
+def _refuse_without_positions(data: Any) -> None:
+    """Raises for data of which nobody can tell row 5 from the rest."""
+    kind = type(data).__name__
+    if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        hint = (
+            "tensors, .npy files, arrays, or a dataset with __len__ and __getitem__ (an IterableDataset has no rows to "
+        )
+        hint = "its `dataset`" if hasattr(data, "dataset") else f"{hint}choose from)"
+        raise ValueError(f"data of type {kind} cannot be read by row; give {hint}")
+    if isinstance(data, Dataset) or hasattr(data, "__getitems__"):
+        return
+
+    if hasattr(data, "obs") and hasattr(data, "X"):
+        raise ValueError(f"found a {kind}, expected the arrays that the model takes: (data.X, data.obs['name'])")
+    if callable(getattr(data, "keys", None)):
+        raise ValueError(f"found a {kind}, whose items have names and no numbers; {_order_of(data)}")
+
+
+def _order_of(mapping: Any) -> str:
+    """Returns how to write the values of a mapping as arguments of a model."""
+    names = [repr(str(name)) for name in mapping.keys()]  # noqa: SIM118  # it need not be iterable
+    values = ", ".join(f"data[{name}]" for name in names[:5]) + ("," if len(names) == 1 else "")
+    return f"give the arrays in the order of the model's arguments, such as ({values})"
 
 
 def _check_lengths(lengths: Sequence[int]) -> None:

@@ -35,6 +35,9 @@ _DISTRIBUTED = (
     "StepInfo",
 )
 
+pytorch_optims = _generated
+"""The names that are generated, as `pyro.optim` calls the list."""
+
 __all__ = [
     "DDPOptimizer",
     "DistributedMultiOptimizer",
@@ -63,6 +66,8 @@ def __getattr__(name: str) -> Any:
     # Imported when first used: the core knows no worker and no network.
     if name in _DISTRIBUTED:
         return getattr(import_module("distopt.optim.distributed"), name)
+    if name == "horovod":  # a module of pyro.optim, which that imports by itself
+        return import_module("distopt.optim.horovod")
     raise AttributeError(f"module 'distopt.optim' has no attribute {name!r}")
 
 

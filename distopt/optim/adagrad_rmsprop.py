@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import pyro.optim.adagrad_rmsprop
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
@@ -13,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from distopt.optim.kernels import check_at_least_zero, evaluated, is_fusable, scaled_descent_
 
 
-class AdagradRMSProp(Optimizer):
+class AdagradRMSProp(pyro.optim.adagrad_rmsprop.AdagradRMSProp):  # type: ignore[misc]
     r"""A mash-up of Adagrad and RMSProp, the step size of automatic differentiation variational inference.
 
     With gradient :math:`g_k` of step :math:`k = 1, 2, \dots`
@@ -47,7 +48,7 @@ class AdagradRMSProp(Optimizer):
         check_at_least_zero("AdagradRMSProp", eta=eta)
         if not 0.0 < t <= 1.0:
             raise ValueError(f"AdagradRMSProp: t is {t}, expected a number in (0, 1].")
-        super().__init__(params, {"eta": eta, "delta": delta, "t": t})
+        Optimizer.__init__(self, params, {"eta": eta, "delta": delta, "t": t})
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p] = {"step": 0, "sum": torch.zeros_like(p.detach())}

@@ -120,10 +120,22 @@ def check_arguments(args: Mapping[str, Any], where: str) -> None:
 def check_constructor(constructor: Any) -> None:
     """Raises for optimizers that no per-parameter step can serve."""
     called, _ = without_partial(constructor)
-    if inspect.isclass(called) and issubclass(called, torch.optim.LBFGS):
+    if inspect.isclass(called):
+        _check_kind(called)
+    if not callable(constructor):
+        raise TypeError(f"optim_constructor is {constructor!r}, expected a torch.optim.Optimizer class.")
+
+
+def check_built(optimizer: Any) -> None:
+    """Raises for an optimizer that `check_constructor` could not see behind a function of the user's."""
+    if not (hasattr(optimizer, "step") and hasattr(optimizer, "param_groups")):
+        raise TypeError(f"optim_constructor returned {optimizer!r}, expected a torch.optim.Optimizer.")
+    _check_kind(type(optimizer))
+
+
+def _check_kind(kind: type) -> None:
+    if issubclass(kind, torch.optim.LBFGS):
         raise ValueError(
             "LBFGS needs a closure that it can call many times in one step, which an optimizer of `SVI` never has. "
             "Use Adam, or `torch.optim.LBFGS` directly on `pyro.get_param_store().named_parameters()`."
         )
-    if not callable(constructor):
-        raise TypeError(f"optim_constructor is {constructor!r}, expected a torch.optim.Optimizer class.")

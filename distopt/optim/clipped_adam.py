@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import pyro.optim.clipped_adam
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 
@@ -14,7 +15,7 @@ from distopt.optim.kernels import Hyper, PendingStep, adam_defaults, evaluated, 
 _SHARED = ("eps", "clip_norm", "weight_decay", "centered_variance")
 
 
-class ClippedAdam(Optimizer):
+class ClippedAdam(pyro.optim.clipped_adam.ClippedAdam):  # type: ignore[misc]
     r"""Adam whose gradient is clipped elementwise and whose learning rate is multiplied by `lrd` at each step.
 
     .. math::
@@ -64,7 +65,7 @@ class ClippedAdam(Optimizer):
         defaults = adam_defaults(
             "ClippedAdam", lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, clip_norm=clip_norm, lrd=lrd
         )
-        super().__init__(params, defaults | {"centered_variance": centered_variance})
+        Optimizer.__init__(self, params, defaults | {"centered_variance": centered_variance})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pyro.optim.dct_adam
 import torch
 from pyro.ops.tensor_utils import dct, idct, next_fast_len
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from distopt.optim.kernels import Hyper, PendingStep, adam_defaults, evaluated, started, step_all_
 
 
-class DCTAdam(Optimizer):
+class DCTAdam(pyro.optim.dct_adam.DCTAdam):  # type: ignore[misc]
     r"""ClippedAdam that steps parameters of time series in the frequency domain as well.
 
     A parameter that has an attribute `_pyro_dct_dim` (a negative dim, its time) is stepped by
@@ -65,7 +66,7 @@ class DCTAdam(Optimizer):
         subsample_aware: bool = False,
     ) -> None:
         defaults = adam_defaults("DCTAdam", lr=lr, betas=betas, eps=eps, clip_norm=clip_norm, lrd=lrd)
-        super().__init__(params, defaults | {"subsample_aware": subsample_aware})
+        Optimizer.__init__(self, params, defaults | {"subsample_aware": subsample_aware})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

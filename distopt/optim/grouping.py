@@ -7,8 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
-
 from distopt.optim.aliases import num_forgotten_aliases
 from distopt.optim.capabilities import drifts, name_of, packs, switches
 from distopt.optim.groups import Construct, ListGroup, PackedGroup, ParamRecord
@@ -179,7 +177,7 @@ class Grouping:
 
     def check(self, m: ParamRecord, state: State) -> None:
         """Raises ValueError unless `state` may be that of `m`."""
-        handle = m.group.handle if m.group is not None else self._construct([torch.zeros(1)], m.args)
+        handle = m.group.handle if m.group is not None else self._construct([m.param], m.args)
         hyper = set(optimizer_of(handle).param_groups[0])
         name = name_of(self._constructor)
         check_state(m.name, state, m.param, hyper, is_scheduler(handle), name, packs(self._constructor))

@@ -365,7 +365,9 @@ class ListGroup:
         """Steps `members`, which are some or all of the group's, by their `.grad`."""
         optimizer = optimizer_of(self.handle)
         if self.alone:
-            optimizer.step(*args, **kwargs)
+            # An optimizer that wraps another one, as Lookahead does, has an attribute `optimizer` as schedules have.
+            stepped = self.handle if isinstance(self.handle, torch.optim.Optimizer) else optimizer
+            stepped.step(*args, **kwargs)
             return
 
         step = direct_step(self.handle)

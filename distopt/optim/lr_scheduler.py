@@ -6,9 +6,11 @@ parameters must share to be grouped includes the number of scheduler steps befor
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
+import pyro.optim
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from distopt.optim.optim import PyroOptim
 from distopt.optim.state import State, copied, load_into
 
 
-class PyroLRScheduler(PyroOptim):
+class PyroLRScheduler(PyroOptim, pyro.optim.PyroLRScheduler):  # type: ignore[misc]
     """A `PyroOptim` whose torch optimizers have a learning-rate scheduler; drop-in for `pyro.optim.PyroLRScheduler`.
 
     Args:
@@ -90,13 +92,28 @@ class PyroLRScheduler(PyroOptim):
         for name, state in self._registry.waiting.items():
             self._registry.waiting[name] = self._advanced(name, state, args, kwargs)
 
+    @property
+    def metric_name(self) -> str | None:
+        """What `step` calls the metric that its schedules follow, as that of `ReduceLROnPlateau`; None for others.
+
+        The schedules themselves are asked. Before there is one, it is made on trial, unless its arguments depend on the
+        name of a parameter that is not known yet: then no schedule would be stepped, and this is None.
+        """
+        for group in self._groups:
+            return metric_name(group.handle)
+        waiting = next(iter(self._registry.waiting.items()), None)
+        if waiting is None and callable(self.pt_optim_args):
+            return None
+        name, state = waiting or ("", {})
+        return metric_name(self._construct([_placeholder(state)], self._args_of(name)))
+
     def _advanced(self, name: str, state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> State:
         """Returns state that was loaded for a parameter not seen yet, its schedule one step further.
 
         The schedule is stepped around an optimizer of one placeholder tensor, which has the parameter's
         hyper-parameters and none of its moments.
         """
-        handle = self._construct([torch.zeros(1)], self._args_of(name))
+        handle = self._construct([_placeholder(state)], self._args_of(name))
         groups = state["optimizer"]["param_groups"]
         load_into(handle, {"scheduler": state["scheduler"], "optimizer": {"state": {}, "param_groups": groups}})
         handle.optimizer._opt_called = True
@@ -112,6 +129,32 @@ class PyroLRScheduler(PyroOptim):
 
     def _birth(self) -> Hashable:
         return self._num_steps
+
+
+def metric_name(schedule: Any) -> str | None:
+    """Returns what `schedule.step` calls the metric that it must be given; None for a schedule that needs none.
+
+    Example:
+        >>> sgd = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+        >>> metric_name(torch.optim.lr_scheduler.ReduceLROnPlateau(sgd))
+        'metrics'
+        >>> metric_name(torch.optim.lr_scheduler.ConstantLR(sgd)) is None
+        True
+    """
+    # A class of the user, or a function, may stand in front of torch's; so the object says it, by its signature.
+    parameters = inspect.signature(schedule.step).parameters
+    if "metrics" in parameters or isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        return "metrics"
+    first = next(iter(parameters.values()), None)
+    is_given = first is not None and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD)
+    return first.name if first is not None and is_given and first.default is first.empty else None
+
+
+def _placeholder(state: State) -> Tensor:
+    """Returns a small tensor of as many dimensions as the parameter whose state it is, since some optimizers ask."""
+    values = state["optimizer"]["state"].get(0, {}).values() if state else ()
+    num_dims = max((value.dim() for value in values if isinstance(value, Tensor)), default=1)
+    return torch.zeros([1] * max(num_dims, 1))
 
 
 # `SequentialLR` and `ChainedScheduler` are made of schedulers of the same optimizer. That optimizer does not exist when

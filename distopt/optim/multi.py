@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import pyro.optim
+import pyro.optim.multi as pyro_multi
 import torch
 from torch import Tensor
 
@@ -82,7 +83,11 @@ def newton_update(loss: Tensor, x: Tensor, trust_radius: float | None = None, re
     return x.detach() - solved
 
 
-class MultiOptimizer:
+# Each class is one of pyro.optim, too, so that `isinstance` in a script or in Pyro's library answers as it did, but it
+# runs none of its code.
+
+
+class MultiOptimizer(pyro_multi.MultiOptimizer):  # type: ignore[misc]
     """Base class of optimizers that are given a differentiable loss in place of gradients.
 
     Derived classes override `step`, or `get_step` when they can return differentiable values.
@@ -111,7 +116,7 @@ class MultiOptimizer:
         raise NotImplementedError(f"{type(self).__name__} cannot return differentiable values; call step().")
 
 
-class PyroMultiOptimizer(MultiOptimizer):
+class PyroMultiOptimizer(MultiOptimizer, pyro_multi.PyroMultiOptimizer):  # type: ignore[misc]
     """A `PyroOptim` behind the interface of `MultiOptimizer`.
 
     Args:
@@ -140,7 +145,7 @@ class PyroMultiOptimizer(MultiOptimizer):
         self.optim(values)
 
 
-class TorchMultiOptimizer(PyroMultiOptimizer):
+class TorchMultiOptimizer(PyroMultiOptimizer, pyro_multi.TorchMultiOptimizer):  # type: ignore[misc]
     """A torch optimizer behind the interface of `MultiOptimizer`.
 
     Args:
@@ -158,7 +163,7 @@ class TorchMultiOptimizer(PyroMultiOptimizer):
         super().__init__(PyroOptim(optim_constructor, optim_args))
 
 
-class MixedMultiOptimizer(MultiOptimizer):
+class MixedMultiOptimizer(MultiOptimizer, pyro_multi.MixedMultiOptimizer):  # type: ignore[misc]
     """Different optimizers for different parameters.
 
     Args:
@@ -202,7 +207,7 @@ class MixedMultiOptimizer(MultiOptimizer):
         return updated
 
 
-class Newton(MultiOptimizer):
+class Newton(MultiOptimizer, pyro_multi.Newton):  # type: ignore[misc]
     """Newton's method on batches of low-dimensional variables, within a trust region where a radius is given.
 
     Args:

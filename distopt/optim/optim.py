@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,18 +14,23 @@ import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
+from distopt.optim.adagrad_rmsprop import AdagradRMSProp as pt_AdagradRMSProp
 from distopt.optim.amp import scaled_step
 from distopt.optim.arguments import Args, args_for, check_args, num_arguments
-from distopt.optim.capabilities import check_arguments, check_constructor, quicker, shares, without_partial
+from distopt.optim.capabilities import check_arguments, check_built, check_constructor, quicker, shares, without_partial
+from distopt.optim.clipped_adam import ClippedAdam as pt_ClippedAdam
 from distopt.optim.clipping import Clip
+from distopt.optim.dct_adam import DCTAdam as pt_DCTAdam
 from distopt.optim.grouping import Grouping
 from distopt.optim.groups import ParamRecord
 from distopt.optim.packed_state import PackedState
 from distopt.optim.packing import FlatGradients
 from distopt.optim.param_view import view_of
 from distopt.optim.parameters import ParamRegistry
-from distopt.optim.state import State, check_state_dict, copied, frozen
+from distopt.optim.state import State, check_state_dict, copied, frozen, is_scheduler, optimizer_of
 from distopt.optim.step_plan import LooseGradients, Planner, StepPlan, all_finite
+
+__all__ = ["PyroOptim", "call_closure", "is_scheduler", "pt_AdagradRMSProp", "pt_ClippedAdam", "pt_DCTAdam"]
 
 logger = logging.getLogger("distopt.optim")
 
@@ -86,8 +92,6 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             check_arguments(optim_args, "optim_args")
         self.pt_clip_args: Args = {} if clip_args is None else clip_args
         check_args("clip_args", self.pt_clip_args)
-        if nonfinite not in ("step", "skip", "raise"):
-            raise ValueError(f"nonfinite is {nonfinite!r}, expected 'step', 'skip' or 'raise'.")
 
         # The names that begin with pt_ are those of pyro.optim, whose users read them.
         self.pt_optim_constructor = optim_constructor
@@ -105,6 +109,17 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         self._registry = ParamRegistry()
         self._groups = Grouping(self._constructor, self._construct, self._scheduled)
         self._planner = Planner(self._registry, self._groups, self._record)
+
+    @property
+    def nonfinite(self) -> Literal["step", "skip", "raise"]:
+        """What to do with a gradient that is not finite; may be set."""
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, value: Literal["step", "skip", "raise"]) -> None:
+        if value not in ("step", "skip", "raise"):
+            raise ValueError(f"nonfinite is {value!r}, expected 'step', 'skip' or 'raise'.")
+        self._nonfinite: Literal["step", "skip", "raise"] = value
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -228,11 +243,6 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             self._groups.assign(live)
             self._planner.forget()
 
-    def rename_waiting(self, before: str, now: str) -> None:
-        """Renames loaded state whose parameter has not been seen yet; does nothing when there is none."""
-        if before in self._registry.waiting:
-            self._registry.waiting[now] = self._registry.waiting.pop(before)
-
     def packed_state(self) -> PackedState:
         """Returns what `get_state` returns in columns, which is quicker to make, to copy and to write.
 
@@ -284,6 +294,14 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         with open(filename, "rb") as file:
             self.set_state(torch.load(file, map_location=map_location, weights_only=True))
 
+    def learning_rates(self) -> list[float]:
+        """Returns the learning rates of the parameters seen so far, each once, ascending; none before the first step.
+
+        Cost: grows with the groups of parameters that are stepped together; reads a rate that is a tensor.
+        """
+        groups = [group for each in self._groups for group in optimizer_of(each.handle).param_groups]
+        return sorted({float(group["lr"]) for group in groups if "lr" in group})
+
     @property
     def optim_objs(self) -> dict[Tensor, Any]:
         """The torch optimizer (or scheduler) of each parameter, as `pyro.optim` shows it.
@@ -297,7 +315,9 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
 
     def _construct(self, params: list[Any], args: dict[str, Any]) -> Any:
         """Builds the torch optimizer of a group; overridden where a scheduler goes around it."""
-        return quicker(self._constructor)(params, **args)
+        optimizer = quicker(self._constructor)(params, **args)
+        check_built(optimizer)
+        return optimizer
 
     def _args_of(self, name: str) -> dict[str, Any]:
         """Returns the arguments of the torch optimizer of parameter `name`."""
@@ -315,6 +335,13 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         key = (_args_key(args), clip, p.dtype, p.device, self._birth())
         alone = not shares(self._constructor, args) or p.is_complex() or not p.is_contiguous()
         return ParamRecord(p, name, args, clip, key, alone, pyro.get_param_store().param_name(p) is not None)
+
+
+def __getattr__(name: str) -> Any:
+    # `pyro.optim.optim` has these three functions as well, which are made of `PyroOptim`.
+    if name in ("AdagradRMSProp", "ClippedAdam", "DCTAdam"):
+        return getattr(import_module("distopt.optim.pytorch_optimizers"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _args_key(args: Mapping[str, Any]) -> Hashable:

@@ -131,4 +131,6 @@ SCHEDULERS = _schedulers()
 globals().update({name: _optimizer(name, constructor) for name, constructor in OPTIMIZERS.items()})
 globals().update({name: _scheduler(name, constructor) for name, constructor in SCHEDULERS.items()})
 
+globals()["_LRScheduler"] = globals()["LRScheduler"]  # its name in older versions of torch, and in pyro.optim
+
 __all__ = sorted([*OPTIMIZERS, *SCHEDULERS])

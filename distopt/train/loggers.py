@@ -31,7 +31,8 @@ from typing import Any, BinaryIO, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-FILE_NAME = "metrics.jsonl"
+from distopt.launchers import METRICS_FILE
+
 MAX_PENDING_ROWS = 100_000
 """Rows that are kept while they cannot be written; the oldest are dropped first."""
 
@@ -147,7 +148,7 @@ class JsonLinesLogger(Logger):
 
     def start(self, run: RunInfo) -> None:
         """Opens the file, with the rows up to the step that the run resumes from."""
-        self._path = run.run_dir / FILE_NAME
+        self._path = run.run_dir / METRICS_FILE
         self._file: BinaryIO | None = None
         self._pending: deque[bytes] = deque(maxlen=MAX_PENDING_ROWS)
         self._has_failed = False
@@ -194,7 +195,7 @@ class JsonLinesLogger(Logger):
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Returns the rows of a run's `metrics.jsonl`, oldest first, without lines that are damaged."""
     try:
-        data = (run_dir / FILE_NAME).read_bytes()
+        data = (run_dir / METRICS_FILE).read_bytes()
     except OSError:
         return []
     return [row for line in data.splitlines() if (row := _parse_row(line)) is not None]

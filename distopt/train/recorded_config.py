@@ -16,7 +16,7 @@ def recorded_config(config: RunConfig) -> dict[str, Any]:
     Keys that came with a later version of distopt are left out while they have the value that runs had before (see
     `distopt.config.comparable`), so that those runs can resume.
     """
-    recorded: dict[str, Any] = comparable(config.model_dump(mode="json"))
+    recorded: dict[str, Any] = comparable(config.as_json())
     for key in SECRET:
         *sections, name = key.split(".")
         section = recorded

@@ -8,7 +8,6 @@ from pathlib import Path
 from distopt.checkpoint import Restored
 from distopt.checkpoint.storage.base import is_url
 from distopt.config import RunConfig
-from distopt.launchers import CHECKPOINTS
 
 
 def which_checkpoint(config: RunConfig, *, has_checkpoints: bool) -> tuple[str | int, bool]:
@@ -22,7 +21,7 @@ def which_checkpoint(config: RunConfig, *, has_checkpoints: bool) -> tuple[str |
         has_checkpoints: Whether it has checkpoints already.
     """
     resume = config.checkpoint.resume
-    if isinstance(resume, str) and resume.isdigit():
+    if isinstance(resume, str) and resume.isdecimal() and len(resume) < 19:  # a longer number is the name of a folder
         return int(resume), False
     if isinstance(resume, int) or resume in ("auto", "never") or _is_of(config, resume):
         return resume, False
@@ -30,11 +29,13 @@ def which_checkpoint(config: RunConfig, *, has_checkpoints: bool) -> tuple[str |
 
 
 def _is_of(config: RunConfig, path: str) -> bool:
-    """Returns whether a path is the run's directory or inside it."""
-    if is_url(path) or is_url(str(config.run_dir)):
-        return path.startswith(str(config.run_dir))
-    run_dir = (config.run_dir).resolve()
-    return Path(path).resolve() in (run_dir, run_dir / CHECKPOINTS) or run_dir in Path(path).resolve().parents
+    """Returns whether a path is the run's directory, that of its checkpoints, or inside one of them."""
+    folder = config.checkpoints()
+    if is_url(path):
+        return isinstance(folder, str) and f"{path}/".startswith(f"{folder.rstrip('/')}/")
+    resolved = Path(path).resolve()
+    homes = [each.resolve() for each in (config.run_dir, folder) if isinstance(each, Path)]
+    return any(home in (resolved, *resolved.parents) for home in homes)
 
 
 def describe_restored(restored: Restored, config: RunConfig, world_size: int, *, is_new: bool) -> Iterator[str]:

@@ -66,7 +66,7 @@ def load_task_on_all_ranks(config: RunConfig, backend: Backend) -> Task:
 
 def describe_setup(config: RunConfig) -> dict[str, Any]:
     """Returns what must be equal on all ranks for them to train the same model: configuration, code and versions."""
-    setup: dict[str, Any] = {"config": config.model_dump(mode="json", exclude=set(_LOCAL_SECTIONS))}
+    setup: dict[str, Any] = {"config": config.as_json(exclude=_LOCAL_SECTIONS)}
     for _, reference in _shared_references(config):
         file = getattr(sys.modules.get(reference.partition(":")[0]), "__file__", None)
         setup[f"SHA-256 of the file of {reference}"] = file and hashlib.sha256(Path(file).read_bytes()).hexdigest()

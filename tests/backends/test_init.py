@@ -78,6 +78,11 @@ def test_world_of_another_size_is_refused():
         init(world_size=4)
 
 
+def test_timeout_that_is_no_timedelta_is_refused():
+    with pytest.raises(BackendError, match=r"init\(timeout=3\): expected a datetime.timedelta"):
+        init("single", timeout=3)
+
+
 def test_unknown_backend_is_answered_with_the_known_ones():
     with pytest.raises(BackendError, match="backend='gloo': unknown. Known: auto, single, torch_dist, horovod, mpi"):
         init("gloo")

@@ -30,6 +30,21 @@ def test_process_group_of_the_script_is_adopted_and_left_alone(group):
     assert dist.is_initialized()
 
 
+class DerivedTorchDist(TorchDist):
+    """A backend of the user's that is based on the shipped one."""
+
+    name = "derived"
+
+
+@pytest.mark.parametrize("name", ["auto", "torch_dist", f"{__name__}:DerivedTorchDist"])
+def test_process_group_of_the_script_is_adopted_by_whatever_name_init_is_given(group, name):
+    backend = init(name)
+    assert isinstance(backend, TorchDist) and backend.world_size == 1
+    assert backend.name == ("derived" if ":" in name else "torch_dist")
+    backend.close()
+    assert dist.is_initialized()
+
+
 def test_process_group_that_init_made_ends_with_the_backend(started_as):
     started_as(exported(0, 1) | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
     backend = init()

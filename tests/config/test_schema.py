@@ -35,7 +35,7 @@ def test_every_key_has_a_description():
     assert undocumented(RunConfig.model_json_schema()) == []
 
 
-def test_bare_off_and_graph_are_modes_of_capture():
+def test_off_and_graph_are_modes_of_capture():
     assert parse_config(MINIMAL + "train: {capture: off}\n").train.capture == "off"
     assert parse_config(MINIMAL, ["train.capture=off"]).train.capture == "off"
     assert parse_config(MINIMAL, ["train.capture=graph"]).train.capture == "graph"

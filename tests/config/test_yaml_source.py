@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
+import math
 
-from distopt.config.yaml_source import MAX_ALIASES, MAX_BYTES, MAX_DEPTH, UnsafeYAML, parse_yaml
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distopt.config.yaml_source import (
+    MAX_ALIASES,
+    MAX_BYTES,
+    MAX_DEPTH,
+    MAX_DIGITS,
+    UnsafeYAML,
+    format_yaml,
+    parse_yaml,
+)
 from tests.config.sources import problems
 
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{','.join([f'*a{i}'] * 9)}]\n" for i in range(9))
@@ -37,9 +50,26 @@ def test_hostile_document_is_refused_before_it_is_built(text, message, tmp_path,
         ("-2E5", -2e5),
         ("1.5", 1.5),
         ("2013-01-01", "2013-01-01"),  # PyYAML alone makes a date of it
-        ("1:30:00", "1:30:00"),  # YAML 1.1 counts it in base 60: 5400
+        ("yes", "yes"),  # YAML 1.1 takes it for true
+        ("on", "on"),
+        ("Off", "Off"),
+        ("True", True),
+        ("1:30", "1:30"),  # 90 in YAML 1.1
+        ("1:30.5", "1:30.5"),
+        ("0o17", 15),
+        ("0x1F", 31),
+        ("0b11", "0b11"),
+        ("1_000", 1000),
+        ("-0", 0),
+        ("1e5", 1e5),
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("-.inf", -math.inf),
+        ("'1:30'", "1:30"),
+        ("=", "="),
+        ('"\\ud83d\\ude00"', "\U0001f600"),  # as JSON writes it
+        ("1:30:00", "1:30:00"),
         ("-1:30.5", "-1:30.5"),
-        ("yes", True),
         ("'1e-3'", "1e-3"),
         ("", None),
         ("{a: &x [1], b: *x}", {"a": [1], "b": [1]}),
@@ -70,7 +100,66 @@ def test_documents_at_the_limits_are_read():
 
 
 def test_parsing_leaves_pyyaml_as_it_was():
-    import yaml
-
     assert yaml.safe_load("1e-3") == "1e-3"
     assert str(type(yaml.safe_load("2013-01-01"))) == "<class 'datetime.date'>"
+    assert yaml.safe_load("[yes, 010]") == [True, 8]
+    assert yaml.safe_dump("1e-3") == "1e-3\n...\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "seed: 010",
+            "line 1, column 7: found 010, which some readers of YAML take for an octal number; write 10, or 0o10",
+        ),
+        ("seed: -0900", "write -900, or '-0900' for a string"),
+        ("seed: " + "9" * (MAX_DIGITS + 1), "found an integer of 1,001 digits, expected at most 1,000"),
+        ("seed: 0x" + "f" * 5000, "found an integer of 5,002 digits"),
+        ("seed: !!int abc", "found 'abc', expected an integer"),
+        ("seed: !!float abc", "found 'abc', expected a number"),
+        ("seed: !!bool abc", "found 'abc', expected true or false"),
+        ("seed: !!timestamp 2001-01-01", "could not determine a constructor for the tag"),
+        ("seed: !!set {a}", "could not determine a constructor for the tag"),
+        ("true: 1", "found 'true' as a key, expected a string (in quotes) or an integer"),
+        ("1.5: 1", "found '1.5' as a key"),
+        ("null: 1", "found 'null' as a key"),
+        ("? [a]\n: 1", "found a list or a mapping as a key"),
+        ("{1: a, 0x1: b}", "the key '1' appears twice"),
+        ("{1: a, '1': b}", "the key '1' appears twice"),
+        ('name: "\\ud83d"', "in which half of a surrogate pair is missing"),
+    ],
+)
+def test_value_that_readers_disagree_on_is_refused_with_its_line(text, message):
+    assert message in problems(text)[0]
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+NUMBERLIKE = r"[-+]?[0-9.:_]{0,6}([eE][-+]?[0-9]{0,3})?"
+LOOKALIKES = st.from_regex(rf"{NUMBERLIKE}|[yYnNoOtTfF~<=!&*]{{1,3}}[a-z]{{0,4}}", fullmatch=True)
+KEYS = st.text() | LOOKALIKES | st.integers()
+VALUES = st.recursive(
+    SCALARS | LOOKALIKES,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text() | LOOKALIKES | st.integers(), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+def one_name_each(value: object) -> bool:
+    """Returns whether no mapping has two keys that JSON would take for one."""
+    if isinstance(value, dict):
+        return len(set(map(str, value))) == len(value) and all(map(one_name_each, value.values()))
+    return not isinstance(value, list) or all(map(one_name_each, value))
+
+
+@given(VALUES.filter(one_name_each))
+def test_every_value_is_written_so_that_it_is_read_back(value):
+    assert repr(parse_yaml(format_yaml(value))) == repr(value)  # repr tells types and NaN
+
+
+def test_numbers_that_are_meant_as_text_stay_as_they_are_written():
+    read = parse_yaml("{args: [1.10, 010, true, 2, x, null, [3]], other: 1.10}", lambda keys: keys[0] == "args")
+    assert read == {"args": ["1.10", "010", "true", "2", "x", None, ["3"]], "other": 1.1}
+    assert parse_yaml("1.10", lambda keys: keys == ("args", "0"), ("args", "0")) == "1.10"

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
+from scipy import sparse
 from torch.utils.data import Dataset, IterableDataset
 
 from distopt.data.sources import ArraySource, DatasetSource, TensorSource, as_source
@@ -95,10 +97,160 @@ def test_wrong_data_are_refused_with_what_is_expected(what: Any, message: str) -
 
 
 def test_array_of_text_is_refused_before_it_is_read() -> None:
-    with pytest.raises(TypeError, match="can't convert"):
+    with pytest.raises(TypeError, match="found an array of <U1; give numbers"):
         ArraySource(np.array(["a", "b"]))
 
 
 def test_dataset_of_single_values_becomes_a_batch_of_one_part() -> None:
     (batch,) = DatasetSource(list(range(10, 20))).read(np.array([2, 0]))
     assert batch.tolist() == [12, 10]
+
+
+# Data of other libraries. x is 10 times the number of the row, and y is x plus 1, whatever the labels say.
+
+POSITIONS = 10.0 * np.arange(NUM_ROWS)
+SHUFFLED = pd.DataFrame({"x": POSITIONS, "y": POSITIONS + 1}, index=np.random.default_rng(0).permutation(NUM_ROWS))
+
+
+class Columns:
+    """A table as Hugging Face's: rows by number, columns by name."""
+
+    def __init__(self, values: Any) -> None:
+        self._values = values
+
+    def __len__(self) -> int:
+        return NUM_ROWS
+
+    def __getitem__(self, index: int) -> Any:
+        if not isinstance(index, int):
+            raise TypeError(f"expected an integer, found {index!r}")
+        return self._values[index]
+
+
+class RowTable(Columns):
+    def __init__(self) -> None:
+        super().__init__([{"x": 10.0 * row, "y": 10.0 * row + 1} for row in range(NUM_ROWS)])
+
+    def keys(self) -> list[str]:
+        return ["x", "y"]
+
+    def __getitems__(self, rows: list[int]) -> list[Any]:
+        return [self[row] for row in rows]
+
+
+class OnDisk:
+    """An array as h5py's: no array of rows that does not ascend, and no methods of numpy."""
+
+    shape = (NUM_ROWS,)
+    dtype = np.dtype(float)
+
+    def __getitem__(self, rows: Any) -> Any:
+        assert (np.diff(rows) > 0).all(), "rows must ascend"
+        return POSITIONS[rows]
+
+
+SERIES_X, SERIES_Y = SHUFFLED["x"], SHUFFLED["y"]
+PAIRS = {
+    "array and series": (POSITIONS, SERIES_Y),
+    "series": (SERIES_X, SERIES_Y),
+    "series of rows in another order": (SERIES_X, SERIES_Y.set_axis(SERIES_Y.index[::-1])),
+    "series of nullable numbers": (SERIES_X.astype("Float64"), SERIES_Y.astype("Int64")),
+    "index": (pd.Index(POSITIONS), SERIES_Y),
+    "duplicate labels": (SERIES_X.set_axis([0] * NUM_ROWS), SERIES_Y.set_axis(list("aabb") * 5 + list("abc"))),
+    "series and tensor": (SERIES_X, torch.from_numpy(POSITIONS + 1)),
+    "tensor and array": [torch.from_numpy(POSITIONS), POSITIONS + 1],
+    "array on disk and series": (OnDisk(), SERIES_Y),
+    "lists": (POSITIONS.tolist(), (POSITIONS + 1).tolist()),
+    "list and array": [POSITIONS.tolist(), POSITIONS + 1],
+    "range and list": (range(0, 10 * NUM_ROWS, 10), (POSITIONS + 1).tolist()),
+    "columns of a dataset": (Columns(POSITIONS.tolist()), Columns((POSITIONS + 1).tolist())),
+    "dataset beside a list": (Columns(POSITIONS), (POSITIONS + 1).tolist()),
+    "unmasked array": (np.ma.array(POSITIONS, mask=False), POSITIONS + 1),
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_rows_of_several_arrays_are_paired_by_position_whatever_their_labels(kind: str) -> None:
+    source = as_source(PAIRS[kind])
+    assert len(source) == NUM_ROWS
+    for rows in ([5, 22, 0, 5], list(range(NUM_ROWS))[::-1]):
+        x, y = source.read(np.array(rows))
+        assert x.tolist() == [10.0 * row for row in rows] and y.tolist() == [10.0 * row + 1 for row in rows]
+
+
+WIDE = np.where(VALUES % 3 == 0, 0.0, VALUES)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pd.DataFrame(WIDE, index=SHUFFLED.index),
+        pd.DataFrame(WIDE, columns=["a", "a"]),
+        *(kind(WIDE) for kind in (sparse.csr_matrix, sparse.csc_matrix, sparse.coo_matrix, sparse.lil_array)),
+        sparse.csc_array(WIDE),
+        torch.from_numpy(WIDE).to_sparse(),
+        np.asmatrix(WIDE),
+        WIDE.tolist(),
+        (Columns(WIDE.tolist()),),
+    ],
+    ids=lambda data: type(data).__name__,
+)
+def test_tables_and_sparse_matrices_are_read_as_dense_rows_by_position(data: Any) -> None:
+    rows = np.array([5, 22, 0, 5])
+    source = as_source((data,) if isinstance(data, list) else data)
+    assert len(source) == NUM_ROWS
+    (values,) = source.read(rows)
+    np.testing.assert_array_equal(values, WIDE[rows])
+
+
+def test_table_of_named_rows_is_a_dataset_of_mappings() -> None:
+    (batch,) = as_source(RowTable()).read(np.array([3, 1]))
+    assert {name: values.tolist() for name, values in batch.items()} == {"x": [30.0, 10.0], "y": [31.0, 11.0]}
+
+
+class Annotated:
+    """As AnnData."""
+
+    X = VALUES
+    obs = SHUFFLED
+
+    def __len__(self) -> int:
+        return NUM_ROWS
+
+    def __getitem__(self, rows: Any) -> Any:
+        return self
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ({"x": POSITIONS, "y": POSITIONS}, ValueError, r"found a dict, .* \(data\['x'\], data\['y'\]\)"),
+        (Annotated(), ValueError, r"\(data.X, data.obs\['name'\]\)"),
+        (torch.utils.data.DataLoader(list(POSITIONS)), ValueError, "give its `dataset`"),
+        (pd.DataFrame({"a": [1.0], "b": ["x"]}), TypeError, "number categories by .cat.codes"),
+        (pd.Series(["a", "b"], dtype="category"), TypeError, "number categories by .cat.codes"),
+        (SHUFFLED.assign(c=pd.Timestamp(0)), TypeError, "astype"),
+        (np.ma.array(POSITIONS, mask=POSITIONS > 50), ValueError, "fill it by array.filled"),
+        (np.array([None, 1.0]), TypeError, "found an array of object; give numbers"),
+        (np.array(3.0), ValueError, r"expected \(num_rows, ...\)"),
+        (([1.0, 2.0], ["a", "b"]), TypeError, "found an array of <U1; give numbers"),
+        (([[1.0], [2.0, 3.0]], [1, 2]), ValueError, "found a list whose items differ in length"),
+        ((POSITIONS, POSITIONS[:-1].tolist()), ValueError, "found arrays of 23, 22 rows"),
+        ((), ValueError, "found no arrays"),
+        ({1, 2}, ValueError, "data of type set cannot be read by row"),
+    ],
+)
+def test_data_without_rows_of_numbers_are_refused_with_the_edit(data: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        as_source(data)
+
+
+def test_file_of_several_arrays_is_refused_with_their_names_and_tilde_is_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "both.npz", x=POSITIONS, y=POSITIONS)
+    with pytest.raises(ValueError, match=r"both.npz holds several arrays; .* \(data\['x'\], data\['y'\]\)"):
+        as_source(tmp_path / "both.npz")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    np.save(tmp_path / "x.npy", POSITIONS)
+    assert as_source("~/x.npy").read(np.array([2]))[0].tolist() == [20.0]

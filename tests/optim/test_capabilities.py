@@ -9,6 +9,7 @@ import pyro.optim
 import pytest
 import torch
 
+import distopt.optim
 from distopt.optim import SGD, Adam, ClippedAdam, DistributedOptimizer, PackedState, PyroLRScheduler, PyroOptim
 from distopt.optim.capabilities import name_of, switches
 from distopt.optim.groups import PackedGroup
@@ -190,6 +191,73 @@ def test_subclass_of_an_optimizer_that_packs_is_given_each_parameter_by_itself()
     optim = PyroOptim(Watching, {"lr": 0.1})
     optim([param("a", 2), param("b", 3)])
     assert seen == [[(2,)], [(3,)]]
+
+
+@pytest.mark.parametrize(
+    ("constructor", "error", "message"),
+    [
+        (lambda params, **args: torch.optim.LBFGS(params, **args), ValueError, "closure"),
+        (lambda params, **args: None, TypeError, "optim_constructor returned None, expected a torch.optim.Optimizer"),
+    ],
+)
+def test_what_a_function_builds_is_checked_before_it_steps(constructor, error, message):
+    with pytest.raises(error, match=message):
+        PyroOptim(constructor, {"lr": 0.1})([param()])
+
+
+class Wrapping(torch.optim.Optimizer):
+    """An optimizer around another one, which it keeps where schedules keep theirs."""
+
+    def __init__(self, params, lr):
+        params = list(params)
+        self.optimizer = torch.optim.SGD(params, lr=lr)
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        self.optimizer.step()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.mul_(2.0)
+
+
+@pytest.mark.parametrize("module", [distopt.optim, pyro.optim])
+def test_optimizer_around_another_one_is_stepped_itself(module):
+    p = param()
+    p.grad = torch.ones_like(p)
+    expected = 2 * (p.detach() - 0.5)
+    module.PyroOptim(Wrapping, {"lr": 0.5})([p])
+    assert torch.equal(p.detach(), expected)
+
+
+@pytest.mark.parametrize("name", sorted({"Muon", "Adafactor", "SGD"} & set(vars(torch.optim))))
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_state_is_checked_by_an_optimizer_of_the_parameter_itself(name, scheduled):
+    """Muon, for one, refuses parameters of one dimension, and so an optimizer of any other tensor on trial."""
+
+    def make():
+        constructor, args = getattr(torch.optim, name), {"lr": 0.1}
+        if not scheduled:
+            return PyroOptim(constructor, args)
+        return distopt.optim.ExponentialLR({"optimizer": constructor, "optim_args": args, "gamma": 0.5})
+
+    def step(optim, p):
+        p.grad = torch.ones_like(p)
+        optim([p])
+
+    p, optim = pyro.param("x", torch.ones(3, 2)), make()
+    step(optim, p)
+    state, value = optim.get_state(), p.detach().clone()
+    if scheduled:
+        optim.step()
+    step(optim, p)
+    pyro.clear_param_store()
+    q, other = pyro.param("x", value), make()
+    other.set_state(state)
+    if scheduled:
+        other.step()
+    step(other, q)
+    assert torch.equal(q, p)
 
 
 @pytest.mark.parametrize(

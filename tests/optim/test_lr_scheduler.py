@@ -1,10 +1,13 @@
 """Schedules of schedules, and schedules of parameters that come late."""
 
+from functools import partial
+
 import pyro
+import pyro.optim
 import pytest
 import torch
 
-from distopt.optim import ChainedScheduler, ExponentialLR, SequentialLR
+from distopt.optim import ChainedScheduler, ExponentialLR, PyroLRScheduler, SequentialLR
 from distopt.optim.groups import PackedGroup
 
 SPECS = [("ConstantLR", {"factor": 0.5, "total_iters": 3}), (torch.optim.lr_scheduler.ExponentialLR, {"gamma": 0.8})]
@@ -80,3 +83,70 @@ def test_scheduler_without_optimizer_is_refused_and_its_arguments_are_left_alone
     args = {"optimizer": torch.optim.SGD, "optim_args": {"lr": 0.1}, "gamma": 0.9}
     ExponentialLR(args)
     assert set(args) == {"optimizer", "optim_args", "gamma"}
+
+
+Plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+
+
+class Built:
+    """A callable object without a name or a signature that says what it builds."""
+
+    def __init__(self, constructor):
+        self.constructor = constructor
+
+    def __call__(self, *args, **kwargs):
+        return self.constructor(*args, **kwargs)
+
+
+class OnLoss(torch.optim.lr_scheduler.LRScheduler):
+    """A schedule of a user's, which must be given a loss."""
+
+    def get_lr(self):
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def step(self, loss=None, /):
+        super().step()
+
+
+class OnRequiredLoss(OnLoss):
+    def _initial_step(self):
+        pass
+
+    def step(self, loss, verbose=False):
+        pass
+
+
+CONSTRUCTORS = {
+    "class": (Plateau, "metrics"),
+    "partial": (partial(Plateau, patience=1), "metrics"),
+    "partial of a partial": (partial(partial(Plateau, patience=1), factor=0.5), "metrics"),
+    "object": (Built(Plateau), "metrics"),
+    "lambda": (lambda optimizer, **kwargs: Plateau(optimizer, **kwargs), "metrics"),
+    "subclass": (type("Mine", (Plateau,), {"step": lambda self, *args: Plateau.step(self, *args)}), "metrics"),
+    "a loss that is required": (OnRequiredLoss, "loss"),
+    "a loss that is not": (OnLoss, None),
+    "constant": (partial(torch.optim.lr_scheduler.ConstantLR, factor=0.5), None),
+}
+
+
+@pytest.mark.parametrize("kind", CONSTRUCTORS)
+@pytest.mark.parametrize("when", ["before", "loaded", "stepped"])
+def test_schedule_itself_is_asked_whether_it_follows_a_metric(kind, when):
+    constructor, expected = CONSTRUCTORS[kind]
+    args = {"optimizer": Built(torch.optim.SGD), "optim_args": {"lr": 1.0}}
+    optim = PyroLRScheduler(constructor, args)
+    if when != "before":
+        p = pyro.param("x", torch.zeros(3)).unconstrained()
+        p.grad = torch.ones(3)
+        optim([p])
+    if when == "loaded":
+        state, optim = optim.get_state(), PyroLRScheduler(constructor, args | {"optim_args": lambda name: {"lr": 1.0}})
+        assert optim.metric_name is None  # no schedule can be made yet, and none would be stepped
+        optim.set_state(state)
+    assert optim.metric_name == expected
+
+
+def test_scheduler_is_one_of_pyros_too():
+    optim = ExponentialLR({"optimizer": torch.optim.SGD, "optim_args": {"lr": 1.0}, "gamma": 0.5})
+    assert isinstance(optim, pyro.optim.PyroLRScheduler)
+    assert issubclass(PyroLRScheduler, pyro.optim.PyroLRScheduler)

@@ -1,10 +1,14 @@
 """What pyro.optim gets wrong is right here, and steps whose gradients are not finite are what the user asked for."""
 
+import importlib
 import math
+import pkgutil
 
+import pyro.optim
 import pytest
 import torch
 
+import distopt.optim
 from distopt.optim import SGD, Adam, FlatGradients
 from tests.optim.trajectories import param, value
 
@@ -125,3 +129,26 @@ def test_scaler_backs_off_for_a_gradient_of_another_process_as_for_its_own():
     flat.buffer.fill_(4.0)
     assert optim.clip_and_step([flat])
     assert torch.equal(value("a"), -torch.ones(3))
+
+
+@pytest.mark.parametrize("name", [each.name for each in pkgutil.iter_modules(pyro.optim.__path__)])
+def test_every_module_and_name_of_pyros_layout_is_here(name):
+    theirs, ours = (importlib.import_module(f"{package}.optim.{name}") for package in ("pyro", "distopt"))
+    names = {
+        each
+        for each, value in vars(theirs).items()
+        if str(getattr(value, "__module__", "")).startswith("pyro.optim") and not each.startswith("_")
+    }
+    assert names
+    for each in names:
+        mine, its = getattr(ours, each), getattr(theirs, each)
+        assert callable(mine)
+        if isinstance(its, type):
+            assert issubclass(mine, its), each
+    assert getattr(distopt.optim, name) is ours
+
+
+def test_every_public_name_of_pyro_optim_is_here():
+    missing = [name for name in dir(pyro.optim) if not name.startswith("_") and not hasattr(distopt.optim, name)]
+    assert missing == ["pyro"]
+    assert set(pyro.optim.__all__) <= set(dir(distopt.optim)) | {"_LRScheduler"}

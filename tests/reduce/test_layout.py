@@ -18,7 +18,7 @@ from distopt.optim import (
 )
 from distopt.reduce.layout import Layout, ParamSpec
 from distopt.reduce.messages import NUM_SLOTS
-from tests.reduce.steps import Values, by_rank, noise, step_with, store_values, unconstrained
+from tests.reduce.steps import Values, by_rank, random_values, step_with, store_values, unconstrained
 from tests.workers import Ranks
 
 
@@ -140,7 +140,7 @@ def test_filled_bucket_holds_the_scaled_gradients_side_by_side(shapes: list[tupl
     layout = layout_of(
         {f"p{i}": ParamSpec(f"p{i}", shape, torch.float64, "cpu", False, "") for i, shape in enumerate(shapes)}
     )
-    gradients: list[Tensor | None] = [noise(i, *shape, dtype=torch.float64) for i, shape in enumerate(shapes)]
+    gradients: list[Tensor | None] = [random_values(i, *shape, dtype=torch.float64) for i, shape in enumerate(shapes)]
     if not complete:
         gradients[0] = None
     (bucket,) = layout.buckets
@@ -156,7 +156,7 @@ def test_complex_gradients_are_pairs_of_real_numbers_in_their_bucket() -> None:
     layout = layout_of({"z": ParamSpec("z", (2, 2), torch.complex64, "cpu", False, "")})
     (bucket,) = layout.buckets
     assert (bucket.flat.dtype, bucket.flat.numel()) == (torch.float32, 8)
-    gradient = torch.complex(noise(1, 2, 2), noise(2, 2, 2))
+    gradient = torch.complex(random_values(1, 2, 2), random_values(2, 2, 2))
     bucket.fill_([gradient], 1.0, complete=True)
     assert torch.equal(bucket.views[0], gradient)
     assert torch.equal(bucket.flat.view(2, 2, 2), torch.view_as_real(gradient))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pyro.optim
+import torch
 
 from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.optim import PyroOptim
@@ -20,7 +21,11 @@ def from_pyro(optim: pyro.optim.PyroOptim) -> PyroOptim:
     if isinstance(optim, PyroOptim):
         return optim
     if not isinstance(optim, pyro.optim.PyroOptim):
-        raise TypeError(f"found {optim!r}, expected an optimizer of distopt.optim or pyro.optim.")
+        is_made = not callable(optim) or isinstance(optim, torch.optim.Optimizer)
+        described = f"an object of {type(optim)}" if is_made else str(optim)
+        raise TypeError(
+            f"found {described}, expected an optimizer of distopt.optim or pyro.optim, such as Adam({{'lr': 0.01}})."
+        )
 
     if isinstance(optim, pyro.optim.PyroLRScheduler):
         arguments = {"optimizer": optim.pt_optim_constructor, "optim_args": optim.pt_optim_args, **optim.kwargs}

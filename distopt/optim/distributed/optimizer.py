@@ -105,6 +105,8 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
             raise TypeError(f"reduce={reduce!r}: expected ReduceOptions(...) of distopt.optim.")
         if noise not in get_args(NoisePolicy):
             raise ValueError(f"noise={noise!r} should be 'independent' or 'shared'.")
+        if backend is not None and not isinstance(backend, Backend):
+            raise TypeError(f"backend={backend!r}: expected what distopt.init() returns, such as init('torch_dist').")
         self._optim = from_pyro(optim)
         self._options = reduce
         self._stepper = Stepper(self._optim, backend, reduce, noise)
@@ -118,6 +120,12 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
             hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}. {hint}")
         object.__setattr__(self, name, value)
+
+    # A script asks `isinstance(optim, PyroLRScheduler)` to know whether to call `step()`. Whether this is one depends
+    # on what it wraps, so it answers as that does; `type(optim)` and `isinstance` of the classes here are as ever.
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._optim)
 
     @property
     def optim(self) -> PyroOptim:

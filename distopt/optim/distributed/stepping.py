@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
+import numpy as np
 from torch import Tensor
 
 from distopt.backends import Backend, BackendError, current
@@ -126,16 +127,18 @@ class Stepper:
         measure_norm: bool = False,
     ) -> StepInfo:
         """Adds this call's gradients to those before, and reduces and steps by them if the step is complete."""
+        # Before anything is noted, so that a call that is refused leaves nothing to the next one.
+        _check_call(params, loss, step, stop)
         args, kwargs = call_closure(args, kwargs)
         if loss is not None:
             self._losses.append(float(loss))
-        self._stop |= stop
+        self._stop |= bool(stop)
         accumulated = self._accumulator.add(params)
         if accumulated is None:
             return StepInfo()
         # The caller's number is used in the step that it belongs to; the reducer counts on from it.
         if step is not None:
-            self.reducer.step = step
+            self.reducer.step = operator.index(step)
         return self._reduce_and_step(accumulated, args, kwargs, measure_norm)
 
     def follow(self) -> None:
@@ -150,17 +153,15 @@ class Stepper:
     def step_scheduler(self, *args: Any, **kwargs: Any) -> None:
         """Steps the wrapped scheduler, with the mean of the ranks' metrics if it takes one."""
         assert isinstance(self.optim, PyroLRScheduler)
-        metric = args[0] if args else kwargs.get("metrics")
-        is_metric = (
-            isinstance(metric, (int, float, Tensor)) and not isinstance(metric, bool) and _takes_metric(self.optim)
-        )
-        if is_metric or is_joining(self.reducer.backend):
-            value = float(metric) if is_metric and metric is not None else None
+        name = self.optim.metric_name
+        metric = args[0] if args else kwargs.get(name or "")
+        value = None if name is None or metric is None else float(metric)
+        if value is not None or is_joining(self.reducer.backend):
             message = RankMessage(self.reducer.step, RoundKind.SCHEDULE, value=value)
             mean = self.reducer.reduce(None, message).summary.mean_value
-            if is_metric:
+            if value is not None:
                 args = (mean, *args[1:])
-                kwargs = {key: each for key, each in kwargs.items() if key != "metrics"}
+                kwargs = {key: each for key, each in kwargs.items() if key != name}
         self.optim.step(*args, **kwargs)
 
     def abort(self, error: BaseException) -> None:
@@ -245,9 +246,18 @@ class Stepper:
         return explain_nonfinite(reducer.backend, reducer.layout.names, reduced.local, reducer.step)
 
 
-def _takes_metric(scheduler: PyroLRScheduler) -> bool:
-    """Returns whether its schedules are stepped with a metric, as `ReduceLROnPlateau` is."""
-    return "metrics" in inspect.signature(getattr(scheduler.pt_scheduler_constructor, "step", print)).parameters
+def _check_call(params: object, loss: object, step: object, stop: object) -> None:
+    """Raises TypeError or ValueError for arguments of a step that would be misread, or fail later and elsewhere."""
+    if isinstance(params, Tensor | Mapping | str) or not isinstance(params, Iterable):
+        raise TypeError(f"params is a {type(params).__name__}, expected an iterable of tensors, such as [param].")
+    if isinstance(loss, Tensor) and loss.numel() != 1:
+        raise ValueError(f"loss has shape {tuple(loss.shape)}, expected one number.")
+    if isinstance(loss, str):
+        raise TypeError(f"loss is {loss!r}, expected a number.")
+    if step is not None and (not isinstance(step, SupportsIndex) or operator.index(step) < 0):
+        raise TypeError(f"step is {step!r}, expected the number of the step, an int that is not negative.")
+    if not isinstance(stop, bool | np.bool_):
+        raise TypeError(f"stop is {stop!r}, expected True or False.")
 
 
 # What the ranks must know of gradients that one of them alone steps by: those of its sharded plates. Ranks step by the

@@ -44,7 +44,7 @@ class DDPOptimizer(DistributedOptimizer):
         super().__init__(optim, backend=backend, reduce=ReduceOptions(bucket_mib=bucket_cap_mb), noise=noise)
 
 
-class HorovodOptimizer(DistributedOptimizer):
+class HorovodOptimizer(DistributedOptimizer, pyro.optim.HorovodOptimizer):  # type: ignore[misc]
     """`DistributedOptimizer` with the arguments of `horovod.torch.DistributedOptimizer`; used in place of Pyro's.
 
     It runs over any backend, so a script that uses it needs no change without Horovod. What else can be chosen is in
@@ -114,5 +114,18 @@ def _group_names(groups: int | Sequence[Sequence[str | Tensor]]) -> Any:
     """Returns groups with the names of the parameters for their tensors."""
     if isinstance(groups, int):
         return groups
-    name = pyro.get_param_store().param_name
-    return [[each if isinstance(each, str) else str(name(each)) for each in group] for group in groups]
+    if isinstance(groups, str) or any(isinstance(group, str | Tensor) for group in groups):
+        raise ValueError(
+            f"groups={groups!r}: expected a number, or lists of names or tensors such as [['a', 'b'], ['c']]"
+        )
+    return [[_name_of(each) for each in group] for group in groups]
+
+
+def _name_of(param: str | Tensor) -> str:
+    name: str | None = param if isinstance(param, str) else pyro.get_param_store().param_name(param)
+    if name is None:
+        shape = tuple(param.shape) if isinstance(param, Tensor) else param
+        raise ValueError(
+            f"groups: a tensor of shape {shape} is no unconstrained parameter of Pyro's store yet; give the name"
+        )
+    return name

@@ -19,14 +19,14 @@ from distopt.optim import (
     TorchMultiOptimizer,
 )
 from distopt.reduce import DisagreementError
-from tests.reduce.steps import Values, noise
+from tests.reduce.steps import Values, random_values
 from tests.workers import Ranks
 
 
 def _run_multi_optimizers_on_shards_equal_one_with_all_data() -> Values:
     """A logistic regression whose rows are split: every kind of them takes one process's path with all the rows."""
     rank, size = current().rank, current().world_size
-    rows, labels = noise(3, 24, 2, dtype=torch.float64), (noise(4, 24) > 0).double()
+    rows, labels = random_values(3, 24, 2, dtype=torch.float64), (random_values(4, 24) > 0).double()
 
     def loss_of(x: Tensor, chosen: slice) -> Tensor:
         losses = torch.nn.functional.softplus(rows[chosen] @ x) - labels[chosen] * (rows[chosen] @ x)

@@ -9,6 +9,7 @@ import pyro.optim
 import pytest
 import torch
 
+import distopt.optim
 from distopt.optim import SGD, Adam, DDPOptimizer, DistributedOptimizer, HorovodOptimizer, ReduceOptions, StepInfo
 from distopt.optim.distributed.stepping import GradientAccumulator
 
@@ -103,6 +104,39 @@ def test_arguments_that_are_not_understood_are_refused() -> None:
     with pytest.raises(ValueError, match="noise='same' should be 'independent' or 'shared'"):
         DistributedOptimizer(SGD({"lr": 1.0}), noise="same")  # type: ignore[arg-type]
 
+    with pytest.raises(TypeError, match=r"backend='mpi': expected what distopt\.init\(\) returns"):
+        DistributedOptimizer(SGD({"lr": 1.0}), backend="mpi")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="nonfinite is 'skp', expected 'step', 'skip' or 'raise'"):
+        optimizer.nonfinite = "skp"
+    assert optimizer.nonfinite == "step"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"params": torch.ones(2)}, "params is a Tensor, expected an iterable of tensors"),
+        ({"params": {"x": torch.ones(2)}}, "params is a dict"),
+        ({"params": None}, "params is a NoneType"),
+        ({"loss": torch.ones(2)}, r"loss has shape \(2,\), expected one number"),
+        ({"loss": "1"}, "loss is '1', expected a number"),
+        ({"step": "3"}, "step is '3', expected the number of the step"),
+        ({"step": 2.5}, "step is 2.5"),
+        ({"step": -1}, "step is -1"),
+        ({"stop": "no"}, "stop is 'no', expected True or False"),
+        ({"stop": None}, "stop is None"),
+    ],
+)
+def test_call_that_is_refused_leaves_nothing_to_the_next_one(arguments: dict[str, Any], message: str) -> None:
+    x = pyro.param("x", torch.ones(2)).unconstrained()
+    x.grad = torch.ones(2)
+    optimizer = DistributedOptimizer(SGD({"lr": 1.0}))
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.step_with(**{"params": [x], "loss": 7.0, "stop": True, "step": 5} | arguments)
+    assert x.tolist() == [1.0, 1.0]
+
+    assert optimizer.step_with([x], loss=3.0, step=2) == StepInfo(loss=3.0, num_active=1)
+    assert (x.tolist(), optimizer.reducer.step) == ([0.0, 0.0], 3)
+
 
 def test_accumulated_gradients_are_the_sums_of_all_calls() -> None:
     accumulator = GradientAccumulator(3)
@@ -115,3 +149,16 @@ def test_accumulated_gradients_are_the_sums_of_all_calls() -> None:
     assert x.grad is not None and x.grad.eq(4.0).all()
     assert y.grad is not None and y.grad.eq(2.0).all()
     assert accumulator.take() == []
+
+
+@pytest.mark.parametrize("make", [DistributedOptimizer, DDPOptimizer, HorovodOptimizer])
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_it_is_what_it_wraps_and_what_pyro_has_by_its_name(make: Any, scheduled: bool) -> None:
+    plain = distopt.optim.ExponentialLR(dict(EXPONENTIAL)) if scheduled else SGD({"lr": 1.0})
+    optimizer = make(plain)
+    for module in (pyro.optim, distopt.optim):
+        assert isinstance(optimizer, module.PyroOptim)
+        assert isinstance(optimizer, module.PyroLRScheduler) is scheduled
+        assert isinstance(optimizer, module.HorovodOptimizer) is (make is HorovodOptimizer)
+    assert isinstance(optimizer, DistributedOptimizer) and type(optimizer) is make
+    assert not isinstance(plain, DistributedOptimizer)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -28,7 +30,7 @@ from distopt.optim import (
 )
 from distopt.reduce import DisagreementError, PeerError
 from distopt.sharding import LocalParameter, PlateShard, mark_local
-from tests.reduce.steps import Values, noise, step_with, store_values, unconstrained
+from tests.reduce.steps import Values, random_values, step_with, store_values, unconstrained
 from tests.workers import Ranks
 
 
@@ -202,7 +204,7 @@ def _run_modules_share_their_parameters() -> Values:
             pyro.sample("y", dist.Normal(mean, 1.0).to_event(1), obs=torch.ones(len(x), 2))
 
     svi = SVI(model, lambda x: None, DistributedOptimizer(Adam({"lr": 0.05})), Trace_ELBO())
-    losses = [svi.step(noise(5 * step + current().rank, 8, 3)) for step in range(20)]
+    losses = [svi.step(random_values(5 * step + current().rank, 8, 3)) for step in range(20)]
     assert losses[-1] < losses[0]
     values = store_values()
     assert sorted(values) == ["linear$$$bias", "linear$$$weight", "scale"]
@@ -259,7 +261,7 @@ def _run_guide_that_grows_differently_trains() -> Values:
 
     automatic = SVI(plain, AutoNormal(plain), DistributedOptimizer(Adam({"lr": 0.1})), Trace_ELBO())
     for step in range(5):
-        automatic.step(noise(step + 10 * rank, 6))
+        automatic.step(random_values(step + 10 * rank, 6))
     return store_values()
 
 
@@ -285,12 +287,22 @@ def _run_call_left_out_is_found_before_anything_is_stepped() -> Values:
 def _run_schedules_agree_on_the_averaged_metric() -> Values:
     """ReduceLROnPlateau sees one metric on all ranks; a rank that has joined follows its steps."""
     rank, size = current().rank, current().world_size
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    arguments = {"optimizer": torch.optim.SGD, "optim_args": {"lr": 1.0}}
+    # What is asked is the schedule, and neither its class nor the function that makes it.
+    for name, constructor in {
+        "a": partial(plateau, factor=0.5, patience=0),
+        "b": lambda optimizer: plateau(optimizer, factor=0.5, patience=0),
+    }.items():
+        other = DistributedOptimizer(PyroLRScheduler(constructor, arguments))
+        pyro.param(name, torch.zeros(2))
+        for step in range(3):
+            step_with(other, {name: torch.ones(2)})
+            other.step(metrics=np.float32(step if rank == 0 else -2 * step))
+        # The mean falls at each step if there are several ranks; alone it rises.
+        torch.testing.assert_close(unconstrained(name), torch.full((2,), -3.0 if size > 1 else -2.5))
 
-    def scheduler(**kwargs: object) -> PyroLRScheduler:
-        arguments = {"optimizer": torch.optim.SGD, "optim_args": {"lr": 1.0}, "factor": 0.5, "patience": 0}
-        return PyroLRScheduler(torch.optim.lr_scheduler.ReduceLROnPlateau, arguments | kwargs)
-
-    optim = DistributedOptimizer(scheduler())
+    optim = DistributedOptimizer(PyroLRScheduler(plateau, arguments | {"factor": 0.5, "patience": 0}))
     pyro.param("x", torch.zeros(2))
     with optim.join():
         for _step in range(3 + rank):
@@ -305,8 +317,9 @@ def _run_schedules_agree_on_the_averaged_metric() -> Values:
         best, rate = (metric, rate) if metric < best - abs(best) * 1e-4 or best == float("inf") else (best, rate * 0.5)
         expected = value
     torch.testing.assert_close(unconstrained("x"), torch.full((2,), expected))
-    arguments = {"optimizer": torch.optim.SGD, "optim_args": {"lr": 1.0}, "gamma": 0.5}
-    exponential = DistributedOptimizer(PyroLRScheduler(torch.optim.lr_scheduler.ExponentialLR, arguments))
+    exponential = DistributedOptimizer(
+        PyroLRScheduler(torch.optim.lr_scheduler.ExponentialLR, arguments | {"gamma": 0.5})
+    )
     pyro.param("y", torch.zeros(1))
     with exponential.join():
         for _ in range(1 + rank):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro
 import pytest
 import torch
@@ -96,3 +98,16 @@ def test_arguments_of_horovod_become_options() -> None:
 
 def test_bucket_cap_of_ddp_is_the_size_of_buckets() -> None:
     assert DDPOptimizer(SGD({"lr": 1.0}), bucket_cap_mb=8.0).options == ReduceOptions(bucket_mib=8.0)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ("x", "groups='x': expected a number, or lists of names or tensors"),
+        (["x", "y"], "expected a number, or lists of names or tensors"),
+        ([[torch.ones(3)]], r"groups: a tensor of shape \(3,\) is no unconstrained parameter of Pyro's store yet"),
+    ],
+)
+def test_groups_that_name_no_parameters_are_refused(groups: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HorovodOptimizer(SGD({"lr": 1.0}), groups=groups)

