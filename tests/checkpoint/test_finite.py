@@ -115,8 +115,8 @@ def test_buffers_and_frozen_parameters_may_hold_what_they_like(tmp_path):
 
 def test_names_are_listed_up_to_a_few():
     params = {f"x{index}": {"value": torch.tensor(math.nan)} for index in range(9)}
-    said = nonfinite({"params": params, "optimizers": {}, "modules": {}})
-    assert said.count("parameter") == finite._MAX_NAMES and said.endswith("and more")
+    listed = nonfinite({"params": params, "optimizers": {}, "modules": {}})
+    assert listed.count("parameter") == finite._MAX_NAMES and listed.endswith("and more")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64])

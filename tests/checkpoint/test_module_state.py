@@ -53,17 +53,17 @@ class Counting(nn.Module):
 
 def _align(directory):
     rank = current().rank
-    net, own, given = registered("net")["net"], Counting(), nn.BatchNorm1d(2, momentum=0.5)
-    own.mean += rank
-    own.count += 3 + rank
-    with Checkpointer(directory, {"own": own, "given": given}) as keeper:
+    net, counting, given = registered("net")["net"], Counting(), nn.BatchNorm1d(2, momentum=0.5)
+    counting.mean += rank
+    counting.count += 3 + rank
+    with Checkpointer(directory, {"counting": counting, "given": given}) as keeper:
         for step in (1, 2):
             net(torch.full((4, 2), float(rank + step)) + torch.arange(4.0)[:, None])
             given(torch.full((4, 2), float(rank)) + torch.arange(4.0)[:, None])
             alone = given.running_mean.clone()
             keeper.save(step)
         keeper.wait()
-    state = {**net.state_dict(), **own.state_dict(), "given": given.running_mean}
+    state = {**net.state_dict(), **counting.state_dict(), "given": given.running_mean}
     buffers = {name: value.tolist() for name, value in state.items() if not name.endswith(("weight", "bias"))}
     return buffers, alone.tolist()
 
