@@ -243,6 +243,10 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    capture: Annotated[
+        bool,
+        typer.Option("--capture", help="Say instead what capturing its steps would give."),
+    ] = False,
 ) -> None:
     """Check the environment for problems.
 
@@ -252,7 +256,23 @@ def doctor(
     from .doctor import print_findings
 
     run = _load(config, overrides) if config is not None else None
+    if capture:
+        _explain_capture(run)
+        return
     raise typer.Exit(print_findings(run, as_json=as_json, echo=typer.echo))
+
+
+def _explain_capture(run: RunConfig | None) -> None:
+    """Prints what would be captured of the steps of a run; the task is built and its first batch read, here."""
+    from distopt import train as training  # imports torch
+    from distopt.config import ConfigError
+
+    if run is None:
+        _refuse(["--capture needs a run to look at: distopt doctor CONFIG --capture"])
+    try:
+        typer.echo(str(training.explain_run(run)))
+    except (ConfigError, training.TaskError) as error:
+        _refuse([str(error)])
 
 
 @config_app.command()

@@ -15,6 +15,7 @@ MAY_CHANGE = (
     "checkpoint",
     "data.prefetch",
     "train.num_steps",
+    "train.check_steps",
     "train.capture",  # a captured step computes what an eager one does
     "train.validate_every_steps",
     "train.early_stopping",

@@ -1,5 +1,6 @@
 """The loop that a YAML configuration runs, and the contracts of what it runs: `Task` and `Logger`."""
 
+from distopt.train.explanation import explain_run
 from distopt.train.loggers import Logger, RunInfo
 from distopt.train.loop import run
 from distopt.train.report import Report
@@ -19,6 +20,7 @@ __all__ = [
     "TaskError",
     "Total",
     "compare_runs",
+    "explain_run",
     "load_run",
     "run",
     "write_report",

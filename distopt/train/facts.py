@@ -19,6 +19,7 @@ import distopt
 from distopt.backends import Backend
 from distopt.config import RunConfig
 from distopt.launchers import RUN_FILE
+from distopt.train.loggers import report_unwritable
 from distopt.train.monitor import RankPace
 
 
@@ -32,6 +33,7 @@ class Facts:
     """
 
     def __init__(self, config: RunConfig, backend: Backend, first_step: int) -> None:
+        self._has_failed = False
         self._path = config.run_dir / RUN_FILE if backend.rank == 0 else None
         if self._path is None:
             return
@@ -70,8 +72,15 @@ class Facts:
         assert self._path is not None
         # Replaced as a whole: who reads while the run goes on sees the old facts or the new ones.
         written = self._path.with_suffix(".tmp")
-        written.write_text(json.dumps(self._facts, indent=1) + "\n", encoding="utf-8")
-        os.replace(written, self._path)
+        try:
+            written.write_text(json.dumps(self._facts, indent=1) + "\n", encoding="utf-8")
+            os.replace(written, self._path)
+        except OSError as error:  # the disk is full, perhaps, and the next call finds room
+            if not self._has_failed:
+                report_unwritable(self._path, error)
+            self._has_failed = True
+        else:
+            self._has_failed = False
 
 
 def read_facts(run_dir: Path) -> dict[str, Any]:

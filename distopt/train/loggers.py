@@ -188,7 +188,7 @@ class JsonLinesLogger(Logger):
 
     def _report(self, error: OSError) -> None:
         if not self._has_failed:
-            _report_unwritable(self._path, error)
+            report_unwritable(self._path, error)
         self._has_failed = True
 
 
@@ -221,7 +221,8 @@ def _size_until(path: Path, step: int) -> int:
     return size
 
 
-def _report_unwritable(path: Path, error: OSError) -> None:
+def report_unwritable(path: Path, error: OSError) -> None:
+    """Prints that a file of the run directory cannot be written, which ends no training."""
     print(f"distopt: {path} cannot be written: {error.strerror}; training continues", file=sys.stderr, flush=True)
 
 
@@ -262,7 +263,7 @@ class TensorBoardLogger(Logger):
             yield
         except OSError as error:
             self._events = None
-            _report_unwritable(self._path, error)
+            report_unwritable(self._path, error)
 
 
 class ProgressLogger(Logger):

@@ -7,6 +7,7 @@ import sys
 import time
 from datetime import timedelta
 
+import pyro
 import torch
 from rich.console import Console
 from torch import nn
@@ -36,6 +37,9 @@ from distopt.train.validation import PREFIX, Validation
 
 # Rows that the parameters are made from. A guide's first call needs some rows, and all of them might not fit in memory.
 _INIT_ROWS = 1024
+
+# One step in so many has Pyro's checks on all along: a value that leaves its support late is found.
+_CHECKED_STEPS = 100
 
 # Errors that a user fixes after reading one line; any other error is a defect, and its traceback shows where.
 _SHARED_ERRORS = (BackendError, PeerError, DisagreementError, DriftError)  # raised on all ranks already
@@ -123,6 +127,7 @@ class _Worker:
             weight=self.batches.weight,
             capture=config.train.capture,
         )
+        self.first_step = 0  # steps that were done before this process started
         self.refusal: str | None = None  # why steps are not captured, once it has been printed
         callables = {"model": self.task.model, "guide": self.task.guide}
         self.modules = {name: each for name, each in callables.items() if isinstance(each, nn.Module)}
@@ -248,6 +253,7 @@ class _Worker:
 
     def _train(self, first_step: int, checkpointer: Checkpointer) -> int:
         """Takes the steps after `first_step`; returns how many the run has done when it ends or is stopped."""
+        self.first_step = first_step
         num_steps = self.config.train.num_steps
         step = first_step
         measurements = Measurements(self.config.run_dir if self.console else None, step, self.batches.global_batch)
@@ -292,11 +298,17 @@ class _Worker:
         with self.pace.step():
             batch = loader.batch(index)
             stop = self.stop.received != 0
-            info = self.svi.step_with(batch, step=index, stop=stop, measure_norm=measure_norm)
+            with pyro.validation_enabled(self._is_checked(step)):
+                info = self.svi.step_with(batch, step=index, stop=stop, measure_norm=measure_norm)
             if scheduler is not None and step % scheduler.every_steps == 0:
                 self.step_schedule(self.optimizer, info.loss)
         self.status.skipped_steps = self.optimizer.num_skipped_steps
         return info
+
+    def _is_checked(self, step: int) -> bool:
+        """Returns whether Pyro checks arguments, supports and shapes in this step; that changes no number."""
+        num_first = self.config.train.check_steps
+        return num_first is None or step <= self.first_step + num_first or step % _CHECKED_STEPS == 0
 
     def _report_refusal(self, step: int) -> None:
         """Says once, on rank 0, that steps are not captured and why."""

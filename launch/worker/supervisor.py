@@ -42,6 +42,17 @@ POLL_S = 0.5
 WRONG_WORLD_SIZE = 3
 """Exit status where the launcher started another number of workers than the run allows."""
 
+LIBRARY_SETTINGS = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "MALLOC_TRIM_THRESHOLD_": "4000000000",
+}
+"""Variables of a worker that its environment does not set, as `launch.env` may.
+
+Threads of OpenMP that wait give up their core, which other workers need. Memory of freed tensors stays with the process
+for the next step, instead of being mapped and cleared again: it shows in its size until the process ends.
+"""
+
 TERMINATION_LOG = Path("/dev/termination-log")
 TERMINATION_LOG_BYTES = 3000  # of the 4096 that Kubernetes keeps
 
@@ -180,6 +191,8 @@ class Supervisor:
         """Starts the worker, and returns it with the file descriptor of its output."""
         env = {**os.environ, **interface_env(os.environ), "PYTHONUNBUFFERED": "1", **self._secrets}
         env.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // self.local_size)))
+        for name, value in LIBRARY_SETTINGS.items():
+            env.setdefault(name, value)
         if screen is not None:
             reading_end, worker_end = terminal.open_pseudo_terminal(screen)
         else:

@@ -81,6 +81,17 @@ class Line:
         report.text("a line was found")
 
 
+class LineOfColumns(Line):
+    """The same line, whose rows a captured step selects itself; `num_missing` rows are left out of the columns."""
+
+    def __init__(self, num_missing: int = 0, **args: Any) -> None:
+        super().__init__(**args)
+        self._columns = (self.x[num_missing:], self.y[num_missing:])
+
+    def columns(self) -> tuple[Tensor, ...]:
+        return self._columns
+
+
 class Judged(Line):
     """The same line, validated against another one, which the slope passes on its way: it gets better, then worse."""
 
