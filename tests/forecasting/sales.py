@@ -21,13 +21,13 @@ class Sales(Task):
     def model(self, week, shop, sales):
         trend = pyro.sample("trend", dist.Normal(0.0, 1.0))
         season = pyro.sample("season", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-        noise = pyro.sample("noise", dist.LogNormal(-1.0, 1.0))
+        sigma = pyro.sample("sigma", dist.LogNormal(-1.0, 1.0))
         with pyro.plate("shops", self.num_shops):
             level = pyro.sample("level", dist.Normal(0.0, 3.0))
         angle = 2 * torch.pi * week / 52
         mean = level[shop] + trend * week / 52 + season[0] * angle.sin() + season[1] * angle.cos()
         with pyro.plate("rows", self.num_train, subsample=torch.arange(len(week))):
-            pyro.sample("sales", dist.Normal(mean, noise), obs=sales)
+            pyro.sample("sales", dist.Normal(mean, sigma), obs=sales)
 
     def rows(self):
         return self.num_train
@@ -39,7 +39,7 @@ class Sales(Task):
         worker = distopt.backends.current()
         rows = self.num_train + distopt.data.shard_rows(200, worker.rank, worker.world_size)
         week, shop, sales = self.batch(rows)
-        found, angle = self.guide.median(), 2 * torch.pi * week / 52
-        season = found["season"][0] * angle.sin() + found["season"][1] * angle.cos()
-        errors = found["level"][shop] + found["trend"] * week / 52 + season - sales
+        median, angle = self.guide.median(), 2 * torch.pi * week / 52
+        season = median["season"][0] * angle.sin() + median["season"][1] * angle.cos()
+        errors = median["level"][shop] + median["trend"] * week / 52 + season - sales
         return {"mse": Mean(float(errors.square().sum()), len(rows))}
