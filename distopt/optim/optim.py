@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import pyro.optim
 import torch
@@ -19,13 +20,13 @@ from distopt.optim.amp import scaled_step
 from distopt.optim.arguments import Args, args_for, check_args, num_arguments
 from distopt.optim.capabilities import check_arguments, check_built, check_constructor, quicker, shares, without_partial
 from distopt.optim.clipped_adam import ClippedAdam as pt_ClippedAdam
-from distopt.optim.clipping import Clip
+from distopt.optim.clipping import Clip, cached_clip
 from distopt.optim.dct_adam import DCTAdam as pt_DCTAdam
 from distopt.optim.grouping import Grouping
 from distopt.optim.groups import ParamRecord
 from distopt.optim.packed_state import PackedState
 from distopt.optim.packing import FlatGradients
-from distopt.optim.param_view import view_of
+from distopt.optim.param_view import GradClips, OptimObjects
 from distopt.optim.parameters import ParamRegistry
 from distopt.optim.state import State, check_state_dict, copied, frozen, is_scheduler
 from distopt.optim.step_plan import LooseGradients, Planner, StepPlan, all_finite
@@ -105,7 +106,12 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
 
         # What a functools.partial adds are arguments as any others: the class behind it may be one that packs.
         self._constructor, self._default_args = without_partial(optim_constructor)
-        self._clip = None if callable(self.pt_clip_args) else Clip.of(self.pt_clip_args, "*")
+        if not callable(self.pt_clip_args):
+            Clip.of(self.pt_clip_args, "*")
+        self._start()
+
+    def _start(self) -> None:
+        """Begins without any parameter."""
         self._registry = ParamRegistry()
         self._groups = Grouping(self._constructor, self._construct, self._scheduled)
         self._planner = Planner(self._registry, self._groups, self._record)
@@ -139,6 +145,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         if args or kwargs:
             args, kwargs = call_closure(args, kwargs)
         with torch.no_grad():
+            self._settle()
             plan, buffers = self._planner.plan_for(tensors)
             self._apply(plan, buffers, args, kwargs)
 
@@ -170,6 +177,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             FloatingPointError: A gradient is not finite and `nonfinite` is "raise"; nothing was stepped.
         """
         with torch.no_grad():
+            self._settle()
             plan = self._planner.flat_plan_for(dense, loose)
             return self._apply(plan, plan.scatter(dense, loose), args, kwargs, total_norm, is_finite)
 
@@ -218,6 +226,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         State that was loaded and whose parameter has not been seen yet is in it, too. Nothing shares memory with the
         optimizer; tensors of parameters that are stepped together are views of one copy (`clone` one to keep it alone).
         """
+        self._settle()
         states = {id(m): state for g in self._groups for m, state in zip(g.members, g.states(), strict=True)}
         present = {name: states[id(record)] for name, record in self._registry.by_state_name().items()}
         return {**copied(self._registry.waiting), **present}
@@ -231,6 +240,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             ValueError: A state is of another optimizer or shape; nothing is changed then.
         """
         check_state_dict(state_dict)
+        self._settle()
         known = self._registry.loadable()
         live = [(known[name], state) for name, state in state_dict.items() if name in known]
         for record, state in live:
@@ -262,6 +272,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             >>> optim.packed_state().columns[0].columns
             {'momentum_buffer': tensor([1., 1.])}
         """
+        self._settle()
         if not self._registry.is_in_store():
             return PackedState.from_states(self.get_state())  # names that only `get_state` can tell
 
@@ -295,13 +306,78 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             self.set_state(torch.load(file, map_location=map_location, weights_only=True))
 
     @property
-    def optim_objs(self) -> dict[Tensor, Any]:
+    def optim_objs(self) -> OptimObjects:
         """The torch optimizer (or scheduler) of each parameter, as `pyro.optim` shows it.
 
-        Parameters that are stepped together share its hyper-parameters; gradient, state and `state_dict` are those of
-        the one parameter.
+        Hyper-parameters can be read and set, gradients cleared, state read. A parameter that is removed, by `del` or
+        `clear`, begins anew at its next step, with the arguments that hold then.
         """
-        return {record.param: view_of(record, record.group) for record in self._registry if record.group is not None}
+        return OptimObjects(self._registry, self._groups, self._remove)
+
+    @property
+    def grad_clip(self) -> GradClips:
+        """What clips the gradient of each parameter; limits that are removed are read anew from `pt_clip_args`."""
+        return GradClips(self._registry, self._read_clips)
+
+    def _remove(self, records: Sequence[ParamRecord]) -> None:
+        self._settle()
+        self._groups.extract(records)
+        for record in records:
+            self._registry.forget(record)
+        self._planner.forget()
+
+    def _read_clips(self, records: Sequence[ParamRecord]) -> None:
+        self._settle()
+        extracted = self._groups.extract(records)
+        for m, _ in extracted:
+            m.clip = self._clip_of(m.name)
+            m.key = (m.key[0], m.clip, *m.key[2:])
+        self._groups.assign(extracted)
+        self._planner.forget()
+
+    def _settle(self) -> None:
+        """Makes what was set through `optim_objs` hold, before anything depends on it."""
+        if self._groups.settle():
+            self._planner.forget()
+
+    # -- copies --------------------------------------------------------------------------------------------------------
+
+    _INTERNAL: ClassVar[frozenset[str]] = frozenset({"_registry", "_groups", "_planner"})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Returns an optimizer of copied parameters, with copied state, as `pyro.optim` does.
+
+        The parameters are those that are copied along: `model, optim = copy.deepcopy((model, optim))` goes on with
+        both. To the parameters of the original it is a new optimizer, which has not seen them.
+        """
+        self._settle()
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        settings = {key: value for key, value in vars(self).items() if key not in self._INTERNAL}
+        twin.__dict__.update(copy.deepcopy(settings, memo))
+        twin._start()
+        twin._registry.waiting.update(copied(self._registry.waiting))
+
+        assignments = []
+        for group in self._groups:
+            for m, state in zip(group.members, group.states(), strict=True):
+                param = copy.deepcopy(m.param, memo)
+                record = ParamRecord(param, m.name, copy.deepcopy(m.args, memo), m.clip, m.key, m.alone, m.named)
+                twin._registry.add(record)
+                assignments.append((record, state))
+        twin._groups.assign(assignments)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what is pickled: the arguments, and the state of all parameters by name."""
+        settings = {key: value for key, value in vars(self).items() if key not in self._INTERNAL}
+        return {"settings": settings, "state": copied(self.get_state())}  # views of one copy would each take it whole
+
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        """Takes up the arguments; state waits for the parameter of its name."""
+        self.__dict__.update(pickled["settings"])
+        self._start()
+        self.set_state(pickled["state"])
 
     # -- what a scheduler overrides, and records of new parameters -----------------------------------------------------
 
@@ -319,11 +395,15 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         """Returns what parameters that are first seen now have in common, beyond their arguments."""
         return None
 
+    def _clip_of(self, name: str) -> Clip:
+        """Returns the limits of parameter `name`; one object for equal limits, by whose identity plans are made."""
+        return cached_clip(Clip.of(args_for("clip_args", self.pt_clip_args, name), name))
+
     def _record(self, name: str, p: Tensor) -> ParamRecord:
         """Returns the record of a parameter that is seen for the first time."""
         args = self._args_of(name)
         check_arguments(args, f"optim_args of parameter {name!r}")
-        clip = self._clip or Clip.of(args_for("clip_args", self.pt_clip_args, name), name)
+        clip = self._clip_of(name)
         key = (_args_key(args), clip, p.dtype, p.device, self._birth())
         alone = not shares(self._constructor, args) or p.is_complex() or not p.is_contiguous()
         return ParamRecord(p, name, args, clip, key, alone, pyro.get_param_store().param_name(p) is not None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class StepPlan:
         members: Those of them that have a gradient.
         missing: Those that have none.
     """
+
+    _leaves_gradients: ClassVar[bool] = True  # as they are stepped by, in `.grad`
 
     def __init__(
         self, tensors: tuple[Tensor, ...], members: Sequence[ParamRecord], missing: Sequence[Tensor] = ()
@@ -114,8 +116,11 @@ class StepPlan:
                 listed.clip_(members)
         for norm in self._norms:
             changed |= clip_by_global_norm_(self.gradients(buffers, norm), norm, total_norm)
-        if changed:
-            self._write_gradients()
+        if self._leaves_gradients:
+            for group, buffer in zip(self._packed, buffers, strict=True):
+                changed |= group.clamp_(buffer)
+            if changed:
+                self._write_gradients()
 
         for group, buffer in zip(self._packed, buffers, strict=True):
             group.step(buffer, *args, **kwargs)
@@ -145,6 +150,8 @@ class FlatStepPlan(StepPlan):
     what the group steps by, without a copy. So they do in the steady state of a distributed run, whose buckets and
     whose groups are both sorted by name.
     """
+
+    _leaves_gradients: ClassVar[bool] = False  # those that were handed over are not those in `.grad`
 
     def __init__(self, dense: Sequence[FlatGradients], loose: LooseGradients, members: Sequence[ParamRecord]) -> None:
         tensors = tuple(p for flat in dense for p in flat.params) + tuple(p for _, p, _ in loose)
@@ -187,9 +194,6 @@ class FlatStepPlan(StepPlan):
             for m in members:
                 m.param.grad = self._gradient(m.param, dense, loose)
         return buffers
-
-    def _write_gradients(self) -> None:
-        """Does nothing: the gradients that were handed over are not those in `.grad`."""
 
     def _gradient(self, p: Tensor, dense: Sequence[FlatGradients], loose: LooseGradients) -> Tensor:
         if id(p) in self._loose_index:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import random
+
 import pyro
 import pyro.optim
 import pytest
 import torch
 
+import distopt.backends
 import distopt.optim
+from distopt.optim import SGD, Adam, DistributedOptimizer
+from distopt.optim.groups import PackedGroup
+from tests.optim.trajectories import groups, param, stepped
 
 OPTIMIZERS = [
     ("Adam", {"lr": 0.1}),
@@ -136,3 +144,212 @@ def test_step_and_load_of_one_parameter_are_refused_and_the_message_says_what_to
         optim.optim_objs[params[0]].step()
     with pytest.raises(TypeError, match=r"set_state\(\{'a': state\}\)"):
         optim.optim_objs[params[0]].load_state_dict({})
+
+
+# Whole scripts that write through `optim_objs`, against the same scripts over pyro.optim.
+
+EDITED = [
+    ("SGD", {"lr": 0.5, "momentum": 0.5}, "lr"),
+    ("Adam", {"lr": 0.5, "weight_decay": 0.1}, "lr"),
+    ("ClippedAdam", {"lr": 0.5, "lrd": 0.9, "clip_norm": 0.5}, "lr"),
+    ("AdagradRMSProp", {"eta": 0.5}, "eta"),
+    ("RMSprop", {"lr": 0.1}, "lr"),
+    ("ExponentialLR", {"optimizer": torch.optim.SGD, "optim_args": {"lr": 0.5, "momentum": 0.5}, "gamma": 0.5}, "lr"),
+]
+
+
+def hyper(optim, p):
+    optimizer = optim.optim_objs[p]
+    return getattr(optimizer, "optimizer", optimizer).param_groups[0]
+
+
+def edit(optim, params, rate, r):
+    """One thing that scripts do, chosen at random; returns what they read."""
+    one = params[r.randrange(len(params))]
+    match r.randrange(8):
+        case 0:
+            hyper(optim, one)[rate] = 0.25
+        case 1:
+            for p in optim.optim_objs:
+                hyper(optim, p)[rate] *= 0.5
+        case 2:
+            for p in params[::2]:
+                hyper(optim, p).update({rate: 0.125})
+        case 3:
+            del optim.optim_objs[one]
+        case 4:
+            optim.optim_objs.clear()
+            optim.grad_clip.clear()
+        case 5:
+            optim.optim_objs.pop(one)
+        case 6 if "weight_decay" in hyper(optim, one):
+            hyper(optim, one)["weight_decay"] = 0.5
+        case 7 if hasattr(optim, "step"):
+            optim.step()
+    return [float(hyper(optim, p)[rate]) for p in params if p in optim.optim_objs]
+
+
+@pytest.mark.parametrize(("name", "args", "rate"), EDITED, ids=[name for name, *_ in EDITED])
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_set_and_removed_through_optim_objs_holds_as_with_pyro(name, args, rate, seed):
+    def run(module):
+        pyro.clear_param_store()
+        params = [pyro.param(f"p{i}", torch.full((3,), float(i))) for i in range(6)]
+        optim, r, log = getattr(module, name)(copy.deepcopy(args)), random.Random(seed), []
+        for step in range(20):
+            chosen = params if step % 3 else params[: 3 + step % 4]
+            for p in chosen:
+                p.grad = torch.linspace(-1.0, 2.0, 3) + step % 5
+            optim(chosen)
+            if step % 2:
+                log.append(edit(optim, chosen, rate, r))
+            log += [p.tolist() for p in params]
+        return log
+
+    torch.testing.assert_close(run(distopt.optim), run(pyro.optim), rtol=1e-5, atol=1e-6)
+
+
+def test_all_rates_halved_in_a_loop_leave_all_in_one_group_and_one_that_differs_leaves_alone():
+    params = [param(f"x{i}") for i in range(20)]
+    optim = stepped(params, Adam({"lr": 0.1}))
+    (group,) = groups(optim, PackedGroup)
+    for p in params:
+        optim.optim_objs[p].param_groups[0]["lr"] *= 0.5
+    stepped(params, optim)
+    assert groups(optim, PackedGroup) == [group] and group.hyper_of(group.members[0])["lr"] == 0.05
+    optim.optim_objs[params[3]].param_groups[0]["lr"] = 1.0
+    assert optim.get_state()["x3"]["param_groups"][0]["lr"] == 1.0
+    assert optim.packed_state().unpack()["x4"]["param_groups"][0]["lr"] == 0.05
+    assert sorted(len(g.members) for g in groups(optim, PackedGroup)) == [1, 19]
+
+
+def test_limits_that_are_removed_are_read_anew():
+    params = [param(f"x{i}") for i in range(3)]
+    optim = stepped(params, SGD({"lr": 1.0}, {"clip_norm": 0.5}))
+    assert [callable(each) for each in optim.grad_clip.values()] == [True] * 3
+    optim.pt_clip_args = {}
+    optim.grad_clip.clear()
+    assert list(optim.grad_clip.values()) == [None] * 3
+    before = params[0].detach().clone()
+    stepped(params, optim)
+    torch.testing.assert_close(before - params[0].detach(), torch.ones_like(before))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda optim, p: optim.optim_objs[p].state.clear(),
+        lambda optim, p: optim.optim_objs[p].state.update({p: {}}),
+        lambda optim, p: optim.optim_objs[p].state[p].update(step=0),
+        lambda optim, p: optim.optim_objs[p].state[p].pop("step"),
+        lambda optim, p: optim.optim_objs[p].param_groups[0].pop("lr"),
+        lambda optim, p: optim.optim_objs.update({p: torch.optim.SGD([p], lr=1.0)}),
+        lambda optim, p: optim.grad_clip.update({p: None}),
+        lambda optim, p: optim.optim_objs[p].param_groups[0].update(params=[]),
+    ],
+)
+def test_what_cannot_be_written_is_refused_and_never_ignored(write):
+    p = param()
+    optim = stepped([p], Adam({"lr": 0.1}))
+    state = optim.get_state()
+    with pytest.raises(TypeError, match="optim_objs|grad_clip"):
+        write(optim, p)
+    assert str(optim.get_state()) == str(state)
+
+
+def test_schedule_of_one_parameter_cannot_be_stepped_or_changed():
+    params = [param("x"), param("y")]
+    args = {"optimizer": torch.optim.SGD, "optim_args": {"lr": 1.0}, "gamma": 0.5}
+    optim = stepped(params, distopt.optim.ExponentialLR(args))
+    acts = (lambda view: view.step(), lambda view: setattr(view, "gamma", 0.1), lambda view: view.load_state_dict({}))
+    for act in acts:
+        with pytest.raises(TypeError, match="optim_objs"):
+            act(optim.optim_objs[params[0]])
+
+
+# Copies and pickles of optimizers that have stepped.
+
+COPIED = [
+    ("SGD", {"lr": 0.5, "momentum": 0.5}),
+    ("Adam", {"lr": 0.5}),
+    ("ClippedAdam", {"lr": 0.5, "lrd": 0.9}),
+    ("ExponentialLR", {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.5}, "gamma": 0.5}),
+]
+
+
+def step(optim, params, gradient):
+    for p in params:
+        p.grad = torch.full_like(p, gradient)
+    optim(params)
+    if hasattr(optim, "step"):
+        optim.step()
+
+
+def trained(module, name, args, distributed=False):
+    pyro.clear_param_store()
+    params = [pyro.param(f"p{i}", torch.full((3,), float(i))) for i in range(5)]
+    optim = getattr(module, name)(copy.deepcopy(args))
+    optim = DistributedOptimizer(optim) if distributed else optim
+    for gradient in (1.0, -0.5, 2.0):
+        step(optim, params, gradient)
+    return optim, params
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize(("name", "args"), COPIED, ids=[name for name, _ in COPIED])
+def test_copy_steps_the_parameters_of_the_original_as_pyros_does(name, args, distributed):
+    def run(module, *options):
+        optim, params = trained(module, name, args, *options)
+        twin, log = copy.deepcopy(optim), []
+        for each in (twin, optim, twin):
+            step(each, params, 1.5)
+            log.append([p.detach().clone() for p in params])
+        return log
+
+    torch.testing.assert_close(run(distopt.optim, distributed), run(pyro.optim), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "args"), COPIED, ids=[name for name, _ in COPIED])
+def test_parameters_that_are_copied_along_go_on_with_the_copy_and_leave_the_original_alone(name, args):
+    def run(module):
+        optim, params = trained(module, name, args)
+        copies, twin = copy.deepcopy((params, optim))
+        for each, tensors in ((twin, copies), (optim, params), (twin, copies)):
+            step(each, tensors, 1.5)
+        return [p.detach().clone() for p in (*params, *copies)]
+
+    torch.testing.assert_close(run(distopt.optim), run(pyro.optim), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", [lambda x: pickle.loads(pickle.dumps(x)), copy.copy], ids=["pickle", "copy"])
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize(("name", "args"), COPIED, ids=[name for name, _ in COPIED])
+def test_pickle_goes_on_with_the_parameters_of_its_names(name, args, distributed, how):
+    optim, params = trained(distopt.optim, name, args, distributed)
+    step(optim, params, 1.5)
+    expected = [p.detach().clone() for p in params]
+
+    optim, params = trained(distopt.optim, name, args, distributed)
+    state = optim.get_state()
+    read = how(optim)
+    assert type(read) is type(optim) and str(read.get_state()) == str(state)
+    step(read, params, 1.5)
+    torch.testing.assert_close([p.detach() for p in params], expected)
+
+
+def test_copy_of_a_distributed_optimizer_keeps_class_options_and_backend_and_a_pickle_cannot():
+    backend = distopt.backends.current()
+    plain = SGD({"lr": 1.0})
+    options = distopt.optim.ReduceOptions(bucket_mib=3)
+    twin = copy.deepcopy(DistributedOptimizer(plain, backend=backend, reduce=options))
+    assert twin.backend is backend and twin.options == options and twin.optim is not plain
+    assert type(copy.deepcopy(distopt.optim.HorovodOptimizer(plain))) is distopt.optim.HorovodOptimizer
+    with pytest.raises(TypeError, match="cannot be pickled; save its state"):
+        pickle.dumps(twin)
+
+
+def test_copy_between_the_calls_of_one_step_is_refused():
+    optim = DistributedOptimizer(SGD({"lr": 1.0}), reduce=distopt.optim.ReduceOptions(backward_passes_per_step=2))
+    step(optim, [param()], 1.0)
+    with pytest.raises(TypeError, match="between the calls that make one step"):
+        copy.deepcopy(optim)
