@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -272,6 +273,9 @@ class Planner:
             if _is_sparse(gradient):
                 self._set_alone(m)
 
+        # An element's last bit may follow from whether it is in the rest of a vector register, so from its position in
+        # the flat tensor: the order is that of the names, whatever order the gradients come in.
+        members.sort(key=attrgetter("name"))
         self._arrange(members, [])
         plan = FlatStepPlan(dense, loose, members)
         self._flat_plans = [plan, *self._flat_plans[: _MAX_PLANS - 1]]
