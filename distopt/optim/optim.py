@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import pyro.optim
 import torch
@@ -21,6 +20,7 @@ from distopt.optim.arguments import Args, args_for, check_args, num_arguments
 from distopt.optim.capabilities import check_arguments, check_built, check_constructor, quicker, shares, without_partial
 from distopt.optim.clipped_adam import ClippedAdam as pt_ClippedAdam
 from distopt.optim.clipping import Clip, cached_clip
+from distopt.optim.copies import Copies
 from distopt.optim.dct_adam import DCTAdam as pt_DCTAdam
 from distopt.optim.grouping import Grouping
 from distopt.optim.groups import ParamRecord
@@ -36,7 +36,7 @@ __all__ = ["PyroOptim", "call_closure", "is_scheduler", "pt_AdagradRMSProp", "pt
 logger = logging.getLogger("distopt.optim")
 
 
-class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
+class PyroOptim(Copies, pyro.optim.PyroOptim):  # type: ignore[misc]
     """Manages parameters that appear, pause and vanish during training; drop-in for `pyro.optim.PyroOptim`.
 
     Each parameter has the optimizer state that it would have with a torch optimizer for it alone. Parameters with equal
@@ -111,21 +111,9 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         self._start()
 
     def _start(self) -> None:
-        """Begins without any parameter."""
         self._registry = ParamRegistry()
         self._groups = Grouping(self._constructor, self._construct, self._scheduled)
         self._planner = Planner(self._registry, self._groups, self._record)
-
-    @property
-    def nonfinite(self) -> Literal["step", "skip", "raise"]:
-        """What to do with a gradient that is not finite; may be set."""
-        return self._nonfinite
-
-    @nonfinite.setter
-    def nonfinite(self, value: Literal["step", "skip", "raise"]) -> None:
-        if value not in ("step", "skip", "raise"):
-            raise ValueError(f"nonfinite is {value!r}, expected 'step', 'skip' or 'raise'.")
-        self._nonfinite: Literal["step", "skip", "raise"] = value
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -145,7 +133,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         if args or kwargs:
             args, kwargs = call_closure(args, kwargs)
         with torch.no_grad():
-            self._settle()
+            self._planner.settle()
             plan, buffers = self._planner.plan_for(tensors)
             self._apply(plan, buffers, args, kwargs)
 
@@ -177,7 +165,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             FloatingPointError: A gradient is not finite and `nonfinite` is "raise"; nothing was stepped.
         """
         with torch.no_grad():
-            self._settle()
+            self._planner.settle()
             plan = self._planner.flat_plan_for(dense, loose)
             return self._apply(plan, plan.scatter(dense, loose), args, kwargs, total_norm, is_finite)
 
@@ -226,7 +214,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         State that was loaded and whose parameter has not been seen yet is in it, too. Nothing shares memory with the
         optimizer; tensors of parameters that are stepped together are views of one copy (`clone` one to keep it alone).
         """
-        self._settle()
+        self._planner.settle()
         states = {id(m): state for g in self._groups for m, state in zip(g.members, g.states(), strict=True)}
         present = {name: states[id(record)] for name, record in self._registry.by_state_name().items()}
         return {**copied(self._registry.waiting), **present}
@@ -240,7 +228,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             ValueError: A state is of another optimizer or shape; nothing is changed then.
         """
         check_state_dict(state_dict)
-        self._settle()
+        self._planner.settle()
         known = self._registry.loadable()
         live = [(known[name], state) for name, state in state_dict.items() if name in known]
         for record, state in live:
@@ -272,7 +260,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             >>> optim.packed_state().columns[0].columns
             {'momentum_buffer': tensor([1., 1.])}
         """
-        self._settle()
+        self._planner.settle()
         if not self._registry.is_in_store():
             return PackedState.from_states(self.get_state())  # names that only `get_state` can tell
 
@@ -312,72 +300,12 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         Hyper-parameters can be read and set, gradients cleared, state read. A parameter that is removed, by `del` or
         `clear`, begins anew at its next step, with the arguments that hold then.
         """
-        return OptimObjects(self._registry, self._groups, self._remove)
+        return OptimObjects(self._registry, self._groups, self._planner.remove)
 
     @property
     def grad_clip(self) -> GradClips:
         """What clips the gradient of each parameter; limits that are removed are read anew from `pt_clip_args`."""
-        return GradClips(self._registry, self._read_clips)
-
-    def _remove(self, records: Sequence[ParamRecord]) -> None:
-        self._settle()
-        self._groups.extract(records)
-        for record in records:
-            self._registry.forget(record)
-        self._planner.forget()
-
-    def _read_clips(self, records: Sequence[ParamRecord]) -> None:
-        self._settle()
-        extracted = self._groups.extract(records)
-        for m, _ in extracted:
-            m.clip = self._clip_of(m.name)
-            m.key = (m.key[0], m.clip, *m.key[2:])
-        self._groups.assign(extracted)
-        self._planner.forget()
-
-    def _settle(self) -> None:
-        """Makes what was set through `optim_objs` hold, before anything depends on it."""
-        if self._groups.settle():
-            self._planner.forget()
-
-    # -- copies --------------------------------------------------------------------------------------------------------
-
-    _INTERNAL: ClassVar[frozenset[str]] = frozenset({"_registry", "_groups", "_planner"})
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Returns an optimizer of copied parameters, with copied state, as `pyro.optim` does.
-
-        The parameters are those that are copied along: `model, optim = copy.deepcopy((model, optim))` goes on with
-        both. To the parameters of the original it is a new optimizer, which has not seen them.
-        """
-        self._settle()
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        settings = {key: value for key, value in vars(self).items() if key not in self._INTERNAL}
-        twin.__dict__.update(copy.deepcopy(settings, memo))
-        twin._start()
-        twin._registry.waiting.update(copied(self._registry.waiting))
-
-        assignments = []
-        for group in self._groups:
-            for m, state in zip(group.members, group.states(), strict=True):
-                param = copy.deepcopy(m.param, memo)
-                record = ParamRecord(param, m.name, copy.deepcopy(m.args, memo), m.clip, m.key, m.alone, m.named)
-                twin._registry.add(record)
-                assignments.append((record, state))
-        twin._groups.assign(assignments)
-        return twin
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Returns what is pickled: the arguments, and the state of all parameters by name."""
-        settings = {key: value for key, value in vars(self).items() if key not in self._INTERNAL}
-        return {"settings": settings, "state": copied(self.get_state())}  # views of one copy would each take it whole
-
-    def __setstate__(self, pickled: dict[str, Any]) -> None:
-        """Takes up the arguments; state waits for the parameter of its name."""
-        self.__dict__.update(pickled["settings"])
-        self._start()
-        self.set_state(pickled["state"])
+        return GradClips(self._registry, lambda records: self._planner.read_clips(records, self._clip_of))
 
     # -- what a scheduler overrides, and records of new parameters -----------------------------------------------------
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distopt.optim.capabilities import drifts
-from distopt.optim.clipping import clip_by_global_norm_
+from distopt.optim.clipping import Clip, clip_by_global_norm_
 from distopt.optim.grouping import Grouping
 from distopt.optim.groups import ListGroup, PackedGroup, ParamRecord
 from distopt.optim.packing import FlatGradients, addresses, has_dense_gradients, same
@@ -280,6 +280,29 @@ class Planner:
         plan = FlatStepPlan(dense, loose, members)
         self._flat_plans = [plan, *self._flat_plans[: _MAX_PLANS - 1]]
         return plan
+
+    def settle(self) -> None:
+        """Makes what was set for single parameters hold, before anything depends on it."""
+        if self._groups.settle():
+            self.forget()
+
+    def remove(self, records: Sequence[ParamRecord]) -> None:
+        """Removes parameters with their states; they begin anew when they are stepped again."""
+        self.settle()
+        self._groups.extract(records)
+        for record in records:
+            self._registry.forget(record)
+        self.forget()
+
+    def read_clips(self, records: Sequence[ParamRecord], clip_of: Callable[[str], Clip]) -> None:
+        """Asks anew how the gradients of parameters are clipped."""
+        self.settle()
+        extracted = self._groups.extract(records)
+        for m, _ in extracted:
+            m.clip = clip_of(m.name)
+            m.key = (m.key[0], m.clip, *m.key[2:])
+        self._groups.assign(extracted)
+        self.forget()
 
     def forget(self) -> None:
         """Drops all plans: parameters have changed their groups."""

@@ -56,8 +56,8 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
     is defined here. `optim`, `options`, `backend`, `reducer` and `is_synchronized` say what it is made of; a training
     loop calls it, or `step_with`, and `zero_grad`, `synchronize`, `join`, `abort` and, over a scheduler, `step`. Its
     state is in `get_state`, `set_state`, `packed_state`, `set_packed_state`, `save`, `load` and `rank_local_state`.
-    `nonfinite`, `scaler`, `num_skipped_steps`, `nonfinite_names`, `optim_objs` and `pt_...` are the wrapped
-    optimizer's. Setting any other attribute is an error.
+    `nonfinite`, `scaler`, `num_skipped_steps`, `nonfinite_names`, `optim_objs`, `grad_clip` and `pt_...` are the
+    wrapped optimizer's. Setting any other attribute is an error.
 
     Args:
         optim: The optimizer to wrap: of `distopt.optim` or `pyro.optim`, a scheduler too. State that it has loaded is
@@ -177,7 +177,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
         Raises:
             TypeError: Gradients of calls before wait for the rest of their step.
         """
-        twin: Self = self._rebuilt(type(self), copy.deepcopy(self._optim, memo), self._options, *self._stepper.links())
+        twin: Self = _rebuilt(type(self), copy.deepcopy(self._optim, memo), self._options, *self._stepper.links())
         memo[id(self)] = twin
         return twin
 
@@ -190,16 +190,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
         backend, rng_policy = self._stepper.links()
         if backend is not None:
             raise TypeError("an optimizer that was given a backend cannot be pickled; save its state by get_state()")
-        return self._rebuilt, (type(self), self._optim, self._options, None, rng_policy)
-
-    @staticmethod
-    def _rebuilt(
-        kind: Any, optim: PyroOptim, options: ReduceOptions, backend: Backend | None, rng_policy: NoisePolicy
-    ) -> Any:
-        """Returns an optimizer of this class or one derived from it, whatever the arguments of its constructor."""
-        optimizer = kind.__new__(kind)
-        vars(optimizer).update(_optim=optim, _options=options, _stepper=Stepper(optim, backend, options, rng_policy))
-        return optimizer
+        return _rebuilt, (type(self), self._optim, self._options, None, rng_policy)
 
     # One step.
 
@@ -348,3 +339,12 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
     def load(self, filename: str | Path, map_location: Any = None) -> None:
         """Reads the state; every rank must call it."""
         self.optim.load(filename, map_location)
+
+
+def _rebuilt(
+    kind: Any, optim: PyroOptim, options: ReduceOptions, backend: Backend | None, rng_policy: NoisePolicy
+) -> Any:
+    """Returns a `DistributedOptimizer` or one derived from it, whatever the arguments of its constructor."""
+    optimizer = kind.__new__(kind)
+    vars(optimizer).update(_optim=optim, _options=options, _stepper=Stepper(optim, backend, options, rng_policy))
+    return optimizer
