@@ -1,11 +1,14 @@
-"""Copies and pickles of optimizers that have stepped."""
+"""Copies, pickles and files of optimizers that have stepped."""
 
 from __future__ import annotations
 
 import copy
 from abc import abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Self
+
+import torch
 
 from distopt.optim.grouping import Grouping
 from distopt.optim.groups import ParamRecord
@@ -15,7 +18,7 @@ from distopt.optim.step_plan import Planner
 
 
 class Copies:
-    """How a `PyroOptim` is copied.
+    """How a `PyroOptim` is copied and written to files.
 
     It finds its parameters by identity, and those that step together by their memory. Neither survives a copy that
     knows nothing of them, so what is copied are arguments, parameters and their states, of which it begins anew.
@@ -36,6 +39,21 @@ class Copies:
     @abstractmethod
     def set_state(self, state_dict: Mapping[str, State]) -> None:
         """Replaces the state of parameters."""
+
+    def save(self, filename: str | Path) -> None:
+        """Writes `get_state()` to the file `filename`; `pyro.optim` can read it."""
+        with open(filename, "wb") as file:
+            torch.save(self.get_state(), file)
+
+    def load(self, filename: str | Path, map_location: Any = None) -> None:
+        """Reads what `save` wrote, here or in `pyro.optim`, and hands it to `set_state`.
+
+        Args:
+            filename: The file; only tensors, numbers, strings and containers of them are read, no code is run.
+            map_location: As in `torch.load`.
+        """
+        with open(filename, "rb") as file:
+            self.set_state(torch.load(file, map_location=map_location, weights_only=True))
 
     _INTERNAL: ClassVar[frozenset[str]] = frozenset({"_registry", "_groups", "_planner"})
 

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pyro.optim
@@ -114,6 +113,17 @@ class PyroOptim(Copies, pyro.optim.PyroOptim):  # type: ignore[misc]
         self._registry = ParamRegistry()
         self._groups = Grouping(self._constructor, self._construct, self._scheduled)
         self._planner = Planner(self._registry, self._groups, self._record)
+
+    @property
+    def nonfinite(self) -> Literal["step", "skip", "raise"]:
+        """What to do with a gradient that is not finite; may be set."""
+        return self._nonfinite
+
+    @nonfinite.setter
+    def nonfinite(self, value: Literal["step", "skip", "raise"]) -> None:
+        if value not in ("step", "skip", "raise"):
+            raise ValueError(f"nonfinite is {value!r}, expected 'step', 'skip' or 'raise'.")
+        self._nonfinite: Literal["step", "skip", "raise"] = value
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -277,21 +287,6 @@ class PyroOptim(Copies, pyro.optim.PyroOptim):  # type: ignore[misc]
             ValueError: As `set_state`.
         """
         self.set_state(packed.unpack())
-
-    def save(self, filename: str | Path) -> None:
-        """Writes `get_state()` to the file `filename`; `pyro.optim` can read it."""
-        with open(filename, "wb") as file:
-            torch.save(self.get_state(), file)
-
-    def load(self, filename: str | Path, map_location: Any = None) -> None:
-        """Reads what `save` wrote, here or in `pyro.optim`, and hands it to `set_state`.
-
-        Args:
-            filename: The file; only tensors, numbers, strings and containers of them are read, no code is run.
-            map_location: As in `torch.load`.
-        """
-        with open(filename, "rb") as file:
-            self.set_state(torch.load(file, map_location=map_location, weights_only=True))
 
     @property
     def optim_objs(self) -> OptimObjects:
