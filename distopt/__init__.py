@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distopt.backends import Backend, init
+    from distopt.train import load_run
 
-__all__ = ["Backend", "init", "__version__"]
+__all__ = ["Backend", "init", "load_run", "__version__"]
 
-_HOME = {"Backend": "distopt.backends", "init": "distopt.backends"}
+_HOME = {"Backend": "distopt.backends", "init": "distopt.backends", "load_run": "distopt.train"}
 _PACKAGES = ("backends", "checkpoint", "config", "data", "infer", "optim", "reduce", "train")
 
 

@@ -8,16 +8,19 @@ and restored together (`capture_rng_state`). Errors here are `ValueError`; who r
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from pyro.infer.autoguide import AutoGuide
-from torch import nn
+from torch import Tensor, nn
 
 from distopt import backends
 
@@ -142,16 +145,52 @@ class RankStream:
     """
 
     def __init__(self, rank: int) -> None:
-        drawn = int(torch.randint(2**62, ()))
-        self._cpu = torch.get_rng_state()
-        self._gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-        torch.manual_seed(rank_seed(drawn, rank=rank))
+        _host_call.get()("a rank's own stream begins", _entering(rank), torch.randint(2**62, ()))
 
     def end(self) -> None:
         """Returns to the shared stream."""
-        torch.set_rng_state(self._cpu)
-        if self._gpu is not None:
-            torch.cuda.set_rng_state(self._gpu)
+        _host_call.get()("a rank's own stream ends", _return_to_shared_stream)
+
+
+# A captured step does not run the code above, so whoever records a step notes what is called here, to call it again in
+# each captured one. These are functions of the module, for two recordings of one step must name the same.
+
+_shared_states: list[tuple[Tensor, Tensor | None]] = []  # of the streams that were left, the last one last
+
+
+def _call_now(name: str, function: Callable[..., None], *tensors: Tensor) -> None:
+    function(*tensors)
+
+
+_host_call: ContextVar[Callable[..., None]] = ContextVar("host_call", default=_call_now)
+
+
+@contextmanager
+def recording_host_calls(record: Callable[..., None]) -> Iterator[None]:
+    """Has `record(name, function, *tensors)` called meanwhile for what sets generators within a step."""
+    token = _host_call.set(record)
+    try:
+        yield
+    finally:
+        _host_call.reset(token)
+
+
+@functools.cache
+def _entering(rank: int) -> Callable[[Tensor], None]:
+    return functools.partial(_enter_rank_stream, rank)
+
+
+def _enter_rank_stream(rank: int, drawn: Tensor) -> None:
+    gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    _shared_states.append((torch.get_rng_state(), gpu))
+    torch.manual_seed(rank_seed(int(drawn), rank=rank))
+
+
+def _return_to_shared_stream() -> None:
+    cpu, gpu = _shared_states.pop()
+    torch.set_rng_state(cpu)
+    if gpu is not None:
+        torch.cuda.set_rng_state(gpu)
 
 
 def begin_rank_stream() -> RankStream | None:
@@ -246,7 +285,7 @@ def _as_bytes(text: str) -> bytes:
     return base64.b64decode(text, validate=True)
 
 
-def _as_tensor(text: str) -> torch.Tensor:
+def _as_tensor(text: str) -> Tensor:
     return torch.frombuffer(bytearray(_as_bytes(text)), dtype=torch.uint8)
 
 

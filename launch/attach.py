@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -230,11 +231,10 @@ class _AttachedRun:
                     process.stdin.flush()
 
     def _start(self, command: Command) -> subprocess.Popen[bytes]:
-        env = {name: value for name, value in os.environ.items() if name not in command.hidden}
-        env |= {**command.env, **self._terminal_env}
+        env = {**os.environ, **command.env, **self._terminal_env}
         # In its own session, so that Ctrl-C on the terminal reaches only this process, which then asks once.
         try:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command.argv, env=env, stdin=subprocess.PIPE if self.plan.heartbeat else subprocess.DEVNULL,
                 stdout=self._log, stderr=self._log, start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
@@ -242,6 +242,12 @@ class _AttachedRun:
             raise JobError(
                 f"{command.argv[0]} cannot be started: {error.strerror}; check that it is installed and on PATH"
             ) from error
+        if process.stdin is not None:
+            secrets = {name: os.environ[name] for name in command.secrets if name in os.environ}
+            with suppress(OSError):
+                process.stdin.write(json.dumps(secrets).encode() + b"\n")
+                process.stdin.flush()
+        return process
 
     def result(self) -> int:
         """Returns the run's exit status; prints how it ended unless it is done."""

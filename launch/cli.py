@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -20,11 +21,31 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="distopt",
     help="Distributed training for Pyro models: one YAML for every platform.",
+    epilog="distopt launch RUN.yaml --dry-run shows what a run would do, distopt config schema every key of its YAML.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import distopt
+
+        typer.echo(f"distopt {distopt.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Distributed training for Pyro models: one YAML for every platform."""
+
+
 config_app = typer.Typer(
     help="Show the resolved YAML, its schema, or what changed.",
     no_args_is_help=True,
@@ -107,26 +128,67 @@ def train(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def status(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run; without it, all runs in runs/.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show a table that follows the runs.")] = False,
 ) -> None:
     """Show the state of runs.
 
-    Each line has a run directory, its state (pending, running, stopped, done, failed or unknown) and details from its
-    platform, separated by tabs.
+    Each line has a run directory, its state (pending, running, stopped, done, failed or unknown), details from its
+    platform, and how far it is: step, ELBO, speed, time left, last checkpoint. Tabs separate them.
     """
     from . import runs
+    from . import status as states
+
+    def find() -> list[Path]:
+        return [runs.find(run)] if run is not None else runs.all_runs()
 
     try:
-        directories = [runs.find(run)] if run is not None else runs.all_runs()
+        directories = find()
     except runs.ERRORS as error:
         _refuse([str(error)])
+    if as_json:
+        typer.echo(states.as_json(directories))
+        return
     if not directories:
         typer.echo("no run was launched from this folder (runs/ has none)", err=True)
-    for directory in directories:
-        try:
-            state = runs.job_of(directory).state()
-            typer.echo(f"{directory}\t{state.phase}\t{state.detail}")
-        except runs.ERRORS as error:
-            typer.echo(f"{directory}\tunknown\t{error}")
+    elif watch:
+        states.watch(find)
+    else:
+        for directory in directories:
+            typer.echo(states.line_of(directory))
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write a run's report.html anew.
+
+    It is made of the run's newest checkpoint, also while the run trains.
+    """
+    from distopt import train as training  # imports torch
+
+    try:
+        typer.echo(f"report: {training.write_report(run)}")
+    except training.RESULT_ERRORS as error:
+        _refuse([str(error)])
+
+
+@app.command()
+def compare(
+    named: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Run directories, or names of runs.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The page to write.")] = "comparison.html",
+) -> None:
+    """Compare runs: final and best metrics, what differs in their YAML, and their curves.
+
+    Prints the tables and writes a page with the curves over each other.
+    """
+    from distopt import train as training  # imports torch
+
+    if len(named) < 2:
+        _refuse([f"found {len(named)} run, expected two or more"])
+    try:
+        typer.echo(f"comparison: {training.compare_runs(named, output)}")
+    except training.RESULT_ERRORS as error:
+        _refuse([str(error)])
 
 
 @app.command()
@@ -179,6 +241,10 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    capture: Annotated[
+        bool,
+        typer.Option("--capture", help="Say instead what capturing its steps would give."),
+    ] = False,
 ) -> None:
     """Check the environment for problems.
 
@@ -188,7 +254,23 @@ def doctor(
     from .doctor import print_findings
 
     run = _load(config, overrides) if config is not None else None
+    if capture:
+        _explain_capture(run)
+        return
     raise typer.Exit(print_findings(run, as_json=as_json, echo=typer.echo))
+
+
+def _explain_capture(run: RunConfig | None) -> None:
+    """Prints what would be captured of the steps of a run; the task is built and its first batch read, here."""
+    from distopt import train as training  # imports torch
+    from distopt.config import ConfigError
+
+    if run is None:
+        _refuse(["--capture needs a run to look at: distopt doctor CONFIG --capture"])
+    try:
+        typer.echo(str(training.explain_run(run)))
+    except (ConfigError, training.TaskError) as error:
+        _refuse([str(error)])
 
 
 @config_app.command()
@@ -239,7 +321,7 @@ def diff(config: Config, run: Run, overrides: Overrides = None) -> None:
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
 def checkpoint(context: typer.Context) -> None:
-    """List, verify and inspect the checkpoints of a run."""
+    """Show, verify, export and import checkpoints."""
     from importlib import import_module
 
     subcommands: typer.Typer = import_module("distopt.checkpoint.cli").app

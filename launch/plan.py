@@ -38,20 +38,19 @@ class Command:
     Attributes:
         argv: Program and arguments.
         env: Variables in addition to those of `distopt launch`.
-        hidden: Names of variables that the process must not inherit, since it would write their values on command
-            lines, where every user of the machine can read them.
+        secrets: Names of variables whose values a process on another host is sent as the first line of its standard
+            input, in JSON, since every user of a machine can read its command lines.
         host: Where it runs, for messages; None is this machine.
     """
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(default_factory=dict)
-    hidden: frozenset[str] = frozenset()
+    secrets: frozenset[str] = frozenset()
     host: str | None = None
 
     def __str__(self) -> str:
         variables = [f"{key}={shlex.quote(value)}" for key, value in sorted(self.env.items())]
-        unset = ["env", *(item for name in sorted(self.hidden) for item in ("-u", name))] if self.hidden else []
-        return " ".join([*unset, *variables, *map(shlex.quote, self.argv)])
+        return " ".join([*variables, *map(shlex.quote, self.argv)])
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from distopt import launchers
-from distopt.config import RunConfig
-from distopt.launchers import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS, SECRETS_FILE, STOP_FILE
+from distopt.launchers import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS, STOP_FILE
 
 from .plan import Plan
 
@@ -29,11 +28,10 @@ class RunDirectoryError(RuntimeError):
 
 
 @contextmanager
-def submission(config: RunConfig, plan: Plan, run_dir: Path) -> Iterator[Path]:
-    """Holds the run directory, with the plan's files and secrets written, as long as the block runs.
+def submission(plan: Plan, run_dir: Path) -> Iterator[Path]:
+    """Holds the run directory, with the plan's files written, as long as the block runs.
 
     Args:
-        config: The run.
         plan: What is going to be started.
         run_dir: Where this machine keeps the run's record: its run directory, where that is not in a cluster.
 
@@ -54,14 +52,10 @@ def submission(config: RunConfig, plan: Plan, run_dir: Path) -> Iterator[Path]:
             write(run_dir / _STOP_PREPARED, "")
             for path, text in plan.files.items():
                 write(path, text, mode=0o777 if text.startswith("#!") else 0o666)
-            _write_secrets(config, plan, run_dir)
             record(run_dir, plan)
         except OSError as error:
             raise _unwritable(run_dir, error) from error
-        try:
-            yield run_dir
-        finally:
-            (run_dir / SECRETS_FILE).unlink(missing_ok=True)
+        yield run_dir
 
 
 _STOP_PREPARED = f".{STOP_FILE}.prepared"
@@ -93,8 +87,8 @@ def _locked(run_dir: Path) -> TextIO:
     """The open lock file, which holds the lock until it is closed."""
     try:
         (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / LOCK_FILE).open("a+")
         _check_logs(run_dir / LOGS)
+        lock = (run_dir / LOCK_FILE).open("a+")
     except OSError as error:
         raise _unwritable(run_dir, error) from error
 
@@ -139,18 +133,6 @@ def write(path: Path, text: str, mode: int = 0o666) -> None:
     with os.fdopen(os.open(temporary, flags, mode), "w", encoding="utf-8") as file:
         file.write(text)
     temporary.replace(path)
-
-
-def _write_secrets(config: RunConfig, plan: Plan, run_dir: Path) -> None:
-    """Hands secrets to supervisors in a file that only the user can read, and never on a command line."""
-    (run_dir / SECRETS_FILE).unlink(missing_ok=True)
-    if not any(command.hidden for command in plan.commands):
-        return  # workers inherit them
-
-    names = set(config.launch.secrets).union(*(command.hidden for command in plan.commands))
-    secrets = {name: os.environ[name] for name in sorted(names) if name in os.environ}
-    if secrets:
-        write(run_dir / SECRETS_FILE, json.dumps(secrets), mode=0o600)
 
 
 def record(run_dir: Path, plan: Plan, **more: Any) -> None:

@@ -66,7 +66,7 @@ def start(config: RunConfig, platform: Platform, plan: Plan, *, detach: bool, ra
             return _submit(config, plan, job, directory, None if detach else ranks)
         if detach:
             return _detach(config, directory)
-        with submission(config, plan, directory):
+        with submission(plan, directory):
             return _run_here(config, plan, directory, ranks)
     except (RunDirectoryError, *ERRORS) as error:
         raise LaunchRefused(str(error)) from error
@@ -79,6 +79,8 @@ def _run_here(config: RunConfig, plan: Plan, directory: Path, ranks: Sequence[in
         raise LaunchRefused("\n".join(map(str, not_shared)))
 
     with best_effort():
+        workers = config.launch.world_sizes[-1]
+        say(f"starting {workers} worker{'s' if workers > 1 else ''} ({plan.platform})")
         try:
             status = run_plan(plan, directory, config.launch.grace_s, ranks, stopping=_stopping(config))
         except JobError:
@@ -103,7 +105,7 @@ def _submit(config: RunConfig, plan: Plan, job: SubmittedJob, directory: Path, r
     lengths = [len(read(rank, 0)) for rank in ranks or ()]  # a job may append to the logs of an earlier one
     events = Reader(directory)
 
-    with submission(config, plan, directory):
+    with submission(plan, directory):
         reference = job.submit()
         record(directory, plan, reference=reference)
     say(f"submitted: {reference}")

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from distopt.config import RunConfig
+from distopt.launchers import SECRETS_VARIABLE
 
 from .findings import Finding
 from .worker import network
@@ -51,8 +52,12 @@ def remote(config: RunConfig, host: str, argv: Sequence[str]) -> list[str]:
 def wrapper(config: RunConfig) -> dict[Path, str]:
     """Returns a program named `ssh` for launchers that know no options of ssh: put its folder first on PATH."""
     comment = "# distopt: the launcher's ssh, with the options of the run; the first value of an option counts."
-    command = f'exec {shlex.join([SSH, *options(config)])} "$@"'
-    return {config.run_dir / FOLDER / "ssh": f"#!/bin/sh\n{comment}\n{command}\n"}
+    command = f'{shlex.join([SSH, *options(config)])} "$@"'
+    # `printf` is the shell's own, so that its argument is on no command line.
+    with_secrets = (
+        f'if [ -n "${SECRETS_VARIABLE}" ]; then\n  printf \'%s\\n\' "${SECRETS_VARIABLE}" | {command}\n  exit\nfi\n'
+    )
+    return {config.run_dir / FOLDER / "ssh": f"#!/bin/sh\n{comment}\n{with_secrets}exec {command}\n"}
 
 
 def check_hosts(config: RunConfig) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""The README shows what runs: its script under every launcher, its YAML through the config."""
+"""README and docs show what runs: their scripts under every launcher, their YAML through the config, their links."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from distopt.config import load_config
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 README = (ROOT / "README.md").read_text()
+SHARDED = (ROOT / "docs" / "sharded-latents.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LAUNCHERS = {
     "python": [sys.executable],
     "torchrun": [str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2"],
@@ -23,15 +25,31 @@ LAUNCHERS = {
 }
 
 
-def block(language: str, number: int = 0) -> str:
-    matches = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    assert len(matches) > number, f"README.md has {len(matches)} {language} blocks"
-    return str(matches[number])
+def block(language: str, page: str = README) -> str:
+    """Returns the page's only block of that language."""
+    [match] = re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)
+    return str(match)
 
 
-def test_readme_opens_with_the_two_commands() -> None:
-    first = "\n".join(README.splitlines()[:6])
+def test_readme_says_what_it_is_and_then_the_two_commands_on_one_screen() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 120
+    assert "Pyro" in lines[2]
+    first = "\n".join(lines[:12])
     assert "make train" in first and "make test" in first
+
+
+def test_no_paragraph_of_the_readme_is_long() -> None:
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    for paragraph in prose.split("\n\n"):
+        lines = [line for line in paragraph.splitlines() if not line.startswith("|")]
+        assert len(lines) <= 4, paragraph
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_to_files_that_are_there(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
 def test_script_is_short_and_has_no_branch_for_a_launcher() -> None:
@@ -71,7 +89,7 @@ print(f"rank {worker.rank} of {worker.world_size} through {worker.name}: {poster
 def test_script_with_a_variable_per_cell_finds_its_posterior_by_shard_and_by_sharded_plate(
     launcher: str, tmp_path: Path
 ) -> None:
-    text = block("python", 1)
+    text = block("python", SHARDED)
     if launcher == "python":  # the other way that the text names
         text = text.replace("shard\nfrom", "sharded_plate\nfrom").replace(
             'shard(published, plates="cells")', "published"
@@ -94,7 +112,10 @@ print(f"rank {worker.rank} found them", flush=True)
     assert done.stdout.count("found them") == (1 if launcher == "python" else 2)
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"`distopt launch (configs/\S+)`", README))))
+@pytest.mark.parametrize(
+    "command",
+    sorted({name for page in PAGES for name in re.findall(r"`distopt launch (configs/[\w./]+)", page.read_text())}),
+)
 def test_commands_of_the_examples_name_configs_that_ship(command: str) -> None:
     assert load_config(ROOT / command).task is not None
 

@@ -180,7 +180,7 @@ def _train(rng_policy: Any, seed_stride: int) -> list[list[float]]:
     pyro.clear_param_store()
     pyro.set_rng_seed(3 + seed_stride * backends.current().rank)
     guide = AutoNormal(_model)
-    svi = SVI(_model, guide, DistributedOptimizer(Adam({"lr": 0.1}), rng_policy=rng_policy), Trace_ELBO())
+    svi = SVI(_model, guide, DistributedOptimizer(Adam({"lr": 0.1}), noise=rng_policy), Trace_ELBO())
     before = generator_digest()
     svi.step()
     unseeded = torch.rand(2).tolist()

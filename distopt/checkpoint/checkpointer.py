@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
@@ -125,6 +126,10 @@ class Checkpointer:
         timeout: timedelta | None = None,
     ) -> None:
         self._backend = backend or current()
+        if isinstance(ignore_keys, str):
+            raise TypeError(f"ignore_keys is {ignore_keys!r}; expected a list of keys, such as [{ignore_keys!r}]")
+        if when_busy not in ("wait", "skip"):
+            raise ValueError(f"when_busy is {when_busy!r}; expected 'wait' or 'skip'")
         self._state = RunState(state or {}, per_rank or {})
         self._storage = open_storage(directory)
         self._keep = keep
@@ -151,12 +156,13 @@ class Checkpointer:
     ) -> None:
         self.close()
 
-    def save(self, step: int, *, progress: Json = None) -> None:
+    def save(self, step: int, *, progress: Json = None, best: int | None = None) -> None:
         """Saves the run as it is now, as `step`; returns when the state has been copied.
 
         Args:
             step: Steps done so far; saving a step again that the last save has committed does nothing.
             progress: The position in the data and whatever else the loop needs to resume; no tensors. Rank 0's is kept.
+            best: The step of the best checkpoint so far, which is kept with those that `keep` names.
 
         Raises:
             CheckpointError: Something cannot be described (an unknown constraint, an unknown type), on all ranks.
@@ -167,6 +173,7 @@ class Checkpointer:
         started_at = time.perf_counter()
         rank = self._backend.rank
         busy = self._last is not None and self._last.running and self._when_busy == "skip"
+        self._keep = replace(self._keep, best=best)
         snapshots: dict[str, Snapshot] = {}
         encoded_progress: Json = None
         message: dict[str, Json] = {"step": None, "busy": busy, "error": None}
@@ -276,8 +283,6 @@ class Checkpointer:
                 failure = caught
             agree_no_error(self._backend, failure, path)
             self._continue_from(loaded.manifest, *newest)
-            for change in changes:
-                logger.info("%s", change)
             return _restored(loaded.manifest, path, asked, changes)
 
         if tries:
@@ -389,6 +394,8 @@ def _request(only: Collection[str] | None, new_run: bool, schedule_every: int) -
 
 
 def _restored(manifest: Manifest, path: str, request: Request, changes: tuple[str, ...]) -> Restored:
+    for change in changes:
+        logger.info("%s", change)
     progress = decode(manifest.progress, NoTensors().get)
     return Restored(manifest.step, progress, path, manifest.world_size, changes, manifest.config, request.only)
 

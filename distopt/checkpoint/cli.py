@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+import yaml
 
 from distopt.checkpoint import reader
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.manifest import Manifest
-from distopt.checkpoint.restore import choose
+from distopt.checkpoint.restore import REPLICATED, choose, load_replicated
+from distopt.checkpoint.statefile import StateReader
 from distopt.checkpoint.storage.base import Storage, is_url, open_storage
+from distopt.config import differences
 from distopt.launchers import RUNS
+from distopt.optim.state import optimizer_state
 
 app = typer.Typer(
     help="Show, verify, export and import checkpoints.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    add_completion=False,
     rich_markup_mode=None,
 )
 CheckpointPath = Annotated[
@@ -31,8 +36,18 @@ CheckpointPath = Annotated[
 
 
 @app.command()
-def inspect(path: CheckpointPath, tensors: Annotated[bool, typer.Option(help="List every tensor.")] = False) -> None:
-    """Print what is in each checkpoint, without reading its numbers."""
+def inspect(
+    path: CheckpointPath,
+    tensors: Annotated[
+        bool,
+        typer.Option("--tensors", help="List parameters with constraint and optimizer state, and tensors."),
+    ] = False,
+) -> None:
+    """Print what is in each checkpoint, newest first.
+
+    The configuration of the oldest is printed as YAML, that of each later one as what differs from the one before.
+    With --tensors the newest one's parameters are read.
+    """
 
     def run() -> None:
         for line in describe(path, tensors=tensors):
@@ -43,7 +58,10 @@ def inspect(path: CheckpointPath, tensors: Annotated[bool, typer.Option(help="Li
 
 @app.command()
 def verify(path: CheckpointPath) -> None:
-    """Read every byte and compare it with the checksums; exit with 1 if a checkpoint is damaged."""
+    """Check that checkpoints are whole.
+
+    Reads every byte and compares it with the checksums. The exit status is 1 if a checkpoint is damaged.
+    """
     num_damaged = 0
 
     def run() -> None:
@@ -71,7 +89,10 @@ def export_(
         str | None, typer.Option(help="Which module's state_dict (guide by default), or which of several optimizers.")
     ] = None,
 ) -> None:
-    """Write the parameters, an optimizer's state or a state_dict of the newest checkpoint as Pyro's or torch's file."""
+    """Write a file of Pyro or torch from a checkpoint.
+
+    It holds the parameters, an optimizer's state or a module's state_dict of the newest checkpoint.
+    """
     from distopt.checkpoint.pyro_files import export_module, export_optimizer, export_params
 
     def run() -> None:
@@ -104,7 +125,10 @@ def import_(
     ] = None,
     step: Annotated[int, typer.Option(help="The step from which the run continues to count.")] = 0,
 ) -> None:
-    """Make a checkpoint of Pyro's own files and of state_dicts; no code in them is run."""
+    """Make a checkpoint from files of Pyro or torch.
+
+    The files are Pyro's parameters and optimizers, and state_dicts of modules; no code in them is run.
+    """
     from distopt.checkpoint.pyro_files import import_pyro
 
     def run() -> None:
@@ -144,12 +168,17 @@ def describe(path: str, *, tensors: bool = False) -> Iterator[str]:
         tensors: Whether to list every tensor.
     """
     storage, newest_first = choose(open_storage("."), located(path))
+    readable = [each for each in newest_first if each.manifest is not None]
     for each in newest_first:
         yield f"{storage.root}/{each.folder}"
         if each.manifest is None:
             yield f"  BROKEN: {each.error}"
             continue
-        yield from _describe_manifest(each.manifest)
+
+        older = readable[readable.index(each) + 1 :]
+        yield from _describe_manifest(each.manifest, older[0].manifest if older else None)
+        if tensors and each is readable[0]:
+            yield from _describe_params(storage, each.folder, each.manifest)
         for name in sorted(each.manifest.files):
             yield f"  {name}: {each.manifest.files[name].size:,} bytes"
             if tensors and name.endswith(".safetensors"):
@@ -175,12 +204,49 @@ def check(path: str) -> Iterator[tuple[str, bool]]:
             yield f"whole {where}: {size:,} bytes", True
 
 
-def _describe_manifest(manifest: Manifest) -> Iterator[str]:
+def _describe_manifest(manifest: Manifest, older: Manifest | None) -> Iterator[str]:
     about = {key: value for key, value in manifest.about.items() if key != "rng"}
     yield f"  step {manifest.step}, {manifest.world_size} rank(s), {manifest.size_bytes:,} bytes"
-    for title, value in (("progress", manifest.progress), ("config", manifest.config), ("about", about or None)):
+    for title, value in (("progress", manifest.progress), ("about", about or None)):
         if value is not None:
             yield f"  {title}: {json.dumps(value, sort_keys=True)}"
+    if manifest.config is None:
+        return
+
+    # A configuration has a hundred lines, and checkpoints of one run mostly the same one.
+    if older is None or older.config is None:
+        yield "  config:"
+        yield from (f"    {line}" for line in yaml.safe_dump(manifest.config, sort_keys=False).splitlines())
+    elif changes := list(differences(older.config, manifest.config)):
+        yield f"  config, changed since step {older.step}:"
+        yield from (f"    {key}: {before!r} -> {now!r}" for key, before, now in changes)
+    else:
+        yield f"  config: that of step {older.step}"
+
+
+def _describe_params(storage: Storage, folder: str, manifest: Manifest) -> Iterator[str]:
+    """Yields a line for each replicated parameter: name, shape, constraint, and its optimizer's state."""
+    reader_of_state = StateReader(storage, folder, manifest, REPLICATED)
+    replicated = load_replicated(reader_of_state)
+    yield "  parameters:"
+    for name, entry in replicated["params"].items():
+        value = entry["value"]
+        constraint = (entry.get("constraint") or {}).get("name", "real")
+        states = [states[name] for states in replicated["optimizers"].values() if name in states]
+        yield f"    {name}: {str(value.dtype)[6:]} {list(value.shape)}, {constraint}{_describe_states(states)}"
+
+
+def _describe_states(states: Sequence[Any]) -> str:
+    """Returns what an optimizer keeps of a parameter: its step, its learning rate, and the names of its moments."""
+    texts = []
+    for state in map(optimizer_state, states):
+        values = state["state"].get(0, {})
+        if "step" in values:
+            texts.append(f"step {int(values['step'])}")
+        if "lr" in state["param_groups"][0]:
+            texts.append(f"lr {float(state['param_groups'][0]['lr']):g}")
+        texts += [key for key in values if key != "step"]
+    return f", optimizer: {', '.join(texts)}" if texts else ""
 
 
 def _describe_tensors(storage: Storage, folder: str, name: str, manifest: Manifest) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.failpoint import failpoint
@@ -27,6 +27,7 @@ class Retention:
         last: The number of newest checkpoints to keep, at least 2.
         every_steps: Checkpoints at multiples of this many steps are also kept, without limit; None keeps only the
             newest ones.
+        best: The step of a checkpoint that is kept besides.
 
     Raises:
         ValueError: A number is too small.
@@ -38,6 +39,7 @@ class Retention:
 
     last: int = 3
     every_steps: int | None = None
+    best: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.last < MIN_LAST:
@@ -70,7 +72,7 @@ class Retention:
             milestone = self.every_steps is not None and each.step % self.every_steps == 0 and each.manifest is not None
             if each.is_unreadable:
                 continue
-            if _is_abandoned(each, current) or (each.step < oldest and not milestone):
+            if _is_abandoned(each, current) or (each.step < oldest and not milestone and each.step != self.best):
                 surplus.append(each.folder)
         return surplus[::-1]
 

@@ -62,6 +62,8 @@ class RunState:
         self.objects: dict[str, Stateful] = {}
         self.per_rank: dict[str, Stateful] = {}
 
+        _check_names("state", state)
+        _check_names("per_rank", per_rank)
         twice = sorted(state.keys() & per_rank.keys())
         if twice:
             raise ValueError(f"{', '.join(twice)}: in state and in per_rank; give each object in one of them")
@@ -197,6 +199,17 @@ class RunState:
 
 def _wrapped(optimizer: PyroOptim) -> PyroOptim:
     return optimizer.optim if isinstance(optimizer, DistributedOptimizer) else optimizer
+
+
+def _check_names(argument: str, named: object) -> None:
+    """Refuses what is no mapping of names: a name that is no string would come back from a checkpoint as one."""
+    if not isinstance(named, Mapping):
+        raise TypeError(
+            f"{argument} is a {type(named).__name__}; expected a mapping such as {{'optimizer': optimizer}}"
+        )
+    for name in named:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"{argument} has the name {name!r}; expected a string")
 
 
 def _checked(value: Any, where: str, expected: str) -> Stateful:

@@ -15,8 +15,12 @@ MAY_CHANGE = (
     "checkpoint",
     "data.prefetch",
     "train.num_steps",
+    "train.check_steps",
     "train.capture",  # a captured step computes what an eager one does
+    "train.validate_every_steps",
+    "train.early_stopping",
     "optim.args",  # what differs in these is put in place of the checkpoint's, see `distopt.optim.settings`
+    "optim.args_by_name",
     "optim.clip",
     "optim.nonfinite",
     "optim.scheduler",

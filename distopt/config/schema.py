@@ -33,6 +33,24 @@ CODE_KEYS = (
 """Keys that may name code of the user as `module:Name`."""
 
 
+class MetricConfig(Section):
+    """A metric that the task's `validate` returns, and which values of it are better."""
+
+    metric: Annotated[str, Field(min_length=1)]
+    """Its name in what `validate` returns."""
+    mode: Literal["min", "max"] = "min"
+    """Whether lower or higher values are better."""
+
+
+class EarlyStoppingConfig(MetricConfig):
+    """When a run ends before its last step."""
+
+    patience: Annotated[int, Field(ge=1)] = 5
+    """Validations without a better value after which the run ends."""
+    min_delta: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """By how much a value must be better to count, in the metric's unit."""
+
+
 class TrainConfig(Section):
     """The training loop."""
 
@@ -47,9 +65,17 @@ class TrainConfig(Section):
     """The objective: the name of an ELBO of `pyro.infer`, or `module:Name` of a subclass of `pyro.infer.ELBO`."""
     loss_args: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of the objective, such as `max_plate_nesting`; it also gets `num_particles`."""
+    check_steps: Annotated[int, Field(ge=0)] | None = 100
+    """Steps after each start in which Pyro checks the arguments of distributions, supports and shapes; from then on it
+    checks every 100th. Null checks every step, which takes a fifth longer. Checks change no number."""
     capture: Literal["off", "graph"] = "off"
     """With `graph` a step is recorded, and later steps run the recording instead of the model's code: the same numbers
     in a fraction of the time. A model that cannot be recorded runs as it does with `off`, and the run says why."""
+
+    validate_every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two calls of the task's `validate`; null never calls it."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """Ends the run when a metric no longer improves; null trains to the last step."""
 
 
 class DataConfig(Section):
@@ -98,6 +124,9 @@ class OptimConfig(Section):
     class or of a function that returns one; it is called with a list of parameters and `args`."""
     args: dict[str, Any] = Field(default_factory=lambda: {"lr": 0.01})
     """Its keyword arguments, such as `lr`."""
+    args_by_name: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Further arguments by shell pattern of a parameter's name, such as `{"*.bias": {weight_decay: 0}}`; names are
+    those of `nn.Module.named_parameters`, as in `AutoNormal.scales.z`. All that match apply, the later ones last."""
     clip: ClipConfig = Field(default_factory=ClipConfig)
     """Limits on the averaged gradient."""
     nonfinite: Literal["step", "skip", "raise"] = "step"
@@ -118,6 +147,8 @@ class CheckpointConfig(Section):
     """Number of newest checkpoints to keep; at least two, so that one of them may be damaged."""
     keep_every_steps: Annotated[int, Field(ge=1)] | None = None
     """Also keeps every checkpoint whose step is a multiple of this number; null keeps no others."""
+    keep_best: MetricConfig | None = None
+    """Saves a checkpoint whenever a validated metric is better than before, and keeps the best one; null does not."""
     resume: Annotated[int, Field(ge=0)] | PathOrUrl = "auto"
     """`auto` resumes from the newest good checkpoint of the run, `never` starts from the beginning; a step, or the path
     of one of its checkpoints, selects one. With the path of another run, or of one of its checkpoints, the run starts
@@ -249,12 +280,21 @@ class RunConfig(Section):
         for key, steps in (
             ("train.num_steps", self.train.num_steps),
             ("checkpoint.every_steps", self.checkpoint.every_steps),
+            ("train.validate_every_steps", self.train.validate_every_steps),
         ):
             if steps is not None and steps % calls:
                 raise ValueError(
                     f"{key} is {steps}, expected a multiple of reduce.backward_passes_per_step ({calls}): a checkpoint "
                     "does not hold gradients that wait for the rest of their step"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_are_measured(self) -> RunConfig:
+        rules = {"train.early_stopping": self.train.early_stopping, "checkpoint.keep_best": self.checkpoint.keep_best}
+        for key, rule in rules.items():
+            if rule is not None and self.train.validate_every_steps is None:
+                raise ValueError(f"found {key} without train.validate_every_steps, which says how often to measure")
         return self
 
     @field_validator("script")

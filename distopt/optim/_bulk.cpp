@@ -1,5 +1,5 @@
 // Loops over many small tensors, where a call from Python for each would take longer than the work. Whatever is out of
-// the ordinary is answered with NotImplemented and left to bulk.py, which holds the same loops in Python.
+// the ordinary is answered with NotImplemented and left to packing.py, which has the same loops in Python.
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cstddef>
@@ -34,8 +34,8 @@ PyObject* same(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return PyBool_FromLong(n == 0 || std::memcmp(a, b, n * sizeof(PyObject*)) == 0);
 }
 
-// places(params): their addresses, in bytes.
-PyObject* places(PyObject*, PyObject* params) {
+// addresses(params): where they are in memory, as bytes.
+PyObject* addresses(PyObject*, PyObject* params) {
   if (!PyTuple_CheckExact(params)) return not_implemented();
   const Py_ssize_t n = PyTuple_GET_SIZE(params);
   PyObject* result = PyBytes_FromStringAndSize(nullptr, n * sizeof(void*));
@@ -110,7 +110,7 @@ PyObject* guarded(Args... args) {  // what torch throws becomes an exception of 
 
 PyMethodDef methods[] = {
     {"same", (PyCFunction)(void*)guarded<same, PyObject*, PyObject* const*, Py_ssize_t>, METH_FASTCALL, nullptr},
-    {"places", guarded<places, PyObject*, PyObject*>, METH_O, nullptr},
+    {"addresses", guarded<addresses, PyObject*, PyObject*>, METH_O, nullptr},
     {"bump", guarded<bump, PyObject*, PyObject*>, METH_O, nullptr},
     {"dense", guarded<dense, PyObject*, PyObject*>, METH_O, nullptr},
     {"gather", (PyCFunction)(void*)guarded<gather, PyObject*, PyObject* const*, Py_ssize_t>, METH_FASTCALL, nullptr},

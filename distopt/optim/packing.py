@@ -33,6 +33,7 @@ def _load_compiled() -> Any:
     """Returns the compiled loops; None where there are none, or they were compiled for another torch."""
     try:
         from distopt.optim import _bulk
+        from distopt.optim._bulk import addresses  # noqa: F401  # a build of an older source lacks it
     except ImportError as error:
         logger.debug("loops over parameters run in Python: %s", error)
         return None
@@ -54,7 +55,7 @@ def same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:
 
 def addresses(params: tuple[Tensor, ...]) -> Any:
     """Returns where in memory `params` are, to be compared with what this returned for the same ones before."""
-    result = NotImplemented if _compiled is None else _compiled.places(params)
+    result = NotImplemented if _compiled is None else _compiled.addresses(params)
     return list(map(_address, params)) if result is NotImplemented else result
 
 

@@ -1,8 +1,27 @@
 """The loop that a YAML configuration runs, and the contracts of what it runs: `Task` and `Logger`."""
 
+from distopt.train.explanation import explain_run
 from distopt.train.loggers import Logger, RunInfo
 from distopt.train.loop import run
 from distopt.train.report import Report
+from distopt.train.run_page import RESULT_ERRORS, compare_runs, write_report
+from distopt.train.saved_run import SavedRun, load_run
 from distopt.train.task import Task, TaskError
+from distopt.train.validation import Mean, Total
 
-__all__ = ["Logger", "Report", "RunInfo", "Task", "TaskError", "run"]
+__all__ = [
+    "RESULT_ERRORS",
+    "Logger",
+    "Mean",
+    "Report",
+    "RunInfo",
+    "SavedRun",
+    "Task",
+    "TaskError",
+    "Total",
+    "compare_runs",
+    "explain_run",
+    "load_run",
+    "run",
+    "write_report",
+]

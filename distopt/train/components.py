@@ -17,7 +17,8 @@ from rich.console import Console
 
 from distopt.config import ConfigError, RunConfig
 from distopt.config.plugins import is_reference, load_reference
-from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim
+from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim, by_name
+from distopt.optim.arguments import Args
 from distopt.optim.lr_scheduler import metric_name
 from distopt.optim.pytorch_optimizers import OPTIMIZERS, SCHEDULERS
 from distopt.train.loggers import JsonLinesLogger, Logger, ProgressLogger, TensorBoardLogger
@@ -34,14 +35,18 @@ def make_optimizer(config: RunConfig) -> tuple[PyroOptim, StepSchedule]:
     """
     chosen = config.optim
     args = dict(chosen.args)
+    optim_args: Args = by_name(args, chosen.args_by_name) if chosen.args_by_name else args
     constructor = _find(chosen.name, OPTIMIZERS, "optim.name")
 
     # The optimizer makes torch's optimizers when it first sees a parameter. One is made here on trial, because else the
     # first step would be the first to find a misspelt argument, after the data were read and all ranks had met. The
     # parameter has two dimensions since Muon refuses others.
     with refused("optim.args", given=args):
-        optimizer = PyroOptim(constructor, args, chosen.clip.args(), nonfinite=chosen.nonfinite)
+        optimizer = PyroOptim(constructor, optim_args, chosen.clip.args(), nonfinite=chosen.nonfinite)
         trial = constructor([torch.zeros(1, 1)], **args)
+    for pattern, more in chosen.args_by_name.items():
+        with refused(f"optim.args_by_name.{pattern}"):
+            constructor([torch.zeros(1, 1)], **{**args, **more})
     _check_kind(trial, torch.optim.Optimizer, chosen.name, "optim.name")
     if inspect.unwrap(type(trial).step) is inspect.unwrap(torch.optim.Optimizer.step):  # torch wraps each class's step
         raise ConfigError([f"optim.name: {chosen.name} has no step(closure=None), which takes the step"])
@@ -50,7 +55,7 @@ def make_optimizer(config: RunConfig) -> tuple[PyroOptim, StepSchedule]:
 
     make = _find(chosen.scheduler.name, SCHEDULERS, "optim.scheduler.name")
     with refused("optim.scheduler.args", given=chosen.scheduler.args):
-        scheduler_args = {"optimizer": constructor, "optim_args": args, **chosen.scheduler.args}
+        scheduler_args = {"optimizer": constructor, "optim_args": optim_args, **chosen.scheduler.args}
         optimizer = PyroLRScheduler(make, scheduler_args, chosen.clip.args(), nonfinite=chosen.nonfinite)
         schedule = optimizer._construct([torch.zeros(1, 1)], args)
     _check_kind(schedule, torch.optim.lr_scheduler.LRScheduler, chosen.scheduler.name, "optim.scheduler.name")

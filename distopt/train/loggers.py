@@ -31,7 +31,8 @@ from typing import Any, BinaryIO, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-FILE_NAME = "metrics.jsonl"
+from distopt.launchers import METRICS_FILE
+
 MAX_PENDING_ROWS = 100_000
 """Rows that are kept while they cannot be written; the oldest are dropped first."""
 
@@ -147,7 +148,7 @@ class JsonLinesLogger(Logger):
 
     def start(self, run: RunInfo) -> None:
         """Opens the file, with the rows up to the step that the run resumes from."""
-        self._path = run.run_dir / FILE_NAME
+        self._path = run.run_dir / METRICS_FILE
         self._file: BinaryIO | None = None
         self._pending: deque[bytes] = deque(maxlen=MAX_PENDING_ROWS)
         self._has_failed = False
@@ -187,14 +188,14 @@ class JsonLinesLogger(Logger):
 
     def _report(self, error: OSError) -> None:
         if not self._has_failed:
-            _report_unwritable(self._path, error)
+            report_unwritable(self._path, error)
         self._has_failed = True
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Returns the rows of a run's `metrics.jsonl`, oldest first, without lines that are damaged."""
     try:
-        data = (run_dir / FILE_NAME).read_bytes()
+        data = (run_dir / METRICS_FILE).read_bytes()
     except OSError:
         return []
     return [row for line in data.splitlines() if (row := _parse_row(line)) is not None]
@@ -220,7 +221,8 @@ def _size_until(path: Path, step: int) -> int:
     return size
 
 
-def _report_unwritable(path: Path, error: OSError) -> None:
+def report_unwritable(path: Path, error: OSError) -> None:
+    """Prints that a file of the run directory cannot be written, which ends no training."""
     print(f"distopt: {path} cannot be written: {error.strerror}; training continues", file=sys.stderr, flush=True)
 
 
@@ -261,7 +263,7 @@ class TensorBoardLogger(Logger):
             yield
         except OSError as error:
             self._events = None
-            _report_unwritable(self._path, error)
+            report_unwritable(self._path, error)
 
 
 class ProgressLogger(Logger):

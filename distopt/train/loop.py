@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
 import time
 from datetime import timedelta
 
+import pyro
 import torch
 from rich.console import Console
 from torch import nn
 
 from distopt.backends import Backend, BackendError, init
 from distopt.checkpoint import Checkpointer, CheckpointError, Restored, Retention
-from distopt.config import MAY_CHANGE, ConfigError, RunConfig, dump_yaml
+from distopt.config import MAY_CHANGE, ConfigError, RunConfig
 from distopt.data import GlobalBatches, Loader
 from distopt.infer import SVI, seed_all
 from distopt.launchers import LauncherError, find_rank
 from distopt.optim import DistributedOptimizer, StepInfo
 from distopt.reduce import DisagreementError, DriftError, PeerError
 from distopt.train.components import make_loggers, make_loss, make_optimizer, refused
-from distopt.train.loggers import FILE_NAME, Logger, Loggers, RunInfo, printer, read_metrics
+from distopt.train.facts import Facts, read_facts
+from distopt.train.loggers import Logger, Loggers, RunInfo, printer, read_metrics
+from distopt.train.measurements import Measurements
 from distopt.train.monitor import PaceMeter, RankPace, Status, describe_straggler
 from distopt.train.recorded_config import recorded_config
-from distopt.train.report import Report, elbo_figure, paces_table
+from distopt.train.report import Report
 from distopt.train.resume import describe_restored, which_checkpoint
+from distopt.train.run_page import REPORT, fill_report
 from distopt.train.serve import ServeError, serving
 from distopt.train.setup import count_rows, load_task_on_all_ranks, set_up_process
 from distopt.train.signals import StopSignals
 from distopt.train.task import TaskError, TaskRows
-
-REPORT = "report.html"
+from distopt.train.validation import PREFIX, Validation
 
 # Rows that the parameters are made from. A guide's first call needs some rows, and all of them might not fit in memory.
 _INIT_ROWS = 1024
+
+# One step in so many has Pyro's checks on all along: a value that leaves its support late is found.
+_CHECKED_STEPS = 100
 
 # Errors that a user fixes after reading one line; any other error is a defect, and its traceback shows where.
 _SHARED_ERRORS = (BackendError, PeerError, DisagreementError, DriftError)  # raised on all ranks already
@@ -122,10 +127,12 @@ class _Worker:
             weight=self.batches.weight,
             capture=config.train.capture,
         )
+        self.first_step = 0  # steps that were done before this process started
         self.refusal: str | None = None  # why steps are not captured, once it has been printed
         callables = {"model": self.task.model, "guide": self.task.guide}
         self.modules = {name: each for name, each in callables.items() if isinstance(each, nn.Module)}
 
+        self.validation = Validation(config, self.task, backend)
         self.pace = PaceMeter(backend)
         self.paces: list[RankPace] = []
 
@@ -138,10 +145,13 @@ class _Worker:
 
         with self._make_checkpointer() as checkpointer:
             first_step = self._resume(checkpointer)
+            self.facts = Facts(self.config, self.backend, first_step)
             last_step = self._train(first_step, checkpointer)
             checkpointer.wait()
 
-        if last_step < self.config.train.num_steps:
+        is_done = last_step >= self.config.train.num_steps or self.validation.early_stop is not None
+        self.facts.note(outcome="done" if is_done else "stopped", step=last_step)
+        if not is_done:
             self.print(f"stopped after step {last_step:,}; run the same command again to resume")
             return 128 + (self.stop.received or signal.SIGTERM)
         self.task.collect()
@@ -219,6 +229,8 @@ class _Worker:
         first_step = 0
         if restored is not None:
             first_step = 0 if is_new else restored.step
+            if not is_new:
+                self.validation.load_state(restored.progress)
             for line in describe_restored(restored, config, self.backend.world_size, is_new=is_new):
                 self.print(line)
             self.status.checkpoint_at = time.monotonic()
@@ -241,33 +253,39 @@ class _Worker:
 
     def _train(self, first_step: int, checkpointer: Checkpointer) -> int:
         """Takes the steps after `first_step`; returns how many the run has done when it ends or is stopped."""
+        self.first_step = first_step
         num_steps = self.config.train.num_steps
-        num_ahead = self.config.data.prefetch
-        window = _Window()
+        step = first_step
+        measurements = Measurements(self.config.run_dir if self.console else None, step, self.batches.global_batch)
         with (
             self._make_loggers(first_step) as loggers,
-            Loader(TaskRows(self.task), self.batches, num_ahead=num_ahead) as loader,
+            Loader(TaskRows(self.task), self.batches, num_ahead=self.config.data.prefetch) as loader,
         ):
-            for step in range(first_step + 1, num_steps + 1):
-                is_last = step == num_steps
-                is_logged = is_last or step % self.config.log.every_steps == 0
+            while step < num_steps and self.validation.early_stop is None:
+                step += 1
+                is_validated = self.validation.is_due(step)
+                is_logged = is_validated or step == num_steps or step % self.config.log.every_steps == 0
                 info = self._step(step, loader, measure_norm=is_logged)
-                window.add(info)
+                measurements.add(info)
                 self._report_refusal(step)
                 loggers.after_step(step)
-                if is_logged:
-                    loggers.log(step, self._measure(info, window))
 
+                is_best = is_validated and self.validation.run(step)
+                if is_logged:
+                    loggers.log(step, self._measure(info, measurements, is_validated=is_validated))
                 self.status.checkpoint_at = checkpointer.committed_at or self.status.checkpoint_at
-                if info.stop or is_last or self._is_save_due(step):
+                is_last = step == num_steps or self.validation.early_stop is not None
+                if info.stop or is_last or is_best or self._is_save_due(step):
                     self._save(checkpointer, step)
                 if info.stop:
-                    return step
+                    break
 
-        if first_step >= num_steps:
+        if self.validation.early_stop is not None:
+            self.print(f"stopped early after step {step:,}: {self.validation.early_stop}")
+        elif first_step >= num_steps:
             self.print(f"all {num_steps:,} steps were done before")
         self.status.progress()
-        return max(first_step, num_steps)
+        return step
 
     def _step(self, step: int, loader: Loader, *, measure_norm: bool) -> StepInfo:
         """Takes step number `step`, counted from 1; returns what the ranks learned from each other in it."""
@@ -280,11 +298,17 @@ class _Worker:
         with self.pace.step():
             batch = loader.batch(index)
             stop = self.stop.received != 0
-            info = self.svi.step_with(batch, step=index, stop=stop, measure_norm=measure_norm)
+            with pyro.validation_enabled(self._is_checked(step)):
+                info = self.svi.step_with(batch, step=index, stop=stop, measure_norm=measure_norm)
             if scheduler is not None and step % scheduler.every_steps == 0:
                 self.step_schedule(self.optimizer, info.loss)
         self.status.skipped_steps = self.optimizer.num_skipped_steps
         return info
+
+    def _is_checked(self, step: int) -> bool:
+        """Returns whether Pyro checks arguments, supports and shapes in this step; that changes no number."""
+        num_first = self.config.train.check_steps
+        return num_first is None or step <= self.first_step + num_first or step % _CHECKED_STEPS == 0
 
     def _report_refusal(self, step: int) -> None:
         """Says once, on rank 0, that steps are not captured and why."""
@@ -293,18 +317,21 @@ class _Worker:
             self.refusal = captured.refusal
             self.print(f"step {step:,}: steps are not captured and run as with train.capture=off: {self.refusal}")
 
-    def _measure(self, info: StepInfo, window: _Window) -> dict[str, float]:
-        """Returns the values for the loggers: those of the window, which ends here, and those of its last step."""
-        loss, steps_per_s = window.close()
-        norm = info.gradient_norm
+    def _measure(self, info: StepInfo, measurements: Measurements, *, is_validated: bool) -> dict[str, float]:
+        """Returns the values for the loggers; those of the task on rank 0 alone, where the loggers are."""
         self.status.all_reduce_s = self.backend.all_reduce_s
         self.status.all_reduce_bytes = self.backend.all_reduce_bytes
-        return {
-            "elbo": -loss,
-            "rows_per_s": steps_per_s * self.batches.global_batch,
-            "gradient_norm": math.nan if norm is None else norm,
-            "skipped_steps": self.status.skipped_steps,
-        }
+        values = measurements.close(info, self.optimizer.optim, self.status.skipped_steps)
+        if is_validated:
+            values |= {f"{PREFIX}{name}": value for name, value in self.validation.values.items()}
+        if self.console is None:
+            return values
+
+        with torch.no_grad():
+            more = {name: float(value) for name, value in self.task.metrics().items()}
+        if values.keys() & more.keys():
+            raise TaskError(f"task: metrics() returned {', '.join(values.keys() & more.keys())}, which distopt logs")
+        return values | more
 
     def _is_save_due(self, step: int) -> bool:
         every_steps = self.config.checkpoint.every_steps
@@ -313,11 +340,12 @@ class _Worker:
     def _save(self, checkpointer: Checkpointer, step: int) -> None:
         """Saves a checkpoint, and reports a rank that has become a straggler since the last one."""
         began_s = time.monotonic()
-        checkpointer.save(step)
+        checkpointer.save(step, progress=self.validation.state() or None, best=self.validation.best_step)
         self.status.checkpoint_s = time.monotonic() - began_s
 
         previous = describe_straggler(self.paces)
         self.paces = self.pace.all_ranks()
+        self.facts.note_paces(self.paces)
         straggler = describe_straggler(self.paces)
         if straggler and not previous:
             self.print(f"step {step:,}: {straggler}")
@@ -325,26 +353,11 @@ class _Worker:
     # After the last step.
 
     def _write_report(self) -> None:
-        """Writes the report, on rank 0: the task's results, the ELBO, the ranks' paces, the configuration."""
+        """Writes the report, on rank 0."""
         config = self.config
-        history = read_metrics(config.run_dir)
-        report = Report(config.name, self.console, history)
-        seed_all(config.seed, config.train.num_steps)
-        with torch.no_grad():
-            self.task.report(report)
-
-        report.heading("How the ELBO rose")
-        try:
-            figure = elbo_figure(history, self.batches.num_rows)
-        except ImportError:
-            report.text(
-                f"There is no figure without matplotlib: pip install matplotlib. The numbers are in {FILE_NAME}."
-            )
-        else:
-            report.figure(figure, "Evidence lower bound per row, mean over the ranks.")
-        if self.paces:
-            paces_table(report, self.paces)
-        report.source("The configuration", dump_yaml(config))
+        report = Report(config.name, self.console, read_metrics(config.run_dir))
+        facts, step = read_facts(config.run_dir), self.status.step
+        fill_report(report, config, self.task, facts, step=step, num_rows=self.batches.num_rows)
 
         path = config.run_dir / REPORT
         try:
@@ -353,26 +366,3 @@ class _Worker:
             self.print(f"no report: {path} cannot be written: {error.strerror}")
         else:
             self.print(f"report: {path}")
-
-
-class _Window:
-    """The steps since the last logged one: their mean loss and their speed."""
-
-    def __init__(self) -> None:
-        self._losses: list[float] = []
-        self._since_s = time.monotonic()
-
-    def add(self, info: StepInfo) -> None:
-        """Adds a step."""
-        assert info.loss is not None
-        self._losses.append(info.loss)
-
-    def close(self) -> tuple[float, float]:
-        """Returns the mean loss and the steps per second, and starts the next window."""
-        now_s = time.monotonic()
-        num_steps = len(self._losses)
-        loss = sum(self._losses) / num_steps
-        steps_per_s = num_steps / max(now_s - self._since_s, 1e-9)
-        self._losses = []
-        self._since_s = now_s
-        return loss, steps_per_s

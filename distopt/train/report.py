@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from distopt.train.monitor import RankPace, describe_straggler
 
@@ -67,7 +68,20 @@ class Report:
         if self._console is not None and not quiet:
             self._console.print(text, highlight=False, markup=False)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+    @property
+    def num_sections(self) -> int:
+        """How many texts, tables and figures have been added."""
+        return len(self._sections)
+
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        note: str = "",
+        *,
+        printed: bool = True,
+    ) -> None:
         """Adds a table of texts; the first column is aligned to the left, the others to the right.
 
         Args:
@@ -75,22 +89,23 @@ class Report:
             columns: The headings of the columns.
             rows: Each has one text per column.
             note: How to read the table; it is shown below.
+            printed: Whether it is printed on the terminal, too.
         """
         head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
         caption = f"<caption>{html.escape(note)}</caption>" if note else ""
         self.heading(title)
         self._sections.append(f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
-        if self._console is None:
+        if self._console is None or not printed:
             return
 
         # Everything is a Text because rich would take [brackets] in plain strings for its markup.
-        printed = Table(title=Text(title), title_justify="left", caption=Text(note), caption_justify="left")
+        drawn = Table(title=Text(title), title_justify="left", caption=Text(note), caption_justify="left")
         for index, column in enumerate(columns):
-            printed.add_column(Text(column), justify="left" if index == 0 else "right")
+            drawn.add_column(Text(column), justify="left" if index == 0 else "right")
         for row in rows:
-            printed.add_row(*map(Text, row))
-        self._console.print(printed)
+            drawn.add_row(*map(Text, row))
+        self._console.print(drawn)
 
     def figure(self, figure: Any, caption: str = "") -> None:
         """Adds a matplotlib figure, which becomes an SVG inside the page."""
@@ -157,6 +172,53 @@ def elbo_figure(history: Sequence[dict[str, Any]], num_rows: int) -> Any:
         axes.set_ylim(top - 4 * max(top - settled[len(settled) // 10], 1e-9), top + 0.3 * (top - settled[0]) + 1e-9)
 
     axes.set(xlabel="step", ylabel="ELBO per row (nats)")
+    _finish(axes)
+    return figure
+
+
+def curves_figure(curves: Mapping[str, Sequence[tuple[int, float]]], label: str) -> Any:
+    """Returns a matplotlib figure of curves over each other.
+
+    Args:
+        curves: (step, value) by name.
+        label: Of the vertical axis.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3))
+    axes = figure.subplots()
+    for name, points in curves.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), linewidth=1.4, label=name)
+    axes.set(xlabel="step", ylabel=label)
+    if len(curves) > 1:
+        axes.legend(frameon=False)
+    _finish(axes)
+    return figure
+
+
+def params_figure(params: Mapping[str, Tensor]) -> Any:
+    """Returns a matplotlib figure of the elements of each parameter, one line of dots for each.
+
+    Args:
+        params: Constrained and detached values by name.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.9 + 0.28 * len(params)))
+    axes = figure.subplots()
+    for line, value in enumerate(params.values()):
+        elements = value.reshape(-1).tolist()
+        # A thousand dots lie over each other: as many, evenly chosen, show the same.
+        chosen = elements[:: max(1, len(elements) // 300)]
+        axes.plot(chosen, [line] * len(chosen), "o", color="#2563a8", alpha=0.45, markersize=4, markeredgewidth=0)
+    axes.set_yticks(range(len(params)), list(params), fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="value")
+    _finish(axes)
+    return figure
+
+
+def _finish(axes: Any) -> None:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure

@@ -17,6 +17,7 @@ from distopt.infer import TensorRows
 
 if TYPE_CHECKING:
     from distopt.train.report import Report
+    from distopt.train.validation import Measured
 
 
 class TaskError(ValueError):
@@ -57,9 +58,32 @@ class Task(ABC):
             rows: (rows of this rank and step,) int64, each in [0, `rows()`).
         """
 
-    @abstractmethod
-    def report(self, report: Report) -> None:
-        """Adds the results to the report; called on rank 0 when the run is done."""
+    def report(self, report: Report) -> None:  # noqa: B027  # optional
+        """Adds the results to the report; called on rank 0 when the run is done.
+
+        Without it, the report has a table and a plot of the parameters.
+        """
+
+    def validate(self) -> Mapping[str, Measured]:
+        """Returns this rank's part of each metric on data that the run does not train on; called on all ranks.
+
+        It runs every `train.validate_every_steps` steps, without gradients. A rank measures its share of the rows,
+        `shard_rows(num_rows, rank, world_size)` of `distopt.data` with rank and world size of
+        `distopt.backends.current()`, and returns `Mean(total, count)` for a mean over rows, or `Total(value)` for a
+        sum. A plain number is averaged over the ranks.
+
+        Example:
+            >>> def validate(self):
+            ...     worker = distopt.backends.current()
+            ...     rows = distopt.data.shard_rows(len(self.y_test), worker.rank, worker.world_size)
+            ...     errors = self.predict(self.x_test[rows]) - self.y_test[rows]
+            ...     return {"mse": Mean(float(errors.square().sum()), len(rows))}
+        """
+        return {}
+
+    def metrics(self) -> Mapping[str, float]:
+        """Returns further numbers to log, of the parameters for example; called on rank 0 whenever the run logs."""
+        return {}
 
     def columns(self) -> tuple[Tensor, ...] | None:
         """Returns what `batch` selects rows of, (rows(), ...) each; None if `batch` does anything else.
@@ -73,7 +97,7 @@ class Task(ABC):
         """Collects what is distributed over the ranks, for `report`; called on all ranks when the run is done."""
 
 
-_REQUIRED = ("model", "guide", "rows", "batch", "report")
+_REQUIRED = ("model", "guide", "rows", "batch")
 
 
 # Tasks need not inherit from `Task`: a class written before it existed, or one that must not import distopt, has the
@@ -96,7 +120,15 @@ class _AdaptedTask(Task):
         return batch
 
     def report(self, report: Report) -> None:
-        self._task.report(report)
+        getattr(self._task, "report", super().report)(report)
+
+    def validate(self) -> Mapping[str, Measured]:
+        measured: Mapping[str, Measured] = getattr(self._task, "validate", super().validate)()
+        return measured
+
+    def metrics(self) -> Mapping[str, float]:
+        metrics: Mapping[str, float] = getattr(self._task, "metrics", super().metrics)()
+        return metrics
 
     def columns(self) -> tuple[Tensor, ...] | None:
         columns: tuple[Tensor, ...] | None = getattr(self._task, "columns", super().columns)()

@@ -71,9 +71,10 @@ class HorovodrunPlatform(Platform):
     def plan(self, config: RunConfig) -> Plan:
         """Renders one horovodrun.
 
-        horovodrun puts the whole environment on command lines. So what looks like a secret is kept from it, and the
-        supervisors read it from a file of mode 0600 instead. It kills workers 5 s after a signal, perhaps in the middle
-        of a checkpoint, so they are stopped by a file.
+        With its Gloo controller horovodrun puts the whole environment on command lines. What looks like a secret is
+        left out there: workers of this machine inherit it, and those of other hosts get what `launch.secrets` names
+        through ssh. horovodrun kills workers 5 s after a signal, perhaps in the middle of a checkpoint, so they are
+        stopped by a file.
         """
         launch = config.launch
         elastic = len(launch.world_sizes) > 1
@@ -89,6 +90,7 @@ class HorovodrunPlatform(Platform):
         driver_options = [
             *(["--address", address] if address else []),
             *(["--elastic", str(config.run_dir)] if elastic else []),
+            *self._secret_options(config),
         ]
         argv = [
             *(sys.executable, "-m", "distopt.launch.worker.horovod_driver", *driver_options, "--"),
@@ -97,8 +99,17 @@ class HorovodrunPlatform(Platform):
             *world,
             *worker_argv(config, sys.executable),
         ]
-        command = Command(tuple(argv), env, secret_variables(config))
-        return Plan("horovodrun", (command,), files, stop_by_file=True, ends_together=not elastic)
+        return Plan("horovodrun", (Command(tuple(argv), env),), files, stop_by_file=True, ends_together=not elastic)
+
+    def _secret_options(self, config: RunConfig) -> list[str]:
+        if config.launch.horovod_controller == "mpi":
+            return []  # mpirun is given names alone
+        hidden = sorted(secret_variables(config))
+        passed = config.launch.secrets if config.launch.hosts else []
+        return [
+            *(["--hidden", ",".join(hidden)] if hidden else []),
+            *(["--secrets", ",".join(passed)] if passed else []),
+        ]
 
     def _env(self, config: RunConfig) -> dict[str, str]:
         """Returns what horovodrun itself reads; it calls the first `mpirun` and the first `ssh` on PATH."""

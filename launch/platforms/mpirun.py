@@ -14,7 +14,7 @@ from ..findings import Finding
 from ..plan import STOP_BY_FILE, Command, Plan, env_of_workers, run_files, worker_argv
 from ..worker import network
 from .base import Platform
-from .mpi import BUILD_HOROVOD, find_mpirun, is_mpich, mpi_of_horovod, open_mpi_env, secret_variables
+from .mpi import BUILD_HOROVOD, find_mpirun, is_mpich, mpi_of_horovod, open_mpi_env
 
 
 class MpirunPlatform(Platform):
@@ -53,8 +53,7 @@ class MpirunPlatform(Platform):
         if config.launch.hosts:
             files |= ssh.wrapper(config)
         argv = (program, *options, *worker_argv(config, sys.executable))
-        command = Command(argv, env, secret_variables(config))
-        return Plan("mpirun", (command,), files, stop_by_file=True, ends_together=True)
+        return Plan("mpirun", (Command(argv, env),), files, stop_by_file=True, ends_together=True)
 
 
 def _check_library(config: RunConfig, program: str) -> Iterator[Finding]:
@@ -93,8 +92,9 @@ def _slots(config: RunConfig) -> str:
 
 def _open_mpi_options(config: RunConfig, env: dict[str, str]) -> list[str]:
     """Both Open MPI 4 and 5 read a double dash; 5 takes `-bind-to` for a program's name."""
-    # Open MPI passes on only its own variables unless others are named; PATH is that of each host.
-    passed = [name for name in sorted(env) if name != "PATH"]
+    # Open MPI passes on only its own variables unless others are named; PATH is that of each host. Values do not stand
+    # on command lines: they reach other hosts through the connections of mpirun, as with MPICH.
+    passed = [name for name in sorted({*env, *config.launch.secrets}) if name != "PATH"]
     return [
         *("-n", str(config.launch.world_sizes[0])),
         *("--host", _slots(config)),

@@ -73,11 +73,11 @@ class TorchrunPlatform(Platform):
         agent = [sys.executable, "-m", "distopt.launch.worker.host_agent", "--", *torchrun]
         env = env_of_workers(config, **FRESH_STORE, **{HEARTBEAT_VARIABLE: "1"})
         if network.is_here(host):
-            return Command(tuple(agent), env, host=host)
+            return Command(tuple(agent), env, frozenset(launch.secrets), host)
 
         # ssh passes on no environment and starts in the home folder, so both are on the command line.
         argv = ["env", "-C", os.getcwd(), *(f"{key}={value}" for key, value in sorted(env.items())), *agent]
-        return Command(tuple(ssh.remote(config, host, argv)), host=host)
+        return Command(tuple(ssh.remote(config, host, argv)), {}, frozenset(launch.secrets), host)
 
 
 def torchrun_argv(

@@ -1,14 +1,17 @@
-"""horovodrun as `distopt launch` runs it: `python -m MODULE [--address A] [--elastic RUN_DIR] -- …`.
+"""horovodrun as `distopt launch` runs it: `python -m MODULE [OPTIONS] -- …`.
 
 With `--address`, it listens there: horovodrun's servers ask for no password and listen on every interface. With
 `--elastic`, supervisors learn of the rounds of a changing world (`elastic.py`), and a lost host joins again as soon as
 it answers over ssh. Plain Horovod re-admits a host after a cooldown, reachable or not, and notifies only scripts that
-use `hvd.elastic.run`.
+use `hvd.elastic.run`. With `--hidden`, these variables stand on no command line, and with `--secrets` the run's ssh
+hands them to other hosts on standard input.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import socketserver
 import subprocess
 import sys
@@ -17,6 +20,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from distopt.launchers import SECRETS_VARIABLE, STDIN_SECRETS_VARIABLE
 
 from . import elastic, network
 
@@ -31,6 +36,8 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="horovod_driver", allow_abbrev=False)
     parser.add_argument("--address")
     parser.add_argument("--elastic", type=Path)
+    parser.add_argument("--hidden", type=lambda names: names.split(","), default=[])
+    parser.add_argument("--secrets", type=lambda names: names.split(","), default=[])
     options = parser.parse_args(argv[:split])
 
     from horovod.runner import gloo_run
@@ -40,8 +47,20 @@ def main(argv: Sequence[str]) -> int:
         _listen_on(options.address)
     if options.elastic:
         gloo_run.ElasticDriver = driver_class(options.elastic)
+    _hide([*options.hidden, SECRETS_VARIABLE])
+    if options.secrets:
+        os.environ[SECRETS_VARIABLE] = json.dumps({name: os.environ[name] for name in options.secrets})
+        os.environ[STDIN_SECRETS_VARIABLE] = "1"
     sys.argv = ["horovodrun", *argv[split + 1 :]]
     return int(run_commandline() or 0)
+
+
+def _hide(names: Sequence[str]) -> None:
+    """Keeps variables from the command lines on which horovodrun exports its environment; its children inherit them."""
+    from horovod.runner.common.util import env
+
+    is_exportable = env.is_exportable
+    env.is_exportable = lambda name: name not in names and is_exportable(name)
 
 
 def _listen_on(address: str) -> None:

@@ -1,8 +1,8 @@
 """Stands on each host between ssh and a launcher: `python -m MODULE [--meet NAME:PORT] -- LAUNCHER…`.
 
-With `DISTOPT_HEARTBEAT` set, `distopt launch` writes a line every few seconds to the agent's standard input. When the
-lines stop, because `distopt launch` was killed or the link is down, the agent ends the launcher on its host: launchers
-that are cut off wait for minutes and ignore SIGTERM.
+With `DISTOPT_HEARTBEAT` set, `distopt launch` writes the run's secrets to the agent's standard input, then a line every
+few seconds. When the lines stop, since `distopt launch` was killed or the link is down, the agent ends the launcher of
+its host: launchers that are cut off wait for minutes and ignore SIGTERM.
 
 With `--meet`, the launcher is started when the rendezvous can be reached. A pod may be there minutes before the first
 one has its image, or its name an address, and torchrun gives up after one minute.
@@ -23,6 +23,7 @@ from distopt.launchers import GRACE_VARIABLE, HEARTBEAT_VARIABLE
 
 from .network import interface_env, is_here, resolve
 from .processes import adopt_orphans, die_with_parent, heeded, kill_descendants
+from .streams import read_secrets
 
 SILENCE_S = 25.0  # longer than ssh takes to give up (ServerAliveInterval times ServerAliveCountMax)
 KILL_MARGIN_S = 6.0  # supervisors kill at the end of the grace time, launchers 5 s after them
@@ -52,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
     if received:
         return 128 + received[0]
 
+    if HEARTBEAT_VARIABLE in os.environ and select.select([0], [], [], SILENCE_S)[0]:
+        os.environ.update(read_secrets())
     launcher = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, env={**os.environ, **interface_env(os.environ)},
         start_new_session=True, preexec_fn=die_with_parent,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -68,6 +69,18 @@ def has_lost_its_reader(stream: TextIO) -> bool:
     """Returns whether nobody reads the pipe behind a stream of `best_effort` any more."""
     raw: Any = stream.buffer if isinstance(stream, io.TextIOWrapper) else None
     return isinstance(raw, BestEffort) and raw.error == errno.EPIPE
+
+
+def read_secrets() -> dict[str, str]:
+    """Returns the variables that stand in the first line of standard input, as JSON; none at its end.
+
+    Values travel this way to other hosts, through ssh: a command line can be read by every user of a machine, and a
+    file may outlive the run.
+    """
+    line = b""
+    while not line.endswith(b"\n") and (byte := os.read(0, 1)):  # what follows the line is another's to read
+        line += byte
+    return {str(name): str(value) for name, value in json.loads(line or b"{}").items()}
 
 
 def open_standard_streams() -> None:

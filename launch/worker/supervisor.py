@@ -7,7 +7,6 @@ report says which rank died first.
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
@@ -24,7 +23,7 @@ from distopt.launchers import (
     CWD_VARIABLE,
     ECHO_VARIABLE,
     GRACE_VARIABLE,
-    SECRETS_FILE,
+    STDIN_SECRETS_VARIABLE,
     STOP_FILE,
     WATCH_STOP_VARIABLE,
     WORLD_SIZE_VARIABLE,
@@ -37,10 +36,22 @@ from distopt.launchers import (
 from . import elastic, events, rank_log, terminal
 from .network import interface_env
 from .processes import REQUESTS, die_with_parent, heeded
+from .streams import read_secrets
 
 POLL_S = 0.5
 WRONG_WORLD_SIZE = 3
 """Exit status where the launcher started another number of workers than the run allows."""
+
+LIBRARY_SETTINGS = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "MALLOC_TRIM_THRESHOLD_": "4000000000",
+}
+"""Variables of a worker that its environment does not set, as `launch.env` may.
+
+Threads of OpenMP that wait give up their core, which other workers need. Memory of freed tensors stays with the process
+for the next step, instead of being mapped and cleared again: it shows in its size until the process ends.
+"""
 
 TERMINATION_LOG = Path("/dev/termination-log")
 TERMINATION_LOG_BYTES = 3000  # of the 4096 that Kubernetes keeps
@@ -73,6 +84,7 @@ class Supervisor:
         self.stop_file = run_dir / STOP_FILE if WATCH_STOP_VARIABLE in os.environ else None
         self.asked_to_stop = False
 
+        self._secrets = read_secrets() if STDIN_SECRETS_VARIABLE in os.environ else {}
         self._is_elastic = elastic.is_elastic(os.environ)
         self._round = 0
         self._signalled = False  # the worker of this attempt, to save and end
@@ -177,8 +189,10 @@ class Supervisor:
 
     def _start(self, screen: IO[bytes] | None) -> tuple[subprocess.Popen[bytes], int]:
         """Starts the worker, and returns it with the file descriptor of its output."""
-        env = {**os.environ, **interface_env(os.environ), "PYTHONUNBUFFERED": "1", **self._secrets()}
+        env = {**os.environ, **interface_env(os.environ), "PYTHONUNBUFFERED": "1", **self._secrets}
         env.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // self.local_size)))
+        for name, value in LIBRARY_SETTINGS.items():
+            env.setdefault(name, value)
         if screen is not None:
             reading_end, worker_end = terminal.open_pseudo_terminal(screen)
         else:
@@ -194,13 +208,6 @@ class Supervisor:
         )  # fmt: skip
         os.close(worker_end)
         return worker, reading_end
-
-    def _secrets(self) -> dict[str, str]:
-        try:
-            secrets = json.loads((self.run_dir / SECRETS_FILE).read_text())
-        except FileNotFoundError:
-            return {}
-        return {str(name): str(value) for name, value in secrets.items()}
 
     def _ask_to_stop(self, worker: subprocess.Popen[bytes], *, for_good: bool) -> None:
         """Passes a request to stop on, once: a second signal could interrupt the worker's last checkpoint."""

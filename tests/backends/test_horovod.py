@@ -9,7 +9,7 @@ from distopt.backends import current
 from distopt.backends.horovod import Horovod
 from tests import workers
 
-pytest.importorskip("horovod")
+pytest.importorskip("horovod", reason="horovod is not installed (make setup-dev)")
 
 
 def _run_names() -> tuple[list[str], list[str]]:

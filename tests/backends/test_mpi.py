@@ -8,7 +8,7 @@ import torch
 from distopt.backends import current
 from tests import workers
 
-pytest.importorskip("mpi4py")
+pytest.importorskip("mpi4py", reason="mpi4py is not installed (make setup-dev)")
 
 
 def _run_half_precision() -> None:

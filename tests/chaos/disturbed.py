@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import termios
 import threading
@@ -69,9 +70,16 @@ def write_config(folder: Path, runner: str) -> Path:
         "reduce": {"timeout_s": 60, **platform["reduce"]},
         "launch": {"workers": 2, "max_restarts": 20, "grace_s": 20, **platform["launch"]},
     }
+    if keys["launch"].get("hosts"):
+        keys["launch"]["port"] = free_port()  # two runs that are played at once must not meet
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(keys))
     return path
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 @dataclass

@@ -13,7 +13,8 @@ from distopt.launch.platforms.mpi import find_mpirun
 from tests.chaos.disturbed import Disturbed, run_undisturbed
 from tests.chaos.schedule import KINDS, PENDING, RUNNERS, draw, enabled_kinds
 
-NUM_QUICK, NUM_SLOW = 8, 300
+NUM_QUICK, NUM_SLOW = 20, 300
+QUICK_EVENTS, SLOW_EVENTS = 2, 4  # of a schedule, at most; few keep the quick test within minutes
 
 
 def available_runners() -> tuple[str, ...]:
@@ -33,7 +34,7 @@ def kinds_here() -> tuple[str, ...]:
     return tuple(kind for kind in enabled_kinds() if kind != "disk-full" or os.geteuid() == 0)
 
 
-def play_all(seeds: list[int], folder: Path) -> None:
+def play_all(seeds: list[int], folder: Path, max_events: int) -> None:
     """Plays each seed, two at a time, and prints what it was."""
     undisturbed, kinds, runners = folder / "undisturbed", kinds_here(), available_runners()
     run_undisturbed(undisturbed, "local")
@@ -41,7 +42,7 @@ def play_all(seeds: list[int], folder: Path) -> None:
     def play(seed: int) -> Disturbed:
         of_seed = folder / str(seed)
         of_seed.mkdir()
-        run = Disturbed(draw(seed, kinds, runners), of_seed, undisturbed)
+        run = Disturbed(draw(seed, kinds, runners, max_events), of_seed, undisturbed)
         run.play()
         print("\n".join(run.history), flush=True)
         return run
@@ -54,13 +55,13 @@ def play_all(seeds: list[int], folder: Path) -> None:
 
 @pytest.mark.timeout(1200)
 def test_runs_disturbed_at_random_end_as_the_undisturbed_one(tmp_path):
-    play_all(chosen_seeds(NUM_QUICK), tmp_path)
+    play_all(chosen_seeds(NUM_QUICK), tmp_path, QUICK_EVENTS)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(6 * 3600)
 def test_many_runs_disturbed_at_random_end_as_the_undisturbed_one(tmp_path):
-    play_all(chosen_seeds(NUM_SLOW), tmp_path)
+    play_all(chosen_seeds(NUM_SLOW), tmp_path, SLOW_EVENTS)
 
 
 def test_schedule_follows_from_its_seed_and_every_kind_comes_up():

@@ -226,3 +226,16 @@ def test_rolling_back_while_a_save_is_under_way_waits_for_it_and_goes_on_from_th
         assert keeper.steps() == [1, 2, 3]
         assert keeper.restore().step == 3
         assert torch.equal(pyro.param("x").detach(), torch.full((4,), 30.0))
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"ignore_keys": "log"}, r"ignore_keys is 'log'; expected a list of keys, such as \['log'\]"),
+        ({"when_busy": "later"}, "when_busy is 'later'; expected 'wait' or 'skip'"),
+    ],
+)
+def test_argument_that_would_be_misread_is_refused(argument, message, tmp_path):
+    with pytest.raises((TypeError, ValueError), match=message):
+        Checkpointer(tmp_path, **argument)
+    assert list(tmp_path.iterdir()) == []

@@ -22,7 +22,7 @@ def test_inspect_and_verify_tell_what_is_there_and_what_is_broken(tmp_path):
         checkpointer.save(3, progress={"epoch": 1})
         checkpointer.save(4)
     seen = command("inspect", tmp_path, "--tensors").output
-    for text in ("step 4, 1 rank(s)", "step 3", '{"epoch": 1}', '{"seed": 7}', "replicated/params/weights/value: F32"):
+    for text in ("step 4, 1 rank(s)", "step 3", '{"epoch": 1}', "seed: 7", "replicated/params/weights/value: F32"):
         assert text in seen
     whole = command("verify", tmp_path)
     assert whole.exit_code == 0 and whole.output.count("whole") == 2
@@ -33,6 +33,25 @@ def test_inspect_and_verify_tell_what_is_there_and_what_is_broken(tmp_path):
     assert "BAD" in broken.output and "replicated.safetensors has 100 bytes, its manifest says" in broken.output
     missing = command("verify", tmp_path / "nowhere")
     assert missing.exit_code == 1 and "no checkpoint there" in missing.output
+
+
+def test_inspect_lists_parameters_and_what_changed_in_the_config(tmp_path):
+    pyro.clear_param_store()
+    scale = pyro.param("scale", torch.ones(3), constraint=torch.distributions.constraints.positive).unconstrained()
+    optimizer = pyro.optim.Adam({"lr": 0.1})
+    scale.grad = torch.ones(3)
+    optimizer([scale])
+    for step, lr in ((1, 0.1), (2, 0.05)):
+        config = {"seed": 7, "optim": {"lr": lr}}
+        state = {"optimizer": optimizer}
+        with Checkpointer(tmp_path, state, backend=Single(), config=config) as checkpointer:
+            checkpointer.save(step)
+            checkpointer.save(step + 10)
+    seen = command("inspect", tmp_path, "--tensors").output
+    assert "config: that of step 2" in seen and "seed: 7" in seen
+    assert "config, changed since step 1:\n    optim.lr: 0.1 -> 0.05" in seen
+    line = next(line for line in seen.splitlines() if line.startswith("    scale:"))
+    assert "float32 [3]" in line and "step 1, lr 0.1, exp_avg, exp_avg_sq" in line and "real" not in line, line
 
 
 def test_run_is_found_by_its_name_as_the_other_commands_find_it(tmp_path, monkeypatch):

@@ -71,11 +71,19 @@ def test_distributed_optimizer_with_error_feedback_has_state_of_its_rank():
             TypeError,
             r"state\['a'\] is a dict; expected a PyroOptim, an nn.Module or an object with state_dict",
         ),
+        (
+            [Counter()],
+            {},
+            TypeError,
+            r"state is a list; expected a mapping such as \{'optimizer': optimizer\}",
+        ),
+        ({}, Counter(), TypeError, "per_rank is a Counter; expected a mapping such as"),
+        ({1: torch.nn.Linear(1, 1)}, {}, TypeError, "state has the name 1; expected a string"),
         ({"a": torch.nn.Linear}, {}, TypeError, r"state\['a'\] is the class Linear"),
         ({}, {"a": 3}, TypeError, r"per_rank\['a'\] is a int; expected an object with state_dict"),
         ({"a": torch.nn.Linear(1, 1)}, {"a": torch.nn.Linear(1, 1)}, ValueError, "a: in state and in per_rank"),
     ],
-    ids=["no state", "class", "no state per rank", "same name"],
+    ids=["no state", "list", "object per rank", "number for a name", "class", "no state per rank", "same name"],
 )
 def test_objects_that_cannot_be_saved_are_refused_at_once(state, per_rank, kind, message, tmp_path):
     with pytest.raises(kind, match=message):

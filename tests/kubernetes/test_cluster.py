@@ -314,7 +314,7 @@ def test_a_pod_that_finishes_no_step_is_replaced_by_its_liveness_probe_and_the_r
 @pytest.mark.parametrize("kind", ["jobset", "trainjob", "pytorchjob", "mpijob"])
 def test_an_operator_s_object_is_stored_in_full_followed_and_deleted(cluster: Cluster, run_of: Any, kind: str) -> None:
     if not CRDS.is_dir():
-        pytest.skip(f"the published definitions are not at {CRDS}")
+        pytest.skip(f"{CRDS} is missing: the resource definitions of JobSet and Kubeflow, from their repositories")
     name = for_1_20(CRDS / f"{kind}.yaml")["metadata"]["name"]
     run = run_of(f"by-{kind}", kind=kind)
     done = run.launch("--detach")

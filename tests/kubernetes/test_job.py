@@ -25,14 +25,14 @@ CONTAINER = {"name": "worker", "image": "x", "imageID": "x", "ready": False, "re
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    pytest.importorskip("kmock")
+    pytest.importorskip("kmock", reason="kmock is not installed (make setup-dev)")
     with Server() as running:
         yield running
 
 
 @pytest.fixture
 def api(server):
-    client = pytest.importorskip("kubernetes.client")
+    client = pytest.importorskip("kubernetes.client", reason="kubernetes is not installed (make setup-dev)")
     with client.ApiClient(client.Configuration(host=server.url)) as api:
         yield api
 
@@ -92,7 +92,9 @@ def distopt(api, tmp_path, monkeypatch) -> Callable[..., tuple[int, str, str]]:
     }  # fmt: skip
     (tmp_path / "kubeconfig").write_text(yaml.safe_dump(kubeconfig))
     (tmp_path / "run.yaml").write_text(BASE)
-    kube_config = pytest.importorskip("kubernetes.config.kube_config")
+    kube_config = pytest.importorskip(
+        "kubernetes.config.kube_config", reason="kubernetes is not installed (make setup-dev)"
+    )
     monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
     monkeypatch.setattr(runs, "POLL_S", 0.05)
     monkeypatch.chdir(tmp_path)
@@ -244,7 +246,7 @@ def test_logs_are_what_the_container_has_printed_and_empty_while_it_is_being_cre
 
 
 def test_cluster_that_is_not_there_is_named():
-    client = pytest.importorskip("kubernetes.client")
+    client = pytest.importorskip("kubernetes.client", reason="kubernetes is not installed (make setup-dev)")
     with client.ApiClient(client.Configuration(host="http://127.0.0.1:9")) as api:
         api.rest_client.pool_manager.connection_pool_kw["retries"] = False
         with pytest.raises(PlatformError, match="the cluster cannot be reached"):

@@ -35,7 +35,9 @@ def test_manifest_is_the_golden_one(kind, golden, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_built_in_objects_and_pod_templates_keep_to_the_published_schema(kind):
-    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    kubernetes_validate = pytest.importorskip(
+        "kubernetes_validate", reason="kubernetes_validate is not installed (make setup-dev)"
+    )
     version = kubernetes_validate.latest_version()
     for manifest in manifests(config_of(kind)):
         if "." not in manifest["apiVersion"].split("/")[0]:
@@ -50,10 +52,10 @@ def test_built_in_objects_and_pod_templates_keep_to_the_published_schema(kind):
     [("jobset", "jobset"), ("trainjob", "trainjob"), ("pytorchjob", "pytorchjob"), ("mpijob", "mpijob")],
 )
 def test_custom_resource_keeps_to_its_projects_definition_and_has_no_field_of_its_own(kind, file):
-    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed (make setup-dev)")
     path = CRDS / f"{file}.yaml"
     if not path.exists():
-        pytest.skip(f"the published definitions are not at {CRDS}")
+        pytest.skip(f"{path} is missing: the resource definitions of JobSet and Kubeflow, from their repositories")
     (manifest,) = manifests(config_of(kind))
     schema = definition(path, manifest)
     validator = jsonschema.Draft202012Validator(closed(schema))

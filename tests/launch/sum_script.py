@@ -27,6 +27,7 @@ if __name__ == "__main__":
             os._exit(0)
         Path(f"summed-{backend.world_size}-{backend.rank}").touch()
         time.sleep(0.05)
-    result = {"total": total.item(), "host": socket.gethostname(), "library": backend.name}
+    secret = os.environ.get("MY_API_TOKEN")
+    result = {"total": total.item(), "host": socket.gethostname(), "library": backend.name, "secret": secret}
     Path(f"sum-{backend.rank}.json").write_text(json.dumps(result))
     backend.close()

@@ -82,6 +82,7 @@ def test_signal_reaches_each_worker_once_and_all_save_and_end(backend_section, s
     run = start(env={"MY_API_TOKEN": "s3cret", "OTHER_SECRET": "s3cret"})
     wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers ready")
     assert len(run.workers()) == 2
+    assert files_with(b"s3cret", run.run_dir) == []
     for process in psutil.process_iter():
         try:
             assert "s3cret" not in " ".join(process.cmdline())
@@ -92,8 +93,11 @@ def test_signal_reaches_each_worker_once_and_all_save_and_end(backend_section, s
     assert run.wait() == 128 + number, run.err
     assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
     assert run.processes() == []
-    written = [path for path in run.run_dir.rglob("*") if path.is_file() and b"s3cret" in path.read_bytes()]
-    assert written == []
+    assert files_with(b"s3cret", run.run_dir) == []
+
+
+def files_with(text: bytes, folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and text in path.read_bytes()]
 
 
 UNEQUAL = """

@@ -150,7 +150,7 @@ run_dir: /runs/run
     ],
 )
 def test_code_that_may_be_in_the_image_alone_is_a_warning(code, warned, folder, monkeypatch):
-    pytest.importorskip("kubernetes")
+    pytest.importorskip("kubernetes", reason="kubernetes is not installed (make setup-dev)")
     (folder / "run.yaml").write_text(f"name: run\n{code}\n{KUBERNETES}")
     result = CliRunner().invoke(app, ["launch", "run.yaml", "--dry-run"])
     assert result.exit_code == 0, result.output
@@ -164,7 +164,7 @@ def test_code_that_is_here_is_checked_for_the_image_too(folder):
 
 
 def test_port_of_pods_may_be_in_use_here(folder):
-    pytest.importorskip("kubernetes")
+    pytest.importorskip("kubernetes", reason="kubernetes is not installed (make setup-dev)")
     (folder / "run.yaml").write_text(f"{TASK}{KUBERNETES}")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = f"launch.port={taken.getsockname()[1]}"

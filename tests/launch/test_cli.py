@@ -41,7 +41,7 @@ def test_train_refuses_a_bad_config_before_it_imports_torch(tmp_path):
 
 
 def test_config_that_is_shown_is_complete_and_keeps_to_the_schema_that_is_printed(tmp_path):
-    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed (make setup-dev)")
     (tmp_path / "run.yaml").write_text("name: run\nscript: train.py\nrun_dir: /data/${name}\n")
     shown = CliRunner().invoke(app, ["config", "show", str(tmp_path / "run.yaml"), "launch.workers=3"])
     schema = CliRunner().invoke(app, ["config", "schema"])

@@ -51,8 +51,11 @@ def test_plan_keeps_secrets_from_horovodrun_which_puts_its_environment_on_comman
     monkeypatch.setenv("HUB_TOKEN", "s3cret")
     plan = horovodrun.HorovodrunPlatform().plan(parse_config(TASK))
     (command,) = plan.commands
-    assert "HUB_TOKEN" in command.hidden
+    assert "HUB_TOKEN" in command.argv[command.argv.index("--hidden") + 1].split(",")
+    assert "--secrets" not in command.argv
     assert "s3cret" not in str(plan)
+    (command,) = horovodrun.HorovodrunPlatform().plan(parse_config(TASK, [HOSTS, "launch.secrets=[PLAIN]"])).commands
+    assert command.argv[command.argv.index("--secrets") + 1] == "PLAIN"
     assert plan.stop_by_file and plan.ends_together
 
 

@@ -86,8 +86,21 @@ def test_launcher_that_ignores_the_signal_is_killed_after_the_grace_time(agent, 
     assert process.wait(TIMEOUT_S) == 128 + signal.SIGTERM
 
 
+def send_secrets(process: subprocess.Popen, line: str = "{}") -> None:
+    process.stdin.write(f"{line}\n")
+    process.stdin.flush()
+
+
+def test_secrets_come_in_the_first_line_and_are_variables_of_the_launcher(agent):
+    process = agent(*python("import os; print(os.environ['MY_TOKEN'])"), DISTOPT_HEARTBEAT="1")
+    send_secrets(process, '{"MY_TOKEN": "s3cret"}')
+    assert process.stdout.readline() == "s3cret\n"
+    assert process.wait(TIMEOUT_S) == 0
+
+
 def test_line_on_standard_input_asks_the_launcher_to_stop(agent):
     process = agent(*python(LAUNCHER, "3"), DISTOPT_HEARTBEAT="1")
+    send_secrets(process)
     assert process.stdout.readline() == "running\n"
     process.stdin.write((host_agent.ALIVE + host_agent.STOP).decode())
     process.stdin.flush()
@@ -97,6 +110,7 @@ def test_line_on_standard_input_asks_the_launcher_to_stop(agent):
 
 def test_end_of_distopt_launch_ends_everything_on_the_host(agent):
     process = agent(*python(DEAF), DISTOPT_HEARTBEAT="1")
+    send_secrets(process)
     assert process.stdout.readline() == "running\n"
     (launcher,) = psutil.Process(process.pid).children()
     process.stdin.close()
@@ -114,9 +128,10 @@ def test_silence_of_distopt_launch_ends_everything_on_the_host(agent):
         python(code), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "DISTOPT_HEARTBEAT": "1"},
     )  # fmt: skip
-    out, errors = process.stdout.readline(), ""
+    errors = ""
     try:
-        assert out == "running\n"
+        send_secrets(process)
+        assert process.stdout.readline() == "running\n"
         assert process.wait(TIMEOUT_S) == 1
         errors = process.stderr.read()
     finally:

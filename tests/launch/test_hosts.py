@@ -22,10 +22,15 @@ pytestmark = pytest.mark.timeout(240)
 @pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("platform", ENGINES)
 def test_one_yaml_runs_on_hosts_through_each_engine(platform, count, hosts, on_hosts, tmp_path):
-    run = on_hosts(platform, list(range(1, count + 1)))
+    env = {"MY_API_TOKEN": "s3cret", "OTHER_TOKEN": "s3cret"}
+    run = on_hosts(platform, list(range(1, count + 1)), "launch.secrets=[MY_API_TOKEN]", env=env)
+    wait_until(lambda: len(list(tmp_path.glob("summed-*"))) > 0 or run.process.poll() is not None, "a rank at work")
+    shown = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not any(b"s3cret" in command for command in shown)
     assert run.wait() == 0, run.everything()
+    assert not any(b"s3cret" in path.read_bytes() for path in run.run_dir.rglob("*") if path.is_file())
     sums = [json.loads((tmp_path / f"sum-{rank}.json").read_text()) for rank in range(count)]
-    assert [one["total"] for one in sums] == [count] * count
+    assert [(one["total"], one["secret"]) for one in sums] == [(count, "s3cret")] * count
     assert sorted(one["host"] for one in sums) == hosts.names[:count]
     assert {one["library"] for one in sums} == {LIBRARIES.get(platform, sums[0]["library"])}
     wait_until(lambda: run.processes() == [], "all processes of the run gone", timeout_s=20)

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.timeout(240)
     ],
 )
 def test_library_of_another_mpi_than_mpirun_is_refused(mpirun_of, horovod_for, backend, message, pretended_mpi):
-    pytest.importorskip("mpi4py")
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed (make setup-dev)")
     pretended_mpi(mpirun_of, horovod_for)
     config = parse_config(TASK, ["launch.platform=mpirun", f"reduce.backend={backend}"])
     result = list(mpirun.MpirunPlatform().check(config))
@@ -58,7 +58,7 @@ def test_mpi4py_that_is_missing_is_refused(pretended_mpi, monkeypatch):
 @pytest.fixture(scope="module")
 def mpich(tmp_path_factory) -> str:
     """Returns a Python beside MPICH's mpirun."""
-    pytest.importorskip("mpi4py")
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed (make setup-dev)")
     return str(mpich_environment(tmp_path_factory.mktemp("mpich")))
 
 

@@ -1,56 +1,59 @@
-"""One process at a time has a run directory, with the plan's files, secrets and record in it."""
+"""One process at a time has a run directory, with the plan's files and record in it."""
 
 from __future__ import annotations
 
 import json
 import os
 import socket
-import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from distopt.config import parse_config
 from distopt.launch.plan import Command, Plan
-from distopt.launch.run_dir import RunDirectoryError, claim, record, submission, write
+from distopt.launch.run_dir import RunDirectoryError, ask_to_stop, claim, record, submission, write
+from tests.small_disks import fill, small_disk
 
-CONFIG = parse_config("name: run\nscript: train.py\n", ["launch.secrets=[MY_TOKEN]"])
 
-
-def plan(folder: Path, hidden: frozenset[str] = frozenset()) -> Plan:
+def plan(folder: Path) -> Plan:
     files = {folder / "a/config.yaml": "seed: 1\n", folder / "ssh/ssh": "#!/bin/sh\n"}
-    return Plan("torchrun", (Command(("true",), hidden=hidden),), files)
+    return Plan("torchrun", (Command(("true",)),), files)
 
 
-def test_files_secrets_and_record_are_there_while_the_block_runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("MY_TOKEN", "s3cret")
-    monkeypatch.setenv("OTHER_TOKEN", "s3cret, too")
+def test_files_and_record_are_there_while_the_block_runs_and_what_an_earlier_run_left_is_gone(tmp_path):
     run_dir = tmp_path / "run"
     (run_dir / "logs").mkdir(parents=True)
     for stale in ("stop", "logs/failure.txt"):
         (run_dir / stale).touch()
-    with submission(CONFIG, plan(run_dir, frozenset({"OTHER_TOKEN", "NOT_SET"})), run_dir):
+    with submission(plan(run_dir), run_dir):
         assert (run_dir / "a/config.yaml").read_text() == "seed: 1\n"
         assert os.access(run_dir / "ssh/ssh", os.X_OK) and not os.access(run_dir / "a/config.yaml", os.X_OK)
-        secrets = run_dir / ".secrets.json"
-        assert json.loads(secrets.read_text()) == {"MY_TOKEN": "s3cret", "OTHER_TOKEN": "s3cret, too"}
-        assert stat.S_IMODE(secrets.stat().st_mode) == 0o600
         assert not (run_dir / "stop").exists() and not (run_dir / "logs/failure.txt").exists()
-        assert "s3cret" not in (run_dir / "launch.json").read_text()
-    assert not (run_dir / ".secrets.json").exists()
+        assert (run_dir / "launch.json").exists()
 
 
-def test_secrets_that_workers_inherit_are_written_nowhere(tmp_path, monkeypatch):
-    monkeypatch.setenv("MY_TOKEN", "s3cret")
-    with submission(CONFIG, plan(tmp_path), tmp_path):
-        assert not (tmp_path / ".secrets.json").exists()
+def test_stop_file_can_be_made_on_a_full_disk(tmp_path):
+    with small_disk(tmp_path / "disk", 64) as folder:
+        with submission(plan(folder), folder):
+            fill(folder)
+            ask_to_stop(folder)
+        assert (folder / "stop").exists()
+        ask_to_stop(folder)  # which is what a launcher does at its end, too
+
+
+def test_logs_that_belong_to_another_user_are_refused(tmp_path, monkeypatch):
+    log = tmp_path / "logs/rank-0.log"
+    log.parent.mkdir()
+    log.touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != log)  # root may write to any
+    with pytest.raises(RunDirectoryError, match="rank-0.log cannot be written to: Permission denied; choose another"):
+        claim(tmp_path)
 
 
 def test_second_process_is_refused_and_names_the_first(tmp_path):
-    with submission(CONFIG, plan(tmp_path), tmp_path):
-        for attempt in (lambda: claim(tmp_path), submission(CONFIG, plan(tmp_path), tmp_path).__enter__):
+    with submission(plan(tmp_path), tmp_path):
+        for attempt in (lambda: claim(tmp_path), submission(plan(tmp_path), tmp_path).__enter__):
             message = rf"is in use by process {os.getpid()} on {socket.gethostname()}; wait for it, `distopt stop "
             with pytest.raises(RunDirectoryError, match=message):
                 attempt()

@@ -245,3 +245,13 @@ def test_traceback_of_a_worker_that_died_is_written_where_a_pod_s_kubelet_reads_
     assert done.returncode == 1
     text = message.read_text()
     assert text.startswith("rank 1: Traceback") and text.endswith("ValueError: boom")
+
+
+def test_worker_waits_passively_and_keeps_its_memory_unless_its_environment_says_otherwise(tmp_path):
+    show = (
+        "import os, pathlib;"
+        "pathlib.Path('seen').write_text(os.environ['OMP_WAIT_POLICY'] + os.environ['MALLOC_TRIM_THRESHOLD_'])"
+    )
+    for variables, expected in (({}, "PASSIVE4000000000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE4000000000")):
+        assert supervise(tmp_path, show, {**torchrun(0, 1), **variables}).wait(TIMEOUT_S) == 0
+        assert (tmp_path / "seen").read_text() == expected

@@ -23,4 +23,4 @@ def loops(request, monkeypatch):
     if request.param == "python":
         monkeypatch.setattr(packing, "_compiled", None)
     elif packing._compiled is None:
-        pytest.skip("no compiler was there when distopt was installed")
+        pytest.skip("the compiled loops are not built (needs a C++ compiler; `python setup.py build_ext --inplace`)")

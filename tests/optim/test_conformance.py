@@ -99,7 +99,6 @@ def test_trajectory_equals_pyros_in_lower_precision(name, dtype):
     assert_close(ours, theirs, dtype)
 
 
-@pytest.mark.skipif(not hasattr(pyro.optim, "Muon"), reason="this torch has no Muon")
 def test_optimizer_of_whole_matrices_is_given_each_by_itself():
     def values(module):
         pyro.clear_param_store()

@@ -22,7 +22,8 @@ from distopt.optim.packing import Arena, FlatGradients, GradientBuffer, Segments
 from tests.optim.trajectories import OPTIMIZERS, SHAPES, Schedule, groups, run, stepped
 
 needs_compiled = pytest.mark.skipif(
-    packing._compiled is None, reason="no compiler was there when distopt was installed"
+    packing._compiled is None,
+    reason="the compiled loops are not built (needs a C++ compiler; `python setup.py build_ext --inplace`)",
 )
 quick = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
@@ -161,7 +162,7 @@ def test_odd_memory_is_neither_read_nor_written(kind):
 
 
 @needs_compiled
-def test_places_change_when_and_only_when_a_parameter_is_moved():
+def test_addresses_change_when_and_only_when_a_parameter_is_moved():
     params = tuple(parameter(shape) for shape in SHAPES)
     before, before_in_python = packing.addresses(params), in_python(packing.addresses, params)
     assert packing.addresses(params) == before
@@ -174,7 +175,7 @@ def test_places_change_when_and_only_when_a_parameter_is_moved():
 def test_arguments_of_other_types_are_left_to_python_or_refused():
     compiled, p = packing._compiled, parameter((3,))
     p.grad = torch.ones(3)
-    for function in (compiled.places, compiled.bump, compiled.dense):
+    for function in (compiled.addresses, compiled.bump, compiled.dense):
         for wrong in ([p], None, 1, (p, None), (p, 1), (p, "x")):
             assert function(wrong) is NotImplemented
     for args in ((), ((p,), p), ([p], p, p), ((p,), None, p), ((p,), p, 1), ((1,), p.detach(), torch.zeros(3))):
@@ -203,7 +204,7 @@ def test_no_reference_is_kept_or_lost():
         packing.has_dense_gradients(params)
         assert packing.gather(params, arena.flat, buffer)
         assert not packing.gather(params[1:], arena.flat, buffer)
-        packing._compiled.places((*params, None))
+        packing._compiled.addresses((*params, None))
         packing._compiled.gather((1,), arena.flat, buffer)
 
     call()

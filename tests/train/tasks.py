@@ -15,6 +15,11 @@ from numpy.typing import NDArray
 from pyro.infer import autoguide
 from torch import Tensor
 
+from distopt.backends import current
+from distopt.data import shard_rows
+from distopt.infer import sharded_plate
+from distopt.train import Mean, Total
+
 NUM_ROWS = 1000
 
 
@@ -74,6 +79,57 @@ class Line:
 
     def report(self, report: Any) -> None:
         report.text("a line was found")
+
+
+class LineOfColumns(Line):
+    """The same line, whose rows a captured step selects itself; `num_missing` rows are left out of the columns."""
+
+    def __init__(self, num_missing: int = 0, **args: Any) -> None:
+        super().__init__(**args)
+        self._columns = (self.x[num_missing:], self.y[num_missing:])
+
+    def columns(self) -> tuple[Tensor, ...]:
+        return self._columns
+
+
+class Judged(Line):
+    """The same line, validated against another one, which the slope passes on its way: it gets better, then worse."""
+
+    def validate(self) -> dict[str, Any]:
+        worker = current()
+        rows = shard_rows(701, worker.rank, worker.world_size)
+        x = torch.linspace(0, 1, 701)[rows]
+        errors = pyro.param("AutoDelta.slope") * x + 2.6 * x
+        return {"mse": Mean(float(errors.square().sum()), len(rows)), "rows": Total(len(rows)), "rank": worker.rank}
+
+    def metrics(self) -> dict[str, float]:
+        return {"slope": float(pyro.param("AutoDelta.slope"))}
+
+
+class Cells:
+    """A latent variable for each of 11 datapoints, which are far apart: their order shows."""
+
+    sharded = True
+
+    def __init__(self) -> None:
+        self.x = 10.0 * torch.arange(11.0)
+        self.guide = autoguide.AutoNormal(self.model, init_scale=0.1)
+
+    def model(self, rows: Tensor, x: Tensor) -> None:
+        mean = pyro.sample("mean", dist.Normal(0.0, 100.0))
+        with sharded_plate("cells", len(x), rows=rows):
+            z = pyro.sample("z", dist.Normal(mean, 100.0))
+            pyro.sample("x", dist.Normal(z, 0.1), obs=x)
+
+    def rows(self) -> int:
+        return len(self.x)
+
+    def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        index = torch.from_numpy(rows)
+        return index, self.x[index]
+
+    def report(self, report: Any) -> None:
+        pass
 
 
 class Straggling(Line):

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from distopt.launchers import METRICS_FILE
 from distopt.train import loggers
 from distopt.train.loggers import (
-    FILE_NAME,
     JsonLinesLogger,
     Logger,
     Loggers,
@@ -50,7 +50,7 @@ def test_new_run_in_a_used_folder_starts_from_nothing(tmp_path: Path) -> None:
 
 def test_line_cut_off_by_a_crash_is_left_out_and_replaced(tmp_path: Path) -> None:
     write(tmp_path, 0, range(10, 40, 10))
-    with (tmp_path / FILE_NAME).open("a") as file:
+    with (tmp_path / METRICS_FILE).open("a") as file:
         file.write('{"step": 40, "el')
     assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30]
     write(tmp_path, 30, range(40, 60, 10))
@@ -59,7 +59,7 @@ def test_line_cut_off_by_a_crash_is_left_out_and_replaced(tmp_path: Path) -> Non
 
 def test_damaged_lines_are_left_out_and_cost_no_good_row(tmp_path: Path) -> None:
     damaged = [b'{"step": 10}', b'{"step": 2', b"\xff\xfe", b"[]", b'{"elbo": 1}', b'{"step": 20}', b'{"step": 30}']
-    (tmp_path / FILE_NAME).write_bytes(b"\n".join(damaged) + b"\n")
+    (tmp_path / METRICS_FILE).write_bytes(b"\n".join(damaged) + b"\n")
     assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30]
     write(tmp_path, 20, range(30, 50, 10))
     assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30, 40]
@@ -83,7 +83,7 @@ def test_rows_are_kept_while_the_disk_is_full(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize(
     ("logger", "name", "reason"),
-    [(JsonLinesLogger, FILE_NAME, "Is a directory"), (TensorBoardLogger, "tensorboard", "File exists")],
+    [(JsonLinesLogger, METRICS_FILE, "Is a directory"), (TensorBoardLogger, "tensorboard", "File exists")],
 )
 def test_file_that_cannot_be_written_is_told_with_its_path_and_training_goes_on(
     logger: type[Logger], name: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -122,7 +122,7 @@ def test_nan_and_infinity_are_null_since_json_has_neither(tmp_path: Path) -> Non
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
 
-    (line,) = (tmp_path / FILE_NAME).read_text().splitlines()
+    (line,) = (tmp_path / METRICS_FILE).read_text().splitlines()
     assert json.loads(line, parse_constant=refuse) == {"step": 1, "elbo": None, "norm": None, "rows": 2.0}
 
 

@@ -9,15 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
 from numpy.typing import NDArray
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from distopt.config import ConfigError
+from distopt.infer import SVI
 from distopt.train.loggers import read_metrics
 from distopt.train.monitor import STRAGGLER_RATIO, Status
 from tests.control_groups import control_group
@@ -123,10 +126,47 @@ def test_worker_killed_once_is_restarted_and_the_result_is_the_same_to_the_bit(
 
 def test_run_may_change_between_captured_and_eager_steps_when_it_resumes(undisturbed: Path, tmp_path: Path) -> None:
     path = config(tmp_path)
-    launch_well(path, "train.capture=graph", "train.num_steps=30")
+    launch_well(path, "train.capture=off", "train.num_steps=20")
+    output = launch_well(path, "train.capture=graph", "train.num_steps=40")
+    assert "resuming from step 20" in output and "not captured" not in output
     output = launch_well(path, "train.capture=off")
-    assert "resuming from step 30" in output
+    assert "resuming from step 40" in output
     assert_equal_bits(tmp_path / "run", undisturbed)
+
+
+def test_rows_that_captured_steps_select_give_the_same_bits(tmp_path: Path) -> None:
+    path = config(tmp_path, train={"num_steps": 30})
+    run_here(path, f"run_dir={tmp_path / 'eager'}")
+    for capture in ("off", "graph"):
+        folder = tmp_path / f"columns-{capture}"
+        run_here(path, f"run_dir={folder}", "task=tests.train.tasks:LineOfColumns", f"train.capture={capture}")
+        assert_equal_bits(folder, tmp_path / "eager")
+
+
+def test_validation_samples_steps_and_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    validated: list[bool] = []
+    step_with = SVI.step_with
+
+    def watched(svi: SVI, *args: Any, **kwargs: Any) -> Any:
+        validated.append(is_validation_enabled())
+        return step_with(svi, *args, **kwargs)
+
+    monkeypatch.setattr(SVI, "step_with", watched)
+    for name, value, expected in (
+        ("always", "null", [True] * 105),
+        ("sampled", "2", [step <= 2 or step == 100 for step in range(1, 106)]),
+    ):
+        validated.clear()
+        path = config(tmp_path, train={"num_steps": 105}, checkpoint={"every_steps": None})
+        run_here(path, f"run_dir={tmp_path / name}", f"train.check_steps={value}")
+        assert validated == expected
+    assert_equal_bits(tmp_path / "sampled", tmp_path / "always")
+
+
+def test_columns_of_another_length_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = config(tmp_path, task="tests.train.tasks:LineOfColumns", task_args={"more_on_rank_1": 1})
+    run_here(path, "task_args.num_missing=1", status=1)
+    assert "columns() have [999, 999] rows, expected 1,000 in each, as rows() says" in capsys.readouterr().err
 
 
 def test_straggler_is_named_while_the_run_goes_on_and_in_the_report_and_changes_no_bit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
+import itertools
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin
 import pyro
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 
 from distopt.checkpoint import ConfigMismatchError
@@ -34,8 +35,10 @@ def test_environment_is_not_recorded_anywhere(tmp_path):
     folders = list((tmp_path / "run" / "checkpoints").glob("step-*"))
     assert folders
     assert not any(b"confidential" in file.read_bytes() for folder in folders for file in folder.iterdir())
-    recorded = next(line for line in describe(str(folders[0])) if line.strip().startswith("config:"))
-    assert json.loads(recorded.partition(":")[2]) == recorded_config(load_config(path, ["reduce.backend=single"]))
+    lines = list(describe(str(folders[0])))
+    start = lines.index("  config:") + 1
+    recorded = "\n".join(itertools.takewhile(lambda line: line.startswith("    "), lines[start:]))
+    assert yaml.safe_load(recorded) == recorded_config(load_config(path, ["reduce.backend=single"]))
 
 
 @pytest.fixture

@@ -60,6 +60,16 @@ def test_optimizer_follows_the_config_and_the_log_says_from_which_step(path, tmp
     assert "->" not in capsys.readouterr().out
 
 
+def test_arguments_by_name_are_of_the_parameters_that_match(path, tmp_path, capsys):
+    pattern = "optim.args_by_name={'AutoNormal.scales.*': {lr: 0.001}}"
+    run_here(path, pattern, "train.num_steps=22")
+    rates = {name: state["param_groups"][0]["lr"] for name, state in states(tmp_path / "run").items()}
+    assert rates == {name: 0.001 if ".scales." in name else 0.05 for name in rates} and len(rates) == 6
+    assert "lr 0.05 -> 0.001 of 3 parameters" in capsys.readouterr().out
+    run_here(path, "optim.args_by_name={'*': {rate: 1}}", "train.num_steps=22", status=1)
+    assert "optim.args_by_name.*: " in capsys.readouterr().err
+
+
 def test_new_schedule_is_at_the_step_of_the_run(path, tmp_path, capsys):
     run_here(path, "optim.scheduler={name: ExponentialLR, args: {gamma: 0.9}, every_steps: 2}", "train.num_steps=24")
     assert "schedule none -> ExponentialLR(gamma=0.9) from step 21" in capsys.readouterr().out

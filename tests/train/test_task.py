@@ -26,7 +26,7 @@ class Whole:
 
 
 class Half:
-    """Lacks a guide and a report."""
+    """Lacks a guide."""
 
     model = batch = staticmethod(lambda: None)
 
@@ -124,7 +124,7 @@ def test_members_of_a_class_without_the_base_class_are_used() -> None:
         ("no_such_module:Task", {}, "No module named 'no_such_module'; check the spelling, that it is installed here"),
         (f"{__name__}:Hole", {}, r"has no Hole; did you mean Whole\?"),
         (f"{__name__}:Whole", {"sice": 3}, "task_args: Whole: got an unexpected keyword argument 'sice'"),
-        (f"{__name__}:Half", {}, "lacks guide, report"),
+        (f"{__name__}:Half", {}, "lacks guide"),
         (f"{__name__}:WithoutBatch", {}, "lacks batch;"),
         (f"{__name__}:WithoutGuide", {}, "lacks guide;"),
     ],

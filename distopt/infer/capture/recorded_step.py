@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from distopt.infer.capture.recorder import Recorder, ValueReads
 from distopt.infer.capture.recording import Recording, Slot
+from distopt.rng import recording_host_calls
 
 
 def _python_generators() -> dict[str, Any]:
@@ -81,7 +82,13 @@ def record(
     python_state = _python_generators()
     recorder.start()
     try:
-        with pyro.validation_enabled(False), ValueReads(recorder), recorder, poutine.trace(param_only=True) as capture:
+        with (
+            pyro.validation_enabled(False),
+            recording_host_calls(recorder.host),
+            ValueReads(recorder),
+            recorder,
+            poutine.trace(param_only=True) as capture,
+        ):
             loss = loss_and_grads(model, guide, *args, **kwargs)
     except BaseException:
         recorder.close()

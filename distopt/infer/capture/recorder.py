@@ -392,8 +392,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Calls `function(*tensors)` now, unrecorded, and again in each captured step."""
         slots = [slot for tensor in tensors if (slot := self.slot_of(tensor)) is not None]
         assert len(slots) == len(tensors), "a host call takes tensors of the recorded step"
-        self._check_generator()
         with _disable_current_modes(), torch._C.DisableTorchFunction():
+            self._check_generator()
             function(*tensors)
             self._generator_state = torch.get_rng_state()
         call = HostCall(name, function)

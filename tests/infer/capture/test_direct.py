@@ -11,7 +11,10 @@ from distopt.infer.capture import program as programs
 from distopt.infer.capture.direct import MAX_ELEMENTS
 from distopt.infer.capture.recorder import Recorder
 
-pytestmark = pytest.mark.skipif(programs.compiled is None, reason="the extension is not built")
+pytestmark = pytest.mark.skipif(
+    programs.compiled is None,
+    reason="the extension is not built (needs a C++ compiler; `python setup.py build_ext --inplace`)",
+)
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1e-45, -1e-40, 3.4e38, 1e-30, 5e-324, 1e300, 0.1, -7.25]
 

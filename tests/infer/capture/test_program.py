@@ -25,7 +25,10 @@ def test_loop_in_python_equals_eager_steps(monkeypatch, name):
     assert capture.num_captured >= 2
 
 
-@pytest.mark.skipif(program.compiled is None, reason="the extension is not built")
+@pytest.mark.skipif(
+    program.compiled is None,
+    reason="the extension is not built (needs a C++ compiler; `python setup.py build_ext --inplace`)",
+)
 @pytest.mark.parametrize("name", ["hierarchy", "LKJ", "autoencoder"])
 def test_atens_arithmetic_and_direct_arithmetic_agree(name):
     compare(CASES[name], 7, direct=False)
@@ -33,7 +36,7 @@ def test_atens_arithmetic_and_direct_arithmetic_agree(name):
 
 def test_extension_of_another_torch_is_not_used(monkeypatch):
     if program.compiled is None:
-        pytest.skip("the extension is not built")
+        pytest.skip("the extension is not built (needs a C++ compiler; `python setup.py build_ext --inplace`)")
     monkeypatch.setattr(program.compiled, "TORCH", "0.0")
     assert program._load() is None
 
@@ -43,7 +46,7 @@ def test_failed_check_leaves_buffers_and_gradients_as_they_were(monkeypatch, in_
     if not in_cpp:
         monkeypatch.setattr(program, "compiled", None)
     elif program.compiled is None:
-        pytest.skip("the extension is not built")
+        pytest.skip("the extension is not built (needs a C++ compiler; `python setup.py build_ext --inplace`)")
     norm = torch.nn.BatchNorm1d(1)
 
     def model(x):
@@ -100,7 +103,7 @@ def test_program_that_runs_already_is_not_entered_again():
 
 @pytest.mark.slow
 def test_ten_thousand_steps_need_no_more_memory():
-    psutil = pytest.importorskip("psutil")
+    psutil = pytest.importorskip("psutil", reason="psutil is not installed (make setup-dev)")
     step = StepCapture(Trace_ELBO().loss_and_grads)
     guide = AutoNormal(normal)
     run_steps(step, normal, guide, (DATA,), 1500)

@@ -1,0 +1,99 @@
+"""The state of runs and how far they are: as lines, as JSON, or as a table that follows them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import runs
+from .jobs import State
+from .progress import Progress, duration, progress_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WATCH_S = 1.0
+
+
+def state_of(directory: Path) -> State:
+    """Returns a run's state; `unknown` with the reason where its platform gives no answer."""
+    try:
+        return runs.job_of(directory).state()
+    except runs.ERRORS as error:
+        return State("unknown", str(error))
+
+
+def line_of(directory: Path) -> str:
+    """Returns one line: directory, state, detail and, where the run has logged something, progress; between tabs."""
+    state = state_of(directory)
+    progress = progress_of(directory)
+    fields = [str(directory), state.phase, state.detail, *([str(progress)] if progress is not None else [])]
+    return "\t".join(fields)
+
+
+def as_json(directories: Sequence[Path]) -> str:
+    """Returns a list with an object for each run: `run`, `state`, `detail` and `progress`, null without one."""
+    entries: list[dict[str, Any]] = []
+    for directory in directories:
+        state = state_of(directory)
+        progress = progress_of(directory)
+        entries.append(
+            {
+                "run": str(directory),
+                "state": state.phase,
+                "detail": state.detail,
+                "progress": None if progress is None else progress.as_json(),
+            }
+        )
+    return json.dumps(entries, indent=2)
+
+
+def watch(find: Callable[[], Sequence[Path]]) -> None:
+    """Shows a table of runs that follows them until all have ended, or Ctrl-C.
+
+    Args:
+        find: Returns the runs; it is asked again and again, so that a run that is started meanwhile appears.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    try:
+        with Live(console=Console(), auto_refresh=False) as live:
+            while True:
+                states = {directory: state_of(directory) for directory in find()}
+                live.update(_table(states), refresh=True)
+                if all(state.ended or state.phase == "unknown" for state in states.values()):
+                    return
+                time.sleep(WATCH_S)
+    except KeyboardInterrupt:
+        return
+
+
+def _table(states: dict[Path, State]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*("run", "state", "step", "ELBO", "rows/s", "left", "checkpoint"))
+    for directory, state in states.items():
+        cells = [str(directory), state.phase, *_cells(progress_of(directory))]
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _cells(progress: Progress | None) -> list[str]:
+    if progress is None:
+        return [""] * 5
+    total = "" if progress.num_steps is None else f" of {progress.num_steps:,}"
+    saved = ""
+    if progress.checkpoint is not None and progress.checkpoint_s_ago is not None:
+        saved = f"{progress.checkpoint:,}, {duration(progress.checkpoint_s_ago)} ago"
+    return [
+        f"{progress.step:,}{total}",
+        "" if progress.elbo is None else f"{progress.elbo:,.0f}",
+        "" if progress.rows_per_s is None else f"{progress.rows_per_s:,.0f}",
+        duration(progress.left_s) if progress.left_s else "",
+        saved,
+    ]
