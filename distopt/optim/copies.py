@@ -12,6 +12,7 @@ import torch
 
 from distopt.optim.grouping import Grouping
 from distopt.optim.groups import ParamRecord
+from distopt.optim.packed_state import PackedState
 from distopt.optim.parameters import ParamRegistry
 from distopt.optim.state import State, copied
 from distopt.optim.step_plan import Planner
@@ -39,6 +40,14 @@ class Copies:
     @abstractmethod
     def set_state(self, state_dict: Mapping[str, State]) -> None:
         """Replaces the state of parameters."""
+
+    def set_packed_state(self, packed: PackedState) -> None:
+        """Does what `set_state` does with `packed.unpack()`; `packed` may be changed afterwards.
+
+        Raises:
+            ValueError: As `set_state`.
+        """
+        self.set_state(packed.unpack())
 
     def save(self, filename: str | Path) -> None:
         """Writes `get_state()` to the file `filename`; `pyro.optim` can read it."""

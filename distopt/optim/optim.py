@@ -280,14 +280,6 @@ class PyroOptim(Copies, pyro.optim.PyroOptim):  # type: ignore[misc]
             waiting = {name: state for name, state in waiting.items() if name not in present}
         return PackedState.merged([PackedState.from_states(waiting), *(group.packed() for group in self._groups)])
 
-    def set_packed_state(self, packed: PackedState) -> None:
-        """Does what `set_state` does with `packed.unpack()`; `packed` may be changed afterwards.
-
-        Raises:
-            ValueError: As `set_state`.
-        """
-        self.set_state(packed.unpack())
-
     def learning_rates(self) -> list[float]:
         """Returns the learning rates of the parameters seen so far, each once, ascending; none before the first step.
 
