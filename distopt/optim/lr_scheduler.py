@@ -84,6 +84,7 @@ class PyroLRScheduler(PyroOptim, pyro.optim.PyroLRScheduler):  # type: ignore[mi
             **kwargs: Likewise.
         """
         self._num_steps += 1
+        self._planner.settle()
         for group in self._groups:
             group.handle.step(*args, **kwargs)
 
