@@ -164,6 +164,7 @@ def report(run: Run) -> None:
 
     It is made of the run's newest checkpoint, also while the run trains.
     """
+    _import_from_here()
     from distopt import train as training  # imports torch
 
     try:
@@ -181,6 +182,7 @@ def compare(
 
     Prints the tables and writes a page with the curves over each other.
     """
+    _import_from_here()
     from distopt import train as training  # imports torch
 
     if len(named) < 2:
@@ -326,6 +328,13 @@ def checkpoint(context: typer.Context) -> None:
 
     subcommands: typer.Typer = import_module("distopt.checkpoint.cli").app
     subcommands(args=context.args, prog_name="distopt checkpoint")
+
+
+def _import_from_here() -> None:
+    """Lets a task's module be found in the current directory, as the workers find it."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
 
 
 def _load(path: str, overrides: list[str] | None) -> RunConfig:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         ConfigMismatchError,
         CorruptCheckpointError,
         DirectoryInUseError,
+        NonfiniteStateError,
         UnreadableCheckpointError,
     )
     from distopt.checkpoint.restore import Restored
@@ -25,6 +26,7 @@ __all__ = [
     "ConfigMismatchError",
     "CorruptCheckpointError",
     "DirectoryInUseError",
+    "NonfiniteStateError",
     "ReadStream",
     "Restored",
     "Retention",
@@ -41,6 +43,7 @@ _HOME = {
     "ConfigMismatchError": "distopt.checkpoint.errors",
     "CorruptCheckpointError": "distopt.checkpoint.errors",
     "DirectoryInUseError": "distopt.checkpoint.errors",
+    "NonfiniteStateError": "distopt.checkpoint.errors",
     "ReadStream": "distopt.checkpoint.storage.base",
     "Restored": "distopt.checkpoint.restore",
     "Retention": "distopt.checkpoint.retention",

@@ -7,10 +7,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 
 from distopt.checkpoint.commit import Attempt, Describe, write_checkpoint
-from distopt.checkpoint.errors import CheckpointError, describe_error
+from distopt.checkpoint.errors import CheckpointError, NonfiniteStateError, describe_error
 from distopt.checkpoint.failpoint import failpoint
+from distopt.checkpoint.finite import check_snapshots
 from distopt.checkpoint.retention import Retention, remove_leftovers, retain
 from distopt.checkpoint.snapshot import Snapshot
 from distopt.checkpoint.storage.base import Storage
@@ -102,7 +104,9 @@ class BackgroundSave:
             for name, snapshot in self._snapshots.items():
                 files |= snapshot.files(name, metadata)
             self._num_bytes = sum(len(piece) for pieces in files.values() for piece in pieces)
-            write_checkpoint(self._storage, self._attempt, files, self._describe)
+            rank, world_size = self._attempt.rank, self._attempt.world_size
+            check = partial(check_snapshots, self._snapshots, rank, world_size)
+            write_checkpoint(self._storage, self._attempt, files, self._describe, check)
         except Exception as error:
             self.error = error
             logger.error("%s", self._failure())
@@ -116,6 +120,12 @@ class BackgroundSave:
 
     def _failure(self) -> str:
         assert self.error is not None
+        if isinstance(self.error, NonfiniteStateError):
+            return (
+                f"step {self.step} was NOT saved in {self._storage.root}: {self.error}. A run cannot continue from "
+                "that; the same command resumes from the last good checkpoint. optim.nonfinite=skip leaves out "
+                "steps whose gradients are not finite (in a script: optimizer.nonfinite = 'skip')."
+            )
         needed = ""
         if isinstance(self.error, OSError) and self._num_bytes:  # most often the disk is full
             needed = f" ({self._num_bytes:,} bytes of this rank)"

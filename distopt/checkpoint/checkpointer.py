@@ -27,9 +27,10 @@ from distopt.checkpoint.chunks import chunk_digest
 from distopt.checkpoint.codec import NoTensors, decode, encode
 from distopt.checkpoint.commit import Attempt
 from distopt.checkpoint.consensus import agree_no_error, agree_to_save, claim, newest_known
-from distopt.checkpoint.errors import CheckpointError, describe_error
+from distopt.checkpoint.errors import CheckpointError, NonfiniteStateError, describe_error
 from distopt.checkpoint.failpoint import failpoint
 from distopt.checkpoint.manifest import FileRecord, Manifest, config_as_json
+from distopt.checkpoint.module_state import align_buffers_
 from distopt.checkpoint.reader import candidates
 from distopt.checkpoint.restore import (
     REPLICATED,
@@ -165,10 +166,11 @@ class Checkpointer:
             best: The step of the best checkpoint so far, which is kept with those that `keep` names.
 
         Raises:
-            CheckpointError: Something cannot be described (an unknown constraint, an unknown type), on all ranks.
+            CheckpointError: Something cannot be described, or the save before was refused as not finite; on all ranks.
 
         Cost:
-            One copy of the state on this thread, and one `all_gather_json` when there are other ranks.
+            One copy of the state on this thread, and two `all_gather_json` where there are other ranks; an all-reduce
+            for each buffer that differs between them.
         """
         started_at = time.perf_counter()
         rank = self._backend.rank
@@ -178,6 +180,7 @@ class Checkpointer:
         encoded_progress: Json = None
         message: dict[str, Json] = {"step": None, "busy": busy, "error": None}
 
+        align_buffers_(self._state.all_modules(), self._backend)
         # Whatever fails on this rank is sent to the others instead of raised, so that none waits for a rank that left.
         try:
             message["step"] = step = step_number(step)
@@ -187,6 +190,7 @@ class Checkpointer:
                 message |= {"attempt": uuid.uuid4().hex[:12], "saved": not busy and _has_saved(self._last, step)}
             if not busy:
                 self._finish()
+                _raise_nonfinite(self._last)
                 snapshots = self._snapshot()
                 message["buffers"] = _digest(snapshots["buffers"])
                 message["rng"] = rng_state_digest(snapshots["rank"].tree["rng"])
@@ -320,7 +324,7 @@ class Checkpointer:
         rank, world_size = self._backend.rank, self._backend.world_size
         attempt = Attempt(step, messages[0]["attempt"], rank, world_size, self._timeout)
         differ = messages[rank]["buffers"] != messages[0]["buffers"]
-        named = _by_file(snapshots, rank, has_buffers=differ or (rank == 0 and bool(self._state.modules)))
+        named = _by_file(snapshots, rank, has_buffers=differ or (rank == 0 and bool(self._state.all_modules())))
         about = _about(self._backend) | {"only": self._only and [*self._only]}
         about |= {key: [each[key] for each in messages] for key in ("rng", "plates")}
 
@@ -370,6 +374,12 @@ def _by_file(snapshots: Mapping[str, Snapshot], rank: int, *, has_buffers: bool)
     if "shard" in snapshots:
         named[shard_name(rank)] = snapshots["shard"]
     return named
+
+
+def _raise_nonfinite(last: BackgroundSave | None) -> None:
+    """Raises if the state of the save before was refused, once: what follows from that state is of no use."""
+    if last is not None and isinstance(last.error, NonfiniteStateError):
+        last.wait(timedelta(0))
 
 
 def _has_saved(last: BackgroundSave | None, step: int) -> bool:

@@ -75,7 +75,9 @@ class Attempt:
         return final_folder(self.step, self.id, rename=storage.commits_by_rename)
 
 
-def write_checkpoint(storage: Storage, attempt: Attempt, files: Files, describe: Describe) -> None:
+def write_checkpoint(
+    storage: Storage, attempt: Attempt, files: Files, describe: Describe, check: Callable[[], None] = lambda: None
+) -> None:
     """Writes this rank's files and returns when the whole checkpoint is committed; every rank calls it.
 
     Args:
@@ -83,25 +85,27 @@ def write_checkpoint(storage: Storage, attempt: Attempt, files: Files, describe:
         attempt: Which try this is.
         files: What this rank writes; names differ between ranks. Buffers must not change until this returns.
         describe: Rank 0 calls it with the records of all ranks' files for the manifest.
+        check: Raises when this rank has something that must not be saved; then it is saved by none.
 
     Raises:
         CheckpointError: The checkpoint was not committed; what was written so far is deleted, earlier ones remain.
         OSError: The same, from this rank's own disk.
     """
     if attempt.rank == 0:
-        _lead(storage, attempt, files, describe)
+        _lead(storage, attempt, files, describe, check)
     else:
-        _follow(storage, attempt, files)
+        _follow(storage, attempt, files, check)
 
 
 # Rank 0.
 
 
-def _lead(storage: Storage, attempt: Attempt, files: Files, describe: Describe) -> None:
+def _lead(storage: Storage, attempt: Attempt, files: Files, describe: Describe, check: Callable[[], None]) -> None:
     folder = attempt.work_folder(storage)
     storage.make_folder(folder)
     try:
         failpoint("after_begin", 0)
+        check()
         records = _write_files(storage, folder, attempt, files)
         failpoint("after_prepare", 0)
 
@@ -186,7 +190,7 @@ def _abort(storage: Storage, folder: str, error: BaseException) -> None:
 # The other ranks.
 
 
-def _follow(storage: Storage, attempt: Attempt, files: Files) -> None:
+def _follow(storage: Storage, attempt: Attempt, files: Files, check: Callable[[], None]) -> None:
     folder = attempt.work_folder(storage)
     try:
         for _ in _until(attempt.timeout, f"rank 0 did not make {storage.root}/{folder}"):
@@ -194,6 +198,7 @@ def _follow(storage: Storage, attempt: Attempt, files: Files) -> None:
                 break
         failpoint("after_begin", attempt.rank)
 
+        check()
         records = _write_files(storage, folder, attempt, files)
         storage.sync_folder(folder)  # rank 0 does so when the manifest is there
         note = {"files": {name: record.as_json() for name, record in records.items()}}

@@ -15,6 +15,10 @@ class UnreadableCheckpointError(CheckpointError):
     """A checkpoint could not be read, which proves nothing about it: it stays, and the caller must not fall back."""
 
 
+class NonfiniteStateError(CheckpointError):
+    """A state holds NaN or infinity where training puts none: it is not saved, and the last good checkpoint remains."""
+
+
 class ConfigMismatchError(CheckpointError):
     """The checkpoint was written by a run with another configuration; the message has the differences."""
 

@@ -21,9 +21,9 @@ from distopt.checkpoint.columns import columns_of, tabulate
 from distopt.checkpoint.commit import Attempt, write_checkpoint
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.manifest import Manifest
+from distopt.checkpoint.param_store import built, described
 from distopt.checkpoint.reader import known_manifests, read_manifest
 from distopt.checkpoint.restore import REPLICATED, buffers_name, choose, load_replicated, rank_name
-from distopt.checkpoint.run_state import built, described
 from distopt.checkpoint.snapshot import HostMemory, take_snapshot
 from distopt.checkpoint.statefile import StateReader
 from distopt.checkpoint.storage.base import Storage, open_storage

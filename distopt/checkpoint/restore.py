@@ -25,8 +25,10 @@ from distopt.checkpoint.errors import (
     UnreadableCheckpointError,
     describe_error,
 )
+from distopt.checkpoint.finite import nonfinite
 from distopt.checkpoint.format_3 import upgrade_rank, upgrade_replicated
 from distopt.checkpoint.manifest import FORMAT_3, Manifest
+from distopt.checkpoint.param_store import with_names_of_today
 from distopt.checkpoint.reader import Candidate, candidates, check_files, read_manifest, verify
 from distopt.checkpoint.run_state import RunState
 from distopt.checkpoint.sharded_params import LocalState, ShardedReader
@@ -281,6 +283,11 @@ def _read_for_rank(storage: Storage, folder: str, attempt: str, backend: Backend
         rows.read(storage, folder, manifest),
     )
 
+    local = {"params": loaded.local_params.params, "optimizers": loaded.local_params.optimizers, "modules": {}}
+    broken = ", ".join(filter(None, (nonfinite(loaded.replicated), nonfinite(local))))
+    if broken:
+        raise CorruptCheckpointError(f"{storage.root}/{folder}: {broken} not finite, so a run cannot continue from it.")
+
     # Files of ranks that are gone are used by no one and still checked: all of the checkpoint is good, or none of it.
     orphans = range(rank + world_size, manifest.world_size, world_size)
     names = [rank_name(other) for other in orphans] + [buffers_name(other) for other in orphans]
@@ -330,7 +337,7 @@ def apply_loaded(loaded: Loaded, state: RunState, backend: Backend, request: Req
     """
     if loaded.local_params.problem:
         raise CheckpointError(loaded.local_params.problem)
-    replicated = dict(loaded.replicated)
+    replicated = with_names_of_today(loaded.replicated)
     replicated["params"] = replicated["params"] | loaded.local_params.params
     optimizers = replicated["optimizers"]
     names = optimizers.keys() | loaded.local_params.optimizers.keys()

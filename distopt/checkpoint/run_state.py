@@ -6,22 +6,19 @@ Tensors stay the objects they are wherever shape and dtype allow: optimizers and
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-import pyro
-import torch
 from pyro.optim import PyroOptim
-from pyro.params.param_store import normalize_param_name
-from torch import Tensor, nn
-from torch.distributions.constraints import Constraint
+from torch import nn
 
 import distopt.optim
 from distopt.backends.base import Backend
 from distopt.checkpoint.columns import columns_of, tabulate
 from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError
+from distopt.checkpoint.module_state import RegisteredModules, apply_modules, capture_modules, check_modules
+from distopt.checkpoint.param_store import apply_params, capture_params, check_names
 from distopt.checkpoint.sharded_params import capture_local
-from distopt.constraints import ConstraintError, build_constraint, describe_constraint
 from distopt.optim import DistributedOptimizer, PackedState
 from distopt.optim.settings import Settings, revise, settings_of
 from distopt.optim.state import copied
@@ -77,12 +74,18 @@ class RunState:
         for name, value in per_rank.items():
             self.per_rank[name] = _checked(value, f"per_rank[{name!r}]", "an object")
 
+        self._registered = RegisteredModules(self.modules)
+
         # What lossy compression of gradients has not sent yet differs between ranks, and belongs to the optimizer.
         self.compression: dict[str, Stateful] = {
             name: optimizer.rank_local_state
             for name, optimizer in self.optimizers.items()
             if isinstance(optimizer, DistributedOptimizer) and optimizer.rank_local_state is not None
         }
+
+    def all_modules(self) -> dict[str, nn.Module]:
+        """Returns the modules that were given, and those with buffers that the model has registered with Pyro."""
+        return self.modules | self._registered.find()
 
     def capture(self, backend: Backend) -> dict[str, Any]:
         """Returns this rank's state as nested dicts, lists and tensors; tensors may be the live ones.
@@ -99,7 +102,7 @@ class RunState:
             CheckpointError: Something cannot be described, such as an unknown constraint.
         """
         local = local_parameters()
-        outside, buffers, names = capture_modules(self.modules)
+        outside, buffers, names = capture_modules(self.all_modules())
         captured: dict[str, Any] = {
             "rank": {
                 "rng": capture_rng_state(backend.device),
@@ -184,9 +187,13 @@ class RunState:
         """
         # Parameters come first: state of an optimizer is taken up by the parameters that are in the store.
         if only is None or "params" in only:
-            apply_params(replicated["params"], self.modules)
-            apply_modules(replicated["modules"], self.modules)
-            apply_modules(buffers, self.modules)
+            modules = self.all_modules()
+            if only is None:
+                check_names(replicated["params"], self.optimizers.values())
+                check_modules(replicated, buffers, modules)
+            apply_params(replicated["params"], modules, replicated["module_params"], self.optimizers.values())
+            apply_modules(replicated["modules"], modules)
+            apply_modules(buffers, modules)
         if only is None or "optimizer" in only:
             apply_optimizers(replicated["optimizers"], self.optimizers)
         if only is not None:
@@ -218,149 +225,6 @@ def _checked(value: Any, where: str, expected: str) -> Stateful:
         kind = f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
         raise TypeError(f"{where} is {kind}; expected {expected} with state_dict() and load_state_dict()")
     return value
-
-
-def described(constraint: Constraint, where: str) -> dict[str, Any]:
-    """Returns the description of a constraint.
-
-    Raises:
-        CheckpointError: For a class that is not known, naming the parameter.
-    """
-    try:
-        return describe_constraint(constraint)
-    except ConstraintError as error:
-        raise CheckpointError(f"{where}: {error}") from error
-
-
-def built(description: Any, where: str) -> Constraint:
-    """Returns the constraint that `described` has described.
-
-    Raises:
-        CorruptCheckpointError: For anything that `described` does not write.
-    """
-    try:
-        return build_constraint(description)
-    except ConstraintError as error:
-        raise CorruptCheckpointError(f"{where}: {error}") from error
-
-
-def capture_params(skip: Callable[[str], bool] = lambda name: False) -> dict[str, Any]:
-    """Returns each parameter of Pyro's store by name: its unconstrained value and its constraint, described.
-
-    Args:
-        skip: Returns whether the parameter of a name is left out.
-    """
-    store = pyro.get_param_store()
-    constraints = store.get_state()["constraints"]
-    captured: dict[str, Any] = {}
-    for name, value in store.named_parameters():
-        if skip(name):
-            continue
-        captured[name] = {"value": value.detach()}
-        if type(constraints[name]) is not type(torch.distributions.constraints.real):
-            captured[name]["constraint"] = described(constraints[name], f"params/{name}")
-        if not value.requires_grad:
-            captured[name]["frozen"] = True
-    return captured
-
-
-def apply_params(saved: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
-    """Makes Pyro's store hold exactly the saved parameters.
-
-    A parameter that is there with the same shape, dtype and device takes the value in place. One that a module of
-    `modules` registers is written into the module's own tensor. One that came later than the checkpoint is removed.
-
-    Args:
-        saved: What `capture_params` returned; tensors may end up in the store.
-        modules: The run's modules by name.
-    """
-    # Pyro's store knows a parameter by its unconstrained tensor, and so do optimizers and modules. There are three
-    # cases: the store has the tensor; a module has it, and would register it at its first call; or neither has it yet.
-    store = pyro.get_param_store()
-    homes = _module_parameters(modules)
-    live = dict(store.named_parameters())
-    for name in live.keys() - saved.keys():
-        del store[name]
-
-    values: dict[str, Tensor] = {}
-    constraints: dict[str, Constraint] = {}
-    for name, entry in saved.items():
-        value = entry["value"]
-        constraints[name] = (
-            built(entry["constraint"], f"params/{name}")
-            if "constraint" in entry
-            else torch.distributions.constraints.real
-        )
-
-        # Optimizers and modules hold the live tensor, so the saved numbers go into it wherever they fit.
-        target = live.get(name, homes.get(normalize_param_name(name)))
-        if target is not None and target.shape == value.shape and target.dtype == value.dtype:
-            with torch.no_grad():
-                target.copy_(value)
-        else:
-            target = value.detach().requires_grad_(not entry.get("frozen", False))
-        if name in live and target is not live[name]:
-            del store[name]
-        values[name] = target
-    store.set_state({"params": values, "constraints": constraints})
-
-
-def _module_parameters(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Returns the modules' parameters under the names `pyro.module` and PyroModule register them by, with dots only."""
-    by_name: dict[str, Tensor] = {}
-    for key, module in modules.items():
-        for prefix in (key, getattr(module, "_pyro_name", key)):
-            for name, parameter in module.named_parameters():
-                by_name[f"{prefix}.{name.removesuffix('_unconstrained')}".lstrip(".")] = parameter
-    return by_name
-
-
-def capture_modules(modules: Mapping[str, nn.Module]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Splits the modules' `state_dict`s in three, each by module and key.
-
-    Returns:
-        The parameters that are not in Pyro's store; buffers and extra state, apart since batch statistics differ
-        between ranks; and of each parameter in the store its name there.
-    """
-    # A parameter that is in Pyro's store is saved there. Its name in the store cannot be told from its name in the
-    # module (`pyro.module("line", net)`, `PyroModule`, autoguides each make another), so it is found by identity.
-    stored = {id(value): name for name, value in pyro.get_param_store().named_parameters()}
-    outside: dict[str, Any] = {}
-    buffers: dict[str, Any] = {}
-    names: dict[str, Any] = {}
-    for prefix, module in modules.items():
-        parameters = dict(module.named_parameters(remove_duplicate=False))
-        state = module.state_dict(keep_vars=True)
-        outside[prefix] = {
-            name: value for name, value in state.items() if name in parameters and id(parameters[name]) not in stored
-        }
-        buffers[prefix] = {name: value for name, value in state.items() if name not in parameters}
-        names[prefix] = {
-            name: stored[id(value)] for name, value in parameters.items() if name in state and id(value) in stored
-        }
-    return outside, buffers, names
-
-
-def apply_modules(saved: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
-    """Loads what `capture_modules` returned (one of its first two results) into the modules.
-
-    Raises:
-        CheckpointError: A module is not given, or has not the tensors that were saved.
-    """
-    for prefix, state in saved.items():
-        if prefix not in modules:
-            raise CheckpointError(
-                f"the checkpoint has a module {prefix!r}; pass it to Checkpointer in state, which has {[*modules]}."
-            )
-        try:
-            unexpected = modules[prefix].load_state_dict(state, strict=False).unexpected_keys
-        except RuntimeError as error:
-            raise CheckpointError(f"module {prefix!r}: {error}") from error
-        if unexpected:
-            raise CheckpointError(
-                f"module {prefix!r} has no {', '.join(unexpected)}, which the checkpoint has. Is it another model, or "
-                "does it create them on first use? Then call it once before restoring."
-            )
 
 
 def capture_optimizer(optimizer: PyroOptim) -> PackedState:

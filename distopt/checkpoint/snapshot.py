@@ -23,9 +23,17 @@ import torch
 from torch import Tensor
 
 from distopt.checkpoint.chunks import thread_pool
-from distopt.checkpoint.codec import Json, Location, TensorNote, encode, path_of
+from distopt.checkpoint.codec import Json, Location, TensorNote, decode, encode, path_of
 from distopt.checkpoint.errors import CheckpointError
-from distopt.checkpoint.statefile import LARGE_BYTES, MAX_JSON_BYTES, STORED, bytes_of, reinterpret
+from distopt.checkpoint.statefile import (
+    LARGE_BYTES,
+    MAX_JSON_BYTES,
+    STORED,
+    all_finite,
+    as_dtype,
+    bytes_of,
+    reinterpret,
+)
 from distopt.checkpoint.tensorfile import encode_header
 
 _HUGE_BYTES = 4 << 20
@@ -66,6 +74,27 @@ class Snapshot:
             header = encode_header([(entry, dtype, shape) for entry, dtype, shape, _ in self.tensors], metadata)
             files[f"{name}.safetensors"] = [memoryview(header), *self.blocks()]
         return files
+
+    def is_finite(self) -> bool:
+        """Returns whether all of its numbers are; False also for what may hold others on purpose."""
+        plain = {stored: dtype for stored, dtype in STORED.values() if dtype.is_floating_point}
+        return all(
+            all_finite(reinterpret(block, plain[stored])) for _, stored, _, block in self.tensors if stored in plain
+        )
+
+    def decoded(self) -> Any:
+        """Returns the state; its tensors are views of the copy."""
+        blocks = {entry: block for entry, _, _, block in self.tensors}
+        used = dict.fromkeys(blocks, 0)
+
+        def get(note: Json) -> Tensor:
+            wanted = TensorNote.from_json(note)
+            entry = wanted.entry or f"packed/{STORED[wanted.dtype][0]}"
+            start = used[entry]
+            used[entry] += math.prod(wanted.shape) * wanted.dtype.itemsize
+            return as_dtype(blocks[entry][start : used[entry]], wanted)
+
+        return decode(self.tree, get)
 
     def blocks(self) -> list[memoryview]:
         """Returns the bytes of its tensors, in their order."""

@@ -54,6 +54,16 @@ def bytes_of(block: Tensor) -> memoryview:
     return memoryview(cast(Any, block.numpy()))
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Returns whether a tensor holds neither NaN nor infinity; one pass over it, and no copy."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.layout is not torch.strided:
+        return True
+    if tensor.dtype.itemsize == 1:  # fp8, which has no arithmetic
+        tensor = tensor.float()
+    # A finite sum has finite terms; the sum alone may overflow.
+    return bool(torch.isfinite(tensor.sum()).all() or torch.isfinite(tensor).all())
+
+
 class StateReader:
     """Reads what `Snapshot.files` wrote; every byte that it returns has been checked.
 
@@ -108,7 +118,7 @@ class StateReader:
         def get(note: Json) -> Tensor:
             wanted = TensorNote.from_json(note)
             entry, start, stop = self._span(wanted, used)
-            tensor = _as_dtype(blocks[entry][start:stop], wanted)
+            tensor = as_dtype(blocks[entry][start:stop], wanted)
             if wanted.on_accelerator and accelerator is not None:
                 return tensor.to(accelerator)
             # Without the clone one small tensor would keep its whole pack alive, and optimizers could not pack what is
@@ -191,10 +201,11 @@ class RowReader:
         block = torch.empty((stop - start) * row_bytes, dtype=torch.uint8)
         with thread_pool() as pool:
             self._state.shared_file().read_into(self._offset + start * row_bytes, [bytes_of(block)], pool)
-        return _as_dtype(block, TensorNote(self._note.dtype, shape))
+        return as_dtype(block, TensorNote(self._note.dtype, shape))
 
 
-def _as_dtype(block: Tensor, wanted: TensorNote) -> Tensor:
+def as_dtype(block: Tensor, wanted: TensorNote) -> Tensor:
+    """Returns bytes as the tensor that a note describes, without a copy where they are aligned."""
     if block.numel() == 0:
         return torch.empty(wanted.shape, dtype=wanted.dtype)
     if block.storage_offset() % wanted.dtype.itemsize:

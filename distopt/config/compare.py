@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "optim.args_by_name",
     "optim.clip",
     "optim.nonfinite",
+    "optim.max_skipped_in_row",
     "optim.scheduler",
     "reduce.backend",
     "reduce.bucket_mib",

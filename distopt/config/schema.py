@@ -129,8 +129,11 @@ class OptimConfig(Section):
     those of `nn.Module.named_parameters`, as in `AutoNormal.scales.z`. All that match apply, the later ones last."""
     clip: ClipConfig = Field(default_factory=ClipConfig)
     """Limits on the averaged gradient."""
-    nonfinite: Literal["step", "skip", "raise"] = "step"
-    """What to do with NaN or infinite gradients: `step` anyway, `skip` the step on all workers, or `raise` an error."""
+    nonfinite: Literal["step", "skip", "raise"] = "skip"
+    """What to do with NaN or infinite gradients: `skip` the step on all workers and count it, `raise` an error, or
+    `step` anyway. A state that is not finite is never saved."""
+    max_skipped_in_row: Annotated[int, Field(ge=1)] = 100
+    """Steps skipped in a row after which the run ends with an error: the model no longer has a finite gradient."""
     scheduler: SchedulerConfig | None = None
     """The learning-rate schedule; null keeps the learning rate constant."""
 

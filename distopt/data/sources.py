@@ -129,7 +129,8 @@ class SparseSource:
         """Returns the rows: (len(rows), num_columns), dense."""
         if self._is_tensor:
             return (self._matrix.index_select(0, torch.from_numpy(rows)).to_dense(),)
-        return (_as_tensor(self._matrix[rows].toarray()),)
+        # A copy by torch, whose memory is aligned: MKL's product of a matrix and a vector rounds by that.
+        return (_as_tensor(self._matrix[rows].toarray()).clone(),)
 
 
 class DatasetSource:
@@ -276,7 +277,7 @@ def _items_of(column: Any) -> Source:
 
 def _as_one_argument(items: list[Any]) -> tuple[Any]:
     """Makes one argument of the items of a column, which torch's collation takes apart where they are lists."""
-    return (_as_tensor(items) if isinstance(items[0], list | tuple) else default_collate(items),)
+    return (_as_tensor(items).clone() if isinstance(items[0], list | tuple) else default_collate(items),)
 
 
 def _refuse_without_positions(data: Any) -> None:

@@ -18,6 +18,7 @@ from distopt.optim.adagrad_rmsprop import AdagradRMSProp
 from distopt.optim.clipped_adam import ClippedAdam
 from distopt.optim.dct_adam import DCTAdam
 from distopt.optim.kernels import OnePassRMSprop
+from distopt.optim.trial import EXACT_DTYPES, computes_the_same
 
 ELEMENTWISE: frozenset[Any] = frozenset(
     {
@@ -45,7 +46,6 @@ Subclasses are not meant: what they override may look at a parameter as a whole.
 # `foreach` makes one call for each operation of a whole list. A packed group is a list of one tensor, for which
 # `foreach` gains nothing.
 _FUSED = frozenset({torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad})
-_FUSED_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _FOREACH = frozenset(
     {
         torch.optim.ASGD,
@@ -94,14 +94,19 @@ def shares(constructor: Any, args: Mapping[str, Any]) -> bool:
 def switches(
     constructor: Any, args: Mapping[str, Any], dtype: torch.dtype, device: str, listed: bool
 ) -> dict[str, Any]:
-    """Returns further arguments that make the optimizer quick; none where the user has chosen."""
+    """Returns further arguments that make the optimizer quick; none where the user has chosen.
+
+    What they choose is tried against torch's plain loop before it is used, see `trial`.
+    """
     if any(args.get(k) is not None for k in ("fused", "foreach")) or args.get("capturable"):
         return {}
-    if constructor in _FUSED and dtype in _FUSED_DTYPES and (device == "cpu" or constructor is not torch.optim.Adagrad):
-        return {"fused": True}
-    if listed and constructor in _FOREACH:
-        return {"foreach": True}
-    return {}
+    chosen = {}
+    if constructor in _FUSED and (device == "cpu" or constructor is not torch.optim.Adagrad):
+        chosen = {"fused": True}
+    elif listed and constructor in _FOREACH:
+        chosen = {"foreach": True}
+    is_same = chosen and dtype in EXACT_DTYPES and computes_the_same(constructor, args, chosen, dtype, device)
+    return chosen if is_same else {}
 
 
 def drifts(args: Mapping[str, Any]) -> bool:

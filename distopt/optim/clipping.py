@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,6 +45,12 @@ class Clip:
     def per_parameter(self) -> bool:
         """Whether each parameter's gradient is clipped separately."""
         return self.clip_norm is not None or self.clip_value is not None
+
+
+@cache
+def cached_clip(clip: Clip) -> Clip:
+    """Returns the first of all equal limits, so that they can be compared by identity."""
+    return clip
 
 
 def clip_by_norm_(buffer: Tensor, numels: Sequence[int], max_norm: float) -> bool:

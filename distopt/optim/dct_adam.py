@@ -113,7 +113,7 @@ class DCTAdam(pyro.optim.dct_adam.DCTAdam):  # type: ignore[misc]
         """
         dims: list[int] = [p._pyro_dct_dim for p in params]  # type: ignore[attr-defined]
         length = params[0].size(dims[0])
-        gradients = [p.grad.clamp(-hyper.clip_norm, hyper.clip_norm) for p in params if p.grad is not None]
+        gradients = [p.grad.clamp_(-hyper.clip_norm, hyper.clip_norm) for p in params if p.grad is not None]
         rows = _as_rows(gradients, dims)  # (series of all parameters, time)
         pending = [
             PendingStep(torch.zeros_like(h), h, started(self.state[p], h), lr)

@@ -65,6 +65,7 @@ class Grouping:
         self._packed: dict[Hashable, list[PackedGroup]] = defaultdict(list)
         self._listed: dict[Hashable, list[ListGroup]] = defaultdict(list)
         self._num_searches = 0
+        self._edits: dict[int, tuple[ParamRecord, dict[str, Any]]] = {}
 
     def __iter__(self) -> Iterator[PackedGroup | ListGroup]:
         for groups in (self._packed, self._listed):
@@ -165,6 +166,44 @@ class Grouping:
         for m in leaving.values():
             m.group = None
         return extracted
+
+    # A user's loop sets the learning rate of one parameter after the other. If each of them left its group at once, a
+    # thousand would cost a million copies; so what is set is collected, and parameters are regrouped before anything
+    # depends on it. Where all members of a group got the same, they stay together.
+
+    def edit(self, m: ParamRecord, key: str, value: Any) -> None:
+        """Sets a hyper-parameter of one parameter; takes effect in `settle`."""
+        self._edits.setdefault(id(m), (m, {}))[1][key] = value
+
+    def edits_of(self, m: ParamRecord) -> dict[str, Any]:
+        """Returns what `edit` has set for a parameter since the last `settle`."""
+        return self._edits[id(m)][1] if id(m) in self._edits else {}
+
+    def settle(self) -> bool:
+        """Applies what `edit` has set; returns whether any parameter changed its group."""
+        edits, self._edits = self._edits, {}
+        leaving: list[ParamRecord] = []
+        for group in {id(m.group): m.group for m, _ in edits.values()}.values():
+            if group is None:  # removed meanwhile
+                continue
+            changes = [edits[id(m)][1] if id(m) in edits else {} for m in group.members]
+            if isinstance(group, ListGroup) and group.is_separate:
+                for m, change in zip(group.members, changes, strict=True):
+                    group.hyper_of(m).update(change)
+            elif all(change == changes[0] for change in changes) and "lrd" not in changes[0]:
+                group.hyper_of(group.members[0]).update(changes[0])
+            else:
+                leaving += [m for m, change in zip(group.members, changes, strict=True) if change]
+
+        extracted = self.extract(leaving)
+        for m, state in extracted:
+            change = edits[id(m)][1]
+            optimizer_state(state)["param_groups"][0].update(change)
+            if "lrd" in change:  # decides how the parameter is grouped
+                m.args = m.args | {"lrd": change["lrd"]}
+                m.key = ((m.key[0], change["lrd"]), *m.key[1:])
+        self.assign(extracted)
+        return bool(extracted)
 
     def set_alone(self, m: ParamRecord) -> bool:
         """Gives `m` a torch optimizer for it alone from now on; returns whether it had none."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from distopt.optim.capabilities import drifts
+from distopt.optim.clipped_adam import ClippedAdam
 from distopt.optim.clipping import Clip, clip_each_, clip_segments_
 from distopt.optim.packed_state import PackedState, Row, StateColumns, exact_key, pack_rows
 from distopt.optim.packing import Arena, GradientBuffer, bump_versions, has_dense_gradients
@@ -210,6 +211,22 @@ class PackedGroup:
     def clip_(self, buffer: Tensor) -> bool:
         """Clips the gradient of each member by itself, in place; returns whether one changed."""
         return self.clip.per_parameter and clip_segments_(buffer, self.numels, self.clip)
+
+    def clamp_(self, buffer: Tensor) -> bool:
+        """Clamps the gradients as `ClippedAdam` will in its step, in place; returns whether one may have changed.
+
+        Pyro's leaves the clamped gradient to the user, so it is known here before the step.
+        """
+        optimizer = optimizer_of(self.handle)
+        if not isinstance(optimizer, ClippedAdam):
+            return False
+        bound = optimizer.param_groups[0]["clip_norm"]
+        if buffer.device.type == "cpu":  # elsewhere the answer would have to be waited for
+            low, high = torch.aminmax(buffer)
+            if max(-low.item(), high.item()) <= bound:
+                return False
+        buffer.clamp_(-bound, bound)
+        return True
 
     def write_gradients(self) -> None:
         """Copies what `gather_` has gathered, and clipping has changed since, back to each member's `.grad`."""

@@ -15,10 +15,13 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from distopt.optim.trial import EXACT_DTYPES, are_close, example_gradients, example_tensors
 
 # The kernel itself. It is private in torch, so where a version has none, or a tensor is not what it takes, `is_fusable`
 # says no and the caller computes the same with public operations.
@@ -26,7 +29,6 @@ from torch import Tensor
 _kernel: Any = getattr(torch, "_fused_adam_", None)
 DEVICE_TYPES = frozenset({"cpu", "cuda"})
 """Devices for which torch has the kernel, and on which it was tried."""
-_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
 def is_fusable(tensors: Sequence[Tensor]) -> bool:
@@ -36,11 +38,30 @@ def is_fusable(tensors: Sequence[Tensor]) -> bool:
     return (
         _kernel is not None
         and len(kinds) == 1
-        and dtype in _DTYPES
+        and dtype in EXACT_DTYPES
         and device.type in DEVICE_TYPES
         and layout is torch.strided
         and all(map(Tensor.is_contiguous, tensors))
+        and _kernel_is_right(dtype, device.type)
     )
+
+
+@cache
+def _kernel_is_right(dtype: torch.dtype, device: str) -> bool:
+    """Returns whether the kernel steps as public operations do, with each kind of constants that is used here."""
+    for hyper in (Hyper((0.9, 0.99), 1e-6, math.inf), Hyper((0.0, 0.9), 1.0, 0.8, weight_decay=0.1)):
+        stepped = []
+        for take in (_step_together, _step_foreach):
+            pending = [PendingStep(p, p, {}, 0.125) for p in example_tensors(dtype, device)]
+            for gradients in example_gradients(dtype, device):
+                for each, gradient in zip(pending, gradients, strict=True):
+                    each.grad = gradient
+                    started(each.state, each.param)
+                take(pending, hyper)
+            stepped.append([t for x in pending for t in (x.param, x.state["exp_avg"], x.state["exp_avg_sq"])])
+        if not are_close(*stepped):
+            return False
+    return True
 
 
 def adam_(
@@ -149,7 +170,12 @@ def step_all_(pending: Sequence[PendingStep], hyper: Hyper) -> None:
         _step_foreach(pending, hyper)
         return
 
-    _clip_(grads, hyper.clip_norm)
+    _step_together(pending, hyper)
+
+
+def _step_together(pending: Sequence[PendingStep], hyper: Hyper) -> None:
+    """Steps by the kernel, in one call for all tensors of one step count and rate."""
+    _clip_([x.grad for x in pending], hyper.clip_norm)
     by_constants: dict[tuple[int, float], list[PendingStep]] = defaultdict(list)
     for x in pending:
         by_constants[int(x.state["step"]), x.lr].append(x)
@@ -217,7 +243,7 @@ def _step_foreach(pending: Sequence[PendingStep], hyper: Hyper) -> None:
 class OnePassRMSprop(torch.optim.RMSprop):
     """`torch.optim.RMSprop`, whose plain form (no momentum, not centered) is stepped by the fused kernel of Adam.
 
-    Arguments and state are those of `torch.optim.RMSprop`; dense gradients may be overwritten.
+    Arguments and state are those of `torch.optim.RMSprop`.
     """
 
     @torch.no_grad()
@@ -236,9 +262,13 @@ class OnePassRMSprop(torch.optim.RMSprop):
                     state["square_avg"] = torch.zeros_like(p)
                 state["step"] += 1
 
+            # The kernel writes what it steps by into the gradient, which is the user's.
+            grads = [p.grad for p in params if p.grad is not None]
+            if group["weight_decay"] or group["maximize"]:
+                grads = [g.clone() for g in grads]
             scaled_descent_(
                 params,
-                [p.grad for p in params if p.grad is not None],
+                grads,
                 [s["square_avg"] for s in states],
                 lr=group["lr"],
                 decay=group["alpha"],

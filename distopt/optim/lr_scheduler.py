@@ -87,6 +87,7 @@ class PyroLRScheduler(PyroOptim, pyro.optim.PyroLRScheduler):  # type: ignore[mi
             **kwargs: Likewise.
         """
         self.num_steps += 1
+        self._planner.settle()
         for group in self._groups:
             group.handle.step(*args, **kwargs)
 

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pyro.optim
@@ -19,13 +18,14 @@ from distopt.optim.amp import scaled_step
 from distopt.optim.arguments import Args, args_for, check_args, num_arguments
 from distopt.optim.capabilities import check_arguments, check_built, check_constructor, quicker, shares, without_partial
 from distopt.optim.clipped_adam import ClippedAdam as pt_ClippedAdam
-from distopt.optim.clipping import Clip
+from distopt.optim.clipping import Clip, cached_clip
+from distopt.optim.copies import Copies
 from distopt.optim.dct_adam import DCTAdam as pt_DCTAdam
 from distopt.optim.grouping import Grouping
 from distopt.optim.groups import ParamRecord
 from distopt.optim.packed_state import PackedState
 from distopt.optim.packing import FlatGradients
-from distopt.optim.param_view import view_of
+from distopt.optim.param_view import GradClips, OptimObjects
 from distopt.optim.parameters import ParamRegistry
 from distopt.optim.state import State, check_state_dict, copied, frozen, is_scheduler, optimizer_of
 from distopt.optim.step_plan import LooseGradients, Planner, StepPlan, all_finite
@@ -35,7 +35,7 @@ __all__ = ["PyroOptim", "call_closure", "is_scheduler", "pt_AdagradRMSProp", "pt
 logger = logging.getLogger("distopt.optim")
 
 
-class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
+class PyroOptim(Copies, pyro.optim.PyroOptim):  # type: ignore[misc]
     """Manages parameters that appear, pause and vanish during training; drop-in for `pyro.optim.PyroOptim`.
 
     Each parameter has the optimizer state that it would have with a torch optimizer for it alone. Parameters with equal
@@ -105,7 +105,11 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
 
         # What a functools.partial adds are arguments as any others: the class behind it may be one that packs.
         self._constructor, self._default_args = without_partial(optim_constructor)
-        self._clip = None if callable(self.pt_clip_args) else Clip.of(self.pt_clip_args, "*")
+        if not callable(self.pt_clip_args):
+            Clip.of(self.pt_clip_args, "*")
+        self._start()
+
+    def _start(self) -> None:
         self._registry = ParamRegistry()
         self._groups = Grouping(self._constructor, self._construct, self._scheduled)
         self._planner = Planner(self._registry, self._groups, self._record)
@@ -139,6 +143,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         if args or kwargs:
             args, kwargs = call_closure(args, kwargs)
         with torch.no_grad():
+            self._planner.settle()
             plan, buffers = self._planner.plan_for(tensors)
             self._apply(plan, buffers, args, kwargs)
 
@@ -170,6 +175,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             FloatingPointError: A gradient is not finite and `nonfinite` is "raise"; nothing was stepped.
         """
         with torch.no_grad():
+            self._planner.settle()
             plan = self._planner.flat_plan_for(dense, loose)
             return self._apply(plan, plan.scatter(dense, loose), args, kwargs, total_norm, is_finite)
 
@@ -218,6 +224,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         State that was loaded and whose parameter has not been seen yet is in it, too. Nothing shares memory with the
         optimizer; tensors of parameters that are stepped together are views of one copy (`clone` one to keep it alone).
         """
+        self._planner.settle()
         states = {id(m): state for g in self._groups for m, state in zip(g.members, g.states(), strict=True)}
         present = {name: states[id(record)] for name, record in self._registry.by_state_name().items()}
         return {**copied(self._registry.waiting), **present}
@@ -231,6 +238,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             ValueError: A state is of another optimizer or shape; nothing is changed then.
         """
         check_state_dict(state_dict)
+        self._planner.settle()
         known = self._registry.loadable()
         live = [(known[name], state) for name, state in state_dict.items() if name in known]
         for record, state in live:
@@ -262,6 +270,7 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             >>> optim.packed_state().columns[0].columns
             {'momentum_buffer': tensor([1., 1.])}
         """
+        self._planner.settle()
         if not self._registry.is_in_store():
             return PackedState.from_states(self.get_state())  # names that only `get_state` can tell
 
@@ -271,45 +280,28 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
             waiting = {name: state for name, state in waiting.items() if name not in present}
         return PackedState.merged([PackedState.from_states(waiting), *(group.packed() for group in self._groups)])
 
-    def set_packed_state(self, packed: PackedState) -> None:
-        """Does what `set_state` does with `packed.unpack()`; `packed` may be changed afterwards.
-
-        Raises:
-            ValueError: As `set_state`.
-        """
-        self.set_state(packed.unpack())
-
-    def save(self, filename: str | Path) -> None:
-        """Writes `get_state()` to the file `filename`; `pyro.optim` can read it."""
-        with open(filename, "wb") as file:
-            torch.save(self.get_state(), file)
-
-    def load(self, filename: str | Path, map_location: Any = None) -> None:
-        """Reads what `save` wrote, here or in `pyro.optim`, and hands it to `set_state`.
-
-        Args:
-            filename: The file; only tensors, numbers, strings and containers of them are read, no code is run.
-            map_location: As in `torch.load`.
-        """
-        with open(filename, "rb") as file:
-            self.set_state(torch.load(file, map_location=map_location, weights_only=True))
-
     def learning_rates(self) -> list[float]:
         """Returns the learning rates of the parameters seen so far, each once, ascending; none before the first step.
 
         Cost: grows with the groups of parameters that are stepped together; reads a rate that is a tensor.
         """
+        self._planner.settle()
         groups = [group for each in self._groups for group in optimizer_of(each.handle).param_groups]
         return sorted({float(group["lr"]) for group in groups if "lr" in group})
 
     @property
-    def optim_objs(self) -> dict[Tensor, Any]:
+    def optim_objs(self) -> OptimObjects:
         """The torch optimizer (or scheduler) of each parameter, as `pyro.optim` shows it.
 
-        Parameters that are stepped together share its hyper-parameters; gradient, state and `state_dict` are those of
-        the one parameter.
+        Hyper-parameters can be read and set, gradients cleared, state read. A parameter that is removed, by `del` or
+        `clear`, begins anew at its next step, with the arguments that hold then.
         """
-        return {record.param: view_of(record, record.group) for record in self._registry if record.group is not None}
+        return OptimObjects(self._registry, self._groups, self._planner.remove)
+
+    @property
+    def grad_clip(self) -> GradClips:
+        """What clips the gradient of each parameter; limits that are removed are read anew from `pt_clip_args`."""
+        return GradClips(self._registry, lambda records: self._planner.read_clips(records, self._clip_of))
 
     # -- what a scheduler overrides, and records of new parameters -----------------------------------------------------
 
@@ -327,11 +319,15 @@ class PyroOptim(pyro.optim.PyroOptim):  # type: ignore[misc]
         """Returns what parameters that are first seen now have in common, beyond their arguments."""
         return None
 
+    def _clip_of(self, name: str) -> Clip:
+        """Returns the limits of parameter `name`; one object for equal limits, by whose identity plans are made."""
+        return cached_clip(Clip.of(args_for("clip_args", self.pt_clip_args, name), name))
+
     def _record(self, name: str, p: Tensor) -> ParamRecord:
         """Returns the record of a parameter that is seen for the first time."""
         args = self._args_of(name)
         check_arguments(args, f"optim_args of parameter {name!r}")
-        clip = self._clip or Clip.of(args_for("clip_args", self.pt_clip_args, name), name)
+        clip = self._clip_of(name)
         key = (_args_key(args), clip, p.dtype, p.device, self._birth())
         alone = not shares(self._constructor, args) or p.is_complex() or not p.is_contiguous()
         return ParamRecord(p, name, args, clip, key, alone, pyro.get_param_store().param_name(p) is not None)

@@ -153,6 +153,11 @@ class ParamRegistry:
             # An id may be used anew once the tensor is gone, so the entry must go with the tensor.
             departed[key] = (weakref.ref(param, lambda _: departed.pop(key, None) and None), copied(state))
 
+    def forget(self, record: ParamRecord) -> None:
+        """Removes a parameter; should it be stepped again, it begins anew."""
+        self._sorted = None
+        del self._records[id(record.param)]
+
     def returned(self, param: Tensor) -> State | None:
         """Returns the state with which `param` once left, if it did."""
         entry = self._departed.pop(id(param), None)

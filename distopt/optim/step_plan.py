@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from operator import attrgetter
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 from distopt.optim.capabilities import drifts
-from distopt.optim.clipping import clip_by_global_norm_
+from distopt.optim.clipping import Clip, clip_by_global_norm_
 from distopt.optim.grouping import Grouping
 from distopt.optim.groups import ListGroup, PackedGroup, ParamRecord
 from distopt.optim.packing import FlatGradients, addresses, has_dense_gradients, same
@@ -36,6 +37,8 @@ class StepPlan:
         members: Those of them that have a gradient.
         missing: Those that have none.
     """
+
+    _leaves_gradients: ClassVar[bool] = True  # as they are stepped by, in `.grad`
 
     def __init__(
         self, tensors: tuple[Tensor, ...], members: Sequence[ParamRecord], missing: Sequence[Tensor] = ()
@@ -114,8 +117,11 @@ class StepPlan:
                 listed.clip_(members)
         for norm in self._norms:
             changed |= clip_by_global_norm_(self.gradients(buffers, norm), norm, total_norm)
-        if changed:
-            self._write_gradients()
+        if self._leaves_gradients:
+            for group, buffer in zip(self._packed, buffers, strict=True):
+                changed |= group.clamp_(buffer)
+            if changed:
+                self._write_gradients()
 
         for group, buffer in zip(self._packed, buffers, strict=True):
             group.step(buffer, *args, **kwargs)
@@ -145,6 +151,8 @@ class FlatStepPlan(StepPlan):
     what the group steps by, without a copy. So they do in the steady state of a distributed run, whose buckets and
     whose groups are both sorted by name.
     """
+
+    _leaves_gradients: ClassVar[bool] = False  # those that were handed over are not those in `.grad`
 
     def __init__(self, dense: Sequence[FlatGradients], loose: LooseGradients, members: Sequence[ParamRecord]) -> None:
         tensors = tuple(p for flat in dense for p in flat.params) + tuple(p for _, p, _ in loose)
@@ -187,9 +195,6 @@ class FlatStepPlan(StepPlan):
             for m in members:
                 m.param.grad = self._gradient(m.param, dense, loose)
         return buffers
-
-    def _write_gradients(self) -> None:
-        """Does nothing: the gradients that were handed over are not those in `.grad`."""
 
     def _gradient(self, p: Tensor, dense: Sequence[FlatGradients], loose: LooseGradients) -> Tensor:
         if id(p) in self._loose_index:
@@ -268,10 +273,36 @@ class Planner:
             if _is_sparse(gradient):
                 self._set_alone(m)
 
+        # An element's last bit may follow from whether it is in the rest of a vector register, so from its position in
+        # the flat tensor: the order is that of the names, whatever order the gradients come in.
+        members.sort(key=attrgetter("name"))
         self._arrange(members, [])
         plan = FlatStepPlan(dense, loose, members)
         self._flat_plans = [plan, *self._flat_plans[: _MAX_PLANS - 1]]
         return plan
+
+    def settle(self) -> None:
+        """Makes what was set for single parameters hold, before anything depends on it."""
+        if self._groups.settle():
+            self.forget()
+
+    def remove(self, records: Sequence[ParamRecord]) -> None:
+        """Removes parameters with their states; they begin anew when they are stepped again."""
+        self.settle()
+        self._groups.extract(records)
+        for record in records:
+            self._registry.forget(record)
+        self.forget()
+
+    def read_clips(self, records: Sequence[ParamRecord], clip_of: Callable[[str], Clip]) -> None:
+        """Asks anew how the gradients of parameters are clipped."""
+        self.settle()
+        extracted = self._groups.extract(records)
+        for m, _ in extracted:
+            m.clip = clip_of(m.name)
+            m.key = (m.key[0], m.clip, *m.key[2:])
+        self._groups.assign(extracted)
+        self.forget()
 
     def forget(self) -> None:
         """Drops all plans: parameters have changed their groups."""

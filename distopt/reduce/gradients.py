@@ -152,7 +152,12 @@ def collect_gradients(params: Iterable[Tensor], layout: Layout, dropped: Dropped
     local = _collect_shared([param for param in params if local_parameter(param) is None], layout, dropped)
     rank_local = [param for param in params if local_parameter(param) is not None]
     dropped.restore(rank_local)
-    local.rank_local = [(_name_of(param), param, param.grad) for param in rank_local if param.grad is not None]
+    # By name, since Pyro hands over a set: sums over them, and their order in packed memory, must not follow from where
+    # in memory they are.
+    named = sorted((_name_of(param), index) for index, param in enumerate(rank_local))
+    local.rank_local = [
+        (name, rank_local[index], gradient) for name, index in named if (gradient := rank_local[index].grad) is not None
+    ]
     local.params = params
     return local
 

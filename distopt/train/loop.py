@@ -14,6 +14,7 @@ from torch import nn
 
 from distopt.backends import Backend, BackendError, init
 from distopt.checkpoint import Checkpointer, CheckpointError, Restored, Retention
+from distopt.checkpoint.module_state import RegisteredModules
 from distopt.config import MAY_CHANGE, ConfigError, RunConfig
 from distopt.data import GlobalBatches, Loader
 from distopt.infer import SVI, seed_all
@@ -133,6 +134,7 @@ class _Worker:
         callables = {"model": self.task.model, "guide": self.task.guide}
         self.modules = {name: each for name, each in callables.items() if isinstance(each, nn.Module)}
 
+        self.skipped = _SkippedSteps(config.optim.max_skipped_in_row)
         self.validation = Validation(config, self.task, backend)
         self.pace = PaceMeter(backend)
         self.paces: list[RankPace] = []
@@ -205,6 +207,8 @@ class _Worker:
         except Exception as error:
             self.optimizer.abort(error)
             raise
+        # What methods of the task register by `pyro.module` is computed with as well.
+        self.modules |= RegisteredModules(self.modules).find()
         self.optimizer.synchronize(modules=self.modules.values())
 
     def _make_checkpointer(self) -> Checkpointer:
@@ -306,7 +310,7 @@ class _Worker:
                 info = self.svi.step_with(batch, step=index, stop=stop, measure_norm=measure_norm)
             if scheduler is not None and step % scheduler.every_steps == 0:
                 self.step_schedule(self.optimizer, info.loss)
-        self.status.skipped_steps = self.optimizer.num_skipped_steps
+        self.status.skipped_steps = self.skipped.count(step, self.optimizer)
         return info
 
     def _is_checked(self, step: int) -> bool:
@@ -370,3 +374,33 @@ class _Worker:
             self.print(f"no report: {path} cannot be written: {error.strerror}")
         else:
             self.print(f"report: {path}")
+
+
+class _SkippedSteps:
+    """The steps that were skipped in a row, on all ranks at once.
+
+    Args:
+        limit: After how many of them the run ends.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._in_row = 0
+        self._num_skipped = 0
+
+    def count(self, step: int, optimizer: DistributedOptimizer) -> int:
+        """Returns how many steps were skipped so far, after step number `step`.
+
+        Raises:
+            TaskError: All of the last ones were; the same on all ranks.
+        """
+        self._in_row = self._in_row + 1 if optimizer.num_skipped_steps > self._num_skipped else 0
+        self._num_skipped = optimizer.num_skipped_steps
+        if self._in_row >= self._limit:
+            raise TaskError(
+                f"step {step:,}: the last {self._in_row:,} steps were skipped, since gradients were not finite "
+                f"({', '.join(optimizer.nonfinite_names[:5])}); the log names the ranks. The parameters are still "
+                "finite. Lower optim.args.lr, set optim.clip, or change the model; optim.max_skipped_in_row sets how "
+                "many are skipped."
+            )
+        return self._num_skipped

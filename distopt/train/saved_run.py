@@ -13,7 +13,6 @@ import pyro
 import torch
 from numpy.typing import ArrayLike, NDArray
 from pyro import poutine
-from pyro.infer import Predictive
 from torch import Tensor, nn
 
 from distopt.backends.single import Single
@@ -212,10 +211,14 @@ class SavedRun:
             model, guide = self._wrapped
             shapes = poutine.trace(model).get_trace(*batch)
             chosen = list(sites or shapes.observation_nodes)
-            drawn = Predictive(
-                poutine.uncondition(model), guide=guide, num_samples=num_samples, return_sites=tuple(chosen)
-            )(*batch)
-            return {name: self._of_rows(drawn[name].detach(), shapes.nodes[name], rows) for name in chosen}
+            # Not Pyro's Predictive: its samples have further dimensions in front, and `season[0]` is another number.
+            free = poutine.uncondition(model)
+            drawn = []
+            for _ in range(num_samples):
+                latent = poutine.trace(guide).get_trace(*batch)
+                drawn.append(poutine.trace(poutine.replay(free, trace=latent)).get_trace(*batch))
+            stacked = {name: torch.stack([each.nodes[name]["value"] for each in drawn]) for name in chosen}
+        return {name: self._of_rows(value, shapes.nodes[name], rows) for name, value in stacked.items()}
 
     def to_arviz(self, num_samples: int = 500, *, rows: ArrayLike | None = None) -> Any:
         """Returns samples of posterior and posterior predictive and the observed data as ArviZ has them.

@@ -100,9 +100,7 @@ KINDS = {
     "disk-full": _disk_full,
 }
 
-PENDING: dict[str, str] = {
-    "read-errors": "a checkpoint that cannot be read for a moment counts as damaged",
-}
+PENDING: dict[str, str] = {}
 """Kinds that are known to fail, and why; they take part again when their line goes."""
 
 

@@ -17,9 +17,10 @@ from torch import nn
 import distopt.optim
 from distopt.backends.single import Single
 from distopt.checkpoint import Checkpointer, CheckpointError, register_constraint
+from distopt.checkpoint.param_store import built, described
 from distopt.checkpoint.pyro_files import export_optimizer, read_replicated
 from distopt.checkpoint.reader import read_manifest
-from distopt.checkpoint.run_state import RunState, built, described
+from distopt.checkpoint.run_state import RunState
 from distopt.checkpoint.statefile import StateReader
 from distopt.constraints import _KNOWN
 from tests.checkpoint.states import assert_equal, commit_state

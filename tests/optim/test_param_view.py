@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import random
+
 import pyro
 import pyro.optim
 import pytest
 import torch
 
 import distopt.optim
+from distopt.optim import SGD, Adam
+from distopt.optim.groups import PackedGroup
+from tests.optim.trajectories import groups, param, stepped
 
 OPTIMIZERS = [
     ("Adam", {"lr": 0.1}),
@@ -136,3 +142,124 @@ def test_step_and_load_of_one_parameter_are_refused_and_the_message_says_what_to
         optim.optim_objs[params[0]].step()
     with pytest.raises(TypeError, match=r"set_state\(\{'a': state\}\)"):
         optim.optim_objs[params[0]].load_state_dict({})
+
+
+# Whole scripts that write through `optim_objs`, against the same scripts over pyro.optim.
+
+EDITED = [
+    ("SGD", {"lr": 0.5, "momentum": 0.5}, "lr"),
+    ("Adam", {"lr": 0.5, "weight_decay": 0.1}, "lr"),
+    ("ClippedAdam", {"lr": 0.5, "lrd": 0.9, "clip_norm": 0.5}, "lr"),
+    ("AdagradRMSProp", {"eta": 0.5}, "eta"),
+    ("RMSprop", {"lr": 0.1}, "lr"),
+    ("ExponentialLR", {"optimizer": torch.optim.SGD, "optim_args": {"lr": 0.5, "momentum": 0.5}, "gamma": 0.5}, "lr"),
+]
+
+
+def hyper(optim, p):
+    optimizer = optim.optim_objs[p]
+    return getattr(optimizer, "optimizer", optimizer).param_groups[0]
+
+
+def edit(optim, params, rate, r):
+    """One thing that scripts do, chosen at random; returns what they read."""
+    one = params[r.randrange(len(params))]
+    match r.randrange(8):
+        case 0:
+            hyper(optim, one)[rate] = 0.25
+        case 1:
+            for p in optim.optim_objs:
+                hyper(optim, p)[rate] *= 0.5
+        case 2:
+            for p in params[::2]:
+                hyper(optim, p).update({rate: 0.125})
+        case 3:
+            del optim.optim_objs[one]
+        case 4:
+            optim.optim_objs.clear()
+            optim.grad_clip.clear()
+        case 5:
+            optim.optim_objs.pop(one)
+        case 6 if "weight_decay" in hyper(optim, one):
+            hyper(optim, one)["weight_decay"] = 0.5
+        case 7 if hasattr(optim, "step"):
+            optim.step()
+    return [float(hyper(optim, p)[rate]) for p in params if p in optim.optim_objs]
+
+
+@pytest.mark.parametrize(("name", "args", "rate"), EDITED, ids=[name for name, *_ in EDITED])
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_set_and_removed_through_optim_objs_holds_as_with_pyro(name, args, rate, seed):
+    def run(module):
+        pyro.clear_param_store()
+        params = [pyro.param(f"p{i}", torch.full((3,), float(i))) for i in range(6)]
+        optim, r, log = getattr(module, name)(copy.deepcopy(args)), random.Random(seed), []
+        for step in range(20):
+            chosen = params if step % 3 else params[: 3 + step % 4]
+            for p in chosen:
+                p.grad = torch.linspace(-1.0, 2.0, 3) + step % 5
+            optim(chosen)
+            if step % 2:
+                log.append(edit(optim, chosen, rate, r))
+            log += [p.tolist() for p in params]
+        return log
+
+    torch.testing.assert_close(run(distopt.optim), run(pyro.optim), rtol=1e-5, atol=1e-6)
+
+
+def test_all_rates_halved_in_a_loop_leave_all_in_one_group_and_one_that_differs_leaves_alone():
+    params = [param(f"x{i}") for i in range(20)]
+    optim = stepped(params, Adam({"lr": 0.1}))
+    (group,) = groups(optim, PackedGroup)
+    for p in params:
+        optim.optim_objs[p].param_groups[0]["lr"] *= 0.5
+    stepped(params, optim)
+    assert groups(optim, PackedGroup) == [group] and group.hyper_of(group.members[0])["lr"] == 0.05
+    optim.optim_objs[params[3]].param_groups[0]["lr"] = 1.0
+    assert optim.get_state()["x3"]["param_groups"][0]["lr"] == 1.0
+    assert optim.packed_state().unpack()["x4"]["param_groups"][0]["lr"] == 0.05
+    assert sorted(len(g.members) for g in groups(optim, PackedGroup)) == [1, 19]
+
+
+def test_limits_that_are_removed_are_read_anew():
+    params = [param(f"x{i}") for i in range(3)]
+    optim = stepped(params, SGD({"lr": 1.0}, {"clip_norm": 0.5}))
+    assert [callable(each) for each in optim.grad_clip.values()] == [True] * 3
+    optim.pt_clip_args = {}
+    optim.grad_clip.clear()
+    assert list(optim.grad_clip.values()) == [None] * 3
+    before = params[0].detach().clone()
+    stepped(params, optim)
+    torch.testing.assert_close(before - params[0].detach(), torch.ones_like(before))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda optim, p: optim.optim_objs[p].state.clear(),
+        lambda optim, p: optim.optim_objs[p].state.update({p: {}}),
+        lambda optim, p: optim.optim_objs[p].state[p].update(step=0),
+        lambda optim, p: optim.optim_objs[p].state[p].pop("step"),
+        lambda optim, p: optim.optim_objs[p].param_groups[0].pop("lr"),
+        lambda optim, p: optim.optim_objs.update({p: torch.optim.SGD([p], lr=1.0)}),
+        lambda optim, p: optim.grad_clip.update({p: None}),
+        lambda optim, p: optim.optim_objs[p].param_groups[0].update(params=[]),
+    ],
+)
+def test_what_cannot_be_written_is_refused_and_never_ignored(write):
+    p = param()
+    optim = stepped([p], Adam({"lr": 0.1}))
+    state = optim.get_state()
+    with pytest.raises(TypeError, match="optim_objs|grad_clip"):
+        write(optim, p)
+    assert str(optim.get_state()) == str(state)
+
+
+def test_schedule_of_one_parameter_cannot_be_stepped_or_changed():
+    params = [param("x"), param("y")]
+    args = {"optimizer": torch.optim.SGD, "optim_args": {"lr": 1.0}, "gamma": 0.5}
+    optim = stepped(params, distopt.optim.ExponentialLR(args))
+    acts = (lambda view: view.step(), lambda view: setattr(view, "gamma", 0.1), lambda view: view.load_state_dict({}))
+    for act in acts:
+        with pytest.raises(TypeError, match="optim_objs"):
+            act(optim.optim_objs[params[0]])

@@ -6,6 +6,7 @@ import pyro
 import pytest
 import torch
 
+import distopt.optim
 from distopt.optim import SGD, Adam
 from distopt.optim.groups import PackedGroup
 from distopt.optim.step_plan import all_finite
@@ -131,3 +132,21 @@ def test_every_element_of_every_tensor_must_be_finite():
     assert not all_finite([good, bad])
     assert not all_finite([good, bad.to_sparse()])
     assert not all_finite([torch.tensor([complex(0.0, math.nan)])])
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD", "ClippedAdam"])
+def test_no_bit_follows_from_the_order_in_which_gradients_come(name):
+    """Pyro hands over sets, whose order follows from addresses; a vector register rounds as its rest does not."""
+
+    def run(order):
+        optim = getattr(distopt.optim, name)({"lr": 0.1, **({"momentum": 0.9} if name == "SGD" else {})})
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.randn(1 + 7 * i % 11, generator=generator).requires_grad_() for i in range(12)]
+        for _ in range(20):
+            handed = [(f"p{i:02}", p, torch.randn(p.shape, generator=generator)) for i, p in enumerate(params)]
+            optim.clip_and_step((), [handed[i] for i in order])
+        return torch.cat([p.detach() for p in params])
+
+    expected = run(range(12))
+    for seed in range(4):
+        assert torch.equal(run(torch.randperm(12, generator=torch.Generator().manual_seed(seed)).tolist()), expected)

@@ -147,6 +147,16 @@ def test_sparse_parameter_whose_gradient_became_dense_is_a_change() -> None:
     assert list(collect_gradients([table], layout, DroppedGradients()).changes) == ["table"]
 
 
+def test_rank_local_gradients_come_by_name_in_whatever_order_a_set_has_its_parameters() -> None:
+    names = [f"z{index}" for index in range(5)]
+    params = [param_with_gradient(name, torch.ones(2)) for name in names]
+    for param in params:
+        mark_local(param, LocalParameter(PlateShard("rows", num_shards=1), (2,), 0))
+    for order in ([4, 2, 0, 1, 3], [0, 1, 2, 3, 4]):
+        local = collect_gradients([params[index] for index in order], layout_of(), DroppedGradients())
+        assert [name for name, _, _ in local.rank_local] == names
+
+
 def test_rank_local_gradients_are_scaled_with_the_shared_ones() -> None:
     x = param_with_gradient("x", torch.ones(2))
     z = param_with_gradient("z", torch.tensor([3.0, 4.0]))

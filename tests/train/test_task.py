@@ -92,7 +92,7 @@ def test_mistake_inside_the_constructor_is_shown_where_it_is_and_not_blamed_on_t
 
 
 def test_batch_that_is_no_tuple_is_refused_with_the_edit() -> None:
-    task = Whole()
+    task = Derived()
     task.batch = lambda rows: torch.zeros(len(rows))  # type: ignore[method-assign]
     with pytest.raises(TaskError, match=r"batch\(\) returned a Tensor, expected a tuple.*`return \(x,\)`"):
         TaskRows(task).read(np.arange(3))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import pyro.optim
 import torch
@@ -55,8 +56,8 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
     is defined here. `optim`, `options`, `backend`, `reducer` and `is_synchronized` say what it is made of; a training
     loop calls it, or `step_with`, and `zero_grad`, `synchronize`, `join`, `abort` and, over a scheduler, `step`. Its
     state is in `get_state`, `set_state`, `packed_state`, `set_packed_state`, `save`, `load` and `rank_local_state`.
-    `nonfinite`, `scaler`, `num_skipped_steps`, `nonfinite_names`, `optim_objs` and `pt_...` are the wrapped
-    optimizer's. Setting any other attribute is an error.
+    `nonfinite`, `scaler`, `num_skipped_steps`, `nonfinite_names`, `optim_objs`, `grad_clip` and `pt_...` are the
+    wrapped optimizer's. Setting any other attribute is an error.
 
     Args:
         optim: The optimizer to wrap: of `distopt.optim` or `pyro.optim`, a scheduler too. State that it has loaded is
@@ -166,9 +167,33 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
     num_skipped_steps = _delegate("num_skipped_steps", "How many steps were skipped, on all ranks together.")
     nonfinite_names = _delegate("nonfinite_names", "The parameters whose gradient was not finite at the last skip.")
     optim_objs = _delegate("optim_objs", "The torch optimizer (or scheduler) of each parameter.")
+    grad_clip = _delegate("grad_clip", "What clips the gradient of each parameter.")
     pt_optim_constructor = _delegate("pt_optim_constructor", "The class of the torch optimizers.")
     pt_optim_args = _delegate("pt_optim_args", "Its arguments, or a callable that returns them.")
     pt_clip_args = _delegate("pt_clip_args", "The limits on gradients, or a callable that returns them.")
+
+    # Copies step by the same ranks; what a pickle is read into finds its ranks as any other optimizer does.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Returns an optimizer over a copy of the wrapped one, on the same ranks; every rank must make it.
+
+        Raises:
+            TypeError: Gradients of calls before wait for the rest of their step.
+        """
+        twin: Self = _rebuilt(type(self), copy.deepcopy(self._optim, memo), self._options, *self._stepper.links())
+        memo[id(self)] = twin
+        return twin
+
+    def __reduce__(self) -> Any:
+        """Returns what is pickled: the wrapped optimizer with its state, and the options.
+
+        Raises:
+            TypeError: It was given a backend, which is a link to other processes; or as for a copy.
+        """
+        backend, rng_policy = self._stepper.links()
+        if backend is not None:
+            raise TypeError("an optimizer that was given a backend cannot be pickled; save its state by get_state()")
+        return _rebuilt, (type(self), self._optim, self._options, None, rng_policy)
 
     # One step.
 
@@ -317,3 +342,12 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
     def load(self, filename: str | Path, map_location: Any = None) -> None:
         """Reads the state; every rank must call it."""
         self.optim.load(filename, map_location)
+
+
+def _rebuilt(
+    kind: Any, optim: PyroOptim, options: ReduceOptions, backend: Backend | None, rng_policy: NoisePolicy
+) -> Any:
+    """Returns a `DistributedOptimizer` or one derived from it, whatever the arguments of its constructor."""
+    optimizer = kind.__new__(kind)
+    vars(optimizer).update(_optim=optim, _options=options, _stepper=Stepper(optim, backend, options, rng_policy))
+    return optimizer

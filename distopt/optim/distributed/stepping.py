@@ -85,6 +85,11 @@ class GradientAccumulator:
             return None
         return {id(param): param for param in (*params, *self.take())}.values()
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there were calls since the last step."""
+        return self._num_added > 0
+
     def take(self) -> list[Tensor]:
         """Returns the parameters of the calls since the last step with their sums in `.grad`, and starts over."""
         sums, self._sums = self._sums, {}
@@ -153,6 +158,16 @@ class Stepper:
         if step is not None:
             self.reducer.step = operator.index(step)
         return self._reduce_and_step(accumulated, args, kwargs, measure_norm)
+
+    def links(self) -> tuple[Backend | None, NoisePolicy]:
+        """Returns the backend that was given and the policy of random numbers, for a copy.
+
+        Raises:
+            TypeError: Gradients of calls before wait for the rest of their step.
+        """
+        if self._accumulator.is_waiting:
+            raise TypeError("an optimizer cannot be copied between the calls that make one step")
+        return self._backend, self._rng_policy
 
     def follow(self) -> None:
         """Takes part in the others' steps until no rank has data any more; what is left here makes a step first."""

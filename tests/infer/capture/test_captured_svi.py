@@ -46,16 +46,8 @@ def run_captured(name: str, capture: str, num_steps: int = 20, passes: int = 1, 
 
 
 def assert_same_training(one, other):
-    """Asserts that two runs agree: in every bit of the noise, and in losses and parameters up to a rounding.
-
-    Gradients agree in every bit (test_step.py). The order of a set of parameters, and with it the layout of the packed
-    optimizer step, differs between two eager runs of one process too, which moves a parameter by its last bit.
-    """
-    assert one[2] == other[2]
-    assert one[0] == pytest.approx(other[0], rel=1e-6)
-    assert one[1].keys() == other[1].keys()
-    for name in one[1]:
-        torch.testing.assert_close(torch.tensor(one[1][name]), torch.tensor(other[1][name]), rtol=1e-5, atol=1e-6)
+    """Asserts that two runs agree in every bit of losses, parameters and generators."""
+    assert one[:3] == other[:3]
 
 
 @pytest.mark.parametrize("passes", [1, 3])

@@ -1,0 +1,99 @@
+"""Whether a state is finite: one with NaN in it ends every run that resumes from it, so it is neither written nor read.
+
+What is asked: parameters that are trained, their optimizer state, and modules' parameters outside Pyro's store. An
+unconstrained value may be infinite where its constrained one is not (0 of a positive parameter). Buffers are the
+user's: masks hold infinities, and data may hold NaN for what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import transform_to
+
+from distopt.checkpoint.columns import states_of, untabulate
+from distopt.checkpoint.errors import NonfiniteStateError
+from distopt.checkpoint.param_store import built
+from distopt.checkpoint.snapshot import Snapshot
+from distopt.checkpoint.statefile import all_finite
+
+_MAX_NAMES = 5
+
+
+def nonfinite(replicated: Mapping[str, Any]) -> str:
+    """Returns the names of what is not finite in a state, empty when all is.
+
+    Args:
+        replicated: `params`, `optimizers` and `modules`, see `load_replicated`.
+    """
+    names: list[str] = []
+    for name in _nonfinite_names(replicated):
+        if len(names) == _MAX_NAMES:
+            return f"{', '.join(names)} and more"
+        names.append(name)
+    return ", ".join(names)
+
+
+def check_snapshots(snapshots: Mapping[str, Snapshot], rank: int, world_size: int) -> None:
+    """Refuses to write a state that is not finite.
+
+    Args:
+        snapshots: What this rank writes, by file name without suffix.
+        rank: This rank.
+        world_size: Number of ranks.
+
+    Raises:
+        NonfiniteStateError: Naming the rank and what is not finite.
+    """
+    for name, snapshot in snapshots.items():
+        is_replicated = name == "replicated"
+        if not (is_replicated or name.startswith("shard-")) or snapshot.is_finite():
+            continue
+        state = snapshot.decoded()  # only now: it takes as long as loading the state
+        if is_replicated:
+            optimizers = {each: states_of(saved) for each, saved in state["optimizers"].items()}
+            state |= {"params": untabulate(state["params"], state["tables"]), "optimizers": optimizers}
+            names = nonfinite(state)
+        else:
+            broken = [key for key, entry in state["params"].items() if not all(map(all_finite, _tensors(entry)))]
+            names = ", ".join(f"parameter {key!r}" for key in broken[:_MAX_NAMES])
+        if names:
+            raise NonfiniteStateError(f"rank {rank} of {world_size}: {names} not finite (NaN or infinite)")
+
+
+def _nonfinite_names(replicated: Mapping[str, Any]) -> Iterator[str]:
+    params = replicated["params"]
+    for name, entry in params.items():
+        if not entry.get("frozen") and not _is_usable(entry):
+            yield f"parameter {name!r}"
+    for states in replicated["optimizers"].values():
+        for name, state in states.items():
+            if not params.get(name, {}).get("frozen") and not all(map(all_finite, _tensors(state))):
+                yield f"optimizer state of {name!r}"
+    for module, tensors in replicated["modules"].items():
+        for name, value in tensors.items():
+            if isinstance(value, Tensor) and not all_finite(value.detach()):
+                yield f"parameter {name!r} of module {module!r}"
+
+
+def _is_usable(entry: Mapping[str, Any]) -> bool:
+    value = entry["value"]
+    if all_finite(value):
+        return True
+    if "constraint" not in entry or bool(torch.isnan(value).any()):
+        return False
+    return all_finite(transform_to(built(entry["constraint"], "constraint"))(value))
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, Mapping):
+        for value in state.values():
+            yield from _tensors(value)
+    elif isinstance(state, (list, tuple)):
+        for value in state:
+            yield from _tensors(value)
