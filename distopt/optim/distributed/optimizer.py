@@ -108,9 +108,6 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
             raise ValueError(f"noise={noise!r} should be 'independent' or 'shared'.")
         if backend is not None and not isinstance(backend, Backend):
             raise TypeError(f"backend={backend!r}: expected what distopt.init() returns, such as init('torch_dist').")
-        from distopt.optim.distributed import pyro_hooks  # which needs this class
-
-        pyro_hooks.install()
         self._optim = from_pyro(optim)
         self._options = reduce
         self._stepper = Stepper(self._optim, backend, reduce, noise)

@@ -111,6 +111,9 @@ class Stepper:
     def __init__(
         self, optim: PyroOptim, backend: Backend | None, options: ReduceOptions, rng_policy: NoisePolicy
     ) -> None:
+        from distopt.optim.distributed import pyro_hooks  # which needs the optimizer that this is made for
+
+        pyro_hooks.install()
         self.optim = optim
         self._backend = backend
         self._options = options
