@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,12 @@ from tests import workers
 
 # Set before torch is imported, and inherited by every process a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts what it puts into the background with SIGINT ignored, and `nohup` ignores SIGHUP. Launchers would
+# inherit that from pytest and keep to it, as they should, and tests that stop them by signals would wait in vain.
+for _signal, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_signal) is signal.SIG_IGN:
+        signal.signal(_signal, _handler)
 
 # A busy machine is no reason to fail: no test asserts a time.
 settings.register_profile("distopt", deadline=None)
