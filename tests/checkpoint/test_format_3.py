@@ -246,7 +246,7 @@ def test_errors_of_compressed_gradients_when_restored_are_what_the_parameter_lac
 def test_commands_read_format_3(folder, tmp_path):
     shown = command("inspect", folder / "one_rank", "--tensors")
     assert shown.exit_code == 0, shown.output
-    for line in ("step 3, 1 rank(s)", '"name": "Adam"', "packed/F32: F32"):
+    for line in ("step 3, 1 rank(s)", "name: Adam", "packed/F32: F32"):
         assert line in shown.output
     for name in ("one_rank", "two_ranks", "compressed"):
         whole = command("verify", folder / name)
