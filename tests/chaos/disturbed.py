@@ -35,6 +35,7 @@ MARK = "DISTOPT_CHAOS"  # in the environment of everything that a run starts
 PATIENCE_S = 120.0  # of this machine when it is busy: nothing that hangs is waited for longer
 DISK_MIB = 16
 LASTING_S = 5.0  # errors that last longer are met at every read, and cannot be waited out
+NUM_FIRST_READS = 3  # before the first step: one makes the parameters, two of other sizes show the plates of the model
 SLACK_STEPS = 4  # between a batch that was read and its step that is done
 
 PLATFORMS: dict[str, dict[str, Any]] = {
@@ -97,7 +98,9 @@ def lives(folder: Path) -> dict[tuple[int, int], Life]:
         _, rank, pid = path.stem.split("-")
         lines = path.read_text().split("\n")[:-1]
         if lines:
-            known[int(rank), int(pid)] = Life(json.loads(lines[0])["published"], [json.loads(x) for x in lines[2:]])
+            known[int(rank), int(pid)] = Life(
+                json.loads(lines[0])["published"], [json.loads(x) for x in lines[1 + NUM_FIRST_READS :]]
+            )
     return known
 
 
