@@ -29,6 +29,7 @@ from tests.train.tasks import NUM_ROWS
 
 EVERY, BATCH, SEED = 10, 100, 1
 LIFE_S = 120
+NUM_FIRST_READS = 3  # one makes the parameters, two of other sizes show the plates of the model
 
 
 def run_config(folder, num_steps, task="LoggedLine"):
@@ -113,7 +114,7 @@ def check_rows(folder, num_steps):
     assert sorted(epoch) == list(range(NUM_ROWS))
     reached = {0: 0, 1: 0}
     for (rank, _), read in lives(folder).items():
-        batches = read[1:]  # the first one makes the parameters
+        batches = read[NUM_FIRST_READS:]
         if batches:
             first = expected[rank].index(batches[0])
             assert first % EVERY == 0
