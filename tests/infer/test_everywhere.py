@@ -23,6 +23,7 @@ from distopt import infer, optim
 from distopt.backends import current
 from distopt.infer import everywhere
 from distopt.optim import DistributedOptimizer
+from distopt.optim.distributed import pyro_hooks
 from distopt.reduce import PeerError
 from tests.workers import world
 
@@ -264,6 +265,7 @@ def _run_samplers() -> list[str]:
 
 def _install() -> None:
     DistributedOptimizer(optim.Adam({}))
+    pyro_hooks._warned.clear()  # the ranks may have run other tests before
 
 
 def test_what_one_rank_does_alone_is_warned_about_once() -> None:

@@ -322,7 +322,7 @@ def test_memory_falls_with_the_number_of_workers_and_bytes_sent_do_not_grow_with
             assert alone > 4 * num_rows * NUM_DIMS * 4  # values, gradients, Adam's two moments: the measure sees them
         for worker in workers:
             assert worker["peak"] == pytest.approx(alone / world_size, rel=0.15)
-            assert worker["calls"] == 1
+            assert worker["calls"] == (world_size > 1)  # a rank that is alone has nobody to ask
             assert worker["bytes"] == few[0]["bytes"] < 1000
 
 

@@ -241,13 +241,13 @@ def test_run_that_is_done_takes_no_more_steps(
 def test_steps_of_gradients_that_are_not_finite_are_left_out_and_counted_where_the_config_says_so(
     tmp_path: Path,
 ) -> None:
-    run_here(config(tmp_path, task_args={"nan_at": 8}, train={"num_steps": 10}))
+    run_here(config(tmp_path, task_args={"nan_at": 10}, train={"num_steps": 10}))
     assert [row["skipped_steps"] for row in read_metrics(tmp_path / "run")] == [0, 1]
     assert all(value.isfinite().all() for value in parameters(tmp_path / "run").values())
 
 
 def test_run_whose_steps_are_all_skipped_ends_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = config(tmp_path, task_args={"nan_at": 8}, train={"num_steps": 10})
+    path = config(tmp_path, task_args={"nan_at": 10}, train={"num_steps": 10})
     run_here(path, "optim.max_skipped_in_row=1", status=1)
     assert "step 7: the last 1 steps were skipped, since gradients were not finite" in capsys.readouterr().err
 
@@ -255,7 +255,7 @@ def test_run_whose_steps_are_all_skipped_ends_and_says_so(tmp_path: Path, capsys
 def test_state_that_is_not_finite_is_never_the_last_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = config(tmp_path, task_args={"nan_at": 21}, train={"num_steps": 40})
+    path = config(tmp_path, task_args={"nan_at": 23}, train={"num_steps": 40})
     with pytest.raises(ValueError, match="nan"):  # by Pyro's validation, in the step after
         run_here(path, "optim.nonfinite=step")
     assert "step 20 was NOT saved" in caplog.text and "rank 0 of 1: parameter 'AutoNormal." in caplog.text

@@ -125,6 +125,7 @@ VALUES: list[Any] = [
     "mpi",
     "graph",
     "skip",
+    "raise",
     "jobset",
     "kubernetes",
     "other:Other",
@@ -140,7 +141,8 @@ VALUES += [
     ["params"],
     [["a"]],
 ]
-VALUES += [[{"name": "mine:Logger"}], [{"claim": "a", "path": "/b"}]]
+VALUES += [{"metric": "elbo", "mode": "max"}, [{"name": "mine:Logger"}], [{"claim": "a", "path": "/b"}]]
+UNSET = ("train.early_stopping", "checkpoint.keep_best")  # sections that the run lacks, which are set as a whole
 NOT_OF_A_TASK = ("script", "script_args")  # a script saves its checkpoints itself
 NOT_RECORDED = ("launch.hostfile", "launch.min_hosts")  # read into launch.hosts; needs launch.hosts
 
@@ -149,7 +151,7 @@ def every_key(section=RunConfig, prefix=""):
     for name, field in section.model_fields.items():
         inner = [each for each in (field.annotation, *get_args(field.annotation)) if inspect.isclass(each)]
         sections = [each for each in inner if issubclass(each, Section)]
-        if sections and get_origin(field.annotation) not in (list, dict):
+        if sections and get_origin(field.annotation) not in (list, dict) and prefix + name not in UNSET:
             yield from every_key(sections[0], f"{prefix}{name}.")
         else:
             yield prefix + name
@@ -175,7 +177,8 @@ def with_another_value(before, key):
 @pytest.mark.parametrize("key", [key for key in every_key() if key not in (*NOT_OF_A_TASK, *NOT_RECORDED)])
 def test_key_with_another_value_is_refused_unless_it_says_where_or_how_long_to_run(key, tmp_path):
     """By the launcher, before anything is started, and by the checkpointer of each rank."""
-    before = load_config(config(tmp_path, optim={"scheduler": {"name": "StepLR", "args": {"step_size": 1}}}))
+    path = config(tmp_path, optim={"scheduler": {"name": "StepLR", "args": {"step_size": 1}}})
+    before = load_config(path, ["train.validate_every_steps=7"])  # which sections of UNSET need
     (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
     (tmp_path / "run/config.yaml").write_text(dump_yaml(before))
     changed = with_another_value(before, key)
