@@ -234,7 +234,7 @@ def test_program_of_a_plan_that_is_not_there_is_named(module, start, tmp_path):
     run = start(f"launch.platform={module(PLATFORM)}:Mine")
     assert run.wait() == 2
     expected = "no-such-program cannot be started: No such file or directory; check that it is installed and on PATH"
-    assert run.err == f"run.yaml: {expected}\n"
+    assert run.err == f"distopt: starting 2 workers (mine)\nrun.yaml: {expected}\n"
     assert FollowedJob(run.run_dir).state() == State("failed", "exit status 2")
 
 

@@ -178,7 +178,7 @@ def with_another_value(before, key):
 def test_key_with_another_value_is_refused_unless_it_says_where_or_how_long_to_run(key, tmp_path):
     """By the launcher, before anything is started, and by the checkpointer of each rank."""
     path = config(tmp_path, optim={"scheduler": {"name": "StepLR", "args": {"step_size": 1}}})
-    before = load_config(path, ["train.validate_every_steps=7"])  # which sections of UNSET need
+    before = load_config(path, ["train.validate_every_steps=6"])  # which sections of UNSET need
     (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
     (tmp_path / "run/config.yaml").write_text(dump_yaml(before))
     changed = with_another_value(before, key)
