@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from distopt.launchers import CHECKPOINTS, LOGS
+from distopt.config import checkpoints_of
+from distopt.launchers import LOGS
 
 from .worker.events import STOPPED_STATUSES, End, Event, Start
 from .worker.rank_log import last_attempt_lines, last_line, last_lines, log_of, traceback_of
@@ -130,8 +131,9 @@ def describe_failure(run_dir: Path, events: Sequence[Event], status: int, second
 
 
 def resume_hint(run_dir: Path) -> str:
-    """Returns how to resume a run that has ended; empty for one that keeps its checkpoints elsewhere, or has none."""
-    has_checkpoint = any((run_dir / CHECKPOINTS).glob("step-*"))
+    """Returns how to resume a run that has ended; empty for one without checkpoints, or that keeps them at a URL."""
+    folder = checkpoints_of(run_dir)
+    has_checkpoint = isinstance(folder, Path) and any(folder.glob("step-*"))
     return "run the same command again to resume from the last checkpoint" if has_checkpoint else ""
 
 

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distopt.launchers import CHECKPOINTS, METRICS_FILE, RUN_FILE
+from distopt.config import checkpoints_of
+from distopt.launchers import METRICS_FILE, RUN_FILE
 
 _TAIL_BYTES = 65536
 _STEP = re.compile(r"step-(\d+)")
@@ -77,7 +78,8 @@ def progress_of(run_dir: Path) -> Progress | None:
     if facts.get("outcome") == "done":
         left_s = 0.0
 
-    checkpoint, saved_at = _newest_checkpoint(run_dir / CHECKPOINTS)
+    folder = checkpoints_of(run_dir)
+    checkpoint, saved_at = _newest_checkpoint(folder) if isinstance(folder, Path) else (None, None)
     return Progress(
         step=int(last["step"]),
         num_steps=num_steps,

@@ -35,8 +35,7 @@ from distopt.checkpoint.sharded_params import LocalState, ShardedReader
 from distopt.checkpoint.statefile import StateReader
 from distopt.checkpoint.storage.base import Storage, is_url, open_storage
 from distopt.checkpoint.storage.names import step_of
-from distopt.config import differences
-from distopt.launchers import CHECKPOINTS
+from distopt.config import checkpoints_of, differences
 from distopt.rng import preserve_rng_during_setup, restore_rng_state, seed_stream
 
 REPLICATED = "replicated"
@@ -131,8 +130,10 @@ def _choose_path(path: str) -> tuple[Storage, list[Candidate]]:
     else:
         if not is_url(path) and Path(path).is_file():
             raise CheckpointError(f"{path}: a file; a checkpoint is a folder, such as RUN/checkpoints/step-00000100.")
-        inner = Path(path) / CHECKPOINTS
-        storage = open_storage(inner if not is_url(path) and inner.is_dir() else path)
+        # A run directory, or a folder (or URL) that holds checkpoints itself.
+        inner = path if is_url(path) else checkpoints_of(Path(path))
+        is_run = isinstance(inner, str) or inner.is_dir()
+        storage = open_storage(inner if is_run else path)
         chosen = candidates(storage)
 
     if not chosen:

@@ -6,7 +6,7 @@ Imports neither torch nor pyro, so that a bad configuration is refused before an
 from distopt.config.base import ConfigError
 from distopt.config.compare import MAY_CHANGE, comparable, differences
 from distopt.config.launch import LaunchConfig
-from distopt.config.load import dump_yaml, load_config, parse_config
+from distopt.config.load import checkpoints_of, dump_yaml, load_config, parse_config
 from distopt.config.reduce import ReduceConfig, ReduceOptions
 from distopt.config.schema import (
     CheckpointConfig,
@@ -39,6 +39,7 @@ __all__ = [
     "SchedulerConfig",
     "ServeConfig",
     "TrainConfig",
+    "checkpoints_of",
     "comparable",
     "differences",
     "dump_yaml",

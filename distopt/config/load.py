@@ -19,6 +19,7 @@ from distopt.config.launch import AS_TEXT, SECRET_NAME
 from distopt.config.plugins import REFERENCE_PATTERN
 from distopt.config.schema import RUN_NAME_PATTERN, RunConfig
 from distopt.config.yaml_source import MAX_BYTES, UnsafeYAML, format_yaml, parse_yaml
+from distopt.launchers import CHECKPOINTS, CONFIG_FILE
 
 # `key=value`: the key is dotted, and everything behind the first `=` is YAML, which may hold further `=` and newlines.
 _OVERRIDE = re.compile(r"^([A-Za-z_][A-Za-z0-9_]*(?:\.[A-Za-z0-9_]+)*)=(.*)$", re.DOTALL)
@@ -93,6 +94,19 @@ def parse_config(text: str, overrides: Sequence[str] = (), *, source: str = "con
         return RunConfig.model_validate(resolved)
     except ValidationError as error:
         raise ConfigError(list(_problems(error, source, overridden))) from error
+
+
+def checkpoints_of(run_dir: Path) -> Path | str:
+    """Returns where a run that was started keeps its checkpoints, a folder or a URL, by the YAML in its directory.
+
+    A run without one, or with one that this version does not read, keeps them inside.
+    """
+    try:
+        recorded = load_config(run_dir / CONFIG_FILE)
+    except ConfigError:
+        return run_dir / CHECKPOINTS
+    # Not `recorded.checkpoints()`: the directory may have been moved since.
+    return run_dir / CHECKPOINTS if recorded.checkpoint.directory is None else recorded.checkpoints()
 
 
 def dump_yaml(config: RunConfig) -> str:

@@ -23,9 +23,9 @@ from distopt.checkpoint.restore import Loaded, Request, apply_loaded, choose, re
 from distopt.checkpoint.run_state import RunState
 from distopt.checkpoint.sharded_params import ShardedReader
 from distopt.checkpoint.storage.base import Storage, open_storage
-from distopt.config import RunConfig
+from distopt.config import RunConfig, checkpoints_of
 from distopt.infer import SVI
-from distopt.launchers import CHECKPOINTS, RUNS
+from distopt.launchers import RUNS
 from distopt.optim import Adam
 from distopt.train.components import make_loss
 from distopt.train.facts import read_facts
@@ -56,9 +56,9 @@ def load_run(run: str | Path, *, checkpoint: Literal["newest", "best"] | int = "
         >>> run = distopt.load_run("runs/sales")  # doctest: +SKIP
         >>> run.predictive(num_samples=200, rows=[0, 1])["sales"].mean(0)  # doctest: +SKIP
     """
-    run_dir = next((each for each in (Path(run), Path(RUNS) / run) if (each / CHECKPOINTS).is_dir()), None)
+    run_dir = next((each for each in (Path(run), Path(RUNS) / run) if _has_checkpoints(each)), None)
     if run_dir is None:
-        known = ", ".join(sorted(each.parent.name for each in Path(RUNS).glob(f"*/{CHECKPOINTS}"))) or "none"
+        known = ", ".join(sorted(each.name for each in Path(RUNS).glob("*") if _has_checkpoints(each))) or "none"
         raise CheckpointError(f"{run}: no run with checkpoints, and {RUNS}/ has: {known}")
     return SavedRun(run_dir, checkpoint)
 
@@ -270,9 +270,15 @@ class SavedRun:
         return value
 
 
+def _has_checkpoints(run_dir: Path) -> bool:
+    """Returns whether a folder is a run's; what lies at a URL is found out when it is read."""
+    folder = checkpoints_of(run_dir)
+    return isinstance(folder, str) or folder.is_dir()
+
+
 def _choose(run_dir: Path, checkpoint: str | int) -> tuple[Storage, Candidate]:
     """Returns the checkpoint to read."""
-    storage, candidates = choose(open_storage(run_dir / CHECKPOINTS), "auto")
+    storage, candidates = choose(open_storage(checkpoints_of(run_dir)), "auto")
     readable = [each for each in candidates if each.manifest is not None]
     if checkpoint == "newest":
         chosen = readable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,14 @@ import numpy as np
 import pyro
 import pytest
 import torch
+import yaml
 
 import distopt
 from distopt.checkpoint import CheckpointError
+from distopt.checkpoint.restore import choose
 from distopt.checkpoint.storage.base import open_storage
+from distopt.launch.failure_report import resume_hint
+from distopt.launch.progress import progress_of
 from distopt.train import SavedRun, load_run
 from tests.train.runs import config, launch_well, parameters
 from tests.train.tasks import NUM_ROWS
@@ -51,6 +56,24 @@ def test_run_has_its_config_its_step_and_its_parameters(line: SavedRun, run_dir:
     assert load_run(run_dir, checkpoint=200).step == 200
     with pytest.raises(CheckpointError, match="no checkpoint 7; there are those of steps 100, 200, 300"):
         load_run(run_dir, checkpoint=7)
+
+
+def test_run_whose_checkpoints_lie_elsewhere_is_found_by_whoever_looks_for_them(run_dir: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(run_dir, moved)
+    (moved / "checkpoints").rename(tmp_path / "kept")
+    assert progress_of(moved).checkpoint is None and resume_hint(moved) == ""
+    with pytest.raises(CheckpointError, match="no run with checkpoints"):
+        load_run(moved)
+
+    keys = yaml.safe_load((moved / "config.yaml").read_text())
+    keys["checkpoint"]["directory"] = str(tmp_path / "kept")
+    (moved / "config.yaml").write_text(yaml.safe_dump(keys))
+    assert load_run(moved).step == 300
+    assert progress_of(moved).checkpoint == 300
+    assert "run the same command again" in resume_hint(moved)
+    storage, [newest, *_] = choose(open_storage(tmp_path), moved)
+    assert (storage.root, newest.step) == (str(tmp_path / "kept"), 300)
 
 
 def test_quantiles_are_those_of_the_guide(line: SavedRun) -> None:
@@ -119,7 +142,7 @@ def test_sharded_plates_are_by_global_index(tmp_path: Path) -> None:
 
 
 def test_arviz_has_the_samples(line: SavedRun) -> None:
-    arviz = pytest.importorskip("arviz", reason="ArviZ is not installed")
+    arviz = pytest.importorskip("arviz", reason="ArviZ is not installed: make setup-dev installs it")
     data = line.to_arviz(10, rows=[0, 1])
     assert arviz.__version__
     assert data["posterior"]["slope"].shape == (1, 10) and data["posterior_predictive"]["y"].shape == (1, 10, 2)

@@ -62,18 +62,8 @@ def record(
     before = dict(store._params)
     params = list(before.values())
 
-    # Slots of what the program will be given: parameters, then the gradients that they have, then arguments.
     recorder = Recorder()
-    recording = recorder.recording
-    for param in params:
-        recorder.add_input(param)
-    recording.num_params = len(params)
-    recording.with_grad = [index for index, param in enumerate(params) if param.grad is not None]
-    recorder.add_gradients([grad for param in params if (grad := param.grad) is not None])
-    recorder.first_argument = len(recording.infos)
-    for tensor in dict.fromkeys(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)):
-        recorder.add_input(tensor)
-    recording.num_inputs = len(recording.infos)
+    _add_inputs(recorder, params, (args, kwargs))
 
     # The step is a true one, so nothing is put back unless the model raises an error: then the caller takes the step
     # again, eagerly, and the error that the user sees must be that step's.
@@ -106,7 +96,22 @@ def record(
     used = list(dict.fromkeys(site["value"].unconstrained() for site in capture.trace.nodes.values()))
     _take_params(recorder, before, used)
     recorder.close()
-    return RecordedStep(recording, losses, params, used)
+    return RecordedStep(recorder.recording, losses, params, used)
+
+
+def _add_inputs(recorder: Recorder, params: list[Tensor], arguments: Any) -> None:
+    """Adds slots of what the program will be given: parameters, then the gradients that they have, then arguments."""
+    recording = recorder.recording
+    for param in params:
+        recorder.add_input(param)
+    recording.num_params = len(params)
+    recording.with_grad = [index for index, param in enumerate(params) if param.grad is not None]
+    recorder.add_gradients([grad for param in params if (grad := param.grad) is not None])
+
+    recorder.first_argument = len(recording.infos)
+    for tensor in dict.fromkeys(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)):
+        recorder.add_input(tensor)
+    recording.num_inputs = len(recording.infos)
 
 
 def _take_losses(recorder: Recorder, loss: Any) -> list[float]:
