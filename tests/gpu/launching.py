@@ -13,7 +13,7 @@ import torch
 
 from tests.gpu.checks import Figures, Skip, Suite, need_cuda
 
-SUITE = Suite("launching", 120)
+SUITE = Suite("launching", 95)
 ROOT = Path(__file__).parents[2]
 
 

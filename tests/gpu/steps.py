@@ -17,7 +17,7 @@ import distopt.optim
 from distopt.infer import SVI, explain_capture
 from tests.gpu.checks import Figures, Skip, Suite
 
-SUITE = Suite("steps", 60)
+SUITE = Suite("steps", 45)
 
 
 class Models:
