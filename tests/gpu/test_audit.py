@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,3 +87,9 @@ def test_device_memory_cannot_be_read_by_the_host():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "3.0"
     assert done.returncode < 0
+
+
+def test_device_is_not_registered_in_the_process_of_the_other_tests():
+    # Whatever asks torch for the accelerator would find it there, and other tests would run with it.
+    assert "tests.gpu.far_device" not in sys.modules
+    assert torch.accelerator.current_accelerator() is None or torch.cuda.is_available()
