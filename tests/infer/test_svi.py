@@ -249,14 +249,14 @@ def test_wake_sleep_on_two_ranks_steps_by_the_mean_of_their_gradients(insomnia: 
     assert first[2] == pytest.approx(expected, rel=1e-5)
 
 
-def loss_of_ones_own(model: Any, guide: Any, *args: Any) -> Any:
+def custom_loss(model: Any, guide: Any, *args: Any) -> Any:
     guide_trace = pyro.poutine.trace(guide).get_trace(*args)
     model_trace = pyro.poutine.trace(pyro.poutine.replay(model, trace=guide_trace)).get_trace(*args)
     return guide_trace.log_prob_sum() - model_trace.log_prob_sum()
 
 
 def doubled_loss_and_grads(model: Any, guide: Any, *args: Any) -> Any:
-    loss = 2.0 * loss_of_ones_own(model, guide, *args)
+    loss = 2.0 * custom_loss(model, guide, *args)
     loss.backward()
     return loss
 
@@ -266,7 +266,7 @@ def svi_of(kind: str, loss_and_grads: Any, **kwargs: Any) -> Any:
     pyro.set_rng_seed(3)
     make = pyro.infer.SVI if kind == "pyro" else SVI
     optim = pyro.optim.SGD({"lr": 0.02}) if kind == "pyro" else DistributedOptimizer(SGD({"lr": 0.02}))
-    return make(wake_sleep_model, wake_sleep_guide, optim, loss_of_ones_own, loss_and_grads, **kwargs)
+    return make(wake_sleep_model, wake_sleep_guide, optim, custom_loss, loss_and_grads, **kwargs)
 
 
 @pytest.mark.parametrize("loss_and_grads", [None, doubled_loss_and_grads])
