@@ -22,8 +22,8 @@ from distopt.config.reduce import ReduceOptions
 from distopt.infer import everywhere
 from distopt.infer.torch_closures import average_gradients_, by_kind
 from distopt.lightning.loaders import RankRows, Share, SharedOrder, Split, split_loader
+from distopt.lightning.parallel import ProcessStrategy, StartMethod
 from distopt.lightning.plates import unscaled_plates
-from distopt.lightning.processes import ProcessStrategy, StartMethod
 from distopt.reduce import DisagreementError, DriftError, PeerError
 from distopt.reduce.agreement import share_values_
 from distopt.rng import NoisePolicy, generators_state, seed_all, set_generators_state
