@@ -50,9 +50,8 @@ def commands_of(group: Any, name: str) -> list[tuple[str, list[str]]]:
 
 def test_every_key_of_the_yaml_is_there(reference: dict[str, str]) -> None:
     for key in all_keys():
-        title = f"## `{key.name}`" if key.is_section and key.name != "optim.scheduler" else f"\n`{key.name}`\n: "
-        has_keys_only_in_sections = key.name == "launch"
-        assert title in reference["config"] or has_keys_only_in_sections, key.name
+        if not key.is_section:
+            assert f"\n`{key.name}`\n: " in reference["config"], key.name
 
 
 def test_every_command_and_option_is_there(reference: dict[str, str]) -> None:
