@@ -170,7 +170,7 @@ def _section_of(annotation: Any) -> tuple[type[Section] | None, str]:
         return annotation, ""
     origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
-    suffix = {list: "[]", dict: ".*"}.get(origin, "") if isinstance(origin, type) else ""
+    suffix = "[]" if origin is list else ".*" if origin is dict else ""
     if origin is Literal:
         return None, ""
     for argument in arguments:
@@ -235,9 +235,9 @@ def _types_in(annotation: Any, metadata: list[Any]) -> Iterator[str]:
 
 def _pattern_of(metadata: Any) -> str | None:
     """Returns the pattern of a string, which pydantic keeps in one of several kinds of metadata."""
-    own = getattr(metadata, "pattern", None)
+    pattern = getattr(metadata, "pattern", None)
     nested = (_pattern_of(each) for each in getattr(metadata, "metadata", ()))
-    return own or next(filter(None, nested), None)
+    return pattern or next(filter(None, nested), None)
 
 
 def _example_of(name: str, field: FieldInfo) -> str:

@@ -29,7 +29,6 @@ from typing import Any
 from unittest import SkipTest
 
 from sybil import Document, Example, Sybil
-from sybil.example import NotEvaluated
 from sybil.parsers.markdown import SkipParser
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from sybil.region import Region
@@ -48,7 +47,9 @@ PAGES = tuple(
 )
 TUTORIALS = tuple(sorted((ROOT / "docs/tutorials").glob("*.py")))
 SHOWN = ("text", "math")  # no code
-LOOKS_LIKE_A_COMMAND = re.compile(r"^(\$ |(pip|make|python|torchrun|mpirun) [\w./-]+|distopt [\w ]*[\w-]+\.yaml)", re.MULTILINE)
+LOOKS_LIKE_A_COMMAND = re.compile(
+    r"^(\$ |(pip|make|python|torchrun|mpirun) [\w./-]+|distopt [\w ]*[\w-]+\.yaml)", re.MULTILINE
+)
 SMALL_RUN = {"name": "run", "task": "distopt.examples.ppca:Components"}
 COMMAND_TIMEOUT_S = 150
 
@@ -77,9 +78,9 @@ def run_yaml(example: Example, name: str) -> str | None:
     text = example.region.lexemes["source"]
     if name:
         write_file(example, name)
-    part = yaml.safe_load(text)
-    what_runs = {} if {"task", "script"} & set(part) else {"task": SMALL_RUN["task"]}
-    parse_config(text if "name" in part else yaml.safe_dump({"name": SMALL_RUN["name"], **what_runs, **part}))
+    values = yaml.safe_load(text)
+    what_runs = {} if {"task", "script"} & set(values) else {"task": SMALL_RUN["task"]}
+    parse_config(text if "name" in values else yaml.safe_dump({"name": SMALL_RUN["name"], **what_runs, **values}))
     return None
 
 
@@ -177,14 +178,14 @@ def run_page(path: Path, folder: Path | None) -> Counter[str]:
 
     for example in document.examples():
         where = f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}:{example.line}"
+        if not is_block(example) and example.parsed[0] != "end" and not example.parsed[1]:
+            wrong.append(f'{where}: not run, and no reason says why: <!-- skip: next "why" -->')
         if folder is None and is_block(example):
             example.region.evaluator = lambda _example: None
         try:
             example.evaluate()
         except SkipTest as reason:
             results[f"{where}: {reason}"] += 1
-        except NotEvaluated:
-            wrong.append(f'{where}: not run, and no reason says why: <!-- skip: next "why" -->')
         except Exception as error:
             wrong.append(f"{where}: {type(error).__name__}: {error}")
         else:
