@@ -271,11 +271,13 @@ def first_host(nodelist: str) -> str:
         'dn03'
         >>> first_host("login,dn2")
         'login'
+        >>> first_host("rack[2-3]n[08-09]-ib,gpu1")
+        'rack2n08-ib'
     """
-    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodelist)
+    match = re.match(r"(?:[^\[\],]|\[\d[^\[\]]*\])+", nodelist)
     if match is None:
         raise LauncherError(f"SLURM_STEP_NODELIST={nodelist!r}: expected a list of hosts.")
-    return match[1] + (match[2] or "") + (match[3] or "")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
 
 
 def format_range(numbers: range) -> str:

@@ -57,7 +57,7 @@ class Command:
 class Plan:
     """Everything that starting a run does: first the files are written, then the commands are run.
 
-    `str(plan)` is a shell script that would do the same.
+    `str(plan)` is a shell script that would do the same, or the document in which all of it stands.
 
     Attributes:
         platform: The platform's name.
@@ -69,7 +69,9 @@ class Plan:
             heartbeats.
         min_hosts: With `heartbeat`, how many of the commands are enough for the run to continue; None needs all.
         ends_together: Whether the launcher starts no worker again, so that all are to end when one has died.
+        folders: Folders to make, besides those of files.
         notes: Comments for those who read the plan.
+        document: The file that alone says what is started, of a plan without commands; it is printed as it is.
     """
 
     platform: str
@@ -79,11 +81,18 @@ class Plan:
     heartbeat: bool = False
     min_hosts: int | None = None
     ends_together: bool = False
+    folders: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    document: Path | None = None
 
     def __str__(self) -> str:
         sections = [f"# {note}\n" for note in self.notes]
+        if self.document is not None:
+            return "".join([*sections, self.files[self.document]])
 
+        folders = dict.fromkeys([*(path.parent for path in self.files), *self.folders])
+        if folders:
+            sections.append(f"mkdir -p {' '.join(shlex.quote(str(path)) for path in folders)}\n")
         for path, text in self.files.items():
             end = _delimiter(text)
             name = shlex.quote(str(path))

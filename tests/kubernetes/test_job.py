@@ -58,12 +58,32 @@ def write_status(cluster: KubernetesJob, status: dict) -> None:
     CustomObjectsApi(cluster.api).patch_namespaced_custom_object(*address, {"status": status})
 
 
+def assert_owned(cluster: KubernetesJob) -> None:
+    """The run's object is the owner of all others, with which the cluster's garbage collection deletes them."""
+    from kubernetes.client import CoreV1Api, CustomObjectsApi
+
+    core = CoreV1Api(cluster.api)
+    custom = CustomObjectsApi(cluster.api).get_namespaced_custom_object
+    read = {"Service": core.read_namespaced_service, "ConfigMap": core.read_namespaced_config_map}
+    for manifest in cluster.objects[:-1]:
+        if manifest["kind"] in read:
+            metadata = read[manifest["kind"]](cluster.name, cluster.namespace).to_dict()["metadata"]
+            (owner,) = metadata.get("ownerReferences") or metadata["owner_references"]
+        else:
+            stored = custom(*_address(manifest, cluster.namespace), cluster.name)
+            (owner,) = stored["metadata"]["ownerReferences"]
+        assert (owner["kind"], owner["name"]) == (cluster.objects[-1]["kind"], cluster.name)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_run_is_submitted_asked_about_and_stopped(kind, api):
-    cluster = cluster_of(kind, api)
+def test_run_is_submitted_asked_about_and_stopped_with_all_that_it_owns(kind, api, server):
+    wanted = ["launch.kubernetes.network_policy=true", "launch.kubernetes.disruption_budget=true"]
+    config = config_of(kind, *wanted)
+    cluster = KubernetesJob(config, manifests(config), api)
     assert cluster.state().phase == "unknown"
     assert cluster.submit() == f"{cluster.objects[-1]['kind']} default/flights"
     assert cluster.state().phase == "pending"
+    assert_owned(cluster)
     done = {"job": "Complete", "jobset": "Completed", "trainjob": "Complete"}.get(kind, "Succeeded")
     write_status(cluster, {"conditions": [{"type": "Running", "status": "True"}]})
     assert cluster.state().phase == "running"

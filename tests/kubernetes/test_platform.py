@@ -39,7 +39,7 @@ def test_worker_each_needs_a_gpu_of_its_pod():
 
 def test_client_that_is_missing_is_refused(monkeypatch):
     monkeypatch.setattr(platform, "find_spec", lambda name: None)
-    (finding,) = load_platform("kubernetes").check(config_of("job"))
+    (finding,) = load_platform("kubernetes").check_machine(config_of("job"))
     assert str(finding).endswith("the Kubernetes client is missing; `pip install 'distopt[kubernetes]'`")
 
 
