@@ -40,7 +40,7 @@ test: setup-dev  ## run all tests
 	@$(BIN)/python -m pytest $(ARGS)
 
 # PYRO_TESTS=FOLDER names a checkout or a git repository of Pyro where its repository cannot be cloned.
-test-pyro: setup-dev  ## run Pyro's own tests of optimizers and SVI over distopt.optim, and compare each with Pyro (about a quarter of an hour)
+test-pyro: setup-dev  ## run Pyro's own tests of optimizers and SVI over distopt's, and compare each with Pyro (about half an hour)
 	@$(BIN)/python -m tests.pyro_suite $(ARGS)
 
 test-gpu: setup-dev  ## run what needs a GPU (under 6 minutes on one; fails where there is none)

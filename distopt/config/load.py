@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import types
 import typing
@@ -157,7 +158,11 @@ def _resolve(raw: dict[str, Any], overrides: Sequence[str], source: str) -> tupl
         resolved = OmegaConf.to_container(tree, resolve=True)
     except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
         key = str(getattr(error, "full_key", None) or "")
-        raise ConfigError([f"{source}: {key and key + ': '}{str(error).splitlines()[0]}"]) from error
+        reason = str(error).splitlines()[0]
+        name = re.search(r"Interpolation key '(\w+)' not found", reason)
+        if name is not None and name[1] in os.environ:
+            reason += f"; for the environment variable write ${{oc.env:{name[1]}}}"
+        raise ConfigError([f"{source}: {key and key + ': '}{reason}"]) from error
     assert isinstance(resolved, dict)
     return typing.cast("dict[str, Any]", resolved), [key for key, _, _ in parsed]
 
