@@ -63,7 +63,6 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the
 AllRanks = Annotated[
     bool, typer.Option("--all-ranks", help="Show the output of all ranks, each line with the number of its rank.")
 ]
-USAGE_ERROR = 2
 
 
 @app.command()
@@ -377,6 +376,8 @@ def _load(path: str, overrides: list[str] | None) -> RunConfig:
 
 
 def _refuse(problems: list[str]) -> NoReturn:
+    from distopt.launchers import USAGE_ERROR
+
     for problem in problems:
         typer.echo(problem, err=True)
     raise typer.Exit(USAGE_ERROR)

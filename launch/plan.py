@@ -15,6 +15,7 @@ from distopt.launchers import (
     GRACE_VARIABLE,
     HOSTS_VARIABLE,
     INTERFACE_VARIABLE,
+    PREEMPTION_VARIABLE,
     WATCH_STOP_VARIABLE,
     WORLD_SIZE_VARIABLE,
     format_range,
@@ -144,6 +145,8 @@ def env_of_workers(config: RunConfig, **more: str) -> dict[str, str]:
     """
     interface = {INTERFACE_VARIABLE: config.launch.interface} if config.launch.interface else {}
 
+    preemption = {PREEMPTION_VARIABLE: config.launch.preemption_file} if config.launch.preemption_file else {}
+
     # Over ssh a worker starts in the user's home folder, and other hosts may resolve names differently.
     addresses = [network.resolve(host) or host for host in config.launch.hosts]
     elsewhere = {HOSTS_VARIABLE: ",".join(addresses), CWD_VARIABLE: os.getcwd()} if addresses else {}
@@ -151,6 +154,7 @@ def env_of_workers(config: RunConfig, **more: str) -> dict[str, str]:
     return {
         WORLD_SIZE_VARIABLE: format_range(config.launch.world_sizes),
         **interface,
+        **preemption,
         **elsewhere,
         GRACE_VARIABLE: f"{config.launch.grace_s:g}",
         **more,

@@ -106,6 +106,12 @@ class LaunchConfig(Section):
     """TCP port of the rendezvous on the first host; null uses a free one on this machine, and 29400 on other hosts."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """How often the launcher restarts all workers after one has died; they resume from the last checkpoint."""
+    max_preemptions: Annotated[int, Field(ge=0)] | None = None
+    """How often a cluster may take the run's nodes away before that ends it: requeue the job (Slurm), disrupt its pods
+    (Kubernetes, where 0 counts them as restarts). These are no restarts; null is as often as it happens."""
+    preemption_file: LocalPath | None = None
+    """Path of a file whose appearance on a host announces that the host will be taken away, as agents of spot instances
+    make it; the run then saves a checkpoint and stops, as after SIGTERM."""
     grace_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """Seconds that workers have for a last checkpoint after Ctrl-C or SIGTERM before they are killed."""
     env: dict[str, Text] = Field(default_factory=dict)

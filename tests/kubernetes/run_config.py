@@ -32,7 +32,7 @@ def config_of(kind: str, *more: str):
 
 
 # Every key that a kind can express, beyond those above.
-PLACED = """launch.kubernetes={
+POD_KEYS = """launch.kubernetes={
   kind: KIND, image: registry.example/distopt:1, cpu: 8, requests: {cpu: 500m}, gpus: 2, priority_class: high,
   resources: {rdma/hca_shared_devices_a: 1, ephemeral-storage: 20Gi}, limits: {cpu: null, memory: 8Gi},
   volumes: [{claim: runs, path: /runs}, {claim: runs, path: /code, sub_path: code, read_only: true},
@@ -48,7 +48,7 @@ PLACED = """launch.kubernetes={
   network_policy: true, disruption_budget: true, secrets: {HUB_TOKEN: {secret: hub, key: token}},
   pod: {runtimeClassName: nvidia, automountServiceAccountToken: null, containers: [
     {name: CONTAINER, tty: true, env: [{name: EXTRA, value: "1"}]}]}}"""
-PATCHED = """launch.kubernetes={
+TRAINJOB_KEYS = """launch.kubernetes={
   kind: trainjob, trainer_version: "2.3", image: registry.example/distopt:1, labels: {team: vision}, gpus: 2,
   annotations: {owner.example/mail: me@lab.example}, service_account: trainer, node_selector: {pool: gpu},
   tolerations: [{key: nvidia.com/gpu, operator: Exists}], affinity: {podAntiAffinity: {}}, time_limit_s: 3600,
@@ -56,6 +56,6 @@ PATCHED = """launch.kubernetes={
   volumes: [{claim: runs, path: /runs}, {empty_dir: 1Gi, path: /cache}]}"""
 CONTAINERS = {"job": "worker", "jobset": "worker", "pytorchjob": "pytorch", "mpijob": "worker"}
 EVERYTHING = {
-    "trainjob": [PATCHED],
-    **{kind: [PLACED.replace("KIND", kind).replace("CONTAINER", name)] for kind, name in CONTAINERS.items()},
+    "trainjob": [TRAINJOB_KEYS],
+    **{kind: [POD_KEYS.replace("KIND", kind).replace("CONTAINER", name)] for kind, name in CONTAINERS.items()},
 }

@@ -24,6 +24,7 @@ from tests.kubernetes.run_config import BASE, config_of
         (["launch.kubernetes.kind=mpijob"], "an mpijob starts workers of horovod or mpi"),
         (["launch.kubernetes.kind=trainjob", "launch.kubernetes.time_limit_s=5"], "takes it from its Cluster"),
         (["launch.nodes=null", "launch.hosts=[a,b]"], "launch.hosts: Kubernetes finds the hosts itself"),
+        (["launch.max_preemptions=2"], "launch.max_preemptions: found 2, but Kubernetes counts no disruptions of pods"),
         (["launch.secrets=[HUB_TOKEN]"], "use launch.kubernetes.secrets"),
     ],
 )

@@ -140,16 +140,24 @@ def test_run_directory_on_a_volume_that_ends_with_its_pod_is_refused(volume):
 def test_exit_status_of_a_refused_config_ends_a_job_and_a_disruption_does_not_count():
     for kind in ("job", "jobset"):
         text = json.dumps(manifests(config_of(kind))[-1])
-        (rules,) = [policy["rules"] for policy in _parts(json.loads(text), "podFailurePolicy")]
+        (rules,) = [policy["rules"] for policy in _values_of(json.loads(text), "podFailurePolicy")]
         assert [rule["action"] for rule in rules] == ["Ignore", "FailJob"]
         assert rules[0]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
         assert rules[1]["onExitCodes"] == {"containerName": "worker", "operator": "In", "values": [2]}
 
 
-def _parts(node, key: str) -> list:
+def test_disruptions_count_as_restarts_where_none_is_allowed():
+    policy = manifests(config_of("job", "launch.max_preemptions=0"))[-1]["spec"]["podFailurePolicy"]
+    assert [rule["action"] for rule in policy["rules"]] == ["FailJob"]
+
+
+def _values_of(node, key: str) -> list:
     if isinstance(node, dict):
-        return [*([node[key]] if key in node else []), *(one for value in node.values() for one in _parts(value, key))]
-    return [one for item in node for one in _parts(item, key)] if isinstance(node, list) else []
+        return [
+            *([node[key]] if key in node else []),
+            *(one for value in node.values() for one in _values_of(value, key)),
+        ]
+    return [one for item in node for one in _values_of(item, key)] if isinstance(node, list) else []
 
 
 @pytest.mark.parametrize(

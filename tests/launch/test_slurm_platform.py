@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -36,7 +37,7 @@ TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters=
         ),
         ("elastic", ["launch.nodes=3", "launch.min_hosts=1"]),
         ("mpi", ["launch.nodes=2", "launch.workers=4", "reduce.backend=horovod"]),
-        ("options", [f"launch.slurm={OPTIONS}"]),
+        ("options", [f"launch.slurm={OPTIONS}", "launch.max_preemptions=2"]),
         ("pyxis", ["launch.nodes=2", f"launch.slurm={{gpus_per_node: 1, container: {PYXIS}}}"]),
         ("apptainer", ["launch.nodes=2", f"launch.slurm={{gres: 'gpu:a100:1', container: {APPTAINER}}}"]),
         ("apptainer-mpi", ["launch.workers=2", "reduce.backend=mpi", f"launch.slurm={{container: {APPTAINER}}}"]),
@@ -90,7 +91,7 @@ def test_worker_in_a_container_is_started_by_its_python_where_the_run_is(backend
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("{setup: ['a\nb']}", "launch.slurm.setup"),
+        ('{setup: ["a\\nb"]}', "launch.slurm.setup"),
         ("{extra_args: [wrap]}", "launch.slurm.extra_args"),
         ("{nodelist: '--wrap=id'}", "launch.slurm.nodelist"),
         ("{container: {runtime: docker, image: x}}", "launch.slurm.container.runtime"),
@@ -157,5 +158,28 @@ def test_machine_without_sbatch_is_refused(monkeypatch):
 @pytest.mark.parametrize(("backend", "tasks", "cpus"), [("auto", 1, 6), ("torch_dist", 1, 6), ("mpi", 3, 2)])
 def test_node_gets_one_task_for_torchrun_and_one_per_worker_otherwise(backend, tasks, cpus):
     chosen = [f"reduce.backend={backend}", "launch.workers=3", "launch.slurm={cpus_per_worker: 2}"]
-    (command,) = load_platform("slurm").plan(parse_config(BASE, chosen)).commands
-    assert {f"--ntasks-per-node={tasks}", f"--cpus-per-task={cpus}"} <= set(command.argv)
+    lines = module.batch_script(parse_config(BASE, chosen)).splitlines()
+    assert {f"#SBATCH --ntasks-per-node={tasks}", f"#SBATCH --cpus-per-task={cpus}"} <= set(lines)
+
+
+@pytest.mark.parametrize(
+    ("restarts", "preempted", "requeued", "status"),
+    [("0", True, True, 7), ("1", True, True, 7), ("2", True, False, 7), ("0", False, False, 7), ("3", True, False, 1)],
+)
+def test_job_that_must_yield_is_requeued_as_often_as_is_allowed(restarts, preempted, requeued, status, tmp_path):
+    programs = {
+        "scontrol": f"echo $* >> {tmp_path}/calls; [ $1 != show ] || echo 'h1 {'PreemptTime=2026-01-01' * preempted}'",
+        "srun": f"echo srun >> {tmp_path}/calls; exit 7",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = module.batch_script(parse_config(BASE, ["launch.max_preemptions=2"]))
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": restarts}
+    done = subprocess.run(
+        ["bash"], input=script, env=variables | {"SLURM_JOB_NODELIST": "h1"}, capture_output=True, text=True, timeout=60
+    )
+    calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+    assert (done.returncode, "requeue 5" in calls) == (status, requeued), done.stderr
+    assert ("launch.max_preemptions: requeued more often than 2 times" in done.stderr) == (status == 1)
+    assert ("srun" in calls) == (status == 7)

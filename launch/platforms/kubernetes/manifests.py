@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from distopt.config import RunConfig, dump_yaml
-from distopt.launchers import CONFIG_FILE, CONFIG_VARIABLE, RENDEZVOUS_PORT, format_range
+from distopt.launchers import CONFIG_FILE, CONFIG_VARIABLE, RENDEZVOUS_PORT, USAGE_ERROR, format_range
 
 from ...plan import worker_argv
 from ..torchrun import torchrun_argv
@@ -14,7 +14,6 @@ from .trainjob import trainjob_spec
 
 KUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 MPI_HOME = "/home/mpiuser"  # of the user that the image has for sshd (docker/cpu.Dockerfile)
-USAGE_ERROR = 2  # the exit status of a worker whose configuration is refused
 CONFIG_IN_ENV = f"@{CONFIG_VARIABLE}"  # has `distopt train` read the configuration from a variable
 
 
@@ -231,14 +230,10 @@ def _disruption_budget(config: RunConfig) -> Manifest:
 
 
 # A preemption, a drained node or a taint is no failure of the run; a configuration that is refused is refused again.
-_POD_FAILURE_POLICY: Manifest = {
-    "rules": [
-        {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-        {
-            "action": "FailJob",
-            "onExitCodes": {"containerName": "worker", "operator": "In", "values": [USAGE_ERROR]},
-        },
-    ]
+_NOT_COUNTED: Manifest = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+_REFUSED: Manifest = {
+    "action": "FailJob",
+    "onExitCodes": {"containerName": "worker", "operator": "In", "values": [USAGE_ERROR]},
 }
 _NOT_RESTARTED: Manifest = {
     "name": "refused",
@@ -254,7 +249,7 @@ def _indexed(config: RunConfig, pod: Manifest) -> Manifest:
         "completions": hosts,
         "parallelism": hosts,
         "backoffLimit": config.launch.max_restarts,
-        "podFailurePolicy": _POD_FAILURE_POLICY,
+        "podFailurePolicy": {"rules": [*([] if config.launch.max_preemptions == 0 else [_NOT_COUNTED]), _REFUSED]},
         "template": pod,
     }
 
@@ -295,7 +290,7 @@ def _worker(config: RunConfig) -> list[str]:
 
 def _agent(config: RunConfig, launcher: list[str], meet: str | None = None) -> list[str]:
     """Puts the agent in front: process 1 of a container ignores SIGTERM unless it handles it, and must reap orphans."""
-    options = ["--meet", meet] if meet else []
+    options = [*(["--meet", meet] if meet else []), "--run-dir", str(config.run_dir)]
     return [config.launch.kubernetes.python, "-m", "distopt.launch.worker.host_agent", *options, "--", *launcher]
 
 

@@ -50,6 +50,13 @@ class KubernetesPlatform(Platform):
         if config.launch.secrets:
             yield Finding("launch.secrets", "pods read secrets from Secrets", "use launch.kubernetes.secrets")
 
+        if config.launch.max_preemptions:
+            yield Finding(
+                "launch.max_preemptions",
+                f"found {config.launch.max_preemptions}, but Kubernetes counts no disruptions of pods",
+                "set null, which allows any number, or 0, which counts them as restarts",
+            )
+
         yield from check_gpus(config, "launch.kubernetes.gpus", kubernetes.gpus)
         yield from self._check_backend(config)
         yield from self._check_run_dir(config)

@@ -32,6 +32,8 @@ def batch_script(config: RunConfig) -> str:
         setup=_setup(config.launch.slurm.setup),
         exports="\n".join(f"export {key}={shlex.quote(value)}" for key, value in sorted(env.items())),
         step=_step(config),
+        limit=_limit(config.launch.max_preemptions),
+        is_left="" if config.launch.max_preemptions is None else _IS_LEFT.format(config.launch.max_preemptions),
         hosts=HOSTS_VARIABLE,
         port=config.launch.port or RENDEZVOUS_PORT,
     )
@@ -105,6 +107,21 @@ def _setup(lines: list[str]) -> str:
     return "\n".join(["", f"trap 'echo \"distopt: {failed}\" >&2; exit 1' ERR", *lines, "trap - ERR", ""])
 
 
+def _limit(max_preemptions: int | None) -> str:
+    """Returns lines that end a job which Slurm has requeued once too often; it does so by itself, too."""
+    if max_preemptions is None:
+        return ""
+    message = f"launch.max_preemptions: requeued more often than {max_preemptions} times"
+    return f"""
+if [ "${{SLURM_RESTART_COUNT:-0}}" -gt {max_preemptions} ]; then
+  echo "distopt: {message}" >&2
+  exit 1
+fi
+"""
+
+
+_IS_LEFT = '[ "${{SLURM_RESTART_COUNT:-0}}" -lt {} ] && '
+
 # The step.
 
 
@@ -169,7 +186,7 @@ _SCRIPT = """\
 #!/bin/bash
 # distopt: run {name}
 {options}
-{setup}
+{limit}{setup}
 set -u
 {exports}
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -194,7 +211,7 @@ while kill -0 "$step" 2> /dev/null; do
 done
 # A preemption with a time of grace signals the workers alone, and Slurm requeues no job that has ended by itself.
 preempted='PreemptTime=[0-9]'
-if [ -n "$requeue" ] || [[ $(scontrol show job "$SLURM_JOB_ID") =~ $preempted ]]; then
+if {is_left}{{ [ -n "$requeue" ] || [[ $(scontrol show job "$SLURM_JOB_ID") =~ $preempted ]]; }}; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"
