@@ -263,8 +263,8 @@ def test_every_key_of_launch_is_in_the_table_of_the_docs_and_no_other():
     page = (Path(__file__).parents[2] / "docs/platforms.md").read_text().partition("## Every key")[2]
     rows = re.findall(r"^\| `([a-z_.]*[a-z_])` \|(.*)\|$", page, re.MULTILINE)
     assert [key for key, _ in rows] == list(keys_of(LaunchConfig))
-    words = {word.strip() for _, cells in rows for word in cells.split("|")}
-    assert words <= {"run", "files", "unit", "refused", "-"}
+    ways = {cell.strip() for _, cells in rows for cell in cells.split("|")}
+    assert ways <= {"run", "files", "unit", "refused", "-"}
     assert {cells.count("|") for _, cells in rows} == {len(PLATFORMS) - 1}
 
 
