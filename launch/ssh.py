@@ -60,7 +60,7 @@ def wrapper(config: RunConfig) -> dict[Path, str]:
     return {config.run_dir / FOLDER / "ssh": f"#!/bin/sh\n{comment}\n{with_secrets}exec {command}\n"}
 
 
-def check_names(config: RunConfig) -> list[Finding]:
+def check_host_names(config: RunConfig) -> list[Finding]:
     """Returns the hosts whose names stand for no machine, or for the wrong one, which ssh would otherwise try."""
     hosts = config.launch.hosts
     return [finding for host in hosts if (finding := check_name(host, alone=len(hosts) == 1))]

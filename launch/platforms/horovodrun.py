@@ -54,7 +54,7 @@ class HorovodrunPlatform(Platform):
             )
         if config.launch.horovod_controller == "mpi":
             yield from self._check_mpi()
-        yield from ssh.check_names(config)
+        yield from ssh.check_host_names(config)
 
     def check_hosts(self, config: RunConfig) -> Iterable[Finding]:
         """Returns what ssh finds on the hosts."""

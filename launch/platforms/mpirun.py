@@ -42,7 +42,7 @@ class MpirunPlatform(Platform):
             )
         elif config.task is not None:  # what a script uses is not known here
             yield from _check_library(config, program)
-        yield from ssh.check_names(config)
+        yield from ssh.check_host_names(config)
 
     def check_hosts(self, config: RunConfig) -> Iterable[Finding]:
         """Returns what ssh finds on the hosts."""

@@ -39,7 +39,7 @@ class TorchrunPlatform(Platform):
 
     def check_machine(self, config: RunConfig) -> Iterable[Finding]:
         """Returns the hosts whose names are wrong here."""
-        return ssh.check_names(config)
+        return ssh.check_host_names(config)
 
     def check_hosts(self, config: RunConfig) -> Iterable[Finding]:
         """Returns what ssh finds on the hosts."""
