@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="distopt",
     help="Distributed training for Pyro models: one YAML for every platform.",
-    epilog="distopt launch RUN.yaml --dry-run shows what a run would do, distopt config schema every key of its YAML.",
+    epilog="distopt launch RUN.yaml --dry-run shows what a run would do; config show RUN.yaml --explain, every key.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=True,
@@ -301,11 +301,18 @@ def _explain_capture(run: RunConfig | None) -> None:
 
 
 @config_app.command()
-def show(config: Config, overrides: Overrides = None) -> None:
+def show(
+    config: Config,
+    overrides: Overrides = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Add to each key its meaning, type, unit and default as a comment.")
+    ] = False,
+) -> None:
     """Print the resolved YAML with all defaults."""
-    from distopt.config import dump_yaml
+    from distopt.config import dump_yaml, explain_yaml
 
-    typer.echo(dump_yaml(_load(config, overrides)), nl=False)
+    write = explain_yaml if explain else dump_yaml
+    typer.echo(write(_load(config, overrides)), nl=False)
 
 
 @config_app.command()

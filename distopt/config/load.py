@@ -112,7 +112,13 @@ def checkpoints_of(run_dir: Path) -> Path | str:
 
 def dump_yaml(config: RunConfig) -> str:
     """Returns the configuration as YAML that `load_config` reads back to an equal one."""
-    return format_yaml(_writable(config.model_dump()))
+    return format_yaml(plain_values(config))
+
+
+def plain_values(config: RunConfig) -> dict[str, Any]:
+    """Returns the configuration as plain dicts, lists and scalars that `format_yaml` writes for `load_config`."""
+    values: dict[str, Any] = _writable(config.model_dump())
+    return values
 
 
 def _writable(value: Any) -> Any:
