@@ -16,9 +16,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from distopt.config.base import ConfigError
-from distopt.config.launch import AS_TEXT, SECRET_NAME
 from distopt.config.plugins import REFERENCE_PATTERN
 from distopt.config.schema import RUN_NAME_PATTERN, RunConfig
+from distopt.config.values import AS_TEXT, SECRET_NAME
 from distopt.config.yaml_source import MAX_BYTES, UnsafeYAML, format_yaml, parse_yaml
 from distopt.launchers import CHECKPOINTS, CONFIG_FILE
 
