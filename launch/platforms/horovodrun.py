@@ -43,7 +43,7 @@ class HorovodrunPlatform(Platform):
             )
 
         if len(launch.hosts) == 1 and launch.min_hosts:
-            yield Finding("launch.min_hosts", "elastic Horovod cannot survive a death on a single host", "name two")
+            yield Finding("launch.min_hosts", "elastic Horovod cannot survive the failure of its only host", "name two")
         if launch.horovod_controller == "mpi":
             yield from self._check_mpi()
         if launch.horovod_controller == "mpi" and launch.min_hosts:

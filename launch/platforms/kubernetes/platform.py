@@ -41,7 +41,7 @@ class KubernetesPlatform(Platform):
         if config.launch.hosts:
             yield Finding("launch.hosts", "Kubernetes finds the hosts itself", "set launch.nodes to their number")
         if config.launch.secrets:
-            yield Finding("launch.secrets", "pods read secrets from Secrets", "use launch.kubernetes.secrets")
+            yield Finding("launch.secrets", "pods read Kubernetes Secrets", "use launch.kubernetes.secrets")
 
         yield from check_gpus(config, "launch.kubernetes.gpus", kubernetes.gpus)
         yield from self._check_backend(config)
