@@ -81,7 +81,7 @@ dist: setup-dev  ## build and check dist/: a wheel for every platform, the sdist
 
 audit: setup-dev  ## ask for known vulnerabilities of what distopt needs (needs the network)
 	@$(PIP) pip-audit
-	@$(BIN)/python tools/runtime_requirements.py | $(BIN)/pip-audit -r /dev/stdin --no-deps --disable-pip
+	@$(BIN)/python tools/runtime_requirements.py | $(BIN)/pip-audit -r /dev/stdin --strict --no-deps --disable-pip
 
 # A docker command without its engine is of no use, so each is asked.
 BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) info >/dev/null 2>&1 && echo $(tool))))

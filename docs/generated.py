@@ -42,6 +42,7 @@ _INCLUDED = {
     "docker/kubernetes/README.md": "how-to/kubernetes.md",
 }
 MANY = 7  # so many choices are listed at the end of the page
+_NAMED_FILE = re.compile(r"^```(python|yaml) (\S+\.\w+)$", re.MULTILINE)
 _MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 
 
@@ -210,7 +211,8 @@ PAGES: dict[str, Callable[[], str]] = {
 
 
 def insert_generated(_app: Sphinx, _page: str, source: list[str]) -> None:
-    """Replaces the marks of a page, and leads its links to files of the checkout to the pages that include them."""
+    """Replaces the marks of a page, shows the names of its files, and leads links to files to their pages."""
+    source[0] = _NAMED_FILE.sub(r"```{code-block} \1\n:caption: \2\n", source[0])
     for file, page in _INCLUDED.items():
         source[0] = re.sub(rf"\]\((?:\.\./)+{re.escape(file)}", f"](/{page}", source[0])
     source[0] = _MARK.sub(lambda match: PAGES[match[1]](), source[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import signal
 import sys
@@ -108,3 +109,25 @@ def test_every_key_either_may_change_on_a_resume_or_may_not(reference: dict[str,
     may, _, may_not = reference["resume"].partition("These may not:")
     assert "`train.num_steps`" in may and "`launch`" in may
     assert "`train.loss`" in may_not and "`seed`" in may_not and "`launch.workers`" not in may_not
+
+
+def text_of_literals() -> str:
+    """Returns all strings of the code, one a line; what an f-string fills in is `...`."""
+    lines = []
+    for path in [*(ROOT / "distopt").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [str(part.value) if isinstance(part, ast.Constant) else "..." for part in parts]
+            if isinstance(node, ast.JoinedStr | ast.Constant):
+                lines.append(" ".join("".join(texts).split()))
+    return "\n".join(lines)
+
+
+def test_messages_of_troubleshooting_are_those_of_the_code() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    text = text_of_literals()
+    cells = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")]
+    quoted = [message for cell in cells for message in re.findall(r"`([^`]+ [^`]+ [^`]+)`", cell)]
+    pieces = [(message, piece.strip()) for message in quoted for piece in message.split("...")]
+    assert len(quoted) > 12
+    assert [message for message, piece in pieces if piece not in text] == []
