@@ -43,6 +43,7 @@ ROUND_FILE = "round"
 RUN_FILE = "run.json"
 RUNS = "runs"  # the folder of run directories, by name, unless a run has another `run_dir`
 STOP_FILE = "stop"
+TRACKERS_FILE = "trackers.json"
 
 _MAX_DIGITS = 9  # of a rank or a number of ranks
 RENDEZVOUS_PORT = 29400

@@ -5,7 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import timedelta
+from typing import Any
 
 import pyro
 import torch
@@ -21,18 +24,18 @@ from distopt.infer import SVI, seed_all
 from distopt.launchers import LauncherError, find_rank
 from distopt.optim import DistributedOptimizer, StepInfo
 from distopt.reduce import DisagreementError, DriftError, PeerError
-from distopt.train.components import make_loggers, make_loss, make_optimizer, refused
+from distopt.train.components import in_precision, make_loggers, make_loss, make_optimizer, make_scaler, refused
 from distopt.train.facts import Facts, read_facts
 from distopt.train.loggers import Logger, Loggers, RunInfo, printer, read_metrics
 from distopt.train.measurements import Measurements
 from distopt.train.monitor import PaceMeter, RankPace, Status, describe_straggler
 from distopt.train.plate_check import check_plates
-from distopt.train.recorded_config import recorded_config
+from distopt.train.recorded_config import recorded_config, without_secrets
 from distopt.train.report import Report
 from distopt.train.resume import describe_restored, which_checkpoint
 from distopt.train.run_page import REPORT, fill_report
 from distopt.train.serve import ServeError, serving
-from distopt.train.setup import count_rows, load_task_on_all_ranks, set_up_process
+from distopt.train.setup import choose_device, load_task_on_all_ranks, make_batches, set_up_process
 from distopt.train.signals import StopSignals
 from distopt.train.task import TaskError, TaskRows
 from distopt.train.validation import PREFIX, Validation
@@ -109,10 +112,13 @@ class _Worker:
         self.print = printer(self.console)
 
         set_up_process(config, backend)
-        self.task = load_task_on_all_ranks(config, backend)
-        self.batches = self._make_batches()
+        self.device = choose_device(config, backend)
+        with self.device if config.train.device else nullcontext():
+            self.task = load_task_on_all_ranks(config, backend)
+        self.batches = make_batches(self.task, config, backend)
 
-        optimizer, self.step_schedule = make_optimizer(config)
+        scaler = make_scaler(config, self.device)
+        optimizer, self.step_schedule = make_optimizer(config, scaler)
         with refused("reduce"):
             self.optimizer = DistributedOptimizer(
                 optimizer,
@@ -120,7 +126,7 @@ class _Worker:
                 reduce=config.reduce,
                 noise=config.train.noise,
             )
-        loss = make_loss(config)
+        loss = in_precision(make_loss(config), config, self.device, scaler)
         self.svi = SVI(
             self.task.model,
             self.task.guide,
@@ -133,6 +139,9 @@ class _Worker:
         self.refusal: str | None = None  # why steps are not captured, once it has been printed
         callables = {"model": self.task.model, "guide": self.task.guide}
         self.modules = {name: each for name, each in callables.items() if isinstance(each, nn.Module)}
+        if config.train.device is not None:
+            for module in self.modules.values():
+                module.to(self.device)
 
         self.skipped = _SkippedSteps(config.optim.max_skipped_in_row)
         self.validation = Validation(config, self.task, backend)
@@ -152,7 +161,7 @@ class _Worker:
             last_step = self._train(first_step, checkpointer)
             checkpointer.wait()
 
-        is_done = last_step >= self.config.train.num_steps or self.validation.early_stop is not None
+        is_done = self._is_done(last_step)
         self.facts.note(outcome="done" if is_done else "stopped", step=last_step)
         if not is_done:
             self.print(f"stopped after step {last_step:,}; run the same command again to resume")
@@ -164,20 +173,6 @@ class _Worker:
         return 0
 
     # Before the first step.
-
-    def _make_batches(self) -> GlobalBatches:
-        """Decides which rows this rank reads in which step."""
-        num_rows = count_rows(self.task, self.backend)
-        with refused("data"):
-            batches = GlobalBatches(
-                num_rows, self.config.data.global_batch, self.config.seed, self.backend.rank, self.backend.world_size
-            )
-        if self.task.sharded and not batches.full:
-            raise TaskError(
-                f"data.global_batch is {batches.global_batch:,}, but {self.config.task} is sharded, so that every rank "
-                "takes all of its rows in each step: set it to null"
-            )
-        return batches
 
     def _announce(self) -> None:
         world, config = self.backend, self.config
@@ -200,7 +195,7 @@ class _Worker:
             rows = GlobalBatches(self.batches.num_rows, num_rows, self.config.seed).rows(0)
 
         try:
-            self.svi.init(*TaskRows(self.task).read(rows))
+            self.svi.init(*self._on_device(TaskRows(self.task).read(rows)))
             takes_all_rows = self.batches.full and self.backend.world_size == 1
             if not self.task.sharded and not takes_all_rows:
                 check_plates(self.task, rows, self.batches.num_rows)
@@ -215,12 +210,16 @@ class _Worker:
         config = self.config
         return Checkpointer(
             config.checkpoints(),
-            {"optimizer": self.optimizer, **self.modules},
+            self._saved_objects(),
             keep=Retention(config.checkpoint.keep_last, config.checkpoint.keep_every_steps),
             config=recorded_config(config),
             ignore_keys=MAY_CHANGE,
             backend=self.backend,
         )
+
+    def _saved_objects(self) -> dict[str, Any]:
+        scaler = self.optimizer.scaler
+        return {"optimizer": self.optimizer, **self.modules} | ({} if scaler is None else {"scaler": scaler})
 
     def _resume(self, checkpointer: Checkpointer) -> int:
         """Restores a checkpoint if there is one to resume from; returns the steps that are done already."""
@@ -248,14 +247,23 @@ class _Worker:
         self.status.progress()
         return first_step
 
+    def _on_device(self, rows: Sequence[Any]) -> Sequence[Any]:
+        if self.config.train.device is None:
+            return rows
+        return tuple(each.to(self.device) if isinstance(each, torch.Tensor) else each for each in rows)
+
+    def _make_loader(self) -> Loader:
+        device = None if self.config.train.device is None else self.device
+        return Loader(TaskRows(self.task), self.batches, device=device, num_ahead=self.config.data.prefetch)
+
     def _make_loggers(self, first_step: int) -> Loggers:
         """Makes the loggers of rank 0; on other ranks there is only the status, which every rank serves."""
         config = self.config
         loggers: list[Logger] = [self.status]
         if self.console is not None:
             loggers += make_loggers(config, self.console)
-        dumped = config.as_json()
-        return Loggers(loggers, RunInfo(config.name, config.run_dir, first_step, config.train.num_steps, dumped))
+        shown = without_secrets(config)
+        return Loggers(loggers, RunInfo(config.name, config.run_dir, first_step, config.train.num_steps, shown))
 
     # The steps.
 
@@ -267,9 +275,9 @@ class _Worker:
         measurements = Measurements(self.config.run_dir if self.console else None, step, self.batches.global_batch)
         with (
             self._make_loggers(first_step) as loggers,
-            Loader(TaskRows(self.task), self.batches, num_ahead=self.config.data.prefetch) as loader,
+            self._make_loader() as loader,
         ):
-            while step < num_steps and self.validation.early_stop is None:
+            while not self._is_done(step):
                 step += 1
                 is_validated = self.validation.is_due(step)
                 is_logged = is_validated or step == num_steps or step % self.config.log.every_steps == 0
@@ -282,11 +290,11 @@ class _Worker:
                 if is_logged:
                     loggers.log(step, self._measure(info, measurements, is_validated=is_validated))
                 self.status.checkpoint_at = checkpointer.committed_at or self.status.checkpoint_at
-                is_last = step == num_steps or self.validation.early_stop is not None
-                if info.stop or is_last or is_best or self._is_save_due(step):
+                if info.stop or self._is_done(step) or is_best or self._is_save_due(step):
                     self._save(checkpointer, step)
                 if info.stop:
                     break
+            loggers.finish("done" if self._is_done(step) else "stopped")
 
         if self.validation.early_stop is not None:
             self.print(f"stopped early after step {step:,}: {self.validation.early_stop}")
@@ -340,6 +348,10 @@ class _Worker:
         if values.keys() & more.keys():
             raise TaskError(f"task: metrics() returned {', '.join(values.keys() & more.keys())}, which distopt logs")
         return values | more
+
+    def _is_done(self, step: int) -> bool:
+        """Returns whether a run that ends after this step has nothing left to do."""
+        return step >= self.config.train.num_steps or self.validation.early_stop is not None
 
     def _is_save_due(self, step: int) -> bool:
         every_steps = self.config.checkpoint.every_steps
