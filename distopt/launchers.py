@@ -21,6 +21,7 @@ GRACE_VARIABLE = "DISTOPT_GRACE_S"  # seconds for the last checkpoint
 HEARTBEAT_VARIABLE = "DISTOPT_HEARTBEAT"  # set: host agents stop when the launcher is silent
 HOSTS_VARIABLE = "DISTOPT_HOSTS"  # the addresses of all hosts, with commas
 INTERFACE_VARIABLE = "DISTOPT_INTERFACE"  # the network interface, where the user chose one
+RUN_DIR_VARIABLE = "DISTOPT_RUN_DIR"  # the run directory, which a supervisor tells its worker
 SECRETS_VARIABLE = "DISTOPT_SECRETS"  # the secrets for other hosts, in JSON; never exported to them by this name
 STDIN_SECRETS_VARIABLE = "DISTOPT_STDIN_SECRETS"  # set: what starts on another host reads its secrets from stdin
 TERMINAL_VARIABLE = "DISTOPT_TERMINAL"  # HOST:DEVICE of the terminal on which rank 0 may draw

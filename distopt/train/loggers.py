@@ -88,9 +88,12 @@ class Logger:
 
         Args:
             step: Steps done, counted from the start of the run.
-            values: `elbo` (nats, mean over the steps and over all ranks), `rows_per_s` (over all ranks),
-                `gradient_norm` (2-norm of the last step's averaged gradient; NaN if it is not known) and
-                `skipped_steps` (of this process, for a gradient that was not finite). Values may be NaN or infinite.
+            values: `elbo` (nats, mean over the steps and over all ranks), `rows_per_s` (over all ranks), `train_s`
+                (seconds of training, over all processes of the run), `lr` (the largest), `gradient_norm` (2-norm of the
+                last step's averaged gradient; NaN if it is not known), `skipped_steps` (of this process, for a gradient
+                that was not finite), `validation/...` and those of the task's `metrics`. Of a script: what it has
+                passed to `Session.log`, `train_s`, `lr`, and `rows_per_s` or `steps_per_s`. Values may be NaN or
+                infinite.
         """
 
     def finish(self, outcome: Literal["done", "stopped"]) -> None:
@@ -323,7 +326,7 @@ class ProgressLogger(Logger):
         self._last_step = step
         self._last_time_s = now_s
 
-        text = f"ELBO {values['elbo']:,.0f}  {values['rows_per_s']:,.0f} rows/s"
+        text = _shown(values)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, measured=text)
         else:
@@ -334,6 +337,14 @@ class ProgressLogger(Logger):
         """Leaves the bar as it is."""
         if self._bar is not None:
             self._bar.stop()
+
+
+def _shown(values: Mapping[str, float]) -> str:
+    """Returns what a line of progress shows; a script may log neither an ELBO nor rows."""
+    texts = [f"ELBO {values['elbo']:,.0f}"] if "elbo" in values else []
+    texts += [f"{values['rows_per_s']:,.0f} rows/s"] if "rows_per_s" in values else []
+    texts += [f"{values['steps_per_s']:,.3g} steps/s"] if "steps_per_s" in values else []
+    return "  ".join(texts)
 
 
 def printer(console: Console | None) -> Callable[[str], None]:

@@ -34,23 +34,24 @@ RESULT_ERRORS = (CheckpointError, ConfigError, TaskError, OSError)
 
 
 def fill_report(
-    report: Report, config: RunConfig, task: Task, facts: Mapping[str, Any], *, step: int, num_rows: int
+    report: Report, config: RunConfig, task: Task | None, facts: Mapping[str, Any], *, step: int, num_rows: int | None
 ) -> None:
     """Adds all of a run's report: its results, curves, stragglers, facts and configuration; draws its own samples.
 
     Args:
         report: Has the history.
         config: The run.
-        task: With trained parameters in Pyro's store.
+        task: With trained parameters in Pyro's store; None for a script, whose parameters are shown.
         facts: What `run.json` says.
         step: Steps done.
-        num_rows: Rows of the training set.
+        num_rows: Rows of the training set, None if they are not known.
     """
     report.text(_headline(facts, step), quiet=True)
     seed_all(config.seed, config.train.num_steps)
     with torch.no_grad():
         num_before = report.num_sections
-        task.report(report)
+        if task is not None:
+            task.report(report)
         if report.num_sections == num_before:
             _params_section(report)
 
@@ -62,7 +63,7 @@ def fill_report(
             f"There is no figure without matplotlib: pip install matplotlib. The numbers are in {METRICS_FILE}."
         )
     else:
-        report.figure(figure, "Evidence lower bound per row, mean over the ranks.")
+        report.figure(figure, f"Evidence lower bound{'' if num_rows is None else ' per row'}, mean over the ranks.")
         _add_curves(report)
 
     if paces := paces_of(dict(facts)):
