@@ -194,6 +194,35 @@ def compare(
 
 
 @app.command()
+def sweep(
+    config: Annotated[str, typer.Argument(metavar="SWEEP", help="The sweep's YAML file.")],
+) -> None:
+    """Run trials of one YAML with different keys: a grid, several seeds, or a search by Optuna.
+
+    Each trial is a run, SWEEP-000, SWEEP-001, ... in runs/. The same command continues a sweep that was stopped or
+    killed. At the end come a table and a page with the curves. The exit status is 1 if a trial failed.
+    """
+    from distopt.config.sweep import load_sweep
+
+    from . import runs
+    from .sweep import Sweep
+
+    try:
+        trials = Sweep(load_sweep(config))
+        status = trials.run()
+    except runs.ERRORS as error:
+        _refuse([str(error)])
+
+    from distopt import train as training  # imports torch
+
+    settings = trials.config
+    rows = [(trials.run_dir(each), each.values, each.state, each.value) for each in trials.ranked()]
+    page = training.write_sweep(settings.name, settings.metric, rows, trials.folder / "sweep.html")
+    typer.echo(f"sweep: {page}")
+    raise typer.Exit(status)
+
+
+@app.command()
 def logs(
     run: Run,
     rank: Annotated[

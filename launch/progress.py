@@ -92,6 +92,11 @@ def progress_of(run_dir: Path) -> Progress | None:
     )
 
 
+def rows_of(run_dir: Path) -> list[dict[str, Any]]:
+    """Returns all rows of a run's metrics, the oldest first; one that is still being written is left out."""
+    return _last_rows(run_dir / METRICS_FILE, None)
+
+
 def duration(seconds: float) -> str:
     """Returns a duration in its two largest units.
 
@@ -106,11 +111,11 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
-def _last_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the last rows of a file of metrics; one that is still being written is left out."""
+def _last_rows(path: Path, num_bytes: int | None = _TAIL_BYTES) -> list[dict[str, Any]]:
+    """Returns the rows in the last bytes of a file of metrics; one that is still being written is left out."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            file.seek(0 if num_bytes is None else max(0, path.stat().st_size - num_bytes))
             lines = file.read().split(b"\n")[:-1]
     except OSError:
         return []

@@ -197,6 +197,21 @@ def curves_figure(curves: Mapping[str, Sequence[tuple[int, float]]], label: str)
     return figure
 
 
+def points_figure(points: Sequence[tuple[float, float]], x_label: str, y_label: str) -> Any:
+    """Returns a matplotlib figure of points; the horizontal axis is logarithmic where they span more than a decade."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3))
+    axes = figure.subplots()
+    horizontal = [x for x, _ in points]
+    axes.plot(*zip(*points, strict=True), "o", color="#2563a8", alpha=0.7)
+    if min(horizontal) > 0 and max(horizontal) > 10 * min(horizontal):
+        axes.set_xscale("log")
+    axes.set(xlabel=x_label, ylabel=y_label)
+    _finish(axes)
+    return figure
+
+
 def params_figure(params: Mapping[str, Tensor]) -> Any:
     """Returns a matplotlib figure of the elements of each parameter, one line of dots for each.
 

@@ -20,7 +20,8 @@ from distopt.launchers import METRICS_FILE
 from distopt.rng import seed_all
 from distopt.sharding import local_parameters
 from distopt.train.facts import paces_of
-from distopt.train.report import Report, curves_figure, elbo_figure, paces_table, params_figure
+from distopt.train.loggers import read_metrics
+from distopt.train.report import Report, curves_figure, elbo_figure, paces_table, params_figure, points_figure
 from distopt.train.saved_run import load_run
 from distopt.train.task import Task, TaskError
 from distopt.train.validation import PREFIX
@@ -28,6 +29,8 @@ from distopt.train.validation import PREFIX
 REPORT = "report.html"
 MAX_PARAMS = 30
 """Parameters in the default table and plot."""
+MAX_CURVES = 12
+"""Trials whose curves a sweep's page shows."""
 
 RESULT_ERRORS = (CheckpointError, ConfigError, TaskError, OSError)
 """What reading the results of a run raises, with a message for users."""
@@ -201,6 +204,42 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path) -> Path:
     path = Path(output)
     report.write(path)
     return path
+
+
+def write_sweep(
+    name: str, metric: str, trials: Sequence[tuple[Path, Mapping[str, Any], str, float | None]], output: Path
+) -> Path:
+    """Prints the trials of a sweep, the best first, and writes a page with their curves.
+
+    Args:
+        name: Of the sweep.
+        metric: What trials are compared by.
+        trials: Run directory, changed keys, state and value of each, in the order in which they are shown.
+        output: The page to write.
+
+    Returns:
+        Its path.
+    """
+    report = Report(name, Console())
+    keys = list(dict.fromkeys(key for _, values, _, _ in trials for key in values))
+    rows = [
+        [run_dir.name, state, "" if value is None else _number(value), *(str(values.get(key, "")) for key in keys)]
+        for run_dir, values, state, value in trials
+    ]
+    report.table("Trials", ["run", "state", metric, *keys], rows, "The best one comes first.")
+    try:
+        curves = {run_dir.name: curve(read_metrics(run_dir), metric) for run_dir, *_ in trials}
+        report.heading(metric)
+        report.figure(curves_figure(dict(list(curves.items())[:MAX_CURVES]), metric), f"{metric} of the best trials.")
+        for key in keys:
+            points = [(values[key], value) for _, values, state, value in trials if value is not None and key in values]
+            numbers = [(x, y) for x, y in points if isinstance(x, int | float) and not isinstance(x, bool)]
+            if len({x for x, _ in numbers}) > 1:
+                report.figure(points_figure(numbers, key, metric), f"The last {metric} of each trial by {key}.")
+    except ImportError:
+        report.text("There are no figures without matplotlib: pip install matplotlib.")
+    report.write(output)
+    return output
 
 
 def _label(run: str | Path) -> str:
