@@ -159,6 +159,29 @@ def status(
 
 
 @app.command()
+def ui(
+    named: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs; without any, all runs in runs/.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="TCP port; 0 takes a free one.", min=0, max=65535)] = 8265,
+) -> None:
+    """Show runs as a page on this machine, live while they train.
+
+    It lists runs with their state, and shows curves over each other, ranks and stragglers, checkpoints, logs and
+    differences of their YAML. It only reads, listens on loopback, and ends with Ctrl-C. From another machine:
+    ssh -L 8265:127.0.0.1:8265 HOST.
+    """
+    from . import runs
+    from .ui import serve_page
+
+    try:
+        directories = [runs.find(each) for each in named or ()]
+        serve_page(lambda: directories or runs.all_runs(), port, echo=typer.echo)
+    except (*runs.ERRORS, OSError) as error:
+        _refuse([str(error)])
+
+
+@app.command()
 def report(run: Run) -> None:
     """Write a run's report.html anew.
 

@@ -65,7 +65,7 @@ def progress_of(run_dir: Path) -> Progress | None:
     if not rows:
         return None
     last = rows[-1]
-    facts = _facts(run_dir / RUN_FILE)
+    facts = facts_of(run_dir)
     now = time.time()
     num_steps = facts.get("num_steps")
 
@@ -95,6 +95,15 @@ def progress_of(run_dir: Path) -> Progress | None:
 def rows_of(run_dir: Path) -> list[dict[str, Any]]:
     """Returns all rows of a run's metrics, the oldest first; one that is still being written is left out."""
     return _last_rows(run_dir / METRICS_FILE, None)
+
+
+def facts_of(run_dir: Path) -> dict[str, Any]:
+    """Returns what a run's `run.json` says, empty without one."""
+    try:
+        facts = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def duration(seconds: float) -> str:
@@ -129,14 +138,6 @@ def _last_rows(path: Path, num_bytes: int | None = _TAIL_BYTES) -> list[dict[str
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def _newest_checkpoint(directory: Path) -> tuple[int | None, float | None]:

@@ -211,9 +211,6 @@ class _Worker:
         """Takes a step, counted from 0; returns what the ranks learned from each other in it."""
         config = self.config
         step = index + 1
-        # Random streams are seeded by step, so a resumed run draws what an undisturbed one would.
-        seed_all(config.seed, index, self.backend.rank, config.train.noise)
-
         batch = loader.batch(index)
         stop = self.stop.received != 0
         with pyro.validation_enabled(self._is_checked(step, session.first_step)):

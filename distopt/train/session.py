@@ -24,6 +24,7 @@ from distopt.checkpoint import Checkpointer, Restored, Retention
 from distopt.config import MAY_CHANGE, RunConfig, load_config, parse_config
 from distopt.launchers import CONFIG_FILE, CONFIG_VARIABLE, RUN_DIR_VARIABLE, find_rank
 from distopt.optim import DistributedOptimizer, PyroOptim
+from distopt.rng import seed_all
 from distopt.train.components import make_loggers, refused
 from distopt.train.facts import Facts, read_facts
 from distopt.train.loggers import Logger, Loggers, RunInfo, printer, read_metrics
@@ -220,12 +221,15 @@ class Session:
     def steps(self) -> Iterator[int]:
         """Yields the numbers of the steps that are left, counted from 0; the body of the loop takes the step.
 
-        After the body, all ranks agree whether one of them was asked to stop; then the loop ends, after a last
-        checkpoint. All ranks must run it to its end.
+        Before the body, the random generators are seeded by `seed`, step, rank and `train.noise` of the YAML, so that a
+        run that resumes draws what an undisturbed one does. After it, all ranks agree whether one of them was asked to
+        stop; then the loop ends, after a last checkpoint. All ranks must run it to its end.
         """
         num_steps = self.config.train.num_steps
         while not self.is_done and not self._is_stopped:
             self._agreed = None
+            # Random streams are seeded by step, so a resumed run draws what an undisturbed one would.
+            seed_all(self.config.seed, self._last_step, self.backend.rank, self.config.train.noise)
             with self._pace.step():
                 yield self._last_step
             self._last_step += 1
