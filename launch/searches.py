@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distopt.config import ConfigError
-from distopt.config.sweep import OptunaConfig, RangeConfig, SweepConfig
+from distopt.config.sweep_schema import OptunaConfig, RangeConfig, SweepConfig
 
 
 class Search(ABC):

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from distopt.config import ConfigError
-from distopt.config.sweep import SweepConfig, as_overrides
+from distopt.config.sweep_schema import SweepConfig, as_overrides
 from distopt.launchers import LAUNCH_FILE
+from distopt.run_files import read_metrics
 
 from . import runs
 from .attach import say
 from .jobs import JobError, State
-from .progress import rows_of
 from .run_dir import RUNS, write
 from .searches import Search, make_search
 from .status import state_of
@@ -206,7 +206,7 @@ class Sweep:
     def _read_metric(self, trial: Trial) -> bool:
         """Notes new values of the metric; returns whether the search gives the trial up."""
         is_pruned = False
-        for row in rows_of(self.run_dir(trial)):
+        for row in read_metrics(self.run_dir(trial)):
             value = row.get(self.config.metric)
             if row["step"] > trial.step and isinstance(value, int | float) and math.isfinite(value):
                 trial.step = row["step"]

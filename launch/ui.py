@@ -12,9 +12,10 @@ from typing import Any
 
 from distopt.config import ConfigError, checkpoints_of, differences, dump_yaml
 from distopt.read_only_server import Answer, ReadOnlyServer, text_answer
+from distopt.run_files import read_facts, read_metrics
 
 from . import runs
-from .progress import facts_of, progress_of, rows_of
+from .progress import progress_of
 from .status import state_of
 from .worker.rank_log import log_of
 
@@ -80,7 +81,7 @@ class Pages:
         run = self._named(query)
         if run is None:
             return _unknown(query)
-        facts = facts_of(run)
+        facts = read_facts(run)
         logs = [path.stem.removeprefix("rank-") for path in log_of(run, 0).parent.glob("rank-*.log")]
         return _json(
             {
@@ -124,7 +125,7 @@ class Pages:
 
     def _summary(self, run: Path) -> dict[str, Any]:
         state, progress = self._state(run), progress_of(run)
-        facts = facts_of(run)
+        facts = read_facts(run)
         return {
             "run": str(run),
             "name": run.name,
@@ -161,7 +162,7 @@ def serve_page(find: Find, port: int, echo: Callable[[str], None]) -> None:
 def _curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Returns the metrics of a run, thinned to what a screen shows; the last row stays."""
     curves: dict[str, list[tuple[int, float]]] = {}
-    for row in rows_of(run):
+    for row in read_metrics(run):
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 curves.setdefault(name, []).append((row["step"], value))
@@ -189,7 +190,7 @@ def _checkpoints(run: Path) -> list[dict[str, Any]]:
 
 def _config(run: Path) -> dict[str, Any] | None:
     try:
-        config = runs.recorded_config(run).as_json()
+        config = runs.launched_config(run).as_json()
     except ConfigError:
         return None
     config["launch"].pop("env", None)  # which may hold secrets
@@ -198,7 +199,7 @@ def _config(run: Path) -> dict[str, Any] | None:
 
 def _yaml(run: Path) -> str:
     try:
-        config = runs.recorded_config(run)
+        config = runs.launched_config(run)
     except ConfigError as error:
         return str(error)
     return dump_yaml(config.model_copy(update={"launch": config.launch.model_copy(update={"env": {}})}))

@@ -29,7 +29,7 @@ from distopt.train.monitor import Status
 from distopt.train.plate_check import check_plates
 from distopt.train.serve import ServeError, serving
 from distopt.train.session import Session
-from distopt.train.setup import choose_device, load_task_on_all_ranks, make_batches, set_up_process
+from distopt.train.setup import device_of_run, load_task_on_all_ranks, make_batches, set_up_process
 from distopt.train.signals import StopSignals
 from distopt.train.task import TaskError, TaskRows
 from distopt.train.validation import Validation
@@ -106,7 +106,7 @@ class _Worker:
         self.print = printer(self.console)
 
         set_up_process(config, backend)
-        self.device = choose_device(config, backend)
+        self.device = device_of_run(config, backend)
         with self.device if config.train.device else nullcontext():
             self.task = load_task_on_all_ranks(config, backend)
         self.batches = make_batches(self.task, config, backend)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from distopt.train.loggers import read_metrics
+from distopt.run_files import read_metrics
 
 
 class Measurements:

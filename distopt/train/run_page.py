@@ -18,9 +18,9 @@ from distopt.checkpoint import CheckpointError
 from distopt.config import ConfigError, RunConfig, differences, dump_yaml
 from distopt.launchers import METRICS_FILE
 from distopt.rng import seed_all
+from distopt.run_files import read_metrics
 from distopt.sharding import local_parameters
 from distopt.train.facts import paces_of
-from distopt.train.loggers import read_metrics
 from distopt.train.report import Report, curves_figure, elbo_figure, paces_table, params_figure, points_figure
 from distopt.train.saved_run import load_run
 from distopt.train.task import Task, TaskError
@@ -58,7 +58,7 @@ def fill_report(
         if report.num_sections == num_before:
             _params_section(report)
 
-    report.heading("How the ELBO rose")
+    report.heading("ELBO over steps")
     try:
         figure = elbo_figure(report.history, num_rows)
     except ImportError:

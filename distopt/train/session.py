@@ -25,9 +25,10 @@ from distopt.config import MAY_CHANGE, RunConfig, load_config, parse_config
 from distopt.launchers import CONFIG_FILE, CONFIG_VARIABLE, RUN_DIR_VARIABLE, find_rank
 from distopt.optim import DistributedOptimizer, PyroOptim
 from distopt.rng import seed_all
+from distopt.run_files import read_facts, read_metrics
 from distopt.train.components import make_loggers, refused
-from distopt.train.facts import Facts, read_facts
-from distopt.train.loggers import Logger, Loggers, RunInfo, printer, read_metrics
+from distopt.train.facts import Facts
+from distopt.train.loggers import Logger, Loggers, RunInfo, printer
 from distopt.train.measurements import Measurements
 from distopt.train.monitor import PaceMeter, RankPace, Status, describe_straggler
 from distopt.train.recorded_config import recorded_config, without_secrets

@@ -38,7 +38,7 @@ def set_up_process(config: RunConfig, backend: Backend) -> None:
     seed_all(config.seed)
 
 
-def choose_device(config: RunConfig, backend: Backend) -> torch.device:
+def device_of_run(config: RunConfig, backend: Backend) -> torch.device:
     """Returns where this rank computes: what `train.device` says, else what the backend has chosen.
 
     Raises:
@@ -161,6 +161,6 @@ def count_rows(task: Task, backend: Backend) -> int:
         if count != counts[0]:
             raise TaskError(
                 f"task: rows() is {counts[0]:,} on rank 0 and {count:,} on rank {rank}; every rank must have the whole "
-                "training set, of which batch() is asked for the rows of this rank"
+                "training set; batch() is asked only for the rows of its rank"
             )
     return int(counts[0])

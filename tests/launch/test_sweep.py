@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from distopt.config import ConfigError
-from distopt.config.sweep import SweepConfig, as_overrides, load_sweep
+from distopt.config.sweep_schema import SweepConfig, as_overrides, load_sweep
 from launch.jobs import JobError
 from launch.searches import OptunaSearch
 from launch.sweep import Sweep, Trial

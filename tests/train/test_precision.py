@@ -17,7 +17,7 @@ from distopt.config import ConfigError, load_config
 from distopt.data import GlobalBatches, ShardBatches, shard_rows
 from distopt.infer import sharded_plate
 from distopt.rng import seed_all
-from distopt.train.loggers import read_metrics
+from distopt.run_files import read_metrics
 from tests.train.runs import config, launch_well, parameters, run_here
 
 STEPS = 6

@@ -13,9 +13,8 @@ import torch
 
 from distopt.config import RunConfig
 from distopt.optim import Adam
+from distopt.run_files import read_facts, read_metrics
 from distopt.train import Session
-from distopt.train.facts import read_facts
-from distopt.train.loggers import read_metrics
 from tests.train.runs import BIN, ROOT, environment, parameters
 
 PAGE = (ROOT / "docs" / "runs.md").read_text()

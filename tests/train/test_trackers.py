@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from distopt.config import ConfigError, load_config
-from distopt.train.loggers import Loggers, RunInfo, read_metrics
+from distopt.run_files import read_metrics
+from distopt.train.loggers import Loggers, RunInfo
 from distopt.train.trackers import TRACKERS, Tracker
 from tests.train.runs import ROOT, config, environment, launch_well, run_here
 
