@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from distopt.optim.packing import FlatGradients
+from distopt.optim.packing import FlatGradients, same
 from distopt.reduce.layout import LARGE_NUMEL, Bucket, Layout, ParamSpec
 from distopt.reduce.messages import RoundSummary
 from distopt.sharding import any_local, local_parameter, num_shards
@@ -175,9 +175,14 @@ def _collect_shared(params: Sequence[Tensor], layout: Layout, dropped: DroppedGr
 def _collect_one_by_one(params: Sequence[Tensor], layout: Layout, dropped: DroppedGradients) -> LocalGradients:
     dropped.restore(params)
     local = LocalGradients(params, [None] * len(layout.params))
-    for param in params:
-        name, gradient = _name_of(param), param.grad
-        index = layout.index.get(id(param))
+    held = map(pyro.get_param_store().named_parameters().mapping.get, layout.names)
+    is_current = not layout.sparse and same(tuple(held), layout.params)
+    for param, index in zip(params, map(layout.index.get, map(id, params)), strict=True):
+        gradient = param.grad
+        if index is not None and is_current:
+            local.gradients[index] = gradient
+            continue
+        name = _name_of(param)
         if index is None or layout.names[index] != name or _became_dense(layout.specs[index], gradient):
             local.changes[name] = (param, gradient)
         else:
@@ -307,10 +312,11 @@ class BucketReader:
         dense: list[FlatGradients] = []
         loose: list[NamedGradient] = []
         for bucket, members, flat in self._pattern(tuple(count > 0 for count in touched)):
-            views = [bucket.views[member] for member in members]
-            if len(members) == len(bucket.views) and not bucket.is_complex:
+            if len(members) == len(bucket.names) and not bucket.is_complex:
                 dense.append(flat)
-            elif bucket.is_complex or bucket.is_large:
+                continue
+            views = [bucket.views[member] for member in members]
+            if bucket.is_complex or bucket.is_large:
                 loose += zip(flat.names, flat.params, views, strict=True)
             else:
                 packed = torch.cat([view.reshape(-1) for view in views])
