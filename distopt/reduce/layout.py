@@ -21,6 +21,9 @@ CONTROL_FIRST_BYTES = 4 * MIB
 LARGE_NUMEL = 2**15
 """From this many elements on a pass over a gradient costs more than a call, and allocating it more than either."""
 
+AVERAGE_PREFIX = "__baseline_avg_downstream_cost_"
+"""How Pyro names the parameters that are averages, kept by a loss: `tracegraph_elbo._construct_baseline`."""
+
 
 @dataclass(frozen=True)
 class ParamSpec:
@@ -208,6 +211,7 @@ class Layout:
         params: This rank's tensors.
         index: Index of each parameter, by `id` of its tensor.
         sparse: Indices of the parameters with sparse gradients, which are in no bucket.
+        averages: Indices of the parameters that a loss sets to averages, see `RunningAverages`.
         control_first: Whether the control slots are reduced before gradients are sent.
         buckets: The one with the control slots first, then the others in the order of names.
         slots: (NUM_SLOTS + number of parameters,), the control slots.
@@ -229,6 +233,7 @@ class Layout:
         # By identity, since tensors compare by element; `params` keeps them alive, so no other tensor gets their id.
         self.index = {id(param): index for index, param in enumerate(self.params)}
         self.sparse = tuple(index for index, spec in enumerate(self.specs) if spec.sparse)
+        self.averages = tuple(index for index, name in enumerate(self.names) if name.startswith(AVERAGE_PREFIX))
 
         dense = [index for index, spec in enumerate(self.specs) if not spec.sparse]
         members = _split(dense, self.specs, bucket_mib, groups)
