@@ -213,9 +213,8 @@ class Reducer:
         self.num_agreements += 1
         before = self.specs
         self.specs = self._agreement.renegotiate(changes, before)
-        changed = {name for name, spec in self.specs.items() if before.get(name) is not spec}
-        changed |= before.keys() - self.specs.keys()
-        self._hook.forget(changed)
+        replaced = {name for name, spec in self.specs.items() if before.get(name) is not spec}
+        self._hook.forget(replaced | (before.keys() - self.specs.keys()))
         self._use_layout(build_layout(self))
 
     def _use_layout(self, layout: Layout) -> None:
