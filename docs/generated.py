@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -205,9 +206,16 @@ def _exceptions() -> set[type[BaseException]]:
     }
 
 
-PAGES: dict[str, Callable[[], str]] = {
-    page.__name__: page for page in (yaml_keys, commands, launchers, prometheus, may_change, errors)
-}
+def other_pages() -> str:
+    """Returns the pages that the first page does not list, so that a new one is never out of reach."""
+    folder = Path(__file__).parent
+    listed = (folder / "index.md").read_text().splitlines()
+    new = sorted(path.stem for path in folder.glob("*.md") if path.stem != "index" and path.stem not in listed)
+    return "\n".join(["```{toctree}", ":hidden:", "", *new, "```"]) if new else ""
+
+
+_FUNCTIONS = (yaml_keys, commands, launchers, prometheus, may_change, errors, other_pages)
+PAGES: dict[str, Callable[[], str]] = {page.__name__: page for page in _FUNCTIONS}
 
 
 def insert_generated(_app: Sphinx, _page: str, source: list[str]) -> None:

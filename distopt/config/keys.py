@@ -60,6 +60,7 @@ _EXAMPLES: dict[str, Any] = {
     "train.early_stopping": {"metric": "rmse"},
     "train.early_stopping.metric": "rmse",
     "data.global_batch": 8192,
+    "data.shard_fraction": 0.1,
     "optim.args_by_name": {"*.bias": {"weight_decay": 0.0}},
     "optim.clip.clip_norm": 10.0,
     "optim.clip.clip_value": 1.0,

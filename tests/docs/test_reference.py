@@ -113,8 +113,8 @@ def text_of_literals() -> str:
     lines = []
     for path in [*(ROOT / "distopt").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
-            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-            texts = [str(part.value) if isinstance(part, ast.Constant) else "..." for part in parts]
+            pieces = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [str(piece.value) if isinstance(piece, ast.Constant) else "..." for piece in pieces]
             if isinstance(node, ast.JoinedStr | ast.Constant):
                 lines.append(" ".join("".join(texts).split()))
     return "\n".join(lines)
