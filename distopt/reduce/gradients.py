@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from distopt.optim.packing import FlatGradients
-from distopt.reduce.layout import LARGE_NUMEL, Bucket, Layout, ParamSpec
+from distopt.optim.packing import FlatGradients, same
+from distopt.reduce.layout import AVERAGE_PREFIX, LARGE_NUMEL, Bucket, Layout, ParamSpec
 from distopt.reduce.messages import RoundSummary
+from distopt.reduce.running_averages import RunningAverages
 from distopt.sharding import any_local, local_parameter, num_shards
 
 NamedGradient: TypeAlias = tuple[str, Tensor, Tensor]
@@ -134,22 +135,26 @@ class DroppedGradients:
 # takes five times as long.
 
 
-def collect_gradients(params: Iterable[Tensor], layout: Layout, dropped: DroppedGradients) -> LocalGradients:
+def collect_gradients(
+    params: Iterable[Tensor], layout: Layout, dropped: DroppedGradients, averages: RunningAverages
+) -> LocalGradients:
     """Returns this rank's gradients, and the parameters that the layout does not know yet.
 
     Args:
         params: This rank's unconstrained tensors.
         layout: What all ranks know.
         dropped: What `zero_grad` has dropped; such gradients count as zero.
+        averages: Takes note of those that the loss has set.
 
     Raises:
         ValueError: A parameter is not in Pyro's store, so that the ranks cannot identify it.
     """
     params = list(params)
     if not any_local():
-        return _collect_shared(params, layout, dropped)
+        return _collect_shared(params, layout, dropped, averages)
 
-    local = _collect_shared([param for param in params if local_parameter(param) is None], layout, dropped)
+    shared = [param for param in params if local_parameter(param) is None]
+    local = _collect_shared(shared, layout, dropped, averages)
     rank_local = [param for param in params if local_parameter(param) is not None]
     dropped.restore(rank_local)
     # By name, since Pyro hands over a set: sums over them, and their order in packed memory, must not follow from where
@@ -158,26 +163,43 @@ def collect_gradients(params: Iterable[Tensor], layout: Layout, dropped: Dropped
     local.rank_local = [
         (name, rank_local[index], gradient) for name, index in named if (gradient := rank_local[index].grad) is not None
     ]
-    local.params = params
+    local.params = [*local.params, *rank_local]
     return local
 
 
-def _collect_shared(params: Sequence[Tensor], layout: Layout, dropped: DroppedGradients) -> LocalGradients:
+def _collect_shared(
+    params: Sequence[Tensor], layout: Layout, dropped: DroppedGradients, averages: RunningAverages
+) -> LocalGradients:
     indices = list(map(layout.index.get, map(id, params)))
     if None not in indices and len(indices) == len(layout.params) and not layout.sparse and _is_in_store(layout):
         gradients = list(map(gradient_of, layout.params))
         addresses = _addresses(gradients)
         if addresses is not None:
             return LocalGradients(params, gradients, complete=True, addresses=addresses)
-    return _collect_one_by_one(params, layout, dropped)
+    return _collect_one_by_one(params, layout, dropped, averages)
 
 
-def _collect_one_by_one(params: Sequence[Tensor], layout: Layout, dropped: DroppedGradients) -> LocalGradients:
+def _collect_one_by_one(
+    params: Sequence[Tensor], layout: Layout, dropped: DroppedGradients, averages: RunningAverages
+) -> LocalGradients:
     dropped.restore(params)
+    held = map(pyro.get_param_store().named_parameters().mapping.get, layout.names)
+    is_current = not layout.sparse and not layout.averages and same(tuple(held), layout.params)
+    params = list(params)
     local = LocalGradients(params, [None] * len(layout.params))
-    for param in params:
-        name, gradient = _name_of(param), param.grad
-        index = layout.index.get(id(param))
+    indices = list(map(layout.index.get, map(id, params)))
+    for position, (param, index) in enumerate(zip(tuple(params), indices, strict=True)):
+        if index is not None and is_current:
+            local.gradients[index] = param.grad
+            continue
+
+        name = _name_of(param)
+        # An average has no gradient, so a step that has one always comes here.
+        if name.startswith(AVERAGE_PREFIX):
+            param = averages.take(name, param, layout)
+            params[position] = param
+            index = layout.index.get(id(param))
+        gradient = param.grad
         if index is None or layout.names[index] != name or _became_dense(layout.specs[index], gradient):
             local.changes[name] = (param, gradient)
         else:
@@ -307,10 +329,11 @@ class BucketReader:
         dense: list[FlatGradients] = []
         loose: list[NamedGradient] = []
         for bucket, members, flat in self._pattern(tuple(count > 0 for count in touched)):
-            views = [bucket.views[member] for member in members]
-            if len(members) == len(bucket.views) and not bucket.is_complex:
+            if len(members) == len(bucket.names) and not bucket.is_complex:
                 dense.append(flat)
-            elif bucket.is_complex or bucket.is_large:
+                continue
+            views = [bucket.views[member] for member in members]
+            if bucket.is_complex or bucket.is_large:
                 loose += zip(flat.names, flat.params, views, strict=True)
             else:
                 packed = torch.cat([view.reshape(-1) for view in views])

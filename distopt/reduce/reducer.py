@@ -43,6 +43,7 @@ from distopt.reduce.messages import (
     write_slots_,
 )
 from distopt.reduce.overlap import Overlap
+from distopt.reduce.running_averages import RunningAverages
 from distopt.reduce.sparse import sum_sparse
 from distopt.rng import NoisePolicy
 
@@ -70,9 +71,9 @@ class Reducer:
         specs: The parameters that all ranks know, by name.
         layout: Their order and buckets.
         dropped: Gradients that were set to zero by dropping them.
+        averages: Those that this rank's loss has computed.
         loop_counters: What tells whether this rank has left out a call.
-        model_survey: What this rank's model looked like when it was first run, for the first agreement; see
-            `ModelSurvey.describe`.
+        model_survey: What `ModelSurvey.describe` says of this rank's model, for the first agreement.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Reducer:
         self.num_agreements = 0
         self.specs: dict[str, ParamSpec] = {}
         self.dropped = DroppedGradients()
+        self.averages = RunningAverages()
         self.loop_counters = LoopCounters()
         self.model_survey: Json = None
         self._state = state
@@ -109,7 +111,7 @@ class Reducer:
 
     def collect_gradients(self, params: Iterable[Tensor]) -> LocalGradients:
         """Returns this rank's gradients, and the parameters that the layout does not know yet."""
-        local = collect_gradients(params, self.layout, self.dropped)
+        local = collect_gradients(params, self.layout, self.dropped, self.averages)
         local.num_summed = self.backend.world_size if self.options.op == "sum" else 1
         return local
 
@@ -135,8 +137,7 @@ class Reducer:
             BackendError: A rank did not come in time, or is gone.
 
         Cost:
-            One all-reduce per bucket; of a large model (more than one bucket and 4 MiB) a small one before. With
-            changes, an agreement and the round once more.
+            One all-reduce per bucket; one before those of a large model; with changes, an agreement and a second round.
         """
         message.has_changes = local is not None and bool(local.changes)
         sums = None
@@ -212,8 +213,8 @@ class Reducer:
         self.num_agreements += 1
         before = self.specs
         self.specs = self._agreement.renegotiate(changes, before)
-        changed = {name for name in before.keys() | self.specs if before.get(name) is not self.specs.get(name)}
-        self._hook.forget(changed)
+        replaced = {name for name, spec in self.specs.items() if before.get(name) is not spec}
+        self._hook.forget(replaced | (before.keys() - self.specs.keys()))
         self._use_layout(build_layout(self))
 
     def _use_layout(self, layout: Layout) -> None:
@@ -335,6 +336,7 @@ class Reducer:
                     bucket.flat.mul_(scale)
         reduced.dense, reduced.loose = self._reader.read(summary.touched)
         reduced.loose += self._sum_sparse(summary, local, scale)
+        self.averages.share_(self.backend, self.layout, summary.num_active, local is not None)
         if local is not None:
             reduced.rank_local = local.scale_rank_local_()
         return reduced
@@ -364,10 +366,9 @@ def is_alone(reducer: Reducer, local: LocalGradients) -> bool:
 
 def build_layout(reducer: Reducer) -> Layout:
     """Returns the layout of the parameters that all ranks know, with this rank's tensors."""
-    tensors = {name: tensor_of(name) for name in reducer.specs}
     return Layout(
         reducer.specs,
-        {name: tensor for name, tensor in tensors.items() if tensor is not None},
+        pyro.get_param_store().named_parameters().mapping,
         bucket_mib=reducer.options.bucket_mib,
         groups=reducer.options.groups,
         carries_control=reducer._hook.carries_control,

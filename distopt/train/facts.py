@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -19,8 +18,9 @@ import distopt
 from distopt.backends import Backend
 from distopt.config import RunConfig
 from distopt.launchers import RUN_FILE
+from distopt.run_files import read_facts
 from distopt.train.loggers import report_unwritable
-from distopt.train.monitor import RankPace
+from distopt.train.monitor import RankPace, describe_straggler
 
 
 class Facts:
@@ -65,8 +65,8 @@ class Facts:
             self._write()
 
     def note_paces(self, paces: Sequence[RankPace]) -> None:
-        """Replaces the paces of the ranks."""
-        self.note(paces=[asdict(pace) for pace in paces])
+        """Replaces the paces of the ranks, and the sentence on a straggler among them."""
+        self.note(paces=[asdict(pace) for pace in paces], straggler=describe_straggler(paces))
 
     def _write(self) -> None:
         assert self._path is not None
@@ -81,15 +81,6 @@ class Facts:
             self._has_failed = True
         else:
             self._has_failed = False
-
-
-def read_facts(run_dir: Path) -> dict[str, Any]:
-    """Returns what `run.json` says; empty for a run that has none, as those of older versions."""
-    try:
-        facts = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def paces_of(facts: dict[str, Any]) -> list[RankPace]:

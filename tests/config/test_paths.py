@@ -50,6 +50,12 @@ def test_path_is_expanded_as_by_a_shell_and_neither_empty_nor_of_an_unknown_user
     (tmp_path / "x").write_text("host\n")
     text = dump_yaml(parse_config(MINIMAL + key.format("'~/x'")))
     assert "~" not in text and (str(tmp_path / "x") in text or "hosts:\n  - host" in text)
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    assert dump_yaml(parse_config(MINIMAL + key.format("'${oc.env:SCRATCH}/x'"))) == text
+    for unexpanded in ("$SCRATCH/x", "s3://$SCRATCH/x") if "checkpoint" in key else ("$SCRATCH/x",):
+        problem = problems(MINIMAL + key.format(f"'{unexpanded}'"))[0]
+        assert "which a YAML does not expand; write ${oc.env:SCRATCH}" in problem
+    assert "for the environment variable write ${oc.env:SCRATCH}" in problems(MINIMAL + key.format("'${SCRATCH}/x'"))[0]
     assert "'' , expected" in problems(MINIMAL + key.format("''"))[0].replace("'',", "'' ,")
     assert "expected a path" in problems(MINIMAL + key.format("'  '"))[0]
     assert "~nobody-here is not known here" in problems(MINIMAL + key.format("~nobody-here/x"))[0]
@@ -61,6 +67,13 @@ def test_url_for_a_file_is_refused(key):
     text = "name: run\n" + ("" if key.startswith("script") else "script: train.py\n") + key
     assert "found the URL s3://b/x, expected a path of a file system" in problems(text.format("s3://b/x"))[0]
     assert "expected a path: write /b/x" in problems(text.format("file:///b/x"))[0]
+
+
+@pytest.mark.parametrize("key", ["checkpoint.directory", "checkpoint.resume"])
+def test_url_for_checkpoints_that_lacks_a_slash_is_refused_with_the_url(key):
+    assert problems(SCRIPT, f"{key}=s3:/bucket/run") == [
+        f"command line: {key}: found s3:/bucket/run, which has one slash; write s3://bucket/run for the URL"
+    ]
 
 
 def test_folder_that_is_called_tilde_stays_one():

@@ -8,9 +8,10 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import pyro.infer
+import pyro.optim
 import pytest
 import torch
-from pyro.infer import Trace_ELBO
+from pyro.infer import ReweightedWakeSleep, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, init_to_value
 
 from distopt.backends import current
@@ -171,3 +172,128 @@ def test_step_with_of_an_optimizer_that_is_not_distributed_is_an_error() -> None
     svi = SVI(delta_model, delta_guide, SGD({"lr": 0.1}), Trace_ELBO())
     with pytest.raises(TypeError, match=r"step_with\(\) needs a DistributedOptimizer, found PyroOptim; use step\(\)"):
         svi.step_with()
+
+
+# ReweightedWakeSleep has two losses, those of the model's and of the guide's parameters.
+
+
+def wake_sleep_model(x: torch.Tensor, observations: Any = None) -> None:
+    loc = pyro.param("theta", torch.tensor(0.3))
+    z = pyro.sample("z", dist.Normal(loc, 1.0))
+    pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def wake_sleep_guide(x: torch.Tensor, observations: Any = None) -> None:
+    seen = x if observations is None else observations["x"]
+    pyro.sample(
+        "z", dist.Normal(pyro.param("weight", torch.tensor(0.5)) * seen, pyro.param("scale", torch.tensor(1.0)))
+    )
+
+
+def wake_sleep(insomnia: float, vectorize: bool) -> ReweightedWakeSleep:
+    return ReweightedWakeSleep(
+        num_particles=3, insomnia=insomnia, vectorize_particles=vectorize, max_plate_nesting=1, num_sleep_particles=2
+    )
+
+
+def _run_wake_sleep(insomnia: float, vectorize: bool, kind: str, num_steps: int = 6) -> tuple[Any, Any, Any]:
+    """Losses, a loss that is only evaluated, and parameters; each rank has rows and noise of its own."""
+    rank = current().rank if kind == "ranks" else 0
+    optim = pyro.optim.SGD({"lr": 0.02}) if kind == "pyro" else DistributedOptimizer(SGD({"lr": 0.02}), noise="shared")
+    make = pyro.infer.SVI if kind == "pyro" else SVI
+    svi = make(wake_sleep_model, wake_sleep_guide, optim, wake_sleep(insomnia, vectorize))
+    losses = []
+    for step in range(num_steps):
+        pyro.set_rng_seed(10 * step + rank)
+        losses.append(svi.step(torch.tensor(0.5 + rank)))
+    pyro.set_rng_seed(7)
+    return losses, svi.evaluate_loss(torch.tensor(0.5)), parameters()
+
+
+def wake_sleep_over_ranks(insomnia: float, num_ranks: int, num_steps: int = 6) -> tuple[Any, Any]:
+    """In one process, by Pyro: the mean of the ranks' gradients at each step."""
+    pyro.clear_param_store()
+    elbo, optim = wake_sleep(insomnia, vectorize=False), pyro.optim.SGD({"lr": 0.02})
+    losses = []
+    for step in range(num_steps):
+        seen = []
+        with pyro.poutine.trace(param_only=True) as trace:
+            for rank in range(num_ranks):
+                pyro.set_rng_seed(10 * step + rank)
+                seen.append(elbo.loss_and_grads(wake_sleep_model, wake_sleep_guide, torch.tensor(0.5 + rank)))
+        params = {site["value"].unconstrained() for site in trace.trace.nodes.values()}
+        for param in params:
+            param.grad = param.grad / num_ranks
+        optim(params)
+        pyro.infer.util.zero_grads(params)
+        losses.append(tuple(np.mean(seen, axis=0)))
+    return losses, parameters()
+
+
+@pytest.mark.parametrize("vectorize", [False, True])
+@pytest.mark.parametrize("insomnia", [0.0, 0.4, 1.0])
+def test_wake_sleep_on_one_rank_is_pyros_in_every_bit(insomnia: float, vectorize: bool) -> None:
+    expected = _run_wake_sleep(insomnia, vectorize, "pyro")
+    pyro.clear_param_store()
+    actual = _run_wake_sleep(insomnia, vectorize, "distopt")
+    assert actual == expected
+    assert all(type(loss) is tuple and len(loss) == 2 for loss in (*actual[0], actual[1]))
+
+
+@pytest.mark.parametrize("insomnia", [0.0, 0.4, 1.0])
+def test_wake_sleep_on_two_ranks_steps_by_the_mean_of_their_gradients(insomnia: float) -> None:
+    expected_losses, expected = wake_sleep_over_ranks(insomnia, 2)
+    first, second = world("torch_dist", 2).run(_run_wake_sleep, insomnia, False, "ranks")
+    assert first[0] == second[0] and first[2] == second[2]
+    assert first[0] == [pytest.approx(pair, rel=1e-5) for pair in expected_losses]
+    assert first[2] == pytest.approx(expected, rel=1e-5)
+
+
+def custom_loss(model: Any, guide: Any, *args: Any) -> Any:
+    guide_trace = pyro.poutine.trace(guide).get_trace(*args)
+    model_trace = pyro.poutine.trace(pyro.poutine.replay(model, trace=guide_trace)).get_trace(*args)
+    return guide_trace.log_prob_sum() - model_trace.log_prob_sum()
+
+
+def doubled_loss_and_grads(model: Any, guide: Any, *args: Any) -> Any:
+    loss = 2.0 * custom_loss(model, guide, *args)
+    loss.backward()
+    return loss
+
+
+def svi_of(kind: str, loss_and_grads: Any, **kwargs: Any) -> Any:
+    pyro.clear_param_store()
+    pyro.set_rng_seed(3)
+    make = pyro.infer.SVI if kind == "pyro" else SVI
+    optim = pyro.optim.SGD({"lr": 0.02}) if kind == "pyro" else DistributedOptimizer(SGD({"lr": 0.02}))
+    return make(wake_sleep_model, wake_sleep_guide, optim, custom_loss, loss_and_grads, **kwargs)
+
+
+@pytest.mark.parametrize("loss_and_grads", [None, doubled_loss_and_grads])
+def test_loss_and_its_gradients_may_be_functions_as_in_pyro(loss_and_grads: Any) -> None:
+    results = []
+    for kind in ("pyro", "distopt"):
+        svi = svi_of(kind, loss_and_grads)
+        results.append(([svi.step(torch.tensor(0.5)) for _ in range(4)], parameters()))
+    assert results[0] == results[1]
+
+
+def test_run_takes_the_steps_and_draws_the_samples_that_pyros_would() -> None:
+    results = []
+    for kind in ("pyro", "distopt"):
+        with pytest.warns(FutureWarning) as caught:
+            svi = svi_of(kind, None, num_samples=5, num_steps=3)
+            svi.run(torch.tensor(0.5))
+        assert {str(each.message).split("`")[1] for each in caught} == {"num_samples", "num_steps", "SVI.run"}
+        results.append(([trace.nodes["z"]["value"].item() for trace in svi.exec_traces], parameters()))
+    assert results[0] == results[1] and len(results[0][0]) == 5
+
+
+def _run_functions() -> tuple[list[float], dict[str, float]]:
+    svi = svi_of("distopt", doubled_loss_and_grads, num_steps=0)
+    return [svi.step(torch.tensor(0.5 + current().rank)) for _ in range(4)], parameters()
+
+
+def test_ranks_with_a_loss_of_their_own_step_together() -> None:
+    first, second = world("torch_dist", 2).run(_run_functions)
+    assert first == second

@@ -67,7 +67,7 @@ def refusal(folder, text: str, *args: str) -> str:
         (TASK + "reduce: {backend: mpi}\nlaunch: {platform: horovodrun}", "horovodrun starts workers of horovod"),
         (TASK + "run_dir: mytasks/house.py/run", "run_dir: mytasks/house.py is a file"),
         (TASK + "launch: {platform: horovodrun, hosts: [localhost], min_hosts: 1}",
-         "launch.min_hosts: elastic Horovod cannot survive a death on a single host; name two"),
+         "launch.min_hosts: elastic Horovod cannot survive the failure of its only host; name two"),
         (TASK + "launch: {nodes: 2}", "launch.nodes: found 2, but local does not find hosts by itself; name them in"),
         (TASK + "launch: {secrets: [NOT_SET]}", "launch.secrets: NOT_SET is not set in your environment, from which"),
     ],
@@ -179,6 +179,7 @@ def test_run_directory_that_cannot_be_written_to_is_refused(folder):
 
 def test_run_directory_with_checkpoints_of_another_config_is_refused_with_the_differences(folder):
     (folder / "runs/run/checkpoints/step-00000010").mkdir(parents=True)
+    (folder / "runs/run/checkpoints/step-00000010/manifest.json").touch()
     before = parse_config(TASK, ["train.num_particles=2", "train.num_steps=10", "seed=3", "optim.args={lr: 0.02}"])
     (folder / "runs/run/config.yaml").write_text(json.dumps(before.model_dump(mode="json")))
     message = refusal(folder, TASK + "optim: {args: {lr: 0.01}}\nseed: 3\ntrain: {num_particles: 3, num_steps: 20}")
@@ -190,6 +191,7 @@ def test_run_directory_with_checkpoints_of_another_config_is_refused_with_the_di
 
 def test_run_directory_of_the_same_run_on_other_machines_is_gone_on_with(folder):
     (folder / "runs/run/checkpoints/step-00000010").mkdir(parents=True)
+    (folder / "runs/run/checkpoints/step-00000010/manifest.json").touch()
     before = parse_config(TASK, ["launch.workers=4", "train.num_steps=10"])
     (folder / "runs/run/config.yaml").write_text(json.dumps(before.model_dump(mode="json")))
     (folder / "run.yaml").write_text(TASK)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tests.pyro_suite.source import fetch, replace_optimizers
+from tests.pyro_suite.source import fetch, replace_inference
 
 ROOT = Path(__file__).parents[2]
 EXPECTED = Path(__file__).with_name("expected_failures.txt")
@@ -32,7 +32,7 @@ def outcomes(selection: Sequence[str], scratch: Path) -> tuple[dict[str, str], d
     for folder in folders:
         folder.mkdir(parents=True)
         fetch(folder)
-    replace_optimizers(folders[1] / "tests")
+    replace_inference(folders[1] / "tests")
     ours = _run(folders[1], selection)
     doubtful = [test for test, outcome in ours.items() if outcome != "passed"]
     return _run(folders[0], doubtful) if doubtful else {}, ours

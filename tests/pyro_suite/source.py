@@ -1,7 +1,8 @@
-"""Pyro's own tests: where they come from, and a copy of them whose optimizers are those of distopt."""
+"""Pyro's own tests: where they come from, and a copy of them whose optimizers and SVI are those of distopt."""
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ CLONE_S = 120
 TREE = ("tests", "setup.cfg")
 
 _MODULE = re.compile(r"\bpyro\.optim\b")
+_SVI = re.compile(r"\bpyro\.infer\.SVI\b")
 _MEMBER = re.compile(r"^(\s*)from pyro import optim\b", re.MULTILINE)
 
 
@@ -45,20 +47,34 @@ def fetch(target: Path) -> None:
         raise NoSource(f"{source} has no folder tests/optim: {SOURCE} must name a checkout of Pyro or its repository")
 
 
-def replace_optimizers(tests: Path) -> list[Path]:
-    """Changes each import of `pyro.optim` below `tests` to `distopt.optim`, as a user would; returns the changed files.
+def replace_inference(tests: Path) -> list[Path]:
+    """Changes `pyro.optim` and `pyro.infer.SVI` below `tests` to distopt's, as a user would; returns the changed files.
 
-    Pyro's library keeps its own `pyro.optim`, so that its checks of types meet ours.
+    Pyro's library keeps its own, so that its checks of types meet ours.
     """
     changed = []
     for path in sorted(tests.rglob("*.py")):
         text = path.read_text()
-        replaced = _MEMBER.sub(r"\1from distopt import optim", _MODULE.sub("distopt.optim", text))
+        replaced = _MEMBER.sub(r"\1from distopt import optim", _MODULE.sub("distopt.optim", _import_svi(text)))
+        replaced = _SVI.sub("distopt.infer.SVI", replaced)
         if replaced != text:
             # A file that says `pyro.optim.Adam` after `import pyro` alone has to import what it now names.
-            path.write_text(f"import distopt.optim\n{replaced}")
+            path.write_text(f"import distopt.infer\nimport distopt.optim\n{replaced}")
             changed.append(path)
     return changed
+
+
+def _import_svi(text: str) -> str:
+    """Adds our SVI under the same name below each import of Pyro's from `pyro.infer`."""
+    lines = text.splitlines(keepends=True)
+    for node in sorted(ast.walk(ast.parse(text)), key=lambda each: getattr(each, "lineno", 0), reverse=True):
+        if not isinstance(node, ast.ImportFrom) or node.module not in ("pyro.infer", "pyro.infer.svi"):
+            continue
+        for imported in node.names:
+            if imported.name == "SVI":
+                name = imported.asname or "SVI"
+                lines.insert(node.end_lineno or 0, f"{' ' * node.col_offset}from distopt.infer import SVI as {name}\n")
+    return "".join(lines)
 
 
 def _clone() -> Path:

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from tests.pyro_suite.compare import differences, expected_failures, outcomes
-from tests.pyro_suite.source import SOURCE, NoSource, fetch, replace_optimizers
+from tests.pyro_suite.source import SOURCE, NoSource, fetch, replace_inference
 
 QUICK = ("tests/optim",)
 FILE = """import pyro
@@ -40,7 +40,7 @@ def test_tests_of_pyros_optimizers_end_as_over_pyro_itself(tmp_path):
 def test_replacing_changes_every_way_to_import_the_optimizers_and_nothing_else(tmp_path):
     (tmp_path / "test_some.py").write_text(FILE)
     (tmp_path / "test_other.py").write_text("import pyro\n")
-    assert replace_optimizers(tmp_path) == [tmp_path / "test_some.py"]
+    assert replace_inference(tmp_path) == [tmp_path / "test_some.py"]
     assert (tmp_path / "test_some.py").read_text() == REPLACED
     assert (tmp_path / "test_other.py").read_text() == "import pyro\n"
 

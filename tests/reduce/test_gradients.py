@@ -28,6 +28,7 @@ from distopt.reduce.gradients import (
 )
 from distopt.reduce.layout import LARGE_NUMEL, Layout, ParamSpec
 from distopt.reduce.messages import NUM_SLOTS, read_summary
+from distopt.reduce.running_averages import RunningAverages
 from distopt.sharding import LocalParameter, PlateShard, mark_local
 from tests.reduce.steps import Values, unconstrained
 from tests.workers import Ranks
@@ -114,7 +115,7 @@ def param_with_gradient(name: str, gradient: Tensor) -> Tensor:
 
 def test_gradients_of_all_known_parameters_are_complete() -> None:
     x, y = param_with_gradient("x", torch.ones(2)), param_with_gradient("y", torch.ones(3))
-    local = collect_gradients({y, x}, layout_of("x", "y"), DroppedGradients())
+    local = collect_gradients({y, x}, layout_of("x", "y"), DroppedGradients(), RunningAverages())
     assert local.complete and local.addresses is not None and not local.changes
     assert [gradient is param.grad for gradient, param in zip(local.gradients, (x, y), strict=True)] == [True, True]
 
@@ -124,27 +125,27 @@ def test_parameters_that_are_new_replaced_or_without_gradient_are_told_apart() -
     layout = layout_of("x", "y")
     y.grad = None
     new = param_with_gradient("new", torch.ones(1))
-    local = collect_gradients([x, y, new], layout, DroppedGradients())
+    local = collect_gradients([x, y, new], layout, DroppedGradients(), RunningAverages())
     assert not local.complete and list(local.changes) == ["new"]
     assert local.gradients[0] is x.grad and local.gradients[1] is None
 
     pyro.get_param_store()["x"] = torch.full((2,), 5.0)
     replaced = param_with_gradient("x", torch.ones(2))
-    local = collect_gradients([replaced, y], layout, DroppedGradients())
+    local = collect_gradients([replaced, y], layout, DroppedGradients(), RunningAverages())
     assert list(local.changes) == ["x"]
 
 
 def test_parameter_outside_of_the_store_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"a parameter of shape \(4,\) is not in Pyro's parameter store"):
-        collect_gradients([torch.zeros(4, requires_grad=True)], layout_of(), DroppedGradients())
+        collect_gradients([torch.zeros(4, requires_grad=True)], layout_of(), DroppedGradients(), RunningAverages())
 
 
 def test_sparse_parameter_whose_gradient_became_dense_is_a_change() -> None:
     table = param_with_gradient("table", torch.ones(4, 2).to_sparse(1))
     layout = layout_of("table", sparse=("table",))
-    assert not collect_gradients([table], layout, DroppedGradients()).changes
+    assert not collect_gradients([table], layout, DroppedGradients(), RunningAverages()).changes
     table.grad = torch.ones(4, 2)
-    assert list(collect_gradients([table], layout, DroppedGradients()).changes) == ["table"]
+    assert list(collect_gradients([table], layout, DroppedGradients(), RunningAverages()).changes) == ["table"]
 
 
 def test_rank_local_gradients_come_by_name_in_whatever_order_a_set_has_its_parameters() -> None:
@@ -153,7 +154,9 @@ def test_rank_local_gradients_come_by_name_in_whatever_order_a_set_has_its_param
     for param in params:
         mark_local(param, LocalParameter(PlateShard("rows", num_shards=1), (2,), 0))
     for order in ([4, 2, 0, 1, 3], [0, 1, 2, 3, 4]):
-        local = collect_gradients([params[index] for index in order], layout_of(), DroppedGradients())
+        local = collect_gradients(
+            [params[index] for index in order], layout_of(), DroppedGradients(), RunningAverages()
+        )
         assert [name for name, _, _ in local.rank_local] == names
 
 
@@ -163,7 +166,7 @@ def test_rank_local_gradients_are_scaled_with_the_shared_ones() -> None:
     mark_local(z, LocalParameter(PlateShard("rows", num_shards=4), (2,), 0))
     for num_summed, scale in ((1, 0.25), (4, 1.0)):
         z.grad = torch.tensor([3.0, 4.0])
-        local = collect_gradients([x, z], layout_of("x"), DroppedGradients())
+        local = collect_gradients([x, z], layout_of("x"), DroppedGradients(), RunningAverages())
         local.num_summed = num_summed
         assert local.complete and [name for name, _, _ in local.rank_local] == ["z"]
         assert local.rank_local_square() == pytest.approx((5.0 * scale) ** 2)
@@ -176,7 +179,7 @@ def test_gradient_that_lies_in_a_bucket_is_moved_out_and_others_are_not() -> Non
     layout = layout_of("x", "y")
     x.grad = layout.buckets[0].views[0]
     outside = y.grad
-    local = collect_gradients([x, y], layout, DroppedGradients())
+    local = collect_gradients([x, y], layout, DroppedGradients(), RunningAverages())
     move_out_of_buckets_(layout, local)
     assert x.grad is not None and x.grad.data_ptr() != layout.buckets[0].views[0].data_ptr()
     assert local.gradients[0] is x.grad and y.grad is outside
