@@ -196,6 +196,7 @@ def find_rank(environ: Mapping[str, str] | None = None) -> RankInfo | None:
     environ = os.environ if environ is None else environ
     launcher = find_launcher(environ)
     if launcher is None:
+        _check_cleared(environ)
         return None
 
     rank = _number(environ, launcher.rank, launcher)
@@ -203,7 +204,8 @@ def find_rank(environ: Mapping[str, str] | None = None) -> RankInfo | None:
     if rank is None or world_size is None or not rank < world_size:
         raise LauncherError(
             f"{launcher.name} says {launcher.rank}={environ.get(launcher.rank)!r} of "
-            f"{launcher.world_size}={environ.get(launcher.world_size)!r}: expected 0 <= rank < world size."
+            f"{launcher.world_size}={environ.get(launcher.world_size)!r}: expected 0 <= rank < world size. If it did "
+            f"not start this process, unset {launcher.markers[0]}."
         )
 
     return RankInfo(
@@ -221,8 +223,26 @@ def _number(environ: Mapping[str, str], variable: str | None, launcher: Launcher
     if not text:
         return None
     if not text.isdecimal() or len(text) > _MAX_DIGITS:
-        raise LauncherError(f"{variable}={text[:50]!r} in the environment of {launcher.name}: expected a number.")
+        raise LauncherError(
+            f"{launcher.name} says {variable}={text[:50]!r}, expected a number. If it did not start this process, "
+            f"unset {launcher.markers[0]}."
+        )
     return int(text)
+
+
+def _check_cleared(environ: Mapping[str, str]) -> None:
+    """Raises LauncherError for a rank of several that is set to nothing, as a template leaves it whose rank is missing.
+
+    Each such process would take itself for a run of its own, and all would write into one run directory.
+    """
+    for launcher in LAUNCHERS:
+        rank, world_size = environ.get(launcher.rank), environ.get(launcher.world_size)
+        is_marked = all(environ.get(marker) for marker in launcher.markers if marker != launcher.rank)
+        if is_marked and rank == "" and world_size not in (None, "", "1"):
+            raise LauncherError(
+                f"{launcher.rank} is set to nothing while {launcher.world_size}={world_size[:50]!r}. Set {launcher.rank} "
+                f"to this process's rank; for a process by itself unset {launcher.world_size}."
+            )
 
 
 def find_rendezvous(info: RankInfo, environ: Mapping[str, str] | None = None) -> tuple[str, int]:

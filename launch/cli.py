@@ -118,6 +118,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
     if find_launcher() is not None:
         die_with_parent()
     run = _load(config, overrides)
+    _import_from_here()
     from distopt import train as training  # imports torch
 
     with best_effort():

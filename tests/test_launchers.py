@@ -132,7 +132,7 @@ def test_world_set_up_by_hand_in_an_interactive_shell_of_slurm_counts():
         {"SLURM_JOB_ID": "5", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"},  # a batch script
         {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
         {"MASTER_ADDR": "h", "WORLD_SIZE": "4"},
-        {"MASTER_ADDR": "h", "WORLD_SIZE": "4", "RANK": ""},
+        {"MASTER_ADDR": "h", "WORLD_SIZE": "1", "RANK": ""},
         {"TORCHELASTIC_RUN_ID": "", "OMPI_COMM_WORLD_RANK": "", "OMPI_COMM_WORLD_SIZE": ""},
     ],
     ids=["empty", "left over", "batch script", "pod", "no rank", "cleared rank", "cleared markers"],
@@ -146,6 +146,21 @@ def test_process_that_no_launcher_started_has_no_rank(variables):
 def test_variables_that_make_no_sense_are_an_error_that_shows_them(change):
     with pytest.raises(LauncherError, match=f"RANK='{change['RANK']}'"):
         find_rank(torchrun(3, 4) | change)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"MASTER_ADDR": "h", "RANK": "", "WORLD_SIZE": "2"},
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "RANK": "", "WORLD_SIZE": "2"},
+        {"OMPI_COMM_WORLD_RANK": "", "OMPI_COMM_WORLD_SIZE": "2"},
+        {"SLURM_STEP_ID": "0", "SLURM_PROCID": "", "SLURM_STEP_NUM_TASKS": "2"},
+    ],
+    ids=["exported", "pod", "mpirun", "srun"],
+)
+def test_rank_of_several_that_is_set_to_nothing_is_an_error_that_says_what_to_set(variables):
+    with pytest.raises(LauncherError, match=r"is set to nothing while \w+='2'\. Set \w+ to this process's rank"):
+        find_rank(variables)
 
 
 def test_srun_meets_at_the_first_node_of_the_step():
