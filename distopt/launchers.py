@@ -245,6 +245,20 @@ def _check_cleared(environ: Mapping[str, str]) -> None:
             )
 
 
+def count_restarts(environ: Mapping[str, str] | None = None) -> int:
+    """Returns how often the workers of this run were started before, as torchrun counts it; others do not say.
+
+    Args:
+        environ: Variables to read; those of this process when None.
+
+    Example:
+        >>> count_restarts({"TORCHELASTIC_RESTART_COUNT": "2"}), count_restarts({})
+        (2, 0)
+    """
+    count = (os.environ if environ is None else environ).get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(count) if count.isdecimal() and len(count) <= _MAX_DIGITS else 0
+
+
 def find_rendezvous(info: RankInfo, environ: Mapping[str, str] | None = None) -> tuple[str, int]:
     """Returns the host and port at which the ranks of a torch.distributed world meet.
 

@@ -184,7 +184,7 @@ class _AttachedRun:
             if isinstance(event, events.Unwritable):
                 say(f"{event.path} cannot be written: {event.error}; the run continues without what it would hold")
             elif isinstance(event, events.End) and event.failed:
-                cause = f"{failure_report.describe_end(event)}{failure_report.describe_error(self.run_dir, event)}"
+                cause = f"{failure_report.describe_end(event)}{failure_report.quote_last_line(self.run_dir, event)}"
                 say(f"{failure_report.describe_rank(event)} {cause}")
                 # The launcher should end the others by itself; MPICH's does not for one that dies before MPI_Init.
                 if self.plan.ends_together:

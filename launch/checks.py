@@ -18,6 +18,7 @@ import yaml
 from distopt.cgroups import available_cores
 from distopt.config import MAY_CHANGE, ConfigError, RunConfig, comparable, differences, load_config
 from distopt.launchers import CONFIG_FILE
+from distopt.run_files import checkpoints_in
 
 from .findings import Finding
 from .platforms import Platform, findings_of
@@ -226,7 +227,7 @@ def _check_recorded_config(config: RunConfig) -> Iterator[Finding]:
     """Refuses to resume from the checkpoints of another configuration, whose parameters would be loaded silently."""
     recorded = config.run_dir / CONFIG_FILE
     folder = config.checkpoints()
-    if not recorded.is_file() or isinstance(folder, str) or not any(folder.glob("step-*")):
+    if not recorded.is_file() or isinstance(folder, str) or not checkpoints_in(folder):
         return  # checkpoints at a URL hold their configuration too, which the workers compare
     try:
         before = _read_recorded(recorded)

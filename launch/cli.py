@@ -212,7 +212,7 @@ def logs(
 
     try:
         directory = runs.find(run)
-        recorded = runs.recorded_config(directory)
+        recorded = runs.launched_config(directory)
         ranks = load_platform(recorded.launch.platform).ranks(recorded)
         if rank not in ranks:
             _refuse([f"--rank: found {rank}, but the run has {ranks.start} to {ranks.stop - 1}"])
@@ -309,7 +309,7 @@ def diff(config: Config, run: Run, overrides: Overrides = None) -> None:
 
     now = _load(config, overrides).as_json()
     try:
-        before = runs.recorded_config(runs.find(run)).as_json()
+        before = runs.launched_config(runs.find(run)).as_json()
     except runs.ERRORS as error:
         _refuse([str(error)])
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from distopt.config import checkpoints_of
 from distopt.launchers import LOGS
+from distopt.run_files import checkpoints_in
 
 from .worker.events import STOPPED_STATUSES, End, Event, Start
 from .worker.rank_log import last_attempt_lines, last_line, last_lines, log_of, traceback_of
@@ -53,7 +54,7 @@ def describe_end(event: Event) -> str:
     return f"died of {number.name} ({signal.strsignal(number)})"
 
 
-def describe_error(run_dir: Path, end: End) -> str:
+def quote_last_line(run_dir: Path, end: End) -> str:
     """Returns the last line of a worker that ended by an error, in parentheses; empty where there is none."""
     line = last_line(run_dir, end.rank) if (end.status or 0) > 0 else ""
     return f" ({line.strip()[:200]})" if line else ""
@@ -133,7 +134,7 @@ def describe_failure(run_dir: Path, events: Sequence[Event], status: int, second
 def resume_hint(run_dir: Path) -> str:
     """Returns how to resume a run that has ended; empty for one without checkpoints, or that keeps them at a URL."""
     folder = checkpoints_of(run_dir)
-    has_checkpoint = isinstance(folder, Path) and any(folder.glob("step-*"))
+    has_checkpoint = isinstance(folder, Path) and bool(checkpoints_in(folder))
     return "run the same command again to resume from the last checkpoint" if has_checkpoint else ""
 
 
@@ -167,7 +168,7 @@ def _describe_blamed(
     error = next((match["error"] for match in reports.values() if int(match["rank"]) == first.rank), "")
     lines = [f"  {describe_rank(first)} died first: it {f'failed at {error}' if error else f'{describe_end(first)}.'}"]
     lines += [
-        f"  After it: {describe_rank(end)} {describe_end(end)}{describe_error(run_dir, end)}." for end in blamed[1:]
+        f"  After it: {describe_rank(end)} {describe_end(end)}{quote_last_line(run_dir, end)}." for end in blamed[1:]
     ]
     earlier = [end for end in ends.values() if end.status == 0 and end.time < first.time]
     if earlier:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from distopt.config import checkpoints_of
-from distopt.launchers import METRICS_FILE, RUN_FILE
+from distopt.launchers import METRICS_FILE
+from distopt.run_files import MANIFEST, checkpoints_in, read_facts, read_metrics, step_of
 
 _TAIL_BYTES = 65536
-_STEP = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -61,11 +59,11 @@ class Progress:
 
 def progress_of(run_dir: Path) -> Progress | None:
     """Returns how far a run is; None for one that has logged nothing, such as that of a script."""
-    rows = _last_rows(run_dir / METRICS_FILE)
+    rows = read_metrics(run_dir, _TAIL_BYTES)  # the first line of which is mostly cut, and left out
     if not rows:
         return None
     last = rows[-1]
-    facts = _facts(run_dir / RUN_FILE)
+    facts = read_facts(run_dir)
     now = time.time()
     num_steps = facts.get("num_steps")
 
@@ -106,43 +104,14 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
-def _last_rows(path: Path) -> list[dict[str, Any]]:
-    """Returns the last rows of a file of metrics; one that is still being written is left out."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = file.read().split(b"\n")[:-1]
-    except OSError:
-        return []
-
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # the first line of the tail is mostly cut
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
 def _newest_checkpoint(directory: Path) -> tuple[int | None, float | None]:
     """Returns step and time of the checkpoint that was committed last."""
     newest: tuple[int | None, float | None] = (None, None)
-    for path in directory.glob("step-*/manifest.json"):
-        match = _STEP.fullmatch(path.parent.name)
+    for folder in checkpoints_in(directory):
         try:
-            saved_at = path.stat().st_mtime
+            saved_at = (folder / MANIFEST).stat().st_mtime
         except OSError:  # deleted by the run in the meantime
             continue
-        if match and (newest[1] is None or saved_at > newest[1]):
-            newest = (int(match[1]), saved_at)
+        if newest[1] is None or saved_at > newest[1]:
+            newest = (step_of(folder.name), saved_at)
     return newest

@@ -187,7 +187,7 @@ def all_runs() -> list[Path]:
     return sorted(path.parent for path in RUNS.glob(f"*/{LAUNCH_FILE}"))
 
 
-def recorded_config(directory: Path) -> RunConfig:
+def launched_config(directory: Path) -> RunConfig:
     """Returns the configuration with which a run was launched.
 
     Raises:
@@ -202,7 +202,7 @@ def job_of(directory: Path) -> Job:
     Raises:
         ConfigError: Its configuration or its platform cannot be loaded.
     """
-    config = recorded_config(directory)
+    config = launched_config(directory)
     return load_platform(config.launch.platform).job(config) or FollowedJob(directory)
 
 
@@ -226,7 +226,7 @@ def stop(directory: Path) -> State:
     job = job_of(directory)
     was_known = job.state().phase != "unknown"
     job.stop()
-    state = _wait_for_end(job, recorded_config(directory).launch.grace_s + KILL_MARGIN_S)
+    state = _wait_for_end(job, launched_config(directory).launch.grace_s + KILL_MARGIN_S)
     # A platform may forget a run once it has ended; one that it never knew was not stopped.
     return State("stopped", state.detail) if was_known and state.phase == "unknown" else state
 

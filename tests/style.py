@@ -32,6 +32,7 @@ NOT_OURS = {
     ("distopt/optim/distributed/wrappers.py", "noise"),  # as that of DistributedOptimizer
     ("distopt/optim/distributed/optimizer.py", "noise"),  # the policy: independent or shared noise, as papers say
     ("distopt/config/schema.py", "noise"),
+    ("distopt/lightning/strategy.py", "noise"),
     ("distopt/rng.py", "NoisePolicy"),
     ("tests/infer/capture/test_captured_svi.py", "noise"),
     *(

@@ -60,6 +60,17 @@ def test_public_classes_and_files_have_names_of_their_own():
     assert not twice
 
 
+def test_public_functions_have_names_of_their_own():
+    homes = defaultdict(list)
+    for path in sources():
+        for node in tree_of(path).body:
+            # A command of the terminal is called as people type it, whatever else is called so.
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and path.name != "cli.py":
+                homes[node.name].append(short(path))
+    twice = {name: paths for name, paths in homes.items() if len(paths) > 1 and name != "main"}
+    assert not twice
+
+
 def test_modules_have_the_test_file_of_their_name():
     with_test, without = modules_by_test()
     share = len(with_test) / (len(with_test) + len(without))

@@ -26,7 +26,7 @@ from distopt.checkpoint.background import BackgroundSave
 from distopt.checkpoint.chunks import chunk_digest
 from distopt.checkpoint.codec import NoTensors, decode, encode
 from distopt.checkpoint.commit import Attempt
-from distopt.checkpoint.consensus import agree_no_error, agree_to_save, claim, newest_known
+from distopt.checkpoint.consensus import agree_no_error, agree_to_save, claim_directory, newest_known
 from distopt.checkpoint.errors import CheckpointError, NonfiniteStateError, describe_error
 from distopt.checkpoint.failpoint import failpoint
 from distopt.checkpoint.manifest import FileRecord, Manifest, config_as_json
@@ -146,7 +146,7 @@ class Checkpointer:
         self.committed_at: float | None = None
         """When the state that was committed last was copied, by `time.monotonic()`; None before the first commit."""
 
-        self._claimed = claim(self._backend, self._storage)
+        self._claimed = claim_directory(self._backend, self._storage)
         self._generation = newest_known(self._backend, self._storage)[0] + 1
 
     def __enter__(self) -> Checkpointer:

@@ -15,8 +15,9 @@ from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.manifest import Manifest
 from distopt.checkpoint.restore import REPLICATED, choose, load_replicated
 from distopt.checkpoint.statefile import StateReader
-from distopt.checkpoint.storage.base import Storage, is_url, open_storage
+from distopt.checkpoint.storage.base import Storage, open_storage
 from distopt.config import differences
+from distopt.config.paths import is_url
 from distopt.launchers import RUNS
 from distopt.optim.state import optimizer_state
 

@@ -28,10 +28,11 @@ from typing import TypeAlias
 from distopt.checkpoint.chunks import read_small, thread_pool, write_file
 from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError, describe_error
 from distopt.checkpoint.failpoint import failpoint
-from distopt.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest, file_name, seal, unseal
+from distopt.checkpoint.manifest import MAX_MANIFEST_BYTES, FileRecord, Manifest, file_name, seal, unseal
 from distopt.checkpoint.storage.base import Storage
 from distopt.checkpoint.storage.names import final_folder, work_folder
 from distopt.checkpoint.storage.retries import retried
+from distopt.run_files import MANIFEST
 
 Files: TypeAlias = Mapping[str, Sequence[memoryview]]
 """By file name, the bytes of a file, in pieces that are written one after the other."""

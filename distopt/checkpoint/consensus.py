@@ -37,7 +37,7 @@ def agree_no_error(backend: Backend, error: Exception | None, where: str) -> Non
             raise kind(f"{source}: {each[0]}") from error
 
 
-def claim(backend: Backend, storage: Storage) -> ExitStack:
+def claim_directory(backend: Backend, storage: Storage) -> ExitStack:
     """Takes the directory for this job, on all ranks or on none, and removes what dead attempts left; collective.
 
     Returns:

@@ -18,7 +18,7 @@ from distopt.checkpoint.columns import states_of, untabulate
 from distopt.checkpoint.errors import NonfiniteStateError
 from distopt.checkpoint.param_store import built
 from distopt.checkpoint.snapshot import Snapshot
-from distopt.checkpoint.statefile import all_finite
+from distopt.nonfinite import is_finite
 
 _MAX_NAMES = 5
 
@@ -58,7 +58,7 @@ def check_snapshots(snapshots: Mapping[str, Snapshot], rank: int, world_size: in
             state |= {"params": untabulate(state["params"], state["tables"]), "optimizers": optimizers}
             names = nonfinite(state)
         else:
-            broken = [key for key, entry in state["params"].items() if not all(map(all_finite, _tensors(entry)))]
+            broken = [key for key, entry in state["params"].items() if not all(map(is_finite, _tensors(entry)))]
             names = ", ".join(f"parameter {key!r}" for key in broken[:_MAX_NAMES])
         if names:
             raise NonfiniteStateError(f"rank {rank} of {world_size}: {names} not finite (NaN or infinite)")
@@ -71,21 +71,21 @@ def _nonfinite_names(replicated: Mapping[str, Any]) -> Iterator[str]:
             yield f"parameter {name!r}"
     for states in replicated["optimizers"].values():
         for name, state in states.items():
-            if not params.get(name, {}).get("frozen") and not all(map(all_finite, _tensors(state))):
+            if not params.get(name, {}).get("frozen") and not all(map(is_finite, _tensors(state))):
                 yield f"optimizer state of {name!r}"
     for module, tensors in replicated["modules"].items():
         for name, value in tensors.items():
-            if isinstance(value, Tensor) and not all_finite(value.detach()):
+            if isinstance(value, Tensor) and not is_finite(value.detach()):
                 yield f"parameter {name!r} of module {module!r}"
 
 
 def _is_usable(entry: Mapping[str, Any]) -> bool:
     value = entry["value"]
-    if all_finite(value):
+    if is_finite(value):
         return True
     if "constraint" not in entry or bool(torch.isnan(value).any()):
         return False
-    return all_finite(transform_to(built(entry["constraint"], "constraint"))(value))
+    return is_finite(transform_to(built(entry["constraint"], "constraint"))(value))
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:

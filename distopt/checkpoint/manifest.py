@@ -17,6 +17,7 @@ from pathlib import PurePath
 from typing import Any
 
 from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError
+from distopt.run_files import MANIFEST
 
 FORMAT = 4
 """What is written. A checkpoint that older code would read wrongly has another number."""
@@ -26,7 +27,6 @@ READABLE = (FORMAT_3, FORMAT)
 
 DIGEST = "xxh3_128"
 """What the files' chunks are hashed with: as fast as memory, and blind to no damage; forgers are not its concern."""
-MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_FILES = 20_000
 

@@ -17,9 +17,9 @@ import xxhash
 from distopt.checkpoint import tensorfile
 from distopt.checkpoint.chunks import by_chunk, read_small, thread_pool
 from distopt.checkpoint.errors import CorruptCheckpointError, UnreadableCheckpointError
-from distopt.checkpoint.manifest import CHUNK_BYTES, MANIFEST, MAX_MANIFEST_BYTES, FileRecord, Manifest
+from distopt.checkpoint.manifest import CHUNK_BYTES, MAX_MANIFEST_BYTES, FileRecord, Manifest
 from distopt.checkpoint.storage.base import ReadStream, Storage
-from distopt.checkpoint.storage.names import step_of
+from distopt.run_files import MANIFEST, step_of
 
 _CACHED_BYTES = 512 << 10
 """What is read at a time: it is hashed while it is still in the processor's cache."""

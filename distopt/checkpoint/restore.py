@@ -33,10 +33,11 @@ from distopt.checkpoint.reader import Candidate, candidates, check_files, read_m
 from distopt.checkpoint.run_state import RunState
 from distopt.checkpoint.sharded_params import LocalState, ShardedReader
 from distopt.checkpoint.statefile import StateReader
-from distopt.checkpoint.storage.base import Storage, is_url, open_storage
-from distopt.checkpoint.storage.names import step_of
+from distopt.checkpoint.storage.base import Storage, open_storage
 from distopt.config import checkpoints_of, differences
+from distopt.config.paths import is_url
 from distopt.rng import preserve_rng_during_setup, restore_rng_state, seed_stream
+from distopt.run_files import step_of
 
 REPLICATED = "replicated"
 logger = logging.getLogger(__name__)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from distopt.checkpoint.errors import CheckpointError
 from distopt.checkpoint.failpoint import failpoint
-from distopt.checkpoint.manifest import MANIFEST
 from distopt.checkpoint.reader import Candidate, candidates, verify
 from distopt.checkpoint.storage.base import Storage
-from distopt.checkpoint.storage.names import is_leftover, step_of
+from distopt.checkpoint.storage.names import is_leftover
+from distopt.run_files import MANIFEST, step_of
 
 MIN_LAST = 2
 """One checkpoint may turn out to be damaged; the one before it is what a run then resumes from."""

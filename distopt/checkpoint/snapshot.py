@@ -29,12 +29,12 @@ from distopt.checkpoint.statefile import (
     LARGE_BYTES,
     MAX_JSON_BYTES,
     STORED,
-    all_finite,
     as_dtype,
     bytes_of,
     reinterpret,
 )
 from distopt.checkpoint.tensorfile import encode_header
+from distopt.nonfinite import is_finite
 
 _HUGE_BYTES = 4 << 20
 _COPIED_ALONE_BYTES = 16 << 20  # up to here starting threads takes longer than the copy
@@ -79,7 +79,7 @@ class Snapshot:
         """Returns whether all of its numbers are; False also for what may hold others on purpose."""
         plain = {stored: dtype for stored, dtype in STORED.values() if dtype.is_floating_point}
         return all(
-            all_finite(reinterpret(block, plain[stored])) for _, stored, _, block in self.tensors if stored in plain
+            is_finite(reinterpret(block, plain[stored])) for _, stored, _, block in self.tensors if stored in plain
         )
 
     def decoded(self) -> Any:

@@ -54,16 +54,6 @@ def bytes_of(block: Tensor) -> memoryview:
     return memoryview(cast(Any, block.numpy()))
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Returns whether a tensor holds neither NaN nor infinity; one pass over it, and no copy."""
-    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.layout is not torch.strided:
-        return True
-    if tensor.dtype.itemsize == 1:  # fp8, which has no arithmetic
-        tensor = tensor.float()
-    # A finite sum has finite terms; the sum alone may overflow.
-    return bool(torch.isfinite(tensor.sum()).all() or torch.isfinite(tensor).all())
-
-
 class StateReader:
     """Reads what `Snapshot.files` wrote; every byte that it returns has been checked.
 

@@ -9,13 +9,34 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+"""How a URL begins; its first group is the scheme. Two characters at least, so that `c:/runs` is none."""
+
 # `s3:/bucket` is what is left of `s3://bucket` when it has passed through a Path.
-_URL = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):/")
+_MEANT_AS_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 
-def is_url(path: str) -> bool:
-    """Returns whether `path` is a URL, such as `s3://bucket/run`."""
-    return _URL.match(path) is not None
+def is_url(path: str | Path) -> bool:
+    """Returns whether `path` names a storage by its scheme, such as `s3://bucket/run`.
+
+    Example:
+        >>> is_url("s3://bucket/run"), is_url("runs/a:b"), is_url("c:/runs")
+        (True, False, False)
+    """
+    return isinstance(path, str) and URL.match(path) is not None
+
+
+def url_meant_by(path: str | Path) -> str | None:
+    """Returns the URL that a path is without one of its two slashes, as a `Path` of it is; None for another path.
+
+    Example:
+        >>> url_meant_by(Path("s3://bucket/run")), url_meant_by("s3://bucket/run"), url_meant_by("./s3:/bucket")
+        ('s3://bucket/run', None, None)
+    """
+    match = _MEANT_AS_URL.match(str(path))
+    if match is None or is_url(path):
+        return None
+    return f"{match[1]}://{str(path)[match.end() :].lstrip('/')}"
 
 
 def local_path(path: str) -> str:
@@ -33,7 +54,7 @@ def local_path(path: str) -> str:
             ...
         ValueError: found the URL s3://bucket/run, expected a path of a file system that is mounted here
     """
-    match = _URL.match(path)
+    match = _MEANT_AS_URL.match(path)
     if match is not None:
         rest = path[match.end() :].lstrip("/")
         hint = f": write /{rest}" if match[1].lower() == "file" else " of a file system that is mounted here"
@@ -43,9 +64,9 @@ def local_path(path: str) -> str:
 
 def run_folder(path: str) -> str:
     """Does what `local_path` does, and names the key that takes the URL of a run's checkpoints."""
-    match = _URL.match(path)
+    match = _MEANT_AS_URL.match(path)
     if match is not None and match[1].lower() != "file":
-        url = f"{match[1]}://{path[match.end() :].lstrip('/')}"
+        url = path if is_url(path) else url_meant_by(path)
         raise ValueError(
             f"found the URL {path}, expected a folder: logs, metrics and the record of a run are files. Its "
             f"checkpoints alone go to a URL by checkpoint.directory: {url}"
@@ -54,7 +75,14 @@ def run_folder(path: str) -> str:
 
 
 def path_or_url(path: str) -> str:
-    """Does what `local_path` does, but lets URLs pass."""
+    """Does what `local_path` does, but lets URLs pass.
+
+    Raises:
+        ValueError: As of `local_path`; or it is a URL that lacks one of its two slashes.
+    """
+    url = url_meant_by(path)
+    if url is not None:
+        raise ValueError(f"found {path}, which has one slash; write {url} for the URL")
     return _without_variables(path) if is_url(path) else _expanded(path)
 
 

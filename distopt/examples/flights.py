@@ -135,9 +135,9 @@ class Flights(Task):
 
     def report(self, report: Report) -> None:
         """Adds which carriers and hours are late, and how well held-out flights are predicted."""
-        from distopt.examples.flights_report import write
+        from distopt.examples.flights_report import write_flights_report
 
-        write(self, report)
+        write_flights_report(self, report)
 
 
 class FlightData(NamedTuple):

@@ -27,7 +27,7 @@ Draws = dict[str, Tensor]
 """Posterior draws of each site, (draws, *shape of the site)."""
 
 
-def write(flights: Flights, report: Report) -> None:
+def write_flights_report(flights: Flights, report: Report) -> None:
     """Adds the results to `report`."""
     # All tables and figures are made from one set of posterior draws, so that their numbers agree.
     draws = posterior_draws(flights)

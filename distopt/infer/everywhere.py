@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyro.infer
 import pyro.optim
@@ -13,12 +13,15 @@ from numpy.typing import ArrayLike
 from pyro.infer.abstract_infer import TracePosterior
 from pyro.optim.horovod import HorovodOptimizer
 
-from distopt.infer.sharded_plate import Sharded, shard, share_plates
+from distopt.infer.sharded_plate import Sharded, Weight, shard, share_plates
 from distopt.infer.svi import SVI
 from distopt.infer.torch_closures import averaging_closures
 from distopt.optim.distributed import DistributedOptimizer
 from distopt.optim.distributed.adoption import AdoptedOptimizer, adopt_, release_
 from distopt.optim.distributed.pyro_hooks import begin_adopting, end_adopting
+
+OnAdopt: TypeAlias = Callable[[pyro.infer.SVI, Sequence[Any], Mapping[str, Any]], None]
+FindPlates: TypeAlias = Callable[[pyro.infer.SVI, Sequence[Any], Mapping[str, Any]], Iterable[str]]
 
 
 @contextmanager
@@ -28,7 +31,9 @@ def everywhere(
     rows: Mapping[str, ArrayLike] | None = None,
     local: Mapping[str, int | tuple[str, int]] | None = None,
     replicated: Iterable[str] = (),
-    on_adopt: Callable[[pyro.infer.SVI], None] | None = None,
+    weight: Weight = 1.0,
+    find_plates: FindPlates | None = None,
+    on_adopt: OnAdopt | None = None,
     torch_closures: bool = True,
     **options: Any,
 ) -> Iterator[None]:
@@ -48,7 +53,11 @@ def everywhere(
         rows: As for `shard`.
         local: As for `shard`.
         replicated: As for `shard`.
-        on_adopt: Called with each SVI that was adopted, before its first step.
+        weight: Factor of this rank's loss in the mean over the ranks, as for `SVI`; or a function that returns that of
+            each step, where ranks read unequally many rows in some steps.
+        find_plates: Called with each SVI before its first step, and the arguments and keyword arguments of that;
+            returns names of further plates of this model that are split, whose parameters are the same on all ranks.
+        on_adopt: Called with each SVI that was adopted, before its first step, and the arguments of that.
         torch_closures: Whether torch optimizers that are stepped with a closure are averaged, too.
         **options: Keyword arguments of `DistributedOptimizer` for the optimizers that are adopted.
 
@@ -77,7 +86,7 @@ def everywhere(
     """
     names = (plates,) if isinstance(plates, str) else tuple(plates)
     sharding = {"rows": rows, "local": local, "replicated": tuple(replicated)}
-    adoption = _Adoption(names, sharding, on_adopt, options)
+    adoption = _Adoption(names, sharding, weight, find_plates, on_adopt, options)
     begin_adopting(adoption)
     with ExitStack() as stack:
         stack.callback(adoption.undo)
@@ -93,6 +102,8 @@ class _Adoption:
     Args:
         plates: Names of plates that are split over the ranks.
         sharding: Further arguments of `shard`.
+        weight: See `everywhere`.
+        find_plates: See `everywhere`.
         on_adopt: See `everywhere`.
         options: Of `DistributedOptimizer`.
     """
@@ -101,17 +112,21 @@ class _Adoption:
         self,
         plates: tuple[str, ...],
         sharding: Mapping[str, Any],
-        on_adopt: Callable[[pyro.infer.SVI], None] | None,
+        weight: Weight,
+        find_plates: FindPlates | None,
+        on_adopt: OnAdopt | None,
         options: Mapping[str, Any],
     ) -> None:
         self._plates = plates
         self._sharding = sharding
+        self._weight = weight
+        self._find_plates = find_plates
         self._on_adopt = on_adopt
         self._options = options
         self._optimizers: list[AdoptedOptimizer] = []
         self._svis: dict[int, tuple[pyro.infer.SVI, Any, Any]] = {}  # as they were, by id
 
-    def adopt_svi(self, svi: pyro.infer.SVI) -> None:
+    def adopt_svi(self, svi: pyro.infer.SVI, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Adopts an SVI that is about to step, unless it was before; one of distopt keeps its model and guide."""
         if id(svi) in self._svis or isinstance(svi.optim, HorovodOptimizer):
             return
@@ -122,11 +137,13 @@ class _Adoption:
 
         self._svis[id(svi)] = (svi, svi.model, svi.guide)
         if not isinstance(svi, SVI):
-            if self._plates and not isinstance(svi.model, Sharded):
-                svi.model = shard(svi.model, self._plates, **self._sharding)
-            svi.model, svi.guide = share_plates(svi.model, svi.guide)
+            if not isinstance(svi.model, Sharded):
+                more = () if self._find_plates is None else tuple(self._find_plates(svi, args, kwargs))
+                svi.model = shard(svi.model, self._plates, **self._sharding) if self._plates else svi.model
+                svi.model = shard(svi.model, more, replicated=("*",)) if more else svi.model
+            svi.model, svi.guide = share_plates(svi.model, svi.guide, self._weight)
         if self._on_adopt is not None:
-            self._on_adopt(svi)
+            self._on_adopt(svi, args, kwargs)
 
     def adopt_optimizer(self, optim: pyro.optim.PyroOptim) -> None:
         """Adopts an optimizer that is stepped without an SVI of Pyro's."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import pyro
 from numpy.typing import ArrayLike
@@ -41,6 +41,8 @@ from distopt.infer.splitting import (
 )
 from distopt.rng import RankStream, begin_rank_stream
 from distopt.sharding import LocalParameterError, PlateShard, is_split, mark_local
+
+Weight: TypeAlias = float | Callable[[], float]
 
 
 class sharded_plate(pyro.plate):  # type: ignore[misc]  # noqa: N801  # reads like pyro.plate, which it is
@@ -194,7 +196,7 @@ class Sharded(partial[Any]):
         plates: The sharded plates by name. Plates that are found while it runs are added; model and guide may share the
             dictionary.
         required: Plates that `fn` must have.
-        weight: Factor of the density of sites outside sharded plates.
+        weight: Factor of the density of sites outside sharded plates; or a function that returns that of each run.
     """
 
     # Pyro's losses treat messenger guides specially and find them with `pyro.poutine.unwrap`, which looks through
@@ -203,7 +205,7 @@ class Sharded(partial[Any]):
     plates: dict[str, PlateShard]
 
     def __new__(
-        cls, fn: Callable[..., Any], plates: dict[str, PlateShard], required: tuple[str, ...] = (), weight: float = 1.0
+        cls, fn: Callable[..., Any], plates: dict[str, PlateShard], required: tuple[str, ...] = (), weight: Weight = 1.0
     ) -> Self:
         """Binds `fn` to the plates."""
         run = _Run(plates, () if isinstance(fn, AutoGuide) else required, weight)
@@ -218,7 +220,7 @@ class Sharded(partial[Any]):
 class _Run:
     """Runs a model or guide inside `Sharding`; an autoguide with a plan of what it does outside its plates."""
 
-    def __init__(self, plates: dict[str, PlateShard], required: tuple[str, ...], weight: float) -> None:
+    def __init__(self, plates: dict[str, PlateShard], required: tuple[str, ...], weight: Weight) -> None:
         self._plates = plates
         self._required = required
         self._weight = weight
@@ -227,7 +229,8 @@ class _Run:
     def __call__(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if isinstance(fn, AutoGuide):
             self._prepare(fn, args, kwargs)
-        with Sharding(self._plates, self._plan, weight=self._weight) as sharding:
+        weight = self._weight() if callable(self._weight) else self._weight
+        with Sharding(self._plates, self._plan, weight=weight) as sharding:
             result = fn(*args, **kwargs)
 
         for name in self._required:
@@ -248,13 +251,14 @@ class _Run:
             self._plan = plan_autoguide(guide, self._plates)
 
 
-def share_plates(model: Callable[..., Any], guide: Callable[..., Any], weight: float = 1.0) -> tuple[Sharded, Sharded]:
+def share_plates(model: Callable[..., Any], guide: Callable[..., Any], weight: Weight = 1.0) -> tuple[Sharded, Sharded]:
     """Wraps model and guide, so that a plate that is sharded in one is sharded in the other.
 
     Args:
         model: The model.
         guide: The guide.
-        weight: Factor of the density of sites outside sharded plates; not 1 if ranks read unequally many rows.
+        weight: Factor of the density of sites outside sharded plates; not 1 if ranks read unequally many rows. Or a
+            function that returns the factor of each run.
     """
     plates: dict[str, PlateShard] = {}
     for fn in (model, guide):

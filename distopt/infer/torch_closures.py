@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -57,7 +57,7 @@ def _meet(backend: Backend, params: list[Tensor]) -> None:
                 f"rank {backend.rank} of {backend.world_size}: a torch optimizer steps parameters of other shapes on "
                 f"rank {rank} than on rank 0: {each['params']}, expected {by_rank[0]['params']}."
             )
-    for tensors in _by_kind(params):
+    for tensors in by_kind(params):
         share_values_(backend, tensors, owner=0)
     separate_streams([each["rng"] for each in by_rank], backend.rank)
 
@@ -70,7 +70,26 @@ def _average_(backend: Backend, closure: Callable[[], Any], params: list[Tensor]
         backend.fail(error)  # the others wait for this rank's gradients, and now raise this cause
         raise
 
-    # A gradient that a rank lacks counts as zero; one that all ranks lack stays missing, as in one process.
+    mean = torch.as_tensor(loss).detach().clone().reshape(1)
+    average_gradients_(backend, params, mean)
+    return mean.reshape(()) if isinstance(loss, Tensor) else float(mean)
+
+
+def average_gradients_(backend: Backend, params: Sequence[Tensor], *values: Tensor) -> None:
+    """Replaces the gradients of `params`, and `values`, by their means over the ranks.
+
+    A gradient that a rank lacks counts as zero; one that all ranks lack stays missing, as in one process.
+
+    Args:
+        backend: Link to the other ranks.
+        params: The same ones on all ranks.
+        *values: Further tensors, overwritten.
+
+    Cost:
+        An all-reduce of a number for each parameter, and one for each dtype and device.
+    """
+    if backend.world_size == 1:
+        return
     with torch.no_grad():
         present = torch.tensor([float(param.grad is not None) for param in params])
         backend.all_reduce(present).wait()
@@ -78,18 +97,16 @@ def _average_(backend: Backend, closure: Callable[[], Any], params: list[Tensor]
         for param in touched:
             param.grad = torch.zeros_like(param) if param.grad is None else param.grad.contiguous()
         means = [gradient for param in touched if (gradient := param.grad) is not None]
-        mean = torch.as_tensor(loss).detach().clone().reshape(1)
-        for tensors in _by_kind([*means, mean]):
+        for tensors in by_kind([*means, *values]):
             flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
             backend.all_reduce(flat).wait()
             flat /= backend.world_size
             sizes = [tensor.numel() for tensor in tensors]
-            for tensor, values in zip(tensors, torch.split(flat, sizes), strict=True):
-                tensor.copy_(values.view_as(tensor))
-    return mean.reshape(()) if isinstance(loss, Tensor) else float(mean)
+            for tensor, mean in zip(tensors, torch.split(flat, sizes), strict=True):
+                tensor.copy_(mean.view_as(tensor))
 
 
-def _by_kind(tensors: list[Tensor]) -> list[list[Tensor]]:
+def by_kind(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     """Returns the tensors in lists of one dtype and device."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:

@@ -155,6 +155,12 @@ def direct_step(handle: Any) -> Callable[..., Any]:
     return partial(inspect.unwrap(type(handle).step), handle)
 
 
+def _unwritable(value: Any) -> Any:
+    # torch itself refuses to write into a tensor of inference mode; `copied` makes a plain one of it again.
+    with torch.inference_mode():
+        return copied(value)
+
+
 class PackedGroup:
     """Parameters equal in all but their elements, packed into one flat tensor, the only one that torch sees.
 
@@ -239,7 +245,11 @@ class PackedGroup:
         bump_versions(self.params)
 
     def values_of(self, member: ParamRecord) -> dict[str, Any]:
-        """Returns what torch keeps for one member; elementwise tensors are views of the optimizer's memory."""
+        """Returns what torch keeps for one member.
+
+        Elementwise tensors are views of the optimizer's memory. What all members share, such as the step, is a copy
+        that refuses to be changed in place: the change would be lost.
+        """
         flat = self.arena.flat
         index = self._index[id(member)]
         start = sum(self.numels[:index])
@@ -248,7 +258,7 @@ class PackedGroup:
         return {
             key: value[segment].view(member.param.shape)
             if isinstance(value, Tensor) and value.shape == flat.shape
-            else copied(value)
+            else _unwritable(value)
             for key, value in values.items()
         }
 

@@ -94,13 +94,17 @@ def view_of(member: ParamRecord, group: Group, groups: Grouping) -> Any:
 class _ReadOnly(dict[Any, Any]):
     """State of a parameter: its tensors are the optimizer's memory, but nothing can be added or replaced here."""
 
-    def __missing__(self, key: Any) -> _ReadOnly:
-        return _ReadOnly()
-
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("optim_objs: replace the state of one parameter by set_state({name: state})")
 
     __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+
+class _ReadOnlyByParameter(_ReadOnly):
+    """As torch's: a parameter without state has an empty one."""
+
+    def __missing__(self, key: Any) -> _ReadOnly:
+        return _ReadOnly()
 
 
 class HyperView(MutableMapping[str, Any]):
@@ -183,7 +187,7 @@ class OptimizerView:
     def state(self) -> dict[Tensor, dict[str, Any]]:
         """What torch keeps for the parameter, by parameter; tensors of its shape are the optimizer's memory."""
         values = self._group.values_of(self._member)
-        return _ReadOnly({self._member.param: _ReadOnly(values)} if values else {})
+        return _ReadOnlyByParameter({self._member.param: _ReadOnly(values)} if values else {})
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state dict of this parameter alone; it shares no memory with the optimizer."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from distopt.backends import Backend
+from distopt.nonfinite import is_finite
 from distopt.reduce.errors import DriftError, ranks_by_value
 from distopt.reduce.gradients import LocalGradients
 from distopt.reduce.messages import BASE, NUM_CHECKSUM_DIGITS
@@ -112,13 +113,6 @@ def _as_json(value: Any, sums: Iterator[int]) -> Any:
     if isinstance(value, (list, tuple)):
         return [_as_json(item, sums) for item in value]
     return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
-
-
-def is_finite(gradient: Tensor) -> bool:
-    """Returns whether a gradient, dense or sparse, holds neither NaN nor infinity."""
-    values = gradient._values() if gradient.is_sparse else gradient
-    # A finite sum has finite terms, and takes no copy as isfinite() does; the sum alone may overflow.
-    return bool(torch.isfinite(values.sum()) or torch.isfinite(values).all())
 
 
 def explain_nonfinite(backend: Backend, names: Sequence[str], local: LocalGradients | None, step: int) -> str:

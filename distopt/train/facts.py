@@ -9,7 +9,6 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -19,6 +18,7 @@ import distopt
 from distopt.backends import Backend
 from distopt.config import RunConfig
 from distopt.launchers import RUN_FILE
+from distopt.run_files import read_facts
 from distopt.train.loggers import report_unwritable
 from distopt.train.monitor import RankPace
 
@@ -81,15 +81,6 @@ class Facts:
             self._has_failed = True
         else:
             self._has_failed = False
-
-
-def read_facts(run_dir: Path) -> dict[str, Any]:
-    """Returns what `run.json` says; empty for a run that has none, as those of older versions."""
-    try:
-        facts = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def paces_of(facts: dict[str, Any]) -> list[RankPace]:

@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from distopt.launchers import METRICS_FILE
+from distopt.run_files import parse_row
 
 MAX_PENDING_ROWS = 100_000
 """Rows that are kept while they cannot be written; the oldest are dropped first."""
@@ -192,29 +193,11 @@ class JsonLinesLogger(Logger):
         self._has_failed = True
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Returns the rows of a run's `metrics.jsonl`, oldest first, without lines that are damaged."""
-    try:
-        data = (run_dir / METRICS_FILE).read_bytes()
-    except OSError:
-        return []
-    return [row for line in data.splitlines() if (row := _parse_row(line)) is not None]
-
-
-def _parse_row(line: bytes) -> dict[str, Any] | None:
-    """Returns a row; None for a line that a process was killed over, or a disk has damaged."""
-    try:
-        row = json.loads(line)
-    except ValueError:  # also of bytes that are no UTF-8
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
-
-
 def _size_until(path: Path, step: int) -> int:
     """Returns how many bytes of a file of metrics hold the rows up to a step, before a line that was cut off."""
     size = 0
     for line in path.read_bytes().splitlines(keepends=True):
-        row = _parse_row(line)
+        row = parse_row(line)
         if not line.endswith(b"\n") or (row is not None and row["step"] > step):
             break
         size += len(line)

@@ -21,9 +21,10 @@ from distopt.infer import SVI, seed_all
 from distopt.launchers import LauncherError, find_rank
 from distopt.optim import DistributedOptimizer, StepInfo
 from distopt.reduce import DisagreementError, DriftError, PeerError
+from distopt.run_files import read_facts, read_metrics
 from distopt.train.components import make_loggers, make_loss, make_optimizer, refused
-from distopt.train.facts import Facts, read_facts
-from distopt.train.loggers import Logger, Loggers, RunInfo, printer, read_metrics
+from distopt.train.facts import Facts
+from distopt.train.loggers import Logger, Loggers, RunInfo, printer
 from distopt.train.measurements import Measurements
 from distopt.train.monitor import PaceMeter, RankPace, Status, describe_straggler
 from distopt.train.plate_check import check_plates

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from distopt.optim import PyroOptim, StepInfo
-from distopt.train.loggers import read_metrics
+from distopt.run_files import read_metrics
 
 
 class Measurements:

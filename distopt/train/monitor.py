@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from statistics import median
 from time import monotonic
 
 from distopt.backends import Backend
+from distopt.launchers import count_restarts
 from distopt.train.loggers import Logger
 
 STRAGGLER_RATIO = 1.5
@@ -55,7 +55,7 @@ class Status(Logger):
     """Seconds for which the last checkpoint blocked the loop."""
     checkpoint_at: float | None = None
     """When the state of the last committed checkpoint was copied, or when a checkpoint was restored."""
-    restarts: int = field(default_factory=lambda: _count_restarts())
+    restarts: int = field(default_factory=lambda: count_restarts())
     """How often the launcher has restarted the workers."""
     joined: bool = False
     """Whether this rank has met the others and has its state."""
@@ -88,12 +88,6 @@ class Status(Logger):
     def checkpoint_age_s(self) -> float | None:
         """Returns the seconds since the last checkpoint; None if there was none."""
         return None if self.checkpoint_at is None else time.monotonic() - self.checkpoint_at
-
-
-def _count_restarts() -> int:
-    """Reads the restarts from the environment variable that torchrun sets; other launchers do not count them."""
-    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return int(count) if count.isdecimal() else 0
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distopt.checkpoint import Restored
-from distopt.checkpoint.storage.base import is_url
 from distopt.config import RunConfig
+from distopt.config.paths import is_url
 
 
 def which_checkpoint(config: RunConfig, *, has_checkpoints: bool) -> tuple[str | int, bool]:

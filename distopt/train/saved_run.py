@@ -27,9 +27,8 @@ from distopt.config import RunConfig, checkpoints_of
 from distopt.infer import SVI
 from distopt.launchers import RUNS
 from distopt.optim import Adam
+from distopt.run_files import read_facts, read_metrics
 from distopt.train.components import make_loss
-from distopt.train.facts import read_facts
-from distopt.train.loggers import read_metrics
 from distopt.train.task import TaskError, TaskRows, load_task
 
 _NUM_TRIES = 3  # a run that trains may delete a checkpoint while it is read

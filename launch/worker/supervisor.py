@@ -29,6 +29,7 @@ from distopt.launchers import (
     WORLD_SIZE_VARIABLE,
     LauncherError,
     RankInfo,
+    count_restarts,
     find_rank,
     parse_range,
 )
@@ -79,7 +80,7 @@ class Supervisor:
         self._read_rank()
         self.command = list(command)
         self.run_dir = run_dir
-        self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        self.attempt = count_restarts()
         self.grace_s = float(os.environ.get(GRACE_VARIABLE, "30"))
         self.stop_file = run_dir / STOP_FILE if WATCH_STOP_VARIABLE in os.environ else None
         self.asked_to_stop = False

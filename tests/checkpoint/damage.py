@@ -13,7 +13,8 @@ import torch
 from distopt.backends.single import Single
 from distopt.checkpoint import Checkpointer
 from distopt.checkpoint.chunks import by_chunk, chunk_digest
-from distopt.checkpoint.manifest import MANIFEST, FileRecord, seal
+from distopt.checkpoint.manifest import FileRecord, seal
+from distopt.run_files import MANIFEST
 
 LAST, BEFORE = "step-00000002", "step-00000001"
 

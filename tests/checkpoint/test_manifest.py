@@ -7,7 +7,8 @@ import json
 import pytest
 
 from distopt.checkpoint import CorruptCheckpointError
-from distopt.checkpoint.manifest import MANIFEST, Manifest, seal
+from distopt.checkpoint.manifest import Manifest, seal
+from distopt.run_files import MANIFEST
 from tests.checkpoint.damage import LAST, check_refused
 
 

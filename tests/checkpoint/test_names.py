@@ -7,14 +7,8 @@ import pytest
 import torch
 
 from distopt.checkpoint import CheckpointError
-from distopt.checkpoint.storage.names import (
-    doomed_folder,
-    final_folder,
-    is_leftover,
-    step_number,
-    step_of,
-    work_folder,
-)
+from distopt.checkpoint.storage.names import doomed_folder, final_folder, is_leftover, step_number, work_folder
+from distopt.run_files import step_of
 
 ATTEMPT = "0123456789ab"
 

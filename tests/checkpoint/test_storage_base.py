@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import pyro
 import pytest
@@ -20,10 +21,11 @@ from distopt.checkpoint import (
 )
 from distopt.checkpoint.chunks import read_small
 from distopt.checkpoint.cli import check
-from distopt.checkpoint.manifest import MANIFEST
 from distopt.checkpoint.reader import candidates
-from distopt.checkpoint.storage.base import _REGISTERED, is_url, open_storage
+from distopt.checkpoint.storage.base import _REGISTERED, open_storage
 from distopt.checkpoint.storage.names import LOCK, final_folder, work_folder
+from distopt.config.paths import is_url
+from distopt.run_files import MANIFEST
 
 ATTEMPT = "0123456789ab"
 
@@ -223,6 +225,18 @@ def test_scheme_is_registered_once_and_must_be_one(shelves):
 def test_url_of_an_unknown_scheme_is_refused_with_what_there_is():
     with pytest.raises(CheckpointError, match="(?s)shelf://x: Protocol not known: shelf.*one of a registered storage"):
         open_storage("shelf://x")
+
+
+@pytest.mark.parametrize("path", [Path("shelf://x/runs"), "shelf:/x/runs"])
+def test_url_that_has_lost_a_slash_is_refused_and_makes_no_folder(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        CheckpointError, match="shelf:/x/runs: no such folder. For a URL give the string 'shelf://x/runs'"
+    ):
+        open_storage(path)
+    assert not list(tmp_path.iterdir())
+    Path("shelf:/x/runs").mkdir(parents=True)
+    assert open_storage(path).folders() == []
 
 
 def test_windows_drive_is_no_url_and_a_scheme_is():

@@ -69,6 +69,13 @@ def test_url_for_a_file_is_refused(key):
     assert "expected a path: write /b/x" in problems(text.format("file:///b/x"))[0]
 
 
+@pytest.mark.parametrize("key", ["checkpoint.directory", "checkpoint.resume"])
+def test_url_for_checkpoints_that_lacks_a_slash_is_refused_with_the_url(key):
+    assert problems(SCRIPT, f"{key}=s3:/bucket/run") == [
+        f"command line: {key}: found s3:/bucket/run, which has one slash; write s3://bucket/run for the URL"
+    ]
+
+
 def test_folder_that_is_called_tilde_stays_one():
     config = parse_config(SCRIPT + "run_dir: ./~")
     assert config.run_dir == Path("~") and parse_config(dump_yaml(config)) == config

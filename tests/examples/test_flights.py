@@ -12,7 +12,13 @@ import torch
 from pyro import poutine
 
 from distopt.examples.flights import COLUMNS, Flights, read_flights
-from distopt.examples.flights_report import MONTHS, baseline_score, held_out_score, posterior_draws, write
+from distopt.examples.flights_report import (
+    MONTHS,
+    baseline_score,
+    held_out_score,
+    posterior_draws,
+    write_flights_report,
+)
 from distopt.train.report import Report
 
 
@@ -103,7 +109,7 @@ def test_short_training_predicts_better_than_the_baseline_and_reports_each_carri
     printed: list[tuple[str, list[str]]] = []
     report = Report("flights")
     report.table = lambda title, columns, rows, note="": printed.append((title, [row[0] for row in rows]))  # type: ignore[method-assign]
-    write(flights, report)
+    write_flights_report(flights, report)
     shown = dict(printed)
     assert sorted(shown["Which carriers are late"]) == sorted(flights.data.levels["carrier"])
     assert shown["Which hours are late"] == [f"{hour}:00" for hour in range(5, 24)]

@@ -233,7 +233,7 @@ def test_svi_of_distopts_own_and_inner_contexts_are_left_alone() -> None:
     mine = DistributedOptimizer(optim.Adam({"lr": 0.1}))
     svi = infer.SVI(model, guide_of(model), mine, Trace_ELBO())
     adopted = []
-    with everywhere(on_adopt=adopted.append):
+    with everywhere(on_adopt=lambda svi, args, kwargs: adopted.append(svi)):
         svi.step(DATA)
         assert adopted == [] and svi.optim is mine
         plain = SVI(model, svi.guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())

@@ -179,6 +179,7 @@ def test_run_directory_that_cannot_be_written_to_is_refused(folder):
 
 def test_run_directory_with_checkpoints_of_another_config_is_refused_with_the_differences(folder):
     (folder / "runs/run/checkpoints/step-00000010").mkdir(parents=True)
+    (folder / "runs/run/checkpoints/step-00000010/manifest.json").touch()
     before = parse_config(TASK, ["train.num_particles=2", "train.num_steps=10", "seed=3", "optim.args={lr: 0.02}"])
     (folder / "runs/run/config.yaml").write_text(json.dumps(before.model_dump(mode="json")))
     message = refusal(folder, TASK + "optim: {args: {lr: 0.01}}\nseed: 3\ntrain: {num_particles: 3, num_steps: 20}")
@@ -190,6 +191,7 @@ def test_run_directory_with_checkpoints_of_another_config_is_refused_with_the_di
 
 def test_run_directory_of_the_same_run_on_other_machines_is_gone_on_with(folder):
     (folder / "runs/run/checkpoints/step-00000010").mkdir(parents=True)
+    (folder / "runs/run/checkpoints/step-00000010/manifest.json").touch()
     before = parse_config(TASK, ["launch.workers=4", "train.num_steps=10"])
     (folder / "runs/run/config.yaml").write_text(json.dumps(before.model_dump(mode="json")))
     (folder / "run.yaml").write_text(TASK)

@@ -89,6 +89,7 @@ def test_ranks_that_waited_finished_early_or_vanished_are_named_apart(report):
 def test_run_in_which_no_worker_failed_shows_the_launchers_own_log(report, tmp_path):
     (tmp_path / "logs/launcher.log").write_text("mpirun: no slots\n")
     (tmp_path / "checkpoints/step-00000010").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-00000010/manifest.json").touch()
     assert report({}, []).splitlines()[1:] == [
         f"  {tmp_path}/logs/launcher.log ends with:",
         "    mpirun: no slots",

@@ -255,6 +255,34 @@ def test_what_cannot_be_written_is_refused_and_never_ignored(write):
     assert str(optim.get_state()) == str(state)
 
 
+@pytest.mark.parametrize("write", [torch.Tensor.zero_, lambda step: step.add_(1)])
+@pytest.mark.parametrize("name", ["Adam", "RMSprop", "ASGD", "NAdam", "RAdam", "Adamax"])
+def test_number_that_a_group_shares_is_changed_for_one_parameter_or_refused(name, write):
+    params = [param("x"), param("y")]
+    optim = stepped(params, getattr(distopt.optim, name)({"lr": 0.1}))
+    state = optim.optim_objs[params[0]].state[params[0]]
+    numbers = [key for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim() == 0]
+    assert numbers
+    for key in numbers:
+        try:
+            write(state[key])
+        except RuntimeError as error:
+            assert "nplace update" in str(error)
+        else:
+            seen = optim.optim_objs[params[0]].state[params[0]][key]
+            assert seen == state[key]
+    copy.deepcopy(optim.optim_objs[params[0]].state_dict())["state"][0]["step"].add_(1)
+
+
+def test_state_that_a_parameter_does_not_have_is_a_key_error_as_with_torch():
+    p, fresh = param("x"), param("y")
+    optim = stepped([p, fresh], SGD({"lr": 1.0}))
+    view = optim.optim_objs[p]
+    assert view.state[fresh] == {}
+    with pytest.raises(KeyError):
+        view.state[p]["momentum_buffer"]
+
+
 def test_schedule_of_one_parameter_cannot_be_stepped_or_changed():
     params = [param("x"), param("y")]
     args = {"optimizer": torch.optim.SGD, "optim_args": {"lr": 1.0}, "gamma": 0.5}

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from distopt.checkpoint.pyro_files import read_replicated
 from distopt.config import load_config
+from distopt.run_files import read_metrics
 from distopt.train import run
-from distopt.train.loggers import read_metrics
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -8,7 +8,8 @@ import pytest
 
 from distopt.backends.single import Single
 from distopt.config import parse_config
-from distopt.train.facts import Facts, read_facts
+from distopt.run_files import read_facts
+from distopt.train.facts import Facts
 from tests.small_disks import fill, small_disk
 
 

@@ -12,17 +12,9 @@ import pytest
 from rich.console import Console
 
 from distopt.launchers import METRICS_FILE
+from distopt.run_files import read_metrics
 from distopt.train import loggers
-from distopt.train.loggers import (
-    JsonLinesLogger,
-    Logger,
-    Loggers,
-    ProgressLogger,
-    RunInfo,
-    TensorBoardLogger,
-    printer,
-    read_metrics,
-)
+from distopt.train.loggers import JsonLinesLogger, Logger, Loggers, ProgressLogger, RunInfo, TensorBoardLogger, printer
 from tests.small_disks import fill, small_disk
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distopt.config import ConfigError
 from distopt.infer import SVI
-from distopt.train.loggers import read_metrics
+from distopt.run_files import read_metrics
 from distopt.train.monitor import STRAGGLER_RATIO, Status
 from tests.control_groups import control_group
 from tests.train.runs import (

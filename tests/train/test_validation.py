@@ -12,8 +12,7 @@ import yaml
 from distopt.backends.single import Single
 from distopt.config import ConfigError, load_config
 from distopt.launchers import RUN_FILE
-from distopt.train.facts import read_facts
-from distopt.train.loggers import read_metrics
+from distopt.run_files import read_facts, read_metrics
 from distopt.train.task import TaskError
 from distopt.train.validation import Mean, Total, Validation
 from tests.train.runs import config, launch_well, parameters, run_here

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +24,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from distopt.checkpoint.errors import CheckpointError
-from distopt.checkpoint.manifest import MANIFEST
 from distopt.checkpoint.storage.names import LOCK
-
-_URL = re.compile(r"([a-z0-9+]{2,})://", re.IGNORECASE)
+from distopt.config.paths import URL, url_meant_by
+from distopt.run_files import MANIFEST
 
 
 class SyncError(OSError):
@@ -198,15 +196,10 @@ def register_storage(scheme: str, storage: Callable[[str], Storage]) -> None:
     Raises:
         ValueError: The scheme is none, or another storage is registered for it.
     """
-    if not _URL.fullmatch(f"{scheme}://"):
+    if not URL.fullmatch(f"{scheme}://"):
         raise ValueError(f"{scheme!r} is no scheme of a URL; give two or more letters, digits or +, such as 'database'")
     if _REGISTERED.setdefault(scheme.lower(), storage) is not storage:
         raise ValueError(f"{scheme}:// is already registered for {_REGISTERED[scheme.lower()]!r}")
-
-
-def is_url(path: str | Path) -> bool:
-    """Returns whether `path` names a registered storage or a file system of fsspec, such as `s3://bucket/run`."""
-    return isinstance(path, str) and _URL.match(path) is not None
 
 
 def open_storage(path: str | Path) -> Storage:
@@ -215,7 +208,7 @@ def open_storage(path: str | Path) -> Storage:
     Calls that fail for a moment are made again, see `retries`.
 
     Raises:
-        CheckpointError: The URL is of no known scheme, or needs a package that is not installed.
+        CheckpointError: The URL is of no known scheme, lacks a slash, or needs a package that is not installed.
     """
     from distopt.checkpoint.storage.retries import RetryingStorage
 
@@ -224,8 +217,13 @@ def open_storage(path: str | Path) -> Storage:
 
 def _open_once(path: str | Path) -> Storage:
     """Returns the storage itself, whose calls raise whatever happens."""
-    match = _URL.match(path) if isinstance(path, str) else None
+    match = URL.match(path) if isinstance(path, str) else None
     if match is None:
+        # A `Path` of a URL has lost a slash. A folder of that name would be made without a word, and the run would
+        # write its checkpoints on this machine.
+        url = url_meant_by(path)
+        if url is not None and not os.path.exists(path):
+            raise CheckpointError(f"{path}: no such folder. For a URL give the string {url!r}, and no Path.")
         from distopt.checkpoint.storage.posix import PosixStorage
 
         return PosixStorage(Path(path))

@@ -5,6 +5,8 @@ step-00000123-5f0c…        an attempt at one, and a checkpoint once it has a m
 .tmp-00000123-5f0c…        an attempt that is being written, where folders can be renamed
 .del-step-00000123-7a31…   a checkpoint that is being deleted
 .lock                      held by the job that writes here
+
+`distopt.run_files.step_of` tells which names are those of checkpoints.
 """
 
 from __future__ import annotations
@@ -19,9 +21,7 @@ from distopt.checkpoint.errors import CheckpointError
 LOCK = ".lock"
 """Name of the file, in the root, that holds the token of the job that writes there."""
 
-# Steps are padded so that names sort like numbers up to 99,999,999; beyond that they only get longer. Files of the user
-# that merely look similar (`.tmp-notes`) must not match, since what matches `_LEFTOVER` is deleted.
-_CHECKPOINT = re.compile(r"step-(\d{8,19})(-[0-9a-f]{8,32})?")
+# Files of the user that merely look similar (`.tmp-notes`) must not match, since what matches is deleted.
 _LEFTOVER = re.compile(r"\.tmp-\d{8,19}-[0-9a-f]{8,32}|\.del-step-\d{8,19}-[0-9a-f]{8}")
 
 
@@ -63,17 +63,6 @@ def is_leftover(folder: str) -> bool:
         (True, False)
     """
     return _LEFTOVER.fullmatch(folder) is not None
-
-
-def step_of(folder: str) -> int | None:
-    """Returns the step that a checkpoint's folder is named after, None for another name.
-
-    Example:
-        >>> step_of("step-00000123"), step_of(".tmp-00000123-5f0c1a2b")
-        (123, None)
-    """
-    match = _CHECKPOINT.fullmatch(folder)
-    return int(match[1]) if match else None
 
 
 def step_number(step: SupportsIndex) -> int:

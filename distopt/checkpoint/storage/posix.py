@@ -17,7 +17,8 @@ from types import TracebackType
 
 from distopt.checkpoint.errors import CheckpointError, DirectoryInUseError
 from distopt.checkpoint.storage.base import ReadStream, Storage, SyncError, WriteStream, new_token
-from distopt.checkpoint.storage.names import LOCK, doomed_folder, step_of
+from distopt.checkpoint.storage.names import LOCK, doomed_folder
+from distopt.run_files import step_of
 
 _SENT_BYTES = 8 << 20
 _SYNC_FILE_RANGE_WRITE = 2

@@ -15,8 +15,8 @@ from typing import Any
 import fsspec
 
 from distopt.checkpoint.errors import CheckpointError
-from distopt.checkpoint.manifest import MANIFEST
 from distopt.checkpoint.storage.base import ReadStream, Storage, WriteStream
+from distopt.run_files import MANIFEST
 
 
 @contextmanager

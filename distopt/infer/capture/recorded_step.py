@@ -46,7 +46,7 @@ class RecordedStep:
     used: list[Tensor]
 
 
-def record(
+def record_step(
     loss_and_grads: Callable[..., Any], model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> RecordedStep:
     """Takes a step, as `loss_and_grads(model, guide, *args, **kwargs)` does, and records it.

@@ -27,7 +27,7 @@ from distopt.infer.capture.captured_step import (
     recorded_result,
 )
 from distopt.infer.capture.passes import shorten
-from distopt.infer.capture.recorded_step import RecordedStep, record
+from distopt.infer.capture.recorded_step import RecordedStep, record_step
 from distopt.infer.capture.recording import Recording, difference
 from distopt.infer.capture.rows import TensorRows
 
@@ -282,7 +282,7 @@ class StepCapture:
         self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> RecordedStep | None:
         try:
-            step = record(self._loss_and_grads, model, guide, args, kwargs)
+            step = record_step(self._loss_and_grads, model, guide, args, kwargs)
         except Exception as error:  # an eager step shows whether it is the model's own
             self._refuse(f"recording failed: {type(error).__name__}: {error}")
             return None

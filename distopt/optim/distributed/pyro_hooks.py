@@ -10,7 +10,7 @@ made. In a world of one they do what Pyro's do.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, Protocol
 
@@ -33,8 +33,8 @@ from distopt.optim.optim import PyroOptim
 class Adopter(Protocol):
     """Makes what steps inside `everywhere()` distributed."""
 
-    def adopt_svi(self, svi: pyro.infer.SVI) -> None:
-        """Adopts an SVI that is about to step."""
+    def adopt_svi(self, svi: pyro.infer.SVI, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Adopts an SVI that is about to step with these arguments of model and guide."""
 
     def adopt_optimizer(self, optim: pyro.optim.PyroOptim) -> None:
         """Adopts an optimizer that is about to step."""
@@ -79,7 +79,7 @@ def _replace(cls: type, name: str, make: Callable[[Callable[..., Any]], Callable
 def _svi_step(original: Callable[..., Any]) -> Callable[..., Any]:
     def step(svi: pyro.infer.SVI, *args: Any, **kwargs: Any) -> Any:
         if _adopters:
-            _adopters[-1].adopt_svi(svi)
+            _adopters[-1].adopt_svi(svi, args, kwargs)
         if isinstance(svi.optim, DistributedOptimizer):
             info = step_on_all_ranks(svi, args, kwargs)
             return info.losses if len(info.losses) > 1 else info.losses[0]

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from distopt.backends import Backend, BackendError, current
 from distopt.config.reduce import ReduceOptions
+from distopt.nonfinite import is_finite
 from distopt.optim.arguments import args_for
 from distopt.optim.clipping import global_norm
 from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.optim import PyroOptim, call_closure
 from distopt.reduce import DisagreementError, DriftError, LocalGradients, PeerError, ReducedGradients, Reducer
-from distopt.reduce.drift import explain_nonfinite, is_finite
+from distopt.reduce.drift import explain_nonfinite
 from distopt.reduce.messages import BASE, MAX_VALUES, NUM_RNG_DIGITS, RankMessage, RoundKind
 from distopt.reduce.reducer import is_joining
 from distopt.rng import NoisePolicy, generator_digest

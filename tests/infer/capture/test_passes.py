@@ -8,7 +8,7 @@ from pyro.infer.autoguide import AutoNormal
 
 from distopt.infer.capture import passes
 from distopt.infer.capture.passes import PASSES, shorten
-from distopt.infer.capture.recorded_step import record
+from distopt.infer.capture.recorded_step import record_step
 from tests.infer.capture.cases import DATA, Case, captured_cases, hierarchy
 from tests.infer.capture.steps import compare
 
@@ -37,7 +37,7 @@ def test_passes_shorten_the_list_and_leave_the_recording_alone():
     elbo.loss_and_grads(hierarchy, guide, DATA)
     for param in pyro.get_param_store()._params.values():
         param.grad = None
-    recording = record(elbo.loss_and_grads, hierarchy, guide, (DATA,), {}).recording
+    recording = record_step(elbo.loss_and_grads, hierarchy, guide, (DATA,), {}).recording
     before = [op.describe() + str(op.args) for op in recording.ops]
     lengths = [len(shorten(recording, list(PASSES)[:count]).ops) for count in range(len(PASSES) + 1)]
     assert lengths == sorted(lengths, reverse=True)
@@ -54,7 +54,7 @@ def test_one_number_in_many_elements_is_computed_once():
     guide = AutoNormal(model)
     elbo = Trace_ELBO()
     elbo.loss_and_grads(model, guide, DATA)
-    recording = record(elbo.loss_and_grads, model, guide, (DATA,), {}).recording
+    recording = record_step(elbo.loss_and_grads, model, guide, (DATA,), {}).recording
     wide = [
         op for op in recording.ops if "gamma" in str(op.function) and recording.infos[op.outs[0]].shape == DATA.shape
     ]
@@ -74,7 +74,7 @@ def test_draws_whose_results_nobody_uses_stay():
     elbo = Trace_ELBO()
     guide = AutoNormal(model)
     elbo.loss_and_grads(model, guide, DATA)
-    recording = record(elbo.loss_and_grads, model, guide, (DATA,), {}).recording
+    recording = record_step(elbo.loss_and_grads, model, guide, (DATA,), {}).recording
     draws = [op.function for op in recording.ops if op.is_random]
     assert [op.function for op in shorten(recording).ops if op.is_random] == draws
     assert len(draws) == 3

@@ -5,7 +5,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
-from distopt.infer.capture.recorded_step import record
+from distopt.infer.capture.recorded_step import record_step
 from distopt.infer.capture.recording import Check, Recording, Slot, aten, difference, is_random, same_bits
 from tests.infer.capture.cases import DATA, hierarchy
 
@@ -15,7 +15,7 @@ def recording() -> Recording:
     elbo = Trace_ELBO()
     guide = AutoNormal(hierarchy)
     elbo.loss_and_grads(hierarchy, guide, DATA)
-    return record(elbo.loss_and_grads, hierarchy, guide, (DATA,), {}).recording
+    return record_step(elbo.loss_and_grads, hierarchy, guide, (DATA,), {}).recording
 
 
 def changed(recording, change):

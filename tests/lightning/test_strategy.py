@@ -1,0 +1,224 @@
+"""A LightningModule that knows nothing of distopt trains on several workers as on one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.optim
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+
+from distopt.backends import current
+from distopt.infer import gather_local
+from distopt.lightning import DistoptStrategy
+from tests.lightning.plans import (
+    NUM_ROWS,
+    SviPlan,
+    TorchPlan,
+    batch_sized_model,
+    fit,
+    global_model,
+    loader,
+    local_model,
+    state_values,
+    store_values,
+    trainer,
+)
+from tests.workers import world
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning warns of much that is meant here
+MODELS = {"global": global_model, "batch-sized": batch_sized_model, "local": local_model}
+
+
+def on_all(num_workers: int, body: Any, *args: Any) -> list[Any]:
+    return [body(*args)] if num_workers == 1 else world("torch_dist", num_workers).run(body, *args)
+
+
+def near(expected: dict[str, list[float]], rel: float = 1e-9) -> dict[str, Any]:
+    return {name: pytest.approx(values, rel=rel, abs=1e-12) for name, values in expected.items()}
+
+
+# An SVI that somebody steps in a LightningModule.
+
+
+def _run_svi(
+    model: str, home: str, split: str, batch_size: int, options: dict[str, Any], noisy: bool = False
+) -> tuple[dict[str, list[float]], list[float], list[list[float]]]:
+    pyro.clear_param_store()
+    pyro.set_rng_seed(3)
+    plan = SviPlan(MODELS[model], home, noisy=noisy, **options)
+    fit(trainer(current().world_size, split), plan, loader(batch_size))
+    assert type(plan.scheduler) is pyro.optim.lr_scheduler.PyroLRScheduler
+    return store_values(), plan.losses, plan.seen
+
+
+HOMES = ["init", "train start", "first step", "replaced", "no svi"]
+
+
+@pytest.mark.parametrize(("home", "num_workers"), [*((home, 2) for home in HOMES), ("init", 3)])
+def test_batches_that_are_split_give_the_steps_of_one_process_wherever_the_svi_is_made(
+    home: str, num_workers: int
+) -> None:
+    case = ("global", home, "batches", 7, {})
+    expected, losses, rows = _run_svi(*case)
+    results = on_all(num_workers, _run_svi, *case)
+    for values, others, _ in results:
+        assert values == results[0][0]
+        if home != "no svi":  # of which nothing weighs shares of 3 and 4 rows
+            assert values == near(expected)
+            assert others == pytest.approx(losses, rel=1e-9)
+
+    # 23 rows in batches of 7, 7, 7 and 2: the last one cannot be split, and is read whole by each rank.
+    for epoch in range(3):
+        seen = [row for _, _, epochs in results for row in epochs[epoch]]
+        whole = rows[epoch][21:]
+        assert sorted(seen) == sorted([*rows[epoch][:21], *whole * num_workers])
+        assert sorted(rows[epoch]) == list(range(NUM_ROWS))
+    assert rows[0] != rows[1]
+
+
+@pytest.mark.parametrize("model", ["batch-sized", "local"])
+def test_model_whose_plate_is_the_batch_and_one_with_a_latent_variable_for_each_row_train_as_on_one_worker(
+    model: str,
+) -> None:
+    case = (model, "init", "batches", 9, {"num_rows": NUM_ROWS} if model == "local" else {})
+    expected, losses, _ = _run_svi(*case)
+    for num_workers in (2, 3):
+        for values, others, _ in on_all(num_workers, _run_svi, *case):
+            assert values == near(expected)
+            assert others == pytest.approx(losses, rel=1e-9)
+
+
+def test_batches_that_are_dealt_give_the_steps_of_one_process_with_larger_batches() -> None:
+    expected, losses, rows = _run_svi("global", "init", "batches", 8, {})
+    results = on_all(2, _run_svi, "global", "init", "deal", 4, {})
+    for values, others, _ in results:
+        assert values == near(expected)
+        assert others == pytest.approx(losses, rel=1e-9)
+    assert [sorted(a + b) for a, b in zip(*(seen for *_, seen in results), strict=True)] == [
+        sorted(each) for each in rows
+    ]
+
+
+def test_noise_is_each_ranks_own_unless_it_is_shared_and_the_same_in_a_second_run() -> None:
+    case = ("local", "init", "batches", 8, {"num_rows": NUM_ROWS}, True)
+    first = on_all(2, _run_svi, *case)
+    assert first[0][0] == first[1][0]
+    assert first == on_all(2, _run_svi, *case)
+
+
+SIZES = {2: (8, 15), 3: (4, 12, 7)}
+
+
+def my_rows() -> slice:
+    sizes = SIZES.get(current().world_size, (NUM_ROWS,))
+    start = sum(sizes[: current().rank])
+    return slice(start, start + sizes[current().rank])
+
+
+def _run_rows(batch_size: int) -> tuple[dict[str, list[float]], int, list[float]]:
+    pyro.clear_param_store()
+    rows = my_rows()
+    plan = SviPlan(local_model, num_rows=rows.stop - rows.start)
+    fit(
+        trainer(current().world_size, "rows", options={"plates": "rows"}),
+        plan,
+        loader(batch_size, rows=rows, shuffle=batch_size < NUM_ROWS),
+    )
+    local = {name: value.tolist() for name, value in gather_local("z").items()}
+    return {"loc": store_values()["AutoDelta.loc"]} | local, plan.global_step, plan.seen[0]
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_uneven_rows_of_each_rank_train_as_all_rows_on_one_worker(num_workers: int) -> None:
+    expected, _, _ = _run_rows(NUM_ROWS)
+    for values, num_steps, _ in on_all(num_workers, _run_rows, NUM_ROWS):
+        assert values == near(expected)
+        assert num_steps == 3
+
+
+def test_uneven_rows_are_cut_into_equally_many_batches_and_each_is_read_once_in_an_epoch() -> None:
+    results = on_all(3, _run_rows, 2)
+    assert [num_steps for _, num_steps, _ in results] == [6] * 3  # of 4 rows, the fewest, two batches in an epoch
+    assert [sorted(seen) for *_, seen in results] == [list(range(size)) for size in SIZES[3]]
+    assert results[0][0] == results[1][0] == results[2][0]
+
+
+# Plain torch: by Lightning, or by hand.
+
+
+def _run_torch(how: str, options: dict[str, Any]) -> dict[str, list[float]]:
+    torch.manual_seed(current().rank)
+    plan = TorchPlan(how)
+    fit(trainer(current().world_size, **options), plan, loader(7))
+    return state_values(plan)
+
+
+CASES = [
+    ("automatic", {}),
+    ("automatic", {"gradient_clip_val": 0.05}),
+    ("automatic", {"accumulate_grad_batches": 3}),
+    ("manual_backward", {}),
+    ("backward", {}),
+]
+
+
+@pytest.mark.parametrize(("how", "options"), CASES)
+def test_torch_optimizers_step_by_the_gradient_of_the_whole_batch(how: str, options: dict[str, Any]) -> None:
+    expected = _run_torch(how, options)
+    for num_workers in (2, 3):
+        results = on_all(num_workers, _run_torch, how, options)
+        assert all(values == results[0] for values in results)
+        assert results[0] == near(expected, 1e-7)
+
+
+# Validation.
+
+
+def _run_validation(batch_norm: bool) -> tuple[list[float], int, dict[str, list[float]]]:
+    torch.manual_seed(5 + current().rank)
+    plan = TorchPlan(batch_norm=batch_norm)
+    stopping = EarlyStopping("validated", min_delta=2e-2, patience=1)
+    fit(trainer(current().world_size, max_epochs=30, callbacks=[stopping]), plan, loader(8), loader(6, shuffle=False))
+    return plan.validated, plan.current_epoch, state_values(plan)
+
+
+def test_validation_numbers_and_the_epoch_at_which_training_stops_are_those_of_one_worker() -> None:
+    expected, epoch, _ = _run_validation(False)
+    assert 1 < epoch < 29
+    for num_workers in (2, 3):
+        for validated, stopped, _ in on_all(num_workers, _run_validation, False):
+            assert validated == pytest.approx(expected, rel=1e-7)
+            assert stopped == epoch
+
+
+def test_batch_statistics_are_equal_on_all_ranks_in_each_validation_and_at_the_end() -> None:
+    first, second = on_all(2, _run_validation, True)
+    assert first == second
+
+
+# What cannot be right is refused.
+
+
+def test_automatic_optimization_of_split_rows_is_refused_with_what_to_write() -> None:
+    with pytest.raises(ValueError, match="LightningModule leaves the step to Lightning"):
+        fit(trainer(1, "rows", options={"plates": "rows"}), TorchPlan(), loader())
+
+
+def _run_loader_of_the_user() -> list[int]:
+    mine = loader(8)
+    fit(trainer(current().world_size, max_epochs=1), TorchPlan(), mine)
+    return sorted(len(batch[0]) for batch in mine)
+
+
+def test_loader_of_the_user_is_as_before() -> None:
+    assert on_all(2, _run_loader_of_the_user) == [[7, 8, 8]] * 2
+
+
+def test_unknown_arguments_are_refused_with_those_that_there_are() -> None:
+    with pytest.raises(ValueError, match="split='cells': expected 'batches', 'deal', 'rows', 'none'"):
+        DistoptStrategy("cells")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="start_method='spawn': expected 'popen', 'fork' or None"):
+        DistoptStrategy(start_method="spawn")  # type: ignore[arg-type]
