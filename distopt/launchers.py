@@ -240,8 +240,8 @@ def _check_cleared(environ: Mapping[str, str]) -> None:
         is_marked = all(environ.get(marker) for marker in launcher.markers if marker != launcher.rank)
         if is_marked and rank == "" and world_size not in (None, "", "1"):
             raise LauncherError(
-                f"{launcher.rank} is set to nothing while {launcher.world_size}={world_size[:50]!r}. Set {launcher.rank} "
-                f"to this process's rank; for a process by itself unset {launcher.world_size}."
+                f"{launcher.rank} is set to nothing while {launcher.world_size}={world_size[:50]!r}. Set "
+                f"{launcher.rank} to this process's rank; for a process by itself unset {launcher.world_size}."
             )
 
 
