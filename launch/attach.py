@@ -183,6 +183,9 @@ class _AttachedRun:
         for event in self._events.new():
             if isinstance(event, events.Unwritable):
                 say(f"{event.path} cannot be written: {event.error}; the run continues without what it would hold")
+            elif isinstance(event, events.Preemption) and self.signal is None:
+                say(f"{event.host} will be taken away")
+                self.on_signal(signal.SIGTERM)
             elif isinstance(event, events.End) and event.failed:
                 cause = f"{failure_report.describe_end(event)}{failure_report.quote_last_line(self.run_dir, event)}"
                 say(f"{failure_report.describe_rank(event)} {cause}")

@@ -20,25 +20,38 @@ from distopt.config import MAY_CHANGE, ConfigError, RunConfig, comparable, diffe
 from distopt.launchers import CONFIG_FILE
 from distopt.run_files import checkpoints_in
 
-from .findings import Finding
+from .findings import Finding, failures
 from .platforms import Platform, findings_of
 from .ssh import check_cores
 from .worker.network import bind_error, is_here
 
 
-def check(config: RunConfig, platform: Platform) -> list[Finding]:
-    """Returns all that is wrong with a run on its platform; it is not started where one of them is a failure."""
-    return [
-        *findings_of(platform, config),
-        *_check_code(config, platform.image(config)),
-        *_check_nodes(config, platform),
+def check(config: RunConfig, platform: Platform, *, dry_run: bool = False) -> list[Finding]:
+    """Returns all that is wrong with a run on its platform; it is not started where one of them is a failure.
+
+    Args:
+        config: The run.
+        platform: Its platform.
+        dry_run: Whether the run is only shown. What this machine lacks is then a warning, and no other one is asked.
+    """
+    of_machine = [
+        *findings_of(platform.check_machine, config),
         *_check_local_cores(config, platform),
         *_check_secrets(config, platform),
-        *_check_global_batch(config),
         *_check_port(config, platform),
         *_check_writable(platform.record_dir(config)),
+    ]
+    findings = [
+        *findings_of(platform.check, config),
+        *([replace(finding, severity="warning") for finding in of_machine] if dry_run else of_machine),
+        *_check_code(config, platform.image(config)),
+        *_check_nodes(config, platform),
+        *_check_global_batch(config),
         *_check_recorded_config(config),
     ]
+    if not dry_run and not failures(findings):
+        findings += findings_of(platform.check_hosts, config)
+    return findings
 
 
 # Code that the configuration names. It is read and parsed, never imported: a task imports torch, which takes seconds,

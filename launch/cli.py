@@ -17,11 +17,13 @@ import typer
 if TYPE_CHECKING:
     from distopt.config import RunConfig
 
+    from .plan import Plan
+
 # Help is plain, because importing rich would take half of the start-up time.
 app = typer.Typer(
     name="distopt",
     help="Distributed training for Pyro models: one YAML for every platform.",
-    epilog="distopt launch RUN.yaml --dry-run shows what a run would do, distopt config schema every key of its YAML.",
+    epilog="distopt launch RUN.yaml --dry-run shows what a run would do; config show RUN.yaml --explain, every key.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=True,
@@ -61,7 +63,6 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the
 AllRanks = Annotated[
     bool, typer.Option("--all-ranks", help="Show the output of all ranks, each line with the number of its rank.")
 ]
-USAGE_ERROR = 2
 
 
 @app.command()
@@ -69,8 +70,15 @@ def launch(
     config: Config,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the commands and files without running or writing anything.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the commands and files without running or writing anything; nothing of the platform is needed.",
+        ),
     ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="With --dry-run: write the files to this folder.")
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return as soon as the run has been started.")] = False,
     all_ranks: AllRanks = False,
 ) -> None:
@@ -85,10 +93,12 @@ def launch(
     from .findings import failures
     from .platforms import load_platform, plan_of
 
+    if output is not None and not dry_run:
+        _refuse(["--output: found without --dry-run, which it belongs to; a run that starts writes into its run_dir"])
     run = _load(config, overrides)
     try:
         platform = load_platform(run.launch.platform)
-        findings = checks.check(run, platform)
+        findings = checks.check(run, platform, dry_run=dry_run)
         if failed := failures(findings):
             _refuse([f"{config}: {finding}" for finding in failed])
         for finding in findings:
@@ -96,12 +106,27 @@ def launch(
 
         plan = plan_of(platform, run)
         if dry_run:
-            typer.echo(str(plan), nl=False)
+            _show_plan(plan, output, platform.record_dir(run))
             return
         status = runs.start(run, platform, plan, detach=detach, ranks=platform.ranks(run) if all_ranks else (0,))
     except (*runs.ERRORS, runs.LaunchRefused) as error:
         _refuse([f"{config}: {error}"])
     raise typer.Exit(status)
+
+
+def _show_plan(plan: Plan, output: Path | None, run_dir: Path) -> None:
+    """Prints a plan, or writes its files to a folder and prints their paths."""
+    from .run_dir import write_plan
+
+    if output is None:
+        typer.echo(str(plan), nl=False)
+        return
+    try:
+        written = write_plan(plan, output, run_dir)
+    except OSError as error:
+        _refuse([f"--output: {error.filename or output} cannot be written: {error.strerror}"])
+    for path in written:
+        typer.echo(path)
 
 
 @app.command()
@@ -277,11 +302,18 @@ def _explain_capture(run: RunConfig | None) -> None:
 
 
 @config_app.command()
-def show(config: Config, overrides: Overrides = None) -> None:
+def show(
+    config: Config,
+    overrides: Overrides = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Add to each key its meaning, type, unit and default as a comment.")
+    ] = False,
+) -> None:
     """Print the resolved YAML with all defaults."""
-    from distopt.config import dump_yaml
+    from distopt.config import dump_yaml, explain_yaml
 
-    typer.echo(dump_yaml(_load(config, overrides)), nl=False)
+    write = explain_yaml if explain else dump_yaml
+    typer.echo(write(_load(config, overrides)), nl=False)
 
 
 @config_app.command()
@@ -352,6 +384,8 @@ def _load(path: str, overrides: list[str] | None) -> RunConfig:
 
 
 def _refuse(problems: list[str]) -> NoReturn:
+    from distopt.launchers import USAGE_ERROR
+
     for problem in problems:
         typer.echo(problem, err=True)
     raise typer.Exit(USAGE_ERROR)

@@ -11,10 +11,11 @@ from pydantic import Field, field_validator, model_validator
 
 from distopt.config.base import Positive, Section
 from distopt.config.catalog import ElboName, OptimizerName, SchedulerName
-from distopt.config.launch import LaunchConfig, Text
+from distopt.config.launch import LaunchConfig
 from distopt.config.paths import LocalPath, PathOrUrl, RunFolder, is_url
 from distopt.config.plugins import Reference, is_reference, trusted_packages
 from distopt.config.reduce import ReduceConfig
+from distopt.config.values import Text
 from distopt.launchers import CHECKPOINTS, TRUSTED_VARIABLE
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"

@@ -22,6 +22,7 @@ from distopt.optim.arguments import Args
 from distopt.optim.lr_scheduler import metric_name
 from distopt.optim.pytorch_optimizers import OPTIMIZERS, SCHEDULERS
 from distopt.train.loggers import JsonLinesLogger, Logger, ProgressLogger, TensorBoardLogger
+from distopt.train.trainjob_status import trainjob_logger
 
 StepSchedule: TypeAlias = Callable[[DistributedOptimizer, float | None], None]
 """Takes a step of the optimizer's learning-rate schedule, given the loss."""
@@ -108,6 +109,8 @@ def make_loggers(config: RunConfig, console: Console) -> list[Logger]:
     if config.log.tensorboard:
         loggers.append(TensorBoardLogger())
     loggers.append(ProgressLogger(console))
+    if (trainjob := trainjob_logger()) is not None:
+        loggers.append(trainjob)
 
     for index, entry in enumerate(config.log.loggers):
         make = load_reference(entry.name, f"log.loggers.{index}")
