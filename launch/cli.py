@@ -6,6 +6,7 @@ alone takes several times as long to import as typer.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -371,8 +372,6 @@ def _import_from_here() -> None:
 
 
 def _load(path: str, overrides: list[str] | None) -> RunConfig:
-    import os
-
     from distopt.config import ConfigError, load_config, parse_config
 
     try:
@@ -396,6 +395,10 @@ def main() -> None:
     from .worker.streams import open_standard_streams
 
     open_standard_streams()
+    # Under a locale of ASCII other letters in a path are no text that C++ libraries take, torchrun's store among them. So
+    # what is started from here reads paths as UTF-8.
+    if sys.getfilesystemencoding() == "ascii":
+        os.environ["PYTHONUTF8"] = "1"
     # Ctrl-C before a run has started, or while a command only asks, needs no traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda number, _: sys.exit(128 + number))
