@@ -195,9 +195,10 @@ def report(run: Run) -> None:
     from distopt import train as training  # imports torch
 
     try:
-        typer.echo(f"report: {training.write_report(run)}")
+        page = training.write_report(run)
     except training.RESULT_ERRORS as error:
         _refuse([str(error)])
+    typer.echo(f"report: {page}")  # a reader that has gone is no error of the run
 
 
 @app.command()
@@ -215,9 +216,10 @@ def compare(
     if len(named) < 2:
         _refuse([f"found {len(named)} run, expected two or more"])
     try:
-        typer.echo(f"comparison: {training.compare_runs(named, output)}")
+        page = training.compare_runs(named, output)
     except training.RESULT_ERRORS as error:
         _refuse([str(error)])
+    typer.echo(f"comparison: {page}")  # a reader that has gone is no error of the run
 
 
 @app.command()
@@ -395,8 +397,8 @@ def main() -> None:
     from .worker.streams import open_standard_streams
 
     open_standard_streams()
-    # Under a locale of ASCII other letters in a path are no text that C++ libraries take, torchrun's store among them. So
-    # what is started from here reads paths as UTF-8.
+    # Under a locale of ASCII other letters in a path are no text that C++ libraries take, torchrun's store among them.
+    # So what is started from here reads paths as UTF-8.
     if sys.getfilesystemencoding() == "ascii":
         os.environ["PYTHONUTF8"] = "1"
     # Ctrl-C before a run has started, or while a command only asks, needs no traceback.

@@ -174,6 +174,9 @@ def _resolve(raw: dict[str, Any], overrides: Sequence[str], source: str) -> tupl
 
 
 def _parse_override(text: str) -> tuple[str, Any, str | None]:
+    # Under a locale of ASCII other letters arrive as bytes in disguise.
+    if any("\udc80" <= letter <= "\udcff" for letter in text):
+        text = os.fsencode(text).decode(errors="surrogateescape")
     match = _OVERRIDE.match(text)
     if match is None:
         return "", None, f"{_shortened(text)} on the command line: expected key=value, such as train.num_steps=10"

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from distopt.checkpoint.cli import app as checkpoint_app
 from distopt.launch.cli import app
-from distopt.train.loggers import read_metrics
+from distopt.run_files import read_metrics
 from tests.train.runs import config, run_here
 
 HUGE = "9" * 5000
@@ -163,3 +163,9 @@ def test_rows_after_a_cut_or_unreadable_line_of_the_metrics_are_kept(run_dir):
     first, *others = metrics.read_bytes().splitlines(keepends=True)
     metrics.write_bytes(first + b'{"step": 6, "el\n' + b"\xff\xfe\n" + b"".join(others))
     assert read_metrics(run_dir) == rows and len(rows) > 2
+
+
+def test_letters_of_an_override_under_a_locale_of_ascii_are_those_that_were_typed(run_dir):
+    typed = "\u00fc".encode().decode("ascii", errors="surrogateescape")
+    status, output = answer(["config", "show", "line.yaml", f"run_dir=runs/{typed}"])
+    assert status == 0 and "run_dir: runs/\u00fc" in output
