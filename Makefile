@@ -39,7 +39,8 @@ train: setup  ## run the main job: two workers on this machine, configs/flights.
 test: setup-dev  ## run all tests
 	@$(BIN)/python -m pytest $(ARGS)
 
-# PYRO_TESTS=FOLDER names a checkout or a git repository of Pyro where its repository cannot be cloned.
+# Pyro's source distribution has five files of its tests and neither tests/optim nor tests/infer, so they come from its
+# repository. PYRO_TESTS=FOLDER names a checkout or a git repository of Pyro where that cannot be cloned.
 test-pyro: setup-dev  ## run Pyro's own tests of optimizers and SVI over distopt's, and compare each with Pyro (about half an hour)
 	@$(BIN)/python -m tests.pyro_suite $(ARGS)
 

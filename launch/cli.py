@@ -298,6 +298,7 @@ def _explain_capture(run: RunConfig | None) -> None:
 
     if run is None:
         _refuse(["--capture needs a run to look at: distopt doctor CONFIG --capture"])
+    _import_from_here()
     try:
         typer.echo(str(training.explain_run(run)))
     except (ConfigError, training.TaskError) as error:

@@ -42,8 +42,8 @@ def my_rows() -> Tensor:
     return DATA[4 * current().rank :][:4]
 
 
-def trained(num_steps: int = 3, noise: NoisePolicy = "independent", seed: Callable[[int], None] | None = None) -> SVI:
-    optim = DistributedOptimizer(Adam({"lr": 0.1}), noise=noise)
+def trained(num_steps: int = 3, policy: NoisePolicy = "independent", seed: Callable[[int], None] | None = None) -> SVI:
+    optim = DistributedOptimizer(Adam({"lr": 0.1}), noise=policy)
     svi = SVI(model, AutoNormal(model), optim, Trace_ELBO())
     for step in range(num_steps):
         if seed is not None:
@@ -80,10 +80,10 @@ def _run_alone(name: str) -> list[str]:
 @pytest.mark.parametrize("name", ["MCMC", "StreamingMCMC", "Importance", "WeighedPredictive"])
 def test_inference_over_a_ranks_rows_warns_once_that_it_is_not_collective(name: str) -> None:
     for rank, messages in enumerate(world("torch_dist", 2).run(_run_alone, name)):
-        told = [text for text in messages if "not collective" in text]
-        assert len(told) == 1
-        assert told[0].startswith(f"rank {rank}: {name} is not collective: each of the 2 ranks computes it from")
-        assert "run it on one rank with all rows" in told[0]
+        warned = [text for text in messages if "not collective" in text]
+        assert len(warned) == 1
+        assert warned[0].startswith(f"rank {rank}: {name} is not collective: each of the 2 ranks computes it from")
+        assert "run it on one rank with all rows" in warned[0]
 
 
 def _run_predictive() -> tuple[list[str], list[float], dict[str, float], float]:
@@ -113,25 +113,25 @@ def seed_of_rank(step: int) -> None:
     seed_all(7, step, current().rank)
 
 
-def _run_seeding(seed: Callable[[int], None], noise: NoisePolicy) -> list[str]:
+def _run_seeding(seed: Callable[[int], None], policy: NoisePolicy) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trained(10, noise, seed)
+        trained(10, policy, seed)
     return [str(each.message) for each in caught]
 
 
 def test_seed_inside_the_loop_that_makes_ranks_draw_the_same_is_warned_about_once_with_the_line_to_write() -> None:
     for messages in world("torch_dist", 2).run(_run_seeding, equal_seed, "independent"):
-        (told,) = messages
-        assert told.startswith("step 1: the random generators of all ranks are in the same state")
-        assert "seed_all(seed, step, distopt.init().rank)" in told
+        (warned,) = messages
+        assert warned.startswith("step 1: the random generators of all ranks are in the same state")
+        assert "seed_all(seed, step, distopt.init().rank)" in warned
 
 
-@pytest.mark.parametrize(("seed", "noise"), [(seed_of_rank, "independent"), (equal_seed, "shared")])
+@pytest.mark.parametrize(("seed", "policy"), [(seed_of_rank, "independent"), (equal_seed, "shared")])
 def test_seeds_of_each_rank_and_noise_that_is_meant_to_be_equal_are_not_warned_about(
-    seed: Callable[[int], None], noise: NoisePolicy
+    seed: Callable[[int], None], policy: NoisePolicy
 ) -> None:
-    assert world("torch_dist", 2).run(_run_seeding, seed, noise) == [[], []]
+    assert world("torch_dist", 2).run(_run_seeding, seed, policy) == [[], []]
 
 
 # The Laplace approximation of a regression, whose posterior is known in closed form.
