@@ -14,8 +14,9 @@ import typer
 import distopt.launchers
 from distopt.checkpoint.cli import app as checkpoint_app
 from distopt.config import all_keys
-from distopt.launch.cli import USAGE_ERROR, app
+from distopt.launch.cli import app
 from distopt.launch.worker.processes import REQUESTS
+from distopt.launchers import USAGE_ERROR
 from distopt.optim import Adam
 from distopt.optim.distributed import StepInfo
 from distopt.train.measurements import Measurements
