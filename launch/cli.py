@@ -270,7 +270,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     capture: Annotated[
         bool,
-        typer.Option("--capture", help="Say instead what capturing its steps would give."),
+        typer.Option("--capture", help="Explain what capturing the run's steps would do, in place of the checks."),
     ] = False,
 ) -> None:
     """Check the environment for problems.

@@ -54,7 +54,7 @@ def fill_report(
         if report.num_sections == num_before:
             _params_section(report)
 
-    report.heading("How the ELBO rose")
+    report.heading("ELBO over steps")
     try:
         figure = elbo_figure(report.history, num_rows)
     except ImportError:

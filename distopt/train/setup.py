@@ -113,6 +113,6 @@ def count_rows(task: Task, backend: Backend) -> int:
         if count != counts[0]:
             raise TaskError(
                 f"task: rows() is {counts[0]:,} on rank 0 and {count:,} on rank {rank}; every rank must have the whole "
-                "training set, of which batch() is asked for the rows of this rank"
+                "training set; batch() is asked only for the rows of its rank"
             )
     return int(counts[0])

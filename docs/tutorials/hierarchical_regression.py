@@ -100,6 +100,7 @@ if worker.rank == 0:
     left.plot(elbos)
     left.set(xlabel="step", ylabel="ELBO in nats", ylim=(min(elbos[50:]), None))
     right.bar([str(level) for level in flights.levels["hour"]], median["by_hour"] + median["mu"])
+    right.tick_params(axis="x", labelsize=7)
     right.set(xlabel="scheduled hour of departure", ylabel="typical delay in minutes")
 
 # %% [markdown]

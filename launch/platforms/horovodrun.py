@@ -35,7 +35,7 @@ class HorovodrunPlatform(Platform):
                 "set reduce.backend=auto or another launch.platform",
             )
         if len(launch.hosts) == 1 and launch.min_hosts:
-            yield Finding("launch.min_hosts", "elastic Horovod cannot survive a death on a single host", "name two")
+            yield Finding("launch.min_hosts", "elastic Horovod cannot survive the failure of its only host", "name two")
         if launch.horovod_controller == "mpi" and launch.min_hosts:
             yield Finding(
                 "launch.min_hosts",

@@ -63,6 +63,10 @@ NEEDED = {
     "train.early_stopping": {"train.validate_every_steps": 100},
     "checkpoint.keep_best": {"train.validate_every_steps": 100},
     "launch.min_hosts": {"launch.nodes": 2},
+    "launch.kubernetes.volumes[].path": {"launch.kubernetes.volumes[].claim": "runs"},
+    "launch.kubernetes.volumes[].sub_path": {"launch.kubernetes.volumes[].claim": "runs"},
+    "launch.kubernetes.volumes[].read_only": {"launch.kubernetes.volumes[].claim": "runs"},
+    "launch.kubernetes.volumes[].storage_class": {"launch.kubernetes.volumes[].ephemeral": "10Gi"},
 }
 """What else a key needs, beside what its section requires."""
 
@@ -77,7 +81,7 @@ def test_example_of_a_key_is_one_that_a_yaml_may_have(
     for prefix, others in NEEDED.items():
         if name.startswith(prefix):
             for other, value in others.items():
-                set_in(values, other.split("."), value)
+                set_in(values, other.replace("[]", ".[]").split("."), value)
     section = name.rpartition(".")[0]
     siblings = [key for key in KEYS.values() if section and key.name.rpartition(".")[0] == section]
     for key in [*(each for each in siblings if each.default is None), KEYS[name]]:

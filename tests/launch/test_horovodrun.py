@@ -44,7 +44,7 @@ def test_mpi_controller_needs_a_horovod_that_was_built_with_mpi(mpirun_of, horov
 def test_run_that_is_elastic_needs_several_hosts_and_the_gloo_controller():
     chosen = ["launch.hosts=[localhost]", "launch.min_hosts=1", "launch.horovod_controller=mpi"]
     text = "\n".join(map(str, horovodrun.HorovodrunPlatform().check(parse_config(TASK, chosen))))
-    assert "launch.min_hosts: elastic Horovod cannot survive a death on a single host; name two" in text
+    assert "launch.min_hosts: elastic Horovod cannot survive the failure of its only host; name two" in text
     assert "only with its Gloo controller; set launch.horovod_controller=gloo" in text
 
 

@@ -48,7 +48,7 @@ class KubernetesPlatform(Platform):
         if config.launch.hosts:
             yield Finding("launch.hosts", "Kubernetes finds the hosts itself", "set launch.nodes to their number")
         if config.launch.secrets:
-            yield Finding("launch.secrets", "pods read secrets from Secrets", "use launch.kubernetes.secrets")
+            yield Finding("launch.secrets", "pods read Kubernetes Secrets", "use launch.kubernetes.secrets")
 
         if config.launch.max_preemptions:
             yield Finding(

@@ -194,7 +194,7 @@ export {hosts}=$(echo "$hosts" | paste -sd ,)
 export FIRST_HOST=$(echo "$hosts" | head -n 1)
 export PORT=$(({port} + SLURM_JOB_ID % 1000))
 
-# Before the time limit or a preemption: a last checkpoint, and once more into the queue.
+# Before the time limit or a preemption: save a last checkpoint, then requeue the job.
 requeue=
 save() {{
   requeue=1
