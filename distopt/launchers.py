@@ -22,6 +22,7 @@ HEARTBEAT_VARIABLE = "DISTOPT_HEARTBEAT"  # set: host agents stop when the launc
 HOSTS_VARIABLE = "DISTOPT_HOSTS"  # the addresses of all hosts, with commas
 INTERFACE_VARIABLE = "DISTOPT_INTERFACE"  # the network interface, where the user chose one
 PREEMPTION_VARIABLE = "DISTOPT_PREEMPTION_FILE"  # the file that announces the end of a host
+RUN_DIR_VARIABLE = "DISTOPT_RUN_DIR"  # the run directory, which a supervisor tells its worker
 SECRETS_VARIABLE = "DISTOPT_SECRETS"  # the secrets for other hosts, in JSON; never exported to them by this name
 STDIN_SECRETS_VARIABLE = "DISTOPT_STDIN_SECRETS"  # set: what starts on another host reads its secrets from stdin
 TERMINAL_VARIABLE = "DISTOPT_TERMINAL"  # HOST:DEVICE of the terminal on which rank 0 may draw
@@ -44,6 +45,7 @@ ROUND_FILE = "round"
 RUN_FILE = "run.json"
 RUNS = "runs"  # the folder of run directories, by name, unless a run has another `run_dir`
 STOP_FILE = "stop"
+TRACKERS_FILE = "trackers.json"
 
 USAGE_ERROR = 2
 """Exit status of a worker or a command whose configuration or whose arguments are refused; again, it would be again."""

@@ -184,6 +184,29 @@ def status(
 
 
 @app.command()
+def ui(
+    named: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs; without any, all runs in runs/.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="TCP port; 0 takes a free one.", min=0, max=65535)] = 8265,
+) -> None:
+    """Show runs as a page on this machine, live while they train.
+
+    It lists runs with their state, and shows curves over each other, ranks and stragglers, checkpoints, logs and
+    differences of their YAML. It only reads, listens on loopback, and ends with Ctrl-C. From another machine:
+    ssh -L 8265:127.0.0.1:8265 HOST.
+    """
+    from . import runs
+    from .ui import serve_page
+
+    try:
+        directories = [runs.find(each) for each in named or ()]
+        serve_page(lambda: directories or runs.all_runs(), port, echo=typer.echo)
+    except (*runs.ERRORS, OSError) as error:
+        _refuse([str(error)])
+
+
+@app.command()
 def report(run: Run) -> None:
     """Write a run's report.html anew.
 
@@ -216,6 +239,35 @@ def compare(
         typer.echo(f"comparison: {training.compare_runs(named, output)}")
     except training.RESULT_ERRORS as error:
         _refuse([str(error)])
+
+
+@app.command()
+def sweep(
+    config: Annotated[str, typer.Argument(metavar="SWEEP", help="The sweep's YAML file.")],
+) -> None:
+    """Run trials of one YAML with different keys: a grid, several seeds, or a search by Optuna.
+
+    Each trial is a run, SWEEP-000, SWEEP-001, ... in runs/. The same command continues a sweep that was stopped or
+    killed. At the end come a table and a page with the curves. The exit status is 1 if a trial failed.
+    """
+    from distopt.config.sweep_schema import load_sweep
+
+    from . import runs
+    from .sweep import Sweep
+
+    try:
+        trials = Sweep(load_sweep(config))
+        status = trials.run()
+    except runs.ERRORS as error:
+        _refuse([str(error)])
+
+    from distopt import train as training  # imports torch
+
+    settings = trials.config
+    rows = [(trials.run_dir(each), each.values, each.state, each.value) for each in trials.ranked()]
+    page = training.write_sweep(settings.name, settings.metric, rows, trials.folder / "sweep.html")
+    typer.echo(f"sweep: {page}")
+    raise typer.Exit(status)
 
 
 @app.command()

@@ -24,6 +24,7 @@ from distopt.launchers import (
     ECHO_VARIABLE,
     GRACE_VARIABLE,
     PREEMPTION_VARIABLE,
+    RUN_DIR_VARIABLE,
     STDIN_SECRETS_VARIABLE,
     STOP_FILE,
     WATCH_STOP_VARIABLE,
@@ -198,6 +199,7 @@ class Supervisor:
     def _start(self, screen: IO[bytes] | None) -> tuple[subprocess.Popen[bytes], int]:
         """Starts the worker, and returns it with the file descriptor of its output."""
         env = {**os.environ, **interface_env(os.environ), "PYTHONUNBUFFERED": "1", **self._secrets}
+        env[RUN_DIR_VARIABLE] = str(self.run_dir)
         env.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // self.local_size)))
         for name, value in LIBRARY_SETTINGS.items():
             env.setdefault(name, value)
