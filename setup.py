@@ -1,10 +1,17 @@
 """Compiles the loops in C++ where torch and a compiler are at hand; without them distopt is pure Python."""
 
+import os
+
 from setuptools import Extension, setup
+
+PURE_VARIABLE = "DISTOPT_PURE"
+"""Where it is set, nothing is compiled, and the wheel is for every platform and every torch."""
 
 
 def extensions() -> list[Extension]:
     """Returns the compiled loops for the torch that is installed; none in an isolated build, which has none."""
+    if os.environ.get(PURE_VARIABLE):
+        return []
     try:
         import torch
         from torch.utils.cpp_extension import include_paths, library_paths

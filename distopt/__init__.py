@@ -1,7 +1,27 @@
 """distopt: distributed training for probabilistic models written in Pyro.
 
-Importing this package is cheap: torch and pyro are imported when a name that needs them is first used, so that the
-launcher starts at once.
+A script becomes distributed by three lines:
+
+    worker = distopt.init()                                   # finds out who started the process, and its rank
+    from distopt.optim import Adam, DistributedOptimizer      # in place of pyro.optim
+    svi = SVI(model, guide, DistributedOptimizer(Adam({"lr": 0.01})), Trace_ELBO())
+
+and is started by `python`, `torchrun`, `horovodrun` or `mpirun`. Without a script: `distopt launch RUN.yaml`.
+
+    init()        joins the world that the launcher has made; returns the Backend: rank, world_size, device
+    load_run()    a run that trained, or still trains, for a notebook: posterior, samples, predictions, metrics
+    Backend       what ranks can send each other
+
+    optim         DistributedOptimizer, and Adam, ClippedAdam and all of torch's optimizers and schedules, per parameter
+    infer         SVI over ranks; sharded_plate, shard, gather_local: a latent variable per datapoint; everywhere()
+    data          GlobalBatches and shard_rows: which rows a rank reads; Loader and sources: reading them
+    checkpoint    Checkpointer: the state of a run on disk, while it continues
+    train         Task and Logger: what a YAML trains, and where it logs
+    config        the YAML: load_config, all_keys, explain_yaml
+    reduce        ReduceOptions, CommHook: how gradients of many workers become one
+    backends      torch_dist, horovod, mpi, single, and Backend for one of your own
+
+Importing this package is cheap: torch and Pyro are imported when a name that needs them is first used.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ GRACE_VARIABLE = "DISTOPT_GRACE_S"  # seconds for the last checkpoint
 HEARTBEAT_VARIABLE = "DISTOPT_HEARTBEAT"  # set: host agents stop when the launcher is silent
 HOSTS_VARIABLE = "DISTOPT_HOSTS"  # the addresses of all hosts, with commas
 INTERFACE_VARIABLE = "DISTOPT_INTERFACE"  # the network interface, where the user chose one
+PREEMPTION_VARIABLE = "DISTOPT_PREEMPTION_FILE"  # the file that announces the end of a host
+RUN_DIR_VARIABLE = "DISTOPT_RUN_DIR"  # the run directory, which a supervisor tells its worker
 SECRETS_VARIABLE = "DISTOPT_SECRETS"  # the secrets for other hosts, in JSON; never exported to them by this name
 STDIN_SECRETS_VARIABLE = "DISTOPT_STDIN_SECRETS"  # set: what starts on another host reads its secrets from stdin
 TERMINAL_VARIABLE = "DISTOPT_TERMINAL"  # HOST:DEVICE of the terminal on which rank 0 may draw
@@ -43,6 +45,10 @@ ROUND_FILE = "round"
 RUN_FILE = "run.json"
 RUNS = "runs"  # the folder of run directories, by name, unless a run has another `run_dir`
 STOP_FILE = "stop"
+TRACKERS_FILE = "trackers.json"
+
+USAGE_ERROR = 2
+"""Exit status of a worker or a command whose configuration or whose arguments are refused; again, it would be again."""
 
 _MAX_DIGITS = 9  # of a rank or a number of ranks
 RENDEZVOUS_PORT = 29400
@@ -285,11 +291,13 @@ def first_host(nodelist: str) -> str:
         'dn03'
         >>> first_host("login,dn2")
         'login'
+        >>> first_host("rack[2-3]n[08-09]-ib,gpu1")
+        'rack2n08-ib'
     """
-    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodelist)
+    match = re.match(r"(?:[^\[\],]|\[\d[^\[\]]*\])+", nodelist)
     if match is None:
         raise LauncherError(f"SLURM_STEP_NODELIST={nodelist!r}: expected a list of hosts.")
-    return match[1] + (match[2] or "") + (match[3] or "")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
 
 
 def format_range(numbers: range) -> str:

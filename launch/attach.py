@@ -182,7 +182,10 @@ class _AttachedRun:
     def _report_deaths(self) -> None:
         for event in self._events.new():
             if isinstance(event, events.Unwritable):
-                say(f"{event.path} cannot be written: {event.error}; the run continues without what it would hold")
+                say(f"{event.path} cannot be written: {event.error}; the run continues, without it in its record")
+            elif isinstance(event, events.Preemption) and self.signal is None:
+                say(f"{event.host} will be taken away")
+                self.on_signal(signal.SIGTERM)
             elif isinstance(event, events.End) and event.failed:
                 cause = f"{failure_report.describe_end(event)}{failure_report.quote_last_line(self.run_dir, event)}"
                 say(f"{failure_report.describe_rank(event)} {cause}")
@@ -210,7 +213,7 @@ class _AttachedRun:
             try:
                 ask_to_stop(self.run_dir)
             except OSError as error:
-                say(f"{error.filename}: {error.strerror}; the launcher is asked instead, which may leave less time")
+                say(f"{error.filename}: {error.strerror}; stopping the launcher, which may leave less time to save")
                 self._terminate()
         elif self.plan.heartbeat:
             self._send(host_agent.STOP)
@@ -279,7 +282,7 @@ class _AttachedRun:
         text = failure_report.describe_failure(self.run_dir, last_attempt, first_status, seconds, LAUNCHER_LOG)
         if self.second_signal is not None:
             name = signal.Signals(self.second_signal).name
-            text = text.replace("\n", f"\n  Killed at a second signal, {name}, before all workers had stopped.\n", 1)
+            text = text.replace("\n", f"\n  Killed by a second signal ({name}) before all workers had stopped.\n", 1)
         print(text, file=sys.stderr, flush=True)
         try:
             (self.run_dir / LOGS / FAILURE_FILE).write_text(text + "\n")

@@ -17,28 +17,43 @@ import yaml
 
 from distopt.cgroups import available_cores
 from distopt.config import MAY_CHANGE, ConfigError, RunConfig, comparable, differences, load_config
+from distopt.config.plugins import is_reference
 from distopt.launchers import CONFIG_FILE
 from distopt.run_files import checkpoints_in
 
-from .findings import Finding
+from .findings import Finding, failures
 from .platforms import Platform, findings_of
 from .ssh import check_cores
 from .worker.network import bind_error, is_here
 
 
-def check(config: RunConfig, platform: Platform) -> list[Finding]:
-    """Returns all that is wrong with a run on its platform; it is not started where one of them is a failure."""
-    return [
-        *findings_of(platform, config),
-        *_check_code(config, platform.image(config)),
-        *_check_nodes(config, platform),
+def check(config: RunConfig, platform: Platform, *, dry_run: bool = False) -> list[Finding]:
+    """Returns all that is wrong with a run on its platform; it is not started where one of them is a failure.
+
+    Args:
+        config: The run.
+        platform: Its platform.
+        dry_run: Whether the run is only shown. What this machine lacks is then a warning, and no other one is asked.
+    """
+    of_machine = [
+        *findings_of(platform.check_machine, config),
         *_check_local_cores(config, platform),
         *_check_secrets(config, platform),
-        *_check_global_batch(config),
         *_check_port(config, platform),
         *_check_writable(platform.record_dir(config)),
+    ]
+    findings = [
+        *findings_of(platform.check, config),
+        *([replace(finding, severity="warning") for finding in of_machine] if dry_run else of_machine),
+        *_check_code(config, platform.image(config)),
+        *_check_loggers(config, platform.image(config)),
+        *_check_nodes(config, platform),
+        *_check_global_batch(config),
         *_check_recorded_config(config),
     ]
+    if not dry_run and not failures(findings):
+        findings += findings_of(platform.check_hosts, config)
+    return findings
 
 
 # Code that the configuration names. It is read and parsed, never imported: a task imports torch, which takes seconds,
@@ -60,6 +75,15 @@ def _check_code(config: RunConfig, image: str | None) -> Iterator[Finding]:
             yield _or_in_image(spec, image)
         else:
             yield from _check_name(key, reference, spec)
+
+
+def _check_loggers(config: RunConfig, image: str | None) -> Iterator[Finding]:
+    """Yields the loggers whose package is not installed; each is named as its package and as its extra."""
+    for index, logger in enumerate(config.log.loggers):
+        if not is_reference(logger.name) and importlib.util.find_spec(logger.name) is None:
+            missing = f"{logger.name} is not installed for {sys.executable}"
+            fix = f"pip install 'distopt[{logger.name}]'"
+            yield _or_in_image(Finding(f"log.loggers.{index}", missing, fix), image)
 
 
 def _or_in_image(missing: Finding, image: str | None) -> Finding:

@@ -17,11 +17,13 @@ import typer
 if TYPE_CHECKING:
     from distopt.config import RunConfig
 
+    from .plan import Plan
+
 # Help is plain, because importing rich would take half of the start-up time.
 app = typer.Typer(
     name="distopt",
     help="Distributed training for Pyro models: one YAML for every platform.",
-    epilog="distopt launch RUN.yaml --dry-run shows what a run would do, distopt config schema every key of its YAML.",
+    epilog="distopt launch RUN.yaml --dry-run shows what a run would do; config show RUN.yaml --explain, every key.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=True,
@@ -61,7 +63,6 @@ Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the
 AllRanks = Annotated[
     bool, typer.Option("--all-ranks", help="Show the output of all ranks, each line with the number of its rank.")
 ]
-USAGE_ERROR = 2
 
 
 @app.command()
@@ -69,8 +70,15 @@ def launch(
     config: Config,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the commands and files without running or writing anything.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the commands and files without running or writing anything; nothing of the platform is needed.",
+        ),
     ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="With --dry-run: write the files to this folder.")
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return as soon as the run has been started.")] = False,
     all_ranks: AllRanks = False,
 ) -> None:
@@ -85,10 +93,12 @@ def launch(
     from .findings import failures
     from .platforms import load_platform, plan_of
 
+    if output is not None and not dry_run:
+        _refuse(["--output: found without --dry-run, which it belongs to; a run that starts writes into its run_dir"])
     run = _load(config, overrides)
     try:
         platform = load_platform(run.launch.platform)
-        findings = checks.check(run, platform)
+        findings = checks.check(run, platform, dry_run=dry_run)
         if failed := failures(findings):
             _refuse([f"{config}: {finding}" for finding in failed])
         for finding in findings:
@@ -96,12 +106,27 @@ def launch(
 
         plan = plan_of(platform, run)
         if dry_run:
-            typer.echo(str(plan), nl=False)
+            _show_plan(plan, output, platform.record_dir(run))
             return
         status = runs.start(run, platform, plan, detach=detach, ranks=platform.ranks(run) if all_ranks else (0,))
     except (*runs.ERRORS, runs.LaunchRefused) as error:
         _refuse([f"{config}: {error}"])
     raise typer.Exit(status)
+
+
+def _show_plan(plan: Plan, output: Path | None, run_dir: Path) -> None:
+    """Prints a plan, or writes its files to a folder and prints their paths."""
+    from .run_dir import write_plan
+
+    if output is None:
+        typer.echo(str(plan), nl=False)
+        return
+    try:
+        written = write_plan(plan, output, run_dir)
+    except OSError as error:
+        _refuse([f"--output: {error.filename or output} cannot be written: {error.strerror}"])
+    for path in written:
+        typer.echo(path)
 
 
 @app.command()
@@ -159,6 +184,29 @@ def status(
 
 
 @app.command()
+def ui(
+    named: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs; without any, all runs in runs/.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="TCP port; 0 takes a free one.", min=0, max=65535)] = 8265,
+) -> None:
+    """Show runs as a page on this machine, live while they train.
+
+    It lists runs with their state, and shows curves over each other, ranks and stragglers, checkpoints, logs and
+    differences of their YAML. It only reads, listens on loopback, and ends with Ctrl-C. From another machine:
+    ssh -L 8265:127.0.0.1:8265 HOST.
+    """
+    from . import runs
+    from .ui import serve_page
+
+    try:
+        directories = [runs.find(each) for each in named or ()]
+        serve_page(lambda: directories or runs.all_runs(), port, echo=typer.echo)
+    except (*runs.ERRORS, OSError) as error:
+        _refuse([str(error)])
+
+
+@app.command()
 def report(run: Run) -> None:
     """Write a run's report.html anew.
 
@@ -191,6 +239,35 @@ def compare(
         typer.echo(f"comparison: {training.compare_runs(named, output)}")
     except training.RESULT_ERRORS as error:
         _refuse([str(error)])
+
+
+@app.command()
+def sweep(
+    config: Annotated[str, typer.Argument(metavar="SWEEP", help="The sweep's YAML file.")],
+) -> None:
+    """Run trials of one YAML with different keys: a grid, several seeds, or a search by Optuna.
+
+    Each trial is a run, SWEEP-000, SWEEP-001, ... in runs/. The same command continues a sweep that was stopped or
+    killed. At the end come a table and a page with the curves. The exit status is 1 if a trial failed.
+    """
+    from distopt.config.sweep_schema import load_sweep
+
+    from . import runs
+    from .sweep import Sweep
+
+    try:
+        trials = Sweep(load_sweep(config))
+        status = trials.run()
+    except runs.ERRORS as error:
+        _refuse([str(error)])
+
+    from distopt import train as training  # imports torch
+
+    settings = trials.config
+    rows = [(trials.run_dir(each), each.values, each.state, each.value) for each in trials.ranked()]
+    page = training.write_sweep(settings.name, settings.metric, rows, trials.folder / "sweep.html")
+    typer.echo(f"sweep: {page}")
+    raise typer.Exit(status)
 
 
 @app.command()
@@ -245,7 +322,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     capture: Annotated[
         bool,
-        typer.Option("--capture", help="Say instead what capturing its steps would give."),
+        typer.Option("--capture", help="Explain what capturing the run's steps would do, in place of the checks."),
     ] = False,
 ) -> None:
     """Check the environment for problems.
@@ -276,11 +353,18 @@ def _explain_capture(run: RunConfig | None) -> None:
 
 
 @config_app.command()
-def show(config: Config, overrides: Overrides = None) -> None:
+def show(
+    config: Config,
+    overrides: Overrides = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Add to each key its meaning, type, unit and default as a comment.")
+    ] = False,
+) -> None:
     """Print the resolved YAML with all defaults."""
-    from distopt.config import dump_yaml
+    from distopt.config import dump_yaml, explain_yaml
 
-    typer.echo(dump_yaml(_load(config, overrides)), nl=False)
+    write = explain_yaml if explain else dump_yaml
+    typer.echo(write(_load(config, overrides)), nl=False)
 
 
 @config_app.command()
@@ -351,6 +435,8 @@ def _load(path: str, overrides: list[str] | None) -> RunConfig:
 
 
 def _refuse(problems: list[str]) -> NoReturn:
+    from distopt.launchers import USAGE_ERROR
+
     for problem in problems:
         typer.echo(problem, err=True)
     raise typer.Exit(USAGE_ERROR)

@@ -15,6 +15,7 @@ from distopt.launchers import (
     GRACE_VARIABLE,
     HOSTS_VARIABLE,
     INTERFACE_VARIABLE,
+    PREEMPTION_VARIABLE,
     WATCH_STOP_VARIABLE,
     WORLD_SIZE_VARIABLE,
     format_range,
@@ -57,7 +58,7 @@ class Command:
 class Plan:
     """Everything that starting a run does: first the files are written, then the commands are run.
 
-    `str(plan)` is a shell script that would do the same.
+    `str(plan)` is a shell script that would do the same, or the document in which all of it stands.
 
     Attributes:
         platform: The platform's name.
@@ -69,7 +70,9 @@ class Plan:
             heartbeats.
         min_hosts: With `heartbeat`, how many of the commands are enough for the run to continue; None needs all.
         ends_together: Whether the launcher starts no worker again, so that all are to end when one has died.
+        folders: Folders to make, besides those of files.
         notes: Comments for those who read the plan.
+        document: The file that alone says what is started, of a plan without commands; it is printed as it is.
     """
 
     platform: str
@@ -79,11 +82,18 @@ class Plan:
     heartbeat: bool = False
     min_hosts: int | None = None
     ends_together: bool = False
+    folders: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    document: Path | None = None
 
     def __str__(self) -> str:
         sections = [f"# {note}\n" for note in self.notes]
+        if self.document is not None:
+            return "".join([*sections, self.files[self.document]])
 
+        folders = dict.fromkeys([*(path.parent for path in self.files), *self.folders])
+        if folders:
+            sections.append(f"mkdir -p {' '.join(shlex.quote(str(path)) for path in folders)}\n")
         for path, text in self.files.items():
             end = _delimiter(text)
             name = shlex.quote(str(path))
@@ -135,6 +145,8 @@ def env_of_workers(config: RunConfig, **more: str) -> dict[str, str]:
     """
     interface = {INTERFACE_VARIABLE: config.launch.interface} if config.launch.interface else {}
 
+    preemption = {PREEMPTION_VARIABLE: config.launch.preemption_file} if config.launch.preemption_file else {}
+
     # Over ssh a worker starts in the user's home folder, and other hosts may resolve names differently.
     addresses = [network.resolve(host) or host for host in config.launch.hosts]
     elsewhere = {HOSTS_VARIABLE: ",".join(addresses), CWD_VARIABLE: os.getcwd()} if addresses else {}
@@ -142,6 +154,7 @@ def env_of_workers(config: RunConfig, **more: str) -> dict[str, str]:
     return {
         WORLD_SIZE_VARIABLE: format_range(config.launch.world_sizes),
         **interface,
+        **preemption,
         **elsewhere,
         GRACE_VARIABLE: f"{config.launch.grace_s:g}",
         **more,

@@ -21,6 +21,8 @@ from distopt.launchers import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS, STOP_F
 from .plan import Plan
 
 RUNS = Path(launchers.RUNS)
+START_SCRIPT = "start.sh"
+"""The script by which `--dry-run --output` shows a plan's commands."""
 
 
 class RunDirectoryError(RuntimeError):
@@ -51,7 +53,7 @@ def submission(plan: Plan, run_dir: Path) -> Iterator[Path]:
                 stale.unlink(missing_ok=True)
             write(run_dir / _STOP_PREPARED, "")
             for path, text in plan.files.items():
-                write(path, text, mode=0o777 if text.startswith("#!") else 0o666)
+                write(path, text, mode=_mode(text))
             record(run_dir, plan)
         except OSError as error:
             raise _unwritable(run_dir, error) from error
@@ -133,6 +135,38 @@ def write(path: Path, text: str, mode: int = 0o666) -> None:
     with os.fdopen(os.open(temporary, flags, mode), "w", encoding="utf-8") as file:
         file.write(text)
     temporary.replace(path)
+
+
+def write_plan(plan: Plan, folder: Path, run_dir: Path) -> list[Path]:
+    """Writes a plan's files to a folder of the user's instead of the run directory.
+
+    Args:
+        plan: What would start the run.
+        folder: Where the files go, which is made.
+        run_dir: Where they would be; below it, their places stay the same.
+
+    Returns:
+        The paths of the files. Where the plan has commands, the last one is a script that starts the run.
+
+    Raises:
+        OSError: One cannot be written.
+    """
+    files = {folder / _below(path, run_dir): text for path, text in plan.files.items()}
+    if plan.commands:
+        files[folder / START_SCRIPT] = f"#!/bin/sh\n{plan}"
+    for path in plan.folders:
+        (folder / _below(path, run_dir)).mkdir(parents=True, exist_ok=True)
+    for path, text in files.items():
+        write(path, text, mode=_mode(text))
+    return list(files)
+
+
+def _below(path: Path, folder: Path) -> Path:
+    return path.relative_to(folder) if path.is_relative_to(folder) else Path(path.name)
+
+
+def _mode(text: str) -> int:
+    return 0o777 if text.startswith("#!") else 0o666
 
 
 def record(run_dir: Path, plan: Plan, **more: Any) -> None:

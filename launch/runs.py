@@ -89,7 +89,7 @@ def _run_here(config: RunConfig, plan: Plan, directory: Path, ranks: Sequence[in
         try:
             record(directory, plan, status=status)
         except OSError as error:
-            say(f"{directory / LAUNCH_FILE} cannot be written: {error.strerror}; it lacks exit status {status}")
+            say(f"{directory / LAUNCH_FILE} cannot be written: {error.strerror}; exit status {status} is not recorded")
     return status
 
 

@@ -60,16 +60,15 @@ def wrapper(config: RunConfig) -> dict[Path, str]:
     return {config.run_dir / FOLDER / "ssh": f"#!/bin/sh\n{comment}\n{with_secrets}exec {command}\n"}
 
 
+def check_host_names(config: RunConfig) -> list[Finding]:
+    """Returns the hosts whose names stand for no machine, or for the wrong one, which ssh would otherwise try."""
+    hosts = config.launch.hosts
+    return [finding for host in hosts if (finding := check_name(host, alone=len(hosts) == 1))]
+
+
 def check_hosts(config: RunConfig) -> Iterator[Finding]:
     """Yields what keeps the hosts of a run from working together; each is tried within the connection's timeout."""
-    # Names come first: over one that stands for the wrong machine, ssh would try that machine.
-    hosts = config.launch.hosts
-    wrong_names = [finding for host in hosts if (finding := check_name(host, alone=len(hosts) == 1))]
-    yield from wrong_names
-    if wrong_names:
-        return
-
-    others = [host for host in hosts if not network.is_here(host)]
+    others = [host for host in config.launch.hosts if not network.is_here(host)]
     with ThreadPoolExecutor(max(1, len(others))) as pool:
         for findings in pool.map(lambda host: list(_check_host(config, host)), others):
             yield from findings

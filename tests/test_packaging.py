@@ -50,7 +50,12 @@ def test_wheel_holds_launcher_stubs_and_type_marker_and_is_built_without_a_compi
     assert not any(name.endswith(".so") for name in names)
 
 
-LIGHT = ("distopt.config", "distopt.launchers", "distopt.cgroups")  # they import neither torch nor Pyro
+LIGHT = (
+    "distopt.config",
+    "distopt.launchers",
+    "distopt.run_files",
+    "distopt.cgroups",
+)  # they import neither torch nor Pyro
 
 
 def test_launcher_imports_nothing_heavy_at_module_level() -> None:

@@ -116,8 +116,13 @@ class Started:
     outputs: list[IO[bytes]]
     texts: list[str] = field(default_factory=list)  # once they have ended
 
-    def wait(self, timeout_s: float) -> list[int | None]:
-        """Returns the exit statuses; None for a process that had to be killed when the time was up."""
+    def wait(self, timeout_s: float, grace_s: float = GRACE_S) -> list[int | None]:
+        """Returns the exit statuses; None for a process that had to be killed when the time was up.
+
+        Args:
+            timeout_s: For the first to end.
+            grace_s: For the others after it.
+        """
         deadline, statuses = time.monotonic() + timeout_s, []
         for process in self.processes:
             try:
@@ -125,7 +130,7 @@ class Started:
             except subprocess.TimeoutExpired:
                 statuses.append(None)
             # Once the first has ended, so do the others, unless they never will.
-            deadline = min(deadline, time.monotonic() + GRACE_S)
+            deadline = min(deadline, time.monotonic() + grace_s)
         self.end(0)
         return statuses
 
@@ -185,7 +190,13 @@ def start(kind: str, size: int, argv: Sequence[str], variables: Mapping[str, str
 
 
 def run_script(
-    kind: str, size: int, body: Callable[..., Any], *args: str, timeout_s: float = 150.0, **variables: str
+    kind: str,
+    size: int,
+    body: Callable[..., Any],
+    *args: str,
+    timeout_s: float = 150.0,
+    grace_s: float = GRACE_S,
+    **variables: str,
 ) -> tuple[list[int | None], Started]:
     """Runs `body(*args)` (strings) once per rank in fresh processes that may die; returns their exit statuses.
 
@@ -193,7 +204,7 @@ def run_script(
     """
     script = f"import {body.__module__} as m, sys; m.{body.__qualname__}(*sys.argv[1:])"
     started = start(kind, size, [sys.executable, "-c", script, *args], variables | {_KIND: kind})
-    return started.wait(timeout_s), started
+    return started.wait(timeout_s, grace_s), started
 
 
 def backend_name(kind: str | None = None) -> str:

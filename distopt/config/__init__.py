@@ -5,6 +5,7 @@ Imports neither torch nor pyro, so that a bad configuration is refused before an
 
 from distopt.config.base import ConfigError
 from distopt.config.compare import MAY_CHANGE, comparable, differences
+from distopt.config.keys import Key, all_keys, explain_yaml
 from distopt.config.launch import LaunchConfig
 from distopt.config.load import checkpoints_of, dump_yaml, load_config, parse_config
 from distopt.config.reduce import ReduceConfig, ReduceOptions
@@ -28,6 +29,7 @@ __all__ = [
     "ClipConfig",
     "ConfigError",
     "DataConfig",
+    "Key",
     "LaunchConfig",
     "LogConfig",
     "LoggerConfig",
@@ -39,10 +41,12 @@ __all__ = [
     "SchedulerConfig",
     "ServeConfig",
     "TrainConfig",
+    "all_keys",
     "checkpoints_of",
     "comparable",
     "differences",
     "dump_yaml",
+    "explain_yaml",
     "load_config",
     "parse_config",
 ]

@@ -6,41 +6,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from distopt.config.base import Section
+from distopt.config.kubernetes import KubernetesConfig
 from distopt.config.paths import LocalPath, local_path
 from distopt.config.plugins import Reference
-
-ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
-
-# What is refused in places that are written to disk or to command lines. It errs on the side of refusing: a variable
-# that only looks like a secret can still be named in `launch.secrets`.
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|PRIVATE_?KEY|ACCESS_?KEY", re.IGNORECASE)
-
-
-def _as_text(value: Any) -> Any:
-    """Lets `OMP_NUM_THREADS: 1` stand without quotes; a YAML file is read so that `1.10` stays as it is written."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, str) and "\0" in value:
-        raise ValueError(f"found {value!r}, but arguments and variables of a process cannot hold a NUL character")
-    return value
-
-
-AS_TEXT = BeforeValidator(_as_text)
-Text = Annotated[str, AS_TEXT]
-"""An argument or a variable of a process: text, whatever it looks like."""
-
-# These values become arguments of ssh, sbatch and mpirun, so none may begin with a dash, have a space or a quote.
-HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\[:][A-Za-z0-9_.:\]-]*$", max_length=253)]
-ArgumentValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,:/@=+*-]*$")]
-
-DNS_LABEL = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"  # RFC 1123, which most names in Kubernetes keep to
-DnsLabel = Annotated[str, Field(pattern=DNS_LABEL)]
-
+from distopt.config.slurm import SlurmConfig
+from distopt.config.values import ENV_NAME, SECRET_NAME, HostName, Text
 
 # A line of a hostfile as Open MPI, MPICH and horovodrun write it: `name`, `name:4` or `name slots=4`, where Open MPI
 # allows other settings around `slots`.
@@ -107,92 +80,6 @@ class SshConfig(Section):
     """Seconds after which a host that does not answer counts as unreachable."""
 
 
-class SlurmConfig(Section):
-    """What is requested from Slurm besides nodes and tasks; null leaves it to the cluster."""
-
-    partition: ArgumentValue | None = None
-    """The partition."""
-    account: ArgumentValue | None = None
-    """The account to charge."""
-    qos: ArgumentValue | None = None
-    """The quality of service."""
-    time: Annotated[Text, Field(pattern=r"^[0-9:-]+$")] | None = None
-    """The time limit in sbatch's format: minutes, `hours:minutes:seconds` or `days-hours`."""
-    memory: ArgumentValue | None = None
-    """Memory per node, such as `16G`."""
-    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
-    """Processor cores of each worker."""
-    gpus_per_node: Annotated[int, Field(ge=0)] = 0
-    """GPUs of each node."""
-    constraint: ArgumentValue | None = None
-    """Features that nodes must have."""
-    mpi: ArgumentValue = "pmix"
-    """How srun starts workers of Horovod or MPI, `srun --mpi=…`; `srun --mpi=list` shows what the cluster supports."""
-    requeue_before_end_s: Annotated[int, Field(ge=10)] = 120
-    """Seconds before the time limit or a preemption at which workers save a checkpoint and the job is requeued."""
-
-
-class VolumeConfig(Section):
-    """A PersistentVolumeClaim that is mounted in every pod."""
-
-    claim: DnsLabel
-    """The PersistentVolumeClaim's name."""
-    path: Annotated[str, Field(pattern=r"^/[^:]*$")]
-    """The path at which it is mounted."""
-    read_only: bool = False
-    """Whether pods may only read it."""
-
-
-class SecretReference(Section):
-    """A value in a Kubernetes Secret."""
-
-    secret: DnsLabel
-    """The Secret's name."""
-    key: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-    """The key within it."""
-
-
-class KubernetesConfig(Section):
-    """The pods of a run. Their root file system is read-only, and their user has no privileges."""
-
-    kind: Literal["job", "jobset", "trainjob", "pytorchjob", "mpijob"] = "job"
-    """`job` needs no operator, the other kinds JobSet or Kubeflow's trainer, training or MPI operator."""
-    image: Annotated[str, Field(pattern=r"^[a-z0-9][A-Za-z0-9._/:@-]*$")] | None = None
-    """The image, with distopt and your code installed; required."""
-    namespace: DnsLabel = "default"
-    """The namespace."""
-    context: str | None = None
-    """The context of your kubeconfig; null uses the current one."""
-    python: str = "python"
-    """The image's Python."""
-    cpu: Text = "1"
-    """Processor cores of a pod, in Kubernetes' notation."""
-    memory: ArgumentValue = "4Gi"
-    """Memory of a pod."""
-    gpus: Annotated[int, Field(ge=0)] = 0
-    """GPUs of a pod."""
-    gpu_resource: Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")] = "nvidia.com/gpu"
-    """The cluster's resource name for GPUs."""
-    volumes: list[VolumeConfig] = Field(default_factory=list)
-    """Volumes for data and for the run directory, which must be on one that all pods can write to."""
-    secrets: dict[str, SecretReference] = Field(default_factory=dict)
-    """Environment variables of the workers with values from Secrets."""
-    service_account: DnsLabel | None = None
-    """The service account; its token is not mounted."""
-    node_selector: dict[str, Text] = Field(default_factory=dict)
-    """Labels that nodes must have."""
-    queue: DnsLabel | None = None
-    """The Kueue local queue."""
-    time_limit_s: Annotated[int, Field(ge=1)] | None = None
-    """Seconds after which Kubernetes ends the run."""
-    user: Annotated[int, Field(ge=1)] = 1000
-    """Numeric user and group id of the processes; never root."""
-    image_pull_secrets: list[DnsLabel] = Field(default_factory=list)
-    """Secrets with which the image is pulled."""
-    runtime: DnsLabel = "torch-distributed"
-    """The ClusterTrainingRuntime of a `trainjob`."""
-
-
 class LaunchConfig(Section):
     """Where and how the run is started; between machines only `platform` has to change."""
 
@@ -219,6 +106,12 @@ class LaunchConfig(Section):
     """TCP port of the rendezvous on the first host; null uses a free one on this machine, and 29400 on other hosts."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
     """How often the launcher restarts all workers after one has died; they resume from the last checkpoint."""
+    max_preemptions: Annotated[int, Field(ge=0)] | None = None
+    """How often a cluster may take the run's nodes away before that ends it: requeue the job (Slurm), disrupt its pods
+    (Kubernetes, where 0 counts them as restarts). These are no restarts; null is as often as it happens."""
+    preemption_file: LocalPath | None = None
+    """Path of a file whose appearance on a host announces that the host will be taken away, as agents of spot instances
+    make it; the run then saves a checkpoint and stops, as after SIGTERM."""
     grace_s: Annotated[float, Field(gt=0, le=3600)] = 30.0
     """Seconds that workers have for a last checkpoint after Ctrl-C or SIGTERM before they are killed."""
     env: dict[str, Text] = Field(default_factory=dict)

@@ -16,9 +16,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from distopt.config.base import ConfigError
-from distopt.config.launch import AS_TEXT, SECRET_NAME
 from distopt.config.plugins import REFERENCE_PATTERN
 from distopt.config.schema import RUN_NAME_PATTERN, RunConfig
+from distopt.config.values import AS_TEXT, SECRET_NAME
 from distopt.config.yaml_source import MAX_BYTES, UnsafeYAML, format_yaml, parse_yaml
 from distopt.launchers import CHECKPOINTS, CONFIG_FILE
 
@@ -112,7 +112,13 @@ def checkpoints_of(run_dir: Path) -> Path | str:
 
 def dump_yaml(config: RunConfig) -> str:
     """Returns the configuration as YAML that `load_config` reads back to an equal one."""
-    return format_yaml(_writable(config.model_dump()))
+    return format_yaml(plain_values(config))
+
+
+def plain_values(config: RunConfig) -> dict[str, Any]:
+    """Returns the configuration as plain dicts, lists and scalars that `format_yaml` writes for `load_config`."""
+    values: dict[str, Any] = _writable(config.model_dump())
+    return values
 
 
 def _writable(value: Any) -> Any:

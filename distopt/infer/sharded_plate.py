@@ -51,7 +51,9 @@ class sharded_plate(pyro.plate):  # type: ignore[misc]  # noqa: N801  # reads li
     It is used like `pyro.plate`, but the density of every site inside is multiplied by the number of ranks `W`, so that
     the mean over the ranks of losses and gradients is that of one process with all the data:
 
-    .. math:: rac{1}{W} \sum_{r=1}^{W} \Bigl[\mathrm{global} + W \sum_{n \in r} \mathrm{local}_n\Bigr]
+    .. math::
+
+        \frac{1}{W} \sum_{r=1}^{W} \Bigl[\mathrm{global} + W \sum_{n \in r} \mathrm{local}_n\Bigr]
         = \mathrm{global} + \sum_n \mathrm{local}_n
 
     A `pyro.param` with `event_dim` that has a row per datapoint stays on its rank, and so does its optimizer state.

@@ -7,10 +7,12 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
+from distopt.optim import joining
 from distopt.optim.aliases import num_forgotten_aliases
 from distopt.optim.capabilities import drifts, name_of, packs, switches
 from distopt.optim.groups import Construct, ListGroup, PackedGroup, ParamRecord
 from distopt.optim.packing import num_aliases
+from distopt.optim.staggered import staggers
 from distopt.optim.state import (
     State,
     check_state,
@@ -36,8 +38,9 @@ from distopt.optim.state import (
 # goes there at once.
 # Lists are slower per parameter than packed groups, and their cost does not depend on which parameters a call touches.
 #
-# Groups are joined again only where parameters are assigned anew: members that were moved, loaded or split off at one
-# time are sorted by `packing_key`, so those that have become equal share a group.
+# Groups are joined again where parameters are assigned anew: members that were moved, loaded or split off at one time
+# are sorted by `packing_key`, so those that have become equal share a group. And they are joined where many calls in a
+# row have stepped them whole, see `joining`.
 
 MAX_PACKED = 8
 """Packed groups of one key before the smaller ones are listed together, so that groups do not multiply."""
@@ -65,6 +68,7 @@ class Grouping:
         self._packed: dict[Hashable, list[PackedGroup]] = defaultdict(list)
         self._listed: dict[Hashable, list[ListGroup]] = defaultdict(list)
         self._num_searches = 0
+        self._num_calls = 0
         self._edits: dict[int, tuple[ParamRecord, dict[str, Any]]] = {}
 
     def __iter__(self) -> Iterator[PackedGroup | ListGroup]:
@@ -89,7 +93,9 @@ class Grouping:
             Whether any parameter changed its group.
         """
         changed = False
-        moved = [m for m in members if m.group is not None and m.group.has_lost(m)]
+        groups = {id(m.group): m.group for m in members if m.group is not None}
+        whole = {i for i, group in groups.items() if group.is_whole()}
+        moved = [m for m in members if m.group is not None and id(m.group) not in whole and m.group.has_lost(m)]
         if moved:
             self.assign(_with_new_keys(self.extract(_with_mates(moved))))
             changed = True
@@ -113,6 +119,8 @@ class Grouping:
             packing: Whether their bytes may be moved side by side.
         """
         assignments = list(assignments)
+        if not assignments:
+            return
         buckets: dict[tuple[Hashable, ...], list[Assignment]] = defaultdict(list)
         packing = packing and packs(self._constructor)
         movable = self._movable([m for m, _ in assignments if packing and not m.alone])
@@ -132,7 +140,7 @@ class Grouping:
 
     def _bucket(self, m: ParamRecord, state: State | None, movable: bool) -> tuple[Hashable, ...]:
         """Returns what parameters must share to come into one group, its kind first; may set `m.alone`."""
-        key = packing_key(state, m.param.numel())
+        key = packing_key(state, m.param.numel(), staggered=self._staggers(m))
         if not m.alone and movable and key is not None:
             return ("packed", m.key, key)
         if not m.alone and drifts(m.args):
@@ -187,10 +195,10 @@ class Grouping:
             if group is None:  # removed meanwhile
                 continue
             changes = [edits[id(m)][1] if id(m) in edits else {} for m in group.members]
-            if isinstance(group, ListGroup) and group.is_separate:
+            if isinstance(group, ListGroup) and not group.shares_hyper:
                 for m, change in zip(group.members, changes, strict=True):
                     group.hyper_of(m).update(change)
-            elif all(change == changes[0] for change in changes) and "lrd" not in changes[0]:
+            elif group.shares_hyper and all(change == changes[0] for change in changes) and "lrd" not in changes[0]:
                 group.hyper_of(group.members[0]).update(changes[0])
             else:
                 leaving += [m for m, change in zip(group.members, changes, strict=True) if change]
@@ -250,6 +258,12 @@ class Grouping:
         for key, groups in list(self._packed.items()):
             if len(groups) > MAX_PACKED:
                 groups.sort(key=lambda g: -len(g.members))
+                may_grow = joining.is_growing(groups, self._num_calls)
+                if may_grow and (
+                    len(groups) <= MAX_PACKED + joining.num_orders(groups)
+                    or self._join(joining.smaller(groups, self._num_calls))
+                ):
+                    continue
                 least = sum(len(g.members) for g in groups) // (2 * MAX_PACKED)
                 num_kept = sum(len(g.members) > least for g in groups[: MAX_PACKED // 2])
                 small = groups[num_kept:]
@@ -258,6 +272,49 @@ class Grouping:
                 self.assign(states, packing=False)
             if not groups:
                 del self._packed[key]
+
+    # Joining.
+
+    def note_call(self, whole: Iterable[PackedGroup | ListGroup]) -> None:
+        """Notes that a call of the optimizer steps all members of the groups `whole`."""
+        self._num_calls += 1
+        for group in whole:
+            group.num_in_row = group.num_in_row + 1 if group.last_call == self._num_calls - 1 else 1
+            group.last_call = self._num_calls
+
+    def join_steady(self, groups: Iterable[PackedGroup | ListGroup]) -> bool:
+        """Joins those of `groups` that can be stepped as one and were long stepped together; returns whether any."""
+        joined = False
+        for packed, listed in joining.steady(groups):
+            if listed:
+                self._num_searches = min(self._num_searches, _MAX_SEARCHES - 1)
+                members = [m for group in packed for m in group.members]
+                members += [m for group in listed for m in group.members]
+                self.assign(self._extract_sorted(members))
+                for m in members:
+                    if isinstance(m.group, ListGroup):
+                        m.group.is_final = True
+            joined |= bool(listed) or self._join(packed)
+        return joined
+
+    def _join(self, groups: Sequence[PackedGroup]) -> bool:
+        """Makes one group of each set of packed groups that may be one; returns whether there were any."""
+        joined = False
+        for mates in joining.equal(groups, self._staggers):
+            members = [m for group in mates for m in group.members]
+            if len(self._movable(members)) == len(members):
+                assignments = self._extract_sorted(members)
+                packed = self._pack([m for m, _ in assignments], [s for _, s in assignments if s is not None])
+                self._packed[members[0].key].append(packed)
+                joined = True
+        return joined
+
+    def _extract_sorted(self, members: Iterable[ParamRecord]) -> list[tuple[ParamRecord, State]]:
+        # In the order of names, in which a bucket's gradients lie too, so that they need not be copied.
+        return sorted(self.extract(members), key=lambda assignment: assignment[0].name)
+
+    def _staggers(self, m: ParamRecord) -> bool:
+        return not self._scheduled and staggers(self._constructor, m.args, m.param.dtype)
 
     def _movable(self, members: Sequence[ParamRecord]) -> set[int]:
         """Returns the ids of those members whose parameters may be packed."""
@@ -317,7 +374,7 @@ def _with_new_keys(extracted: list[tuple[ParamRecord, State]]) -> list[tuple[Par
 
 def _list_key(group: ListGroup) -> Hashable:
     """Returns what two list groups must have in common to become one."""
-    if group.is_separate:
+    if not group.shares_hyper:
         return "separate"
     handle = group.handle
     schedule = frozen(handle.state_dict()) if is_scheduler(handle) else None

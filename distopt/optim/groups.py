@@ -22,6 +22,7 @@ from distopt.optim.clipped_adam import ClippedAdam
 from distopt.optim.clipping import Clip, clip_each_, clip_segments_
 from distopt.optim.packed_state import PackedState, Row, StateColumns, exact_key, pack_rows
 from distopt.optim.packing import Arena, GradientBuffer, bump_versions, has_dense_gradients
+from distopt.optim.staggered import Stagger, staggered_step
 from distopt.optim.state import (
     SCALARS,
     State,
@@ -32,6 +33,7 @@ from distopt.optim.state import (
     load_into,
     optimizer_of,
     optimizer_state,
+    packing_key,
     state_dict_of,
     state_of_one,
 )
@@ -70,11 +72,22 @@ Construct = Callable[[list[Any], dict[str, Any]], Any]
 
 
 class Group(Protocol):
-    """Parameters behind one torch optimizer or scheduler, the `handle`."""
+    """Parameters behind one torch optimizer or scheduler, the `handle`.
+
+    Attributes:
+        last_call: The last call of the optimizer that has stepped all of its members.
+        num_in_row: How many calls in a row have done so until then.
+    """
 
     handle: Any
     members: list[ParamRecord]
     switches: dict[str, Any]
+    last_call: int
+    num_in_row: int
+
+    @property
+    def shares_hyper(self) -> bool:
+        """Whether all members have the same hyper-parameters, in the one parameter group of torch's optimizer."""
 
     def states(self) -> list[State]:
         """Returns the states of all members, in their order; they share no memory with it."""
@@ -82,8 +95,14 @@ class Group(Protocol):
     def packed(self) -> PackedState:
         """Returns the states of all members in columns; tensors may be the optimizer's memory."""
 
+    def learning_rates(self) -> list[float]:
+        """Returns the learning rates of the members."""
+
     def has_lost(self, member: ParamRecord) -> bool:
         """Returns whether `member` was moved since it came here: to other storage, dtype or device."""
+
+    def is_whole(self) -> bool:
+        """Returns whether all members are known not to have been moved."""
 
     def values_of(self, member: ParamRecord) -> dict[str, Any]:
         """Returns what torch keeps for one member; tensors are the optimizer's memory."""
@@ -145,6 +164,10 @@ def with_schedule(handle: Any, optimizer: State) -> State:
     return {"scheduler": copied(handle.state_dict()), "optimizer": optimizer} if is_scheduler(handle) else optimizer
 
 
+def _rates_of(handle: Any) -> list[float]:
+    return [float(group["lr"]) for group in optimizer_of(handle).param_groups if "lr" in group]
+
+
 def direct_step(handle: Any) -> Callable[..., Any]:
     """Returns the optimizer's step without what torch wraps around it for profiling and compiling.
 
@@ -168,7 +191,8 @@ class PackedGroup:
         members: With packable parameters, of one dtype and device.
         construct: See `Construct`.
         switches: Further arguments of the optimizer that make it quick without changing what it computes.
-        states: One per member, equal in all that is not elementwise; None for parameters not stepped yet.
+        states: One per member, equal in all that is not elementwise but for step counts and rates that decay with
+            them, where the optimizer can be staggered; None for parameters not stepped yet.
 
     Attributes:
         arena: The members' memory.
@@ -194,10 +218,17 @@ class PackedGroup:
         self.arena = Arena(self.params)
 
         self.handle = construct([self.arena.flat], members[0].args | switches)
+        self._stagger: Stagger | None = None
         if states is not None:
             load_state(self.handle, flat_state(states), switches)
+            self._stagger = Stagger.of(states, self.numels)
         self._step = direct_step(self.handle)
+        if self._stagger is not None:
+            staggered = staggered_step(optimizer_of(self.handle), self.arena.flat, self._stagger)
+            self._step = self._step if staggered is None else staggered
         self._gradients = GradientBuffer(self.arena)
+        self.last_call = 0
+        self.num_in_row = 0
         for m in self.members:
             m.group = self
 
@@ -210,9 +241,17 @@ class PackedGroup:
         """Returns whether `member` was moved since it was packed here: to other storage, dtype or device."""
         return not self.arena.holds(self._index[id(member)])
 
-    def gather_(self, gradients: Sequence[Tensor] | None = None) -> Tensor | None:
+    def is_whole(self) -> bool:
+        """Returns whether no member was moved; that of all of them takes less time than `has_lost` of each."""
+        return self.arena.is_whole()
+
+    def gather_(self) -> Tensor | None:
         """Copies the members' gradients side by side; see `GradientBuffer.gather_`."""
-        return self._gradients.gather_(gradients)
+        return self._gradients.gather_()
+
+    def join_(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Copies gradients, one 1-D tensor for each member, side by side."""
+        return torch.cat(list(gradients), out=self._gradients.flat)
 
     def clip_(self, buffer: Tensor) -> bool:
         """Clips the gradient of each member by itself, in place; returns whether one changed."""
@@ -255,20 +294,43 @@ class PackedGroup:
         start = sum(self.numels[:index])
         segment = slice(start, start + self.numels[index])
         values = optimizer_of(self.handle).state.get(flat, {})
-        return {
+        of_member = {
             key: value[segment].view(member.param.shape)
             if isinstance(value, Tensor) and value.shape == flat.shape
             else _unwritable(value)
             for key, value in values.items()
         }
+        return of_member if self._stagger is None else of_member | self._stagger.values_of(index, of_member)
 
     def hyper_of(self, member: ParamRecord) -> dict[str, Any]:
-        """Returns torch's parameter group, in which `params` is the flat tensor of all members."""
-        return optimizer_of(self.handle).param_groups[0]
+        """Returns torch's parameter group, in which `params` is the flat tensor of all members.
+
+        Where members have separate rates, it is a copy.
+        """
+        hyper = optimizer_of(self.handle).param_groups[0]
+        return hyper if self._stagger is None else self._stagger.hyper_of(self._index[id(member)], hyper)
+
+    def key(self, *, staggered: bool) -> Any:
+        """Returns what must be equal for two packed groups to be joined, see `packing_key`; None for never."""
+        columns = self._columns()
+        key = packing_key(columns.shared, 0, staggered=staggered)
+        return key and (key, tuple((name, column.dtype) for name, column in columns.columns.items()))
+
+    @property
+    def shares_hyper(self) -> bool:
+        """Whether all members have the same hyper-parameters, in the one parameter group of torch's optimizer."""
+        return self._stagger is None or self._stagger.rates is None
+
+    def learning_rates(self) -> list[float]:
+        """Returns the learning rates of the members."""
+        rates = None if self._stagger is None else self._stagger.rates
+        return _rates_of(self.handle) if rates is None else rates.tolist()
 
     def packed(self) -> PackedState:
-        """Returns the state of all members; its columns are the optimizer's memory."""
-        return PackedState((self._columns(),))
+        """Returns the state of all members; its columns are the optimizer's memory where it is one for all."""
+        if self._stagger is None:
+            return PackedState((self._columns(),))
+        return PackedState.from_states(dict(zip(self.names, self.states(), strict=True)))
 
     def states(self) -> list[State]:
         """Returns the states of all members, in their order: views of one copy for each kind of state.
@@ -276,7 +338,10 @@ class PackedGroup:
         A copy for each member would take ten times as long, and as long again to save.
         """
         live = self._columns()
-        return replace(live, columns={key: column.clone() for key, column in live.columns.items()}).states()
+        states = replace(live, columns={key: column.clone() for key, column in live.columns.items()}).states()
+        if self._stagger is None:
+            return states
+        return [self._stagger.state_of(index, state) for index, state in enumerate(states)]
 
     def _columns(self) -> StateColumns:
         """Returns the state of all members, in their order, in the optimizer's memory."""
@@ -305,6 +370,7 @@ class ListGroup:
 
     Attributes:
         alone: Whether it has one parameter, whose torch optimizer is built as the user would build it.
+        is_final: Whether it was tried to pack its members, and they are listed because they cannot be.
         switches: As given.
     """
 
@@ -318,6 +384,7 @@ class ListGroup:
         self.members = list(members)
         self.switches = switches
         self.alone = members[0].alone
+        self.is_final = self.alone
         separate = not self.alone and drifts(members[0].args)
         params: list[Any] = [{"params": [m.param]} for m in members] if separate else [m.param for m in members]
 
@@ -337,13 +404,15 @@ class ListGroup:
         if switches.get("fused") and members[0].args.get("momentum"):
             values = optimizer_of(self.handle).state
             self._unstarted = {id(m) for m in members if values.get(m.param, {}).get("momentum_buffer") is None}
+        self.last_call = 0
+        self.num_in_row = 0
         for m in self.members:
             m.group = self
 
     @property
-    def is_separate(self) -> bool:
-        """Whether each parameter has separate hyper-parameters."""
-        return self._group_of is not None
+    def shares_hyper(self) -> bool:
+        """Whether all members have the same hyper-parameters, in the one parameter group of torch's optimizer."""
+        return self._group_of is None
 
     def absorb(self, other: ListGroup) -> None:
         """Takes over the members of another group with the same hyper-parameters."""
@@ -352,6 +421,7 @@ class ListGroup:
         ours.state.update(optimizer_of(other.handle).state)
         self.members.extend(other.members)
         self._unstarted |= other._unstarted
+        self.is_final &= other.is_final
         if self._group_of is not None and other._group_of is not None:
             self._group_of.update(other._group_of)
             ours.param_groups = list(self._group_of.values())
@@ -381,6 +451,10 @@ class ListGroup:
         if p.dtype is not member.key[2] or p.device != member.key[3]:
             return True
         return not (self.alone or p.is_contiguous())
+
+    def is_whole(self) -> bool:
+        """Returns false: each member is looked at by itself."""
+        return False
 
     def clip_(self, members: Sequence[ParamRecord]) -> None:
         """Clips the gradient of each of `members` by itself, in place."""
@@ -432,6 +506,10 @@ class ListGroup:
         """Returns torch's parameter group that holds for one member."""
         groups = optimizer_of(self.handle).param_groups
         return groups[0] if self._group_of is None else self._group_of[id(member)]
+
+    def learning_rates(self) -> list[float]:
+        """Returns the learning rates of the members."""
+        return _rates_of(self.handle)
 
     def packed(self) -> PackedState:
         """Returns the state of all members; tensors may be the optimizer's memory."""

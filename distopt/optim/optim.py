@@ -27,7 +27,7 @@ from distopt.optim.packed_state import PackedState
 from distopt.optim.packing import FlatGradients
 from distopt.optim.param_view import GradClips, OptimObjects
 from distopt.optim.parameters import ParamRegistry
-from distopt.optim.state import State, check_state_dict, copied, frozen, is_scheduler, optimizer_of
+from distopt.optim.state import State, check_state_dict, copied, frozen, is_scheduler
 from distopt.optim.step_plan import LooseGradients, Planner, StepPlan, all_finite
 
 __all__ = ["PyroOptim", "call_closure", "is_scheduler", "pt_AdagradRMSProp", "pt_ClippedAdam", "pt_DCTAdam"]
@@ -286,8 +286,7 @@ class PyroOptim(Copies, pyro.optim.PyroOptim):  # type: ignore[misc]
         Cost: grows with the groups of parameters that are stepped together; reads a rate that is a tensor.
         """
         self._planner.settle()
-        groups = [group for each in self._groups for group in optimizer_of(each.handle).param_groups]
-        return sorted({float(group["lr"]) for group in groups if "lr" in group})
+        return sorted({rate for group in self._groups for rate in group.learning_rates()})
 
     @property
     def optim_objs(self) -> OptimObjects:

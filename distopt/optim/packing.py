@@ -166,6 +166,14 @@ class Arena:
         p = self.params[index]
         return p.data_ptr() == self._addresses[index] and p.numel() == self.numels[index] and p.is_contiguous()
 
+    def is_whole(self) -> bool:
+        """Returns whether all parameters are where they were packed, by loops that run inside the interpreter."""
+        return (
+            list(map(Tensor.data_ptr, self.params)) == self._addresses
+            and list(map(Tensor.numel, self.params)) == self.numels
+            and all(map(Tensor.is_contiguous, self.params))
+        )
+
 
 # Gradients side by side.
 

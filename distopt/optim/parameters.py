@@ -57,6 +57,10 @@ class ParamRegistry:
         """Returns what is known of `param`, None when it was never seen."""
         return self._records.get(id(param))
 
+    def get_all(self, params: Iterable[Tensor]) -> list[ParamRecord | None]:
+        """Returns what is known of each of `params`."""
+        return list(map(self._records.get, map(id, params)))
+
     def add(self, record: ParamRecord) -> None:
         """Takes in a new parameter."""
         self._sorted = None

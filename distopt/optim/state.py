@@ -103,10 +103,16 @@ def hyper_key(group: Mapping[str, Any]) -> Any:
     return tuple((k, frozen(v)) for k, v in sorted(group.items()) if k not in ("params", "fused", "foreach"))
 
 
-def packing_key(state: State | None, numel: int) -> Any:
+def packing_key(state: State | None, numel: int, *, staggered: bool = False) -> Any:
     """Returns what must be equal for two parameters' states to be packed: all of the state that is not elementwise.
 
-    Returns None when the state cannot be packed at all, being neither elementwise nor one number.
+    Args:
+        state: Of one parameter; None for one not stepped yet.
+        numel: Elements of the parameter.
+        staggered: Whether step counts, and a rate that decays with them, may differ (see `staggered`).
+
+    Returns:
+        None when the state cannot be packed at all, being neither elementwise nor one number.
     """
     if state is None:
         return "new"
@@ -118,9 +124,12 @@ def packing_key(state: State | None, numel: int) -> Any:
             if value.numel() != numel or value.layout is not torch.strided:
                 return None
             scalars.append((key, str(value.dtype)))
-        else:
+        elif not (staggered and key == "step"):
             scalars.append((key, frozen(value)))
-    return (tuple(scalars), hyper_key(optimizer["param_groups"][0]), frozen(state.get("scheduler")))
+    hyper = optimizer["param_groups"][0]
+    if staggered and hyper.get("lrd", 1.0) != 1.0:
+        hyper = {key: value for key, value in hyper.items() if key != "lr"}
+    return (tuple(scalars), hyper_key(hyper), frozen(state.get("scheduler")))
 
 
 # State dicts of several parameters, for one torch optimizer.
@@ -130,17 +139,19 @@ def flat_state(states: Sequence[State]) -> State:
     """Returns one state dict for parameters that lie packed in one tensor.
 
     Args:
-        states: Of one parameter each, with equal packing keys, in the order in which the parameters are packed.
+        states: Of one parameter each, with equal packing keys, in the order in which the parameters are packed. Where
+            their step counts differ, the largest is that of the result.
     """
     optimizers = [optimizer_state(s) for s in states]
     each = [optimizer["state"].get(0, {}) for optimizer in optimizers]
+    oldest = max(range(len(each)), key=lambda i: float(each[i].get("step", 0)))
     values = {
         key: torch.cat([s[key].reshape(-1) for s in each])
         if isinstance(value, Tensor) and key not in SCALARS
         else copied(value)
-        for key, value in each[0].items()
+        for key, value in each[oldest].items()
     }
-    return with_optimizer_state(states[0], state_of_one(optimizers[0]["param_groups"][0], values))
+    return with_optimizer_state(states[oldest], state_of_one(optimizers[oldest]["param_groups"][0], values))
 
 
 def list_state(states: Sequence[State], *, separate: bool) -> State:

@@ -19,6 +19,7 @@ from distopt.optim.capabilities import drifts
 from distopt.optim.clipping import Clip, clip_by_global_norm_
 from distopt.optim.grouping import Grouping
 from distopt.optim.groups import ListGroup, PackedGroup, ParamRecord
+from distopt.optim.joining import STEADY_CALLS
 from distopt.optim.packing import FlatGradients, addresses, has_dense_gradients, same
 from distopt.optim.parameters import ParamRegistry
 from distopt.optim.state import State
@@ -36,6 +37,10 @@ class StepPlan:
         tensors: The parameters as they were handed over.
         members: Those of them that have a gradient.
         missing: Those that have none.
+
+    Attributes:
+        whole: The groups of which it steps all members.
+        num_uses: How many calls have used it.
     """
 
     _leaves_gradients: ClassVar[bool] = True  # as they are stepped by, in `.grad`
@@ -53,6 +58,9 @@ class StepPlan:
         groups = {i: mates[0].group for i, mates in by_group.items()}
         self._packed = [g for g in groups.values() if isinstance(g, PackedGroup)]
         self._listed = [(g, by_group[i]) for i, g in groups.items() if isinstance(g, ListGroup)]
+        self.whole: list[PackedGroup | ListGroup] = [*self._packed]
+        self.whole += [g for g, members in self._listed if len(members) == len(g.members)]
+        self.num_uses = 0
         self._listed_params = tuple(m.param for _, members in self._listed for m in members)
         self._listed_at = addresses(self._listed_params)
 
@@ -169,6 +177,7 @@ class FlatStepPlan(StepPlan):
             for p, start in zip(flat.params, flat.offsets()[:-1], strict=True)
         }
         self._group_spans = [self._span_of(group) for group in self._packed]
+        self._numels = [[p.numel() for p in flat.params] for flat in dense]
 
     def is_for(self, dense: Sequence[FlatGradients], loose: LooseGradients) -> bool:
         """Returns whether this is still the plan for these gradients."""
@@ -183,14 +192,18 @@ class FlatStepPlan(StepPlan):
     def scatter(self, dense: Sequence[FlatGradients], loose: LooseGradients) -> list[Tensor]:
         """Returns the gradients of each packed group, and gives those of listed parameters to their `.grad`."""
         buffers = []
+        pieces: dict[int, Tensor] = {}
+        if None in self._group_spans:  # one call cuts all of a buffer, where a view of each takes three times as long
+            for flat, numels in zip(dense, self._numels, strict=True):
+                pieces.update(zip(map(id, flat.params), torch.split_with_sizes(flat.buffer, numels), strict=True))
+            pieces.update((id(p), gradient.reshape(-1)) for _, p, gradient in loose if not _is_sparse(gradient))
+
         for group, span in zip(self._packed, self._group_spans, strict=True):
             if span is not None:
                 i, start, end = span
                 buffers.append(dense[i].buffer[start:end])
             else:
-                gathered = group.gather_([self._gradient(p, dense, loose) for p in group.params])
-                assert gathered is not None  # `is_for` has compared all addresses
-                buffers.append(gathered)
+                buffers.append(group.join_(list(map(pieces.__getitem__, map(id, group.params)))))
         for _, members in self._listed:
             for m in members:
                 m.param.grad = self._gradient(m.param, dense, loose)
@@ -234,6 +247,8 @@ class Planner:
             if plan.fits(tensors):
                 buffers = plan.gather()
                 if buffers is not None:
+                    if self._joins(plan):
+                        return self.plan_for(tensors)
                     if i:
                         self._plans.insert(0, self._plans.pop(i))
                     return plan, buffers
@@ -259,13 +274,14 @@ class Planner:
         if buffers is None:
             raise RuntimeError("distopt.optim: gradients changed while the step was being planned.")
         self._plans = [plan, *self._plans[: _MAX_PLANS - 1]]
+        self._joins(plan)
         return plan, buffers
 
     def flat_plan_for(self, dense: Sequence[FlatGradients], loose: LooseGradients) -> FlatStepPlan:
         """Returns the plan for a call that hands over gradients."""
         for plan in self._flat_plans:
             if plan.is_for(dense, loose):
-                return plan
+                return self.flat_plan_for(dense, loose) if self._joins(plan) else plan
 
         named = [pair for flat in dense for pair in zip(flat.names, flat.params, strict=True)]
         members = self._records(named + [(name, p) for name, p, _ in loose])
@@ -279,7 +295,17 @@ class Planner:
         self._arrange(members, [])
         plan = FlatStepPlan(dense, loose, members)
         self._flat_plans = [plan, *self._flat_plans[: _MAX_PLANS - 1]]
+        self._joins(plan)
         return plan
+
+    def _joins(self, plan: StepPlan) -> bool:
+        """Counts a use of a plan; returns whether its groups were joined, so that another plan is needed."""
+        plan.num_uses += 1
+        if plan.num_uses % STEADY_CALLS == 0 and self._groups.join_steady(plan.whole):
+            self.forget()
+            return True
+        self._groups.note_call(plan.whole)
+        return False
 
     def settle(self) -> None:
         """Makes what was set for single parameters hold, before anything depends on it."""
@@ -311,9 +337,9 @@ class Planner:
 
     def _records(self, named: Iterable[tuple[str, Tensor]]) -> list[ParamRecord]:
         """Returns the record of each parameter, new where it was never seen; lets go of those that left the store."""
+        named = list(named)
         records = []
-        for name, p in named:
-            record = self._registry.get(p)
+        for (name, p), record in zip(named, self._registry.get_all(p for _, p in named), strict=True):
             if record is None:
                 record = self._new_record(name, p)
                 self._registry.add(record)

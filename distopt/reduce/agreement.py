@@ -3,11 +3,12 @@
 A round has told all ranks that one of them has changes, so all of them come here together and make the same calls. In
 the steady state nothing here runs.
 
-The first message of each rank says what it knows of its own: errors, step, options, and the names that are new or gone
-here. From all of these, equal on every rank, follows which names are in question. The second message describes those,
-as far as the rank has them, so that every rank sees the same disagreements and raises the same error, or else derives
-the same layout, the same owner of each value, and makes the same broadcasts. Nothing on any rank changes before all
-ranks have passed these checks, so that an error leaves the parameters as they were.
+The first message of each rank says what it knows of its own: errors, step, options, the parameters that are new here
+and the names of those that are gone. From all of these, equal on every rank, follows which names are in question. Where
+these are not new on every rank, a second message describes them, as far as the rank has them. So every rank sees the
+same disagreements and raises the same error, or else derives the same layout, the same owner of each value, and makes
+the same broadcasts. Nothing on any rank changes before all ranks have passed these checks, so that an error leaves the
+parameters as they were.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ class Agreement:
                 parameter has been changed.
 
         Cost:
-            Two gathers of JSON, and one broadcast for each rank whose values are taken, by dtype and device.
+            One gather of JSON, another one where a parameter is not new on all ranks or has a constraint, and one
+            broadcast for each rank whose values are taken, by dtype and device. Besides that it takes time in
+            proportion to the new parameters, and some 10 ns for each of those known.
         """
         messages = self._backend.all_gather_json(self._message(changes, known))
         self._check_errors(messages)
@@ -110,8 +113,12 @@ class Agreement:
 
         # The value is taken from the lowest rank that has the parameter; where it replaces a known one (a user has set
         # it in the store of some ranks), from the lowest of those that have replaced it.
-        descriptions = self._backend.all_gather_json({name: self._describe(name) for name in names})
-        specs = {name: spec for name, spec in known.items() if name not in given_up}
+        descriptions = [each["new"] for each in messages]
+        if not all(name in each for name in names for each in descriptions):
+            descriptions = self._backend.all_gather_json({name: self._describe(name) for name in names})
+        specs = dict(known)
+        for name in given_up:
+            specs.pop(name, None)
         owners: dict[str, int] = {}
         for name in names:
             holders = {rank: each[name] for rank, each in enumerate(descriptions) if each[name] is not None}
@@ -141,10 +148,10 @@ class Agreement:
             "survey": changes.survey,
             "options": self._options,
             "noise": generator_digest() if self._is_first else None,
-            "new": sorted(changes.names),
+            "new": {name: self._describe(name) for name in sorted(changes.names)},
             "sparse": sorted(changes.sparse),
             "dense": sorted(changes.dense),
-            "gone": sorted(name for name in known if self._tensor_of(name) is None),
+            "gone": sorted(known.keys() - pyro.get_param_store().keys()),
             "error": error,
         }
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from distopt.optim.packing import FlatGradients
+from distopt.optim.packing import FlatGradients, same
 from distopt.reduce.layout import AVERAGE_PREFIX, LARGE_NUMEL, Bucket, Layout, ParamSpec
 from distopt.reduce.messages import RoundSummary
 from distopt.reduce.running_averages import RunningAverages
@@ -183,17 +183,23 @@ def _collect_one_by_one(
     params: Sequence[Tensor], layout: Layout, dropped: DroppedGradients, averages: RunningAverages
 ) -> LocalGradients:
     dropped.restore(params)
-    named = [(_name_of(param), param) for param in params]
-    # An average has no gradient, so a step that has one always comes here.
-    named = [
-        (name, averages.take(name, param, layout) if name.startswith(AVERAGE_PREFIX) else param)
-        for name, param in named
-    ]
+    held = map(pyro.get_param_store().named_parameters().mapping.get, layout.names)
+    is_current = not layout.sparse and not layout.averages and same(tuple(held), layout.params)
+    params = list(params)
+    local = LocalGradients(params, [None] * len(layout.params))
+    indices = list(map(layout.index.get, map(id, params)))
+    for position, (param, index) in enumerate(zip(tuple(params), indices, strict=True)):
+        if index is not None and is_current:
+            local.gradients[index] = param.grad
+            continue
 
-    local = LocalGradients([param for _, param in named], [None] * len(layout.params))
-    for name, param in named:
+        name = _name_of(param)
+        # An average has no gradient, so a step that has one always comes here.
+        if name.startswith(AVERAGE_PREFIX):
+            param = averages.take(name, param, layout)
+            params[position] = param
+            index = layout.index.get(id(param))
         gradient = param.grad
-        index = layout.index.get(id(param))
         if index is None or layout.names[index] != name or _became_dense(layout.specs[index], gradient):
             local.changes[name] = (param, gradient)
         else:
@@ -323,10 +329,11 @@ class BucketReader:
         dense: list[FlatGradients] = []
         loose: list[NamedGradient] = []
         for bucket, members, flat in self._pattern(tuple(count > 0 for count in touched)):
-            views = [bucket.views[member] for member in members]
-            if len(members) == len(bucket.views) and not bucket.is_complex:
+            if len(members) == len(bucket.names) and not bucket.is_complex:
                 dense.append(flat)
-            elif bucket.is_complex or bucket.is_large:
+                continue
+            views = [bucket.views[member] for member in members]
+            if bucket.is_complex or bucket.is_large:
                 loose += zip(flat.names, flat.params, views, strict=True)
             else:
                 packed = torch.cat([view.reshape(-1) for view in views])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -48,12 +50,12 @@ class ParamSpec:
         """The dtype in which its gradient is summed: a complex number is sent as two real ones."""
         return self.dtype.to_real()
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Number of elements of its gradient in `real_dtype`."""
-        return torch.Size(self.shape).numel() * (2 if self.dtype.is_complex else 1)
+        return math.prod(self.shape) * (2 if self.dtype.is_complex else 1)
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Bytes of its gradient."""
         return self.numel * self.real_dtype.itemsize
@@ -80,8 +82,6 @@ class Bucket:
         buffer: (numel + num_slots,), the gradients' real dtype; what is sent.
         flat: (numel,), the gradients in `buffer`.
         offsets: Where each gradient starts in `flat`, and at last where the last one ends.
-        views: One per parameter, its gradient in `flat`, in the parameter's shape and dtype.
-        addresses: Memory address of each view; -1 for empty ones.
         is_complex: Whether the parameters are complex.
         max_numel: Elements of the largest gradient.
         is_large: Whether a pass over one of its gradients costs more than a call for each.
@@ -105,11 +105,24 @@ class Bucket:
 
         values = torch.view_as_complex(self.flat.view(-1, 2)) if self.is_complex else self.flat
         self._segments = Segments(values, [spec.shape for spec in specs])
-        self.views = self._segments.views
-        self.addresses = [view.data_ptr() if view.numel() else -1 for view in self.views]
-        self.is_large = numel > LARGE_NUMEL * len(self.views)
+        self.is_large = numel > LARGE_NUMEL * len(self.specs)
         self.max_numel = max((spec.numel for spec in specs), default=0)
         self._saved: Tensor | None = None
+
+    # Made when they are first asked for: in a model that grows the next layout follows at once, and a step of small
+    # parameters needs neither.
+
+    @property
+    def views(self) -> list[Tensor]:
+        """The gradient of each parameter in `flat`, in the parameter's shape and dtype."""
+        return self._segments.views
+
+    @cached_property
+    def addresses(self) -> list[int]:
+        """Memory address of each of the `views`; -1 for empty ones."""
+        first, itemsize = self.flat.data_ptr(), self.flat.element_size()
+        starts = zip(self.offsets, self.offsets[1:], strict=False)
+        return [first + start * itemsize if start < end else -1 for start, end in starts]
 
     def holds(self, addresses: Sequence[int] | None) -> bool:
         """Returns whether gradients at these addresses, by index in the layout, lie in this bucket, each in its view.
@@ -265,6 +278,11 @@ def _split(
     indices: Sequence[int], specs: Sequence[ParamSpec], bucket_mib: float, groups: Sequence[Sequence[str]] | int
 ) -> list[list[int]]:
     """Returns the members of each bucket: one dtype and device, below the size or as the user has grouped them."""
+    # The usual case, which a model that grows asks for at each of its parameters.
+    kinds = {(specs[index].dtype, specs[index].device) for index in indices}
+    if not groups and len(kinds) == 1 and sum(specs[index].num_bytes for index in indices) <= bucket_mib * MIB:
+        return [list(indices)]
+
     if isinstance(groups, int):
         size = -(-len(indices) // groups) if groups else 0
         group_of = {specs[index].name: number // size for number, index in enumerate(indices)} if size else {}

@@ -213,8 +213,8 @@ class Reducer:
         self.num_agreements += 1
         before = self.specs
         self.specs = self._agreement.renegotiate(changes, before)
-        changed = {name for name in before.keys() | self.specs if before.get(name) is not self.specs.get(name)}
-        self._hook.forget(changed)
+        replaced = {name for name, spec in self.specs.items() if before.get(name) is not spec}
+        self._hook.forget(replaced | (before.keys() - self.specs.keys()))
         self._use_layout(build_layout(self))
 
     def _use_layout(self, layout: Layout) -> None:
@@ -366,10 +366,9 @@ def is_alone(reducer: Reducer, local: LocalGradients) -> bool:
 
 def build_layout(reducer: Reducer) -> Layout:
     """Returns the layout of the parameters that all ranks know, with this rank's tensors."""
-    tensors = {name: tensor_of(name) for name in reducer.specs}
     return Layout(
         reducer.specs,
-        {name: tensor for name, tensor in tensors.items() if tensor is not None},
+        pyro.get_param_store().named_parameters().mapping,
         bucket_mib=reducer.options.bucket_mib,
         groups=reducer.options.groups,
         carries_control=reducer._hook.carries_control,

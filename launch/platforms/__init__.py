@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 
@@ -56,16 +56,17 @@ def _load_users(reference: str) -> Platform:
         return load_subclass(reference, KEY, Platform)()
 
 
-def findings_of(platform: Platform, config: RunConfig) -> list[Finding]:
-    """Returns what `platform.check` finds.
+def findings_of(check: Callable[[RunConfig], Iterable[Finding]], config: RunConfig) -> list[Finding]:
+    """Returns what `check`, `check_machine` or `check_hosts` of a platform finds.
 
     Raises:
         ConfigError: A platform of the user's failed, or returned something else.
     """
-    with _errors_of_users(config.launch.platform, "check"):
-        findings = platform.check(config)
+    name = check.__name__
+    with _errors_of_users(config.launch.platform, name):
+        findings = check(config)
         listed = list(findings) if isinstance(findings, Iterable) else [findings]
-    _check_type(config, "check", "an iterable of distopt.launch.findings.Finding", listed, Finding)
+    _check_type(config, name, "an iterable of distopt.launch.findings.Finding", listed, Finding)
     return listed
 
 

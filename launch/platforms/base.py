@@ -24,6 +24,10 @@ class Platform(ABC):
     `check` and `plan` are required. The other members have defaults for a platform that runs the code of this machine
     on hosts that the configuration names, below a `distopt launch` that stays until the run ends.
 
+    What would keep a run from starting is asked in three steps, since `--dry-run` works on a machine that has nothing
+    of the platform: `check` reads the configuration, `check_machine` looks for programs and names here, and
+    `check_hosts` asks other machines.
+
     Whatever starts the workers must give each its rank and the world size in variables that `distopt.launchers` lists,
     such as `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`.
 
@@ -53,15 +57,28 @@ class Platform(ABC):
 
     @abstractmethod
     def check(self, config: RunConfig) -> Iterable[Finding]:
-        """Returns what would keep this platform from starting the run, each with its fix.
+        """Returns what in the configuration would keep this platform from starting the run, each with its fix.
 
-        It may ask hosts and clusters, but changes nothing. What holds on every platform is checked elsewhere
-        (`launch/checks.py`).
+        What holds on every platform is checked elsewhere (`launch/checks.py`).
         """
 
     @abstractmethod
     def plan(self, config: RunConfig) -> Plan:
         """Returns the commands and files that start the run."""
+
+    def check_machine(self, config: RunConfig) -> Iterable[Finding]:
+        """Returns what this machine lacks to start the run: a program, a package, a name that resolves.
+
+        In a dry run these are warnings.
+        """
+        return ()
+
+    def check_hosts(self, config: RunConfig) -> Iterable[Finding]:
+        """Returns what is wrong on other machines: it may ask hosts and clusters, but changes nothing there.
+
+        It is asked only where nothing else is wrong, and not in a dry run.
+        """
+        return ()
 
     def job(self, config: RunConfig) -> SubmittedJob | None:
         """Returns the run as a cluster keeps it, submitted or not; None if `distopt launch` keeps it itself."""

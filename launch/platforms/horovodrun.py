@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +26,7 @@ class HorovodrunPlatform(Platform):
     """horovodrun on this machine, or from this machine over several hosts, which it reaches by ssh."""
 
     def check(self, config: RunConfig) -> Iterator[Finding]:
-        """Yields what would keep horovodrun from starting."""
+        """Yields what keeps horovodrun from being the launcher."""
         launch = config.launch
         if config.reduce.backend not in ("auto", "horovod"):
             yield Finding(
@@ -34,6 +34,17 @@ class HorovodrunPlatform(Platform):
                 f"found {config.reduce.backend}, but horovodrun starts workers of horovod",
                 "set reduce.backend=auto or another launch.platform",
             )
+        if len(launch.hosts) == 1 and launch.min_hosts:
+            yield Finding("launch.min_hosts", "elastic Horovod cannot survive the failure of its only host", "name two")
+        if launch.horovod_controller == "mpi" and launch.min_hosts:
+            yield Finding(
+                "launch.min_hosts",
+                "horovodrun is elastic only with its Gloo controller",
+                "set launch.horovod_controller=gloo",
+            )
+
+    def check_machine(self, config: RunConfig) -> Iterator[Finding]:
+        """Yields what is not installed, and the hosts whose names are wrong here."""
         if find_spec("horovod") is None:
             yield Finding(
                 "reduce.backend",
@@ -41,18 +52,13 @@ class HorovodrunPlatform(Platform):
                 "run `make setup-dev` in a checkout of distopt, which builds it for the installed torch, "
                 "or set reduce.backend=torch_dist",
             )
-
-        if len(launch.hosts) == 1 and launch.min_hosts:
-            yield Finding("launch.min_hosts", "elastic Horovod cannot survive a death on a single host", "name two")
-        if launch.horovod_controller == "mpi":
+        if config.launch.horovod_controller == "mpi":
             yield from self._check_mpi()
-        if launch.horovod_controller == "mpi" and launch.min_hosts:
-            yield Finding(
-                "launch.min_hosts",
-                "horovodrun is elastic only with its Gloo controller",
-                "set launch.horovod_controller=gloo",
-            )
-        yield from ssh.check_hosts(config)
+        yield from ssh.check_host_names(config)
+
+    def check_hosts(self, config: RunConfig) -> Iterable[Finding]:
+        """Returns what ssh finds on the hosts."""
+        return ssh.check_hosts(config)
 
     def _check_mpi(self) -> Iterator[Finding]:
         key = "launch.horovod_controller"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from distopt.config import RunConfig
 
@@ -16,7 +16,7 @@ class LocalPlatform(Platform):
     """Starts all workers on this machine, and lets them listen on the loopback interface alone where it can."""
 
     def check(self, config: RunConfig) -> Iterator[Finding]:
-        """Yields what would keep the backend's launcher from starting here."""
+        """Yields what keeps the backend's launcher from starting the run here."""
         if config.launch.hosts:
             yield Finding(
                 "launch.hosts",
@@ -33,6 +33,11 @@ class LocalPlatform(Platform):
         launcher = self._launcher(config)
         if launcher is not None:
             yield from launcher.check(config)
+
+    def check_machine(self, config: RunConfig) -> Iterable[Finding]:
+        """Returns what this machine lacks for the backend's launcher."""
+        launcher = self._launcher(config)
+        return () if launcher is None else launcher.check_machine(config)
 
     def plan(self, config: RunConfig) -> Plan:
         """Renders torchrun, horovodrun, mpirun, or one Python process for a world of one."""

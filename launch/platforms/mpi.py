@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from distopt.config import RunConfig
-from distopt.config.launch import SECRET_NAME
+from distopt.config.values import SECRET_NAME
 
 from .. import ssh
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 
 from distopt.config import RunConfig
@@ -21,7 +21,7 @@ class MpirunPlatform(Platform):
     """mpirun on this machine, or from this machine over several hosts."""
 
     def check(self, config: RunConfig) -> Iterator[Finding]:
-        """Yields what would keep mpirun from starting."""
+        """Yields what keeps mpirun from being the launcher."""
         if config.reduce.backend == "single":
             yield Finding("reduce.backend", "found single, a world of one worker", "set reduce.backend=auto")
         if config.launch.min_hosts is not None:
@@ -31,6 +31,8 @@ class MpirunPlatform(Platform):
                 "remove it, or set launch.platform=torchrun",
             )
 
+    def check_machine(self, config: RunConfig) -> Iterator[Finding]:
+        """Yields what is not installed, and the hosts whose names are wrong here."""
         program = find_mpirun()
         if program is None:
             yield Finding(
@@ -40,7 +42,11 @@ class MpirunPlatform(Platform):
             )
         elif config.task is not None:  # what a script uses is not known here
             yield from _check_library(config, program)
-        yield from ssh.check_hosts(config)
+        yield from ssh.check_host_names(config)
+
+    def check_hosts(self, config: RunConfig) -> Iterable[Finding]:
+        """Returns what ssh finds on the hosts."""
+        return ssh.check_hosts(config)
 
     def plan(self, config: RunConfig) -> Plan:
         """Renders one mpirun; workers are stopped by a file, since mpirun kills them a second after a signal."""

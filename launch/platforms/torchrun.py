@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from distopt.config import RunConfig
 from distopt.launchers import HEARTBEAT_VARIABLE, RENDEZVOUS_PORT, format_range
@@ -29,14 +29,21 @@ class TorchrunPlatform(Platform):
     """torchrun on this machine, or on each of several hosts, which are reached by ssh."""
 
     def check(self, config: RunConfig) -> Iterator[Finding]:
-        """Yields what would keep torchrun from starting."""
+        """Yields what keeps torchrun from being the launcher."""
         if config.reduce.backend in ("horovod", "mpi"):
             yield Finding(
                 "reduce.backend",
                 f"found {config.reduce.backend}, but torchrun starts workers of torch_dist",
                 "set reduce.backend=auto or another launch.platform",
             )
-        yield from ssh.check_hosts(config)
+
+    def check_machine(self, config: RunConfig) -> Iterable[Finding]:
+        """Returns the hosts whose names are wrong here."""
+        return ssh.check_host_names(config)
+
+    def check_hosts(self, config: RunConfig) -> Iterable[Finding]:
+        """Returns what ssh finds on the hosts."""
+        return ssh.check_hosts(config)
 
     def plan(self, config: RunConfig) -> Plan:
         """Renders one torchrun on the loopback interface, or one on each host; the first one hosts the rendezvous."""

@@ -59,6 +59,10 @@ class Unwritable(Event):
     error: str = ""
 
 
+class Preemption(Event):
+    """A file has announced that the worker's host will be taken away; the worker has been asked to stop."""
+
+
 class End(Event):
     """A worker has ended."""
 
@@ -71,7 +75,7 @@ class End(Event):
 STOPPED_STATUSES = (0, 128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)
 """How a worker ends that was asked to stop, and did: with a status of its own choice, or by the signal."""
 
-_KINDS: dict[str, type[Event]] = {"start": Start, "end": End, "unwritable": Unwritable}
+_KINDS: dict[str, type[Event]] = {"start": Start, "end": End, "unwritable": Unwritable, "preemption": Preemption}
 
 
 def append(run_dir: Path, event: Event) -> None:

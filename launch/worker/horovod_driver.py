@@ -105,7 +105,7 @@ def driver_class(run_dir: Path) -> type:
         def notify_hosts_updated(self, timestamp: int, update: int) -> None:
             """Ends the round when a host has come back; one that goes ends it by the death of its workers."""
             if update & HostUpdateResult.added:
-                _print("a lost host is back: the workers save and start again with it")
+                _print("a lost host is back: the workers save a checkpoint and restart with it")
                 self._worker_registry._reset_count -= 1  # the limit is one of deaths
                 elastic.end_round(run_dir, self._worker_registry.last_rendezvous())
 

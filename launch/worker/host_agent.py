@@ -1,4 +1,4 @@
-"""Stands on each host between ssh and a launcher: `python -m MODULE [--meet NAME:PORT] -- LAUNCHER…`.
+"""Stands on each host between ssh and a launcher: `python -m MODULE [--meet NAME:PORT] [--run-dir DIR] -- LAUNCHER…`.
 
 With `DISTOPT_HEARTBEAT` set, `distopt launch` writes the run's secrets to the agent's standard input, then a line every
 few seconds. When the lines stop, since `distopt launch` was killed or the link is down, the agent ends the launcher of
@@ -6,6 +6,9 @@ its host: launchers that are cut off wait for minutes and ignore SIGTERM.
 
 With `--meet`, the launcher is started when the rendezvous can be reached. A pod may be there minutes before the first
 one has its image, or its name an address, and torchrun gives up after one minute.
+
+With `--run-dir`, the agent ends with 2 where a worker did: its configuration or its arguments were refused, as they
+would be again. The launcher's status alone does not tell, since torchrun's is 1 whatever its workers' is.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from socket import create_connection
 
-from distopt.launchers import GRACE_VARIABLE, HEARTBEAT_VARIABLE
+from distopt.launchers import GRACE_VARIABLE, HEARTBEAT_VARIABLE, USAGE_ERROR
 
+from . import events
 from .network import interface_env, is_here, resolve
 from .processes import adopt_orphans, die_with_parent, heeded, kill_descendants
 from .streams import read_secrets
@@ -31,27 +36,29 @@ POLL_S = 0.5
 REMIND_S = 30.0
 STOP = b"stop\n"
 ALIVE = b"alive\n"
-USAGE = "usage: python -m distopt.launch.worker.host_agent [--meet NAME:PORT] -- COMMAND [ARGUMENT …]"
+OPTIONS = ("--meet", "--run-dir")
+USAGE = "usage: python -m distopt.launch.worker.host_agent [--meet NAME:PORT] [--run-dir DIR] -- COMMAND [ARGUMENT …]"
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the launcher until it ends, is asked to stop, or `distopt launch` is not heard of any more."""
     die_with_parent()
     split = argv.index("--") if "--" in argv else len(argv)
-    options = argv[:split]
+    options = dict(zip(argv[:split:2], argv[1:split:2], strict=False))
     command = argv[split + 1 :]
-    if not command or (options and (len(options) != 2 or options[0] != "--meet")):
+    if not command or split % 2 or not options.keys() <= set(OPTIONS):
         print(USAGE, file=sys.stderr)
-        return 2
+        return USAGE_ERROR
 
     adopt_orphans()
     received: list[int] = []
     for number in (signal.SIGTERM, *heeded((signal.SIGINT, signal.SIGHUP))):
         signal.signal(number, lambda number, _: received.append(number))
-    if options:
-        wait_for_rendezvous(options[1], received)
+    if "--meet" in options:
+        wait_for_rendezvous(options["--meet"], received)
     if received:
         return 128 + received[0]
+    reader = events.Reader(Path(options["--run-dir"])) if "--run-dir" in options else None
 
     if HEARTBEAT_VARIABLE in os.environ and select.select([0], [], [], SILENCE_S)[0]:
         os.environ.update(read_secrets())
@@ -70,7 +77,14 @@ def main(argv: Sequence[str]) -> int:
     if received and status and HEARTBEAT_VARIABLE not in os.environ:
         # In a pod, this status alone shows that the run was asked to stop: torchrun's is 1 whatever its workers' is.
         return 128 + received[0]
+    if status and reader is not None and _is_refused(reader):
+        return USAGE_ERROR
     return status
+
+
+def _is_refused(reader: events.Reader) -> bool:
+    """Returns whether a worker has ended as one whose configuration or whose arguments were refused."""
+    return any(isinstance(event, events.End) and event.failed and event.status == USAGE_ERROR for event in reader.new())
 
 
 def wait_for_rendezvous(endpoint: str, received: Sequence[int]) -> None:

@@ -23,6 +23,8 @@ from distopt.launchers import (
     CWD_VARIABLE,
     ECHO_VARIABLE,
     GRACE_VARIABLE,
+    PREEMPTION_VARIABLE,
+    RUN_DIR_VARIABLE,
     STDIN_SECRETS_VARIABLE,
     STOP_FILE,
     WATCH_STOP_VARIABLE,
@@ -40,6 +42,10 @@ from .processes import REQUESTS, die_with_parent, heeded
 from .streams import read_secrets
 
 POLL_S = 0.5
+
+# `distopt launch` hears of a preemption too, and stops the workers of all hosts. Where there is none, each supervisor
+# stops its own; not at once, since a launcher that sees workers end without having been asked starts them again.
+LAUNCHER_DELAY_S = 2.0
 WRONG_WORLD_SIZE = 3
 """Exit status where the launcher started another number of workers than the run allows."""
 
@@ -83,6 +89,8 @@ class Supervisor:
         self.attempt = count_restarts()
         self.grace_s = float(os.environ.get(GRACE_VARIABLE, "30"))
         self.stop_file = run_dir / STOP_FILE if WATCH_STOP_VARIABLE in os.environ else None
+        self._preemption_file = _preemption_file()
+        self._stop_at = float("inf")
         self.asked_to_stop = False
 
         self._secrets = read_secrets() if STDIN_SECRETS_VARIABLE in os.environ else {}
@@ -191,6 +199,7 @@ class Supervisor:
     def _start(self, screen: IO[bytes] | None) -> tuple[subprocess.Popen[bytes], int]:
         """Starts the worker, and returns it with the file descriptor of its output."""
         env = {**os.environ, **interface_env(os.environ), "PYTHONUNBUFFERED": "1", **self._secrets}
+        env[RUN_DIR_VARIABLE] = str(self.run_dir)
         env.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // self.local_size)))
         for name, value in LIBRARY_SETTINGS.items():
             env.setdefault(name, value)
@@ -226,6 +235,12 @@ class Supervisor:
         self._check_files_at = time.monotonic() + POLL_S
         if self.stop_file is not None and self.stop_file.exists():
             self._ask_to_stop(worker, for_good=True)
+        if self._preemption_file is not None and self._preemption_file.exists():
+            self._preemption_file = None
+            self._stop_at = time.monotonic() + LAUNCHER_DELAY_S
+            self._record(events.Preemption)
+        if time.monotonic() > self._stop_at:
+            self._ask_to_stop(worker, for_good=True)
         if self._round:
             number, is_over = elastic.read_round(self.run_dir)
             if is_over or number > self._round:
@@ -250,6 +265,12 @@ class Supervisor:
 
     def _report_unwritable(self, path: Path, error: OSError) -> None:
         self._record(events.Unwritable, path=str(path), error=error.strerror or str(error))
+
+
+def _preemption_file() -> Path | None:
+    """Returns the file that announces the end of this host; None for one that an earlier announcement has left."""
+    path = Path(os.environ[PREEMPTION_VARIABLE]) if PREEMPTION_VARIABLE in os.environ else None
+    return None if path is None or path.exists() else path
 
 
 def write_termination_message(run_dir: Path, rank: int) -> None:

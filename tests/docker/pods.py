@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,22 +50,24 @@ def network(num_hosts: int) -> Iterator[list[str]]:
 
 
 def podman_run(
-    engine: Engine, job: Mapping[str, Any], index: int, hosts: list[str], volumes: Mapping[str, Path]
+    engine: Engine, objects: Sequence[Mapping[str, Any]], index: int, hosts: list[str], volumes: Mapping[str, Path]
 ) -> list[str]:
     """Returns the command that runs the pod of one completion index.
 
     Args:
         engine: where containers are kept.
-        job: the manifest of kind Job.
+        objects: the run's manifests, that of kind Job last.
         index: its completion index, which is also the host it runs on.
         hosts: names of the network namespaces.
         volumes: the folder that stands for each volume of the manifest that is not an emptyDir.
     """
+    job = objects[-1]
+    config_maps = {one["metadata"]["name"]: one["data"] for one in objects if one["kind"] == "ConfigMap"}
     name = job["metadata"]["name"]
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     service = pod.get("subdomain", name)
-    env = {entry["name"]: _value(entry, index) for entry in container.get("env", ())}
+    env = {entry["name"]: _value(entry, index, config_maps) for entry in container.get("env", ())}
     env["JOB_COMPLETION_INDEX"] = str(index)
     command = ["podman", "run", "--name", f"{name}-{index}", "--hostname", f"{name}-{index}", "--pull=never"]
     command += [f"--network=ns:/run/netns/{hosts[index]}", *_security(pod, container)]
@@ -82,9 +84,11 @@ def podman_run(
     return [*command, container["image"], *args]
 
 
-def _value(entry: Mapping[str, Any], index: int) -> str:
+def _value(entry: Mapping[str, Any], index: int, config_maps: Mapping[str, Mapping[str, str]]) -> str:
     if "value" in entry:
         return str(entry["value"])
+    if reference := entry["valueFrom"].get("configMapKeyRef"):
+        return config_maps[reference["name"]][reference["key"]]
     path = entry["valueFrom"]["fieldRef"]["fieldPath"]
     if "job-completion-index" in path:
         return str(index)

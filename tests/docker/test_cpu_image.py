@@ -160,7 +160,8 @@ class Job:
             "serve.host=0.0.0.0",
         ]
         config = load_config(ROOT / "configs/flights.yaml", [*platform, *overrides])
-        self.manifest = manifests(config)[-1]
+        self.objects = manifests(config)
+        self.manifest = self.objects[-1]
         self.engine, self.folder, self.hosts = engine, folder, hosts
         self.volume = folder / "volume"
         self.volume.mkdir(exist_ok=True)
@@ -171,7 +172,7 @@ class Job:
     def start(self, index: int) -> None:
         self.engine.call("podman", "rm", "--force", "--time=0", "--ignore", f"flights-{index}")
         self.starts += 1
-        command = podman_run(self.engine, self.manifest, index, self.hosts, {"runs": self.volume})
+        command = podman_run(self.engine, self.objects, index, self.hosts, {"runs": self.volume})
         self.pods[index] = self.engine.start(*command, log=self.folder / f"pod-{index}-start-{self.starts}.log")
 
     def wait(self, timeout: float) -> list[int]:

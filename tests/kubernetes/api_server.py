@@ -11,7 +11,9 @@ class Server:
     """kmock's API server in a thread, with the resources that runs are made of."""
 
     RESOURCES = [
-        "v1/services", "v1/pods", "batch/v1/jobs", "jobset.x-k8s.io/v1alpha2/jobsets", "kubeflow.org/v1/pytorchjobs",
+        "v1/services", "v1/pods", "v1/configmaps", "networking.k8s.io/v1/networkpolicies",
+        "policy/v1/poddisruptionbudgets",
+        "batch/v1/jobs", "jobset.x-k8s.io/v1alpha2/jobsets", "kubeflow.org/v1/pytorchjobs",
         "kubeflow.org/v2beta1/mpijobs", "trainer.kubeflow.org/v1alpha1/trainjobs",
     ]  # fmt: skip
 

@@ -20,6 +20,7 @@ from distopt.launch.platforms.kubernetes.manifests import manifests
 from tests.kubernetes.api_server import Server
 from tests.kubernetes.run_config import BASE, KINDS, config_of
 
+POLICIES = ("NetworkPolicy", "PodDisruptionBudget")
 CONTAINER = {"name": "worker", "image": "x", "imageID": "x", "ready": False, "restartCount": 0}
 
 
@@ -59,8 +60,10 @@ def write_status(cluster: KubernetesJob, status: dict) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_run_is_submitted_asked_about_and_stopped(kind, api):
-    cluster = cluster_of(kind, api)
+def test_run_is_submitted_asked_about_and_stopped_with_all_its_objects(kind, api):
+    wanted = ["launch.kubernetes.network_policy=true", "launch.kubernetes.disruption_budget=true"]
+    config = config_of(kind, *wanted)
+    cluster = KubernetesJob(config, manifests(config), api)
     assert cluster.state().phase == "unknown"
     assert cluster.submit() == f"{cluster.objects[-1]['kind']} default/flights"
     assert cluster.state().phase == "pending"
@@ -79,6 +82,25 @@ def test_run_is_stopped_on_a_server_that_answers_with_a_status_where_later_ones_
     cluster.submit()
     cluster.stop()
     assert cluster.state().phase == "unknown"
+
+
+def test_object_of_the_run_owns_the_others_so_that_they_are_deleted_with_it(api, server):
+    from kubernetes.client import CoreV1Api, CustomObjectsApi
+
+    config = config_of("job", "launch.kubernetes.network_policy=true", "launch.kubernetes.disruption_budget=true")
+    cluster = KubernetesJob(config, manifests(config), api)
+    # The emulator gives objects no identity; a server's answer has one.
+    created = {**cluster.objects[-1], "metadata": {**cluster.objects[-1]["metadata"], "uid": "1234"}}
+    server.emulator["post /apis/batch/v1/namespaces/default/jobs"] << created
+    cluster.submit()
+
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": "flights", "uid": "1234"}
+    core = CoreV1Api(api)
+    get = CustomObjectsApi(api).get_namespaced_custom_object
+    others = [core.read_namespaced_service("flights", "default"), core.read_namespaced_config_map("flights", "default")]
+    stored = [api.sanitize_for_serialization(other) for other in others]
+    stored += [get(*_address(one, "default"), "flights") for one in cluster.objects if one["kind"] in POLICIES]
+    assert [one["metadata"]["ownerReferences"] for one in stored] == [[owner]] * 4
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from distopt.config import load_config
 from distopt.launch.platforms import load_platform
 from distopt.launch.platforms.kubernetes import manifests as module
 from distopt.launch.platforms.kubernetes.manifests import manifests
-from tests.kubernetes.run_config import KINDS, config_of
+from tests.kubernetes.run_config import EVERYTHING, KINDS, config_of
 
 ROOT = Path(__file__).parents[2]
 CRDS = ROOT.parent / "shared" / "crds"
@@ -34,29 +34,39 @@ def test_manifest_is_the_golden_one(kind, golden, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_built_in_objects_and_pod_templates_keep_to_the_published_schema(kind):
+def test_manifest_with_every_key_is_the_golden_one(kind, golden, monkeypatch):
+    config = config_of(kind, *EVERYTHING[kind])
+    assert list(load_platform("kubernetes").check(config)) == []
+    monkeypatch.setattr(module, "dump_yaml", lambda config: "the configuration")
+    plan = load_platform("kubernetes").plan(config)
+    (text,) = [text for path, text in plan.files.items() if path.name == "manifest.yaml"]
+    assert not re.search(r"[&*]id\d+", text), "tools that patch YAML do not know its anchors"
+    golden(f"{kind}-everything.yaml", text)
+
+
+@pytest.mark.parametrize("every_key", [False, True], ids=["defaults", "every key"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_built_in_objects_and_pod_templates_keep_to_the_published_schema(kind, every_key):
     kubernetes_validate = pytest.importorskip(
         "kubernetes_validate", reason="kubernetes_validate is not installed (make setup-dev)"
     )
     version = kubernetes_validate.latest_version()
-    for manifest in manifests(config_of(kind)):
-        if "." not in manifest["apiVersion"].split("/")[0]:
+    for manifest in manifests(config_of(kind, *(EVERYTHING[kind] if every_key else []))):
+        if "." not in manifest["apiVersion"].split("/")[0] or manifest["kind"] == "NetworkPolicy":
             kubernetes_validate.validate(manifest, version, strict=True)
         for template in pod_templates(manifest):
             pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": template["spec"]}
             kubernetes_validate.validate(pod, version, strict=True)
 
 
-@pytest.mark.parametrize(
-    ("kind", "file"),
-    [("jobset", "jobset"), ("trainjob", "trainjob"), ("pytorchjob", "pytorchjob"), ("mpijob", "mpijob")],
-)
-def test_custom_resource_keeps_to_its_projects_definition_and_has_no_field_of_its_own(kind, file):
+@pytest.mark.parametrize("every_key", [False, True], ids=["defaults", "every key"])
+@pytest.mark.parametrize("kind", ["jobset", "trainjob", "pytorchjob", "mpijob"])
+def test_custom_resource_keeps_to_its_projects_definition_and_has_no_field_of_its_own(kind, every_key):
     jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed (make setup-dev)")
-    path = CRDS / f"{file}.yaml"
+    path = CRDS / f"{kind}.yaml"
     if not path.exists():
         pytest.skip(f"{path} is missing: the resource definitions of JobSet and Kubeflow, from their repositories")
-    (manifest,) = manifests(config_of(kind))
+    manifest = manifests(config_of(kind, *(EVERYTHING[kind] if every_key else [])))[-1]
     schema = definition(path, manifest)
     validator = jsonschema.Draft202012Validator(closed(schema))
     validator.validate(manifest)
@@ -144,21 +154,25 @@ def test_script_arguments_arrive_as_they_are_though_kubernetes_expands_variables
 
 
 def test_trainjob_sets_nothing_that_the_operator_sets():
-    (manifest,) = manifests(config_of("trainjob"))
+    manifest = manifests(config_of("trainjob"))[-1]
     assert set(manifest["spec"]) == {"runtimeRef", "trainer"}
     assert [entry["name"] for entry in manifest["spec"]["trainer"]["env"] if entry["name"].startswith("PET_")] == []
 
 
-def test_configuration_reaches_the_worker_through_its_variable(monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_configuration_reaches_the_worker_through_a_config_map(kind, monkeypatch):
     from distopt.launch.cli import _load
 
-    config = config_of("job")
-    (job,) = [one for one in manifests(config) if one["kind"] == "Job"]
-    container = job["spec"]["template"]["spec"]["containers"][0]
-    (value,) = [entry["value"] for entry in container["env"] if entry["name"] == "DISTOPT_CONFIG"]
-    monkeypatch.setenv("DISTOPT_CONFIG", expanded(value, {}))
-    assert container["command"][-1] == "@DISTOPT_CONFIG"
-    assert json.loads(_load("@DISTOPT_CONFIG", None).model_dump_json()) == json.loads(config.model_dump_json())
+    config = config_of(kind)
+    config_map, *_, main = manifests(config)
+    containers = [template["spec"]["containers"][0] for template in pod_templates(main)] or [main["spec"]["trainer"]]
+    for container in containers:
+        (entry,) = [entry for entry in container["env"] if entry["name"] == "DISTOPT_CONFIG"]
+        reference = entry["valueFrom"]["configMapKeyRef"]
+        assert (config_map["kind"], config_map["metadata"]["name"]) == ("ConfigMap", reference["name"])
+        monkeypatch.setenv("DISTOPT_CONFIG", config_map["data"][reference["key"]])
+        assert json.loads(_load("@DISTOPT_CONFIG", None).model_dump_json()) == json.loads(config.model_dump_json())
+    assert any("@DISTOPT_CONFIG" in container["command"] for container in containers)
 
 
 def container(kind: str, *overrides: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from tests.kubernetes.run_config import BASE, config_of
         (["launch.kubernetes.kind=mpijob"], "an mpijob starts workers of horovod or mpi"),
         (["launch.kubernetes.kind=trainjob", "launch.kubernetes.time_limit_s=5"], "takes it from its Cluster"),
         (["launch.nodes=null", "launch.hosts=[a,b]"], "launch.hosts: Kubernetes finds the hosts itself"),
+        (["launch.max_preemptions=2"], "launch.max_preemptions: found 2, but Kubernetes counts no disruptions of pods"),
         (["launch.secrets=[HUB_TOKEN]"], "use launch.kubernetes.secrets"),
     ],
 )
@@ -39,7 +40,7 @@ def test_worker_each_needs_a_gpu_of_its_pod():
 
 def test_client_that_is_missing_is_refused(monkeypatch):
     monkeypatch.setattr(platform, "find_spec", lambda name: None)
-    (finding,) = load_platform("kubernetes").check(config_of("job"))
+    (finding,) = load_platform("kubernetes").check_machine(config_of("job"))
     assert str(finding).endswith("the Kubernetes client is missing; `pip install 'distopt[kubernetes]'`")
 
 

@@ -29,5 +29,6 @@ if __name__ == "__main__":
         time.sleep(0.05)
     secret = os.environ.get("MY_API_TOKEN")
     result = {"total": total.item(), "host": socket.gethostname(), "library": backend.name, "secret": secret}
+    result["greeting"] = os.environ.get("GREETING")
     Path(f"sum-{backend.rank}.json").write_text(json.dumps(result))
     backend.close()

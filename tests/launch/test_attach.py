@@ -137,8 +137,8 @@ def test_run_that_is_killed_after_it_was_asked_to_stop_does_not_end_with_status_
     time.sleep(1.5)  # another wish, and not the echo of the first one
     run.signal(signal.SIGINT)
     assert run.wait() == 1, run.err
-    assert "Killed at a second signal, SIGINT, before all workers had stopped." in run.err
-    assert state(run).startswith("failed exit status 1; Killed at a second signal")
+    assert "Killed by a second signal (SIGINT) before all workers had stopped." in run.err
+    assert state(run).startswith("failed exit status 1; Killed by a second signal")
     assert run.processes() == []
 
 

@@ -67,7 +67,7 @@ def refusal(folder, text: str, *args: str) -> str:
         (TASK + "reduce: {backend: mpi}\nlaunch: {platform: horovodrun}", "horovodrun starts workers of horovod"),
         (TASK + "run_dir: mytasks/house.py/run", "run_dir: mytasks/house.py is a file"),
         (TASK + "launch: {platform: horovodrun, hosts: [localhost], min_hosts: 1}",
-         "launch.min_hosts: elastic Horovod cannot survive a death on a single host; name two"),
+         "launch.min_hosts: elastic Horovod cannot survive the failure of its only host; name two"),
         (TASK + "launch: {nodes: 2}", "launch.nodes: found 2, but local does not find hosts by itself; name them in"),
         (TASK + "launch: {secrets: [NOT_SET]}", "launch.secrets: NOT_SET is not set in your environment, from which"),
     ],

@@ -17,13 +17,13 @@ HOSTS = "launch.hosts=[203.0.113.1,203.0.113.2]"
 
 def test_horovod_that_is_not_installed_is_refused(monkeypatch):
     monkeypatch.setattr(horovodrun, "find_spec", lambda name: None)
-    findings = horovodrun.HorovodrunPlatform().check(parse_config(TASK, ["reduce.backend=horovod"]))
+    findings = horovodrun.HorovodrunPlatform().check_machine(parse_config(TASK, ["reduce.backend=horovod"]))
     assert "Horovod was chosen, but it is not installed for " in "".join(map(str, findings))
 
 
 def test_horovodrun_over_mpich_is_refused_with_what_starts_it(pretended_mpi):
     pretended_mpi("MPICH", "MPICH")
-    problems = horovodrun.HorovodrunPlatform().check(
+    problems = horovodrun.HorovodrunPlatform().check_machine(
         parse_config(TASK, ["launch.platform=horovodrun", "launch.horovod_controller=mpi"])
     )
     assert "set launch.platform=mpirun, which starts Horovod over MPICH" in "".join(map(str, problems))
@@ -36,14 +36,15 @@ def test_horovodrun_over_mpich_is_refused_with_what_starts_it(pretended_mpi):
 def test_mpi_controller_needs_a_horovod_that_was_built_with_mpi(mpirun_of, horovod_for, message, pretended_mpi):
     pretended_mpi(mpirun_of, horovod_for)
     config = parse_config(TASK, ["launch.horovod_controller=mpi"])
-    findings = [finding for finding in horovodrun.HorovodrunPlatform().check(config) if "controller" in finding.subject]
+    every = horovodrun.HorovodrunPlatform().check_machine(config)
+    findings = [finding for finding in every if "controller" in finding.subject]
     assert (len(findings), message in "".join(map(str, findings))) == (int(bool(message)), True)
 
 
 def test_run_that_is_elastic_needs_several_hosts_and_the_gloo_controller():
     chosen = ["launch.hosts=[localhost]", "launch.min_hosts=1", "launch.horovod_controller=mpi"]
     text = "\n".join(map(str, horovodrun.HorovodrunPlatform().check(parse_config(TASK, chosen))))
-    assert "launch.min_hosts: elastic Horovod cannot survive a death on a single host; name two" in text
+    assert "launch.min_hosts: elastic Horovod cannot survive the failure of its only host; name two" in text
     assert "only with its Gloo controller; set launch.horovod_controller=gloo" in text
 
 

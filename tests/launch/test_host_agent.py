@@ -14,7 +14,7 @@ import time
 import psutil
 import pytest
 
-from distopt.launch.worker import host_agent
+from distopt.launch.worker import events, host_agent
 from tests.launch.launching import wait_until
 
 TIMEOUT_S = 30
@@ -162,3 +162,26 @@ def test_rendezvous_on_another_host_is_there_when_it_answers(monkeypatch, capsys
         host_agent.wait_for_rendezvous(f"127.0.0.1:{port}", [])
         assert time.monotonic() - started < TIMEOUT_S
     assert capsys.readouterr().err == f"agent: waiting for 127.0.0.1:{port}: 127.0.0.1 does not answer yet\n"
+
+
+@pytest.mark.parametrize(
+    ("ended", "status"), [({"status": 2}, 2), ({"status": 1}, 1), ({"status": 2, "stopped": True}, 1), ({}, 1)]
+)
+def test_agent_ends_with_2_where_a_worker_did_whose_arguments_were_refused(ended, status, agent, tmp_path):
+    (tmp_path / "logs").mkdir()
+    earlier = events.End(rank=0, attempt=0, host="h", pid=1, time=0.0, status=2)
+    events.append(tmp_path, earlier)
+    event = f"events.End(rank=0, attempt=0, host='h', pid=1, time=1.0, **{ended})" if ended else None
+    code = (
+        "import sys; from pathlib import Path; from distopt.launch.worker import events\n"
+        f"if {bool(ended)}: events.append(Path({str(tmp_path)!r}), {event})\n"
+        "sys.exit(1)"
+    )
+    assert agent(*python(code), options=("--run-dir", str(tmp_path))).wait(TIMEOUT_S) == status
+
+
+@pytest.mark.parametrize("options", [("--meet",), ("--nosuch", "x"), ("--meet", "a:1", "b")])
+def test_options_that_make_no_sense_are_refused(options, agent):
+    process = agent("true", options=options)
+    assert process.wait(TIMEOUT_S) == 2
+    assert process.stderr.read().startswith("usage: ")

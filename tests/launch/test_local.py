@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from distopt.config import parse_config
+from distopt.launch.jobs import FollowedJob
 from distopt.launch.platforms.local import LocalPlatform
+from tests.launch.launching import wait_until, write_config
 
 TASK = "name: run\ntask: distopt.examples.flights:Flights\n"
 
@@ -48,3 +50,14 @@ def test_launcher_adds_what_it_refuses(pretended_mpi):
         map(str, LocalPlatform().check(parse_config(TASK, ["reduce.backend=mpi", "launch.min_hosts=1"])))
     )
     assert "launch.min_hosts: mpirun cannot continue with fewer hosts" in findings
+
+
+def test_file_that_announces_the_end_of_this_host_stops_the_run_after_a_checkpoint(start, tmp_path):
+    write_config(tmp_path, "wait", launch="preemption_file: preempted")
+    run = start()
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers ready")
+    (tmp_path / "preempted").touch()
+    assert run.wait() == 143, run.everything()
+    assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+    assert "will be taken away" in run.err
+    assert FollowedJob(run.run_dir).state().phase == "stopped"

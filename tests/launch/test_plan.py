@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from distopt.config import parse_config
-from distopt.config.launch import SECRET_NAME
+from distopt.config.values import SECRET_NAME
 from distopt.launch.cli import app
 from distopt.launch.plan import Command, Plan
-from distopt.launch.platforms import load_platform, mpirun
+from distopt.launch.platforms import horovodrun, load_platform, mpirun
+from distopt.launch.platforms.kubernetes import platform as kubernetes
 
 BASE = "name: flights\ntask: distopt.examples.flights:Flights\ndata: {global_batch: 4096}\n"
 # Addresses that documentation may use (RFC 5737), so that no host here has one and no name is looked up.
@@ -64,6 +65,56 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path, monkeypatch):
     assert "cat > runs/run/config.yaml <<'END'" in result.output
     assert "--nproc-per-node=2" in result.output
     assert sorted(tmp_path.rglob("*")) == before
+
+
+LACKING = {
+    "slurm": ["launch.platform=slurm"],
+    "kubernetes": ["launch.platform=kubernetes", "run_dir=/runs/run",
+                   "launch.kubernetes={image: i, volumes: [{claim: runs, path: /runs}]}"],
+    "horovodrun": ["launch.platform=horovodrun", "launch.horovod_controller=mpi"],
+    "mpirun": ["launch.platform=mpirun", "reduce.backend=mpi"],
+    "torchrun": ["launch.platform=torchrun", "launch.hosts=[nosuch.invalid,127.0.1.1]"],
+    "local": ["launch.workers=999", "launch.secrets=[NOT_SET]", "run_dir=/proc/run"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("platform", LACKING)
+def test_dry_run_needs_nothing_of_the_platform_and_warns_of_what_a_start_would_refuse(platform, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    for module in (horovodrun, mpirun, kubernetes):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    for module in (horovodrun, mpirun):
+        monkeypatch.setattr(module, "find_mpirun", lambda: None)
+    (tmp_path / "run.yaml").write_text("name: run\nscript: train.py\n")
+    (tmp_path / "train.py").write_text("")
+    argv = ["launch", "run.yaml", *LACKING[platform]]
+
+    refused = CliRunner().invoke(app, argv)
+    shown = CliRunner().invoke(app, [*argv, "--dry-run"])
+    assert (refused.exit_code, shown.exit_code) == (2, 0), shown.output
+    reasons = [line.removeprefix("run.yaml: ") for line in refused.stderr.splitlines()]
+    assert reasons and shown.stderr.splitlines() == [f"run.yaml: warning: {reason}" for reason in reasons]
+    assert shown.stdout
+
+
+def test_files_of_a_dry_run_are_written_where_that_is_wanted_and_the_script_starts_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("name: run\nscript: train.py\nreduce: {backend: single}\n")
+    (tmp_path / "train.py").write_text("print('trained')")
+    shown = CliRunner().invoke(app, ["launch", "run.yaml", "--dry-run", "--output", "a plan"])
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout.splitlines() == ["a plan/config.yaml", "a plan/start.sh"]
+    assert not (tmp_path / "runs").exists()
+    subprocess.run(["a plan/start.sh"], check=True, timeout=60, capture_output=True)
+    assert (tmp_path / "runs/run/config.yaml").read_text() == (tmp_path / "a plan/config.yaml").read_text()
+    assert "trained" in (tmp_path / "runs/run/logs/rank-0.log").read_text()
+
+
+def test_output_of_a_run_that_starts_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text("name: run\nscript: train.py\n")
+    done = CliRunner().invoke(app, ["launch", str(tmp_path / "run.yaml"), "--output", "x"])
+    assert (done.exit_code, "--output: found without --dry-run" in done.output) == (2, True)
 
 
 @given(st.lists(TEXT, max_size=5), st.dictionaries(st.from_regex(r"\A[A-Z_]{1,8}\Z"), TEXT, max_size=3))

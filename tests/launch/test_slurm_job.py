@@ -17,6 +17,7 @@ import pytest
 
 from distopt.launch.jobs import PlatformError, State
 from distopt.launch.platforms.slurm.job import SlurmJob
+from distopt.launchers import first_host
 from tests.launch import order_task
 from tests.launch.launching import wait_until, write_config
 
@@ -51,6 +52,34 @@ def test_run_on_nodes_is_submitted_followed_and_done(nodes, submit, tmp_path, cl
     assert len({one["host"] for one in sums}) == nodes
     asked = distopt(cluster, tmp_path, "status", "run")
     assert "\tdone\t" in asked.stdout, asked.stderr
+
+
+def test_script_that_is_submitted_by_hand_is_the_same_job_with_its_options_and_its_setup(cluster, tmp_path):
+    folder = tmp_path / 'it\'s a #1 "folder"'
+    folder.mkdir()
+    write_config(folder, launch="platform: slurm")
+    setup = "setup: ['export GREETING=\"it is set up\"']"
+    slurm = f"{{{setup}, extra_args: ['--comment=a \"b\" #c'], exclusive: true, memory: 300M}}"
+    launch = ["launch", "run.yaml", f"script={SUM}", "script_args=['0']", "launch.workers=1", "launch.nodes=2"]
+    shown = distopt(cluster, folder, *launch, f"launch.slurm={slurm}", "--dry-run", "--output", "runs/run")
+    assert shown.returncode == 0, shown.stderr
+
+    argv = cluster.hosts.run(1, "sbatch", "--parsable", "--wait", str(folder / "runs/run/job.sh"))
+    done = subprocess.run(argv, env={**os.environ, **cluster.env}, capture_output=True, text=True, timeout=120, cwd="/")
+    logs = "".join(path.read_text() for path in (folder / "runs/run/logs").iterdir())
+    assert done.returncode == 0, done.stderr + logs
+    sums = [json.loads((folder / f"sum-{rank}.json").read_text()) for rank in range(2)]
+    assert [one["total"] for one in sums] == [2, 2] and len({one["host"] for one in sums}) == 2
+    assert [one["greeting"] for one in sums] == ["it is set up"] * 2
+
+    job = cluster.ask("scontrol", "show", "job", done.stdout.strip())
+    named = ["JobName=run", "NumNodes=2", "MinMemoryNode=300M", 'Comment=a "b" #c', f"WorkDir={folder}"]
+    assert [field for field in named if field not in job] == [], job
+
+
+@pytest.mark.parametrize("nodelist", ["dn[03-07,12],gpu1", "rack[2-3]n[08-09],gpu1", "login,dn2", "a[1-2][3-4]"])
+def test_first_host_of_a_list_is_the_one_that_slurm_names_first(nodelist, cluster):
+    assert first_host(nodelist) == cluster.ask("scontrol", "show", "hostnames", nodelist).split()[0]
 
 
 def test_detached_run_is_asked_read_and_stopped_with_its_workers_saved(submit, tmp_path, cluster):

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distopt.config import RunConfig, parse_config
+from distopt.config import ConfigError, RunConfig, parse_config
+from distopt.launch import checks
 from distopt.launch.platforms import load_platform
-from distopt.launch.platforms.slurm import platform
+from distopt.launch.platforms.slurm import script as module
 
 BASE = "name: flights\ntask: distopt.examples.flights:Flights\ndata: {global_batch: 4096}\nlaunch: {platform: slurm}\n"
+OPTIONS = """{
+  account: lab, qos: high, memory: 64G, constraint: 'a100&ib', gres: 'gpu:a100:4', exclusive: true, reservation: class,
+  nodelist: 'gpu[01-03]', exclude: 'gpu[07-08],old1', licenses: 'data:1', mail_type: [END, FAIL],
+  mail_user: me@lab.example, extra_args: ['--comment=it is "mine" #1', --nice], srun_args: [--cpu-bind=cores],
+  setup: [module load cuda/13.0, 'export A="b c"']}"""
+PYXIS = """{runtime: pyxis, image: 'nvcr.io#nvidia/pytorch:25.01-py3', mounts: [/data, '/scratch:/tmp:rw'],
+  extra_args: [--no-container-mount-home]}"""
+APPTAINER = "{runtime: apptainer, image: images/torch.sif, mounts: ['/data:/data:ro'], python: /opt/venv/bin/python}"
 TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters="\0"), max_size=200)
 
 
@@ -26,6 +37,10 @@ TEXT = st.text(st.characters(blacklist_categories=("Cs",), blacklist_characters=
         ),
         ("elastic", ["launch.nodes=3", "launch.min_hosts=1"]),
         ("mpi", ["launch.nodes=2", "launch.workers=4", "reduce.backend=horovod"]),
+        ("options", [f"launch.slurm={OPTIONS}", "launch.max_preemptions=2"]),
+        ("pyxis", ["launch.nodes=2", f"launch.slurm={{gpus_per_node: 1, container: {PYXIS}}}"]),
+        ("apptainer", ["launch.nodes=2", f"launch.slurm={{gres: 'gpu:a100:1', container: {APPTAINER}}}"]),
+        ("apptainer-mpi", ["launch.workers=2", "reduce.backend=mpi", f"launch.slurm={{container: {APPTAINER}}}"]),
     ],
 )  # fmt: skip
 def test_job_is_the_golden_one(name, overrides, golden):
@@ -52,10 +67,58 @@ def test_script_arguments_survive_both_shells_of_a_slurm_job(backend, arguments)
     raw = {"name": "run", "script": "a b/train.py", "script_args": arguments, "launch": {"platform": "slurm"},
            "reduce": {"backend": backend}}  # fmt: skip
     config = RunConfig.model_validate(raw)
-    tokens = shlex.split(platform._step(config))  # the batch script's shell
+    tokens = shlex.split(module._step(config))  # the batch script's shell
     if backend == "torch_dist":
         tokens = shlex.split(tokens[tokens.index("-c") + 1])  # the shell on each node
     assert tokens[len(tokens) - len(arguments) - 1 :] == ["a b/train.py", *arguments]
+
+
+@pytest.mark.parametrize("container", [PYXIS, APPTAINER], ids=["pyxis", "apptainer"])
+@pytest.mark.parametrize("backend", ["torch_dist", "mpi"])
+def test_worker_in_a_container_is_started_by_its_python_where_the_run_is(backend, container, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(BASE, [f"reduce.backend={backend}", f"launch.slurm={{container: {container}}}"])
+    argv = shlex.split(module._step(config))
+    if backend == "torch_dist":
+        argv += shlex.split(argv.pop())
+    text = " ".join(argv)
+    assert sys.executable not in text
+    assert f"{config.launch.slurm.container.python} -m distopt.launch.worker.supervisor runs/flights" in text
+    assert f"{tmp_path}:{tmp_path}" in text and f"{tmp_path}/runs/flights:{tmp_path}/runs/flights" in text
+    assert load_platform("slurm").image(config) == config.launch.slurm.container.image
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ('{setup: ["a\\nb"]}', "launch.slurm.setup"),
+        ("{extra_args: [wrap]}", "launch.slurm.extra_args"),
+        ("{nodelist: '--wrap=id'}", "launch.slurm.nodelist"),
+        ("{container: {runtime: docker, image: x}}", "launch.slurm.container.runtime"),
+        ("{container: {runtime: pyxis, image: x, mounts: [data]}}", "launch.slurm.container.mounts"),
+        ("{mail_type: [SOMETIMES]}", "launch.slurm.mail_type"),
+    ],
+)
+def test_value_that_would_be_another_option_or_line_is_refused(value, message):
+    with pytest.raises(ConfigError) as refused:
+        parse_config(BASE, [f"launch.slurm={value}"])
+    assert message in str(refused.value)
+
+
+def test_gpus_are_asked_for_in_one_way():
+    (finding,) = load_platform("slurm").check(parse_config(BASE, ["launch.slurm={gres: 'gpu:1', gpus_per_node: 1}"]))
+    assert str(finding) == "launch.slurm.gres: found gpus_per_node too; remove one of them"
+
+
+def test_setup_line_that_fails_ends_the_script_and_is_named():
+    def run(*lines: str) -> subprocess.CompletedProcess[str]:
+        script = module._setup(list(lines)) + '\necho "then $X"\n'
+        return subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30)
+
+    assert run("export X=1", "false || true", "if false; then", "exit 3", "fi").stdout == "then 1\n"
+    failed = run("export X=1", "cat /nosuch", "export X=2")
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert "distopt: launch.slurm.setup: cat /nosuch failed on " in failed.stderr
 
 
 @pytest.fixture
@@ -73,24 +136,50 @@ def sbatch(tmp_path, monkeypatch):
 
 def test_cluster_is_asked_with_the_script_only_if_nothing_is_wrong_here(sbatch, tmp_path):
     sbatch("sbatch: error: Requested node configuration\n is not available")
-    (finding,) = load_platform("slurm").check(parse_config(BASE))
+    slurm = load_platform("slurm")
+    (finding,) = checks.check(parse_config(BASE), slurm)
     assert (
         finding.message == "the cluster refuses the job: sbatch: error: Requested node configuration is not available"
     )
     assert (tmp_path / "script").read_text().startswith("#!/bin/bash\n# distopt: run flights\n")
     (tmp_path / "script").unlink()
-    (finding,) = load_platform("slurm").check(parse_config(BASE, ["launch.hosts=[a]"]))
+    (finding,) = checks.check(parse_config(BASE, ["launch.hosts=[a]"]), slurm)
     assert (finding.subject, (tmp_path / "script").exists()) == ("launch.hosts", False)
+    assert checks.check(parse_config(BASE), slurm, dry_run=True) == []
+    assert not (tmp_path / "script").exists()
 
 
 def test_machine_without_sbatch_is_refused(monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
-    (finding,) = load_platform("slurm").check(parse_config(BASE))
+    (finding,) = load_platform("slurm").check_machine(parse_config(BASE))
     assert str(finding) == "launch.platform: there is no sbatch on PATH; submit from a login node of the cluster"
 
 
 @pytest.mark.parametrize(("backend", "tasks", "cpus"), [("auto", 1, 6), ("torch_dist", 1, 6), ("mpi", 3, 2)])
 def test_node_gets_one_task_for_torchrun_and_one_per_worker_otherwise(backend, tasks, cpus):
     chosen = [f"reduce.backend={backend}", "launch.workers=3", "launch.slurm={cpus_per_worker: 2}"]
-    (command,) = load_platform("slurm").plan(parse_config(BASE, chosen)).commands
-    assert {f"--ntasks-per-node={tasks}", f"--cpus-per-task={cpus}"} <= set(command.argv)
+    lines = module.batch_script(parse_config(BASE, chosen)).splitlines()
+    assert {f"#SBATCH --ntasks-per-node={tasks}", f"#SBATCH --cpus-per-task={cpus}"} <= set(lines)
+
+
+@pytest.mark.parametrize(
+    ("restarts", "preempted", "requeued", "status"),
+    [("0", True, True, 7), ("1", True, True, 7), ("2", True, False, 7), ("0", False, False, 7), ("3", True, False, 1)],
+)
+def test_job_that_must_yield_is_requeued_as_often_as_is_allowed(restarts, preempted, requeued, status, tmp_path):
+    programs = {
+        "scontrol": f"echo $* >> {tmp_path}/calls; [ $1 != show ] || echo 'h1 {'PreemptTime=2026-01-01' * preempted}'",
+        "srun": f"echo srun >> {tmp_path}/calls; exit 7",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    script = module.batch_script(parse_config(BASE, ["launch.max_preemptions=2"]))
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "5", "SLURM_RESTART_COUNT": restarts}
+    done = subprocess.run(
+        ["bash"], input=script, env=variables | {"SLURM_JOB_NODELIST": "h1"}, capture_output=True, text=True, timeout=60
+    )
+    calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+    assert (done.returncode, "requeue 5" in calls) == (status, requeued), done.stderr
+    assert ("launch.max_preemptions: requeued more often than 2 times" in done.stderr) == (status == 1)
+    assert ("srun" in calls) == (status == 7)

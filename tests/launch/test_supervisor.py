@@ -18,7 +18,7 @@ import pytest
 
 from distopt.launch.worker import elastic, terminal
 from distopt.launch.worker.supervisor import TERMINATION_LOG_BYTES
-from distopt.launchers import STOP_FILE, TERMINAL_VARIABLE, WATCH_STOP_VARIABLE
+from distopt.launchers import PREEMPTION_VARIABLE, STOP_FILE, TERMINAL_VARIABLE, WATCH_STOP_VARIABLE
 from tests.launch.launching import wait_until
 from tests.test_launchers import exported, horovodrun, mpich, open_mpi, srun, torchrun
 
@@ -255,3 +255,27 @@ def test_worker_waits_passively_and_keeps_its_memory_unless_its_environment_says
     for variables, expected in (({}, "PASSIVE4000000000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE4000000000")):
         assert supervise(tmp_path, show, {**torchrun(0, 1), **variables}).wait(TIMEOUT_S) == 0
         assert (tmp_path / "seen").read_text() == expected
+
+
+def test_file_that_announces_the_end_of_a_host_stops_the_worker_and_is_recorded(tmp_path):
+    code = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (open('saved', 'w'), sys.exit(143)));"
+        "open('ready', 'w'); time.sleep(600)"
+    )
+    announced = tmp_path / "preempted"
+    supervisor = supervise(tmp_path, code, {PREEMPTION_VARIABLE: str(announced)})
+    wait_until((tmp_path / "ready").exists, "the worker ready", TIMEOUT_S)
+    announced.touch()
+    assert supervisor.wait(TIMEOUT_S) == 143
+    assert (tmp_path / "saved").exists()
+    events = [json.loads(line)["event"] for line in (tmp_path / "run/logs/rank-0.jsonl").read_text().splitlines()]
+    assert events == ["start", "preemption", "end"]
+    assert endings(tmp_path)[0]["stopped"]
+
+
+def test_file_of_an_earlier_announcement_stops_nothing(tmp_path):
+    announced = tmp_path / "preempted"
+    announced.touch()
+    assert (
+        supervise(tmp_path, "import time; time.sleep(1.5)", {PREEMPTION_VARIABLE: str(announced)}).wait(TIMEOUT_S) == 0
+    )

@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyro.optim.clipped_adam import ClippedAdam as PlainClippedAdam
 
+import distopt.optim
 from distopt.backends import current
 from distopt.optim import Adam, DistributedOptimizer, ReduceOptions
 from distopt.reduce import layout
@@ -77,3 +79,93 @@ def test_any_schedule_keeps_replicas_equal_to_one_process(
         assert set(actual) == set(expected)
         for name, value in expected.items():
             torch.testing.assert_close(torch.tensor(actual[name]), value)
+
+
+NUM_GROWN = 24
+STEADY = 40  # calls until everything that may be joined is
+OPTIMIZERS = {
+    "Adam": ({"lr": 0.1}, lambda p: torch.optim.Adam([p], lr=0.1)),
+    "ClippedAdam": ({"lr": 0.1, "lrd": 0.97}, lambda p: PlainClippedAdam([p], lr=0.1, lrd=0.97)),
+    "SGD": ({"lr": 0.1, "momentum": 0.9}, lambda p: torch.optim.SGD([p], lr=0.1, momentum=0.9)),
+}
+
+
+def _shape(name: str) -> tuple[int, ...]:
+    return list(SHAPES.values())[int(name) % len(SHAPES)]
+
+
+def _grown_gradient(step: int, rank: int, name: str) -> torch.Tensor | None:
+    """Some have none: of a parameter on one rank, or on all of them, which may be steps after it has appeared."""
+    if (step * 7 + int(name) * 3) % 11 == 0 or (step * 5 + int(name) + 4 * rank) % 9 == 0:
+        return None
+    return random_values(1000 * step + 100 * rank + int(name), *_shape(name))
+
+
+def _names_at(step: int, rank: int) -> list[str]:
+    """The parameters of a step: one more at each, in another order on each rank, until both have all of them."""
+    order = torch.randperm(NUM_GROWN, generator=torch.Generator().manual_seed(rank)).tolist()
+    return [f"{index:02d}" for index in order[: step + 1]]
+
+
+def grow(name: str) -> dict[str, Any]:
+    """A model that grows; its state is saved when it has grown, and taken over by an optimizer that begins there."""
+    rank = current().rank
+    args, _ = OPTIMIZERS[name]
+    optim = DistributedOptimizer(getattr(distopt.optim, name)(args))
+    middle = NUM_GROWN + STEADY // 2
+
+    def take_steps(optim: DistributedOptimizer, steps: range) -> None:
+        for step in steps:
+            for each in _names_at(step, rank):
+                pyro.param(each, lambda each=each: random_values(int(each) + 1000 * rank, *_shape(each)))
+            step_with(optim, {each: _grown_gradient(step, rank, each) for each in _names_at(step, rank)})
+
+    take_steps(optim, range(middle))
+    store, state = pyro.get_param_store().get_state(), optim.get_state()
+    copied = {each: p.detach().clone().requires_grad_() for each, p in store["params"].items()}
+    take_steps(optim, range(middle, NUM_GROWN + STEADY))
+    grown = store_values()
+    grown_state = {each: _numbers(value) for each, value in sorted(optim.get_state().items())}
+
+    pyro.get_param_store().set_state({"params": copied, "constraints": store["constraints"]})
+    at_once = DistributedOptimizer(getattr(distopt.optim, name)(args))
+    at_once.set_state(state)
+    take_steps(at_once, range(middle, NUM_GROWN + STEADY))
+    state_at_once = {each: _numbers(value) for each, value in sorted(at_once.get_state().items())}
+    return {"grown": (grown, grown_state), "at once": (store_values(), state_at_once)}
+
+
+def _numbers(state: dict[str, Any]) -> dict[str, Any]:
+    values = {key: torch.as_tensor(value).tolist() for key, value in state["state"][0].items()}
+    return values | {"lr": state["param_groups"][0]["lr"]}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_layout_that_has_grown_computes_what_one_made_at_once_does(name: str) -> None:
+    results = workers.world("torch_dist", SIZE).run(grow, name)
+    assert all(result == results[0] for result in results)
+
+    params: dict[str, torch.Tensor] = {}
+    optims: dict[str, torch.optim.Optimizer] = {}
+    for step in range(NUM_GROWN + STEADY):
+        by_rank = [_names_at(step, rank) for rank in range(SIZE)]
+        for each in {each for names in by_rank for each in names}:
+            holders = [rank for rank, names in enumerate(by_rank) if each in names]
+            if each not in params:
+                params[each] = random_values(int(each) + 1000 * holders[0], *_shape(each)).requires_grad_()
+                optims[each] = OPTIMIZERS[name][1](params[each])
+            present = [_grown_gradient(step, rank, each) for rank in holders]
+            sums = [gradient for gradient in present if gradient is not None]
+            if sums:
+                params[each].grad = torch.stack(sums).sum(0) / SIZE
+                optims[each].step()
+
+    for values, states in results[0].values():
+        assert set(values) == set(params)
+        for each, value in params.items():
+            torch.testing.assert_close(torch.tensor(values[each]), value.detach(), rtol=1e-4, atol=1e-5)
+            state = dict(next(iter(optims[each].state.values()))) | {"lr": optims[each].param_groups[0]["lr"]}
+            assert set(states[each]) == set(state)
+            for key, expected in state.items():
+                actual = torch.as_tensor(states[each][key], dtype=torch.float64)
+                torch.testing.assert_close(actual, torch.as_tensor(expected).double(), rtol=1e-4, atol=1e-5)

@@ -104,7 +104,8 @@ def test_run_writes_metrics_and_a_page_that_needs_no_other_file(undisturbed: Pat
     assert "http://" not in page and "https://" not in page
 
 
-@pytest.mark.parametrize("capture", ["off", "graph"])
+# Eager runs are killed, and compared in the same way, in tests/checkpoint/test_kills.py too.
+@pytest.mark.parametrize("capture", [pytest.param("off", marks=pytest.mark.slow), "graph"])
 def test_worker_killed_once_is_restarted_and_the_result_is_the_same_to_the_bit(
     undisturbed: Path, tmp_path: Path, capture: str
 ) -> None:
@@ -124,14 +125,19 @@ def test_worker_killed_once_is_restarted_and_the_result_is_the_same_to_the_bit(
     assert_equal_bits(tmp_path / "run", undisturbed)
 
 
-def test_run_may_change_between_captured_and_eager_steps_when_it_resumes(undisturbed: Path, tmp_path: Path) -> None:
+def test_run_may_change_between_captured_and_eager_steps_when_it_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = config(tmp_path)
-    launch_well(path, "train.capture=off", "train.num_steps=20")
-    output = launch_well(path, "train.capture=graph", "train.num_steps=40")
-    assert "resuming from step 20" in output and "not captured" not in output
-    output = launch_well(path, "train.capture=off")
-    assert "resuming from step 40" in output
-    assert_equal_bits(tmp_path / "run", undisturbed)
+    run_here(path, "train.capture=off", f"run_dir={tmp_path / 'through'}")
+    run_here(path, "train.capture=off", "train.num_steps=20")
+    capsys.readouterr()
+    run_here(path, "train.capture=graph", "train.num_steps=40")
+    output = capsys.readouterr()
+    assert "resuming from step 20" in output.out and "not captured" not in output.out + output.err
+    run_here(path, "train.capture=off")
+    assert "resuming from step 40" in capsys.readouterr().out
+    assert_equal_bits(tmp_path / "run", tmp_path / "through")
 
 
 def test_rows_that_captured_steps_select_give_the_same_bits(tmp_path: Path) -> None:

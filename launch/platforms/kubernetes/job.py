@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from distopt.config import RunConfig
 
 from ...jobs import Phase, PlatformError, State, SubmittedJob
-from .manifests import LABEL, Manifest
+from .pods import LABEL, Manifest
 
 if TYPE_CHECKING:
     from kubernetes.client import ApiClient
@@ -26,7 +26,10 @@ _PLURALS = {
     "TrainJob": "trainjobs",
     "PyTorchJob": "pytorchjobs",
     "MPIJob": "mpijobs",
+    "NetworkPolicy": "networkpolicies",
+    "PodDisruptionBudget": "poddisruptionbudgets",
 }
+_CORE = {"ConfigMap": "config_map", "Service": "service"}  # as the client's methods for the core group name them
 
 # Labels of pods: the first is an annotation before Kubernetes 1.28, the others are of Kubeflow's training operator.
 _COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
@@ -69,17 +72,24 @@ class KubernetesJob(SubmittedJob):
     # The contract of a submitted job.
 
     def submit(self) -> str:
-        """Creates all objects, or none: those that were created are deleted when one is refused."""
+        """Creates all objects, or none: those that were created are deleted when one is refused.
+
+        The run's object is created first, and owns the others, so that however it is deleted (`kubectl delete`, its
+        `ttl_s`) they go too. Its pods wait for them.
+        """
+        *others, run_object = self.objects
         created: list[Manifest] = []
-        for manifest in self.objects:
-            try:
-                self._create(manifest)
-            except PlatformError:
-                for earlier in reversed(created):
-                    self._delete(earlier)
-                raise
-            created.append(manifest)
-        return f"{self.objects[-1]['kind']} {self.namespace}/{self.name}"
+        owner: Manifest = {}
+        try:
+            for manifest in (run_object, *others):
+                answer = self._create(_owned(manifest, owner))
+                created.append(manifest)
+                owner = owner or answer
+        except PlatformError:
+            for earlier in reversed(created):
+                self._delete(earlier)
+            raise
+        return f"{run_object['kind']} {self.namespace}/{self.name}"
 
     def state(self) -> State:
         """Returns the state in the run's object, and which pod died first or cannot start."""
@@ -128,16 +138,19 @@ class KubernetesJob(SubmittedJob):
             self._delete(manifest)
 
     # Requests. `CustomObjectsApi` takes any kind by its group, version and plural, so one call does for all kinds of a
-    # run; the core group, a Service's, is the only one that it cannot address.
+    # run; the core group is the only one that it cannot address.
 
-    def _create(self, manifest: Manifest) -> None:
+    def _create(self, manifest: Manifest) -> Manifest:
+        """Creates an object and returns it as the cluster has it."""
         from kubernetes import client
 
-        if manifest["kind"] == "Service":
-            self._ask(client.CoreV1Api(self.api).create_namespaced_service, self.namespace, manifest)
+        if manifest["kind"] in _CORE:
+            create = getattr(client.CoreV1Api(self.api), f"create_namespaced_{_CORE[manifest['kind']]}")
+            answer = self._ask(create, self.namespace, manifest)
         else:
             create = client.CustomObjectsApi(self.api).create_namespaced_custom_object
-            self._ask(create, *_address(manifest, self.namespace), manifest)
+            answer = self._ask(create, *_address(manifest, self.namespace), manifest)
+        return dict(json.loads(answer or b"{}"))
 
     def _read(self) -> Manifest | None:
         """Returns the object that stands for the run, None if there is none."""
@@ -153,8 +166,8 @@ class KubernetesJob(SubmittedJob):
         from kubernetes import client
 
         name = manifest["metadata"]["name"]
-        if manifest["kind"] == "Service":
-            delete = client.CoreV1Api(self.api).delete_namespaced_service
+        if manifest["kind"] in _CORE:
+            delete = getattr(client.CoreV1Api(self.api), f"delete_namespaced_{_CORE[manifest['kind']]}")
             self._ask(delete, name, self.namespace, none_for=(HTTPStatus.NOT_FOUND,))
         else:
             delete = client.CustomObjectsApi(self.api).delete_namespaced_custom_object
@@ -218,6 +231,20 @@ def _address(manifest: Manifest, namespace: str) -> tuple[str, str, str, str]:
     """Returns group, version, namespace and plural name of an object."""
     group, _, version = manifest["apiVersion"].partition("/")
     return group, version, namespace, _PLURALS[manifest["kind"]]
+
+
+def _owned(manifest: Manifest, owner: Manifest) -> Manifest:
+    """Returns an object that is deleted with its owner, where there is one."""
+    uid = owner.get("metadata", {}).get("uid")
+    if uid is None:
+        return manifest
+    reference = {
+        "apiVersion": owner["apiVersion"],
+        "kind": owner["kind"],
+        "name": owner["metadata"]["name"],
+        "uid": uid,
+    }
+    return {**manifest, "metadata": {**manifest["metadata"], "ownerReferences": [reference]}}
 
 
 def _name(pod: Manifest) -> str:

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from distopt.config import RunConfig, dump_yaml
-from distopt.launchers import CONFIG_VARIABLE, ECHO_VARIABLE, RENDEZVOUS_PORT, format_range
+from distopt.launchers import CONFIG_FILE, CONFIG_VARIABLE, RENDEZVOUS_PORT, USAGE_ERROR, format_range
 
-from ...plan import env_of_workers, worker_argv
-from ..torchrun import FRESH_STORE, torchrun_argv
+from ...plan import worker_argv
+from ..torchrun import torchrun_argv
+from .pods import LABEL, Manifest, env_entries, literal, pod_template, resources, selector
+from .trainjob import trainjob_spec
 
-Manifest = dict[str, Any]
-
-LABEL = "distopt.run"
 KUEUE_LABEL = "kueue.x-k8s.io/queue-name"
-HOME = "/tmp"  # the only folder besides volumes that a worker can write to
 MPI_HOME = "/home/mpiuser"  # of the user that the image has for sshd (docker/cpu.Dockerfile)
 CONFIG_IN_ENV = f"@{CONFIG_VARIABLE}"  # has `distopt train` read the configuration from a variable
 
 
 def manifests(config: RunConfig) -> list[Manifest]:
     """Returns the objects to create, the one that stands for the run last."""
-    return _KINDS[config.launch.kubernetes.kind](config)
+    kubernetes = config.launch.kubernetes
+    return [
+        _config_map(config),
+        *([_network_policy(config)] if kubernetes.network_policy else []),
+        *([_disruption_budget(config)] if kubernetes.disruption_budget else []),
+        *_KINDS[kubernetes.kind](config),
+    ]
 
 
 # The kinds. All of them start the same command in the same pod: an agent as process 1, below it torchrun (or Horovod's
@@ -47,12 +49,12 @@ def _job(config: RunConfig) -> list[Manifest]:
         },
     }
 
-    pod = _pod(config, _torchrun_meeting_at(config, address), subdomain=config.name)
+    pod = pod_template(config, _torchrun_meeting_at(config, address), subdomain=config.name)
     job = {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": _metadata(config),
-        "spec": {**_indexed(config, pod), **_time_limit(config)},
+        "spec": {**_indexed(config, pod), **_time_limit(config), **_ttl(config)},
     }
     return [service, job]
 
@@ -60,7 +62,7 @@ def _job(config: RunConfig) -> list[Manifest]:
 def _jobset(config: RunConfig) -> list[Manifest]:
     """A JobSet of one Indexed Job: when a pod fails for good, all start again."""
     address = f"{config.name}-workers-0-0.{config.name}:{config.launch.port or RENDEZVOUS_PORT}"
-    pod = _pod(config, _torchrun_meeting_at(config, address))
+    pod = pod_template(config, _torchrun_meeting_at(config, address))
     job = {**_indexed(config, pod), "backoffLimit": 0, **_time_limit(config)}
 
     jobset = {
@@ -69,29 +71,31 @@ def _jobset(config: RunConfig) -> list[Manifest]:
         "metadata": _metadata(config),
         "spec": {
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True, "subdomain": config.name},
-            "failurePolicy": {"maxRestarts": config.launch.max_restarts},
+            "failurePolicy": {"maxRestarts": config.launch.max_restarts, "rules": [_NOT_RESTARTED]},
             "replicatedJobs": [{"name": "workers", "replicas": 1, "template": {"spec": job}}],
+            **_ttl(config),
         },
     }
     return [jobset]
 
 
 def _trainjob(config: RunConfig) -> list[Manifest]:
-    """A TrainJob with the fields that Kubeflow trainer 2.0 to 2.3 share; the runtime sets PET_* and owns the pods."""
+    """A TrainJob; the runtime sets PET_* and owns the pods, as far as its release has no fields for them."""
     launch = config.launch
+    command = _agent(config, _torchrun(config, []))
     trainer = {
         "image": launch.kubernetes.image,
-        "command": _agent(config, _torchrun(config, [])),
-        "env": _env(config),
+        "command": command,
+        "env": env_entries(config),
         "numNodes": launch.num_hosts,
         "numProcPerNode": launch.workers,
-        "resourcesPerNode": _resources(config),
+        "resourcesPerNode": resources(config),
     }
     trainjob = {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
         "kind": "TrainJob",
         "metadata": _metadata(config),
-        "spec": {"runtimeRef": {"name": launch.kubernetes.runtime}, "trainer": trainer},
+        "spec": trainjob_spec(config, trainer, command),
     }
     return [trainjob]
 
@@ -106,7 +110,7 @@ def _pytorchjob(config: RunConfig) -> list[Manifest]:
         "--master-port=$(PET_MASTER_PORT)",
     ]
 
-    pod = _pod(config, _agent(config, _torchrun(config, rendezvous)), container="pytorch")
+    pod = pod_template(config, _agent(config, _torchrun(config, rendezvous)), container="pytorch")
     replicas = {"Master": 1, **({"Worker": launch.num_hosts - 1} if launch.num_hosts > 1 else {})}
     job = {
         "apiVersion": "kubeflow.org/v1",
@@ -131,7 +135,7 @@ def _mpijob(config: RunConfig) -> list[Manifest]:
     if config.reduce.backend == "horovod":
         command = ["horovodrun", "--gloo", "-np", str(size), "--hostfile", "/etc/mpi/hostfile"]
     else:
-        passed = sorted({entry["name"] for entry in _env(config)})
+        passed = sorted({entry["name"] for entry in env_entries(config)})
         command = [
             *("mpirun", "-n", str(size), "--hostfile", "/etc/mpi/hostfile"),
             *("--bind-to", "none", "--map-by", "slot"),
@@ -139,9 +143,9 @@ def _mpijob(config: RunConfig) -> list[Manifest]:
         ]
 
     # The launcher starts ranks through the sshd of the workers and computes nothing itself, so it needs no GPU.
-    launcher = _pod(config, _agent(config, [*command, *_worker(config)]), gpus=False)
+    launcher = pod_template(config, _agent(config, [*command, *_worker(config)]), gpus=False)
     sshd = ["/usr/sbin/sshd", "-De", "-f", f"{MPI_HOME}/.sshd_config"]
-    replicas = {"Launcher": (1, launcher), "Worker": (launch.num_hosts, _pod(config, sshd))}
+    replicas = {"Launcher": (1, launcher), "Worker": (launch.num_hosts, pod_template(config, sshd))}
 
     job = {
         "apiVersion": "kubeflow.org/v2beta1",
@@ -175,9 +179,67 @@ _KINDS: Mapping[str, Callable[[RunConfig], list[Manifest]]] = {
 
 
 def _metadata(config: RunConfig) -> Manifest:
-    queue = config.launch.kubernetes.queue
-    labels = {LABEL: config.name, **({KUEUE_LABEL: queue} if queue else {})}
-    return {"name": config.name, "namespace": config.launch.kubernetes.namespace, "labels": labels}
+    kubernetes = config.launch.kubernetes
+    queue = {KUEUE_LABEL: kubernetes.queue} if kubernetes.queue else {}
+    annotations = {"annotations": dict(kubernetes.annotations)} if kubernetes.annotations else {}
+    return {
+        "name": config.name,
+        "namespace": kubernetes.namespace,
+        "labels": {**kubernetes.labels, LABEL: config.name, **queue},
+        **annotations,
+    }
+
+
+# A pod gets its configuration in a variable, and not as a file: a TrainJob of the first releases can mount nothing.
+
+
+def _config_map(config: RunConfig) -> Manifest:
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(config),
+        "data": {CONFIG_FILE: dump_yaml(config)},
+    }
+
+
+def _network_policy(config: RunConfig) -> Manifest:
+    """The rendezvous of torch and the services of Horovod ask for no password, so only the run's pods may connect."""
+    serve = config.serve
+    last = None if serve.port is None else serve.port + config.launch.workers - 1
+    served = [{"ports": [{"protocol": "TCP", "port": serve.port, "endPort": last}]}] if last is not None else []
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _metadata(config),
+        "spec": {
+            "podSelector": selector(config),
+            "policyTypes": ["Ingress"],
+            "ingress": [{"from": [{"podSelector": selector(config)}]}, *served],
+        },
+    }
+
+
+def _disruption_budget(config: RunConfig) -> Manifest:
+    pods = config.launch.num_hosts + (config.launch.kubernetes.kind == "mpijob")
+    return {
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": _metadata(config),
+        "spec": {"minAvailable": pods, "selector": selector(config)},
+    }
+
+
+# A preemption, a drained node or a taint is no failure of the run; a configuration that is refused is refused again.
+_NOT_COUNTED: Manifest = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+_REFUSED: Manifest = {
+    "action": "FailJob",
+    "onExitCodes": {"containerName": "worker", "operator": "In", "values": [USAGE_ERROR]},
+}
+_NOT_RESTARTED: Manifest = {
+    "name": "refused",
+    "action": "FailJobSet",
+    "onJobFailureReasons": ["PodFailurePolicy"],
+}
 
 
 def _indexed(config: RunConfig, pod: Manifest) -> Manifest:
@@ -187,6 +249,7 @@ def _indexed(config: RunConfig, pod: Manifest) -> Manifest:
         "completions": hosts,
         "parallelism": hosts,
         "backoffLimit": config.launch.max_restarts,
+        "podFailurePolicy": {"rules": [*([] if config.launch.max_preemptions == 0 else [_NOT_COUNTED]), _REFUSED]},
         "template": pod,
     }
 
@@ -196,8 +259,14 @@ def _time_limit(config: RunConfig) -> Manifest:
     return {"activeDeadlineSeconds": limit} if limit else {}
 
 
+def _ttl(config: RunConfig) -> Manifest:
+    ttl = config.launch.kubernetes.ttl_s
+    return {} if ttl is None else {"ttlSecondsAfterFinished": ttl}
+
+
 def _run_policy(config: RunConfig) -> Manifest:
-    return {"backoffLimit": config.launch.max_restarts, "cleanPodPolicy": "None", **_time_limit(config)}
+    limits = {**_time_limit(config), **_ttl(config)}
+    return {"backoffLimit": config.launch.max_restarts, "cleanPodPolicy": "None", **limits}
 
 
 def _torchrun_meeting_at(config: RunConfig, address: str) -> list[str]:
@@ -216,128 +285,13 @@ def _torchrun(config: RunConfig, rendezvous: list[str]) -> list[str]:
 
 
 def _worker(config: RunConfig) -> list[str]:
-    return [_literal(argument) for argument in worker_argv(config, config.launch.kubernetes.python, CONFIG_IN_ENV)]
+    return [literal(argument) for argument in worker_argv(config, config.launch.kubernetes.python, CONFIG_IN_ENV)]
 
 
 def _agent(config: RunConfig, launcher: list[str], meet: str | None = None) -> list[str]:
     """Puts the agent in front: process 1 of a container ignores SIGTERM unless it handles it, and must reap orphans."""
-    options = ["--meet", meet] if meet else []
+    options = [*(["--meet", meet] if meet else []), "--run-dir", str(config.run_dir)]
     return [config.launch.kubernetes.python, "-m", "distopt.launch.worker.host_agent", *options, "--", *launcher]
-
-
-def _env(config: RunConfig) -> list[Manifest]:
-    """Returns the variables of the pods; secrets are references, and the configuration travels as a variable."""
-    values = env_of_workers(config, **FRESH_STORE, **{ECHO_VARIABLE: "1"}, HOME=HOME)
-    values[CONFIG_VARIABLE] = dump_yaml(config)
-    secrets = config.launch.kubernetes.secrets
-    return [
-        *({"name": name, "value": _literal(value)} for name, value in values.items()),
-        *(
-            {"name": name, "valueFrom": {"secretKeyRef": {"name": secret.secret, "key": secret.key}}}
-            for name, secret in secrets.items()
-        ),
-    ]
-
-
-def _literal(value: str) -> str:
-    """Keeps Kubernetes from expanding `$(NAME)`; it takes two dollars for one, wherever they stand."""
-    return value.replace("$", "$$")
-
-
-def _resources(config: RunConfig, gpus: bool = True) -> Manifest:
-    kubernetes = config.launch.kubernetes
-    amounts = {"cpu": kubernetes.cpu, "memory": kubernetes.memory}
-    if gpus and kubernetes.gpus:
-        amounts[kubernetes.gpu_resource] = str(kubernetes.gpus)
-    return {"requests": amounts, "limits": dict(amounts)}
-
-
-def _health(config: RunConfig) -> Manifest:
-    """Returns the probes of a worker that serves, and its port if it serves beyond the pod's loopback interface."""
-    serve = config.serve
-    kind = config.launch.kubernetes.kind
-    # A worker of an MPIJob is an sshd until the launcher, which waits until workers are ready, starts ranks in it.
-    if serve.port is None or kind == "mpijob":
-        return {}
-
-    # A kubelet's own HTTP probe comes from outside of the pod, so liveness is asked by a command within.
-    address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(serve.host, serve.host)
-    command = [config.launch.kubernetes.python, "-m", "distopt.launch.worker.health_probe", address, str(serve.port)]
-    timing = {"periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 3}
-    probes: Manifest = {"livenessProbe": {"exec": {"command": command}, **timing}}
-
-    if not ipaddress.ip_address(serve.host).is_loopback:
-        probes["ports"] = [{"name": "serve", "containerPort": serve.port}]
-        # Pods of a PyTorchJob find each other by a Service that names only ready pods, and are ready once they met.
-        if kind != "pytorchjob":
-            probes["readinessProbe"] = {"httpGet": {"path": "/readyz", "port": serve.port}, **timing}
-    return probes
-
-
-def _pod(
-    config: RunConfig, command: list[str], container: str = "worker", subdomain: str | None = None, gpus: bool = True
-) -> Manifest:
-    """Returns a pod template whose processes have no privileges and can write only to volumes, /tmp and /dev/shm.
-
-    It fulfils the `restricted` Pod Security Standard. Torch's data loaders and NCCL need /dev/shm, which is 64 MiB in a
-    container unless it is a volume.
-    """
-    kubernetes = config.launch.kubernetes
-    claims = dict.fromkeys(volume.claim for volume in kubernetes.volumes)  # one may be mounted at several paths
-    spec: Manifest = {
-        "restartPolicy": "Never",
-        "automountServiceAccountToken": False,
-        "terminationGracePeriodSeconds": round(config.launch.grace_s) + 15,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": kubernetes.user,
-            "runAsGroup": kubernetes.user,
-            "fsGroup": kubernetes.user,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "containers": [{"name": container, **_container(config, command, gpus)}],
-        "volumes": [
-            {"name": "tmp", "emptyDir": {}},
-            {"name": "shm", "emptyDir": {"medium": "Memory"}},
-            *({"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in claims),
-        ],
-    }
-
-    optional = {
-        "subdomain": subdomain,
-        "serviceAccountName": kubernetes.service_account,
-        "nodeSelector": dict(kubernetes.node_selector),
-        "imagePullSecrets": [{"name": name} for name in kubernetes.image_pull_secrets],
-    }
-    spec |= {key: value for key, value in optional.items() if value}
-    return {"metadata": {"labels": {LABEL: config.name}}, "spec": spec}
-
-
-def _container(config: RunConfig, command: list[str], gpus: bool) -> Manifest:
-    """Returns what a pod runs; all but its name."""
-    kubernetes = config.launch.kubernetes
-    return {
-        "image": kubernetes.image,
-        "command": command,
-        # Supervisors write why their rank failed into the pod's status; where none could, the end of the log is there.
-        "terminationMessagePolicy": "FallbackToLogsOnError",
-        "env": _env(config),
-        "resources": _resources(config, gpus),
-        **_health(config),
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
-        "volumeMounts": [
-            {"name": "tmp", "mountPath": HOME},
-            {"name": "shm", "mountPath": "/dev/shm"},
-            *(
-                {"name": volume.claim, "mountPath": volume.path, "readOnly": volume.read_only}
-                for volume in kubernetes.volumes
-            ),
-        ],
-    }
 
 
 def _without_restarts(pod: Manifest) -> Manifest:

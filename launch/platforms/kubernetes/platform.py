@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import yaml
 
 from distopt.config import RunConfig, dump_yaml
-from distopt.config.launch import DNS_LABEL
+from distopt.config.values import DNS_LABEL
 from distopt.launchers import CONFIG_FILE
 
 from ...findings import Finding
@@ -19,9 +19,18 @@ from ...run_dir import RUNS
 from ..base import Platform, check_gpus
 from .job import KubernetesJob
 from .manifests import manifests
+from .trainjob import check_trainjob
 
 # Pods are named after their run, with the role and index that operators append; a host name has at most 63 characters.
 MAX_NAME = 50
+MANIFEST = "manifest.yaml"
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Writes what is used twice twice: anchors are hard to read, and tools that patch YAML lose them."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
 
 
 class KubernetesPlatform(Platform):
@@ -30,10 +39,8 @@ class KubernetesPlatform(Platform):
     finds_hosts = True
 
     def check(self, config: RunConfig) -> Iterator[Finding]:
-        """Yields what would keep the run from being submitted."""
+        """Yields what keeps the run from being one of pods."""
         kubernetes = config.launch.kubernetes
-        if find_spec("kubernetes") is None:
-            yield Finding("launch.platform", "the Kubernetes client is missing", "`pip install 'distopt[kubernetes]'`")
         if kubernetes.image is None:
             yield Finding("launch.kubernetes.image", "missing", "name an image that has distopt and your code")
         if not re.match(DNS_LABEL, config.name) or len(config.name) > MAX_NAME:
@@ -41,12 +48,25 @@ class KubernetesPlatform(Platform):
         if config.launch.hosts:
             yield Finding("launch.hosts", "Kubernetes finds the hosts itself", "set launch.nodes to their number")
         if config.launch.secrets:
-            yield Finding("launch.secrets", "pods read secrets from Secrets", "use launch.kubernetes.secrets")
+            yield Finding("launch.secrets", "pods read Kubernetes Secrets", "use launch.kubernetes.secrets")
+
+        if config.launch.max_preemptions:
+            yield Finding(
+                "launch.max_preemptions",
+                f"found {config.launch.max_preemptions}, but Kubernetes counts no disruptions of pods",
+                "set null, which allows any number, or 0, which counts them as restarts",
+            )
 
         yield from check_gpus(config, "launch.kubernetes.gpus", kubernetes.gpus)
         yield from self._check_backend(config)
         yield from self._check_run_dir(config)
-        yield from self._check_trainjob(config)
+        if kubernetes.kind == "trainjob":
+            yield from check_trainjob(config)
+
+    def check_machine(self, config: RunConfig) -> Iterator[Finding]:
+        """Yields that the client is not installed."""
+        if find_spec("kubernetes") is None:
+            yield Finding("launch.platform", "the Kubernetes client is missing", "`pip install 'distopt[kubernetes]'`")
 
     def _check_backend(self, config: RunConfig) -> Iterator[Finding]:
         kind = config.launch.kubernetes.kind
@@ -66,46 +86,34 @@ class KubernetesPlatform(Platform):
 
     def _check_run_dir(self, config: RunConfig) -> Iterator[Finding]:
         path = PurePosixPath(config.run_dir)
-        writable = [volume.path for volume in config.launch.kubernetes.volumes if not volume.read_only]
+        writable = [volume.path for volume in config.launch.kubernetes.volumes if volume.is_kept]
         if not any(path.is_relative_to(volume) for volume in writable):
             yield Finding(
                 "run_dir",
-                f"{path} lies on no writable volume of the pods, so checkpoints would be lost",
-                "name one in launch.kubernetes.volumes, and a run_dir below its path",
+                f"{path} lies on no writable volume that outlives the pods, so checkpoints would be lost",
+                "name a claim in launch.kubernetes.volumes, and a run_dir below its path",
             )
-
-    def _check_trainjob(self, config: RunConfig) -> Iterator[Finding]:
-        """Yields what a TrainJob cannot express in the fields that Kubeflow trainer 2.0 to 2.3 share."""
-        kubernetes = config.launch.kubernetes
-        if kubernetes.kind != "trainjob":
-            return
-        not_expressed = {
-            "service_account": kubernetes.service_account,
-            "node_selector": kubernetes.node_selector,
-            "time_limit_s": kubernetes.time_limit_s,
-            "image_pull_secrets": kubernetes.image_pull_secrets,
-        }
-        for key, value in not_expressed.items():
-            if value:
-                yield Finding(
-                    f"launch.kubernetes.{key}",
-                    "a trainjob takes it from its ClusterTrainingRuntime",
-                    "set it there",
-                )
 
     def plan(self, config: RunConfig) -> Plan:
         """Renders the manifest; `distopt launch` creates its objects through the API, as `kubectl create -f` would.
 
-        The plan has no commands, and its files are the record here: pods get their configuration in a variable.
+        The plan has no commands, and its files are the record here: pods get their configuration from a ConfigMap.
         """
-        text = yaml.safe_dump_all(manifests(config), sort_keys=False, width=120)
+        text = yaml.dump_all(manifests(config), Dumper=_PlainDumper, sort_keys=False, width=120)
         note = "created through the Kubernetes API, as `kubectl create -f` would"
-        if config.launch.kubernetes.kind == "trainjob":
+        kubernetes = config.launch.kubernetes
+        if kubernetes.kind == "trainjob" and kubernetes.trainer_version is None:
             note += "; volumes and the user of its pods are those of the ClusterTrainingRuntime"
 
         record = self.record_dir(config)
-        files = {record / CONFIG_FILE: dump_yaml(config), record / "manifest.yaml": text}
-        return Plan("kubernetes", (), files, notes=(note,))
+        manifest = record / MANIFEST
+        return Plan(
+            "kubernetes",
+            (),
+            {record / CONFIG_FILE: dump_yaml(config), manifest: text},
+            notes=(note,),
+            document=manifest,
+        )
 
     def job(self, config: RunConfig) -> KubernetesJob:
         """Returns the run on the cluster, submitted or not."""

@@ -1,0 +1,218 @@
+"""The batch script: torchrun on each node under srun, or srun starting workers of Horovod and MPI.
+
+Everything stands in the script, the options of sbatch as `#SBATCH` lines, so that `sbatch job.sh` by hand is the same
+job.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+
+from distopt.config import RunConfig
+from distopt.launchers import HOSTS_VARIABLE, LOGS, RENDEZVOUS_PORT, format_range
+
+from ...plan import env_of_workers, worker_argv
+from ..torchrun import FRESH_STORE, torchrun_argv
+from .job import BATCH_LOG
+
+
+def batch_script(config: RunConfig) -> str:
+    """Returns the batch script.
+
+    Slurm sends USR1 before it ends or preempts the job: workers save, and the job queues again. The step runs in the
+    background, because a shell handles no signal while it waits for a command.
+    """
+    env = _env(config)
+    return _SCRIPT.format(
+        name=config.name,
+        options="\n".join(f"#SBATCH {_for_sbatch(option)}" for option in _options(config)),
+        setup=_setup(config.launch.slurm.setup),
+        exports="\n".join(f"export {key}={shlex.quote(value)}" for key, value in sorted(env.items())),
+        step=_step(config),
+        limit=_limit(config.launch.max_preemptions),
+        is_left="" if config.launch.max_preemptions is None else _IS_LEFT.format(config.launch.max_preemptions),
+        hosts=HOSTS_VARIABLE,
+        port=config.launch.port or RENDEZVOUS_PORT,
+    )
+
+
+def _is_torchrun(config: RunConfig) -> bool:
+    """Returns whether torchrun starts the workers, one task per node; otherwise each worker is a task of srun."""
+    return config.reduce.backend in ("auto", "torch_dist")
+
+
+def _env(config: RunConfig) -> dict[str, str]:
+    return env_of_workers(config, **(FRESH_STORE if _is_torchrun(config) else {}))
+
+
+def _for_sbatch(option: str) -> str:
+    """Quotes what sbatch would take for quotes, comments and ends of words; its backslash does not escape a space."""
+    if not re.search(r"[\s\\'\"#]", option):
+        return option
+    return '"' + re.sub(r'(["\\])', r"\\\1", option) + '"'
+
+
+def _options(config: RunConfig) -> list[str]:
+    """Returns sbatch's options."""
+    launch = config.launch
+    slurm = config.launch.slurm
+
+    # With torchrun a task is a node, and has the cores of all its workers.
+    tasks = 1 if _is_torchrun(config) else launch.workers
+    cpus = slurm.cpus_per_worker * (launch.workers if _is_torchrun(config) else 1)
+
+    optional = {
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "time": slurm.time,
+        "mem": slurm.memory,
+        "constraint": slurm.constraint,
+        "gpus-per-node": slurm.gpus_per_node or None,
+        "gres": slurm.gres,
+        "nodelist": slurm.nodelist,
+        "exclude": slurm.exclude,
+        "reservation": slurm.reservation,
+        "licenses": slurm.licenses,
+        "mail-type": ",".join(slurm.mail_type) or None,
+        "mail-user": slurm.mail_user,
+    }
+
+    # Slurm replaces %j and the like in the path of the log. A job that was requeued continues the log of its first try.
+    log_folder = str(config.run_dir.resolve() / LOGS).replace("%", "%%")
+    return [
+        f"--job-name={config.name}",
+        f"--nodes={format_range(launch.host_counts).replace(':', '-')}",
+        f"--ntasks-per-node={tasks}",
+        f"--cpus-per-task={cpus}",
+        f"--chdir={os.getcwd()}",
+        f"--output={log_folder}/{BATCH_LOG}",
+        "--open-mode=append",
+        "--requeue",
+        f"--signal=B:USR1@{slurm.requeue_before_end_s}",
+        *(f"--{key}={value}" for key, value in optional.items() if value is not None),
+        *(["--exclusive"] if slurm.exclusive else []),
+        *slurm.extra_args,
+    ]
+
+
+def _setup(lines: list[str]) -> str:
+    """Returns the user's lines. A job on nodes without its modules would fail later, and say something else."""
+    if not lines:
+        return ""
+    failed = "launch.slurm.setup: $BASH_COMMAND failed on $(hostname) with exit status $?"
+    return "\n".join(["", f"trap 'echo \"distopt: {failed}\" >&2; exit 1' ERR", *lines, "trap - ERR", ""])
+
+
+def _limit(max_preemptions: int | None) -> str:
+    """Returns lines that end a job which Slurm has requeued once too often; it does so by itself, too."""
+    if max_preemptions is None:
+        return ""
+    message = f"launch.max_preemptions: requeued more often than {max_preemptions} times"
+    return f"""
+if [ "${{SLURM_RESTART_COUNT:-0}}" -gt {max_preemptions} ]; then
+  echo "distopt: {message}" >&2
+  exit 1
+fi
+"""
+
+
+_IS_LEFT = '[ "${{SLURM_RESTART_COUNT:-0}}" -lt {} ] && '
+
+# The step.
+
+
+def _step(config: RunConfig) -> str:
+    """Returns srun's command line, quoted for a shell."""
+    slurm = config.launch.slurm
+    python = sys.executable if slurm.container is None else slurm.container.python
+    srun = ["srun", "--kill-on-bad-exit=1", "--unbuffered", *_pyxis(config), *slurm.srun_args]
+    if not _is_torchrun(config):
+        return shlex.join([*srun, f"--mpi={slurm.mpi}", *_apptainer(config), *worker_argv(config, python)])
+
+    nodes = [f"--nnodes={format_range(config.launch.host_counts)}", "--rdzv-backend=c10d"]
+    torchrun = torchrun_argv(config, nodes, worker_argv(config, python), python)
+    program = torchrun[:3]
+    options = torchrun[3:]
+    agent = shlex.join([*_apptainer(config), python, "-m", "distopt.launch.worker.host_agent", "--", *program])
+
+    # These variables differ between nodes, so a shell on each node expands them, and they stand outside of the quotes.
+    rendezvous = '--rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$FIRST_HOST:$PORT" --local-addr="$SLURMD_NODENAME"'
+    is_host = "--rdzv-conf=is_host=$((SLURM_NODEID == 0))"
+    return shlex.join([*srun, "bash", "-c", f"exec {agent} {rendezvous} {is_host} {shlex.join(options)}"])
+
+
+# Containers. The paths of a run are those of this machine: the folder of the command and the run directory are mounted
+# where they are, and the rest of the environment is the image's.
+
+
+def _mounts(config: RunConfig) -> list[str]:
+    container = config.launch.slurm.container
+    assert container is not None
+    folders = dict.fromkeys([os.getcwd(), str(config.run_dir.resolve())])
+    return [*(f"{folder}:{folder}" for folder in folders), *container.mounts]
+
+
+def _pyxis(config: RunConfig) -> list[str]:
+    container = config.launch.slurm.container
+    if container is None or container.runtime != "pyxis":
+        return []
+    return [
+        f"--container-image={container.image}",
+        # Pyxis takes a mount without a target for a mistake.
+        f"--container-mounts={','.join(mount if ':' in mount else f'{mount}:{mount}' for mount in _mounts(config))}",
+        f"--container-workdir={os.getcwd()}",
+        # Variables of the image would win over those of the job.
+        f"--container-env={','.join(sorted(_env(config)))}",
+        *container.extra_args,
+    ]
+
+
+def _apptainer(config: RunConfig) -> list[str]:
+    container = config.launch.slurm.container
+    if container is None or container.runtime != "apptainer":
+        return []
+    slurm = config.launch.slurm
+    gpus = ["--nv"] if slurm.gpus_per_node or (slurm.gres or "").startswith("gpu") else []
+    binds = [argument for mount in _mounts(config) for argument in ("--bind", mount)]
+    return ["apptainer", "exec", *gpus, *binds, "--pwd", os.getcwd(), *container.extra_args, container.image]
+
+
+# Two jobs may run on one node, so the port depends on the job's number. The step's shells read FIRST_HOST and PORT.
+_SCRIPT = """\
+#!/bin/bash
+# distopt: run {name}
+{options}
+{limit}{setup}
+set -u
+{exports}
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export {hosts}=$(echo "$hosts" | paste -sd ,)
+export FIRST_HOST=$(echo "$hosts" | head -n 1)
+export PORT=$(({port} + SLURM_JOB_ID % 1000))
+
+# Before the time limit or a preemption: save a last checkpoint, then requeue the job.
+requeue=
+save() {{
+  requeue=1
+  scancel --signal=TERM "$SLURM_JOB_ID"
+}}
+trap save USR1
+
+{step} &
+step=$!
+status=0
+while kill -0 "$step" 2> /dev/null; do
+  wait "$step"
+  status=$?
+done
+# A preemption with a time of grace signals the workers alone, and Slurm requeues no job that has ended by itself.
+preempted='PreemptTime=[0-9]'
+if {is_left}{{ [ -n "$requeue" ] || [[ $(scontrol show job "$SLURM_JOB_ID") =~ $preempted ]]; }}; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
+"""

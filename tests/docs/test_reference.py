@@ -1,0 +1,107 @@
+"""The reference has every key of the YAML, every command, metric, exit code and variable of the environment."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import distopt.launchers
+from distopt.checkpoint.cli import app as checkpoint_app
+from distopt.config import all_keys
+from distopt.launch.cli import app
+from distopt.launch.worker.processes import REQUESTS
+from distopt.launchers import USAGE_ERROR
+from distopt.train.measurements import Measurements
+
+pytest.importorskip("sphinx", reason="the docs need Sphinx; make setup-dev installs it")
+pytest.importorskip("prometheus_client", reason="its metrics are on a page; make setup-dev installs it")
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def reference(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The text of each page of the reference, with what is generated."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "docs"), *sys.path])
+    import generated
+
+    pages = {}
+    for path in [*(ROOT / "docs/reference").glob("*.md"), ROOT / "docs/how-to/resume.md"]:
+        source = [path.read_text()]
+        generated.insert_generated(None, path.stem, source)
+        assert "<!-- generated" not in source[0], path
+        pages[path.stem] = source[0]
+    return pages
+
+
+def commands_of(group: Any, name: str) -> list[tuple[str, list[str]]]:
+    """Returns every command with its options."""
+    if hasattr(group, "commands"):
+        return [each for sub, command in group.commands.items() for each in commands_of(command, f"{name} {sub}")]
+    return [(name, [option for param in group.params for option in param.opts if option.startswith("--")])]
+
+
+def test_every_key_of_the_yaml_is_there(reference: dict[str, str]) -> None:
+    for key in all_keys():
+        if not key.is_section:
+            assert f"\n`{key.name}`\n: " in reference["config"], key.name
+
+
+def test_every_command_and_option_is_there(reference: dict[str, str]) -> None:
+    commands = commands_of(typer.main.get_command(app), "distopt")
+    commands += commands_of(typer.main.get_command(checkpoint_app), "distopt checkpoint")
+    assert len(commands) > 12
+    for name, options in commands:
+        if name == "distopt checkpoint":  # hands its arguments on
+            continue
+        section = reference["cli"].split(f"\n## `{name}`\n")[1].split("\n## ")[0]
+        assert all(f"`{option}" in section or f", {option}" in section for option in options if option != "--help")
+
+
+def test_every_variable_of_the_environment_is_there(reference: dict[str, str]) -> None:
+    sources = [*(ROOT / "distopt").rglob("*.py"), *(ROOT / "launch").rglob("*.py"), *(ROOT / "docker").iterdir()]
+    text = "\n".join(path.read_text() for path in sources if path.is_file())
+    names = set(re.findall(r"\bDISTOPT_[A-Z_]*[A-Z]\b", text))
+    assert len(names) > 10
+    assert [name for name in sorted(names) if f"| `{name}` |" not in reference["environment"]] == []
+    for launcher in distopt.launchers.LAUNCHERS:
+        assert f"| {launcher.name} |" in reference["environment"]
+
+
+def test_every_exit_code_is_there(reference: dict[str, str]) -> None:
+    codes = {0, 1, USAGE_ERROR, *(128 + number for number in REQUESTS)}
+    assert {128 + signal.SIGTERM, 128 + signal.SIGINT} < codes
+    assert [code for code in sorted(codes) if f"| `{code}` |" not in reference["exit-codes"]] == []
+
+
+def test_every_logged_value_is_there(reference: dict[str, str]) -> None:
+    measurements = Measurements(None, 0, 1)
+    measurements.add({"elbo": 1.0})
+    names = {*measurements.close(), "step", "gradient_norm", "skipped_steps", "lr"}
+    names |= set(Measurements(None, 0, None).close())  # of a script that does not know its rows
+    assert [name for name in sorted(names) if f"| `{name}` |" not in reference["metrics"]] == []
+    assert "`distopt_steps_total`" in reference["metrics"]
+
+
+def test_every_error_is_there(reference: dict[str, str]) -> None:
+    sources = [*(ROOT / "distopt").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]
+    names = {
+        name
+        for path in sources
+        for name in re.findall(r"^class ([A-Z]\w*Error|LaunchRefused)\(", path.read_text(), re.M)
+    }
+    assert len(names) > 15
+    internal = {"ProbeError"}  # never leave the command that raises them
+    assert [name for name in sorted(names - internal) if f"| `{name}` |" not in reference["errors"]] == []
+
+
+def test_every_key_either_may_change_on_a_resume_or_may_not(reference: dict[str, str]) -> None:
+    may, _, may_not = reference["resume"].partition("These may not:")
+    assert "`train.num_steps`" in may and "`launch`" in may
+    assert "`train.loss`" in may_not and "`seed`" in may_not and "`launch.workers`" not in may_not
