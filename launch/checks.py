@@ -17,6 +17,7 @@ import yaml
 
 from distopt.cgroups import available_cores
 from distopt.config import MAY_CHANGE, ConfigError, RunConfig, comparable, differences, load_config
+from distopt.config.plugins import is_reference
 from distopt.launchers import CONFIG_FILE
 from distopt.run_files import checkpoints_in
 
@@ -45,6 +46,7 @@ def check(config: RunConfig, platform: Platform, *, dry_run: bool = False) -> li
         *findings_of(platform.check, config),
         *([replace(finding, severity="warning") for finding in of_machine] if dry_run else of_machine),
         *_check_code(config, platform.image(config)),
+        *_check_loggers(config, platform.image(config)),
         *_check_nodes(config, platform),
         *_check_global_batch(config),
         *_check_recorded_config(config),
@@ -73,6 +75,15 @@ def _check_code(config: RunConfig, image: str | None) -> Iterator[Finding]:
             yield _or_in_image(spec, image)
         else:
             yield from _check_name(key, reference, spec)
+
+
+def _check_loggers(config: RunConfig, image: str | None) -> Iterator[Finding]:
+    """Yields the loggers whose package is not installed; each is named as its package and as its extra."""
+    for index, logger in enumerate(config.log.loggers):
+        if not is_reference(logger.name) and importlib.util.find_spec(logger.name) is None:
+            missing = f"{logger.name} is not installed for {sys.executable}"
+            fix = f"pip install 'distopt[{logger.name}]'"
+            yield _or_in_image(Finding(f"log.loggers.{index}", missing, fix), image)
 
 
 def _or_in_image(missing: Finding, image: str | None) -> Finding:

@@ -6,6 +6,7 @@ alone takes several times as long to import as typer.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -143,6 +144,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
     if find_launcher() is not None:
         die_with_parent()
     run = _load(config, overrides)
+    _import_from_here()
     from distopt import train as training  # imports torch
 
     with best_effort():
@@ -184,6 +186,29 @@ def status(
 
 
 @app.command()
+def ui(
+    named: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs; without any, all runs in runs/.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="TCP port; 0 takes a free one.", min=0, max=65535)] = 8265,
+) -> None:
+    """Show runs as a page on this machine, live while they train.
+
+    It lists runs with their state, and shows curves over each other, ranks and stragglers, checkpoints, logs and
+    differences of their YAML. It only reads, listens on loopback, and ends with Ctrl-C. From another machine:
+    ssh -L 8265:127.0.0.1:8265 HOST.
+    """
+    from . import runs
+    from .ui import serve_page
+
+    try:
+        directories = [runs.find(each) for each in named or ()]
+        serve_page(lambda: directories or runs.all_runs(), port, echo=typer.echo)
+    except (*runs.ERRORS, OSError) as error:
+        _refuse([str(error)])
+
+
+@app.command()
 def report(run: Run) -> None:
     """Write a run's report.html anew.
 
@@ -193,9 +218,10 @@ def report(run: Run) -> None:
     from distopt import train as training  # imports torch
 
     try:
-        typer.echo(f"report: {training.write_report(run)}")
+        page = training.write_report(run)
     except training.RESULT_ERRORS as error:
         _refuse([str(error)])
+    typer.echo(f"report: {page}")  # a reader that has gone is no error of the run
 
 
 @app.command()
@@ -213,9 +239,39 @@ def compare(
     if len(named) < 2:
         _refuse([f"found {len(named)} run, expected two or more"])
     try:
-        typer.echo(f"comparison: {training.compare_runs(named, output)}")
+        page = training.compare_runs(named, output)
     except training.RESULT_ERRORS as error:
         _refuse([str(error)])
+    typer.echo(f"comparison: {page}")  # a reader that has gone is no error of the run
+
+
+@app.command()
+def sweep(
+    config: Annotated[str, typer.Argument(metavar="SWEEP", help="The sweep's YAML file.")],
+) -> None:
+    """Run trials of one YAML with different keys: a grid, several seeds, or a search by Optuna.
+
+    Each trial is a run, SWEEP-000, SWEEP-001, ... in runs/. The same command continues a sweep that was stopped or
+    killed. At the end come a table and a page with the curves. The exit status is 1 if a trial failed.
+    """
+    from distopt.config.sweep_schema import load_sweep
+
+    from . import runs
+    from .sweep import Sweep
+
+    try:
+        trials = Sweep(load_sweep(config))
+        status = trials.run()
+    except runs.ERRORS as error:
+        _refuse([str(error)])
+
+    from distopt import train as training  # imports torch
+
+    settings = trials.config
+    rows = [(trials.run_dir(each), each.values, each.state, each.value) for each in trials.ranked()]
+    page = training.write_sweep(settings.name, settings.metric, rows, trials.folder / "sweep.html")
+    typer.echo(f"sweep: {page}")
+    raise typer.Exit(status)
 
 
 @app.command()
@@ -294,6 +350,7 @@ def _explain_capture(run: RunConfig | None) -> None:
 
     if run is None:
         _refuse(["--capture needs a run to look at: distopt doctor CONFIG --capture"])
+    _import_from_here()
     try:
         typer.echo(str(training.explain_run(run)))
     except (ConfigError, training.TaskError) as error:
@@ -370,8 +427,6 @@ def _import_from_here() -> None:
 
 
 def _load(path: str, overrides: list[str] | None) -> RunConfig:
-    import os
-
     from distopt.config import ConfigError, load_config, parse_config
 
     try:
@@ -395,6 +450,10 @@ def main() -> None:
     from .worker.streams import open_standard_streams
 
     open_standard_streams()
+    # Under a locale of ASCII other letters in a path are no text that C++ libraries take, torchrun's store among them.
+    # So what is started from here reads paths as UTF-8.
+    if sys.getfilesystemencoding() == "ascii":
+        os.environ["PYTHONUTF8"] = "1"
     # Ctrl-C before a run has started, or while a command only asks, needs no traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda number, _: sys.exit(128 + number))

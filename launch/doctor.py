@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import socket
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -72,6 +73,8 @@ def examine(config: RunConfig | None) -> Iterator[Finding]:
     yield from _builds()
     yield _mpi()
     yield _host_name()
+    yield _shared_memory()
+    yield _infiniband()
     if config is not None:
         yield _run_dir(config)
         hosts = _hosts(config)
@@ -167,6 +170,33 @@ def _host_name() -> Finding:
     return Finding("host name", f"{name} is {address}", severity="ok")
 
 
+SHARED_MEMORY = Path("/dev/shm")
+MIN_SHARED_GIB = 0.25  # a container's default is 0.0625
+INFINIBAND = Path("/sys/class/infiniband")
+
+
+def _shared_memory(folder: Path = SHARED_MEMORY) -> Finding:
+    """Says how large /dev/shm is, through which NCCL, gloo and data loaders of one host pass data."""
+    try:
+        size_gib = shutil.disk_usage(folder).total / 2**30
+    except OSError as error:
+        return Finding(str(folder), f"cannot be used: {error.strerror}", "mount a tmpfs there", "warning")
+    if size_gib < MIN_SHARED_GIB:
+        fix = "`docker run --shm-size=8g`, in a pod an emptyDir with medium Memory"
+        return Finding(str(folder), f"{size_gib:.2f} GiB, which NCCL and data loaders soon fill", fix, "warning")
+    return Finding(str(folder), f"{size_gib:.1f} GiB", severity="ok")
+
+
+def _infiniband(folder: Path = INFINIBAND) -> Finding:
+    """Says which InfiniBand or RoCE ports are active, over which NCCL goes by itself."""
+    ports = sorted(folder.glob("*/ports/*/state"))
+    active = [f"{path.parts[-4]} port {path.parts[-2]}" for path in ports if "ACTIVE" in path.read_text()]
+    if ports and not active:
+        fix = "`ibstat` shows why; NCCL_IB_DISABLE=1 in launch.env has NCCL not try"
+        return Finding("InfiniBand", f"none of {len(ports)} ports is active", fix, "warning")
+    return Finding("InfiniBand", ", ".join(active) or "none; NCCL and gloo use sockets", severity="ok")
+
+
 # The folder, port and hosts of a run.
 
 
@@ -206,6 +236,43 @@ def _hosts(config: RunConfig) -> list[Finding]:
         mark.unlink()
 
 
+# Run by the Python of a host: its clock, whether it sees a file that was just made, and its versions.
+_COMPARED = ("distopt", "torch", "pyro-ppl", "horovod", "mpi4py")
+_LOOK = """
+import json, os, platform, time
+from importlib.metadata import PackageNotFoundError, version
+def find(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+clock = time.time()
+versions = {{"python": platform.python_version(), **{{name: find(name) for name in {packages!r}}}}}
+print(json.dumps({{"clock": clock, "sees_mark": os.path.exists({mark!r}), "versions": versions}}))
+"""
+
+
+def _versions(host: str, there: Mapping[str, str | None]) -> Finding:
+    """Compares a host's versions with those here: ranks of two versions may not understand each other."""
+    here = {"python": platform.python_version(), **{name: _version(name) for name in _COMPARED}}
+    different = [
+        f"{name} {there.get(name) or 'not installed'} there, {mine or 'not installed'} here"
+        for name, mine in here.items()
+        if there.get(name) != mine
+    ]
+    if different:
+        fix = f"install the same versions on {host}, or share one environment"
+        return Finding(f"{host} versions", "; ".join(different), fix)
+    return Finding(f"{host} versions", "as here", severity="ok")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def _host(config: RunConfig, host: str, mark: Path) -> Iterator[Finding]:
     """Asks a host for its clock, for a file that this one has just written, and for its Python."""
     if wrong_name := ssh.check_name(host, alone=len(config.launch.hosts) == 1):
@@ -213,7 +280,7 @@ def _host(config: RunConfig, host: str, mark: Path) -> Iterator[Finding]:
         return
 
     address = network.resolve(host)
-    code = f"import os, time; print(time.time(), os.path.exists({str(mark)!r}))"
+    code = _LOOK.format(mark=str(mark), packages=_COMPARED)
     before = time.time()
     try:
         done = _run(_on(config, host, [sys.executable, "-c", code]))
@@ -225,15 +292,17 @@ def _host(config: RunConfig, host: str, mark: Path) -> Iterator[Finding]:
     yield Finding(host, f"{address} answers in {after - before:.2f} s with {sys.executable}", severity="ok")
 
     # The host read its clock between the two readings of this one, so only what lies outside of them is a difference.
-    clock, sees_mark = done.stdout.split()
-    apart_s = max(0.0, before - float(clock), float(clock) - after)
+    seen = json.loads(done.stdout)
+    clock = seen["clock"]
+    apart_s = max(0.0, before - clock, clock - after)
     if apart_s < CLOCK_WARNING_S:
         yield Finding(f"{host} clock", f"{apart_s:.1f} s apart", severity="ok")
     else:
         severity: Severity = "warning" if apart_s < CLOCK_FAILURE_S else "failure"
         yield Finding(f"{host} clock", f"{apart_s:.1f} s apart", "chronyc makestep", severity)
 
-    if sees_mark == "True":
+    yield _versions(host, seen["versions"])
+    if seen["sees_mark"]:
         yield Finding(f"{host} folder", f"{Path.cwd()} is shared", severity="ok")
     else:
         fix = "run the command in a folder that all hosts mount"

@@ -145,7 +145,7 @@ class FollowedJob(Job):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             pass
         return False
 
@@ -172,6 +172,8 @@ def read_record(run_dir: Path) -> dict[str, Any]:
     path = run_dir / LAUNCH_FILE
     try:
         record: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(record, dict):
+            raise ValueError(f"found a {type(record).__name__}, expected an object")
     except FileNotFoundError:
         raise JobError(f"{run_dir}: no run was launched here (there is no {LAUNCH_FILE})") from None
     except (OSError, ValueError) as error:

@@ -48,15 +48,27 @@ def exported(rank: int, size: int) -> dict[str, str]:
     return {"MASTER_ADDR": "h", "MASTER_PORT": "9", "RANK": f"{rank}", "WORLD_SIZE": f"{size}", "LOCAL_RANK": "1"}
 
 
+def ray_train(rank: int, size: int) -> dict[str, str]:
+    """What a worker of `TorchTrainer` has, seen with Ray 2.60."""
+    return {"RAY_JOB_ID": "01000000", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "1"} | exported(rank, size)
+
+
+def skypilot(rank: int, size: int) -> dict[str, str]:
+    node = {"SKYPILOT_NODE_RANK": f"{rank}", "SKYPILOT_NUM_NODES": f"{size}", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
+    return node | {"SKYPILOT_NODE_IPS": "\n".join(f"10.0.0.{number}" for number in range(1, size + 1))}
+
+
 ENVIRONMENTS = {
     "torchrun": torchrun,
     "horovodrun": horovodrun,
     "mpirun (Open MPI)": open_mpi,
     "mpirun (MPICH)": mpich,
+    "Ray Train": ray_train,
     "srun": srun,
     "a PMI launcher": pmi,
     "Kubernetes": pod,
     "the environment": exported,
+    "SkyPilot": skypilot,
 }
 
 # Which of two launchers started the process where the variables of both are set: what runs inside of what in practice.
@@ -71,20 +83,27 @@ INNER = {
     # Slurm's nodes may be pods, and its plugins for PMI set the variables of PMI, too.
     "srun": {"a PMI launcher", "Kubernetes"},
     "a PMI launcher": {"Kubernetes"},
+    # Ray's nodes may be tasks of srun or pods. A worker of Ray Train may start any launcher but those.
+    "Ray Train": {"srun", "a PMI launcher", "Kubernetes"},
 }
+IN_RAY_TRAIN = ("torchrun", "horovodrun", "mpirun (Open MPI)", "mpirun (MPICH)")
 
 
 def nestings() -> list[tuple[str, str]]:
     """Returns (outer, inner) of every two launchers."""
     pairs = [(outer, inner) for inner, outers in INNER.items() for outer in outers]
+    pairs += [("Ray Train", inner) for inner in IN_RAY_TRAIN]
+    # SkyPilot's command runs once on each node, and starts whatever it starts there.
+    pairs += [("SkyPilot", inner) for inner in ENVIRONMENTS if inner != "SkyPilot"]
     # RANK, WORLD_SIZE and MASTER_ADDR may be exported around any launcher, and left over from another run.
-    return sorted(pairs) + [("the environment", inner) for inner in ENVIRONMENTS if inner != "the environment"]
+    others = ENVIRONMENTS.keys() - {"the environment", "SkyPilot"}
+    return sorted(pairs) + [("the environment", inner) for inner in sorted(others)]
 
 
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_each_launcher_is_recognised_by_its_variables(name):
     info = find_rank(ENVIRONMENTS[name](3, 4))
-    local_rank = None if name == "a PMI launcher" else 1
+    local_rank = None if name in ("a PMI launcher", "SkyPilot") else 1
     assert info is not None
     assert (info.launcher, info.rank, info.world_size, info.local_rank) == (name, 3, 4, local_rank)
 
@@ -124,18 +143,26 @@ def test_world_set_up_by_hand_in_an_interactive_shell_of_slurm_counts():
     assert info is not None and (info.launcher, info.rank, info.world_size) == ("the environment", 1, 2)
 
 
+def test_processes_of_skypilot_meet_at_its_first_node():
+    info = find_rank(skypilot(1, 2))
+    assert info == RankInfo("SkyPilot", 1, 2, None, None, 1)
+    assert find_rendezvous(info, skypilot(1, 2)) == ("10.0.0.1", 29400)
+    assert find_rendezvous(info, skypilot(1, 2) | {"MASTER_PORT": "5"}) == ("10.0.0.1", 5)
+
+
 @pytest.mark.parametrize(
     "variables",
     [
         {},
+        {"RAY_JOB_ID": "01000000", "RAY_RAYLET_PID": "5"},  # an actor or a task of Ray, or another trainer of it
         {"RANK": "1", "WORLD_SIZE": "4"},  # left over: no launcher sets them without an address or its own marker
         {"SLURM_JOB_ID": "5", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"},  # a batch script
         {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
         {"MASTER_ADDR": "h", "WORLD_SIZE": "4"},
-        {"MASTER_ADDR": "h", "WORLD_SIZE": "4", "RANK": ""},
+        {"MASTER_ADDR": "h", "WORLD_SIZE": "1", "RANK": ""},
         {"TORCHELASTIC_RUN_ID": "", "OMPI_COMM_WORLD_RANK": "", "OMPI_COMM_WORLD_SIZE": ""},
     ],
-    ids=["empty", "left over", "batch script", "pod", "no rank", "cleared rank", "cleared markers"],
+    ids=["empty", "actor of Ray", "left over", "batch script", "pod", "no rank", "cleared rank", "cleared markers"],
 )
 def test_process_that_no_launcher_started_has_no_rank(variables):
     assert find_launcher(variables) is None
@@ -146,6 +173,21 @@ def test_process_that_no_launcher_started_has_no_rank(variables):
 def test_variables_that_make_no_sense_are_an_error_that_shows_them(change):
     with pytest.raises(LauncherError, match=f"RANK='{change['RANK']}'"):
         find_rank(torchrun(3, 4) | change)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"MASTER_ADDR": "h", "RANK": "", "WORLD_SIZE": "2"},
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "RANK": "", "WORLD_SIZE": "2"},
+        {"OMPI_COMM_WORLD_RANK": "", "OMPI_COMM_WORLD_SIZE": "2"},
+        {"SLURM_STEP_ID": "0", "SLURM_PROCID": "", "SLURM_STEP_NUM_TASKS": "2"},
+    ],
+    ids=["exported", "pod", "mpirun", "srun"],
+)
+def test_rank_of_several_that_is_set_to_nothing_is_an_error_that_says_what_to_set(variables):
+    with pytest.raises(LauncherError, match=r"is set to nothing while \w+='2'\. Set \w+ to this process's rank"):
+        find_rank(variables)
 
 
 def test_srun_meets_at_the_first_node_of_the_step():

@@ -7,6 +7,9 @@ reference until it is listed here: `torch.optim:Name`.
 
 from typing import Literal
 
+LoggerName = Literal["mlflow", "trackio", "wandb"]
+"""Loggers of `distopt.train.trackers`, each the name of its extra and of its package too."""
+
 OptimizerName = Literal[
     "AdagradRMSProp",
     "ClippedAdam",

@@ -16,6 +16,7 @@ MAY_CHANGE = (
     "data.prefetch",
     "train.num_steps",
     "train.check_steps",
+    "train.device",
     "train.capture",  # a captured step computes what an eager one does
     "train.validate_every_steps",
     "train.early_stopping",
@@ -38,6 +39,8 @@ run with another one of them would not continue the run that was saved.
 """
 
 ADDED_LATER: Mapping[str, Any] = {
+    "data.shard_fraction": None,
+    "train.precision": 32,
     "reduce.groups": [],
     "reduce.gradient_predivide_factor": 1.0,
     "reduce.sparse_as_dense": False,

@@ -174,14 +174,17 @@ def _resolve(raw: dict[str, Any], overrides: Sequence[str], source: str) -> tupl
 
 
 def _parse_override(text: str) -> tuple[str, Any, str | None]:
+    # Under a locale of ASCII other letters arrive as bytes in disguise.
+    if any("\udc80" <= letter <= "\udcff" for letter in text):
+        text = os.fsencode(text).decode(errors="surrogateescape")
     match = _OVERRIDE.match(text)
     if match is None:
-        return "", None, f"{text!r} on the command line: expected key=value, such as train.num_steps=10"
+        return "", None, f"{_shortened(text)} on the command line: expected key=value, such as train.num_steps=10"
     try:
         keys = tuple(match[1].split("."))
         return match[1], parse_yaml(match[2], _is_text, keys) if match[2] else "", None
     except (UnsafeYAML, yaml.YAMLError) as error:
-        return "", None, f"{text!r} on the command line: {_yaml_problem(error)}"
+        return "", None, f"{_shortened(text)} on the command line: {_yaml_problem(error)}"
 
 
 def _problems(error: ValidationError, source: str, overridden: Sequence[str]) -> Iterator[str]:
@@ -316,8 +319,12 @@ def _strings(value: Any) -> Iterator[str]:
 def _shown(value: Any) -> str:
     if value is None:
         return "nothing (null)"
+    return f"{_shortened(value)} ({type(value).__name__})"
+
+
+def _shortened(value: Any) -> str:
     text = repr(value)
-    return f"{text if len(text) <= 80 else text[:77] + '...'} ({type(value).__name__})"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _yaml_problem(error: Exception) -> str:

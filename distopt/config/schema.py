@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from distopt.config.base import Positive, Section
-from distopt.config.catalog import ElboName, OptimizerName, SchedulerName
+from distopt.config.catalog import ElboName, LoggerName, OptimizerName, SchedulerName
 from distopt.config.launch import LaunchConfig
 from distopt.config.paths import LocalPath, PathOrUrl, RunFolder, is_url
 from distopt.config.plugins import Reference, is_reference, trusted_packages
@@ -69,6 +69,12 @@ class TrainConfig(Section):
     check_steps: Annotated[int, Field(ge=0)] | None = 100
     """Steps after each start in which Pyro checks the arguments of distributions, supports and shapes; from then on it
     checks every 100th. Null checks every step, which takes a fifth longer. Checks change no number."""
+    precision: Literal[32, "bf16", "fp16"] = 32
+    """Bits of the matrix products of model and guide: 32, or 16 by `torch.autocast` as `bf16`, or `fp16` with a scaled
+    loss. Parameters, densities, gradients and the optimizer keep 32 bits."""
+    device: Literal["cpu", "cuda"] | None = None
+    """Where model, guide and rows are: `cuda` is the GPU of each rank, by its rank on its host. Null leaves it to the
+    task."""
     capture: Literal["off", "graph"] = "off"
     """With `graph` a step is recorded, and later steps run the recording instead of the model's code: the same numbers
     in a fraction of the time. A model that cannot be recorded runs as it does with `off`, and the run says why."""
@@ -85,6 +91,9 @@ class DataConfig(Section):
     global_batch: Annotated[int, Field(ge=1)] | None = None
     """Rows per step over all workers together, a multiple of the number of workers (in an elastic run only at least
     one row for each); null takes all rows in every step."""
+    shard_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Fraction of its datapoints that each worker of a sharded task reads in a step, at least one, in an order of its
+    own; null takes all. The model passes them to its plate as `subsample`."""
     prefetch: Annotated[int, Field(ge=0)] = 0
     """Batches that a thread of each worker reads ahead while a step runs, for tasks that read from disk; the task's
     `batch` must then not draw random numbers. 0 reads each batch when it is needed."""
@@ -163,12 +172,13 @@ class CheckpointConfig(Section):
 
 
 class LoggerConfig(Section):
-    """A logger of your own."""
+    """A further logger."""
 
-    name: Reference
-    """`module:Name` of a subclass of `distopt.train.Logger`."""
+    name: LoggerName | Reference
+    """`mlflow`, `wandb` or `trackio`, each an extra; or `module:Name` of a subclass of `distopt.train.Logger`."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Its keyword arguments."""
+    """Its keyword arguments: `experiment` and `tracking_uri` of `mlflow`, `project` and what `init` takes of `wandb`
+    (such as `mode: offline`) and `trackio`."""
 
 
 class LogConfig(Section):
@@ -179,12 +189,13 @@ class LogConfig(Section):
     tensorboard: bool = True
     """Whether to write TensorBoard events to the run directory too."""
     loggers: list[LoggerConfig] = Field(default_factory=list)
-    """Loggers of your own, each as `module:Name`, or as a mapping of `name` and `args`."""
+    """Further loggers, each by its name (`mlflow`, `wandb`, `trackio`, or `module:Name` of your own), or as a mapping
+    of `name` and `args`."""
 
     @field_validator("loggers", mode="before")
     @classmethod
     def _names_stand_for_sections(cls, loggers: Any) -> Any:
-        """Takes `mymodule:MyLogger` for `{name: mymodule:MyLogger}`."""
+        """Takes `wandb` for `{name: wandb}`."""
         if not isinstance(loggers, list):
             return loggers
         return [{"name": each} if isinstance(each, str) else each for each in loggers]
@@ -299,6 +310,22 @@ class RunConfig(Section):
         for key, rule in rules.items():
             if rule is not None and self.train.validate_every_steps is None:
                 raise ValueError(f"found {key} without train.validate_every_steps, which says how often to measure")
+        return self
+
+    @model_validator(mode="after")
+    def _precision_is_possible(self) -> RunConfig:
+        precision, train = self.train.precision, self.train
+        if precision == 32:
+            return self
+        if train.capture != "off":
+            raise ValueError(f"found train.precision {precision} and train.capture {train.capture}, expected only one")
+        if train.loss.startswith("Jit"):
+            raise ValueError(f"found train.precision {precision} with train.loss {train.loss}: torch.jit casts nothing")
+        if precision == "fp16" and self.optim.nonfinite != "skip":
+            raise ValueError(
+                f"found train.precision fp16 with optim.nonfinite {self.optim.nonfinite}, expected skip: the scale of "
+                "the loss is found by steps whose gradient is infinite, which are left out"
+            )
         return self
 
     @field_validator("script")

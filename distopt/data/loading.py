@@ -77,10 +77,11 @@ class Loader:
         if self._device is None or self._device.type == "cpu":
             return batch
         # From pinned memory the copy runs while the GPU computes the step before.
-        return tuple(
-            each.pin_memory().to(self._device, non_blocking=True) if isinstance(each, Tensor) else each
-            for each in batch
-        )
+        return tuple(self._moved(each) if isinstance(each, Tensor) else each for each in batch)
+
+    def _moved(self, value: Tensor) -> Tensor:
+        pinned = value.pin_memory() if value.device.type == "cpu" else value
+        return pinned.to(self._device, non_blocking=True)
 
 
 class Ahead:
@@ -137,6 +138,42 @@ def shard_rows(num_rows: int, rank: int, world_size: int) -> NDArray[np.int64]:
     if num_rows < world_size:
         raise ValueError(f"{num_rows} rows cannot be split over {world_size} ranks: each needs at least one")
     return np.arange(num_rows * rank // world_size, num_rows * (rank + 1) // world_size, dtype=np.int64)
+
+
+class ShardBatches(GlobalBatches):
+    """Minibatches of datapoints that each rank holds: every step takes the same fraction of each shard.
+
+    Args:
+        num_rows: Datapoints of all ranks, which `shard_rows` splits.
+        fraction: Of each shard in a step, in (0, 1]; at least one datapoint is taken.
+        seed: Seed of the order, which is another one on each rank.
+        rank: This process.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: The fraction is not in (0, 1], or there are fewer datapoints than ranks.
+
+    Example:
+        >>> [ShardBatches(7, 0.5, seed=0, rank=rank, world_size=2).rows(0).tolist() for rank in (0, 1)]
+        [[2, 0], [6, 4]]
+    """
+
+    def __init__(self, num_rows: int, fraction: float, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(num_rows, None, seed, rank, world_size)
+        self.full = False
+        self._shard = shard_rows(num_rows, rank, world_size)
+        self._batches = shard_batches(len(self._shard), fraction, seed, rank)
+        sizes = [len(shard_rows(num_rows, each, world_size)) for each in range(world_size)]
+        self.global_batch = sum(shard_batches(size, fraction, seed, 0).global_batch for size in sizes)
+
+    @property
+    def weight(self) -> float:
+        """1: the plate scales a minibatch to its shard."""
+        return 1.0
+
+    def rows(self, step: int) -> NDArray[np.int64]:
+        """Returns this rank's rows of a batch, all of them in its shard."""
+        return self._shard[self._batches.rows(step)]
 
 
 def shard_batches(num_rows: int, batch_fraction: float, seed: int, rank: int) -> GlobalBatches:

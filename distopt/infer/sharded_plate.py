@@ -218,24 +218,29 @@ class Sharded(partial[Any]):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.args[1], name)
 
+    def __reduce__(self) -> Any:
+        """Returns what it is pickled and copied by; a model and guide that are copied together share the plates."""
+        run, fn = self.args
+        return Sharded, (fn, self.plates, run.required, run.weight)
+
 
 class _Run:
     """Runs a model or guide inside `Sharding`; an autoguide with a plan of what it does outside its plates."""
 
     def __init__(self, plates: dict[str, PlateShard], required: tuple[str, ...], weight: Weight) -> None:
         self._plates = plates
-        self._required = required
-        self._weight = weight
+        self.required = required
+        self.weight = weight
         self._plan: GuidePlan | None = None
 
     def __call__(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if isinstance(fn, AutoGuide):
             self._prepare(fn, args, kwargs)
-        weight = self._weight() if callable(self._weight) else self._weight
+        weight = self.weight() if callable(self.weight) else self.weight
         with Sharding(self._plates, self._plan, weight=weight) as sharding:
             result = fn(*args, **kwargs)
 
-        for name in self._required:
+        for name in self.required:
             if name not in sharding.seen:
                 raise LocalParameterError(
                     f"shard() was given the plate {name!r}, but the model has no such plate. "

@@ -91,6 +91,17 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         self.captured = StepCapture(self.loss_and_grads) if capture == "graph" else None
         self._layout: Layout | None = None  # in whose buckets captured steps leave gradients
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what is pickled and copied: all but the recordings of steps, which the copy makes anew."""
+        state = {**vars(self), "_layout": None}
+        return state | {"captured": None if self.captured is None else "graph"}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Takes the state of another SVI."""
+        self.__dict__.update(state)
+        if state["captured"] is not None:
+            self.captured = StepCapture(self.loss_and_grads)
+
     def init(self, *args: Any, **kwargs: Any) -> None:
         """Runs guide and model once, so that their parameters exist before the first step; changes no parameter.
 

@@ -1,4 +1,4 @@
-"""Mixed precision: gradients of a scaled loss, and a loss that is scaled for `pyro.infer.SVI`.
+"""Mixed precision: gradients of a scaled loss, and losses for `pyro.infer.SVI` that are scaled or computed in 16 bits.
 
 In 16 bits small gradients round to zero. So the loss is multiplied by a scale before it is differentiated, and the
 gradients are divided by it before they are used; `torch.amp.GradScaler` lowers the scale when a gradient overflows.
@@ -12,6 +12,7 @@ from typing import Any
 import pyro.poutine as poutine
 import torch
 from pyro.infer import ELBO
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.amp import GradScaler
 
@@ -57,7 +58,72 @@ def scaled_step(scaler: GradScaler, gradients: Sequence[Tensor], step: Callable[
     return taken
 
 
-class ScaledELBO(ELBO):  # type: ignore[misc]
+class _Autocast(Messenger):  # type: ignore[misc]
+    """Runs a model or guide under `torch.autocast`."""
+
+    def __init__(self, device_type: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._autocast: Any = torch.autocast(device_type, dtype)
+
+    def __enter__(self) -> Any:
+        self._autocast.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        self._autocast.__exit__(*error)
+        return super().__exit__(*error)
+
+
+class WrappedELBO(ELBO):  # type: ignore[misc]
+    """An ELBO that calls another one; subclasses say how its gradients are computed.
+
+    Args:
+        elbo: The ELBO that is wrapped.
+
+    Attributes:
+        elbo: As given.
+    """
+
+    def __init__(self, elbo: ELBO) -> None:
+        super().__init__(num_particles=elbo.num_particles)
+        self.elbo = elbo
+
+    def _get_trace(self, *args: Any, **kwargs: Any) -> Any:
+        return self.elbo._get_trace(*args, **kwargs)
+
+    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Returns the loss of the wrapped ELBO: neither scaled nor in 16 bits."""
+        return self.elbo.loss(model, guide, *args, **kwargs)
+
+
+class AutocastELBO(WrappedELBO):
+    """An ELBO that runs model and guide in 16 bits when it computes gradients, as `torch.autocast` does.
+
+    Autocast computes products of matrices and convolutions in 16 bits. Parameters, densities, gradients and the
+    optimizer keep their 32 bits, and so does `loss`, which makes the parameters of a guide.
+
+    Args:
+        elbo: The ELBO that is wrapped.
+        device_type: Of the tensors, such as `cuda`.
+        dtype: `torch.bfloat16`, or `torch.float16` together with `ScaledELBO`.
+
+    Example:
+        >>> from pyro.infer import Trace_ELBO
+        >>> loss = AutocastELBO(Trace_ELBO(), "cpu", torch.bfloat16)
+    """
+
+    def __init__(self, elbo: ELBO, device_type: str, dtype: torch.dtype) -> None:
+        super().__init__(elbo)
+        self._device_type = device_type
+        self._dtype = dtype
+
+    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Returns the loss, and leaves gradients on the parameters."""
+        wrapped = (_Autocast(self._device_type, self._dtype)(each) for each in (model, guide))
+        return self.elbo.loss_and_grads(*wrapped, *args, **kwargs)
+
+
+class ScaledELBO(WrappedELBO):
     """An ELBO whose gradients are multiplied by the scale of a `GradScaler`; the loss it returns is not.
 
     Model and guide run under `poutine.scale`, so that every term of the loss is scaled before it is differentiated.
@@ -74,16 +140,8 @@ class ScaledELBO(ELBO):  # type: ignore[misc]
     """
 
     def __init__(self, elbo: ELBO, scaler: GradScaler) -> None:
-        super().__init__(num_particles=elbo.num_particles)
-        self.elbo = elbo
+        super().__init__(elbo)
         self.scaler = scaler
-
-    def _get_trace(self, *args: Any, **kwargs: Any) -> Any:
-        return self.elbo._get_trace(*args, **kwargs)
-
-    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Returns the loss, not scaled."""
-        return self.elbo.loss(model, guide, *args, **kwargs)
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Returns the loss, and leaves scaled gradients on the parameters."""

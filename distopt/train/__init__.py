@@ -4,8 +4,9 @@ from distopt.train.explanation import explain_run
 from distopt.train.loggers import Logger, RunInfo
 from distopt.train.loop import run
 from distopt.train.report import Report
-from distopt.train.run_page import RESULT_ERRORS, compare_runs, write_report
+from distopt.train.run_page import RESULT_ERRORS, compare_runs, write_report, write_sweep
 from distopt.train.saved_run import SavedRun, load_run
+from distopt.train.session import Session
 from distopt.train.task import Task, TaskError
 from distopt.train.validation import Mean, Total
 
@@ -16,6 +17,7 @@ __all__ = [
     "Report",
     "RunInfo",
     "SavedRun",
+    "Session",
     "Task",
     "TaskError",
     "Total",
@@ -24,4 +26,5 @@ __all__ = [
     "load_run",
     "run",
     "write_report",
+    "write_sweep",
 ]

@@ -7,29 +7,42 @@ step, with the key of the configuration.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import pyro.infer
 import torch
+from pyro.infer import ELBO
 from rich.console import Console
+from torch.amp import GradScaler
 
 from distopt.config import ConfigError, RunConfig
 from distopt.config.plugins import is_reference, load_reference
+from distopt.infer.device import DeviceELBO
 from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim, by_name
+from distopt.optim.amp import AutocastELBO, ScaledELBO
 from distopt.optim.arguments import Args
 from distopt.optim.lr_scheduler import metric_name
 from distopt.optim.pytorch_optimizers import OPTIMIZERS, SCHEDULERS
 from distopt.train.loggers import JsonLinesLogger, Logger, ProgressLogger, TensorBoardLogger
+from distopt.train.trackers import TRACKERS
 from distopt.train.trainjob_status import trainjob_logger
 
 StepSchedule: TypeAlias = Callable[[DistributedOptimizer, float | None], None]
 """Takes a step of the optimizer's learning-rate schedule, given the loss."""
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of `train.precision`."""
 
-def make_optimizer(config: RunConfig) -> tuple[PyroOptim, StepSchedule]:
+
+def make_optimizer(config: RunConfig, scaler: GradScaler | None = None) -> tuple[PyroOptim, StepSchedule]:
     """Returns the optimizer that the configuration names, and a function that steps its schedule.
+
+    Args:
+        config: The run.
+        scaler: Of the loss, where that is scaled.
 
     Raises:
         ConfigError: There is no such optimizer or schedule, or it does not accept its arguments.
@@ -43,7 +56,8 @@ def make_optimizer(config: RunConfig) -> tuple[PyroOptim, StepSchedule]:
     # first step would be the first to find a misspelt argument, after the data were read and all ranks had met. The
     # parameter has two dimensions since Muon refuses others.
     with refused("optim.args", given=args):
-        optimizer = PyroOptim(constructor, optim_args, chosen.clip.args(), nonfinite=chosen.nonfinite)
+        options: Any = {"nonfinite": chosen.nonfinite, "scaler": scaler}
+        optimizer = PyroOptim(constructor, optim_args, chosen.clip.args(), **options)
         trial = constructor([torch.zeros(1, 1)], **args)
     for pattern, more in chosen.args_by_name.items():
         with refused(f"optim.args_by_name.{pattern}"):
@@ -57,7 +71,7 @@ def make_optimizer(config: RunConfig) -> tuple[PyroOptim, StepSchedule]:
     make = _find(chosen.scheduler.name, SCHEDULERS, "optim.scheduler.name")
     with refused("optim.scheduler.args", given=chosen.scheduler.args):
         scheduler_args = {"optimizer": constructor, "optim_args": optim_args, **chosen.scheduler.args}
-        optimizer = PyroLRScheduler(make, scheduler_args, chosen.clip.args(), nonfinite=chosen.nonfinite)
+        optimizer = PyroLRScheduler(make, scheduler_args, chosen.clip.args(), **options)
         schedule = optimizer._construct([torch.zeros(1, 1)], args)
     _check_kind(schedule, torch.optim.lr_scheduler.LRScheduler, chosen.scheduler.name, "optim.scheduler.name")
     _check_length(schedule, config)
@@ -84,7 +98,7 @@ def _check_length(schedule: Any, config: RunConfig) -> None:
             )
 
 
-def make_loss(config: RunConfig) -> pyro.infer.ELBO:
+def make_loss(config: RunConfig) -> ELBO:
     """Returns the objective that the configuration names.
 
     Raises:
@@ -94,12 +108,45 @@ def make_loss(config: RunConfig) -> pyro.infer.ELBO:
     make = load_reference(name, "train.loss") if is_reference(name) else getattr(pyro.infer, name)
     with refused("train.loss_args", given=config.train.loss_args):
         loss = make(num_particles=config.train.num_particles, **config.train.loss_args)
-    _check_kind(loss, pyro.infer.ELBO, name, "train.loss")
+    _check_kind(loss, ELBO, name, "train.loss")
     return loss
 
 
+def make_scaler(config: RunConfig, device: torch.device) -> GradScaler | None:
+    """Returns what scales the loss of a run in fp16; None for other precisions.
+
+    Raises:
+        ConfigError: The device does not compute in the precision of the configuration.
+    """
+    precision = config.train.precision
+    if precision == 32:
+        return None
+    dtype = DTYPES[precision]
+    try:
+        with torch.autocast(device.type, dtype), warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch warns about a type that it does not cast to, and computes in 32 bits
+            one = torch.ones(1, 1, device=device)
+            is_cast = torch.mm(one, one).dtype == dtype
+    except (RuntimeError, UserWarning):
+        is_cast = False
+    if not is_cast:
+        raise ConfigError([f"train.precision: found {precision}, but torch {torch.__version__} has no {dtype} autocast "
+                           f"on {device.type}; use 32 or another device"])  # fmt: skip
+    return GradScaler(device.type) if precision == "fp16" else None
+
+
+def in_precision(loss: ELBO, config: RunConfig, device: torch.device, scaler: GradScaler | None) -> ELBO:
+    """Returns an objective that computes in the precision of the configuration, on its device where it names one."""
+    if config.train.device is not None:
+        loss = DeviceELBO(loss, device)
+    if config.train.precision == 32:
+        return loss
+    cast = AutocastELBO(loss, device.type, DTYPES[config.train.precision])
+    return cast if scaler is None else ScaledELBO(cast, scaler)
+
+
 def make_loggers(config: RunConfig, console: Console) -> list[Logger]:
-    """Returns the loggers of rank 0: distopt's, then the user's.
+    """Returns the loggers of rank 0: those of every run, then those that the configuration names.
 
     Raises:
         ConfigError: There is no such logger, or it does not accept its arguments.
@@ -113,7 +160,7 @@ def make_loggers(config: RunConfig, console: Console) -> list[Logger]:
         loggers.append(trainjob)
 
     for index, entry in enumerate(config.log.loggers):
-        make = load_reference(entry.name, f"log.loggers.{index}")
+        make = TRACKERS.get(entry.name) or load_reference(entry.name, f"log.loggers.{index}")
         with refused(f"log.loggers.{index}.args", given=entry.args):
             logger = make(**entry.args)
         _check_kind(logger, Logger, entry.name, f"log.loggers.{index}")

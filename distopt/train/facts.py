@@ -20,7 +20,7 @@ from distopt.config import RunConfig
 from distopt.launchers import RUN_FILE
 from distopt.run_files import read_facts
 from distopt.train.loggers import report_unwritable
-from distopt.train.monitor import RankPace
+from distopt.train.monitor import RankPace, describe_straggler
 
 
 class Facts:
@@ -65,8 +65,8 @@ class Facts:
             self._write()
 
     def note_paces(self, paces: Sequence[RankPace]) -> None:
-        """Replaces the paces of the ranks."""
-        self.note(paces=[asdict(pace) for pace in paces])
+        """Replaces the paces of the ranks, and the sentence on a straggler among them."""
+        self.note(paces=[asdict(pace) for pace in paces], straggler=describe_straggler(paces))
 
     def _write(self) -> None:
         assert self._path is not None

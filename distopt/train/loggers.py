@@ -5,6 +5,7 @@ Only rank 0 has loggers. A run calls, in this order,
     start(run)                  once, before the first step
     after_step(step)            after every step
     log(step, values)           after every `log.every_steps` steps, and after the last one
+    finish(outcome)             when the run is done or was stopped, not when it fails
     close()                     once, also when the run fails
 
 so a logger of one's own is one class with the methods that it needs, which the configuration names:
@@ -26,7 +27,7 @@ from datetime import timedelta
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Literal, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -48,7 +49,8 @@ class RunInfo:
         first_step: Step that the run resumes from, 0 for a new run. Rows beyond it that an earlier process has logged
             belong to steps that are repeated now: a logger that keeps them would show them twice.
         num_steps: Steps of the whole run.
-        config: The configuration as nested dicts, lists, strings and numbers.
+        config: The configuration as nested dicts, lists, strings and numbers, without the variables of `launch.env`,
+            which may be secrets.
     """
 
     name: str
@@ -87,9 +89,19 @@ class Logger:
 
         Args:
             step: Steps done, counted from the start of the run.
-            values: `elbo` (nats, mean over the steps and over all ranks), `rows_per_s` (over all ranks),
-                `gradient_norm` (2-norm of the last step's averaged gradient; NaN if it is not known) and
-                `skipped_steps` (of this process, for a gradient that was not finite). Values may be NaN or infinite.
+            values: `elbo` (nats, mean over the steps and over all ranks), `rows_per_s` (over all ranks), `train_s`
+                (seconds of training, over all processes of the run), `lr` (the largest), `gradient_norm` (2-norm of the
+                last step's averaged gradient; NaN if it is not known), `skipped_steps` (of this process, for a gradient
+                that was not finite), `validation/...` and those of the task's `metrics`. Of a script: what it has
+                passed to `Session.log`, `train_s`, `lr`, and `rows_per_s` or `steps_per_s`. Values may be NaN or
+                infinite.
+        """
+
+    def finish(self, outcome: Literal["done", "stopped"]) -> None:
+        """Notes how the run ended; a run that fails is closed without it.
+
+        Args:
+            outcome: `done` after the last step or an early stop, `stopped` after a signal: it can be resumed.
         """
 
     def close(self) -> None:
@@ -135,6 +147,11 @@ class Loggers(Logger):
         """Passes the call on."""
         for logger in self._loggers:
             logger.log(step, values)
+
+    def finish(self, outcome: Literal["done", "stopped"]) -> None:
+        """Passes the call on."""
+        for logger in self._loggers:
+            logger.finish(outcome)
 
 
 # Metrics are best effort: a run whose run directory is full, or belongs to another user, trains all the same, since its
@@ -292,7 +309,7 @@ class ProgressLogger(Logger):
         self._last_step = step
         self._last_time_s = now_s
 
-        text = f"ELBO {values['elbo']:,.0f}  {values['rows_per_s']:,.0f} rows/s"
+        text = _shown(values)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, measured=text)
         else:
@@ -303,6 +320,14 @@ class ProgressLogger(Logger):
         """Leaves the bar as it is."""
         if self._bar is not None:
             self._bar.stop()
+
+
+def _shown(values: Mapping[str, float]) -> str:
+    """Returns what a line of progress shows; a script may log neither an ELBO nor rows."""
+    texts = [f"ELBO {values['elbo']:,.0f}"] if "elbo" in values else []
+    texts += [f"{values['rows_per_s']:,.0f} rows/s"] if "rows_per_s" in values else []
+    texts += [f"{values['steps_per_s']:,.3g} steps/s"] if "steps_per_s" in values else []
+    return "  ".join(texts)
 
 
 def printer(console: Console | None) -> Callable[[str], None]:

@@ -79,9 +79,11 @@ class Status(Logger):
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Keeps the values for the server."""
-        self.loss = -values["elbo"]
-        self.rows_per_s = values["rows_per_s"]
-        self.gradient_norm = values["gradient_norm"]
+        # A script may log less, and what it does not log stays None.
+        elbo = values.get("elbo")
+        self.loss = None if elbo is None else -elbo
+        self.rows_per_s = values.get("rows_per_s")
+        self.gradient_norm = values.get("gradient_norm")
 
     def stalled_s(self) -> float:
         """Returns the seconds since the last progress."""

@@ -16,11 +16,17 @@ def recorded_config(config: RunConfig) -> dict[str, Any]:
     Keys that came with a later version of distopt are left out while they have the value that runs had before (see
     `distopt.config.comparable`), so that those runs can resume.
     """
-    recorded: dict[str, Any] = comparable(config.as_json())
+    recorded: dict[str, Any] = comparable(without_secrets(config))
+    return recorded
+
+
+def without_secrets(config: RunConfig) -> dict[str, Any]:
+    """Returns the configuration as JSON values without the keys of `SECRET`."""
+    values = config.as_json()
     for key in SECRET:
         *sections, name = key.split(".")
-        section = recorded
+        section = values
         for each in sections:
             section = section[each]
         section.pop(name, None)
-    return recorded
+    return values

@@ -153,11 +153,11 @@ def paces_table(report: Report, paces: Sequence[RankPace]) -> None:
         report.text(straggler[0].upper() + straggler[1:] + ".")
 
 
-def elbo_figure(history: Sequence[dict[str, Any]], num_rows: int) -> Any:
-    """Returns a matplotlib figure of the ELBO per row against the step."""
+def elbo_figure(history: Sequence[dict[str, Any]], num_rows: int | None) -> Any:
+    """Returns a matplotlib figure of the ELBO against the step, per row where their number is known."""
     from matplotlib.figure import Figure
 
-    points = [(row["step"], row["elbo"] / num_rows) for row in history if row.get("elbo") is not None]
+    points = [(row["step"], row["elbo"] / (num_rows or 1)) for row in history if row.get("elbo") is not None]
     figure = Figure(figsize=(9, 3))
     axes = figure.subplots()
     if points:
@@ -171,7 +171,7 @@ def elbo_figure(history: Sequence[dict[str, Any]], num_rows: int) -> Any:
         top = max(elbo)
         axes.set_ylim(top - 4 * max(top - settled[len(settled) // 10], 1e-9), top + 0.3 * (top - settled[0]) + 1e-9)
 
-    axes.set(xlabel="step", ylabel="ELBO per row (nats)")
+    axes.set(xlabel="step", ylabel="ELBO (nats)" if num_rows is None else "ELBO per row (nats)")
     _finish(axes)
     return figure
 
@@ -193,6 +193,21 @@ def curves_figure(curves: Mapping[str, Sequence[tuple[int, float]]], label: str)
     axes.set(xlabel="step", ylabel=label)
     if len(curves) > 1:
         axes.legend(frameon=False)
+    _finish(axes)
+    return figure
+
+
+def points_figure(points: Sequence[tuple[float, float]], x_label: str, y_label: str) -> Any:
+    """Returns a matplotlib figure of points; the horizontal axis is logarithmic where they span more than a decade."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3))
+    axes = figure.subplots()
+    horizontal = [x for x, _ in points]
+    axes.plot(*zip(*points, strict=True), "o", color="#2563a8", alpha=0.7)
+    if min(horizontal) > 0 and max(horizontal) > 10 * min(horizontal):
+        axes.set_xscale("log")
+    axes.set(xlabel=x_label, ylabel=y_label)
     _finish(axes)
     return figure
 

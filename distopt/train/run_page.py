@@ -18,9 +18,10 @@ from distopt.checkpoint import CheckpointError
 from distopt.config import ConfigError, RunConfig, differences, dump_yaml
 from distopt.launchers import METRICS_FILE
 from distopt.rng import seed_all
+from distopt.run_files import read_metrics
 from distopt.sharding import local_parameters
 from distopt.train.facts import paces_of
-from distopt.train.report import Report, curves_figure, elbo_figure, paces_table, params_figure
+from distopt.train.report import Report, curves_figure, elbo_figure, paces_table, params_figure, points_figure
 from distopt.train.saved_run import load_run
 from distopt.train.task import Task, TaskError
 from distopt.train.validation import PREFIX
@@ -28,29 +29,32 @@ from distopt.train.validation import PREFIX
 REPORT = "report.html"
 MAX_PARAMS = 30
 """Parameters in the default table and plot."""
+MAX_CURVES = 12
+"""Trials whose curves a sweep's page shows."""
 
 RESULT_ERRORS = (CheckpointError, ConfigError, TaskError, OSError)
 """What reading the results of a run raises, with a message for users."""
 
 
 def fill_report(
-    report: Report, config: RunConfig, task: Task, facts: Mapping[str, Any], *, step: int, num_rows: int
+    report: Report, config: RunConfig, task: Task | None, facts: Mapping[str, Any], *, step: int, num_rows: int | None
 ) -> None:
     """Adds all of a run's report: its results, curves, stragglers, facts and configuration; draws its own samples.
 
     Args:
         report: Has the history.
         config: The run.
-        task: With trained parameters in Pyro's store.
+        task: With trained parameters in Pyro's store; None for a script, whose parameters are shown.
         facts: What `run.json` says.
         step: Steps done.
-        num_rows: Rows of the training set.
+        num_rows: Rows of the training set, None if they are not known.
     """
     report.text(_headline(facts, step), quiet=True)
     seed_all(config.seed, config.train.num_steps)
     with torch.no_grad():
         num_before = report.num_sections
-        task.report(report)
+        if task is not None:
+            task.report(report)
         if report.num_sections == num_before:
             _params_section(report)
 
@@ -62,7 +66,7 @@ def fill_report(
             f"There is no figure without matplotlib: pip install matplotlib. The numbers are in {METRICS_FILE}."
         )
     else:
-        report.figure(figure, "Evidence lower bound per row, mean over the ranks.")
+        report.figure(figure, f"Evidence lower bound{'' if num_rows is None else ' per row'}, mean over the ranks.")
         _add_curves(report)
 
     if paces := paces_of(dict(facts)):
@@ -200,6 +204,42 @@ def compare_runs(runs: Sequence[str | Path], output: str | Path) -> Path:
     path = Path(output)
     report.write(path)
     return path
+
+
+def write_sweep(
+    name: str, metric: str, trials: Sequence[tuple[Path, Mapping[str, Any], str, float | None]], output: Path
+) -> Path:
+    """Prints the trials of a sweep, the best first, and writes a page with their curves.
+
+    Args:
+        name: Of the sweep.
+        metric: What trials are compared by.
+        trials: Run directory, changed keys, state and value of each, in the order in which they are shown.
+        output: The page to write.
+
+    Returns:
+        Its path.
+    """
+    report = Report(name, Console())
+    keys = list(dict.fromkeys(key for _, values, _, _ in trials for key in values))
+    rows = [
+        [run_dir.name, state, "" if value is None else _number(value), *(str(values.get(key, "")) for key in keys)]
+        for run_dir, values, state, value in trials
+    ]
+    report.table("Trials", ["run", "state", metric, *keys], rows, "The best one comes first.")
+    try:
+        curves = {run_dir.name: curve(read_metrics(run_dir), metric) for run_dir, *_ in trials}
+        report.heading(metric)
+        report.figure(curves_figure(dict(list(curves.items())[:MAX_CURVES]), metric), f"{metric} of the best trials.")
+        for key in keys:
+            points = [(values[key], value) for _, values, state, value in trials if value is not None and key in values]
+            numbers = [(x, y) for x, y in points if isinstance(x, int | float) and not isinstance(x, bool)]
+            if len({x for x, _ in numbers}) > 1:
+                report.figure(points_figure(numbers, key, metric), f"The last {metric} of each trial by {key}.")
+    except ImportError:
+        report.text("There are no figures without matplotlib: pip install matplotlib.")
+    report.write(output)
+    return output
 
 
 def _label(run: str | Path) -> str:

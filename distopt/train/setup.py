@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import socket
 from typing import Any, SupportsIndex
 
 import pyro
@@ -13,7 +14,9 @@ from distopt.backends import Backend
 from distopt.cgroups import available_cores
 from distopt.config import ConfigError, RunConfig, differences
 from distopt.config.plugins import load_reference
+from distopt.data import GlobalBatches, ShardBatches
 from distopt.rng import seed_all
+from distopt.train.components import refused
 from distopt.train.source_code import differing_files, source_digests
 from distopt.train.task import PeerTaskError, Task, TaskError, load_task
 
@@ -33,6 +36,23 @@ def set_up_process(config: RunConfig, backend: Backend) -> None:
 
     pyro.clear_param_store()
     seed_all(config.seed)
+
+
+def device_of_run(config: RunConfig, backend: Backend) -> torch.device:
+    """Returns where this rank computes: what `train.device` says, else what the backend has chosen.
+
+    Raises:
+        ConfigError: There is no GPU for this rank.
+    """
+    wanted = config.train.device
+    if wanted == "cuda" and backend.device.type != "cuda":
+        num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise ConfigError(
+            [f"train.device: found cuda, but torch {torch.__version__} sees {num_gpus} GPUs on {socket.gethostname()}"]
+        )
+    if wanted == "cpu":
+        backend.device = torch.device("cpu")
+    return backend.device
 
 
 def load_task_on_all_ranks(config: RunConfig, backend: Backend) -> Task:
@@ -94,6 +114,34 @@ def check_same_setup(setups: list[dict[str, Any]]) -> None:
         ]
         if lines:
             raise TaskError("\n  ".join(["ranks have different configuration, code or versions:", *lines]))
+
+
+def make_batches(task: Task, config: RunConfig, backend: Backend) -> GlobalBatches:
+    """Decides which rows this rank reads in which step.
+
+    Raises:
+        TaskError: `data` does not fit the task; the same on all ranks.
+        ConfigError: It does not fit the number of rows.
+
+    Cost:
+        One `all_gather_json`.
+    """
+    num_rows = count_rows(task, backend)
+    data, world = config.data, (backend.rank, backend.world_size)
+    if data.shard_fraction is not None:
+        if not task.sharded:
+            raise TaskError(f"data.shard_fraction: {config.task} is not sharded; set it to null, or data.global_batch")
+        with refused("data.shard_fraction"):
+            return ShardBatches(num_rows, data.shard_fraction, config.seed, *world)
+
+    with refused("data"):
+        batches = GlobalBatches(num_rows, data.global_batch, config.seed, *world)
+    if task.sharded and not batches.full:
+        raise TaskError(
+            f"data.global_batch is {batches.global_batch:,}, but {config.task} is sharded, so that every rank "
+            "takes all of its rows in each step: set it to null, and data.shard_fraction to take a part of them"
+        )
+    return batches
 
 
 def count_rows(task: Task, backend: Backend) -> int:

@@ -28,6 +28,7 @@ from distopt.launchers import (
     GRACE_VARIABLE,
     LOGS,
     PREEMPTION_VARIABLE,
+    RUN_DIR_VARIABLE,
     STDIN_SECRETS_VARIABLE,
     STOP_FILE,
     WATCH_STOP_VARIABLE,
@@ -244,6 +245,7 @@ class Supervisor:
         self._take_error()
         env = {**os.environ, **interface_env(os.environ), "PYTHONUNBUFFERED": "1", **self._secrets}
         env[ERROR_FILE_VARIABLE] = str(self._error_file)
+        env[RUN_DIR_VARIABLE] = str(self.run_dir)
         env.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // self.local_size)))
         for name, value in LIBRARY_SETTINGS.items():
             env.setdefault(name, value)

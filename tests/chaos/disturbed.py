@@ -29,7 +29,7 @@ from tests.chaos.task import FAULTS, INJECTED
 from tests.checkpoint.states import assert_equal
 from tests.train.runs import BIN, ROOT, environment, steps_logged
 
-NUM_STEPS, EVERY, BATCH = 260, 20, 100
+EVERY, BATCH = 20, 100
 PACE_S = 0.01
 MARK = "DISTOPT_CHAOS"  # in the environment of everything that a run starts
 PATIENCE_S = 120.0  # of this machine when it is busy: nothing that hangs is waited for longer
@@ -50,7 +50,7 @@ ENDING = ("stop", "stop-twice", "stop-again", "hang-up")
 """Kinds after which the launcher ends."""
 
 
-def write_config(folder: Path, runner: str) -> Path:
+def write_config(folder: Path, runner: str, num_steps: int) -> Path:
     """Writes run.yaml of a run on two workers, whose checkpoints hold all there is to compare."""
     platform = PLATFORMS[runner]
     keys = {
@@ -59,7 +59,7 @@ def write_config(folder: Path, runner: str) -> Path:
         "task": "tests.chaos.task:Recorded",
         "task_args": {"folder": str(folder), "pace_s": PACE_S},
         "seed": 1,
-        "train": {"num_steps": NUM_STEPS},
+        "train": {"num_steps": num_steps},
         "data": {"global_batch": BATCH},
         "optim": {
             "name": "Adam",
@@ -134,17 +134,19 @@ class Disturbed:
         schedule: What happens to it.
         folder: A new folder for the run and everything about it.
         undisturbed: The folder of the same run that nothing happened to.
+        num_steps: Of the run; all events must find it running.
     """
 
-    def __init__(self, schedule: Schedule, folder: Path, undisturbed: Path | None) -> None:
+    def __init__(self, schedule: Schedule, folder: Path, undisturbed: Path | None, num_steps: int) -> None:
         self.schedule = schedule
+        self.num_steps = num_steps
         self.folder = folder
         self.undisturbed = undisturbed
         self.problems: list[str] = []
         self.history: list[str] = []
         self.num_launches = 0
         self._began = time.monotonic()
-        self._path = write_config(folder, schedule.runner)
+        self._path = write_config(folder, schedule.runner, num_steps)
         self._steps = reference_steps(undisturbed) if undisturbed else {}
 
     def play(self) -> list[str]:
@@ -320,7 +322,9 @@ class Disturbed:
         kinds = [event.kind for event in launch.fired]
         done = self._done()
         if status == 0 and not done:
-            self._problem(f"exit status 0, but the newest checkpoint is {self._published()[-1:]} of {NUM_STEPS} steps")
+            self._problem(
+                f"exit status 0, but the newest checkpoint is {self._published()[-1:]} of {self.num_steps} steps"
+            )
         if not done and not self._may_fail(launch):
             self._problem(f"exit status {status} after {kinds}: the run had to go on to its end")
         if len(kinds) == 1 and kinds[0] in ("stop", "stop-twice", "hang-up") and not done:
@@ -405,7 +409,7 @@ class Disturbed:
         return sorted(path.name for path in (self.folder / "run" / "checkpoints").glob("step-*"))
 
     def _done(self) -> bool:
-        return max(map(step_of, self._published()), default=0) == NUM_STEPS
+        return max(map(step_of, self._published()), default=0) == self.num_steps
 
     def _progress(self, launch: Launch) -> int:
         """The step that both ranks have come to in this life; 0 before they have begun to train."""
@@ -483,8 +487,8 @@ def reference_steps(folder: Path) -> dict[int, dict[str, int]]:
     return {rank: {batch: step for step, batch in enumerate(life.batches)} for (rank, _), life in lives(folder).items()}
 
 
-def run_undisturbed(folder: Path, runner: str) -> None:
+def run_undisturbed(folder: Path, runner: str, num_steps: int) -> None:
     """Makes the run that disturbed ones are compared with."""
     folder.mkdir()
-    problems = (run := Disturbed(Schedule(-1, runner, ()), folder, None)).play()
+    problems = (run := Disturbed(Schedule(-1, runner, ()), folder, None, num_steps)).play()
     assert not problems, run.report()

@@ -15,6 +15,8 @@ from tests.chaos.schedule import KINDS, PENDING, RUNNERS, draw, enabled_kinds
 
 NUM_QUICK, NUM_SLOW = 20, 300
 QUICK_EVENTS, SLOW_EVENTS = 2, 4  # of a schedule, at most; few keep the quick test within minutes
+QUICK_STEPS, SLOW_STEPS = 160, 260  # of a run: an event comes at most 60 steps into a life
+NUM_AT_ONCE = 3  # they wait as much as they compute
 
 
 def available_runners() -> tuple[str, ...]:
@@ -34,20 +36,20 @@ def kinds_here() -> tuple[str, ...]:
     return tuple(kind for kind in enabled_kinds() if kind != "disk-full" or os.geteuid() == 0)
 
 
-def play_all(seeds: list[int], folder: Path, max_events: int) -> None:
-    """Plays each seed, two at a time, and prints what it was."""
+def play_all(seeds: list[int], folder: Path, max_events: int, num_steps: int) -> None:
+    """Plays each seed, a few at a time, and prints what it was."""
     undisturbed, kinds, runners = folder / "undisturbed", kinds_here(), available_runners()
-    run_undisturbed(undisturbed, "local")
+    run_undisturbed(undisturbed, "local", num_steps)
 
     def play(seed: int) -> Disturbed:
         of_seed = folder / str(seed)
         of_seed.mkdir()
-        run = Disturbed(draw(seed, kinds, runners, max_events), of_seed, undisturbed)
+        run = Disturbed(draw(seed, kinds, runners, max_events), of_seed, undisturbed, num_steps)
         run.play()
         print("\n".join(run.history), flush=True)
         return run
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
         failed = [run for run in pool.map(play, seeds) if run.problems]
     summary = [f"{run.schedule}: {'; '.join(run.problems)}" for run in failed]
     assert not failed, "\n\n".join([*summary, *(run.report() for run in failed)])
@@ -55,13 +57,13 @@ def play_all(seeds: list[int], folder: Path, max_events: int) -> None:
 
 @pytest.mark.timeout(1200)
 def test_runs_disturbed_at_random_end_as_the_undisturbed_one(tmp_path):
-    play_all(chosen_seeds(NUM_QUICK), tmp_path, QUICK_EVENTS)
+    play_all(chosen_seeds(NUM_QUICK), tmp_path, QUICK_EVENTS, QUICK_STEPS)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(6 * 3600)
 def test_many_runs_disturbed_at_random_end_as_the_undisturbed_one(tmp_path):
-    play_all(chosen_seeds(NUM_SLOW), tmp_path, SLOW_EVENTS)
+    play_all(chosen_seeds(NUM_SLOW), tmp_path, SLOW_EVENTS, SLOW_STEPS)
 
 
 def test_schedule_follows_from_its_seed_and_every_kind_comes_up():

@@ -100,7 +100,10 @@ def test_unknown_key_is_answered_in_the_form_of_the_style_guide():
         ("optim: {name: os:system}", "optim.name: found os:system, but os belongs to Python's standard library"),
         ("optim: {scheduler: {name: Exponential}}", "Did you mean ExponentialLR?"),
         ("log: {loggers: mine:A}", "log.loggers: found 'mine:A' (str), expected a list."),
-        ("log: {loggers: [mine:A, mine]}", "log.loggers.1.name: found 'mine' (str), expected module:Name of your own"),
+        (
+            "log: {loggers: [mine:A, mine]}",
+            "log.loggers.1.name: found 'mine' (str), expected one of mlflow, trackio, wandb or module:Name of your own",
+        ),
         (
             "log: {loggers: [{name: mine:A, nam: x}]}",
             "log.loggers.0.nam: unknown key. Did you mean log.loggers.0.name?",

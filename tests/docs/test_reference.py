@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import signal
 import sys
@@ -17,8 +18,6 @@ from distopt.config import all_keys
 from distopt.launch.cli import app
 from distopt.launch.worker.processes import REQUESTS
 from distopt.launchers import USAGE_ERROR
-from distopt.optim import Adam
-from distopt.optim.distributed import StepInfo
 from distopt.train.measurements import Measurements
 
 pytest.importorskip("sphinx", reason="the docs need Sphinx; make setup-dev installs it")
@@ -84,10 +83,9 @@ def test_every_exit_code_is_there(reference: dict[str, str]) -> None:
 
 def test_every_logged_value_is_there(reference: dict[str, str]) -> None:
     measurements = Measurements(None, 0, 1)
-    info = StepInfo(loss=1.0, stop=False, num_active=1, gradient_norm=1.0)
-    measurements.add(info)
-    optimizer = Adam({"lr": 0.1})
-    names = {*measurements.close(info, optimizer, 0), "step", "lr"}
+    measurements.add({"elbo": 1.0})
+    names = {*measurements.close(), "step", "gradient_norm", "skipped_steps", "lr"}
+    names |= set(Measurements(None, 0, None).close())  # of a script that does not know its rows
     assert [name for name in sorted(names) if f"| `{name}` |" not in reference["metrics"]] == []
     assert "`distopt_steps_total`" in reference["metrics"]
 
@@ -102,6 +100,18 @@ def test_every_error_is_there(reference: dict[str, str]) -> None:
     assert len(names) > 15
     internal = {"ProbeError"}  # never leave the command that raises them
     assert [name for name in sorted(names - internal) if f"| `{name}` |" not in reference["errors"]] == []
+
+
+def test_what_other_programs_become_names_keys_and_classes_that_are_there() -> None:
+    page = (ROOT / "docs/coming-from.md").read_text()
+    keys = {key.name for key in all_keys()}
+    named = set(re.findall(r"`((?:train|optim|reduce|checkpoint|log|launch|data)\.[a-z_.]+)(?=[:`])", page))
+    assert len(named) > 12 and named <= keys, named - keys
+
+    for name in set(re.findall(r"`?(distopt(?:\.[A-Za-z_]+)+)", page)):
+        *parents, last = name.split(".")
+        module = importlib.import_module(".".join(parents))
+        assert hasattr(module, last) or importlib.util.find_spec(name) is not None, name
 
 
 def test_every_key_either_may_change_on_a_resume_or_may_not(reference: dict[str, str]) -> None:

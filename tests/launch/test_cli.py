@@ -52,3 +52,14 @@ def test_config_that_is_shown_is_complete_and_keeps_to_the_schema_that_is_printe
     validator.validate(raw)
     with pytest.raises(jsonschema.ValidationError, match="nodez"):
         validator.validate({**raw, "launch": {"nodez": 2}})
+
+
+def test_train_and_doctor_find_a_task_beside_the_config_where_no_launcher_has_started_them(tmp_path, monkeypatch):
+    (tmp_path / "task_beside.py").write_text("")
+    (tmp_path / "run.yaml").write_text("name: run\ntask: task_beside:Missing\nreduce: {backend: single}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for command, status in ((["train", "run.yaml"], 1), (["doctor", "run.yaml", "--capture"], 2)):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == status
+        assert "importing" not in result.output and "Missing" in result.output

@@ -48,7 +48,7 @@ def test_folder_that_cannot_be_written_to_is_a_failure():
 def test_host_that_is_this_machine_has_its_clock_and_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     findings = doctor._hosts(run_config("launch.hosts=[localhost]"))
-    assert [one.severity for one in findings] == ["ok", "ok", "ok"]
+    assert [one.severity for one in findings] == ["ok"] * 4
     assert list(tmp_path.iterdir()) == []
 
 
@@ -85,7 +85,8 @@ def test_hosts_in_good_order_are_found_so_and_reduce_together(hosts, tmp_path):
     # Without what doctor says of this machine, which takes as long again and has a test of its own above.
     _, findings = examined(hosts, tmp_path, hosts.folder / "ssh_config", "dh1, dh2, dh3", "-c", OF_HOSTS)
     for name in ("dh1", "dh2", "dh3"):
-        assert [findings[subject]["severity"] for subject in (name, f"{name} clock", f"{name} folder")] == ["ok"] * 3
+        subjects = (name, f"{name} clock", f"{name} versions", f"{name} folder")
+        assert [findings[subject]["severity"] for subject in subjects] == ["ok"] * 4
     done = findings["all-reduce over hosts"]
     assert (done["severity"], done["message"].startswith("3 hosts: ")) == ("ok", True), done
 
@@ -122,3 +123,36 @@ def test_horovod_that_was_built_for_another_mpi_is_a_warning_with_the_build_that
     finding = doctor._mpi()
     assert (finding.severity, finding.fix) == ("warning", "python tools/build_horovod.py")
     assert finding.message == f"mpirun (MPICH) 5.0.2 at {program}, but Horovod was built for Open MPI"
+
+
+def test_host_with_other_versions_is_a_failure_that_names_each():
+    here = {name: doctor._version(name) for name in doctor._COMPARED}
+    python = sys.version.split()[0]
+    assert doctor._versions("h", {"python": python, **here}).severity == "ok"
+    finding = doctor._versions("h", {"python": python, **here, "torch": "2.0.0", "pyro-ppl": None})
+    assert (finding.subject, finding.severity) == ("h versions", "failure")
+    assert finding.message == (
+        f"torch 2.0.0 there, {here['torch']} here; pyro-ppl not installed there, {here['pyro-ppl']} here"
+    )
+
+
+@pytest.mark.parametrize(
+    ("states", "message", "severity"),
+    [
+        ({}, "none; NCCL and gloo use sockets", "ok"),
+        ({"mlx5_0": "4: ACTIVE", "mlx5_1": "1: DOWN"}, "mlx5_0 port 1", "ok"),
+        ({"mlx5_0": "1: DOWN"}, "none of 1 ports is active", "warning"),
+    ],
+)
+def test_infiniband_ports_that_are_active_are_named(states, message, severity, tmp_path):
+    for device, state in states.items():
+        (tmp_path / device / "ports/1").mkdir(parents=True)
+        (tmp_path / device / "ports/1/state").write_text(f"{state}\n")
+    finding = doctor._infiniband(tmp_path)
+    assert (finding.message, finding.severity) == (message, severity)
+
+
+def test_shared_memory_that_is_a_containers_default_is_a_warning(tmp_path, monkeypatch):
+    assert doctor._shared_memory(tmp_path / "nosuch").severity == "warning"
+    monkeypatch.setattr(doctor, "MIN_SHARED_GIB", 1e9)
+    assert "--shm-size=8g" in doctor._shared_memory(tmp_path).fix

@@ -45,7 +45,12 @@ def test_run_without_an_exit_status_is_running_while_the_lock_is_held_and_was_ki
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "no run was launched here"), ("{", "cannot be read"), ("[]x", "the next launch replaces it")],
+    [
+        (None, "no run was launched here"),
+        ("{", "cannot be read"),
+        ("[]x", "the next launch replaces it"),
+        ("[1]", "found a list"),
+    ],
 )
 def test_record_that_is_missing_or_damaged_is_an_error(text, message, tmp_path):
     if text is not None:

@@ -41,7 +41,7 @@ def test_report_says_what_the_run_was_and_shows_its_curves(runs: Path) -> None:
     page = (runs / "judged/report.html").read_text()
     for title in (
         "a line was found",
-        "ELBO during training",
+        "ELBO over steps",
         "Learning rate",
         "Validation: mse",
         "Who waited for whom",

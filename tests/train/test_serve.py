@@ -13,7 +13,8 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from distopt.train import serve
+from distopt import read_only_server
+from distopt.read_only_server import CONNECTIONS
 from distopt.train.monitor import Status
 from distopt.train.serve import ServeError, StatusServer
 
@@ -149,8 +150,8 @@ def test_a_taken_port_is_named_with_the_keys_to_change(server: StatusServer) -> 
 def test_idle_clients_are_hung_up_on_and_keep_nobody_waiting(
     server: StatusServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve._Handler, "timeout", 0.5)
-    idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3 * serve._CONNECTIONS)]
+    monkeypatch.setattr(read_only_server._Handler, "timeout", 0.5)
+    idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3 * CONNECTIONS)]
     for connection in idle:
         connection.settimeout(20)
         try:
@@ -162,7 +163,7 @@ def test_idle_clients_are_hung_up_on_and_keep_nobody_waiting(
 
 
 def test_clients_that_dribble_for_ever_leave_room_for_a_probe(server: StatusServer) -> None:
-    slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(serve._CONNECTIONS)]
+    slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(CONNECTIONS)]
     try:
         for connection in slow:
             connection.sendall(b"GET /hea")

@@ -67,7 +67,7 @@ def install() -> None:
     _replace(AutoLaplaceApproximation, "laplace_approximation", _laplace_approximation)
     for cls in (pyro.infer.MCMC, pyro.infer.mcmc.StreamingMCMC, pyro.infer.Importance):
         _replace(cls, "run", _of_one_rank)
-    _replace(pyro.infer.WeighedPredictive, "call", _of_one_rank)
+    _replace(pyro.infer.WeighedPredictive, "forward", _of_one_rank)  # which `call` calls
     register_optimizer_step_pre_hook(_before_torch_step)
 
 

@@ -125,6 +125,7 @@ class Stepper:
         self._stop = False
         self._skipped_calls = 0
         self._has_warned = False
+        self._has_explained = False
 
     @property
     def reducer(self) -> Reducer:
@@ -301,8 +302,20 @@ class Stepper:
         if not stepped:
             logger.warning(self._explain_nonfinite(reduced))
             reducer.forget_errors()
+        elif not self._has_explained and not all(map(math.isfinite, reduced.summary.mean_values)):
+            self._warn_of_nonfinite_loss(reduced)
         reducer.step += 1
         reducer.backend.note(reducer.step, "model")
+
+    def _warn_of_nonfinite_loss(self, reduced: ReducedGradients) -> None:
+        """Warns, once, of a step that was taken all the same; the mean loss is one number on all ranks, so all do."""
+        self._has_explained = True
+        warnings.warn(
+            f"step {self.reducer.step}: the mean loss of the ranks is {reduced.summary.mean_values[0]}. "
+            f"{self._explain_nonfinite(reduced)} The optimizer has stepped by them, as those of Pyro do; give it "
+            "nonfinite='skip' or 'raise' to keep parameters finite.",
+            stacklevel=2,
+        )
 
     def _explain_nonfinite(self, reduced: ReducedGradients) -> str:
         reducer = self.reducer

@@ -17,6 +17,7 @@ from pyro.infer.util import torch_item
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from distopt.optim.amp import WrappedELBO
 from distopt.optim.distributed.optimizer import DistributedOptimizer
 from distopt.optim.distributed.stepping import Loss, StepInfo, numbers_of
 from distopt.reduce.model_survey import ModelSurvey
@@ -82,9 +83,12 @@ def loss_and_named_params(
 def run_once(svi: pyro.infer.SVI, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Runs guide and model once, so that their parameters exist; computes no gradient."""
     loss = svi.loss
+    elbo = getattr(loss, "__self__", None)
+    while isinstance(elbo, WrappedELBO):
+        elbo = elbo.elbo
     # This objective has only a gradient, its `loss` raises.
-    if isinstance(getattr(loss, "__self__", None), TraceTailAdaptive_ELBO):
-        loss = partial(Trace_ELBO.loss, loss.__self__)
+    if isinstance(elbo, TraceTailAdaptive_ELBO):
+        loss = partial(Trace_ELBO.loss, elbo)
     loss(svi.model, svi.guide, *args, **kwargs)
 
 

@@ -27,7 +27,7 @@ REPLACED = [
     (pyro.infer.MCMC, "run"),
     (pyro.infer.mcmc.StreamingMCMC, "run"),
     (pyro.infer.Importance, "run"),
-    (pyro.infer.WeighedPredictive, "call"),
+    (pyro.infer.WeighedPredictive, "forward"),
 ]
 
 
