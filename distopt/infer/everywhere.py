@@ -20,7 +20,7 @@ from distopt.optim.distributed import DistributedOptimizer
 from distopt.optim.distributed.adoption import AdoptedOptimizer, adopt_, release_
 from distopt.optim.distributed.pyro_hooks import begin_adopting, end_adopting
 
-OnAdopt: TypeAlias = Callable[[pyro.infer.SVI, Sequence[Any], Mapping[str, Any]], None]
+OnAdopt: TypeAlias = Callable[[pyro.infer.SVI | pyro.optim.PyroOptim, Sequence[Any], Mapping[str, Any]], None]
 FindPlates: TypeAlias = Callable[[pyro.infer.SVI, Sequence[Any], Mapping[str, Any]], Iterable[str]]
 
 
@@ -57,7 +57,8 @@ def everywhere(
             each step, where ranks read unequally many rows in some steps.
         find_plates: Called with each SVI before its first step, and the arguments and keyword arguments of that;
             returns names of further plates of this model that are split, whose parameters are the same on all ranks.
-        on_adopt: Called with each SVI that was adopted, before its first step, and the arguments of that.
+        on_adopt: Called with each SVI that was adopted, before its first step, and the arguments of that; with each
+            optimizer that is stepped without an SVI.
         torch_closures: Whether torch optimizers that are stepped with a closure are averaged, too.
         **options: Keyword arguments of `DistributedOptimizer` for the optimizers that are adopted.
 
@@ -155,6 +156,8 @@ class _Adoption:
                 "and leave out plates here."
             )
         self._optimizers.append(adopt_(optim, **self._options))
+        if self._on_adopt is not None:
+            self._on_adopt(optim, (), {})
 
     def undo(self) -> None:
         """Makes everything what it was before, with the state that it has reached."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
@@ -16,14 +18,16 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from distopt.backends import BackendError
+from distopt.backends import Backend, BackendError
 from distopt.checkpoint.module_state import align_buffers_
 from distopt.config.reduce import ReduceOptions
 from distopt.infer import everywhere
 from distopt.infer.torch_closures import average_gradients_, by_kind
+from distopt.lightning.checkpoints import TrainerCheckpoints
 from distopt.lightning.loaders import RankRows, Share, SharedOrder, Split, split_loader
 from distopt.lightning.parallel import ProcessStrategy, StartMethod
 from distopt.lightning.plates import unscaled_plates
+from distopt.optim.distributed.svi_step import run_once
 from distopt.reduce import DisagreementError, DriftError, PeerError
 from distopt.reduce.agreement import share_values_
 from distopt.rng import NoisePolicy, generators_state, seed_all, set_generators_state
@@ -103,6 +107,7 @@ class DistoptStrategy(ProcessStrategy):
         self._seed = 0
         self._trainer: Any = None
         self._distributed = ExitStack()
+        self._checkpoints = TrainerCheckpoints()
         self._sampler: SharedOrder | RankRows | None = None
         self._share = _WHOLE
         self._batch_plates: list[PlateShard] = []
@@ -129,7 +134,7 @@ class DistoptStrategy(ProcessStrategy):
         module = self.lightning_module
         assert module is not None
         self._refuse(module.automatic_optimization)
-        self._share_first_values(module)
+        share_first_values(module, self.backend, with_buffers=self._split != "rows")
         self._distributed.enter_context(
             everywhere(
                 self._plates,
@@ -145,6 +150,7 @@ class DistoptStrategy(ProcessStrategy):
     def teardown(self) -> None:
         """Makes plain again what was distributed; the ranks stay connected."""
         self._distributed.close()
+        self._checkpoints = TrainerCheckpoints()
         self._sampler = None
         self._share = _WHOLE
         self._batch_plates.clear()
@@ -171,19 +177,6 @@ class DistoptStrategy(ProcessStrategy):
                 'one. Run a script (python train.py, or torchrun), or load all rows and use split="batches".'
             )
 
-    def _share_first_values(self, module: nn.Module) -> None:
-        """Gives all ranks rank 0's parameters and buffers; those of a rank's own rows have other shapes, or stay."""
-        if self.world_size == 1:
-            return
-        tensors: dict[str, Tensor] = {name: each for name, each in module.named_parameters() if not _is_local(each)}
-        if self._split != "rows":
-            tensors |= dict(module.named_buffers())
-        shapes = {name: [list(each.shape), str(each.dtype)] for name, each in tensors.items()}
-        by_rank = self.backend.all_gather_json(shapes)
-        common = [name for name in tensors if all(each.get(name) == shapes[name] for each in by_rank)]
-        for kind in by_kind(tensors[name].detach() for name in sorted(common)):
-            share_values_(self.backend, kind, owner=0)
-
     # What a rank reads.
 
     def process_dataloader(self, dataloader: Any) -> Any:
@@ -202,6 +195,9 @@ class DistoptStrategy(ProcessStrategy):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Starts the noise of this step."""
+        if batch_idx == 0:
+            assert self.lightning_module is not None
+            self._checkpoints.start_epoch(self.lightning_module)
         if self._sampler is not None:
             self._share = self._sampler.share(batch_idx)
         for plate in self._batch_plates:  # a batch that every rank reads whole is not split
@@ -221,8 +217,14 @@ class DistoptStrategy(ProcessStrategy):
         self._plates_by_size = unscaled_plates(svi.model, args, kwargs, self._share.num_rows)
         return self._plates_by_size
 
-    def _on_adopt(self, svi: pyro.infer.SVI, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _on_adopt(self, svi: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        module = self.lightning_module
+        assert module is not None
+        if not isinstance(svi, pyro.infer.SVI):  # an optimizer that is stepped without one
+            self._checkpoints.adopt(svi, lambda: None, module)
+            return
         self._has_stepped_svi = True
+        self._checkpoints.adopt(svi.optim, lambda: run_once(svi, args, kwargs), module)
         self._batch_plates += [svi.model.plates[name] for name in self._plates_by_size if name in svi.model.plates]
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -285,6 +287,42 @@ class DistoptStrategy(ProcessStrategy):
         """Makes buffers equal."""
         self._align_buffers()
 
+    # Checkpoints, which are folders of distopt's at the paths that Lightning gives.
+
+    def save_checkpoint(self, checkpoint: Mapping[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Writes a checkpoint into a folder of this path; all ranks call it.
+
+        Raises:
+            CheckpointError: Something to be kept is neither plain nor a tensor, such as a hyperparameter; names it.
+        """
+        self._align_buffers()
+        path = self.broadcast(str(filepath))
+        self._checkpoints.save(path, checkpoint, self._seed, self._trainer, self.backend)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Returns what Lightning restores of a checkpoint; the rest follows when training starts."""
+        tree = self._checkpoints.load(checkpoint_path, self.backend)
+        self._seed = self._checkpoints.seed or 0
+        return tree
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Restores weights where nothing is trained; training restores them later, when all of them exist."""
+        module = self.lightning_module
+        assert module is not None
+        if module.trainer.state.fn != TrainerFn.FITTING:
+            self._checkpoints.load_weights(module, self.backend)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Removes a checkpoint's folder."""
+        if self.is_global_zero:
+            shutil.rmtree(filepath, ignore_errors=True)
+
+    def on_train_start(self) -> None:
+        """Restores what a checkpoint holds beside the parameters of SVIs."""
+        module = self.lightning_module
+        assert module is not None
+        self._checkpoints.start(module, self.backend)
+
     def _align_buffers(self) -> None:
         module = self.lightning_module
         assert module is not None
@@ -297,12 +335,28 @@ class DistoptStrategy(ProcessStrategy):
 
 
 def _initial_seed(given: int | None) -> int:
-    import os
-
     if given is not None:
         return given
     return int(os.environ.get("PL_GLOBAL_SEED") or torch.initial_seed() % np.iinfo(np.int64).max)
 
 
-def _is_local(param: Tensor) -> bool:
-    return local_parameter(param) is not None
+def share_first_values(module: nn.Module, backend: Backend, *, with_buffers: bool) -> None:
+    """Gives all ranks rank 0's parameters; those of a rank's own rows, and of other shapes on some rank, stay.
+
+    Args:
+        module: The module.
+        backend: Link to the other ranks.
+        with_buffers: Whether buffers, too; they may hold what a rank's own rows are.
+    """
+    if backend.world_size == 1:
+        return
+    tensors: dict[str, Tensor] = {
+        name: each for name, each in module.named_parameters() if local_parameter(each) is None
+    }
+    if with_buffers:
+        tensors |= dict(module.named_buffers())
+    shapes = {name: [list(each.shape), str(each.dtype)] for name, each in tensors.items()}
+    by_rank = backend.all_gather_json(shapes)
+    common = [name for name in sorted(tensors) if all(each.get(name) == shapes[name] for each in by_rank)]
+    for kind in by_kind(tensors[name].detach() for name in common):
+        share_values_(backend, kind, owner=0)

@@ -20,6 +20,7 @@ import pytest
 from distopt.config import RunConfig, dump_yaml
 from distopt.read_only_server import ReadOnlyServer
 from launch import runs
+from launch.status import as_json, line_of
 from launch.ui import MAX_POINTS, Pages
 from tests.train.runs import BIN
 
@@ -91,6 +92,15 @@ def test_runs_have_state_progress_and_facts(server) -> None:
     assert first["progress"]["step"] == 2500 and first["progress"]["checkpoint"] == 20 and first["num_workers"] == 2
     write_run("sales-c", 0.3, 5)  # one that is started meanwhile
     assert len(ask_json(server, "/runs")) == 3
+
+
+def test_run_that_has_failed_has_no_time_left(server) -> None:
+    rows = [{"step": step, "elbo": -1.0, "train_s": 1.0 * step} for step in (10, 20)]
+    Path("runs/sales-b/metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert ask_json(server, "/runs")[1]["progress"]["left_s"] == 40.0
+    (entry,) = json.loads(as_json([Path("runs/sales-b")]))
+    assert entry["state"] == "failed" and entry["progress"]["left_s"] is None
+    assert "left" not in line_of(Path("runs/sales-b"))
 
 
 def test_curves_are_those_of_the_chosen_runs_and_thinned_with_their_last_row(server) -> None:

@@ -111,6 +111,8 @@ class SviPlan(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         x, index = batch
+        if not self.seen:  # resumed within an epoch, which then has no start
+            self.seen.append([])
         self.seen[-1] += index.tolist()
         if self._home == "no svi":
             self._step_by_hand(x, index)

@@ -125,6 +125,27 @@ def test_worker_killed_once_is_restarted_and_the_result_is_the_same_to_the_bit(
     assert_equal_bits(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
+def test_killed_run_resumes_with_captured_steps_and_again_without_them_to_the_same_bits(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    marker = tmp_path / "killed"
+    path = config(
+        tmp_path,
+        task_args={"kill_rank": 1, "kill_at": 28, "marker": str(marker)},
+        launch={"workers": 2, "max_restarts": 0},
+    )
+    for capture in ("off", "graph"):
+        done = launch(path, f"train.capture={capture}")
+        assert done.returncode != 0 and "SIGKILL" in done.stdout + done.stderr
+        assert ("resuming from step" in done.stdout) is (capture == "graph")
+        assert "not captured" not in done.stdout
+        marker.unlink()
+    marker.touch()
+    assert "resuming from step" in launch_well(path, "train.capture=off")
+    assert_equal_bits(tmp_path / "run", undisturbed)
+
+
 def test_run_may_change_between_captured_and_eager_steps_when_it_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,7 +6,9 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 
 #include <cstring>
@@ -238,6 +240,17 @@ struct Gradient {
   Expected expected;
 };
 
+// Hooks on a parameter's gradient run in autograd alone. Bits: on the gradient, after it is accumulated, on its node.
+int hooks_of(const at::Tensor& param) {
+  namespace impl = torch::autograd::impl;
+  if (impl::get_autograd_meta(param) == nullptr) return 0;
+  int found = impl::hooks(param).empty() ? 0 : 1;
+  if (impl::post_acc_grad_hooks(param) != nullptr) found |= 2;
+  const auto node = impl::try_get_grad_accumulator(param);
+  if (node != nullptr && !(node->pre_hooks().empty() && node->post_hooks().empty())) found |= 4;
+  return found;
+}
+
 enum Status : int { ran = -1, inputs_differ = -2, gradients_differ = -3, constants_differ = -4, busy = -5 };
 
 bool same_values(const at::Tensor& a, const at::Tensor& b) {
@@ -334,6 +347,7 @@ class Program {
       param_tensors_.push_back(param);
       param_expected_.emplace_back(param);
       requires_grad_.push_back(param.requires_grad());
+      hooks_.push_back(hooks_of(param));
     }
     with_grad_.assign(params.size(), no_grad);
     for (int index : with_grad) {
@@ -472,6 +486,7 @@ class Program {
       if (value != PyTuple_GET_ITEM(params_.ptr(), i)) return false;
       const at::Tensor& param = param_tensors_[i];
       if (!param_expected_[i].matches(param) || param.requires_grad() != requires_grad_[i]) return false;
+      if (hooks_of(param) != hooks_[i]) return false;
     }
     return true;
   }
@@ -717,7 +732,7 @@ class Program {
   std::vector<at::Tensor> param_tensors_;
   std::vector<Expected> param_expected_, grad_expected_, arg_expected_;
   std::vector<char> requires_grad_, with_grad_;
-  std::vector<int> losses_, transient_;
+  std::vector<int> hooks_, losses_, transient_;
   std::vector<Check> checks_;
   std::vector<Gradient> grads_;
   std::vector<std::pair<int, int>> accumulations_;

@@ -23,6 +23,7 @@ from distopt.infer.capture.recording import (
     Slot,
     TensorInfo,
     aten,
+    packed_bytes,
     same_bits,
     slots_in,
     substitute,
@@ -418,7 +419,7 @@ def _merge_constants(recording: Recording, written: set[int], replaced: dict[int
     for slot, tensor in recording.lifted.items():
         if tensor.numel() != 1 or recording.alias[slot] in written or tensor.device.type != "cpu":
             continue
-        key = (recording.infos[slot], bytes(tensor.reshape(1).contiguous().view(torch.uint8).tolist()))
+        key = (recording.infos[slot], bytes(packed_bytes(tensor).tolist()))
         if first.setdefault(key, slot) != slot:
             replaced[slot] = first[key]
 

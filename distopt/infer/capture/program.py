@@ -185,6 +185,7 @@ class PythonProgram:
         self._params = list(params)
         self._args = [_layout(tensor) for tensor in args]
         self._param_layouts = [_layout(tensor) for tensor in params]
+        self._hooks = [_hooks_of(tensor) for tensor in params]
         self._foreign_layouts = {slot: _layout(tensor) for slot, tensor in recording.foreign.items()}
         self._running = False
         self._buffers: Sequence[Tensor | None] = [None] * len(self._params)
@@ -239,6 +240,8 @@ class PythonProgram:
             _layout(each) for each in args
         ] != self._args:
             return INPUTS_DIFFER
+        if [_hooks_of(each) for each in self._params] != self._hooks:
+            return INPUTS_DIFFER
         if [index for index, param in enumerate(self._params) if param.grad is not None] != recording.with_grad:
             return GRADIENTS_DIFFER
         for slot, tensor in recording.foreign.items():
@@ -285,3 +288,7 @@ def _restore(state: Tensor, saved: list[tuple[Tensor, Tensor]]) -> None:
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
+def _hooks_of(param: Tensor) -> tuple[bool, bool]:
+    return param._backward_hooks is not None, param._post_accumulate_grad_hooks is not None

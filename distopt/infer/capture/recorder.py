@@ -33,6 +33,8 @@ MAX_COMPARED_BYTES = 1 << 18
 
 _LIBRARIES = ("torch.", "pyro.", "distopt.infer.", "distopt.rng", "contextlib", "functools")
 
+_OTHER_MEMORY = frozenset({"aten::set_", "aten::resize_", "aten::resize_as_"})
+
 # In-place operations on a tensor's shape. The tensor keeps its slot otherwise, so its description would go stale.
 _INPLACE_VIEW = torch.Tag.inplace_view
 
@@ -60,6 +62,12 @@ _MEMORY = frozenset(
     {torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor._typed_storage}
 )
 """Functions that hand out the memory itself, through which code could read and write unseen."""
+
+_SETTERS: tuple[Any, ...] = (torch.Tensor.data, torch.Tensor.grad)
+_UNSEEN_WRITES = frozenset(
+    {torch.Tensor.apply_, torch.Tensor.map_, torch.Tensor.map2_, *(each.__set__ for each in _SETTERS)}
+)
+"""Functions that change a tensor without an operation of the dispatcher."""
 
 
 # By code object, whether it is a library's; by code object and line, its description. Each operation asks for its line.
@@ -367,6 +375,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     if source not in recording.compared:
                         self._compare(source)
 
+        if function._schema.name in _OTHER_MEMORY:
+            self.refuse(f"a tensor gets other memory ({function})")
+
         # Offsets within an argument's memory differ between slices of one data set, and as_strided has absolute ones.
         if function in (aten.as_strided.default, aten.as_strided_.default) and op.args[0].index < recording.num_inputs:
             self.refuse("as_strided counts from the start of an argument's memory")
@@ -447,6 +458,10 @@ class ValueReads(TorchFunctionMode):
             self._recorder.read(args[0], f".{function.__name__}()")
         elif function in _MEMORY:
             self._recorder.refuse(f".{function.__name__}() hands out a tensor's memory")
+        elif function in _UNSEEN_WRITES:
+            self._recorder.refuse(
+                "a tensor is changed by no operation (.apply_(), .map_(), or .data or .grad assigned)"
+            )
         elif function is torch.Tensor.backward:
             return _backward(self, *args, **kwargs)
         return function(*args, **kwargs)

@@ -239,9 +239,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Returns whether two tensors are equal in shape, dtype and every byte."""
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
-    return torch.equal(_bytes(a), _bytes(b))
+    return torch.equal(packed_bytes(a), packed_bytes(b))
 
 
-def _bytes(tensor: Tensor) -> Tensor:
+def packed_bytes(tensor: Tensor) -> Tensor:
+    """Returns a tensor's elements as bytes, in order; a copy, since one element may have any stride."""
     packed = tensor.detach().clone(memory_format=torch.contiguous_format)
     return packed.view(-1).view(torch.uint8)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from distopt.infer.capture import program as programs
-from distopt.infer.capture.assumptions import Assumptions, Watch, is_plain
+from distopt.infer.capture.assumptions import Assumptions
 from distopt.infer.capture.captured_step import (
     FAILED,
     CapturedStep,
@@ -27,9 +27,11 @@ from distopt.infer.capture.captured_step import (
     recorded_result,
 )
 from distopt.infer.capture.passes import shorten
+from distopt.infer.capture.reachable import is_plain
 from distopt.infer.capture.recorded_step import RecordedStep, record_step
 from distopt.infer.capture.recording import Recording, difference
 from distopt.infer.capture.rows import TensorRows
+from distopt.infer.capture.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,10 @@ MAX_PROGRAMS = 8
 MAX_MISSES = 3
 """Recordings in a row that may differ from each other before steps stay eager."""
 
+_TOO_MANY = (
+    f"more than {MAX_PROGRAMS} programs would be needed: shapes, plain arguments or values that the model reads keep "
+    "changing"
+)
 _FIRST_COMPARISON = 8
 _COMPARISON_STEPS = 1000
 
@@ -128,6 +134,10 @@ class StepCapture:
             self._refuse(f"an argument is a {tensors}, whose contents cannot be compared from step to step")
             return self._eager(model, guide, args, kwargs)
 
+        # Steps of one kind wait for a second one to be captured, so those that keep changing are no kinds.
+        if key not in self._variants and len(self._variants) >= MAX_PROGRAMS:
+            self._refuse(_TOO_MANY)
+            return self._eager(model, guide, args, kwargs)
         variant = self._variants.setdefault(key, Variant())
         if not kwargs and len(tensors) == len(args):
             self._last = _Last(model, guide, len(args), torch.get_default_dtype(), variant)
@@ -227,10 +237,7 @@ class StepCapture:
             return self._eager(model, guide, args, kwargs)
         if self._num_programs >= MAX_PROGRAMS:
             if not tried:
-                self._refuse(
-                    f"more than {MAX_PROGRAMS} programs would be needed: shapes, plain arguments or values that "
-                    "the model reads keep changing"
-                )
+                self._refuse(_TOO_MANY)
             return self._eager(model, guide, args, kwargs)
         return self._record(variant, model, guide, args, kwargs)
 
@@ -253,7 +260,8 @@ class StepCapture:
         if watch.effects:
             self._refuse(f"the model calls {watch.effects[0]}, which a captured step would not")
             return result
-        if self._has_refusal(step.recording, variant):
+        if step.recording.refusal is not None:
+            self._miss(variant, step.recording.refusal, is_final=not step.recording.transient)
             return result
 
         # A recording waits until an equal one comes. Recordings of other branches wait beside it; one that took the
@@ -264,10 +272,9 @@ class StepCapture:
                 continue
             unlike = _unlike(pending, step.recording)
             if unlike is None:
-                assumptions = Assumptions(watch, roots, pending.assumptions)
                 variant.pending.remove(pending)
                 variant.misses = 0
-                self._capture(variant, step, assumptions, args, kwargs)
+                self._capture(variant, step, Assumptions(watch, roots, pending.assumptions), args, kwargs)
                 return result
             variant.pending.remove(pending)
             self._miss(variant, unlike)
@@ -289,18 +296,12 @@ class StepCapture:
         self.num_recorded += 1
         return step
 
-    def _has_refusal(self, recording: Recording, variant: Variant) -> bool:
-        if recording.refusal is None:
-            return False
-        if recording.transient:
-            self._miss(variant, recording.refusal)
-        else:
-            self._refuse(recording.refusal)
-        return True
-
     def _capture(
         self, variant: Variant, step: RecordedStep, assumptions: Assumptions, args: Any, kwargs: dict[str, Any]
     ) -> None:
+        if assumptions.refusal is not None:
+            self._refuse(assumptions.refusal)
+            return
         short = shorten(step.recording)
         tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         tensors = list(dict.fromkeys(tensors))
@@ -341,9 +342,9 @@ class StepCapture:
                 break
         return recorded_result(step)
 
-    def _miss(self, variant: Variant, reason: str) -> None:
+    def _miss(self, variant: Variant, reason: str, *, is_final: bool = False) -> None:
         variant.misses += 1
-        if variant.misses >= MAX_MISSES:
+        if is_final or variant.misses >= MAX_MISSES:
             self._refuse(reason)
 
     def _refuse(self, reason: str) -> None:

@@ -42,6 +42,7 @@ class Case:
     model: Callable[..., Any]
     guide: Callable[[Any], Any]
     args: tuple[Any, ...] = (DATA,)
+    before_step: Callable[[int], None] | None = None
 
 
 def normal(x):

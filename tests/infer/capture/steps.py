@@ -71,7 +71,8 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
 
 def compare(case, num_steps=20, *, seed=0, keep_grads=False, direct=True) -> StepCapture:
     """Runs a case both ways, asserts that both agree, and returns the capture."""
-    modules = [value for value in vars(case.model).values() if isinstance(value, torch.nn.Module)]
+    attributes = vars(case.model) if hasattr(case.model, "__dict__") else {}
+    modules = [value for value in attributes.values() if isinstance(value, torch.nn.Module)]
     modules += [case.model] if isinstance(case.model, torch.nn.Module) else []
     before = [copy.deepcopy(module.state_dict()) for module in modules]
     results = []
@@ -83,7 +84,10 @@ def compare(case, num_steps=20, *, seed=0, keep_grads=False, direct=True) -> Ste
             module.zero_grad(set_to_none=True)
         loss_and_grads = case.elbo().loss_and_grads
         step = EagerSteps(loss_and_grads) if kind == "eager" else StepCapture(loss_and_grads, direct=direct)
-        results.append(run_steps(step, case.model, case.guide(case.model), case.args, num_steps, keep_grads=keep_grads))
+        if case.before_step is not None:
+            case.before_step(0)
+        how = {"keep_grads": keep_grads, "before_step": case.before_step}
+        results.append(run_steps(step, case.model, case.guide(case.model), case.args, num_steps, **how))
         for module in modules:
             results[-1]["store"] |= {f"buffer {name}": buffer.clone() for name, buffer in module.named_buffers()}
     assert_same(*results)

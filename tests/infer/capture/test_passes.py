@@ -9,6 +9,7 @@ from pyro.infer.autoguide import AutoNormal
 from distopt.infer.capture import passes
 from distopt.infer.capture.passes import PASSES, shorten
 from distopt.infer.capture.recorded_step import record_step
+from distopt.infer.capture.recording import Op, Recording, Slot, TensorInfo, aten
 from tests.infer.capture.cases import DATA, Case, captured_cases, hierarchy
 from tests.infer.capture.steps import compare
 
@@ -78,3 +79,19 @@ def test_draws_whose_results_nobody_uses_stay():
     draws = [op.function for op in recording.ops if op.is_random]
     assert [op.function for op in shorten(recording).ops if op.is_random] == draws
     assert len(draws) == 3
+
+
+def test_equal_constants_of_one_element_are_merged_whatever_their_strides():
+    recording = Recording()
+    numbers = [
+        torch.tensor([2.0]).as_strided((1,), (0,)),
+        torch.tensor([2.0]).as_strided((1,), (0,)),
+        torch.tensor(3.0),
+    ]
+    for slot, tensor in enumerate(numbers):
+        recording.infos.append(TensorInfo.of(tensor))
+        recording.alias.append(slot)
+        recording.lifted[slot] = tensor
+    recording.ops = [Op(aten.neg.default, [Slot(slot)], {}, [slot], [slot], [], "") for slot in range(3)]
+    passes.merge_equal(recording)
+    assert [op.ins for op in recording.ops] == [[0], [2]]

@@ -211,10 +211,10 @@ REFUSED = {
     uses_sparse: "layout",
     uses_subclass: "subclass",
     uses_another_device: "captured on the CPU only",
-    appends: "len(CALLS) changes",
+    appends: "CALLS changes",
     counts: "COUNT changes",
     Carries: "previous changes",
-    Anneals: "made from Python numbers differs",
+    Anneals: "Anneals.weight changes",
 }
 
 

@@ -1,7 +1,17 @@
-import pytest
+import gc
 
-from tests.infer.capture.cases import captured_cases
-from tests.infer.capture.steps import compare
+import psutil
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+
+from distopt.infer.capture import StepCapture
+from distopt.infer.capture.step import MAX_PROGRAMS
+from tests.infer.capture.cases import DATA, Network, captured_cases, hierarchy
+from tests.infer.capture.steps import compare, run_steps
 
 CASES = captured_cases()
 
@@ -17,3 +27,65 @@ def test_captured_steps_equal_eager_ones_in_every_bit(name):
 def test_captured_steps_add_to_gradients_that_are_there(name):
     capture = compare(CASES[name], 9, keep_grads=True)
     assert capture.refusal is None
+
+
+def annealed(x, factor):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.poutine.scale(scale=factor), pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+
+def test_arguments_that_differ_in_each_step_are_recorded_a_few_times_only():
+    pyro.clear_param_store()
+    capture = StepCapture(Trace_ELBO().loss_and_grads)
+    run_steps(capture, annealed, AutoNormal(annealed), lambda i: (DATA, 0.1 + i / 100), 30)
+    assert "keep changing" in capture.refusal
+    assert capture.num_recorded <= MAX_PROGRAMS
+    assert capture._variants == {}
+
+
+def branching(x):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    factor = 2.0 if loc > 0 else 1.0
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(loc * factor, 10.0), obs=x)
+
+
+def growth(model, guide, args, num_steps):
+    """Returns by how many objects and bytes the second half of some steps lets the process grow."""
+    capture = StepCapture(Trace_ELBO().loss_and_grads)
+    measured = []
+    for _ in range(2):
+        run_steps(capture, model, guide, args, num_steps // 2)
+        gc.collect()
+        measured.append((len(gc.get_objects()), psutil.Process().memory_info().rss))
+    assert capture.num_captured > num_steps // 2
+    return measured[1][0] - measured[0][0], measured[1][1] - measured[0][1]
+
+
+GROWTH_CASES = {
+    "plain": (hierarchy, AutoNormal, (DATA,)),
+    "network": (Network(), lambda model: AutoNormal(pyro.poutine.block(model, expose=["loc"])), (DATA,)),
+    "branches": (branching, AutoNormal, (DATA,)),
+    "three lengths": (hierarchy, AutoNormal, lambda i: (DATA[: 40 + i % 3],)),
+}
+
+
+@pytest.mark.parametrize("name", GROWTH_CASES)
+def test_captured_steps_leave_no_objects_behind(name):
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    model, guide, args = GROWTH_CASES[name]
+    assert growth(model, guide(model), args, 300)[0] <= 1000  # what run_steps and Python's caches keep
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", GROWTH_CASES)
+def test_ten_thousand_captured_steps_need_no_more_memory_than_half_of_them(name):
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    model, guide, args = GROWTH_CASES[name]
+    num_objects, num_bytes = growth(model, guide(model), args, 10_000)
+    assert num_objects <= 1000
+    assert num_bytes <= 16 << 20

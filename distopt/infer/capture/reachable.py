@@ -1,0 +1,395 @@
+"""What can be reached from an object by code that is named: tests that compare it with what was there before."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import decimal
+import enum
+import fractions
+import functools
+import operator
+import os
+import pathlib
+import random
+import re
+import sys
+import types
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic
+
+import numpy as np
+import pyro
+import torch
+from pyro.poutine import Trace
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+
+from distopt.infer.capture.watch import PLAIN, Names, content, is_user_file
+from distopt.infer.sharded_plate import Sharded
+
+MAX_TESTS = 4000
+"""Values that are compared before each step; a model that may read more stays eager."""
+
+MAX_COMPARED_BYTES = 1 << 18
+"""Arrays of NumPy up to this size are compared, at about 10 GB/s."""
+
+_GENERATORS = (np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random, torch.Generator)
+_GLOBAL_GENERATORS = (random._inst, np.random.mtrand._rand, torch.default_generator)
+
+# Objects whose contents never change.
+_FIXED = (
+    *(types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.GetSetDescriptorType),
+    *(types.MemberDescriptorType, types.ClassMethodDescriptorType, types.MethodWrapperType, types.EllipsisType),
+    *(types.CodeType, types.GenericAlias, types.UnionType, property, classmethod, staticmethod, np.dtype, np.ufunc),
+    *(datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo, decimal.Decimal, fractions.Fraction),
+    *(
+        pathlib.PurePath,
+        re.Pattern,
+        uuid.UUID,
+        enum.Enum,
+        torch.memory_format,
+        torch.layout,
+        type(functools.cache(len)),
+    ),
+    *(
+        type(collections.namedtuple("_", "x").__dict__["x"]),
+        torch._ops.OpOverload,
+        torch._ops.OpOverloadPacket,
+        functools.cached_property,
+        type(dict.fromkeys),
+        Trace,
+    ),
+)
+_CONTAINERS = (
+    *(dict, collections.OrderedDict, collections.defaultdict, types.MappingProxyType),
+    *(list, tuple, set, frozenset, collections.deque),
+)
+_BASES = (object, nn.Module, pyro.nn.PyroModule, Generic, types.SimpleNamespace, *_CONTAINERS)
+
+
+class ReachableValues:
+    """Tests of values that code may read, beginning at given objects: as Python expressions over named objects.
+
+    Args:
+        named: What the functions of the code name.
+
+    Attributes:
+        tests: By expression, what it compares, and whether that is a value.
+        environment: The objects that the expressions name.
+        refusal: Why something may be read that cannot be compared; None where all can be.
+    """
+
+    def __init__(self, named: Sequence[Names]) -> None:
+        self.tests: dict[str, tuple[str, bool]] = {}
+        self.environment: dict[str, Any] = {"is_": operator.is_, "len": len, "map": map, "type": type, "all": all}
+        self.refusal: str | None = None
+        self._read = frozenset().union(*(each.attributes for each in named))
+        self._used = frozenset().union(*(each.used for each in named))
+        self._whole = frozenset().union(*(each.whole for each in named))
+        self._computed = any(each.computed for each in named)
+        self._names: dict[int, str] = {}
+        self._walked: set[int] = set()
+
+    def __contains__(self, value: Any) -> bool:
+        return id(value) in self._names
+
+    def name(self, value: Any) -> str:
+        """Returns the name under which the tests know an object, which lives as long as they do."""
+        if id(value) not in self._names:
+            name = self._names[id(value)] = f"r{len(self._names)}"
+            self.environment[name] = value
+        return self._names[id(value)]
+
+    def add(self, text: str, source: str, value: Any, name: str | None = None) -> None:
+        """Compares what stands under an expression, and what can be reached from there.
+
+        Nothing of the user's may run here: properties and methods are watched as functions of their own.
+
+        Args:
+            text: The expression, as the user would write it.
+            source: The expression.
+            value: What it yields now.
+            name: The name under which the watched code alone reads it, if there is one.
+        """
+        is_measured = name is not None and name not in self._used and not self._computed
+        if len(self.tests) > MAX_TESTS:
+            self.refuse(f"the model may read more than {MAX_TESTS:,} plain values")
+        elif is_measured and isinstance(value, np.ndarray):
+            self.test(text, f"({source}.shape, {source}.dtype) == {self.name((value.shape, value.dtype))}")
+        elif is_measured and isinstance(value, _CONTAINERS):
+            self.test(text, f"len({source}) == {len(value)}")
+        elif isinstance(value, tuple) and hasattr(value, "_fields") and self._loads_attributes_alone(name):
+            self.test(text, f"{source} is {self.name(value)}")
+            fields = {key: getattr(value, key) for key in self._read.intersection(value._fields)}
+            self._add_attributes(text, self.name(value), value, fields, watched=True)
+        elif is_plain(value) or isinstance(value, np.generic):
+            self.compare(text, source, value)
+        elif isinstance(value, types.ModuleType):
+            self._add_library_or_module(text, source, value)
+        elif isinstance(value, types.MethodType | types.BuiltinMethodType):
+            self._add_bound(text, source, value)
+        else:
+            self.test(text, f"{source} is {self.name(value)}")
+            if id(value) not in self._walked:
+                self._walked.add(id(value))
+                self._add_contents(text, source, value)
+
+    def _loads_attributes_alone(self, name: str | None) -> bool:
+        return name is not None and name not in self._whole and not self._computed
+
+    def _add_contents(self, text: str, source: str, value: Any) -> None:
+        name = self.name(value)
+        if isinstance(value, (Tensor, *_FIXED)) or any(value is each for each in _GLOBAL_GENERATORS):
+            return  # tensors' values are read by the program, or compared by it
+        if isinstance(value, np.ndarray):
+            self._add_array(text, name, value)
+        elif isinstance(value, _GENERATORS):
+            self.refuse(f"{text} draws random numbers of its own")
+        elif isinstance(value, functools.partial):
+            self._add_partial(text, name, value)
+        elif isinstance(value, types.FunctionType):
+            self._add_function(text, name, value)
+        elif isinstance(value, type):
+            self._add_class(text, name, value)
+        elif isinstance(value, nn.Module):
+            self._add_layer(text, name, value)
+        elif isinstance(value, dict | types.MappingProxyType | collections.abc.MappingView):
+            self._add_mapping(text, name, value)
+        elif isinstance(value, list | tuple | set | frozenset | collections.deque):
+            self._add_items(text, name, value)
+        else:
+            self._add_object(text, name, value)
+
+    def _add_library_or_module(self, text: str, source: str, value: types.ModuleType) -> None:
+        """Follows a module: of a library's only plain values, such as `math.pi`."""
+        self.test(text, f"{source} is {self.name(value)}")
+        if id(value) in self._walked:
+            return
+        self._walked.add(id(value))
+        name = self.name(value)
+        is_followed = not _is_library(value.__name__)
+        for key in sorted(self._read & vars(value).keys()):
+            each = vars(value)[key]
+            if is_plain(each) or (is_followed and not isinstance(each, types.ModuleType)):
+                self.add(f"{text}.{key}", f"{name}.__dict__[{key!r}]", each)
+        if value is os and self._read & {"environ", "getenv"}:
+            self.add("os.environ", f"{name}.environ._data", os.environ._data)  # type: ignore[attr-defined]
+
+    def _add_bound(self, text: str, source: str, value: Any) -> None:
+        """Follows a method that is stored: it is another object each time, for the same function and instance."""
+        owner = value.__self__
+        if isinstance(value, types.MethodType):
+            self.test(text, f"{source}.__func__ is {self.name(value.__func__)}")
+        elif owner is None or isinstance(owner, types.ModuleType | type):
+            self.test(text, f"{source} is {self.name(value)}")
+            return
+        self.test(text, f"{source}.__self__ is {self.name(owner)}")
+        self.add(text, self.name(owner), owner)
+
+    def _add_array(self, text: str, name: str, value: Any) -> None:
+        if value.dtype.hasobject:
+            self.refuse(f"{text} is an array of objects, which cannot be compared from step to step")
+        elif value.nbytes > MAX_COMPARED_BYTES:
+            self.refuse(
+                f"{text} is an array of NumPy of more than {MAX_COMPARED_BYTES >> 10} KiB, too many to compare before "
+                "each step (a torch.Tensor need not be compared)"
+            )
+        else:
+            layout = f"({name}.shape, {name}.dtype) == {self.name((value.shape, value.dtype))}"
+            self.test(text, f"{layout} and {name}.tobytes() == {self.name(value.tobytes())}", is_value=True)
+
+    def _add_partial(self, text: str, name: str, value: Any) -> None:
+        if isinstance(value, Sharded):  # a captured step does not tell its plates how many datapoints they have
+            for plate, shard in value.plates.items():
+                self.compare(f"the size of plate {plate!r}", f"{name}.plates[{plate!r}].size", shard.size)
+        self.add(text, f"{name}.func", value.func)
+        for index, each in enumerate(value.args):
+            self.add(f"{text}'s argument", f"{name}.args[{index}]", each)
+        for key, each in value.keywords.items():
+            self.add(f"{text}'s argument {key}", f"{name}.keywords[{key!r}]", each)
+
+    def _add_function(self, text: str, name: str, value: types.FunctionType) -> None:
+        """Follows a function: its code is watched if it is the user's and runs, and read by nobody else."""
+        self.test(text, f"{name}.__code__ is {self.name(value.__code__)}")
+        for key in ("__defaults__", "__kwdefaults__"):
+            if getattr(value, key) is not None:
+                self.add(f"{text}'s default", f"{name}.{key}", getattr(value, key))
+        self._add_attributes(text, name, value, vars(value))
+        if not is_user_file(value.__code__.co_filename) and value.__closure__:
+            for key, cell in zip(value.__code__.co_freevars, value.__closure__, strict=True):
+                self.add(key, f"{self.name(cell)}.cell_contents", content(cell))
+
+    def _add_class(self, text: str, name: str, value: type) -> None:
+        for each in value.__mro__:
+            if _is_library(each.__module__):
+                continue
+            for key in sorted(vars(each).keys() & self._read):
+                attribute = vars(each)[key]
+                if isinstance(attribute, types.FunctionType):
+                    self.test(f"{text}.{key}", f"{self.name(each)}.__dict__[{key!r}] is {self.name(attribute)}")
+                elif not isinstance(attribute, _FIXED):
+                    self.add(f"{text}.{key}", f"{name}.{key}", getattr(value, key))
+            self.test(text, f"len({self.name(each)}.__dict__) == {len(vars(each))}")
+
+    def _add_layer(self, text: str, name: str, value: nn.Module) -> None:
+        """Follows a module of torch's or Pyro's: its flags, hooks, parameters, layers, and attributes that are read."""
+        self.compare(f"{text}.training", f"{name}.training", value.training)
+        for table in ("_parameters", "_buffers"):
+            self.compare_items(f"{text}'s parameters", f"{name}.__dict__[{table!r}].values()")
+        for table in ("_modules", "_pyro_samples"):
+            if value.__dict__.get(table):
+                self.add(f"{text}'s layers", f"{name}.__dict__[{table!r}]", value.__dict__[table])
+        for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            self.test(f"{text}'s hooks", f"[*{name}.{table}] == {self.name([*getattr(value, table)])}")
+
+        # A guide's or process's own code reads what it has; a layer's code is watched.
+        public = {key: each for key, each in vars(value).items() if not key.startswith("_")}
+        if type(value).__module__.startswith("pyro."):
+            more = {key: each for key, each in public.items() if is_plain(each)}
+            self._add_attributes(text, name, value, more)
+        self._add_attributes(text, name, value, {key: public[key] for key in public.keys() & self._read})
+        if self._computed and not _is_library(type(value).__module__):
+            self._add_attributes(text, name, value, public)
+        self._add_class_attributes(text, name, value)
+
+    def _add_mapping(self, text: str, name: str, value: Any) -> None:
+        if isinstance(value, collections.abc.MappingView):
+            self.refuse(f"{text} is a view of a dictionary, which cannot be compared from step to step")
+            return
+        keys = [*value]
+        self.test(text, f"[*{name}] == {self.name(keys)}")
+        for key in keys:
+            shown = f"{text}[{key!r}]" if is_plain(key) else text
+            self.add(shown, f"{name}[{key!r}]" if type(key) is str else f"{name}[{self.name(key)}]", value[key])
+        if type(value) not in _CONTAINERS:
+            self._add_object(text, name, value)
+
+    def _add_items(self, text: str, name: str, value: Any) -> None:
+        items = [*value]
+        if all(type(each) in (int, float, bool, str) for each in items) and not isinstance(value, set | frozenset):
+            self.test(text, _same_plain_items(name, value, self.name), is_value=True)
+        elif isinstance(value, set | frozenset):
+            self.test(text, f"{name} == {self.name(frozenset(value))}", is_value=True)
+            for each in items:
+                if not is_plain(each):
+                    self.add(text, self.name(each), each)
+        elif len(items) > 64 and all(isinstance(each, Tensor) for each in items):
+            self.compare_items(text, name)
+        else:
+            self.test(f"len({text})", f"len({name}) == {len(items)}")
+            for index, each in enumerate(items):
+                self.add(f"{text}[{index}]", f"{name}[{index}]", each)
+        if type(value) not in _CONTAINERS:
+            self._add_object(text, name, value)
+
+    def _add_object(self, text: str, name: str, value: Any) -> None:
+        """Follows the attributes of an object: those that are read, or all where a library's code may read them."""
+        kind = type(value)
+        if not all(_is_written_in_python(each) for each in kind.__mro__):
+            self.refuse(f"{text} is a {kind.__name__}, whose contents cannot be compared from step to step")
+            return
+        slots = {key for each in kind.__mro__ for key in _slots(each)}
+        attributes = {key: getattr(value, key) for key in sorted(slots) if hasattr(value, key)}
+        if hasattr(value, "__dict__"):
+            attributes |= {key: each for key, each in vars(value).items() if isinstance(key, str)}
+            self.test(text, f"len({name}.__dict__) == {len(vars(value))}")
+
+        reads_all = self._computed or any(_is_library(each.__module__) for each in kind.__mro__ if each not in _BASES)
+        if kind.__module__.startswith("distopt.") and not kind.__module__.startswith("distopt.examples."):
+            attributes = {key: each for key, each in attributes.items() if is_plain(each)}
+        if isinstance(value, Messenger):
+            attributes.pop("trace", None)
+        if not reads_all:
+            attributes = {key: attributes[key] for key in attributes.keys() & self._read}
+        self._add_attributes(text, name, value, attributes, watched=not reads_all)
+        self._add_class_attributes(text, name, value)
+
+    def _add_class_attributes(self, text: str, name: str, value: Any) -> None:
+        """Follows what an object's class holds, which the object's own attributes may hide later."""
+        kind = type(value)
+        if _is_library(kind.__module__):
+            return
+        self.add(kind.__name__, f"type({name})", kind)
+        for key in sorted(self._read - vars(value).keys() if hasattr(value, "__dict__") else ()):
+            inherited = next((vars(each)[key] for each in kind.__mro__ if key in vars(each)), None)
+            if is_plain(inherited) and inherited is not None:
+                self.add(f"{text}.{key}", f"{name}.{key}", inherited)
+
+    def _add_attributes(
+        self, text: str, name: str, value: Any, attributes: dict[str, Any], *, watched: bool = False
+    ) -> None:
+        table = vars(value) if hasattr(value, "__dict__") else {}
+        for key in sorted(attributes):
+            source = f"{name}.__dict__[{key!r}]" if key in table else f"{name}.{key}"
+            self.add(f"{text}.{key}", source, attributes[key], key if watched else None)
+
+    # Tests.
+
+    def test(self, text: str, expression: str, is_value: bool = False) -> None:
+        """Adds a test, and what a message says of it."""
+        self.tests.setdefault(expression, (text, is_value))
+
+    def compare(self, text: str, source: str, value: Any) -> None:
+        """Compares a plain value: 1, 1.0 and True are equal and make tensors of other types, as are 0.0 and -0.0."""
+        if isinstance(value, tuple | frozenset) or value == 0:
+            expression = f"repr({source}) == {self.name(repr(value))}"
+        else:
+            expression = f"(v := {source}) == {self.name(value)} and type(v) is {self.name(type(value))}"
+        self.test(text, expression, is_value=True)
+
+    def compare_items(self, text: str, source: str) -> None:
+        """Compares what an expression yields by identity, in one test."""
+        items = tuple(eval(source, self.environment))
+        self.test(text, f"len({source}) == {len(items)} and all(map(is_, {source}, {self.name(items)}))")
+
+    def refuse(self, reason: str) -> None:
+        """Notes what cannot be compared; the first reason counts."""
+        if self.refusal is None:
+            self.refusal = reason
+
+
+def _same_plain_items(source: str, value: Any, name_of: Callable[[Any], str]) -> str:
+    """Returns the expression that compares numbers and strings; equal strings are most often identical: 3 ns each."""
+    items = [*value]
+    listed = source if type(value) is list else f"[*{source}]"
+    if all(type(each) is str for each in items):
+        return f"{listed} == {name_of(items)}"
+    if any(each != each for each in items):
+        return f"len({source}) == {len(items)} and all(map(is_, {source}, {name_of(items)}))"
+    if any(each == 0 for each in items):  # 0.0 and -0.0 are equal
+        return f"repr({source}) == {name_of(repr(value))}"
+    return f"{listed} == {name_of(items)} and [*map(type, {source})] == {name_of([*map(type, items)])}"
+
+
+def is_plain(value: Any) -> bool:
+    """Returns whether a value is compared by value: numbers, strings and the like, and tuples of them."""
+    if isinstance(value, tuple | frozenset):
+        return type(value) in (tuple, frozenset, torch.Size) and all(is_plain(each) for each in value)
+    # NaN differs from itself, so it can be no assumption.
+    return isinstance(value, PLAIN) and value == value
+
+
+@functools.cache
+def _is_library(module: str) -> bool:
+    """Returns whether a module is no code that is watched; torch's layers are."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if module == "__main__":
+        return False
+    return module in sys.builtin_module_names or (file is not None and not is_user_file(file))
+
+
+def _is_written_in_python(kind: type) -> bool:
+    """Returns whether instances hold nothing but attributes, beyond what they inherit: no memory of C's."""
+    if kind in _BASES or kind.__base__ is None:
+        return True
+    pointers = len([*_slots(kind)]) + sum(name in vars(kind) for name in ("__weakref__", "__dict__"))
+    return kind.__basicsize__ <= kind.__base__.__basicsize__ + 8 * pointers
+
+
+def _slots(kind: type) -> Iterator[str]:
+    slots = vars(kind).get("__slots__", ())
+    for name in (slots,) if isinstance(slots, str) else slots:
+        if name not in ("__dict__", "__weakref__"):
+            yield f"_{kind.__name__.lstrip('_')}{name}" if name.startswith("__") and not name.endswith("__") else name

@@ -1,0 +1,276 @@
+"""Which code of the user's runs during a step, with what it was called, and which names it reads."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import gc
+import os
+import sys
+import sysconfig
+import types
+from collections.abc import Iterator
+from inspect import CO_VARARGS, CO_VARKEYWORDS
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor, nn
+
+import distopt
+
+_STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
+_TORCH_MODULES = os.path.join(os.path.dirname(torch.__file__), "nn", "modules") + os.sep
+_EXAMPLES = os.path.join(os.path.dirname(distopt.__file__), "examples") + os.sep
+_LIBRARIES = tuple(os.path.dirname(str(m.__file__)) + os.sep for m in (torch, pyro, np, distopt))
+
+_PACKAGES = frozenset({"torch", "pyro", "numpy", "opt_einsum", "distopt", ""})
+
+PLAIN = (int, float, str, bool, type(None), bytes, complex, torch.Size, torch.dtype, torch.device, slice, range)
+
+# Functions whose results differ from call to call, or that a user would miss. The profile function sees their calls.
+_EFFECTS = {("builtins", "print"), ("builtins", "input"), ("io", "open"), ("_io", "open")}
+_EFFECT_MODULES = frozenset({"time", "posix", "_thread", "_socket"})
+_READS = frozenset({"numpy", "tolist", "item", "data_ptr"})
+_CLOCKS = frozenset({"now", "today", "utcnow"})
+
+# Functions that read attributes under names that are computed: of objects that such code sees, all attributes count.
+_COMPUTED = frozenset(
+    {"getattr", "hasattr", "setattr", "vars", "dir", "attrgetter", "asdict", "astuple", "fields", "__dict__", "copy"}
+    | {"deepcopy", "replace", "globals", "locals", "__getattribute__", "__getattr__", "__slots__"}
+)
+
+
+@functools.cache
+def is_user_file(file: str) -> bool:
+    """Returns whether code of `file` may read plain values of the user's.
+
+    That is all code but the libraries'; of torch the layers count, since their attributes are the user's to set.
+    """
+    if file.startswith(_TORCH_MODULES) and not file.endswith("module.py"):
+        return True
+    if file.startswith(_EXAMPLES):
+        return True
+    if f"{os.sep}opt_einsum{os.sep}" in file:
+        return False  # Pyro's, for enumerated variables
+    in_stdlib = file.startswith(_STDLIB) and "site-packages" not in file
+    return not (file.startswith((*_LIBRARIES, "<frozen")) or in_stdlib)
+
+
+def is_user_code(frame: FrameType) -> bool:
+    """Returns whether a frame runs code of the user's; code that was made from a string belongs to its module."""
+    file = frame.f_code.co_filename
+    if file.startswith("<"):
+        package = str(frame.f_globals.get("__name__", "")).split(".")[0]
+        if package.startswith("namedtuple_"):
+            return False
+        return package not in _PACKAGES and package not in sys.stdlib_module_names - {"__main__"}
+    return is_user_file(file)
+
+
+class Call(NamedTuple):
+    """A function of the user's that ran: its code, globals, arguments that are no plain values, and free variables."""
+
+    code: CodeType
+    module_globals: dict[str, Any]
+    args: dict[str, Any]
+    free: dict[str, Any]
+
+
+class Watch:
+    """Notes the user's functions and the modules that run inside it; a context manager."""
+
+    def __init__(self) -> None:
+        self.frames: dict[tuple[Any, ...], Call] = {}
+        self.modules: dict[int, nn.Module] = {}
+        self.effects: list[str] = []
+        self._importing = 0
+
+    def __enter__(self) -> Watch:
+        # A collection would run other people's callbacks and finalizers within the step.
+        self._collects = gc.isenabled()
+        gc.disable()
+        self._previous = sys.getprofile()
+        sys.setprofile(self._on_event)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        sys.setprofile(self._previous)
+        if self._collects:
+            gc.enable()
+
+    def calls(self) -> Iterator[tuple[Call, dict[str, Any]]]:
+        """Yields each call with the closure cells of its function: the cells, since their contents may be replaced.
+
+        A frame does not know its function, so the garbage collector is asked, once for all. Functions that the step
+        itself made are gone by now: nobody else can change what they close over, or an enclosing function has it too.
+        """
+        # One pass over all objects takes some 30 ms, whatever the number of functions that are looked for.
+        calls = list(self.frames.values())
+        codes = list(dict.fromkeys(call.code for call in calls if call.code.co_freevars))
+        functions: dict[CodeType, list[types.FunctionType]] = {code: [] for code in codes}
+        for referrer in gc.get_referrers(*codes) if codes else ():
+            if isinstance(referrer, types.FunctionType) and referrer.__code__ in functions and referrer.__closure__:
+                functions[referrer.__code__].append(referrer)
+
+        for call in calls:
+            named = [
+                dict(zip(call.code.co_freevars, each.__closure__ or (), strict=True))
+                for each in functions.get(call.code, ())
+            ]
+            # Functions of one definition are told apart by what they close over; all of them count where it changed.
+            same = [
+                cells for cells in named if all(content(cell) is call.free.get(name) for name, cell in cells.items())
+            ]
+            for cells in (same[:1] or named) if named else [{}]:
+                yield call, cells
+
+    def _on_event(self, frame: FrameType, event: str, argument: Any) -> None:
+        # It is called for every function of the step, some 100,000 times: all but a few end at the first look-up.
+        code = frame.f_code
+        kind = _kinds.get(code)
+        if kind is None:
+            kind = _kinds[code] = _kind_of(frame)
+        if kind == _LIBRARY:
+            return
+        if event == "call":
+            self._on_call(frame, kind)
+        elif event == "c_call" and kind == _USER:
+            self._on_c_call(frame, argument)
+        elif event == "return" and kind == _IMPORT:
+            self._importing = max(0, self._importing - 1)
+
+    def _on_call(self, frame: FrameType, kind: int) -> None:
+        if kind == _IMPORT:
+            self._importing += 1  # modules that are imported within the step are no code of the step
+        elif self._importing:
+            return
+        elif kind == _USER:
+            self._note(frame)
+        elif kind == _LAYER:
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module):
+                self.modules[id(module)] = module
+        elif kind == _LOG:
+            self._note_effect(frame, "logging")
+
+    def _note(self, frame: FrameType) -> None:
+        code = frame.f_code
+        values = frame.f_locals
+        args = {
+            name: value
+            for name in code.co_varnames[: _num_args(code)]
+            if not isinstance(value := values.get(name), (Tensor, *PLAIN)) and not name.startswith(".")
+        }
+        free = {name: values.get(name) for name in code.co_freevars}
+        key = (code, *map(id, args.values()), *map(id, free.values()))
+        if key not in self.frames:
+            self.frames[key] = Call(code, frame.f_globals, args, free)
+
+    def _on_c_call(self, frame: FrameType, function: Any) -> None:
+        if self._importing:
+            return
+        # Prints, clocks and files: what they do to the user, or to the model, would stop with the capture.
+        name = getattr(function, "__name__", "")
+        module = getattr(function, "__module__", None)
+        if name in _READS and isinstance(getattr(function, "__self__", None), Tensor):
+            return  # the recorder's modes see these
+        is_clock = name in _CLOCKS and isinstance(getattr(function, "__self__", None), type)
+        if (module, name) in _EFFECTS or module in _EFFECT_MODULES or is_clock:
+            self.effects.append(f"{name}() at {frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})")
+
+    def _note_effect(self, frame: FrameType, name: str) -> None:
+        caller: FrameType | None = frame
+        while caller is not None and not is_user_code(caller):
+            caller = caller.f_back
+        if caller is not None:
+            self.effects.append(f"{name} at {caller.f_code.co_filename}:{caller.f_lineno} ({caller.f_code.co_name})")
+
+
+_LIBRARY, _USER, _IMPORT, _LAYER, _LOG = range(5)
+
+_kinds: dict[CodeType, int] = {}  # what a code object's calls mean to a watch
+
+
+def _kind_of(frame: FrameType) -> int:
+    code = frame.f_code
+    if code.co_filename.startswith("<frozen importlib") and code.co_name == "_find_and_load":
+        return _IMPORT
+    if is_user_code(frame):
+        return _USER
+    if code.co_name == "_call_impl":
+        return _LAYER
+    if code.co_name == "_log" and frame.f_globals.get("__name__") == "logging":
+        return _LOG
+    return _LIBRARY
+
+
+def content(cell: Any) -> Any:
+    """Returns what a closure cell holds, None where it is empty."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def _num_args(code: CodeType) -> int:
+    stars = bool(code.co_flags & CO_VARARGS) + bool(code.co_flags & CO_VARKEYWORDS)
+    return code.co_argcount + code.co_kwonlyargcount + stars
+
+
+class Names(NamedTuple):
+    """What a function's bytecode names.
+
+    Attributes:
+        roots: Globals that it loads or assigns.
+        attributes: Attributes that it loads or assigns.
+        used: Globals, free variables and attributes of which it may do more than ask for the length or shape.
+        whole: Those of which it may do more than load attributes.
+        computed: Whether it may read attributes under other names.
+    """
+
+    roots: frozenset[str]
+    attributes: frozenset[str]
+    used: frozenset[str]
+    whole: frozenset[str]
+    computed: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def names_of(code: CodeType) -> Names:
+    """Returns what a function's bytecode names."""
+    roots: set[str] = set()
+    attributes: set[str] = set()
+    used: set[str] = set()
+    whole: set[str] = set()
+    instructions = [*dis.get_instructions(code)]
+    for index, instruction in enumerate(instructions):
+        kind, value = instruction.opname, instruction.argval
+        if kind in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"):
+            roots.add(value)
+        elif kind in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR", "IMPORT_FROM"):
+            attributes.add(value)
+        elif not kind.endswith("_DEREF"):
+            continue
+        if not _is_measured(instructions, index):
+            used.add(value)
+        if index + 1 == len(instructions) or instructions[index + 1].opname != "LOAD_ATTR":
+            whole.add(value)
+    computed = bool(_COMPUTED & (roots | attributes))
+    return Names(frozenset(roots), frozenset(attributes), frozenset(used), frozenset(whole), computed)
+
+
+def _is_measured(instructions: list[dis.Instruction], index: int) -> bool:
+    """Returns whether what an instruction loads is asked for its length, shape or type, and for nothing else."""
+    following = instructions[index + 1] if index + 1 < len(instructions) else None
+    if following is None or not instructions[index].opname.startswith("LOAD_"):
+        return False
+    if following.opname == "LOAD_ATTR":
+        return following.argval in ("shape", "ndim", "dtype")
+    if (following.opname, following.argval) != ("PRECALL", 1):
+        return False
+    while index > 0 and instructions[index].opname == "LOAD_ATTR":
+        index -= 1
+    return (instructions[index - 1].opname, instructions[index - 1].argval) == ("LOAD_GLOBAL", "len")
