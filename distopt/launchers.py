@@ -17,6 +17,7 @@ from typing import Literal
 CONFIG_VARIABLE = "DISTOPT_CONFIG"  # the YAML itself, for pods, which share no folder with the launcher
 CWD_VARIABLE = "DISTOPT_CWD"  # the folder in which workers run, where ssh would start them in another one
 ECHO_VARIABLE = "DISTOPT_ECHO"  # set: supervisors print a worker's output as well, for `kubectl logs`
+ERROR_FILE_VARIABLE = "DISTOPT_ERROR_FILE"  # where a worker writes the error that ends it
 GRACE_VARIABLE = "DISTOPT_GRACE_S"  # seconds for the last checkpoint
 HEARTBEAT_VARIABLE = "DISTOPT_HEARTBEAT"  # set: host agents stop when the launcher is silent
 HOSTS_VARIABLE = "DISTOPT_HOSTS"  # the addresses of all hosts, with commas

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from distopt.launchers import FAILURE_FILE, LOGS
+from distopt.worker_error import WorkerError
 
 from . import failure_report, output
 from .jobs import JobError
@@ -107,6 +108,8 @@ class _AttachedRun:
         self._log: IO[bytes] | None = None
         self._forwarded_bytes = 0  # of that log
         self._events = events.Reader(run_dir)
+        self._errors: list[tuple[int, WorkerError]] = []  # of workers that raised them, and in which attempt
+        self._final_attempt: int | None = None  # the one in which an error was raised that no restart heals
         self._terminal_env = terminal.lend() if list(ranks) == [0] else {}
         read = output.of_files(run_dir)
         self._output = output.Output(ranks, read, [len(read(rank, 0)) for rank in ranks])
@@ -186,12 +189,35 @@ class _AttachedRun:
             elif isinstance(event, events.Preemption) and self.signal is None:
                 say(f"{event.host} will be taken away")
                 self.on_signal(signal.SIGTERM)
-            elif isinstance(event, events.End) and event.failed:
+            elif isinstance(event, events.End) and self._is_final(event):
+                continue
+            elif isinstance(event, events.End) and event.failed and self._final_attempt is None:
                 cause = f"{failure_report.describe_end(event)}{failure_report.quote_last_line(self.run_dir, event)}"
                 say(f"{failure_report.describe_rank(event)} {cause}")
                 # The launcher should end the others by itself; MPICH's does not for one that dies before MPI_Init.
                 if self.plan.ends_together:
                     self._ask_at = min(self._ask_at, time.monotonic() + FINISH_S)
+
+    def _is_final(self, end: events.End) -> bool:
+        """Returns whether a worker has ended by an error that no restart heals, and then ends the run, once.
+
+        Such is an error that the worker calls permanent, and one that has ended an earlier attempt, too, at the same
+        place, while no checkpoint was made between them.
+        """
+        error = end.worker_error
+        if error is None or error.from_peer or self._final_attempt is not None:
+            return False
+        repeated = any(error.repeats(other) for attempt, other in self._errors if attempt < end.attempt)
+        self._errors.append((end.attempt, error))
+        if not (error.permanent or repeated):
+            return False
+
+        self._final_attempt = end.attempt
+        again = "the same error ended an attempt before, and no checkpoint was made since" if repeated else ""
+        reason = again or "a restart would end in the same way"
+        say(f"{failure_report.describe_rank(end)} failed: {error.text} ({reason}; the run ends)")
+        self._ask_to_stop()
+        return True
 
     def on_signal(self, number: int) -> None:
         """Notes a request to stop; one that comes behind the echo of the first is a request to kill."""
@@ -256,13 +282,14 @@ class _AttachedRun:
         """Returns the run's exit status; prints how it ended unless it is done."""
         statuses = [process.wait() for process in self.processes]
         self._events.new()
-        last_attempt = failure_report.last_attempt(self._events.seen)
+        last_attempt = self._last_attempt()
         # Asked to stop, workers that did so and workers that were killed can both leave a launcher with status 0.
-        if self.signal is None or failure_report.all_succeeded(last_attempt):
+        may_be_done = self.signal is None and self._final_attempt is None
+        if may_be_done or failure_report.all_succeeded(last_attempt):
             if (not any(statuses) and self._workers_confirm()) or (self.plan.min_hosts is not None and 0 in statuses):
                 return 0
 
-        last_attempt = failure_report.last_attempt(self._events.seen)
+        last_attempt = self._last_attempt()
         ends_together = self.plan.ends_together and not self._has_killed
         if self.signal is not None and failure_report.all_stopped(last_attempt, ends_together=ends_together):
             say("; ".join(filter(None, ["stopped", failure_report.resume_hint(self.run_dir)])))
@@ -270,6 +297,13 @@ class _AttachedRun:
 
         self._print_failure(statuses, last_attempt)
         return 1
+
+    def _last_attempt(self) -> list[events.Event]:
+        """Returns the events of the attempt that ended the run; one that a launcher has begun since tells nothing."""
+        seen = self._events.seen
+        if self._final_attempt is not None:
+            seen = [event for event in seen if event.attempt <= self._final_attempt]
+        return failure_report.last_attempt(seen)
 
     def _print_failure(self, statuses: list[int], last_attempt: list[events.Event]) -> None:
         for command, status in zip(self.plan.commands, statuses, strict=True):

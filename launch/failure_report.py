@@ -16,11 +16,12 @@ from .worker.events import STOPPED_STATUSES, End, Event, Start
 from .worker.rank_log import last_attempt_lines, last_line, last_lines, log_of, traceback_of
 
 # One death brings down all ranks within seconds, and the first to end is often not the one to blame: a rank that has
-# raised stays until the others have read its error, while a rank whose connection breaks ends at once. Three sources
-# are weighed against each other:
-#   1. what ranks report of each other: distopt publishes the error of a rank to all others, which print it
-#   2. the last line of a rank's traceback: that of a closed connection is a consequence
-#   3. the time at which each supervisor saw its worker end; clocks of different hosts may differ
+# raised stays until the others have read its error, while a rank whose connection breaks ends at once. So what each
+# worker has recorded of its own error comes first (`distopt.worker_error`): when it was raised, and whether it only
+# tells of another rank. Of a worker that has recorded nothing, since it was killed or is a script without distopt, the
+# log tells: what it reports of another rank, and whether its traceback ends in a closed connection. Ranks with an error
+# of their own are sorted by its time; clocks of different hosts may differ. Where no rank has one, the cause is a rank
+# that is silent, because its host is lost, or else one that has ended well while others waited for it.
 
 # How distopt reports another rank's error (distopt/reduce/agreement.py and distopt/backends/heartbeat.py).
 _REPORTED = re.compile(
@@ -34,6 +35,8 @@ _LOST_PEER = re.compile(
     r"Connection (closed by peer|reset by peer|refused)|Broken pipe|[Tt]imed out|HorovodInternalError|"
     r"connectFullMesh|has been shut down|remote process exited|DistNetworkError|DistBackendError"
 )
+
+_LIBRARY_LINES = 40  # of a log's end, in which the trace of a library's code may stand
 
 
 def describe_rank(event: Event) -> str:
@@ -56,7 +59,10 @@ def describe_end(event: Event) -> str:
 
 def quote_last_line(run_dir: Path, end: End) -> str:
     """Returns the last line of a worker that ended by an error, in parentheses; empty where there is none."""
-    line = last_line(run_dir, end.rank) if (end.status or 0) > 0 else ""
+    if end.worker_error is not None:
+        line = end.worker_error.text
+    else:
+        line = last_line(run_dir, end.rank) if (end.status or 0) > 0 else ""
     return f" ({line.strip()[:200]})" if line else ""
 
 
@@ -108,19 +114,26 @@ def describe_failure(run_dir: Path, events: Sequence[Event], status: int, second
     ends = _last_ends(events)
     reports = _reports(run_dir, ends)
     blamed = _blame(run_dir, ends, reports)
+    silent = [event for event in events if isinstance(event, Start) and event.rank not in ends]
+    blames_silent = bool(silent) and all(_is_from_peer(run_dir, end, reports) for end in blamed)
+    if not blames_silent and (early := _ended_early(run_dir, ends, blamed, reports)):
+        blamed = [early, *blamed]
     duration = timedelta(seconds=round(seconds))
     lines = [f"distopt: the run failed after {duration} (exit status {status} of the launcher)."]
 
-    if blamed:
+    lost = f"No exit status from {_names(silent)}: its host or supervisor is gone."
+    if blames_silent:
+        lines.append(f"  {lost} The others stopped because of that.")
+        lines += _after(run_dir, blamed)
+    elif blamed:
         lines += _describe_blamed(run_dir, blamed, ends, reports)
     if reports:
         lines.append(f"  Stopped because of this error: {_names(ends[rank] for rank in sorted(reports))}.")
     waiting = [end for end in ends.values() if end.stopped and end not in blamed and end.rank not in reports]
     if waiting:
         lines.append(f"  Only waiting, terminated by the launcher: {_names(waiting)}.")
-    silent = [event for event in events if isinstance(event, Start) and event.rank not in ends]
-    if silent:
-        lines.append(f"  No exit status from {_names(silent)}: its host or supervisor is gone.")
+    if silent and not blames_silent:
+        lines.append(f"  {lost}")
 
     if not blamed and launcher_log:
         lines += _quote(run_dir / LOGS / launcher_log, last_lines(run_dir / LOGS / launcher_log))
@@ -153,12 +166,52 @@ def _reports(run_dir: Path, ends: Iterable[int]) -> dict[int, re.Match[str]]:
 
 
 def _blame(run_dir: Path, ends: dict[int, End], reports: dict[int, re.Match[str]]) -> list[End]:
-    """The workers that ended by an error of their own, the one to blame for the others first."""
-    source = next((int(match["rank"]) for match in reports.values() if int(match["rank"]) in ends), None)
+    """The workers that ended by an error, the one to blame for the others first."""
+    sources = {int(match["rank"]) for match in reports.values()} & set(ends)
     # The launcher may have ended the source while that was still printing its traceback; it has failed all the same.
-    blamed = [end for rank, end in ends.items() if rank == source or (end.failed and rank not in reports)]
-    blamed.sort(key=lambda end: (end.rank != source, bool(_LOST_PEER.search(last_line(run_dir, end.rank))), end.time))
-    return blamed
+    blamed = [
+        end
+        for rank, end in ends.items()
+        if rank in sources or (end.failed and rank not in reports) or (end.status and _raised_itself(end))
+    ]
+
+    def order(end: End) -> tuple[object, ...]:
+        from_peer = _is_from_peer(run_dir, end, reports)
+        return from_peer, end.worker_error is None and end.rank not in sources, _time_of(end)
+
+    return sorted(blamed, key=order)
+
+
+def _raised_itself(end: End) -> bool:
+    return end.worker_error is not None and not end.worker_error.from_peer
+
+
+def _is_from_peer(run_dir: Path, end: End, reports: dict[int, re.Match[str]]) -> bool:
+    """Returns whether a worker ended because of another one, as far as it has recorded or printed."""
+    if end.worker_error is not None:
+        return end.worker_error.from_peer
+    if end.rank in {int(match["rank"]) for match in reports.values()}:
+        return False
+    # A trace of a library's C++ code is no reason to quote, but without one of Python's it tells of a lost connection.
+    text = last_line(run_dir, end.rank)
+    lines = last_attempt_lines(run_dir, end.rank)
+    if not any("Traceback" in line for line in lines):
+        text = "\n".join([text, *lines[-_LIBRARY_LINES:]])
+    return end.rank in reports or bool(_LOST_PEER.search(text))
+
+
+def _time_of(end: End) -> float:
+    return end.time if end.worker_error is None else end.worker_error.time
+
+
+def _ended_early(
+    run_dir: Path, ends: dict[int, End], blamed: Sequence[End], reports: dict[int, re.Match[str]]
+) -> End | None:
+    """The rank that ended with status 0 while others waited for it, where none of them has an error of its own."""
+    if not all(_is_from_peer(run_dir, end, reports) for end in blamed):
+        return None
+    first = min(map(_time_of, blamed), default=0.0)
+    return min((end for end in ends.values() if end.status == 0 and end.time <= first), key=_time_of, default=None)
 
 
 def _describe_blamed(
@@ -166,14 +219,28 @@ def _describe_blamed(
 ) -> list[str]:
     first = blamed[0]
     error = next((match["error"] for match in reports.values() if int(match["rank"]) == first.rank), "")
-    lines = [f"  {describe_rank(first)} died first: it {f'failed at {error}' if error else f'{describe_end(first)}.'}"]
-    lines += [
-        f"  After it: {describe_rank(end)} {describe_end(end)}{quote_last_line(run_dir, end)}." for end in blamed[1:]
-    ]
-    earlier = [end for end in ends.values() if end.status == 0 and end.time < first.time]
+    lines = [f"  {describe_rank(first)} died first: it {_describe_death(first, error)}"]
+    lines += _after(run_dir, blamed[1:])
+    earlier = [end for end in ends.values() if end.status == 0 and end is not first and end.time < _time_of(first)]
     if earlier:
         lines.append(f"  Already finished successfully before that: {_names(earlier)}.")
     return lines
+
+
+def _after(run_dir: Path, ends: Iterable[End]) -> list[str]:
+    return [f"  After it: {describe_rank(end)} {describe_end(end)}{quote_last_line(run_dir, end)}." for end in ends]
+
+
+def _describe_death(end: End, reported: str) -> str:
+    """Returns how the worker to blame died, as the end of a sentence; what others report of it names the step."""
+    if reported:
+        return f"failed at {reported}"
+    if end.worker_error is not None:
+        location = f" at {end.worker_error.location}" if end.worker_error.location else ""
+        return f"failed{location}: {end.worker_error.text}"
+    if end.status == 0:
+        return "ended with exit status 0 while other ranks were still waiting for it."
+    return f"{describe_end(end)}."
 
 
 def _names(events: Iterable[Event]) -> str:

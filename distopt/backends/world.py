@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import Store
 from distopt.backends.base import Backend, BackendError, Handle, Op
 from distopt.backends.heartbeat import BEAT_S, Failure, Heartbeat
 from distopt.launchers import RankInfo
+from distopt.worker_error import record_error
 
 LINGER = timedelta(seconds=3)
 """How long a failing rank stays for the others to read its cause, and they wait for one when a connection closes."""
@@ -269,8 +270,12 @@ class ExitHandler:
     def _publish(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """Stands in for `sys.excepthook`. A BackendError is what this rank learned from another, and is not its own."""
         self._failed = True
-        if not issubclass(kind, KeyboardInterrupt) and not isinstance(error, BackendError):
-            self._world.fail(error)
+        if not issubclass(kind, KeyboardInterrupt):
+            # PeerError, which a layer above defines, tells of another rank as well.
+            from_peer = any(base.__name__ in ("BackendError", "PeerError") for base in kind.__mro__)
+            record_error(error, from_peer=from_peer)
+            if not isinstance(error, BackendError):
+                self._world.fail(error)
         self._previous_hook(kind, error, trace)
 
     def _leave(self) -> None:

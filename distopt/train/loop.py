@@ -33,6 +33,7 @@ from distopt.train.setup import device_of_run, load_task_on_all_ranks, make_batc
 from distopt.train.signals import StopSignals
 from distopt.train.task import TaskError, TaskRows
 from distopt.train.validation import Validation
+from distopt.worker_error import is_permanent, record_error
 
 # Rows that the parameters are made from. A guide's first call needs some rows, and all of them might not fit in memory.
 _INIT_ROWS = 1024
@@ -74,6 +75,10 @@ def run(config: RunConfig, *, until_exit: bool = False) -> int:
             stop.hold()
             return _Worker(config, backend, status, stop).run()
     except Exception as error:
+        from_peer = isinstance(error, BackendError | PeerError)
+        in_first_step = backend is not None and status.steps_done == 0
+        permanent = not from_peer and is_permanent(error, in_first_step=in_first_step)
+        record_error(error, from_peer=from_peer, permanent=permanent, resumed_from=status.resumed_from)
         if backend is not None and not isinstance(error, _SHARED_ERRORS):
             backend.fail(error)  # the other ranks wait for this one, and now raise this cause instead
         if not isinstance(error, _PLAIN_ERRORS):

@@ -39,6 +39,8 @@ class Status(Logger):
     """The last finished step, counted from the start of the run."""
     steps_done: int = 0
     """Steps finished by this process."""
+    resumed_from: int | None = None
+    """The step that this process began from; None before a checkpoint was looked for."""
     skipped_steps: int = 0
     """Steps of this process in which the optimizer changed nothing because a gradient was not finite."""
     rows_per_s: float | None = None

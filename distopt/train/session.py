@@ -206,6 +206,7 @@ class Session:
             self.status.checkpoint_at = time.monotonic()
 
         self.status.step = first_step
+        self.status.resumed_from = first_step
         self.status.joined = True
         self.status.progress()
         return first_step

@@ -18,7 +18,7 @@ from distopt.data import GlobalBatches, ShardBatches
 from distopt.rng import seed_all
 from distopt.train.components import refused
 from distopt.train.source_code import differing_files, source_digests
-from distopt.train.task import Task, TaskError, load_task
+from distopt.train.task import PeerTaskError, Task, TaskError, load_task
 
 _LOCAL_SECTIONS = ("launch", "log", "run_dir", "serve")  # keys that may differ between ranks
 
@@ -59,8 +59,8 @@ def load_task_on_all_ranks(config: RunConfig, backend: Backend) -> Task:
     """Builds the task of the configuration on this rank, and checks that all ranks run the same.
 
     Raises:
-        TaskError: A rank could not build it, or ranks have different configurations, code or versions. All ranks raise
-            the same error.
+        TaskError: A rank could not build it, of which the others raise a `PeerTaskError`, or ranks have different
+            configurations, code or versions, which all of them raise.
 
     Cost:
         One `all_gather_json`.
@@ -76,8 +76,10 @@ def load_task_on_all_ranks(config: RunConfig, backend: Backend) -> Task:
     # Agreed before it is raised: a rank that raised alone would show the others only a closed connection.
     gathered = backend.all_gather_json({"problem": problem, "setup": describe_setup(config)})
     problems = [each["problem"] for each in gathered if each["problem"]]
+    if problem is not None:
+        raise TaskError(problem)
     if task is None or problems:
-        raise TaskError(problems[0])
+        raise PeerTaskError(problems[0])
     check_same_setup([each["setup"] for each in gathered])
     return task
 

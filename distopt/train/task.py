@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distopt.config.plugins import load_reference
 from distopt.infer import TensorRows
+from distopt.reduce.errors import PeerError
 
 if TYPE_CHECKING:
     from distopt.train.report import Report
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 class TaskError(ValueError):
     """A task that cannot be built, lacks a member, or disagrees with the configuration."""
+
+
+class PeerTaskError(TaskError, PeerError):
+    """A task that another rank cannot build."""
 
 
 class Task(ABC):

@@ -12,9 +12,11 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from distopt import cgroups
 from distopt.launchers import LOGS
+from distopt.worker_error import WorkerError, parse_error
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Event:
         status: The exit status of a worker that has ended, negative for a signal.
         stopped: Whether the worker had been asked to stop.
         out_of_memory: Whether it was killed because its control group ran out of memory.
+        raised: The error that it has recorded, as JSON values of a `WorkerError`; None where it has recorded none.
     """
 
     rank: int
@@ -40,6 +43,7 @@ class Event:
     status: int | None = None
     stopped: bool = False
     out_of_memory: bool = False
+    raised: dict[str, Any] | None = None
 
 
 class Start(Event):
@@ -70,6 +74,11 @@ class End(Event):
     def failed(self) -> bool:
         """Whether it ended by itself, and not successfully."""
         return self.status != 0 and not self.stopped
+
+    @property
+    def worker_error(self) -> WorkerError | None:
+        """The error that the worker has recorded."""
+        return None if self.raised is None else parse_error(self.raised)
 
 
 STOPPED_STATUSES = (0, 128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT)

@@ -18,7 +18,11 @@ MAX_TRACEBACK_LINES = 30
 
 # torch reports a connection that another rank has closed with a trace of its C++ code. A rank that has already said why
 # it ends prints such a trace behind its reason, from the thread of its heartbeat, and the reason is what is wanted.
-_LIBRARY_TRACE = re.compile(r"\[[WEI]\d{4} |frame #\d+: |<omitting python frames>|Exception raised from ")
+_LIBRARY_TRACE = re.compile(
+    r"\[?[WEIF]\d{4} |\[rank\d+\]:\[[WEIF]\d{4} |frame #\d+: |<omitting python frames>|Exception raised from "
+)
+
+_WARNING = re.compile(r":\d+: \w*Warning: ")  # as Python prints it: file, line, category
 
 
 def log_of(run_dir: Path, rank: int) -> Path:
@@ -121,14 +125,29 @@ def last_attempt_lines(run_dir: Path, rank: int) -> list[str]:
 def traceback_of(run_dir: Path, rank: int) -> list[str]:
     """Returns the last traceback that a rank printed in its last attempt; its last messages if it printed none."""
     lines = last_attempt_lines(run_dir, rank)
-    starts = [index for index, line in enumerate(lines) if "Traceback (most recent call last)" in line]
+    messages = _without_warnings(lines)
+    starts = [index for index, line in enumerate(messages) if "Traceback (most recent call last)" in line]
     if starts:
-        return lines[starts[-1] :][-MAX_TRACEBACK_LINES:]
-
-    messages = [line for line in lines if not _LIBRARY_TRACE.match(line.lstrip())]
+        return messages[starts[-1] :][-MAX_TRACEBACK_LINES:]
     return messages[-10:] if any(map(str.strip, messages)) else lines[-10:]
 
 
 def last_line(run_dir: Path, rank: int) -> str:
-    """Returns the last line of a rank's traceback, which in Python names the exception; empty where it printed none."""
-    return next((line for line in reversed(traceback_of(run_dir, rank)) if line.strip()), "")
+    """Returns the last line of a rank's traceback, which in Python names the exception; empty where it printed none.
+
+    A line of a library's C++ code, or a warning, is no reason.
+    """
+    messages = _without_warnings(traceback_of(run_dir, rank))
+    return next((line for line in reversed(messages) if line.strip()), "")
+
+
+def _without_warnings(lines: list[str]) -> list[str]:
+    """Returns the lines without those of C++ traces, and without warnings and the line of code that follows each."""
+    kept: list[str] = []
+    in_warning = False
+    for line in lines:
+        is_code = in_warning and line.startswith("  ")
+        in_warning = bool(_WARNING.search(line))
+        if not (in_warning or is_code or _LIBRARY_TRACE.match(line.lstrip())):
+            kept.append(line)
+    return kept

@@ -15,6 +15,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
@@ -22,7 +24,9 @@ from distopt.cgroups import available_cores
 from distopt.launchers import (
     CWD_VARIABLE,
     ECHO_VARIABLE,
+    ERROR_FILE_VARIABLE,
     GRACE_VARIABLE,
+    LOGS,
     PREEMPTION_VARIABLE,
     RUN_DIR_VARIABLE,
     STDIN_SECRETS_VARIABLE,
@@ -35,6 +39,7 @@ from distopt.launchers import (
     find_rank,
     parse_range,
 )
+from distopt.worker_error import WorkerError, read_error
 
 from . import elastic, events, rank_log, terminal
 from .network import interface_env
@@ -48,6 +53,9 @@ POLL_S = 0.5
 LAUNCHER_DELAY_S = 2.0
 WRONG_WORLD_SIZE = 3
 """Exit status where the launcher started another number of workers than the run allows."""
+
+NO_FURTHER_ATTEMPT = 4
+"""Exit status where the worker is not started again, since it would end in the same error."""
 
 LIBRARY_SETTINGS = {
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -80,6 +88,7 @@ class Supervisor:
         local_size: Those of them on this host, as far as the launcher says.
         attempt: How often the workers had been started before.
         asked_to_stop: Whether this worker is to end for good.
+        has_permanent_error: Whether it ended by an error that another attempt would end in as well.
     """
 
     def __init__(self, run_dir: Path, command: Sequence[str]) -> None:
@@ -92,6 +101,7 @@ class Supervisor:
         self._preemption_file = _preemption_file()
         self._stop_at = float("inf")
         self.asked_to_stop = False
+        self.has_permanent_error = False
 
         self._secrets = read_secrets() if STDIN_SECRETS_VARIABLE in os.environ else {}
         self._is_elastic = elastic.is_elastic(os.environ)
@@ -113,7 +123,7 @@ class Supervisor:
         status = self._run_attempt()
 
         # A worker that was killed, but not from here, is left to horovodrun: its host may be unfit for another.
-        while self._is_elastic and not self.asked_to_stop and (status > 0 or (status and self._signalled)):
+        while self._is_elastic and self._may_continue and (status > 0 or (status and self._signalled)):
             variables = elastic.next_rank(os.environ, self._wait_while_wanted)
             if not variables:
                 break
@@ -122,6 +132,10 @@ class Supervisor:
             self.attempt += 1
             status = self._run_attempt()
         return status
+
+    @property
+    def _may_continue(self) -> bool:
+        return not self.asked_to_stop and not self.has_permanent_error
 
     def _read_rank(self) -> None:
         """Takes the rank and world size from whichever launcher started this process; alone it is rank 0 of 1."""
@@ -152,10 +166,24 @@ class Supervisor:
             self._record(events.Start)
             if self._refuse_world_size(log):
                 status = WRONG_WORLD_SIZE
+            elif self._refuse_attempt(log):
+                status = NO_FURTHER_ATTEMPT
             else:
                 status = self._run_worker(log)
         self._record(events.End, status)
         return status
+
+    @property
+    def _error_file(self) -> Path:
+        # Of this process: an attempt that ends late must not write into the file of the next one.
+        return self.run_dir.absolute() / LOGS / f".error-{self.rank}-{os.getpid()}.json"
+
+    def _take_error(self) -> WorkerError | None:
+        """Returns the error that the worker has recorded, and removes the record."""
+        error = read_error(self._error_file)
+        with suppress(OSError):
+            self._error_file.unlink()
+        return error
 
     def _refuse_world_size(self, log: rank_log.RankLog) -> bool:
         """Refuses a world of another size than the run's: a launcher may continue with fewer workers, and exit 0."""
@@ -168,6 +196,22 @@ class Supervisor:
             "Does a platform of your own set RANK and WORLD_SIZE?\n".encode()
         )
         return True
+
+    def _refuse_attempt(self, log: rank_log.RankLog) -> bool:
+        """Refuses to start a worker again where the attempt before has ended by an error that would come again.
+
+        `distopt launch` ends such a run itself. In a pod, say, torchrun is alone, and restarts whatever the status was.
+        """
+        if self.attempt == 0:
+            return False
+        seen = events.Reader(self.run_dir, from_start=True).new()
+        ends = {event.rank: event for event in seen if isinstance(event, events.End)}
+        for end in ends.values():
+            error = end.worker_error
+            if end.attempt == self.attempt - 1 and error is not None and error.permanent:
+                log.write(f"distopt: not started again: rank {end.rank} failed: {error.text}\n".encode())
+                return True
+        return False
 
     def _run_worker(self, log: rank_log.RankLog) -> int:
         screen = terminal.open_for(self.rank)
@@ -198,7 +242,9 @@ class Supervisor:
 
     def _start(self, screen: IO[bytes] | None) -> tuple[subprocess.Popen[bytes], int]:
         """Starts the worker, and returns it with the file descriptor of its output."""
+        self._take_error()
         env = {**os.environ, **interface_env(os.environ), "PYTHONUNBUFFERED": "1", **self._secrets}
+        env[ERROR_FILE_VARIABLE] = str(self._error_file)
         env[RUN_DIR_VARIABLE] = str(self.run_dir)
         env.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // self.local_size)))
         for name, value in LIBRARY_SETTINGS.items():
@@ -247,6 +293,8 @@ class Supervisor:
                 self._ask_to_stop(worker, for_good=number > self._round)
 
     def _record(self, kind: type[events.Event], status: int | None = None, **more: str) -> None:
+        error = self._take_error() if kind is events.End else None
+        self.has_permanent_error = error is not None and error.permanent
         event = kind(
             rank=self.rank,
             attempt=self.attempt,
@@ -256,6 +304,7 @@ class Supervisor:
             status=status,
             stopped=self._signalled or self.asked_to_stop,
             out_of_memory=status == -signal.SIGKILL and events.oom_kills() > self._oom_kills,
+            raised=None if error is None else asdict(error),
             **more,
         )
         try:

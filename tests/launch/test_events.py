@@ -54,7 +54,7 @@ def test_recorded_line_is_what_other_programs_read(run_dir):
     events.append(run_dir, End(1, 2, "host", 7, 3.5, 1))
     assert json.loads((run_dir / "logs/rank-1.jsonl").read_text()) == {
         "event": "end", "rank": 1, "attempt": 2, "host": "host", "pid": 7, "time": 3.5, "status": 1,
-        "stopped": False, "out_of_memory": False,
+        "stopped": False, "out_of_memory": False, "raised": None,
     }  # fmt: skip
 
 

@@ -135,6 +135,57 @@ def test_out_of_memory_is_named_as_such():
     assert "out of memory?" in failure_report.describe_end(end(0, 0.0, -9))
 
 
+def raised(text: str, time: float, **more) -> dict[str, object]:
+    return {"text": text, "location": "task.py:3 in batch", "time": time, **more}
+
+
+# How a rank dies, and what its supervisor records of it: status, what the worker has recorded, and whether its log says
+# so. Host and supervisor of a lost rank record nothing.
+VALUE_ERROR = raised("ValueError: the culprit", 5.0)
+DEATHS = {
+    "raise": (1, VALUE_ERROR, "failed at task.py:3 in batch: ValueError: the culprit"),
+    "out of memory in Python": (1, raised("MemoryError", 5.0), "failed at task.py:3 in batch: MemoryError"),
+    "sys.exit(3)": (3, None, "ended with exit status 3"),
+    "os._exit(7)": (7, None, "ended with exit status 7"),
+    "exit 0 early": (0, None, "ended with exit status 0 while other ranks were still waiting for it"),
+    "SIGKILL": (-9, None, "was killed (SIGKILL)"),
+    "SIGSEGV": (-11, None, "died of SIGSEGV"),
+    "lost host": (None, None, ""),
+}
+WAITING = {
+    "recorded, ended first": (1, raised("BackendError: Connection closed by peer", 6.0, from_peer=True), "", False),
+    "printed, ended first": (1, None, "RuntimeError: Connection closed by peer", False),
+    "C++ alone": (1, None, "[W1126 06:27:41.9 TCPStore.cpp:125] recvValue failed: Connection reset by peer", False),
+    "ended by the launcher": (-15, None, "", True),
+}
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+@pytest.mark.parametrize("waiting", WAITING)
+@pytest.mark.parametrize("death", DEATHS)
+def test_rank_that_died_is_named_and_not_those_that_waited_for_it(death, waiting, culprit, report):
+    status, error, description = DEATHS[death]
+    other_status, other_error, printed, stopped = WAITING[waiting]
+    other = 1 - culprit
+    happened: list[events.Event] = [events.Start(rank, 0, f"host{rank}", 1, 1.0) for rank in (0, 1)]
+    # The one that raised stays until the others have read its error, and so ends after them.
+    time = 9.0 if error else 5.5
+    if status is not None:
+        happened.append(events.End(culprit, 0, f"host{culprit}", 1, time, status, raised=error))
+    happened.append(events.End(other, 0, f"host{other}", 1, 7.0, other_status, stopped, raised=other_error))
+
+    warning = "lib.py:3: UserWarning: slow\n  warnings.warn(text)\n"
+    text = report(
+        {other: f"{HEADER if 'Error' in printed else ''}{printed}\n" if printed else "", culprit: warning}, happened
+    )
+    cause = text.splitlines()[1]
+    if status is None and not stopped:
+        assert cause.startswith(f"  No exit status from rank {culprit} on host{culprit}: its host"), text
+    elif status is not None and not (status == 0 and stopped):
+        assert cause.startswith(f"  rank {culprit} on host{culprit} died first: it {description}"), text
+    assert "TCPStore" not in cause and "Warning" not in cause and "warnings.warn" not in cause
+
+
 FAILING = """
 import os
 from order_task import Order

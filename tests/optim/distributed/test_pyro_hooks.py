@@ -77,7 +77,7 @@ class Noting:
     def __init__(self) -> None:
         self.seen: list[Any] = []
 
-    def adopt_svi(self, svi: SVI) -> None:
+    def adopt_svi(self, svi: SVI, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.seen.append(type(svi))
 
     def adopt_optimizer(self, optim: pyro.optim.PyroOptim) -> None:

@@ -1,0 +1,145 @@
+"""What a worker writes of the error that ends it, for its supervisor: the cause of a failed run, and whether it heals.
+
+The supervisor sees how a process ends, and from outside a rank that raised looks like one that was only told. The
+worker knows whether the error was its own or another rank's, when it was raised, and whether it would happen again.
+Standard library only: the launcher reads this as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from distopt.launchers import ERROR_FILE_VARIABLE
+
+MAX_TEXT = 500  # characters of an error's message
+
+
+@dataclass(frozen=True)
+class WorkerError:
+    """The error that ended a worker.
+
+    Attributes:
+        text: The exception's type and the first line of its message.
+        location: The last line of the user's code that it passed through, as `file:line in function`.
+        time: When it was recorded, in seconds since the epoch, on the worker's host.
+        from_peer: Whether it tells of another rank: of its error, or that it is gone.
+        permanent: Whether a restart would end in the same way.
+        resumed_from: The step of the checkpoint that the worker began from; None where that is not known.
+    """
+
+    text: str
+    location: str
+    time: float
+    from_peer: bool = False
+    permanent: bool = False
+    resumed_from: int | None = None
+
+    @property
+    def is_memory(self) -> bool:
+        """Whether the worker ran out of memory."""
+        return "MemoryError" in self.text or "out of memory" in self.text.lower()
+
+    def repeats(self, other: WorkerError) -> bool:
+        """Returns whether it is the error of an earlier attempt again, at the same place, with no checkpoint between.
+
+        Of a script it is not known whether it has made progress, so its errors never are.
+        """
+        if self.from_peer or self.is_memory or self.resumed_from is None:
+            return False
+        mine = (self.text, self.location, self.resumed_from)
+        return mine == (other.text, other.location, other.resumed_from)
+
+
+# Classes of errors by name, with those that derive from them: nothing is imported to tell them apart. What may be gone
+# when the same is tried again is of files and connections, of memory and devices, and of ranks that are lost. A run
+# that has taken a step has shown that its configuration and its code work, so others are permanent only before that.
+_NEVER_HEALS = frozenset({"ConfigError", "ConfigMismatchError", "ImportError", "SyntaxError"})
+_MAY_HEAL = frozenset(
+    {"OSError", "MemoryError", "BackendError", "PeerError", "CheckpointError", "OutOfMemoryError", "AcceleratorError"}
+)
+_OF_DEVICES = ("CUDA", "cuDNN", "CUBLAS", "NCCL", "out of memory", "can't allocate memory")
+
+
+def is_permanent(error: BaseException, *, in_first_step: bool) -> bool:
+    """Returns whether a restart would end in the same error.
+
+    Args:
+        error: What has ended a worker.
+        in_first_step: Whether the ranks had met and had taken no step since.
+
+    Example:
+        >>> is_permanent(TypeError("unexpected keyword argument"), in_first_step=True)
+        True
+        >>> is_permanent(ConnectionResetError(), in_first_step=True), is_permanent(ValueError(), in_first_step=False)
+        (False, False)
+    """
+    names = {base.__name__ for each in _chain(error) for base in type(each).__mro__}
+    if not isinstance(error, Exception) or "OSError" in names:
+        return False
+    if names & _NEVER_HEALS:
+        return True
+    return in_first_step and not names & _MAY_HEAL and not any(phrase in str(error) for phrase in _OF_DEVICES)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """Returns an error and what it was raised from: a ConfigError of a file that could not be read may heal."""
+    chain = [error]
+    while chain[-1].__cause__ is not None and chain[-1].__cause__ not in chain:
+        chain.append(chain[-1].__cause__)
+    return chain
+
+
+def record_error(
+    error: BaseException, *, from_peer: bool = False, permanent: bool = False, resumed_from: int | None = None
+) -> None:
+    """Writes the error that ends this worker where its supervisor reads it; the first one counts.
+
+    Nothing is raised: a disk that is full must not hide the error.
+    """
+    path = os.environ.get(ERROR_FILE_VARIABLE)
+    if not path:
+        return
+    lines = str(error).splitlines() or [""]
+    text = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
+    mine = WorkerError(text[:MAX_TEXT], _location(error), time.time(), from_peer, permanent, resumed_from)
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            json.dump(asdict(mine), file)
+    except OSError:
+        return
+
+
+def read_error(path: Path) -> WorkerError | None:
+    """Returns what a worker has written; None where it has written nothing, or was killed over it."""
+    try:
+        return parse_error(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def parse_error(fields: Any) -> WorkerError | None:
+    """Returns the error of these JSON values; None for those of another version."""
+    try:
+        return WorkerError(**fields)
+    except TypeError:
+        return None
+
+
+def _location(error: BaseException) -> str:
+    """Returns where the innermost frame of code is that belongs to no installed package; else the innermost of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    users = [frame for frame in frames if not _is_installed(frame.filename)]
+    for frame in reversed(users or frames):
+        return f"{frame.filename}:{frame.lineno} in {frame.name}"
+    return ""
+
+
+def _is_installed(filename: str) -> bool:
+    package = str(Path(__file__).parent)
+    return "site-packages" in filename or filename.startswith(("<", package))
