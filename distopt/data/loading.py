@@ -155,7 +155,7 @@ class ShardBatches(GlobalBatches):
 
     Example:
         >>> [ShardBatches(7, 0.5, seed=0, rank=rank, world_size=2).rows(0).tolist() for rank in (0, 1)]
-        [[2, 0], [6, 4]]
+        [[0, 2], [3, 6]]
     """
 
     def __init__(self, num_rows: int, fraction: float, seed: int, rank: int = 0, world_size: int = 1) -> None:
