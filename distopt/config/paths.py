@@ -43,8 +43,7 @@ def local_path(path: str) -> str:
     """Returns a path with `~` expanded as a shell does.
 
     Raises:
-        ValueError: It is empty, a URL, holds control characters or a shell's variable, or names the home of an
-            unknown user.
+        ValueError: It is empty, a URL, holds control characters, or names the home of an unknown user.
 
     Example:
         >>> local_path("runs/flights")
@@ -83,7 +82,7 @@ def path_or_url(path: str) -> str:
     url = url_meant_by(path)
     if url is not None:
         raise ValueError(f"found {path}, which has one slash; write {url} for the URL")
-    return _without_variables(path) if is_url(path) else _expanded(path)
+    return path if is_url(path) else _expanded(path)
 
 
 def _expanded(path: str) -> str:
@@ -92,20 +91,11 @@ def _expanded(path: str) -> str:
     # Paths are printed, and written into shell scripts and manifests: control characters could hide what they are.
     if re.search(r"[\x00-\x1f\x7f]", path):
         raise ValueError("control characters are not allowed in a path")
-    expanded = os.path.expanduser(_without_variables(path))
+    expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         user = expanded.partition("/")[0]
         raise ValueError(f"found {path}, but {user} is not known here; a folder of that name is ./{path}")
     return expanded
-
-
-def _without_variables(path: str) -> str:
-    # A folder named $SCRATCH would be made without a word, and the run's files be looked for elsewhere.
-    variable = re.search(r"\$([A-Za-z_]\w*)", path)
-    if variable is not None:
-        name = variable[1]
-        raise ValueError(f"found the variable ${name}, which a YAML does not expand; write ${{oc.env:{name}}}")
-    return path
 
 
 def _as_string(path: Any) -> Any:
