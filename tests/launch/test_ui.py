@@ -110,10 +110,18 @@ def test_curves_are_those_of_the_chosen_runs_and_thinned_with_their_last_row(ser
     assert len(points) <= MAX_POINTS + 1 and points[0] == [1, -1000.0] and points[-1] == [2500, -0.4]
     assert curves["runs/sales-b"]["validation/rmse"] == [[30, 0.5]] and len(curves["runs/sales-b"]["elbo"]) == 30
 
+    with Path("runs/sales-b/metrics.jsonl").open("a") as file:
+        file.write('{"step": 31, "elbo": NaN}\n')  # of a program that writes what is no JSON
+    assert len(ask_json(server, "/curves", runs="runs/sales-b")["runs/sales-b"]["elbo"]) == 30
+
 
 def test_run_has_ranks_checkpoints_logs_and_yaml_without_the_environment(server) -> None:
+    other_process = Path("runs/sales-a/checkpoints/step-00000030-5f0c1a2b")
+    other_process.mkdir()
+    (other_process / "manifest.json").write_text("{}")
     run = ask_json(server, "/run", run="runs/sales-a")
-    assert run["paces"] == PACES and run["ranks"] == [0, 1] and run["checkpoints"][0]["step"] == 20
+    assert run["paces"] == PACES and run["ranks"] == [0, 1]
+    assert [each["step"] for each in run["checkpoints"]] == [30, 20]
     assert "lr: 0.1" in run["config"] and "confidential" not in json.dumps(run)
     assert ask(server, "/log", run="runs/sales-a", rank=1)[1] == "<script>alert(1)</script> from rank 1\n"
     differences = ask_json(server, "/differences", runs="runs/sales-a,runs/sales-b")
