@@ -80,10 +80,15 @@ def _check_code(config: RunConfig, image: str | None) -> Iterator[Finding]:
 def _check_loggers(config: RunConfig, image: str | None) -> Iterator[Finding]:
     """Yields the loggers whose package is not installed; each is named as its package and as its extra."""
     for index, logger in enumerate(config.log.loggers):
-        if not is_reference(logger.name) and importlib.util.find_spec(logger.name) is None:
+        if not is_reference(logger.name) and not _is_installed(logger.name):
             missing = f"{logger.name} is not installed for {sys.executable}"
             fix = f"pip install 'distopt[{logger.name}]'"
             yield _or_in_image(Finding(f"log.loggers.{index}", missing, fix), image)
+
+
+def _is_installed(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None  # a folder `wandb` of logs could be imported, too
 
 
 def _or_in_image(missing: Finding, image: str | None) -> Finding:

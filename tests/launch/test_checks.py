@@ -197,3 +197,10 @@ def test_run_directory_of_the_same_run_on_other_machines_is_gone_on_with(folder)
     (folder / "run.yaml").write_text(TASK)
     result = CliRunner().invoke(app, ["launch", "run.yaml", "--dry-run"])
     assert result.exit_code == 0, result.output
+
+
+def test_folder_of_logs_is_not_taken_for_the_package_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / "wandb_logs").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not checks._is_installed("wandb_logs") and not checks._is_installed("nosuch_tracker")
+    assert checks._is_installed("pytest")
