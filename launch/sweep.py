@@ -89,6 +89,7 @@ class Sweep:
         """Runs all trials; returns 0, 1 if one failed, or 128 and the number of the signal that stopped the sweep."""
         with self._locked(), self._signals():
             self._read()
+            self._refuse_other_runs()
             self._search = make_search(self.config, self.folder, len(self.trials))
             for trial in self.trials:
                 if not trial.has_ended:
@@ -136,9 +137,22 @@ class Sweep:
         differing = [key for key in now if before.get(key) != now[key]]
         if differing:
             raise ConfigError(
-                [f"{path} is of a sweep with another {', '.join(differing)}; choose another name, or move it away"]
-            )
+                [f"{path} is of a sweep with another {', '.join(differing)}; choose another name, or move it away, and "
+                 f"its runs {self.config.name}-*"]
+            )  # fmt: skip
         self.trials = [Trial(**each) for each in record["trials"]]
+
+    def _refuse_other_runs(self) -> None:
+        """Refuses run directories of trials that were not recorded: what another run has reached is not theirs."""
+        search = self.config.optuna
+        num_trials = len(self.config.combinations()) if search is None else search.num_trials
+        for number in range(len(self.trials), num_trials):
+            directory = self.run_dir(Trial(number, {}))
+            if (directory / LAUNCH_FILE).exists():
+                raise ConfigError(
+                    [f"{directory} is there, and {self.folder / RECORD} has no trial {number}: it is of another sweep; "
+                     "choose another name, or move it away"]
+                )  # fmt: skip
 
     def _write(self) -> None:
         trials = [asdict(each) for each in self.trials]

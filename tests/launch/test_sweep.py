@@ -190,6 +190,17 @@ def test_range_is_of_whole_numbers_if_all_that_describes_it_are() -> None:
     assert not RangeConfig(low=1, high=9, step=0.5).is_integer and not RangeConfig(low=1, high=9.5).is_integer
 
 
+def test_runs_of_an_earlier_sweep_are_not_taken_for_trials() -> None:
+    earlier = Path("runs/demo-002")
+    earlier.mkdir(parents=True)
+    (earlier / "launch.json").write_text('{"status": 0, "pid": 1, "host": "here"}')
+    with pytest.raises(ConfigError, match="runs/demo-002 is there, and runs/demo/sweep.json has no trial 2"):
+        Quick(sweep_of()).run()
+    assert not Path("runs/demo-000").exists()
+    earlier.rename("elsewhere")
+    assert Quick(sweep_of()).run() == 0
+
+
 def test_class_that_optuna_does_not_have_is_refused() -> None:
     pytest.importorskip("optuna", reason="the package optuna is not installed")
     for key, args in (("sampler", {}), ("pruner", {})):
