@@ -254,6 +254,8 @@ def _read_recorded(path: Path) -> Any:
 
 def _check_recorded_config(config: RunConfig) -> Iterator[Finding]:
     """Refuses to resume from the checkpoints of another configuration, whose parameters would be loaded silently."""
+    if config.checkpoint.resume == "never" or config.checkpoint.resume_only is not None:
+        return  # then the difference is intended, and the workers take what these say
     recorded = config.run_dir / CONFIG_FILE
     folder = config.checkpoints()
     if not recorded.is_file() or isinstance(folder, str) or not checkpoints_in(folder):
@@ -273,5 +275,5 @@ def _check_recorded_config(config: RunConfig) -> Iterator[Finding]:
             "run_dir",
             f"{config.run_dir} holds checkpoints of another configuration:{''.join(changes)}",
             f"to start from the beginning, choose another run_dir (run_dir={config.run_dir}-2) or move this one away; "
-            "to resume, undo the changes",
+            "to resume, undo the changes, or take the parameters alone by checkpoint.resume_only=[params]",
         )
