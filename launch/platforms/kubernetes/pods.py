@@ -130,11 +130,11 @@ def _number(quantity: str) -> float:
 # Volumes. One claim may be mounted at several paths.
 
 
-_OWN_NAMES = re.compile(r"tmp|shm|volume-\d+")
+_RESERVED = re.compile(r"tmp|shm|volume-\d+")
 
 
 def _volume_name(volume: VolumeConfig, index: int) -> str:
-    if volume.claim is None or _OWN_NAMES.fullmatch(volume.claim):
+    if volume.claim is None or _RESERVED.fullmatch(volume.claim):
         return f"volume-{index}"
     return volume.claim
 
@@ -168,9 +168,9 @@ def _source(volume: VolumeConfig) -> Manifest:
 
 def _mounts(config: RunConfig) -> list[Manifest]:
     wanted = {volume.path for volume in config.launch.kubernetes.volumes}
-    own = [{"name": "tmp", "mountPath": HOME}, {"name": "shm", "mountPath": SHARED_MEMORY}]
+    built_in = [{"name": "tmp", "mountPath": HOME}, {"name": "shm", "mountPath": SHARED_MEMORY}]
     return [
-        *(mount for mount in own if mount["mountPath"] not in wanted),
+        *(mount for mount in built_in if mount["mountPath"] not in wanted),
         *(
             {
                 "name": _volume_name(volume, index),
