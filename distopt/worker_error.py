@@ -80,7 +80,8 @@ _OF_SERVICES = re.compile(
     r"CommError|DistError|HorovodInternalError|BrokenExecutor"
 )
 _OF_CONNECTIONS = re.compile(
-    r"connection (was )?(closed|reset|refused|lost)|timed out|broken pipe|too many open files|no space left|"
+    r"connection (was )?(closed|reset|refused|lost)|timed out|(socket|wait) timeout|broken pipe|too many open files|"
+    r"no space left|"
     r"DataLoader worker \(pid|shared memory",
     re.I,
 )

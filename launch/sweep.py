@@ -73,7 +73,7 @@ class Sweep:
         trials: In the order of their numbers.
 
     Raises:
-        ConfigError: The folder has a sweep with another search, or the search cannot be made.
+        ConfigError: The folder cannot be made.
     """
 
     def __init__(self, config: SweepConfig) -> None:
@@ -83,10 +83,18 @@ class Sweep:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}  # of trials that this process has launched
         self._received = 0
         self._has_all = False
-        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError([f"name: {self.folder} cannot be written to: {error.strerror}"]) from error
 
     def run(self) -> int:
-        """Runs all trials; returns 0, 1 if one failed, or 128 and the number of the signal that stopped the sweep."""
+        """Runs all trials; returns 0, 1 if one failed, or 128 and the number of the signal that stopped the sweep.
+
+        Raises:
+            ConfigError: The folder has a sweep with another search, or the search cannot be made; nothing has started.
+            JobError: Another process runs this sweep.
+        """
         with self._locked(), self._signals():
             self._read()
             self._refuse_other_runs()

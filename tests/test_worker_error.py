@@ -62,6 +62,7 @@ class DistNetworkError(RuntimeError):
         (caused(TaskError("task: rows() failed"), EndpointConnectionError()), False, False),
         (DistNetworkError("The client socket has failed to connect"), False, False),
         (RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR"), False, False),
+        (RuntimeError("Socket Timeout"), False, False),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), False, False),
         (RuntimeError("Expected all tensors to be on the same device, found cuda:0 and cpu"), True, False),
         (while_handling(ValueError("no rows"), ConnectionRefusedError()), False, False),

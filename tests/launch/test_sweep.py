@@ -201,6 +201,12 @@ def test_runs_of_an_earlier_sweep_are_not_taken_for_trials() -> None:
     assert Quick(sweep_of()).run() == 0
 
 
+def test_folder_that_cannot_be_made_is_named() -> None:
+    Path("runs").write_text("a file")
+    with pytest.raises(ConfigError, match="name: runs/demo cannot be written to: Not a directory"):
+        Sweep(sweep_of())
+
+
 def test_class_that_optuna_does_not_have_is_refused() -> None:
     pytest.importorskip("optuna", reason="the package optuna is not installed")
     for key, args in (("sampler", {}), ("pruner", {})):

@@ -16,8 +16,10 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from typer.testing import CliRunner
 
 from distopt.config import RunConfig, dump_yaml
+from distopt.launch.cli import app
 from distopt.read_only_server import ReadOnlyServer
 from launch import runs
 from launch.status import as_json, line_of
@@ -214,3 +216,9 @@ def test_command_serves_the_page_until_ctrl_c(tmp_path: Path, monkeypatch: pytes
         assert process.wait(timeout=20) == 130 and process.stderr.read() == ""
     refused = subprocess.run([str(BIN / "distopt"), "ui", "nothing"], capture_output=True, text=True, timeout=60)
     assert refused.returncode == 2 and "no run was launched there" in refused.stderr
+
+
+def test_port_that_is_taken_is_named_with_a_way_out(server) -> None:
+    done = CliRunner().invoke(app, ["ui", "--port", str(server.port)])
+    assert done.exit_code == 2
+    assert done.stderr == f"--port: {server.port} cannot be used: Address already in use; --port 0 takes a free one\n"
