@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import traceback
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ class WorkerError:
         from_peer: Whether it tells of another rank: of its error, or that it is gone.
         permanent: Whether a restart would end in the same way.
         resumed_from: The step of the checkpoint that the worker began from; None where that is not known.
+        may_pass: Whether it is of a connection, a service or a disk, and may be gone after minutes.
     """
 
     text: str
@@ -39,6 +41,7 @@ class WorkerError:
     from_peer: bool = False
     permanent: bool = False
     resumed_from: int | None = None
+    may_pass: bool = False
 
     @property
     def is_memory(self) -> bool:
@@ -48,22 +51,41 @@ class WorkerError:
     def repeats(self, other: WorkerError) -> bool:
         """Returns whether it is the error of an earlier attempt again, at the same place, with no checkpoint between.
 
-        Of a script it is not known whether it has made progress, so its errors never are.
+        Of a script it is not known whether it has made progress, so its errors never are. Nor are those of a service
+        that may be down for longer than a restart takes.
         """
-        if self.from_peer or self.is_memory or self.resumed_from is None:
+        if self.from_peer or self.is_memory or self.may_pass or self.resumed_from is None:
             return False
         mine = (self.text, self.location, self.resumed_from)
         return mine == (other.text, other.location, other.resumed_from)
 
 
-# Classes of errors by name, with those that derive from them: nothing is imported to tell them apart. What may be gone
-# when the same is tried again is of files and connections, of memory and devices, and of ranks that are lost. A run
-# that has taken a step has shown that its configuration and its code work, so others are permanent only before that.
+# Errors are told apart by the names of their classes and of those they derive from: nothing is imported for it. What
+# may be gone when the same is tried again is of files and connections, of memory and devices, and of ranks that are
+# lost. A run that has taken a step has shown that its configuration and its code work, so others are permanent only
+# before that. In doubt an error may heal: one that does not comes again, and `repeats` tells.
 _NEVER_HEALS = frozenset({"ConfigError", "ConfigMismatchError", "ImportError", "SyntaxError"})
 _MAY_HEAL = frozenset(
-    {"OSError", "MemoryError", "BackendError", "PeerError", "CheckpointError", "OutOfMemoryError", "AcceleratorError"}
+    {"MemoryError", "BackendError", "PeerError", "CheckpointError", "OutOfMemoryError", "AcceleratorError"}
 )
-_OF_DEVICES = ("CUDA", "cuDNN", "CUBLAS", "NCCL", "out of memory", "can't allocate memory")
+_OF_DEVICES = re.compile(
+    r"CUDA|cuDNN|cu(blas|solver|sparse|fft|rand)|HIP error|NCCL|out of memory|(can't|cannot) allocate memory", re.I
+)
+_ON_GPU = re.compile(r"cuda:\d+")  # the name of a device, in messages of mistakes too
+
+# Clients of stores, databases and services have errors of their own, few of which derive from OSError; so do torch and
+# Horovod for the connections between ranks, of which a script hears without distopt.
+_OF_SERVICES = re.compile(
+    r"Timeout|Connect|Network|Unavailable|HTTP|Throttl|OperationalError|RpcError|ClientError|ServerError|APICallError|"
+    r"CommError|DistError|HorovodInternalError|BrokenExecutor"
+)
+_OF_CONNECTIONS = re.compile(
+    r"connection (was )?(closed|reset|refused|lost)|timed out|(socket|wait) timeout|broken pipe|too many open files|"
+    r"no space left|"
+    r"DataLoader worker \(pid|shared memory",
+    re.I,
+)
+_OF_PATHS = frozenset({"FileNotFoundError", "PermissionError", "IsADirectoryError", "NotADirectoryError"})
 
 
 def is_permanent(error: BaseException, *, in_first_step: bool) -> bool:
@@ -79,20 +101,49 @@ def is_permanent(error: BaseException, *, in_first_step: bool) -> bool:
         >>> is_permanent(ConnectionResetError(), in_first_step=True), is_permanent(ValueError(), in_first_step=False)
         (False, False)
     """
-    names = {base.__name__ for each in _chain(error) for base in type(each).__mro__}
-    if not isinstance(error, Exception) or "OSError" in names:
+    causes, handled = _behind(error)
+    if not isinstance(error, Exception) or any(map(_may_heal, handled)):
         return False
+    for each in causes:  # a ConfigError of a file that could not be read may heal
+        if _names(each) & _NEVER_HEALS:
+            return True
+        if _may_heal(each):
+            return False
+    return in_first_step
+
+
+def _names(error: BaseException) -> set[str]:
+    return {base.__name__ for base in type(error).__mro__}
+
+
+def _may_heal(error: BaseException) -> bool:
+    names = _names(error)
     if names & _NEVER_HEALS:
-        return True
-    return in_first_step and not names & _MAY_HEAL and not any(phrase in str(error) for phrase in _OF_DEVICES)
+        return False
+    is_of_device = _OF_DEVICES.search(_ON_GPU.sub("", str(error))) is not None
+    return bool(names & _MAY_HEAL) or "OSError" in names or is_of_device or _may_pass(error)
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """Returns an error and what it was raised from: a ConfigError of a file that could not be read may heal."""
-    chain = [error]
-    while chain[-1].__cause__ is not None and chain[-1].__cause__ not in chain:
-        chain.append(chain[-1].__cause__)
-    return chain
+def _may_pass(error: BaseException) -> bool:
+    """Returns whether an error is of a connection, a service or a disk: it may be gone after minutes."""
+    names = _names(error)
+    if "OSError" in names:
+        return not names & _OF_PATHS
+    return any(map(_OF_SERVICES.search, names)) or _OF_CONNECTIONS.search(str(error)) is not None
+
+
+def _behind(error: BaseException) -> tuple[list[BaseException], list[BaseException]]:
+    """Returns what an error was raised from, from the first one to itself, and what else was being handled then."""
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None and cause not in causes:
+        causes.append(cause)
+
+    handled: list[BaseException] = []
+    last = causes[-1]
+    while not last.__suppress_context__ and last.__context__ is not None and last.__context__ not in handled:
+        last = last.__context__
+        handled.append(last)
+    return causes[::-1], handled
 
 
 def record_error(
@@ -107,7 +158,16 @@ def record_error(
         return
     lines = str(error).splitlines() or [""]
     text = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
-    mine = WorkerError(text[:MAX_TEXT], _location(error), time.time(), from_peer, permanent, resumed_from)
+    causes, handled = _behind(error)
+    mine = WorkerError(
+        text[:MAX_TEXT],
+        _location(error),
+        time.time(),
+        from_peer,
+        permanent,
+        resumed_from,
+        may_pass=any(map(_may_pass, [*causes, *handled])),
+    )
     try:
         with open(path, "x", encoding="utf-8") as file:
             json.dump(asdict(mine), file)

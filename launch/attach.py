@@ -313,7 +313,10 @@ class _AttachedRun:
 
         first_status = next((status for status in statuses if status), 0)
         seconds = time.monotonic() - self._started
-        text = failure_report.describe_failure(self.run_dir, last_attempt, first_status, seconds, LAUNCHER_LOG)
+        is_final = self._final_attempt is not None
+        text = failure_report.describe_failure(
+            self.run_dir, last_attempt, first_status, seconds, LAUNCHER_LOG, is_final=is_final
+        )
         if self.second_signal is not None:
             name = signal.Signals(self.second_signal).name
             text = text.replace("\n", f"\n  Killed by a second signal ({name}) before all workers had stopped.\n", 1)

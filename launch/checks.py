@@ -80,10 +80,15 @@ def _check_code(config: RunConfig, image: str | None) -> Iterator[Finding]:
 def _check_loggers(config: RunConfig, image: str | None) -> Iterator[Finding]:
     """Yields the loggers whose package is not installed; each is named as its package and as its extra."""
     for index, logger in enumerate(config.log.loggers):
-        if not is_reference(logger.name) and importlib.util.find_spec(logger.name) is None:
+        if not is_reference(logger.name) and not _is_installed(logger.name):
             missing = f"{logger.name} is not installed for {sys.executable}"
             fix = f"pip install 'distopt[{logger.name}]'"
             yield _or_in_image(Finding(f"log.loggers.{index}", missing, fix), image)
+
+
+def _is_installed(package: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None  # a folder `wandb` of logs could be imported, too
 
 
 def _or_in_image(missing: Finding, image: str | None) -> Finding:
@@ -249,6 +254,8 @@ def _read_recorded(path: Path) -> Any:
 
 def _check_recorded_config(config: RunConfig) -> Iterator[Finding]:
     """Refuses to resume from the checkpoints of another configuration, whose parameters would be loaded silently."""
+    if config.checkpoint.resume == "never" or config.checkpoint.resume_only is not None:
+        return  # then the difference is intended, and the workers take what these say
     recorded = config.run_dir / CONFIG_FILE
     folder = config.checkpoints()
     if not recorded.is_file() or isinstance(folder, str) or not checkpoints_in(folder):
@@ -268,5 +275,5 @@ def _check_recorded_config(config: RunConfig) -> Iterator[Finding]:
             "run_dir",
             f"{config.run_dir} holds checkpoints of another configuration:{''.join(changes)}",
             f"to start from the beginning, choose another run_dir (run_dir={config.run_dir}-2) or move this one away; "
-            "to resume, undo the changes",
+            "to resume, undo the changes, or take the parameters alone by checkpoint.resume_only=[params]",
         )

@@ -204,8 +204,10 @@ def ui(
     try:
         directories = [runs.find(each) for each in named or ()]
         serve_page(lambda: directories or runs.all_runs(), port, echo=typer.echo)
-    except (*runs.ERRORS, OSError) as error:
+    except runs.ERRORS as error:
         _refuse([str(error)])
+    except OSError as error:
+        _refuse([f"--port: {port} cannot be used: {error.strerror}; --port 0 takes a free one"])
 
 
 @app.command()

@@ -292,7 +292,7 @@ def _host(config: RunConfig, host: str, mark: Path) -> Iterator[Finding]:
     yield Finding(host, f"{address} answers in {after - before:.2f} s with {sys.executable}", severity="ok")
 
     # The host read its clock between the two readings of this one, so only what lies outside of them is a difference.
-    seen = json.loads(done.stdout)
+    seen = json.loads(done.stdout.splitlines()[-1])  # behind what a start-up file of the host's shell prints
     clock = seen["clock"]
     apart_s = max(0.0, before - clock, clock - after)
     if apart_s < CLOCK_WARNING_S:

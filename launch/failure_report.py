@@ -51,10 +51,10 @@ def describe_end(event: Event) -> str:
         return "was killed, out of memory: give the run more memory, or use a smaller batch"
     if status >= 0:
         return f"ended with exit status {status}"
-    number = signal.Signals(-status)
-    if number == signal.SIGKILL:
+    if -status == signal.SIGKILL:
         return "was killed (SIGKILL): by a user, or out of memory? `dmesg -T | grep -i oom` on its host shows which"
-    return f"died of {number.name} ({signal.strsignal(number)})"
+    names = {number.value: number.name for number in signal.Signals}  # without most of the real-time signals
+    return f"died of {names.get(-status, f'signal {-status}')} ({signal.strsignal(-status)})"
 
 
 def quote_last_line(run_dir: Path, end: End) -> str:
@@ -101,7 +101,9 @@ def all_stopped(events: Sequence[Event], *, ends_together: bool = False) -> bool
     return all(end.status in STOPPED_STATUSES for end in ends.values())
 
 
-def describe_failure(run_dir: Path, events: Sequence[Event], status: int, seconds: float, launcher_log: str) -> str:
+def describe_failure(
+    run_dir: Path, events: Sequence[Event], status: int, seconds: float, launcher_log: str, *, is_final: bool = False
+) -> str:
     """Returns the report of a run that died.
 
     Args:
@@ -110,6 +112,7 @@ def describe_failure(run_dir: Path, events: Sequence[Event], status: int, second
         status: The launcher's exit status.
         seconds: How long the run took.
         launcher_log: The name of the launcher's own log; empty where it has none.
+        is_final: Whether the run was ended because a restart would end in the same error.
     """
     ends = _last_ends(events)
     reports = _reports(run_dir, ends)
@@ -139,16 +142,24 @@ def describe_failure(run_dir: Path, events: Sequence[Event], status: int, second
         lines += _quote(run_dir / LOGS / launcher_log, last_lines(run_dir / LOGS / launcher_log))
     elif blamed and (text := traceback_of(run_dir, blamed[0].rank)):
         lines += _quote(log_of(run_dir, blamed[0].rank), text)
-    if hint := resume_hint(run_dir):
+    is_final = is_final or any(end.worker_error is not None and end.worker_error.permanent for end in ends.values())
+    if hint := resume_hint(run_dir, is_final=is_final):
         lines.append(f"  {hint[0].upper()}{hint[1:]}.")
     return "\n".join(lines)
 
 
-def resume_hint(run_dir: Path) -> str:
-    """Returns how to resume a run that has ended; empty for one without checkpoints, or that keeps them at a URL."""
+def resume_hint(run_dir: Path, *, is_final: bool = False) -> str:
+    """Returns how to resume a run that has ended; empty for one without checkpoints, or that keeps them at a URL.
+
+    Args:
+        run_dir: The run.
+        is_final: Whether it would end in the same error.
+    """
     folder = checkpoints_of(run_dir)
-    has_checkpoint = isinstance(folder, Path) and bool(checkpoints_in(folder))
-    return "run the same command again to resume from the last checkpoint" if has_checkpoint else ""
+    if not isinstance(folder, Path) or not checkpoints_in(folder):
+        return ""
+    first = "the error would come again: mend it first, then " if is_final else ""
+    return f"{first}run the same command again to resume from the last checkpoint"
 
 
 def _last_ends(events: Sequence[Event]) -> dict[int, End]:

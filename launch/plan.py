@@ -58,7 +58,8 @@ class Command:
 class Plan:
     """Everything that starting a run does: first the files are written, then the commands are run.
 
-    `str(plan)` is a shell script that would do the same, or the document in which all of it stands.
+    `str(plan)` is a shell script that would do the same, or the document in which all of it stands. With `heartbeat` it
+    is only to be read: the agents listen for `distopt launch`.
 
     Attributes:
         platform: The platform's name.

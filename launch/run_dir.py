@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from distopt import launchers
-from distopt.launchers import FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS, STOP_FILE
+from distopt.launchers import CONFIG_FILE, FAILURE_FILE, LAUNCH_FILE, LOCK_FILE, LOGS, STOP_FILE
 
 from .plan import Plan
 
@@ -152,7 +152,11 @@ def write_plan(plan: Plan, folder: Path, run_dir: Path) -> list[Path]:
         OSError: One cannot be written.
     """
     files = {folder / _below(path, run_dir): text for path, text in plan.files.items()}
-    if plan.commands:
+    if plan.heartbeat:
+        # Nothing but `distopt launch` sends the agents of several hosts what keeps them alive.
+        argv = (sys.executable, "-m", "distopt.launch", "launch", "--", str(folder / CONFIG_FILE))
+        files[folder / START_SCRIPT] = f"#!/bin/sh\nexec {shlex.join(argv)}\n"
+    elif plan.commands:
         files[folder / START_SCRIPT] = f"#!/bin/sh\n{plan}"
     for path in plan.folders:
         (folder / _below(path, run_dir)).mkdir(parents=True, exist_ok=True)

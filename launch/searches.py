@@ -140,7 +140,7 @@ def _make(module: Any, key: str, name: str, args: dict[str, Any]) -> Any:
 def _distribution(optuna: Any, config: RangeConfig) -> Any:
     if config.choices is not None:
         return optuna.distributions.CategoricalDistribution(config.choices)
-    if isinstance(config.low, int) and isinstance(config.high, int):
+    if config.is_integer:
         return optuna.distributions.IntDistribution(config.low, config.high, config.log, int(config.step or 1))
     return optuna.distributions.FloatDistribution(config.low, config.high, config.log, config.step)
 

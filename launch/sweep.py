@@ -73,7 +73,7 @@ class Sweep:
         trials: In the order of their numbers.
 
     Raises:
-        ConfigError: The folder has a sweep with another search, or the search cannot be made.
+        ConfigError: The folder cannot be made.
     """
 
     def __init__(self, config: SweepConfig) -> None:
@@ -83,12 +83,21 @@ class Sweep:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}  # of trials that this process has launched
         self._received = 0
         self._has_all = False
-        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError([f"name: {self.folder} cannot be written to: {error.strerror}"]) from error
 
     def run(self) -> int:
-        """Runs all trials; returns 0, 1 if one failed, or 128 and the number of the signal that stopped the sweep."""
+        """Runs all trials; returns 0, 1 if one failed, or 128 and the number of the signal that stopped the sweep.
+
+        Raises:
+            ConfigError: The folder has a sweep with another search, or the search cannot be made; nothing has started.
+            JobError: Another process runs this sweep.
+        """
         with self._locked(), self._signals():
             self._read()
+            self._refuse_other_runs()
             self._search = make_search(self.config, self.folder, len(self.trials))
             for trial in self.trials:
                 if not trial.has_ended:
@@ -136,9 +145,22 @@ class Sweep:
         differing = [key for key in now if before.get(key) != now[key]]
         if differing:
             raise ConfigError(
-                [f"{path} is of a sweep with another {', '.join(differing)}; choose another name, or move it away"]
-            )
+                [f"{path} is of a sweep with another {', '.join(differing)}; choose another name, or move it away, and "
+                 f"its runs {self.config.name}-*"]
+            )  # fmt: skip
         self.trials = [Trial(**each) for each in record["trials"]]
+
+    def _refuse_other_runs(self) -> None:
+        """Refuses run directories of trials that were not recorded: what another run has reached is not theirs."""
+        search = self.config.optuna
+        num_trials = len(self.config.combinations()) if search is None else search.num_trials
+        for number in range(len(self.trials), num_trials):
+            directory = self.run_dir(Trial(number, {}))
+            if (directory / LAUNCH_FILE).exists():
+                raise ConfigError(
+                    [f"{directory} is there, and {self.folder / RECORD} has no trial {number}: it is of another sweep; "
+                     "choose another name, or move it away"]
+                )  # fmt: skip
 
     def _write(self) -> None:
         trials = [asdict(each) for each in self.trials]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 from distopt.config import ConfigError, checkpoints_of, differences, dump_yaml
 from distopt.read_only_server import Answer, ReadOnlyServer, text_answer
-from distopt.run_files import read_facts, read_metrics
+from distopt.run_files import MANIFEST, checkpoints_in, read_facts, read_metrics, step_of
 
 from . import runs
 from .progress import progress_of
@@ -164,7 +165,7 @@ def _curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in read_metrics(run):
         for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 curves.setdefault(name, []).append((row["step"], value))
     return {name: _thinned(points) for name, points in curves.items()}
 
@@ -178,14 +179,14 @@ def _checkpoints(run: Path) -> list[dict[str, Any]]:
     """Returns step, time and size of the checkpoints, the newest first; none of those at a URL."""
     folder = checkpoints_of(run)
     saved: list[dict[str, Any]] = []
-    for manifest in folder.glob("step-*/manifest.json") if isinstance(folder, Path) else ():
+    for checkpoint in reversed(checkpoints_in(folder)) if isinstance(folder, Path) else ():
         try:
-            sizes = [path.stat().st_size for path in manifest.parent.iterdir()]
-            step = int(manifest.parent.name.removeprefix("step-"))
-            saved.append({"step": step, "saved_at": manifest.stat().st_mtime, "bytes": sum(sizes)})
-        except (OSError, ValueError):  # deleted by the run in the meantime
+            sizes = [path.stat().st_size for path in checkpoint.iterdir()]
+            saved_at = (checkpoint / MANIFEST).stat().st_mtime
+        except OSError:  # deleted by the run in the meantime
             continue
-    return sorted(saved, key=lambda each: -each["step"])
+        saved.append({"step": step_of(checkpoint.name), "saved_at": saved_at, "bytes": sum(sizes)})
+    return saved
 
 
 def _config(run: Path) -> dict[str, Any] | None:

@@ -21,6 +21,19 @@ def caused(error, cause):
     return error
 
 
+def while_handling(error, handled):
+    error.__context__ = handled
+    return error
+
+
+class EndpointConnectionError(Exception):
+    """Derives from Exception alone, as botocore's of this name."""
+
+
+class DistNetworkError(RuntimeError):
+    """As torch.distributed's."""
+
+
 @pytest.mark.parametrize(
     ("error", "in_first_step", "later"),
     [
@@ -44,6 +57,17 @@ def caused(error, cause):
         (PeerError("rank 1 of 2 failed"), False, False),
         (UnreadableCheckpointError("step-5"), False, False),
         (caused(ConfigError(["task: importing it failed"]), OSError(116, "Stale file handle")), False, False),
+        (caused(ConfigError(["train.device: cuda"]), RuntimeError("CUDA error: out of memory")), False, False),
+        (EndpointConnectionError("Could not connect to the endpoint URL"), False, False),
+        (caused(TaskError("task: rows() failed"), EndpointConnectionError()), False, False),
+        (DistNetworkError("The client socket has failed to connect"), False, False),
+        (RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR"), False, False),
+        (RuntimeError("Socket Timeout"), False, False),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), False, False),
+        (RuntimeError("Expected all tensors to be on the same device, found cuda:0 and cpu"), True, False),
+        (while_handling(ValueError("no rows"), ConnectionRefusedError()), False, False),
+        (while_handling(ConnectionRefusedError(), ModuleNotFoundError("no faster reader")), False, False),
+        (while_handling(ValueError("no rows"), ModuleNotFoundError("no faster reader")), True, False),
         (KeyboardInterrupt(), False, False),
         (SystemExit(3), False, False),
     ],
@@ -73,6 +97,25 @@ def test_the_first_error_is_recorded_with_its_place_and_read_again(tmp_path, mon
     assert "test_worker_error.py:" in recorded.location
 
 
+@pytest.mark.parametrize(
+    ("error", "may_pass"),
+    [
+        (TimeoutError(), True),
+        (OSError(5, "Input/output error"), True),
+        (caused(TaskError("task: rows() failed"), EndpointConnectionError()), True),
+        (while_handling(ValueError("no rows"), ConnectionRefusedError()), True),
+        (FileNotFoundError(2, "No such file"), False),
+        (ValueError("NaN"), False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_an_error_of_a_connection_is_recorded_as_one_that_may_pass(error, may_pass, tmp_path, monkeypatch):
+    monkeypatch.setenv(ERROR_FILE_VARIABLE, str(tmp_path / "error.json"))
+    record_error(error)
+    recorded = read_error(tmp_path / "error.json")
+    assert recorded is not None and recorded.may_pass is may_pass
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"text": "of another version"}'])
 def test_a_record_that_was_cut_or_is_of_another_version_is_none(text, tmp_path):
     (tmp_path / "error.json").write_text(text)
@@ -97,6 +140,7 @@ def test_nothing_is_written_outside_of_a_launched_worker_nor_raised_where_it_can
         ({"resumed_from": None}, False),
         ({"from_peer": True}, False),
         ({"text": "MemoryError"}, False),
+        ({"may_pass": True}, False),
     ],
     ids=str,
 )

@@ -21,7 +21,7 @@ class RangeConfig(Section):
     """The values that Optuna may choose for a key: a range of numbers, or choices."""
 
     low: int | float | None = None
-    """Smallest value; two whole numbers make a range of whole numbers."""
+    """Smallest value; where it, `high` and `step` are whole numbers, so are all values."""
     high: int | float | None = None
     """Largest value."""
     log: bool = False
@@ -33,9 +33,27 @@ class RangeConfig(Section):
 
     @model_validator(mode="after")
     def _one_kind(self) -> RangeConfig:
-        if (self.choices is None) == (self.low is None or self.high is None):
+        numbers = [value for value in (self.low, self.high, self.step) if value is not None]
+        if self.choices is not None:
+            if numbers or self.log:
+                raise ValueError("expected either low and high, or choices")
+            return self
+        if self.low is None or self.high is None:
             raise ValueError("expected either low and high, or choices")
+
+        # What Optuna refuses only when it is asked for a trial.
+        if not self.low <= self.high:
+            raise ValueError(f"found low {self.low} and high {self.high}, expected low to be the smaller one")
+        if self.step is not None and (self.log or not self.step > 0):
+            raise ValueError(f"found step {self.step}, expected a distance above 0, and none together with log")
+        if self.log and not self.low > 0:
+            raise ValueError(f"found low {self.low} with log, expected a value above 0")
         return self
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether the values are whole numbers."""
+        return all(isinstance(value, int) for value in (self.low, self.high, self.step) if value is not None)
 
 
 class OptunaConfig(Section):

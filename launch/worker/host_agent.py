@@ -7,8 +7,9 @@ its host: launchers that are cut off wait for minutes and ignore SIGTERM.
 With `--meet`, the launcher is started when the rendezvous can be reached. A pod may be there minutes before the first
 one has its image, or its name an address, and torchrun gives up after one minute.
 
-With `--run-dir`, the agent ends with 2 where a worker did: its configuration or its arguments were refused, as they
-would be again. The launcher's status alone does not tell, since torchrun's is 1 whatever its workers' is.
+With `--run-dir`, the agent ends with 2 where a worker did, since its configuration or its arguments were refused, or
+has ended by an error that would come again. The launcher's status alone does not tell, since torchrun's is 1 whatever
+its workers' is.
 """
 
 from __future__ import annotations
@@ -83,8 +84,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _is_refused(reader: events.Reader) -> bool:
-    """Returns whether a worker has ended as one whose configuration or whose arguments were refused."""
-    return any(isinstance(event, events.End) and event.failed and event.status == USAGE_ERROR for event in reader.new())
+    """Returns whether a worker has ended as it would again: refused, or by an error that it calls permanent."""
+    ends = [event for event in reader.new() if isinstance(event, events.End)]
+    refused = any(end.failed and end.status == USAGE_ERROR for end in ends)
+    return refused or any(end.worker_error is not None and end.worker_error.permanent for end in ends)
 
 
 def wait_for_rendezvous(endpoint: str, received: Sequence[int]) -> None:

@@ -162,14 +162,13 @@ class Supervisor:
             self.attempt = number - 1
 
         with rank_log.RankLog(self.run_dir, self.rank, self._report_unwritable) as log:
+            # Not recorded as an attempt: the report is of the one before, whose traceback is the last in the log.
+            if self._refuse_attempt(log):
+                self.has_permanent_error = True
+                return NO_FURTHER_ATTEMPT
             log.write(rank_log.header(self.rank, self.world_size, self.attempt))
             self._record(events.Start)
-            if self._refuse_world_size(log):
-                status = WRONG_WORLD_SIZE
-            elif self._refuse_attempt(log):
-                status = NO_FURTHER_ATTEMPT
-            else:
-                status = self._run_worker(log)
+            status = WRONG_WORLD_SIZE if self._refuse_world_size(log) else self._run_worker(log)
         self._record(events.End, status)
         return status
 
@@ -204,11 +203,19 @@ class Supervisor:
         """
         if self.attempt == 0:
             return False
-        seen = events.Reader(self.run_dir, from_start=True).new()
-        ends = {event.rank: event for event in seen if isinstance(event, events.End)}
+        ends: dict[int, events.End] = {}
+        for event in events.Reader(self.run_dir, from_start=True).new():
+            if event.attempt != self.attempt - 1 or event.rank >= self.world_size:
+                continue
+            # Earlier runs in this directory have had an attempt of that number, too.
+            if isinstance(event, events.Start):
+                ends.pop(event.rank, None)
+            elif isinstance(event, events.End):
+                ends[event.rank] = event
+
         for end in ends.values():
             error = end.worker_error
-            if end.attempt == self.attempt - 1 and error is not None and error.permanent:
+            if error is not None and error.permanent:
                 log.write(f"distopt: not started again: rank {end.rank} failed: {error.text}\n".encode())
                 return True
         return False

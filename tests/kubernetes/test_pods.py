@@ -67,6 +67,16 @@ def test_pods_keep_to_the_restricted_standard(kind, more):
     assert [violations(spec) for spec in specs(kind, *more)] == [[]] * (1 if kind in ("job", "jobset") else 2)
 
 
+def test_names_and_paths_of_volumes_are_unique_whatever_a_claim_is_called_and_wherever_it_is_mounted():
+    claims = "{claim: shm, path: /tmp}, {claim: volume-0, path: /x}, {empty_dir: 1Gi, path: /dev/shm}"
+    (spec,) = specs("job", f"launch.kubernetes.volumes=[{RUNS}, {claims}]")
+    names = [volume["name"] for volume in spec["volumes"]]
+    paths = {mount["mountPath"]: mount["name"] for mount in spec["containers"][0]["volumeMounts"]}
+    assert len(set(names)) == len(names) and set(paths.values()) <= set(names)
+    assert len(paths) == len(spec["containers"][0]["volumeMounts"]) == 4
+    assert {"name": paths["/tmp"], "persistentVolumeClaim": {"claimName": "shm"}} in spec["volumes"]
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [

@@ -10,7 +10,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from distopt.config import parse_config
+from distopt.config import dump_yaml, parse_config
 from distopt.launch import checks
 from distopt.launch.cli import app
 from distopt.launch.platforms.slurm.platform import SlurmPlatform
@@ -189,6 +189,18 @@ def test_run_directory_with_checkpoints_of_another_config_is_refused_with_the_di
     assert not any(key in message for key in ("num_steps", "seed", "optim"))
 
 
+@pytest.mark.parametrize("intended", ["checkpoint.resume_only=[params]", "checkpoint.resume=never"])
+def test_another_configuration_is_left_to_the_workers_where_it_is_intended(intended, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tmp_path / "runs/run/checkpoints/step-00000010"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").touch()
+    (tmp_path / "runs/run/config.yaml").write_text(dump_yaml(parse_config(TASK)))
+    (finding,) = checks._check_recorded_config(parse_config(TASK, ["optim.name=SGD"]))
+    assert "checkpoint.resume_only=[params]" in str(finding)
+    assert not list(checks._check_recorded_config(parse_config(TASK, ["optim.name=SGD", intended])))
+
+
 def test_run_directory_of_the_same_run_on_other_machines_is_gone_on_with(folder):
     (folder / "runs/run/checkpoints/step-00000010").mkdir(parents=True)
     (folder / "runs/run/checkpoints/step-00000010/manifest.json").touch()
@@ -197,3 +209,10 @@ def test_run_directory_of_the_same_run_on_other_machines_is_gone_on_with(folder)
     (folder / "run.yaml").write_text(TASK)
     result = CliRunner().invoke(app, ["launch", "run.yaml", "--dry-run"])
     assert result.exit_code == 0, result.output
+
+
+def test_folder_of_logs_is_not_taken_for_the_package_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / "wandb_logs").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not checks._is_installed("wandb_logs") and not checks._is_installed("nosuch_tracker")
+    assert checks._is_installed("pytest")

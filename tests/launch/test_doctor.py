@@ -52,6 +52,19 @@ def test_host_that_is_this_machine_has_its_clock_and_folder(tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_host_whose_shell_greets_is_understood(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run = doctor._run
+
+    def greet(argv, env=None):
+        done = run(argv, env)
+        done.stdout = f"welcome\n{done.stdout}"
+        return done
+
+    monkeypatch.setattr(doctor, "_run", greet)
+    assert [one.severity for one in doctor._hosts(run_config("launch.hosts=[localhost]"))] == ["ok"] * 4
+
+
 def test_host_that_resolves_nowhere_is_a_failure(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (finding,) = doctor._hosts(run_config("launch.hosts=[nosuch.invalid]"))

@@ -135,6 +135,25 @@ def test_out_of_memory_is_named_as_such():
     assert "out of memory?" in failure_report.describe_end(end(0, 0.0, -9))
 
 
+@pytest.mark.parametrize(
+    ("permanent", "hint"),
+    [
+        (False, "  Run the same command again to resume from the last checkpoint."),
+        (True, "  The error would come again: mend it first, then run the same command again to resume from the last "
+               "checkpoint."),
+    ],
+)  # fmt: skip
+def test_who_would_meet_the_same_error_again_is_told_to_mend_it_first(permanent, hint, report, tmp_path):
+    (tmp_path / "checkpoints/step-00000005").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-00000005/manifest.json").write_text("{}")
+    ended = end(0, 10.0, raised=raised("TypeError: no lrr", 9.0, permanent=permanent))
+    assert report({}, [ended]).splitlines()[-1] == hint
+
+
+def test_death_by_a_signal_without_a_name_is_described(report):
+    assert "died of signal 40 (Real-time signal" in report({}, [end(0, 10.0, -40)])
+
+
 def raised(text: str, time: float, **more) -> dict[str, object]:
     return {"text": text, "location": "task.py:3 in batch", "time": time, **more}
 

@@ -165,9 +165,17 @@ def test_rendezvous_on_another_host_is_there_when_it_answers(monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    ("ended", "status"), [({"status": 2}, 2), ({"status": 1}, 1), ({"status": 2, "stopped": True}, 1), ({}, 1)]
+    ("ended", "status"),
+    [
+        ({"status": 2}, 2),
+        ({"status": 1}, 1),
+        ({"status": 2, "stopped": True}, 1),
+        ({}, 1),
+        ({"status": 1, "raised": {"text": "TypeError", "location": "", "time": 1.0, "permanent": True}}, 2),
+        ({"status": 1, "raised": {"text": "TypeError", "location": "", "time": 1.0}}, 1),
+    ],
 )
-def test_agent_ends_with_2_where_a_worker_did_whose_arguments_were_refused(ended, status, agent, tmp_path):
+def test_agent_ends_with_2_where_a_worker_has_ended_as_it_would_again(ended, status, agent, tmp_path):
     (tmp_path / "logs").mkdir()
     earlier = events.End(rank=0, attempt=0, host="h", pid=1, time=0.0, status=2)
     events.append(tmp_path, earlier)

@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from distopt.config import parse_config
+from distopt.config import load_config, parse_config
 from distopt.config.values import SECRET_NAME
 from distopt.launch.cli import app
 from distopt.launch.plan import Command, Plan
 from distopt.launch.platforms import horovodrun, load_platform, mpirun
 from distopt.launch.platforms.kubernetes import platform as kubernetes
+from distopt.launch.run_dir import write_plan
 
 BASE = "name: flights\ntask: distopt.examples.flights:Flights\ndata: {global_batch: 4096}\n"
 # Addresses that documentation may use (RFC 5737), so that no host here has one and no name is looked up.
@@ -109,6 +110,16 @@ def test_files_of_a_dry_run_are_written_where_that_is_wanted_and_the_script_star
     subprocess.run(["a plan/start.sh"], check=True, timeout=60, capture_output=True)
     assert (tmp_path / "runs/run/config.yaml").read_text() == (tmp_path / "a plan/config.yaml").read_text()
     assert "trained" in (tmp_path / "runs/run/logs/rank-0.log").read_text()
+
+
+def test_script_for_several_hosts_gives_the_run_to_distopt_launch_whose_heartbeat_the_agents_need(tmp_path):
+    config = parse_config(BASE, ["launch.platform=torchrun", HOSTS])
+    folder = tmp_path / "a plan"
+    plan = load_platform("torchrun").plan(config)
+    *_, script = write_plan(plan, folder, config.run_dir)
+    command = script.read_text().splitlines()[1]
+    assert shlex.split(command)[-4:] == ["distopt.launch", "launch", "--", str(folder / "config.yaml")]
+    assert load_config(folder / "config.yaml") == config
 
 
 def test_output_of_a_run_that_starts_is_refused(tmp_path):

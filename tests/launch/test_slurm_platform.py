@@ -110,15 +110,22 @@ def test_gpus_are_asked_for_in_one_way():
     assert str(finding) == "launch.slurm.gres: found gpus_per_node too; remove one of them"
 
 
-def test_setup_line_that_fails_ends_the_script_and_is_named():
+def test_setup_line_that_fails_ends_the_script_and_is_named(tmp_path):
     def run(*lines: str) -> subprocess.CompletedProcess[str]:
-        script = module._setup(list(lines)) + '\necho "then $X"\n'
-        return subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30)
+        (tmp_path / "job.sh").write_text(module._setup(list(lines)) + '\necho "then $X"\n')
+        return subprocess.run(["bash", "job.sh"], cwd=tmp_path, capture_output=True, text=True, timeout=30)
 
     assert run("export X=1", "false || true", "if false; then", "exit 3", "fi").stdout == "then 1\n"
     failed = run("export X=1", "cat /nosuch", "export X=2")
     assert (failed.returncode, failed.stdout) == (1, "")
     assert "distopt: launch.slurm.setup: cat /nosuch failed on " in failed.stderr
+    assert failed.stderr.endswith(" with exit status 1\n")
+
+    # Files such as those of conda and modules have commands that fail within.
+    (tmp_path / "activate").write_text("grep -q conda /dev/null\nX=2\n")
+    (tmp_path / "broken").write_text("return 5\n")
+    assert run("source ./activate").stdout == "then 2\n"
+    assert "source ./broken failed on " in run("source ./broken").stderr
 
 
 @pytest.fixture

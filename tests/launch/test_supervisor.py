@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from distopt.launch.worker import elastic, terminal
-from distopt.launch.worker.supervisor import TERMINATION_LOG_BYTES
+from distopt.launch.worker.rank_log import traceback_of
+from distopt.launch.worker.supervisor import NO_FURTHER_ATTEMPT, TERMINATION_LOG_BYTES
 from distopt.launchers import PREEMPTION_VARIABLE, STOP_FILE, TERMINAL_VARIABLE, WATCH_STOP_VARIABLE
 from tests.launch.launching import wait_until
 from tests.test_launchers import exported, horovodrun, mpich, open_mpi, srun, torchrun
@@ -79,6 +80,41 @@ def test_world_of_another_size_than_asked_for_is_refused(tmp_path):
     assert supervise(tmp_path, "print('trained')", env).wait(TIMEOUT_S) == 3
     log = (tmp_path / "run/logs/rank-0.log").read_text()
     assert "the launcher started 1 worker(s), expected 2" in log and "trained" not in log
+
+
+RECORDS_ERROR = (
+    "from distopt.worker_error import record_error\n"
+    "print('Traceback (most recent call last):\\nTypeError: no lrr')\n"
+    "record_error(TypeError('no lrr'), permanent=True); raise SystemExit(1)"
+)
+
+
+def attempt(number: int, world_size: int = 2) -> dict[str, str]:
+    return {**torchrun(0, world_size), "TORCHELASTIC_RESTART_COUNT": str(number)}
+
+
+def test_worker_is_not_started_again_after_an_error_that_would_come_again_and_the_record_is_of_that_one(tmp_path):
+    assert supervise(tmp_path, RECORDS_ERROR, attempt(0)).wait(TIMEOUT_S) == 1
+    assert supervise(tmp_path, "print('again')", attempt(1)).wait(TIMEOUT_S) == NO_FURTHER_ATTEMPT
+    assert [(end["attempt"], end["status"]) for end in endings(tmp_path)] == [(0, 1)]
+    assert traceback_of(tmp_path / "run", 0)[:2] == ["Traceback (most recent call last):", "TypeError: no lrr"]
+    assert "not started again: rank 0 failed: TypeError: no lrr" in (tmp_path / "run/logs/rank-0.log").read_text()
+
+
+def test_worker_is_started_again_whatever_error_has_ended_an_earlier_run_in_its_directory(tmp_path):
+    assert supervise(tmp_path, RECORDS_ERROR, attempt(0)).wait(TIMEOUT_S) == 1
+    logs = tmp_path / "run/logs"
+    of_rank_1 = (logs / "rank-0.jsonl").read_text().replace('"rank": 0', '"rank": 1')
+    # The next run's supervisor is lost with its host in the first attempt, and leaves no end.
+    lost = supervise(tmp_path, "open('ready', 'w').close(); import time; time.sleep(600)", attempt(0))
+    wait_until((tmp_path / "ready").exists, "the worker at work", TIMEOUT_S)
+    lost.kill()
+    lost.wait(TIMEOUT_S)
+    assert supervise(tmp_path, "print('again')", attempt(1)).wait(TIMEOUT_S) == 0
+    # Another earlier run was larger.
+    (logs / "rank-1.jsonl").write_text(of_rank_1)
+    assert supervise(tmp_path, "print('again')", attempt(1, 2)).wait(TIMEOUT_S) == NO_FURTHER_ATTEMPT
+    assert supervise(tmp_path, "print('again')", attempt(1, 1)).wait(TIMEOUT_S) == 0
 
 
 def test_world_of_any_size_that_is_allowed_runs(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from distopt.config import ConfigError
-from distopt.config.sweep_schema import SweepConfig, as_overrides, load_sweep
+from distopt.config.sweep_schema import RangeConfig, SweepConfig, as_overrides, load_sweep
 from launch.jobs import JobError
 from launch.searches import OptunaSearch
 from launch.sweep import Sweep, Trial
@@ -168,6 +168,43 @@ def test_mistake_is_named_before_anything_starts(changed: dict[str, Any], messag
     with pytest.raises(ConfigError, match=message):
         sweep_of(**changed)
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"low": 1, "choices": [1]}, "either low and high, or choices"),
+        ({"low": 2, "high": 1}, "low to be the smaller one"),
+        ({"low": 0, "high": 1, "log": True}, "found low 0 with log"),
+        ({"low": 1, "high": 9, "log": True, "step": 2}, "none together with log"),
+        ({"low": 1, "high": 9, "step": 0}, "a distance above 0"),
+    ],
+)
+def test_range_without_values_is_named_before_anything_starts(space: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"optuna.space.seed: .*{message}"):
+        sweep_of(grid=None, optuna={"num_trials": 1, "space": {"seed": space}})
+
+
+def test_range_is_of_whole_numbers_if_all_that_describes_it_are() -> None:
+    assert RangeConfig(low=1, high=9).is_integer and RangeConfig(low=1, high=9, step=2).is_integer
+    assert not RangeConfig(low=1, high=9, step=0.5).is_integer and not RangeConfig(low=1, high=9.5).is_integer
+
+
+def test_runs_of_an_earlier_sweep_are_not_taken_for_trials() -> None:
+    earlier = Path("runs/demo-002")
+    earlier.mkdir(parents=True)
+    (earlier / "launch.json").write_text('{"status": 0, "pid": 1, "host": "here"}')
+    with pytest.raises(ConfigError, match="runs/demo-002 is there, and runs/demo/sweep.json has no trial 2"):
+        Quick(sweep_of()).run()
+    assert not Path("runs/demo-000").exists()
+    earlier.rename("elsewhere")
+    assert Quick(sweep_of()).run() == 0
+
+
+def test_folder_that_cannot_be_made_is_named() -> None:
+    Path("runs").write_text("a file")
+    with pytest.raises(ConfigError, match="name: runs/demo cannot be written to: Not a directory"):
+        Sweep(sweep_of())
 
 
 def test_class_that_optuna_does_not_have_is_refused() -> None:

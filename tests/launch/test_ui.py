@@ -16,8 +16,10 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from typer.testing import CliRunner
 
 from distopt.config import RunConfig, dump_yaml
+from distopt.launch.cli import app
 from distopt.read_only_server import ReadOnlyServer
 from launch import runs
 from launch.status import as_json, line_of
@@ -110,10 +112,18 @@ def test_curves_are_those_of_the_chosen_runs_and_thinned_with_their_last_row(ser
     assert len(points) <= MAX_POINTS + 1 and points[0] == [1, -1000.0] and points[-1] == [2500, -0.4]
     assert curves["runs/sales-b"]["validation/rmse"] == [[30, 0.5]] and len(curves["runs/sales-b"]["elbo"]) == 30
 
+    with Path("runs/sales-b/metrics.jsonl").open("a") as file:
+        file.write('{"step": 31, "elbo": NaN}\n')  # of a program that writes what is no JSON
+    assert len(ask_json(server, "/curves", runs="runs/sales-b")["runs/sales-b"]["elbo"]) == 30
+
 
 def test_run_has_ranks_checkpoints_logs_and_yaml_without_the_environment(server) -> None:
+    other_process = Path("runs/sales-a/checkpoints/step-00000030-5f0c1a2b")
+    other_process.mkdir()
+    (other_process / "manifest.json").write_text("{}")
     run = ask_json(server, "/run", run="runs/sales-a")
-    assert run["paces"] == PACES and run["ranks"] == [0, 1] and run["checkpoints"][0]["step"] == 20
+    assert run["paces"] == PACES and run["ranks"] == [0, 1]
+    assert [each["step"] for each in run["checkpoints"]] == [30, 20]
     assert "lr: 0.1" in run["config"] and "confidential" not in json.dumps(run)
     assert ask(server, "/log", run="runs/sales-a", rank=1)[1] == "<script>alert(1)</script> from rank 1\n"
     differences = ask_json(server, "/differences", runs="runs/sales-a,runs/sales-b")
@@ -206,3 +216,9 @@ def test_command_serves_the_page_until_ctrl_c(tmp_path: Path, monkeypatch: pytes
         assert process.wait(timeout=20) == 130 and process.stderr.read() == ""
     refused = subprocess.run([str(BIN / "distopt"), "ui", "nothing"], capture_output=True, text=True, timeout=60)
     assert refused.returncode == 2 and "no run was launched there" in refused.stderr
+
+
+def test_port_that_is_taken_is_named_with_a_way_out(server) -> None:
+    done = CliRunner().invoke(app, ["ui", "--port", str(server.port)])
+    assert done.exit_code == 2
+    assert done.stderr == f"--port: {server.port} cannot be used: Address already in use; --port 0 takes a free one\n"

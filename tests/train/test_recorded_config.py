@@ -142,7 +142,12 @@ VALUES += [
     [["a"]],
 ]
 VALUES += [{"metric": "elbo", "mode": "max"}, [{"name": "mine:Logger"}], [{"claim": "a", "path": "/b"}]]
-UNSET = ("train.early_stopping", "checkpoint.keep_best")  # sections that the run lacks, which are set as a whole
+VALUES += ["bf16", "cuda", "2.2", {"cpu": "2"}, ["--x"], ["END"], {"runtime": "pyxis", "image": "a"}]
+UNSET = (
+    "train.early_stopping",
+    "checkpoint.keep_best",
+    "launch.slurm.container",
+)  # sections that the run lacks, which are set as a whole
 NOT_OF_A_TASK = ("script", "script_args")  # a script saves its checkpoints itself
 NOT_RECORDED = ("launch.hostfile", "launch.min_hosts")  # read into launch.hosts; needs launch.hosts
 
@@ -180,6 +185,7 @@ def test_key_with_another_value_is_refused_unless_it_says_where_or_how_long_to_r
     path = config(tmp_path, optim={"scheduler": {"name": "StepLR", "args": {"step_size": 1}}})
     before = load_config(path, ["train.validate_every_steps=6"])  # which sections of UNSET need
     (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step-00000001/manifest.json").touch()
     (tmp_path / "run/config.yaml").write_text(dump_yaml(before))
     changed = with_another_value(before, key)
     accepted = any(f"{key}.".startswith(f"{each}.") for each in MAY_CHANGE)

@@ -130,8 +130,13 @@ def _number(quantity: str) -> float:
 # Volumes. One claim may be mounted at several paths.
 
 
+_RESERVED = re.compile(r"tmp|shm|volume-\d+")
+
+
 def _volume_name(volume: VolumeConfig, index: int) -> str:
-    return volume.claim or f"volume-{index}"
+    if volume.claim is None or _RESERVED.fullmatch(volume.claim):
+        return f"volume-{index}"
+    return volume.claim
 
 
 def _volumes(config: RunConfig) -> list[Manifest]:
@@ -162,9 +167,10 @@ def _source(volume: VolumeConfig) -> Manifest:
 
 
 def _mounts(config: RunConfig) -> list[Manifest]:
+    wanted = {volume.path for volume in config.launch.kubernetes.volumes}
+    built_in = [{"name": "tmp", "mountPath": HOME}, {"name": "shm", "mountPath": SHARED_MEMORY}]
     return [
-        {"name": "tmp", "mountPath": HOME},
-        {"name": "shm", "mountPath": SHARED_MEMORY},
+        *(mount for mount in built_in if mount["mountPath"] not in wanted),
         *(
             {
                 "name": _volume_name(volume, index),

@@ -103,8 +103,10 @@ def _setup(lines: list[str]) -> str:
     """Returns the user's lines. A job on nodes without its modules would fail later, and say something else."""
     if not lines:
         return ""
-    failed = "launch.slurm.setup: $BASH_COMMAND failed on $(hostname) with exit status $?"
-    return "\n".join(["", f"trap 'echo \"distopt: {failed}\" >&2; exit 1' ERR", *lines, "trap - ERR", ""])
+    # A file that a line sources may have commands that fail within, and counts by its own status.
+    failed = "launch.slurm.setup: $BASH_COMMAND failed on $(hostname) with exit status $status"
+    trap = f'status=$?; [ ${{#BASH_SOURCE[@]}} -gt 1 ] || {{ echo "distopt: {failed}" >&2; exit 1; }}'
+    return "\n".join(["", f"trap '{trap}' ERR", *lines, "trap - ERR", ""])
 
 
 def _limit(max_preemptions: int | None) -> str:
