@@ -36,6 +36,8 @@ _LOST_PEER = re.compile(
     r"connectFullMesh|has been shut down|remote process exited|DistNetworkError|DistBackendError"
 )
 
+_EXITED = re.compile(r"rank (?P<rank>\d+) (?P<how>exited after step \d+ while other ranks were still waiting for it)\.")
+
 _LIBRARY_LINES = 40  # of a log's end, in which the trace of a library's code may stand
 
 
@@ -218,11 +220,23 @@ def _time_of(end: End) -> float:
 def _ended_early(
     run_dir: Path, ends: dict[int, End], blamed: Sequence[End], reports: dict[int, re.Match[str]]
 ) -> End | None:
-    """The rank that ended with status 0 while others waited for it, where none of them has an error of its own."""
+    """The rank that ended with status 0 while others waited for it, where none of them has an error of its own.
+
+    The launcher may have ended it while it was leaving; then it is the one that the others name.
+    """
     if not all(_is_from_peer(run_dir, end, reports) for end in blamed):
         return None
+    for rank in _exits_seen(blamed):
+        if rank in ends and ends[rank] not in blamed:
+            return ends[rank]
     first = min(map(_time_of, blamed), default=0.0)
     return min((end for end in ends.values() if end.status == 0 and end.time <= first), key=_time_of, default=None)
+
+
+def _exits_seen(ends: Iterable[End]) -> dict[int, str]:
+    """What errors tell of ranks that exited while others waited for them, by the rank."""
+    matches = (_EXITED.search(end.worker_error.text) for end in ends if end.worker_error is not None)
+    return {int(match["rank"]): match["how"] for match in matches if match}
 
 
 def _describe_blamed(
@@ -230,7 +244,8 @@ def _describe_blamed(
 ) -> list[str]:
     first = blamed[0]
     error = next((match["error"] for match in reports.values() if int(match["rank"]) == first.rank), "")
-    lines = [f"  {describe_rank(first)} died first: it {_describe_death(first, error)}"]
+    how = _describe_death(first, error, _exits_seen(blamed[1:]).get(first.rank, ""))
+    lines = [f"  {describe_rank(first)} died first: it {how}"]
     lines += _after(run_dir, blamed[1:])
     earlier = [end for end in ends.values() if end.status == 0 and end is not first and end.time < _time_of(first)]
     if earlier:
@@ -242,10 +257,12 @@ def _after(run_dir: Path, ends: Iterable[End]) -> list[str]:
     return [f"  After it: {describe_rank(end)} {describe_end(end)}{quote_last_line(run_dir, end)}." for end in ends]
 
 
-def _describe_death(end: End, reported: str) -> str:
+def _describe_death(end: End, reported: str, exit_seen: str) -> str:
     """Returns how the worker to blame died, as the end of a sentence; what others report of it names the step."""
     if reported:
         return f"failed at {reported}"
+    if exit_seen:
+        return f"{exit_seen}."
     if end.worker_error is not None:
         location = f" at {end.worker_error.location}" if end.worker_error.location else ""
         return f"failed{location}: {end.worker_error.text}"

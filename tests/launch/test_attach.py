@@ -193,8 +193,10 @@ def test_worker_that_leaves_early_with_status_0_is_named(start, tmp_path):
     run = start(f"script={SUM}", "script_args=['600', '1']")
     assert run.wait() == 1
     report = run.err[run.err.index("the run failed") :]
-    assert "rank 0 on" in report.split("died first")[0]
-    assert "Already finished successfully before that: rank 1 on" in report
+    first, _, after = report.partition("died first: it ")
+    assert "rank 1 on" in first and "rank 0 on" not in first
+    assert after.startswith(("exited after step", "ended with exit status 0")) and "waiting for it.\n" in after
+    assert "After it: rank 0 on" in after
 
 
 @pytest.mark.parametrize("backend_section", LAUNCHERS[1:2], indirect=True)

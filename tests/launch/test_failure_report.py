@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from distopt.launch import failure_report
 from distopt.launch.worker import events
+from distopt.worker_error import WorkerError
 from tests.launch import order_task
 from tests.launch.launching import write_config
 
@@ -70,6 +72,19 @@ def test_rank_that_prints_its_own_number_is_not_excused(report):
     text = report(logs, [end(0, 11.0), end(1, 10.0)])
     assert "rank 0 on host died first: it ended with exit status 1." in text
     assert "Stopped because" not in text
+
+
+@pytest.mark.parametrize("leaving", [{"status": 0}, {"status": -15, "stopped": True}], ids=["ended", "still leaving"])
+def test_rank_that_others_say_exited_is_blamed_though_the_launcher_ended_it(report, leaving):
+    reason = "rank 1 exited after step 5 while other ranks were still waiting for it."
+    others = [
+        end(rank, 10.0 + rank, raised=asdict(WorkerError(f"BackendError: {reason} Rank {rank} stops.", "", 10.0, True)))
+        for rank in (0, 2)
+    ]
+    text = report({}, [*others, end(1, 12.0, **leaving)])
+    assert "  rank 1 on host died first: it exited after step 5 while other ranks were still waiting for it.\n" in text
+    assert "After it: rank 0 on host" in text and "After it: rank 2 on host" in text
+    assert "Only waiting" not in text
 
 
 def test_ranks_that_waited_finished_early_or_vanished_are_named_apart(report):

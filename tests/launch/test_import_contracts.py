@@ -11,11 +11,18 @@ import pytest
 from distopt.launch import worker
 
 MODULES = sorted(path.stem for path in Path(worker.__file__).parent.glob("[a-z]*.py"))
-ALLOWED = {"distopt", "distopt.cgroups", "distopt.launchers", "distopt.launch", "distopt.launch.worker"}
+ALLOWED = {
+    "distopt",
+    "distopt.cgroups",
+    "distopt.launchers",
+    "distopt.worker_error",
+    "distopt.launch",
+    "distopt.launch.worker",
+}
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_module_beside_a_worker_takes_the_standard_library_and_two_modules_of_distopt_alone(module):
+def test_module_beside_a_worker_takes_the_standard_library_and_three_modules_of_distopt_alone(module):
     code = (
         f"import sys; before = set(sys.modules); import distopt.launch.worker.{module}\n"
         "loaded = set(sys.modules) - before\n"

@@ -41,14 +41,14 @@ def test_library_of_another_mpi_than_mpirun_is_refused(mpirun_of, horovod_for, b
     pytest.importorskip("mpi4py", reason="mpi4py is not installed (make setup-dev)")
     pretended_mpi(mpirun_of, horovod_for)
     config = parse_config(TASK, ["launch.platform=mpirun", f"reduce.backend={backend}"])
-    result = list(mpirun.MpirunPlatform().check(config))
+    result = list(mpirun.MpirunPlatform().check_machine(config))
     assert (len(result), message in "".join(map(str, result))) == (int(bool(message)), True), result
 
 
 def test_mpi4py_that_is_missing_is_refused(pretended_mpi, monkeypatch):
     pretended_mpi("MPICH", None)
     monkeypatch.setattr(mpirun, "find_spec", lambda name: None)
-    (message,) = mpirun.MpirunPlatform().check(parse_config(TASK, ["launch.platform=mpirun"]))
+    (message,) = mpirun.MpirunPlatform().check_machine(parse_config(TASK, ["launch.platform=mpirun"]))
     assert "auto uses mpi4py, which is not installed; `pip install 'distopt[mpi]'`" in str(message)
 
 
