@@ -46,6 +46,7 @@ MAX_PACKED = 8
 """Packed groups of one key before the smaller ones are listed together, so that groups do not multiply."""
 
 _MIN_PACKED = 16
+_REGROUPS = {"lrd", "lr_decay"}  # hyper-parameters that decide which parameters may be stepped together
 _MAX_SEARCHES = 8  # for holders of a parameter's memory: each takes about 0.1 s
 
 Assignment = tuple[ParamRecord, State | None]
@@ -201,7 +202,7 @@ class Grouping:
             if isinstance(group, ListGroup) and not group.shares_hyper:
                 for m, change in zip(group.members, changes, strict=True):
                     group.hyper_of(m).update(change)
-            elif group.shares_hyper and all(change == changes[0] for change in changes) and "lrd" not in changes[0]:
+            elif group.shares_hyper and changes.count(changes[0]) == len(changes) and not _REGROUPS & changes[0].keys():
                 group.hyper_of(group.members[0]).update(changes[0])
             else:
                 leaving += [m for m, change in zip(group.members, changes, strict=True) if change]
