@@ -184,7 +184,8 @@ class DistoptStrategy(ProcessStrategy):
         if not self._trainer.training or self.world_size == 1 and not hasattr(dataloader, "dataset"):
             return dataloader
         dataloader, sampler = split_loader(dataloader, self._split, self.backend, self._seed, self._position)
-        self._sampler = self._sampler or sampler
+        if self._sampler is None or self._sampler.is_read:  # of several loaders the first; again when they are reloaded
+            self._sampler = sampler
         return dataloader
 
     def _position(self) -> tuple[int, int]:
