@@ -108,7 +108,7 @@ def read_tree(path: str | Path, backend: Backend) -> tuple[dict[str, Any], str]:
 def restore(
     path: str | Path,
     module: nn.Module,
-    optimizers: Sequence[DistributedOptimizer],
+    optimizers: Mapping[str, DistributedOptimizer],
     backend: Backend,
     *,
     only: Any = None,
@@ -118,14 +118,14 @@ def restore(
     Args:
         path: The folder that `read_tree` returned.
         module: The LightningModule, whose parameters exist.
-        optimizers: As when it was saved, or those that have stepped so far.
+        optimizers: By the names under which they were saved; all others are left as they are.
         backend: Link to the other ranks.
         only: As for `Checkpointer.restore`.
 
     Raises:
         CheckpointError: As from `Checkpointer.restore`.
     """
-    state = {_TRAINER: Tree({}), _MODULE: module} | _named(optimizers)
+    state = {_TRAINER: Tree({}), _MODULE: module, **optimizers}
     with Checkpointer(Path(path).parent, state, keep=_KEEP, backend=backend, background=False) as checkpointer:
         checkpointer.restore(str(path), only=only)
 
@@ -238,7 +238,7 @@ class TrainerCheckpoints:
 
     def load_weights(self, module: nn.Module, backend: Backend) -> None:
         """Restores parameters and modules, for validation, test or prediction; a collective call."""
-        restore(self._folder, module, [], backend, only=["params"])
+        restore(self._folder, module, {}, backend, only=["params"])
         self._folder = ""
 
     def start(self, module: nn.Module, backend: Backend) -> None:
@@ -251,7 +251,7 @@ class TrainerCheckpoints:
         set_training_flags(module, self._flags)
         set_attributes(module, self._ours["attributes"])
         if not self._ours["steps"]:
-            restore(self._folder, module, [], backend)
+            restore(self._folder, module, {}, backend)
             self._folder = ""
 
     def start_epoch(self, module: nn.Module) -> None:
@@ -277,7 +277,9 @@ class TrainerCheckpoints:
         state = generators_state(backend.device)
         with preserving_buffers():
             run_model()
-        restore(self._folder, module, self.optimizers, backend, only=None if number == 0 else ["optimizer"])
+        # The first one brings all but the other optimizers. It has stepped when they come, and must not go back.
+        mine = {f"svi-{number}": optimizer}
+        restore(self._folder, module, mine, backend, only=None if number == 0 else ["optimizer"])
         set_generators_state(state, backend.device)
         optimizer.reducer.step = self._ours["steps"][number]
         if number == len(self._ours["steps"]) - 1:

@@ -100,6 +100,11 @@ class SharedOrder(Sampler[Any]):
         for share in self._shares[num_done:]:
             yield share.indices
 
+    @property
+    def is_read(self) -> bool:
+        """Whether an epoch was begun."""
+        return bool(self._shares)
+
     def share(self, batch: int) -> Share:
         """Returns this rank's share of a batch of the epoch that was begun last."""
         return self._shares[batch]
@@ -139,6 +144,11 @@ class RankRows(Sampler[Any]):
         ends = [len(rows) * number // self._num_batches for number in range(self._num_batches + 1)]
         for start, stop in list(zip(ends, ends[1:], strict=False))[num_done:]:
             yield rows[start:stop]
+
+    @property
+    def is_read(self) -> bool:
+        """False: the share is the same for every loader."""
+        return False
 
     def share(self, batch: int) -> Share:
         """Returns a share of weight 1: the plates of the model scale this rank's rows to all that it holds."""

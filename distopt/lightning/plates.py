@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from pyro import poutine
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from distopt.optim.distributed.svi_step import preserving_buffers
 from distopt.reduce.model_survey import ModelSurvey
@@ -21,18 +24,38 @@ def unscaled_plates(
     The mean over W ranks of a likelihood that each counts for its share is 1/W of that of one process. A plate that is
     subsampled, or scaled, says how many rows there are; one that is as large as the share does not.
 
+    Where several plates have that size, the rows of another dimension are as many by chance. Then the model is run on a
+    row less, and those count whose size follows; all of them if it cannot be run so, or none follows.
+
     Args:
-        model: Run once; parameters that it makes stay, random generators and buffers are as before.
+        model: Run once or twice; parameters that it makes stay, random generators and buffers are as before.
         args: Its arguments.
         kwargs: Its keyword arguments.
         num_rows: Rows of this rank's share of a batch.
     """
+    sizes = _sizes_unscaled(model, args, kwargs)
+    names = [name for name, size in sizes.items() if size == num_rows]
+    if len(names) < 2:
+        return names
+
+    def without_last_row(value: Any) -> Any:
+        has_rows = isinstance(value, Tensor | np.ndarray) and value.ndim > 0 and len(value) == num_rows
+        return value[:-1] if has_rows else value
+
+    try:
+        fewer = _sizes_unscaled(model, *tree_map(without_last_row, (tuple(args), dict(kwargs))))
+    except Exception:  # a model may take whatever it likes
+        return names
+    return [name for name in names if fewer.get(name) == num_rows - 1] or names
+
+
+def _sizes_unscaled(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the size of each plate over observations that nothing scales."""
     state = generators_state(torch.device("cpu"))
-    with torch.no_grad(), preserving_buffers(), poutine.block(), ModelSurvey() as survey:
-        model(*args, **kwargs)
-    set_generators_state(state, torch.device("cpu"))
-    names: list[str] = []
-    for group in survey.describe()["observed"]:
-        sizes = zip(group["plates"], group["sizes"], strict=True)
-        names += [name for name, size in sizes if group["whole"] and size == num_rows]
-    return list(dict.fromkeys(names))
+    try:
+        with torch.no_grad(), preserving_buffers(), poutine.block(), ModelSurvey() as survey:
+            model(*args, **kwargs)
+    finally:
+        set_generators_state(state, torch.device("cpu"))
+    observed = [group for group in survey.describe()["observed"] if group["whole"]]
+    return {name: size for group in observed for name, size in zip(group["plates"], group["sizes"], strict=True)}

@@ -184,7 +184,8 @@ class DistoptStrategy(ProcessStrategy):
         if not self._trainer.training or self.world_size == 1 and not hasattr(dataloader, "dataset"):
             return dataloader
         dataloader, sampler = split_loader(dataloader, self._split, self.backend, self._seed, self._position)
-        self._sampler = self._sampler or sampler
+        if self._sampler is None or self._sampler.is_read:  # of several loaders the first; again when they are reloaded
+            self._sampler = sampler
         return dataloader
 
     def _position(self) -> tuple[int, int]:
@@ -210,11 +211,13 @@ class DistoptStrategy(ProcessStrategy):
     # What steps: an SVI, or Lightning.
 
     def _find_plates(self, svi: pyro.infer.SVI, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterable[str]:
-        """Returns plates whose size is that of this rank's share of the batch: nothing else scales them to all rows."""
+        """Returns plates that are as large as each rank's share of the batch: nothing else scales them to all rows."""
         if self.world_size == 1 or self._share.num_rows == self._share.num_all:
             self._plates_by_size = []
             return ()
-        self._plates_by_size = unscaled_plates(svi.model, args, kwargs, self._share.num_rows)
+        names = unscaled_plates(svi.model, args, kwargs, self._share.num_rows)
+        by_rank = self.backend.all_gather_json(names)  # a rank with a row more may take another plate for one of rows
+        self._plates_by_size = [name for name in names if all(name in each for each in by_rank)]
         return self._plates_by_size
 
     def _on_adopt(self, svi: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

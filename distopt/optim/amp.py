@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pyro.poutine as poutine
 import torch
 from pyro.infer import ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.amp import GradScaler
+from torch.overrides import TorchFunctionMode
 
 # GradScaler wants one optimizer that owns the parameters. Here the parameters are spread over several, and what is
 # unscaled is not `.grad` but packed buffers. So it is shown an optimizer of empty tensors whose gradients are those
@@ -123,10 +123,31 @@ class AutocastELBO(WrappedELBO):
         return self.elbo.loss_and_grads(*wrapped, *args, **kwargs)
 
 
+_BACKWARD: Any = Tensor.backward
+
+
+class _ScaledBackward(TorchFunctionMode):
+    """Begins every `backward()` with a gradient of `scale` in place of 1."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self._scale = scale
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is not _BACKWARD:
+            return function(*args, **kwargs)
+        loss, *more = args
+        gradient = more.pop(0) if more else kwargs.pop("gradient", None)
+        scaled = torch.full_like(loss, self._scale) if gradient is None else gradient * self._scale
+        return function(loss, scaled, *more, **kwargs)
+
+
 class ScaledELBO(WrappedELBO):
     """An ELBO whose gradients are multiplied by the scale of a `GradScaler`; the loss it returns is not.
 
-    Model and guide run under `poutine.scale`, so that every term of the loss is scaled before it is differentiated.
+    What is scaled is the gradient with which `backward()` begins, and not the densities of the model: objectives such
+    as `RenyiELBO`, which are not linear in these, would be others. An ELBO of your own must call `backward()`, too.
     Give the same scaler to the optimizer, which divides the scale out again.
 
     Args:
@@ -148,7 +169,5 @@ class ScaledELBO(WrappedELBO):
         # GradScaler makes its scale when it first scales something; `get_scale` would return the initial number and
         # leave none to be updated.
         scale = float(self.scaler.scale(torch.ones((), device=self.scaler._device)))
-        scaled = self.elbo.loss_and_grads(poutine.scale(model, scale), poutine.scale(guide, scale), *args, **kwargs)
-        if isinstance(scaled, tuple):  # ReweightedWakeSleep returns two losses
-            return type(scaled)(one / scale for one in scaled)
-        return scaled / scale
+        with _ScaledBackward(scale):
+            return self.elbo.loss_and_grads(model, guide, *args, **kwargs)

@@ -46,6 +46,7 @@ MAX_PACKED = 8
 """Packed groups of one key before the smaller ones are listed together, so that groups do not multiply."""
 
 _MIN_PACKED = 16
+_REGROUPS = {"lrd", "lr_decay"}  # hyper-parameters that decide which parameters may be stepped together
 _MAX_SEARCHES = 8  # for holders of a parameter's memory: each takes about 0.1 s
 
 Assignment = tuple[ParamRecord, State | None]
@@ -107,8 +108,8 @@ class Grouping:
             if new:
                 self.assign([(m, claim(m)) for m in new])
                 changed = True
-        changed |= self._split(touched)
         changed |= self._list_packed([m for m in missing if drifts(m.args)])
+        changed |= self._split(touched)
         return changed
 
     def assign(self, assignments: Iterable[Assignment], packing: bool = True) -> None:
@@ -157,13 +158,14 @@ class Grouping:
         """Takes `members` out of their groups and returns them with their states; the others stay together."""
         leaving = {id(m): m for m in members}
         extracted: list[tuple[ParamRecord, State]] = []
+        staying: list[list[Assignment]] = []
 
         for group in {id(m.group): m.group for m in leaving.values()}.values():
             if isinstance(group, PackedGroup):
                 states = list(zip(group.members, group.states(), strict=True))
                 extracted += [(m, s) for m, s in states if id(m) in leaving]
                 self._packed[group.members[0].key].remove(group)
-                self.assign((m, s) for m, s in states if id(m) not in leaving)
+                staying.append([(m, s) for m, s in states if id(m) not in leaving])
             elif isinstance(group, ListGroup):
                 of_group = [m for m in group.members if id(m) in leaving]
                 extracted += zip(of_group, group.states(of_group), strict=True)
@@ -173,6 +175,8 @@ class Grouping:
                     group.remove(set(leaving))
         for m in leaving.values():
             m.group = None
+        for rest in staying:  # when all have left: to assign may list or join any group, also one of those above
+            self.assign(rest)
         return extracted
 
     # A user's loop sets the learning rate of one parameter after the other. If each of them left its group at once, a
@@ -198,7 +202,7 @@ class Grouping:
             if isinstance(group, ListGroup) and not group.shares_hyper:
                 for m, change in zip(group.members, changes, strict=True):
                     group.hyper_of(m).update(change)
-            elif group.shares_hyper and all(change == changes[0] for change in changes) and "lrd" not in changes[0]:
+            elif group.shares_hyper and changes.count(changes[0]) == len(changes) and not _REGROUPS & changes[0].keys():
                 group.hyper_of(group.members[0]).update(changes[0])
             else:
                 leaving += [m for m, change in zip(group.members, changes, strict=True) if change]
@@ -230,10 +234,7 @@ class Grouping:
         check_state(m.name, state, m.param, hyper, is_scheduler(handle), name, packs(self._constructor))
 
     def _list_packed(self, members: Sequence[ParamRecord]) -> bool:
-        """Takes those of `members` that are packed out of their groups and lists them; returns whether there were any.
-
-        So they can live through a call without a step, when a step is more than what gradients do.
-        """
+        """Lists those of `members` that are packed, so that they can live through a call without a step."""
         packed = [m for m in members if isinstance(m.group, PackedGroup)]
         if packed:
             self.assign(self.extract(packed), packing=False)
@@ -241,13 +242,14 @@ class Grouping:
 
     def _split(self, touched: Sequence[ParamRecord]) -> bool:
         """Splits each packed group of which `touched` are some but not all; returns whether there was one."""
-        split = False
         ids = {id(m) for m in touched}
-        for group in {id(m.group): m.group for m in touched}.values():
-            if isinstance(group, PackedGroup) and not all(id(m) in ids for m in group.members):
+        groups = {id(m.group): m.group for m in touched if isinstance(m.group, PackedGroup)}
+        for group in groups.values():
+            if not ids.issuperset(map(id, group.members)):
                 self.assign(self.extract([m for m in group.members if id(m) in ids]))
-                split = True
-        return split
+                self._split(touched)  # to assign may have joined others with groups that this call does not touch
+                return True
+        return False
 
     def _limit_packed(self) -> None:
         """Lists the smaller packed groups of a key together when there are too many of them.

@@ -118,6 +118,8 @@ def packing_key(state: State | None, numel: int, *, staggered: bool = False) -> 
         return "new"
 
     optimizer = optimizer_state(state)
+    hyper = optimizer["param_groups"][0]
+    staggered = staggered and not hyper.get("lr_decay")  # that of Adagrad may be loaded or set, whatever the arguments
     scalars = []
     for key, value in optimizer["state"].get(0, {}).items():
         if isinstance(value, Tensor) and key not in SCALARS:
@@ -126,7 +128,6 @@ def packing_key(state: State | None, numel: int, *, staggered: bool = False) -> 
             scalars.append((key, str(value.dtype)))
         elif not (staggered and key == "step"):
             scalars.append((key, frozen(value)))
-    hyper = optimizer["param_groups"][0]
     if staggered and hyper.get("lrd", 1.0) != 1.0:
         hyper = {key: value for key, value in hyper.items() if key != "lr"}
     return (tuple(scalars), hyper_key(hyper), frozen(state.get("scheduler")))

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import redirect_stdout
 from pathlib import Path
+from threading import Lock
 from typing import Any, ClassVar, Literal
 
 from distopt.config import ConfigError
@@ -26,6 +27,8 @@ from distopt.train.loggers import Logger, RunInfo
 
 CLOSE_S = 30.0
 """How long a run that ends waits for rows that a server has not taken yet."""
+
+_FILE = Lock()  # several trackers write one file, that of MLflow from its thread
 
 
 class Tracker(Logger):
@@ -97,10 +100,11 @@ class Tracker(Logger):
     def _note(self, step: int) -> None:
         """Records in the run directory that the rows up to a step are sent."""
         self._last_step = step
-        records = _read_records(self._path) | {self.name: {"id": self._id, "step": step}}
-        written = self._path.with_suffix(".tmp")
-        written.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-        os.replace(written, self._path)
+        with _FILE:
+            records = _read_records(self._path) | {self.name: {"id": self._id, "step": step}}
+            written = self._path.with_suffix(".tmp")
+            written.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+            os.replace(written, self._path)
 
     def _report(self, error: BaseException) -> None:
         if not self._has_failed:

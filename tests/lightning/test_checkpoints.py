@@ -5,19 +5,34 @@ from __future__ import annotations
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pyro
+import pyro.distributions as dist
+import pyro.optim
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from pyro.infer import SVI, Trace_ELBO
 
 from distopt.backends import current
 from distopt.checkpoint import CheckpointError
 from distopt.infer import gather_local
-from tests.lightning.plans import SviPlan, TorchPlan, X, fit, loader, local_model, state_values, store_values, trainer
+from tests.lightning.plans import (
+    SviPlan,
+    TorchPlan,
+    X,
+    fit,
+    global_model,
+    loader,
+    local_model,
+    state_values,
+    store_values,
+    trainer,
+)
 from tests.workers import run_script, world
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning warns of much that is meant here
@@ -109,6 +124,40 @@ def test_resumed_run_has_every_bit_of_one_that_was_not_interrupted(kind: str, ev
     for each in again:
         each.pop("validated", None)
     assert again == [first, second]
+
+
+class TwoSvis(SviPlan):
+    """Steps two SVIs in each batch, with an optimizer each."""
+
+    def _make(self) -> None:
+        self.svis = [
+            SVI(global_model, partial(self._guess, name), pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()) for name in "ab"
+        ]
+
+    @staticmethod
+    def _guess(name: str, x: torch.Tensor, index: torch.Tensor) -> None:
+        for site in ("loc", "scale"):
+            pyro.sample(site, dist.Delta(pyro.param(f"{site} of {name}", X.new_tensor(0.7))))
+
+    def on_train_epoch_end(self) -> None:
+        pass
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for svi in self.svis:
+            svi.step(*batch)
+        self.optimizers().step()
+
+
+def test_two_svis_resume_each_with_its_own_optimizer(tmp_path: Path) -> None:
+    results = []
+    for resume in ("", str(tmp_path / "step=6.ckpt")):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(11)
+        save = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", every_n_epochs=1)
+        options: dict[str, Any] = {"callbacks": [save], "enable_checkpointing": True, "max_epochs": 4}
+        fit(trainer(1, **options), TwoSvis(), loader(8), **({"ckpt_path": resume} if resume else {}))
+        results.append(store_values())
+    assert len(results[0]) == 4 and results[1] == results[0]
 
 
 def without_statistics(values: dict[str, Any]) -> dict[str, Any]:

@@ -202,6 +202,20 @@ def test_batch_statistics_are_equal_on_all_ranks_in_each_validation_and_at_the_e
 # What cannot be right is refused.
 
 
+class GrowingPlan(SviPlan):
+    """Reads more rows in each epoch."""
+
+    def train_dataloader(self) -> Any:
+        return loader(4, rows=slice(5 * (1 + self.current_epoch)))
+
+
+def test_loader_that_lightning_reloads_is_the_one_whose_shares_count() -> None:
+    pyro.clear_param_store()
+    plan = GrowingPlan()
+    fit(trainer(1, reload_dataloaders_every_n_epochs=1), plan)
+    assert [sorted(rows) for rows in plan.seen] == [[*range(5)], [*range(10)], [*range(15)]]
+
+
 def test_automatic_optimization_of_split_rows_is_refused_with_what_to_write() -> None:
     with pytest.raises(ValueError, match="LightningModule leaves the step to Lightning"):
         fit(trainer(1, "rows", options={"plates": "rows"}), TorchPlan(), loader())

@@ -1,9 +1,10 @@
 """Mixed precision: a scaled loss takes the steps of the plain one, and an overflow skips a step."""
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, JitTrace_ELBO, RenyiELBO, ReweightedWakeSleep, Trace_ELBO, TraceTMC_ELBO
 
 import distopt.optim
 from tests.optim.test_inference import DATA, normal_guide, normal_model
@@ -39,3 +40,47 @@ def test_scaler_skips_an_overflowing_step_and_lowers_its_scale():
     scaler.scale(p.sum()).backward()
     optim([p])
     torch.testing.assert_close(p.detach(), -torch.ones(2))
+
+
+OBJECTIVES = [
+    lambda: Trace_ELBO(num_particles=2),
+    lambda: RenyiELBO(alpha=0.5, num_particles=4),
+    lambda: ReweightedWakeSleep(num_particles=4),
+    lambda: TraceTMC_ELBO(max_plate_nesting=1),
+    JitTrace_ELBO,
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's tracer
+@pytest.mark.parametrize("make", OBJECTIVES, ids=["Trace", "Renyi", "RWS", "TMC", "Jit"])
+def test_scaled_gradients_of_every_objective_are_those_of_the_plain_one_times_a_scale_that_may_change(make):
+    def mixture(data):
+        loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+        with pyro.plate("rows", len(data)):
+            kind = pyro.sample("kind", dist.Categorical(torch.tensor([0.3, 0.7])), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(loc + kind, 1.0), obs=data)
+
+    def gaussian(data):
+        loc = pyro.sample("loc", dist.Normal(0.0, 2.0))
+        with pyro.plate("rows", len(data)):
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=data)
+
+    def guide(data):
+        pyro.sample("loc", dist.Normal(pyro.param("mean", torch.tensor(0.3)), pyro.param("std", torch.tensor(0.7))))
+
+    def gradients(scaler, scales):
+        pyro.clear_param_store()
+        elbo = make()
+        objective = elbo if scaler is None else distopt.optim.ScaledELBO(elbo, scaler)
+        model = mixture if isinstance(elbo, TraceTMC_ELBO) else gaussian
+        for scale in scales:
+            if scaler is not None:
+                scaler.update(scale) if scaler._scale is not None else None
+            pyro.set_rng_seed(0)
+            for _, p in pyro.get_param_store().named_parameters():
+                p.grad = None
+            loss = objective.loss_and_grads(model, guide, DATA)
+        return {name: p.grad / scale for name, p in pyro.get_param_store().named_parameters()}, loss
+
+    scaled = gradients(torch.amp.GradScaler("cpu", init_scale=8.0), [8.0, 64.0])
+    torch.testing.assert_close(scaled, gradients(None, [1.0, 1.0]))

@@ -133,3 +133,24 @@ def test_the_number_of_groups_of_a_model_that_grows_is_a_logarithm():
 def test_in_16_bits_only_what_computes_nothing_with_the_count_is_packed_across_counts(dtype):
     assert not staggers(torch.optim.Adam, {"lr": 0.1}, dtype)
     assert staggers(torch.optim.RMSprop, {"lr": 0.1}, dtype)
+
+
+@pytest.mark.parametrize("way", ["set", "load"])
+def test_a_decay_with_the_count_that_was_not_among_the_arguments_is_that_of_each_parameter(way):
+    results = []
+    for module in (distopt.optim, pyro.optim):
+        optim = module.Adagrad({"lr": 0.1})
+        grow(optim, 1, skips=False)
+        if way == "load":
+            states = optim.get_state()
+            for state in states.values():
+                state["param_groups"][0]["lr_decay"] = 0.5
+            optim = module.Adagrad({"lr": 0.1})
+            optim.set_state(states)
+        else:
+            for _, p in pyro.get_param_store().named_parameters():
+                optim.optim_objs[p].param_groups[0]["lr_decay"] = 0.5
+        for index in range(STEADY):
+            step(optim, 500 + index)
+        results.append({key: p.detach().clone() for key, p in pyro.get_param_store().named_parameters()})
+    torch.testing.assert_close(*results)

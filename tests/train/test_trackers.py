@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +216,32 @@ def test_every_tracker_is_an_extra_and_a_name_of_the_configuration(tmp_path) -> 
         assert load_config(config(tmp_path, log={"loggers": [name]})).log.loggers[0].name == name
     with pytest.raises(ConfigError, match="wandbb"):
         load_config(config(tmp_path, log={"loggers": ["wandbb"]}))
+
+
+class Noting(Tracker):
+    """Notes what it is given."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name  # type: ignore[misc]
+
+    def _open(self, run: RunInfo, run_id: str | None) -> str:
+        return self.name
+
+    def _send(self, step: int, values: dict[str, float]) -> None:
+        self._note(step)
+
+    def _close(self, outcome: str) -> None:
+        pass
+
+
+def test_trackers_that_note_in_several_threads_keep_each_others_steps(tmp_path: Path) -> None:
+    trackers = [Noting(name) for name in "abcd"]
+    for each in trackers:
+        each.start(RunInfo("run", tmp_path, 0, 100, {}))
+    with ThreadPoolExecutor(len(trackers)) as pool:
+        sent = [pool.submit(lambda each=each: [each.log(step, {}) for step in range(1, 101)]) for each in trackers]
+        for each in sent:
+            each.result()
+    assert not any(each._has_failed for each in trackers)
+    records = json.loads((tmp_path / "trackers.json").read_text())
+    assert {name: record["step"] for name, record in records.items()} == dict.fromkeys("abcd", 100)

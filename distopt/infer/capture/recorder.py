@@ -31,7 +31,7 @@ _serial = itertools.count()
 MAX_COMPARED_BYTES = 1 << 18
 """A foreign tensor that Python reads is compared before each captured step, at about 10 GB/s; larger ones refuse."""
 
-_LIBRARIES = ("torch.", "pyro.", "distopt.infer.", "distopt.rng", "contextlib", "functools")
+_LIBRARIES = ("torch.", "pyro.", "distopt.infer.", "distopt.optim.amp", "distopt.rng", "contextlib", "functools")
 
 _OTHER_MEMORY = frozenset({"aten::set_", "aten::resize_", "aten::resize_as_"})
 
@@ -480,8 +480,10 @@ def _backward(
         torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
 
 
-def _is_elbo(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__", "")).startswith("pyro.infer.")
+def _is_elbo(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_globals.get("__name__") == "distopt.optim.amp":
+        frame = frame.f_back  # of the mode that scales what `backward()` begins with, through which all calls go
+    return frame is not None and str(frame.f_globals.get("__name__", "")).startswith("pyro.infer.")
 
 
 def _is_warning() -> bool:

@@ -9,7 +9,7 @@ from pyro.infer.autoguide import AutoNormal
 
 from distopt import backends
 from distopt.infer import SVI, TensorRows, seed_all, sharded_plate
-from distopt.optim import Adam, DistributedOptimizer
+from distopt.optim import Adam, DistributedOptimizer, ScaledELBO
 from distopt.reduce import ReduceOptions
 from tests.infer.capture.cases import DATA, hierarchy, mixture, mixture_guide
 from tests.workers import world
@@ -150,3 +150,18 @@ def test_optimizer_that_is_not_distributed_is_captured_too():
 def test_unknown_mode_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="capture='fast': must be one of 'graph', 'off'"):
         SVI(hierarchy, AutoNormal(hierarchy), pyro.optim.Adam({}), Trace_ELBO(), capture="fast")
+
+
+def test_scaled_steps_are_captured_and_follow_the_scale():
+    def train(capture):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=10)
+        optim = DistributedOptimizer(Adam({"lr": 0.05}, scaler=scaler))
+        svi = SVI(hierarchy, AutoNormal(hierarchy), optim, ScaledELBO(Trace_ELBO(), scaler), capture=capture)
+        losses = [svi.step(DATA) for _ in range(25)]
+        assert scaler.get_scale() == 256.0
+        assert capture == "off" or svi.captured.refusal is None and svi.captured.num_recorded < 25
+        return losses, {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+
+    torch.testing.assert_close(train("graph"), train("off"))
