@@ -54,6 +54,7 @@ LIGHT = (
     "distopt.config",
     "distopt.launchers",
     "distopt.run_files",
+    "distopt.worker_error",
     "distopt.cgroups",
 )  # they import neither torch nor Pyro
 
