@@ -80,7 +80,7 @@ def by_hand(
         for param in params.values():
             param.grad /= scale
         optimizer.step()
-        yield float(loss), {name: param.detach().clone() for name, param in params.items()}
+        yield float(loss.detach()), {name: param.detach().clone() for name, param in params.items()}
 
 
 def trained(tmp_path: Any, *overrides: str, task: str = "Network") -> tuple[list[float], dict[str, Tensor]]:
