@@ -55,6 +55,7 @@ LIGHT = (
     "distopt.launchers",
     "distopt.run_files",
     "distopt.worker_error",
+    "distopt.read_only_server",
     "distopt.cgroups",
 )  # they import neither torch nor Pyro
 
