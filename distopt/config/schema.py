@@ -5,9 +5,9 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from distopt.config.base import Positive, Section
 from distopt.config.catalog import ElboName, LoggerName, OptimizerName, SchedulerName
@@ -19,6 +19,18 @@ from distopt.config.values import Text
 from distopt.launchers import CHECKPOINTS, TRUSTED_VARIABLE
 
 RUN_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+# A name becomes a folder, a Slurm job and Kubernetes objects. The pattern allows dots, two of which would lead out of
+# `runs/`.
+def _stays_in_its_folder(name: str) -> str:
+    if ".." in name:
+        raise ValueError("'..' is not allowed in a run's name")
+    return name
+
+
+RunName: TypeAlias = Annotated[str, Field(pattern=RUN_NAME_PATTERN), AfterValidator(_stays_in_its_folder)]
+"""The name of a run, or of a sweep, from which those of its runs are made."""
 
 # Kept true by a test, which looks for the type `Reference` in the JSON schema.
 CODE_KEYS = (
@@ -227,7 +239,7 @@ class ServeConfig(Section):
 class RunConfig(Section):
     """A run: what is trained, with which data, how, and where it is started."""
 
-    name: Annotated[str, Field(pattern=RUN_NAME_PATTERN)]
+    name: RunName
     """The run's name: a letter or digit, then at most 63 letters, digits, `.`, `_`, `-`."""
     run_dir: RunFolder
     """Folder for everything that the run writes, relative to the current directory; by default `runs/<name>`. It is no
@@ -268,15 +280,6 @@ class RunConfig(Section):
         if isinstance(data, dict) and data.get("run_dir") is None:
             return {**data, "run_dir": f"runs/{data.get('name')}"}  # a name that is missing or none is an error itself
         return data
-
-    # The name becomes a folder, a Slurm job and Kubernetes objects. The pattern allows dots, two of which would lead
-    # out of `runs/`.
-    @field_validator("name")
-    @classmethod
-    def _name_stays_in_its_folder(cls, name: str) -> str:
-        if ".." in name:
-            raise ValueError("'..' is not allowed in a run's name")
-        return name
 
     @model_validator(mode="after")
     def _one_thing_to_run(self) -> RunConfig:

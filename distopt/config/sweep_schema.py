@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from distopt.config.base import ConfigError, Section
 from distopt.config.load import load_config
-from distopt.config.schema import RUN_NAME_PATTERN
+from distopt.config.schema import RunName
 from distopt.config.yaml_source import MAX_BYTES, UnsafeYAML, parse_yaml
 
 Scalar = str | bool | int | float | None
@@ -76,7 +76,7 @@ class OptunaConfig(Section):
 class SweepConfig(Section):
     """Several runs of one YAML, compared by a metric."""
 
-    name: Annotated[str, Field(pattern=RUN_NAME_PATTERN, max_length=56)]
+    name: Annotated[RunName, Field(max_length=56)]
     """The sweep's name. It is recorded in `runs/<name>`, and its trials are the runs `<name>-000`, `<name>-001`, ..."""
     run: str
     """The YAML of the run, relative to the current directory."""
@@ -92,13 +92,6 @@ class SweepConfig(Section):
     """Values by dotted key of the run, such as `seed: [1, 2, 3]`; every combination is a trial."""
     optuna: OptunaConfig | None = None
     """A search by Optuna, in place of a grid."""
-
-    @field_validator("name")
-    @classmethod
-    def _name_stays_in_its_folder(cls, name: str) -> str:
-        if ".." in name:
-            raise ValueError("'..' is not allowed in a sweep's name")
-        return name
 
     @model_validator(mode="after")
     def _one_search(self) -> SweepConfig:

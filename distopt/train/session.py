@@ -351,5 +351,5 @@ def config_of_script() -> RunConfig:
         return load_config(Path(run_dir) / CONFIG_FILE)
     script = sys.argv[0] or "script"  # empty in an interactive interpreter
     name = Path(script).stem.strip("_")
-    is_name = re.fullmatch(RUN_NAME_PATTERN, name) is not None
+    is_name = re.fullmatch(RUN_NAME_PATTERN, name) is not None and ".." not in name
     return RunConfig.model_validate({"name": name if is_name else "script", "script": script})

@@ -15,6 +15,7 @@ from distopt.config import RunConfig
 from distopt.optim import Adam
 from distopt.run_files import read_facts, read_metrics
 from distopt.train import Session
+from distopt.train.session import config_of_script
 from tests.train.runs import BIN, ROOT, environment, parameters
 
 PAGE = (ROOT / "docs" / "runs.md").read_text()
@@ -116,3 +117,13 @@ def test_modules_and_anything_with_a_state_come_back(tmp_path) -> None:
                 torch.nn.init.constant_(network.weight, 7.0)
         torch.nn.init.constant_(network.weight, 0.0)
     pyro.clear_param_store()
+
+
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [("fit.py", "fit"), ("_fit_.py", "fit"), ("a..b.py", "script"), ("a b.py", "script"), ("", "script")],
+)
+def test_script_that_nothing_launched_is_named_after_its_file_where_a_run_may_have_that_name(script, name, monkeypatch):
+    monkeypatch.delenv("DISTOPT_RUN_DIR", raising=False)
+    monkeypatch.setattr("sys.argv", [script])
+    assert config_of_script().name == name
