@@ -25,6 +25,9 @@ for _signal, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
     if signal.getsignal(_signal) is signal.SIG_IGN:
         signal.signal(_signal, _handler)
 
+# What launchers and workers handle.
+HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
+
 # A busy machine is no reason to fail: no test asserts a time.
 settings.register_profile("distopt", deadline=None)
 settings.load_profile("distopt")
@@ -111,12 +114,18 @@ def fresh_pyro() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_leaks() -> Iterator[None]:
-    """Fails a test that leaves environment variables, threads or a process group to the next one."""
+    """Fails a test that leaves environment variables, threads, signal handlers or a process group to the next one."""
     import torch.distributed
 
     environment = dict(os.environ)
     threads = set(threading.enumerate())
+    handlers = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
     yield
+    # Every process that a later test starts inherits an ignored signal, and cannot be stopped by it any more.
+    replaced = [number.name for number, handler in handlers.items() if signal.getsignal(number) != handler]
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert not replaced, f"the test left these signals with other handlers: {replaced}"
     changed = {name for name in environment.keys() | os.environ.keys() if environment.get(name) != os.environ.get(name)}
     changed -= {
         "PYTEST_CURRENT_TEST",

@@ -292,7 +292,7 @@ class Adoption:
     def setdefault(self, name: str, init_constrained_value: Any, constraint: Constraint = real) -> Tensor:
         """Does what the store's method does, after adopting the tensor where it is a module's."""
         saved_name = self._waiting.pop(canonical(name), "")
-        if name in self._store:
+        if saved_name and name in self._store:
             saved_name = name
         if not self._waiting:
             vars(self._store).pop("setdefault", None)

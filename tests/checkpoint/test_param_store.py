@@ -186,6 +186,25 @@ def test_store_holds_the_tensors_of_the_modules_after_the_first_run(tmp_path):
     assert "setdefault" not in vars(pyro.get_param_store())  # nothing is waited for any more
 
 
+@pytest.mark.parametrize("cleared", [False, True])
+def test_only_what_was_restored_is_adopted_and_once(cleared, tmp_path):
+    train(tmp_path, 1, tied_modules)
+    checkpointer = Checkpointer(tmp_path, {"optimizer": optimizer_of("pyro")})
+    pyro.clear_param_store()
+    assert checkpointer.restore() is not None
+    if cleared:  # another model begins
+        pyro.clear_param_store()
+    for name in ("a", "other"):
+        first, second = nn.Linear(2, 2), nn.Linear(2 if name == "a" else 3, 2)
+        pyro.module(name, first)
+        before = {key: value.clone() for key, value in pyro.get_param_store()._params.items()}
+        with warnings.catch_warnings(action="ignore"):
+            pyro.module(name, second, update_module_params=True)  # as Pyro itself: the store's values win
+        assert pyro.get_param_store()._params[f"{name}$$$weight"] is first.weight
+        assert all(torch.equal(value, before[key]) for key, value in pyro.get_param_store()._params.items())
+        assert second.weight.shape == first.weight.shape
+
+
 def untied_modules():
     model, modules = tied_modules()
     modules["b"].weight = nn.Parameter(modules["a"].weight.detach().clone())

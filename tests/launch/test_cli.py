@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from distopt.launch.cli import app
+from distopt.train.signals import STOPPING
 
 RUN = [sys.executable, "-X", "importtime", "-m", "distopt.launch"]
 
@@ -54,6 +57,16 @@ def test_config_that_is_shown_is_complete_and_keeps_to_the_schema_that_is_printe
         validator.validate({**raw, "launch": {"nodez": 2}})
 
 
+@pytest.fixture
+def after_training() -> Iterator[None]:
+    """Heeds signals again after `distopt train` in this process, which ignores them since it is about to end."""
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("after_training")
 def test_train_and_doctor_find_a_task_beside_the_config_where_no_launcher_has_started_them(tmp_path, monkeypatch):
     (tmp_path / "task_beside.py").write_text("")
     (tmp_path / "run.yaml").write_text("name: run\ntask: task_beside:Missing\nreduce: {backend: single}\n")

@@ -17,7 +17,8 @@ from pyro.optim.multi import Newton
 adam = pyro.optim.Adam({})
 pyro_optim = mypyro.optim
 """
-REPLACED = """import distopt.optim
+REPLACED = """import distopt.infer
+import distopt.optim
 import pyro
 import distopt.optim as optim
 from distopt import optim
