@@ -38,9 +38,9 @@ def seconds_to_line(argv: list[str], folder: Path, text: str) -> float:
         assert process.stdout is not None
         for line in process.stdout:
             if text in line:
-                said = time.time() - start
+                line_s = time.time() - start
         assert process.wait() == 0
-    return said
+    return line_s
 
 
 def main() -> int:

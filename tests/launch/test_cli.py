@@ -28,9 +28,9 @@ def test_launcher_imports_neither_torch_nor_pyro_nor_the_config_for_its_help():
 
 @pytest.mark.parametrize(("typed", "completed"), [("distopt la", "launch"), ("distopt config sc", "schema")])
 def test_shell_completes_commands(typed, completed):
-    words = {"_DISTOPT_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    variables = {"_DISTOPT_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
     command = [sys.executable, "-c", "import sys; sys.argv = ['distopt']; from distopt.launch.cli import main; main()"]
-    done = subprocess.run(command, env=os.environ | words, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == [completed], done.stderr
 
 
