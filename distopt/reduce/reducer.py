@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import compress
+from operator import is_not
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -213,9 +215,11 @@ class Reducer:
         self.num_agreements += 1
         before = self.specs
         self.specs = self._agreement.renegotiate(changes, before)
-        replaced = {name for name, spec in self.specs.items() if before.get(name) is not spec}
-        self._hook.forget(replaced | (before.keys() - self.specs.keys()))
+        replaced = compress(self.specs, map(is_not, self.specs.values(), map(before.get, self.specs)))
+        self._hook.forget(set(replaced) | (before.keys() - self.specs.keys()))
         self._use_layout(build_layout(self))
+        # In their order, so that the next layout has only what is new to sort.
+        self.specs = dict(zip(self.layout.names, self.layout.specs, strict=True))
 
     def _use_layout(self, layout: Layout) -> None:
         self.layout = layout
