@@ -213,7 +213,7 @@ class Segments:
 
     def __init__(self, flat: Tensor, shapes: Sequence[Sequence[int]]) -> None:
         self._flat = flat
-        # A subclass of Tensor may have plain tuples, as Pyro's ProvenanceTensor; to make a Size takes ten times as long.
+        # A subclass of Tensor may have tuples, as Pyro's ProvenanceTensor has; to make a Size takes ten times as long.
         self._shapes = [shape if type(shape) is torch.Size else torch.Size(shape) for shape in shapes]
         rows = {(len(shape), shape[1:]) for shape in set(self._shapes)}
         self._joined: Tensor | None = None

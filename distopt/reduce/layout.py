@@ -282,6 +282,10 @@ class Layout:
         assert slots is not None
         self.slots = slots
 
+    def specs_by_name(self) -> dict[str, ParamSpec]:
+        """Returns the parameters by name, in its order."""
+        return dict(zip(self.names, self.specs, strict=True))
+
     def has_name(self, name: str) -> bool:
         """Returns whether it has a parameter of that name."""
         position = bisect_left(self.names, name)

@@ -215,11 +215,9 @@ class Reducer:
         self.num_agreements += 1
         before = self.specs
         self.specs = self._agreement.renegotiate(changes, before)
-        replaced = compress(self.specs, map(is_not, self.specs.values(), map(before.get, self.specs)))
-        self._hook.forget(set(replaced) | (before.keys() - self.specs.keys()))
+        self._hook.forget(_changed_names(before, self.specs))
         self._use_layout(build_layout(self))
-        # In their order, so that the next layout has only what is new to sort.
-        self.specs = dict(zip(self.layout.names, self.layout.specs, strict=True))
+        self.specs = self.layout.specs_by_name()  # in order, so that the next layout has only what is new to sort
 
     def _use_layout(self, layout: Layout) -> None:
         self.layout = layout
@@ -366,6 +364,12 @@ def is_alone(reducer: Reducer, local: LocalGradients) -> bool:
         and reducer._overlap is None
         and not is_joining(reducer.backend)
     )
+
+
+def _changed_names(before: Mapping[str, ParamSpec], after: Mapping[str, ParamSpec]) -> set[str]:
+    """Returns the names of the parameters that are new, replaced or gone."""
+    replaced = compress(after, map(is_not, after.values(), map(before.get, after)))
+    return set(replaced) | (before.keys() - after.keys())
 
 
 def build_layout(reducer: Reducer) -> Layout:

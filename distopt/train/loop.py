@@ -32,7 +32,6 @@ from distopt.train.session import Session
 from distopt.train.setup import device_of_run, load_task_on_all_ranks, make_batches, set_up_process
 from distopt.train.signals import StopSignals
 from distopt.train.task import TaskError, TaskRows
-from distopt.train.validation import Validation
 from distopt.worker_error import is_permanent, record_error
 
 # Rows that the parameters are made from. A guide's first call needs some rows, and all of them might not fit in memory.
@@ -143,7 +142,6 @@ class _Worker:
                 module.to(self.device)
 
         self.skipped = _SkippedSteps(config.optim.max_skipped_in_row)
-        self.validation = Validation(config, self.task, backend)
 
     def run(self) -> int:
         """Trains to the end or to a signal; returns the exit status."""
@@ -269,10 +267,10 @@ class _TaskSession(Session):
     ends_process = False
 
     def __init__(self, worker: _Worker, saved: Mapping[str, Any]) -> None:
-        super().__init__(saved, config=worker.config, rows_per_step=worker.batches.global_batch)
+        rows, validate = worker.batches.global_batch, worker.task.validate
+        super().__init__(saved, config=worker.config, rows_per_step=rows, validate=validate)
         self.status = worker.status
         self.stop = worker.stop
-        self.validation = worker.validation
         self._more = worker.measure
 
 

@@ -173,8 +173,8 @@ def _grow_by_handing_over(name, numel, num_buffers, num_calls=40):
             pyro.param(f"{(10 * call + index) * 7919 % 100_003:06d}", torch.ones(1 + index % numel))
         if new:
             by_name = sorted(pyro.get_param_store().named_parameters())
-            parts = [by_name[part::num_buffers] for part in range(num_buffers)]
-            flats = [FlatGradients(*zip(*part, strict=True), torch.empty(0)) for part in parts if part]
+            buffers = [by_name[first::num_buffers] for first in range(num_buffers)]
+            flats = [FlatGradients(*zip(*named, strict=True), torch.empty(0)) for named in buffers if named]
         numels = [flat.offsets()[-1] for flat in flats]
         flats = [f._replace(buffer=torch.randn(n, generator=generator)) for f, n in zip(flats, numels, strict=True)]
         optim.clip_and_step(flats)
