@@ -114,16 +114,16 @@ def export_posterior(
         **kwargs: Of `export_posterior`.
 
     Returns:
-        The new tables of `adata.obsm`, a row for each cell of all ranks; of this rank's cells if there is a folder.
+        The tables that it has set in `adata.obsm`: of all cells, or of this rank's if there is a folder.
 
     Cost:
         An all-reduce of the tables, unless there is a folder.
     """
     backend = backend or backends.current()
-    before = set(adata.obsm.keys())
+    before = dict(adata.obsm)
     with _seeded(model, seed, backend), _global_values_of_rank_0(model, backend):
         model.export_posterior(adata, **kwargs)
-    tables = {name: adata.obsm[name] for name in sorted(adata.obsm.keys()) if name not in before}
+    tables = {name: adata.obsm[name] for name in sorted(adata.obsm) if adata.obsm[name] is not before.get(name)}
     if folder is not None:
         _write(tables, Path(folder), backend)
         return tables
@@ -144,13 +144,19 @@ def _axes_of_cells(model: Any, with_observed: bool) -> dict[str, int]:
     with torch.no_grad(), poutine.block():
         trace = poutine.trace(model.module.model).get_trace(*args, **kwargs)
     set_generators_state(state, torch.device("cpu"))
-    return {
-        name: frame.dim - site["fn"].event_dim
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        for frame in site["cond_indep_stack"]
-        if frame.name == plate
-    }
+    num_rows = min(5, len(model.adata.obs))
+    axes = {}
+    for name, site in trace.nodes.items():
+        dims = [frame.dim for frame in site.get("cond_indep_stack", ()) if frame.name == plate]
+        if site["type"] != "sample" or not dims:
+            continue
+        # What a model states by pyro.deterministic may have all its dimensions in event_dim, those of plates too.
+        shape = site["value"].shape
+        for axis in (dims[0] - site["fn"].event_dim, dims[0]):
+            if len(shape) >= -axis and shape[axis] == num_rows:
+                axes[name] = axis
+                break
+    return axes
 
 
 @contextmanager

@@ -158,7 +158,7 @@ class Seen(Callback):  # type: ignore[misc]
 def train(model: Any, case: Case, num_epochs: int, **options: Any) -> None:
     """Trains as the model itself does, on one thread and without a bar."""
     quiet = {"accelerator": "cpu", "enable_progress_bar": False}
-    model.train(max_epochs=num_epochs, **quiet, **case.train, **options)
+    model.train(max_epochs=num_epochs, **{**quiet, **case.train, **options})
 
 
 def values(model: Any) -> dict[str, Any]:

@@ -28,9 +28,11 @@ def on_all(num_workers: int, body: Any, *args: Any) -> list[Any]:
 def assert_near(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     """To 1e-5 of the largest, in float32."""
     assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        difference = np.abs(actual[name] - value).max(initial=0.0)
-        assert difference <= 1e-5 * np.abs(value).max(initial=1e-3), name
+    differences = {
+        name: float(np.abs(actual[name] - value).max(initial=0.0) / np.abs(value).max(initial=1e-3))
+        for name, value in expected.items()
+    }
+    assert {name: each for name, each in differences.items() if each > 1e-5} == {}
 
 
 def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
