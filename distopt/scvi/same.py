@@ -193,14 +193,14 @@ def _share_averages(model: Any, backend: Backend) -> None:
     labels = np.unique(registry["categorical_mapping"])
     index = np.searchsorted(labels, present)
 
-    offset = 0.0001  # that cell2location adds
+    # Averaged anew: the model has rounded those that it starts from to 32 bits.
     local = np.zeros((len(labels), initial[name].shape[1]))
-    local[index] = initial[name] - offset
+    local[index] = model._compute_cluster_averages(key="labels").to_numpy().T
     num_cells = np.zeros(len(labels), dtype=np.int64)
     num_cells[index] = num_present
     means, _ = _mean_over_ranks(local, num_cells, backend)
 
-    initial[name] = (means + offset).astype(initial[name].dtype)
+    initial[name] = means.astype("float32") + 0.0001  # as cell2location does
     buffer = getattr(module, f"init_val_{name}")
     setattr(module, f"init_val_{name}", torch.as_tensor(initial[name], dtype=buffer.dtype).to(buffer.device))
 
