@@ -7,8 +7,8 @@ rank is to hold only its own cells, `split` gives them to it, `by_rows` is the s
 
 from distopt.scvi.cells import align_, cell_numbers, split
 from distopt.scvi.posterior import export_posterior, gather_cells, sample_posterior
+from distopt.scvi.row_strategy import by_rows, plate_of_cells
 from distopt.scvi.same import DifferentModelError, check_same
-from distopt.scvi.strategy import by_rows, plate_of_cells
 
 __all__ = [
     "DifferentModelError",

@@ -20,7 +20,7 @@ from distopt.infer.gathering import gather_of_plate
 from distopt.infer.sharded_plate import Sharding
 from distopt.rng import generators_state, seed_all, set_generators_state
 from distopt.scvi.cells import cell_numbers
-from distopt.scvi.strategy import plate_of_cells
+from distopt.scvi.row_strategy import plate_of_cells
 from distopt.sharding import PlateShard
 
 _SAMPLES = 1 << 41  # steps of the noise of posterior samples begin here, beyond those of training and validation
