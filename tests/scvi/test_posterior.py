@@ -46,7 +46,7 @@ def _run_rows(name: str, is_mixed: bool, folder: str) -> tuple[dict[str, Any], d
     everything = cells()
     data = my_cells(everything, is_mixed)
     model = CASES[name].make(data)
-    train(model, CASES[name], 8, strategy=by_rows(model), device=current().world_size, **FULL[name])
+    train(model, CASES[name], 4, strategy=by_rows(model), device=current().world_size, **FULL[name])
 
     params = {key: value.detach().numpy() for key, value in sorted(pyro.get_param_store().items())}
     params |= {key: gather_local(key)[key].numpy() for key in local_parameters()}
