@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -259,6 +259,10 @@ class Layout:
         slots = self.buckets[0].slots
         assert slots is not None
         self.slots = slots
+
+    def named(self, indices: Iterable[int]) -> list[tuple[str, Tensor]]:
+        """Returns names and tensors of some of the parameters."""
+        return [(self.names[index], self.params[index]) for index in indices]
 
     def gradient_buffers(self) -> dict[int, Tensor]:
         """Returns where the gradient of each dense parameter may be left, so that it need not be copied: by id."""
