@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import pyro
 import torch
-from pyro.optim import PyroOptim
+from pyro.optim.optim import PyroOptim
 from torch import nn
 
 import distopt

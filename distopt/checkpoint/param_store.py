@@ -19,7 +19,7 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.optim import PyroOptim
+from pyro.optim.optim import PyroOptim
 from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint, real

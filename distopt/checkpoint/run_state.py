@@ -9,7 +9,7 @@ import logging
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from pyro.optim import PyroOptim
+from pyro.optim.optim import PyroOptim
 from torch import nn
 
 import distopt.optim

@@ -20,7 +20,7 @@ from distopt.optim.distributed import DistributedOptimizer
 from distopt.optim.distributed.adoption import AdoptedOptimizer, adopt_, release_
 from distopt.optim.distributed.pyro_hooks import begin_adopting, end_adopting
 
-OnAdopt: TypeAlias = Callable[[pyro.infer.SVI | pyro.optim.PyroOptim, Sequence[Any], Mapping[str, Any]], None]
+OnAdopt: TypeAlias = Callable[[pyro.infer.SVI | pyro.optim.optim.PyroOptim, Sequence[Any], Mapping[str, Any]], None]
 FindPlates: TypeAlias = Callable[[pyro.infer.SVI, Sequence[Any], Mapping[str, Any]], Iterable[str]]
 
 
@@ -146,7 +146,7 @@ class _Adoption:
         if self._on_adopt is not None:
             self._on_adopt(svi, args, kwargs)
 
-    def adopt_optimizer(self, optim: pyro.optim.PyroOptim) -> None:
+    def adopt_optimizer(self, optim: pyro.optim.optim.PyroOptim) -> None:
         """Adopts an optimizer that is stepped without an SVI of Pyro's."""
         _refuse_other_svi()
         if self._plates:

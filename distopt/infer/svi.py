@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from functools import partial
+from typing import Any, get_args
 
 import pyro.infer
 from pyro.infer.util import zero_grads
 from torch import Tensor
 
 from distopt.infer.capture import StepCapture, TensorRows
+from distopt.infer.capture.modes import CaptureMode, is_checked_late, mode_of_step
 from distopt.infer.sharded_plate import share_plates
 from distopt.optim.distributed import DistributedOptimizer, StepInfo
 from distopt.optim.distributed.stepping import Loss
 from distopt.optim.distributed.svi_step import loss_and_named_params, run_once, step_on_all_ranks
 from distopt.reduce.layout import Layout
-
-CaptureMode: TypeAlias = Literal["graph", "off"]
 
 
 class SVI(pyro.infer.SVI):  # type: ignore[misc]
@@ -44,14 +44,15 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
             1. Sites in sharded plates are not weighted.
         capture: "graph" records a step and runs later ones from the recording, with the losses, gradients and random
             numbers of eager steps in every bit (see `distopt.infer.capture`); a step that cannot be captured stays
-            eager, and `captured.refusal` says why. "off": every step is eager.
+            eager, and `captured.refusal` says why. "auto": likewise, and every 100th step is eager, for Pyro's
+            validation. "off": every step is eager.
         **kwargs: What Pyro's `TracePosterior` takes.
 
     Attributes:
         captured: The `StepCapture` that runs the steps, None for `capture="off"`.
 
     Raises:
-        ValueError: `capture` is neither "graph" nor "off".
+        ValueError: `capture` is none of these.
 
     Example:
         >>> import torch
@@ -81,25 +82,26 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         num_steps: int = 0,
         *,
         weight: float = 1.0,
-        capture: CaptureMode = "off",
+        capture: CaptureMode = "auto",
         **kwargs: Any,
     ) -> None:
         if capture not in get_args(CaptureMode):
             raise ValueError(f"capture={capture!r}: must be one of {', '.join(map(repr, get_args(CaptureMode)))}.")
         wrapped = share_plates(model, guide, weight)
         super().__init__(*wrapped, optim, loss, loss_and_grads, num_samples, num_steps, **kwargs)
-        self.captured = StepCapture(self.loss_and_grads) if capture == "graph" else None
+        self.captured = None if capture == "off" else StepCapture(self.loss_and_grads)
+        self._capture: CaptureMode = capture
+        self._num_calls = 0
         self._layout: Layout | None = None  # in whose buckets captured steps leave gradients
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what is pickled and copied: all but the recordings of steps, which the copy makes anew."""
-        state = {**vars(self), "_layout": None}
-        return state | {"captured": None if self.captured is None else "graph"}
+        return {**vars(self), "_layout": None, "captured": None}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Takes the state of another SVI."""
         self.__dict__.update(state)
-        if state["captured"] is not None:
+        if state["_capture"] != "off":
             self.captured = StepCapture(self.loss_and_grads)
 
     def init(self, *args: Any, **kwargs: Any) -> None:
@@ -142,6 +144,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         step: int | None = None,
         stop: bool = False,
         measure_norm: bool = False,
+        is_checked: bool | None = None,
     ) -> StepInfo:
         """Does what `step` does, and exchanges what a training loop needs to know.
 
@@ -151,6 +154,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
             step: Number of the step in the caller's loop; a rank that has left out a step is reported then.
             stop: Whether this rank asks all ranks to stop.
             measure_norm: Whether to compute the norm of the gradient.
+            is_checked: Whether Pyro checks this step, which `capture="auto"` leaves eager then; None for every 100th.
 
         Returns:
             What the ranks have learned from each other; its loss is this rank's own, in nats, when the call only added
@@ -167,11 +171,17 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         if not isinstance(self.optim, DistributedOptimizer):
             raise TypeError(f"step_with() needs a DistributedOptimizer, found {type(self.optim).__name__}; use step().")
         shared = {"step": step, "stop": stop, "measure_norm": measure_norm}
-        return step_on_all_ranks(self, args, kwargs or {}, self._loss_and_params, self.optim.zero_grad, **shared)
+        compute = partial(self._loss_and_params, is_checked=is_checked)
+        return step_on_all_ranks(self, args, kwargs or {}, compute, self.optim.zero_grad, **shared)
 
-    def _loss_and_params(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Loss, Sequence[Tensor]]:
+    def _loss_and_params(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], *, is_checked: bool | None = None
+    ) -> tuple[Loss, Sequence[Tensor]]:
         """Computes the loss and its gradients; returns the loss, and the parameters that the step named."""
-        if self.captured is None:
+        self._num_calls += 1
+        if is_checked is None:
+            is_checked = is_checked_late(self._num_calls)
+        if self.captured is None or mode_of_step(self._capture, is_checked=is_checked) == "eager":
             return loss_and_named_params(self, args, kwargs)
         self._leave_gradients_in_buckets(self.captured)
         whole = (args,) if isinstance(args, TensorRows) else args

@@ -132,8 +132,8 @@ class PyroMultiOptimizer(MultiOptimizer, pyro_multi.PyroMultiOptimizer):  # type
         tensor([1.6000])
     """
 
-    def __init__(self, optim: pyro.optim.PyroOptim) -> None:
-        if not isinstance(optim, pyro.optim.PyroOptim):
+    def __init__(self, optim: pyro.optim.optim.PyroOptim) -> None:
+        if not isinstance(optim, pyro.optim.optim.PyroOptim):
             raise TypeError(f"PyroMultiOptimizer: found a {type(optim).__name__}, expected a PyroOptim.")
         self.optim = optim
 
@@ -180,11 +180,11 @@ class MixedMultiOptimizer(MultiOptimizer, pyro_multi.MixedMultiOptimizer):  # ty
         (1.600000023841858, 0.0)
     """
 
-    def __init__(self, parts: Sequence[tuple[Sequence[str], MultiOptimizer | pyro.optim.PyroOptim]]) -> None:
+    def __init__(self, parts: Sequence[tuple[Sequence[str], MultiOptimizer | pyro.optim.optim.PyroOptim]]) -> None:
         self.parts: list[tuple[Sequence[str], MultiOptimizer]] = []
         owners: dict[str, MultiOptimizer] = {}
         for names, optim in parts:
-            multi = PyroMultiOptimizer(optim) if isinstance(optim, pyro.optim.PyroOptim) else optim
+            multi = PyroMultiOptimizer(optim) if isinstance(optim, pyro.optim.optim.PyroOptim) else optim
             for name in names:
                 if name in owners:
                     raise ValueError(

@@ -35,7 +35,7 @@ __all__ = ["PyroOptim", "call_closure", "is_scheduler", "pt_AdagradRMSProp", "pt
 logger = logging.getLogger("distopt.optim")
 
 
-class PyroOptim(Copies, pyro.optim.PyroOptim):  # type: ignore[misc]
+class PyroOptim(Copies, pyro.optim.optim.PyroOptim):  # type: ignore[misc]
     """Manages parameters that appear, pause and vanish during training; drop-in for `pyro.optim.PyroOptim`.
 
     Each parameter has the optimizer state that it would have with a torch optimizer for it alone. Parameters with equal

@@ -20,6 +20,7 @@ from torch.amp import GradScaler
 
 from distopt.config import ConfigError, RunConfig
 from distopt.config.plugins import is_reference, load_reference
+from distopt.infer.capture.modes import CaptureMode
 from distopt.infer.device import DeviceELBO
 from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim, by_name
 from distopt.optim.amp import AutocastELBO, ScaledELBO
@@ -143,6 +144,13 @@ def in_precision(loss: ELBO, config: RunConfig, device: torch.device, scaler: Gr
         return loss
     cast = AutocastELBO(loss, device.type, DTYPES[config.train.precision])
     return cast if scaler is None else ScaledELBO(cast, scaler)
+
+
+def capture_mode(config: RunConfig, device: torch.device) -> CaptureMode:
+    """Returns how steps are to be captured; `auto` is `off` where they cannot be, so that no run has to say so."""
+    train = config.train
+    possible = device.type == "cpu" and train.precision == 32 and not train.loss.startswith("Jit")
+    return train.capture if possible or train.capture != "auto" else "off"
 
 
 def make_loggers(config: RunConfig, console: Console) -> list[Logger]:

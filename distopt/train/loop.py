@@ -20,10 +20,11 @@ from distopt.checkpoint.module_state import RegisteredModules
 from distopt.config import ConfigError, RunConfig
 from distopt.data import GlobalBatches, Loader
 from distopt.infer import SVI, seed_all
+from distopt.infer.capture.modes import is_checked_late
 from distopt.launchers import LauncherError, find_rank
 from distopt.optim import DistributedOptimizer, StepInfo
 from distopt.reduce import DisagreementError, DriftError, PeerError
-from distopt.train.components import in_precision, make_loss, make_optimizer, make_scaler, refused
+from distopt.train.components import capture_mode, in_precision, make_loss, make_optimizer, make_scaler, refused
 from distopt.train.loggers import printer
 from distopt.train.monitor import Status
 from distopt.train.plate_check import check_plates
@@ -32,14 +33,10 @@ from distopt.train.session import Session
 from distopt.train.setup import device_of_run, load_task_on_all_ranks, make_batches, set_up_process
 from distopt.train.signals import StopSignals
 from distopt.train.task import TaskError, TaskRows
-from distopt.train.validation import Validation
 from distopt.worker_error import is_permanent, record_error
 
 # Rows that the parameters are made from. A guide's first call needs some rows, and all of them might not fit in memory.
 _INIT_ROWS = 1024
-
-# One step in so many has Pyro's checks on all along: a value that leaves its support late is found.
-_CHECKED_STEPS = 100
 
 # Errors that a user fixes after reading one line; any other error is a defect, and its traceback shows where.
 _SHARED_ERRORS = (BackendError, PeerError, DisagreementError, DriftError)  # raised on all ranks already
@@ -132,7 +129,7 @@ class _Worker:
             self.optimizer,
             loss,
             weight=self.batches.weight,
-            capture=config.train.capture,
+            capture=capture_mode(config, self.device),
         )
         self.gradient_norm: float | None = None  # of the last step
         self.refusal: str | None = None  # why steps are not captured, once it has been printed
@@ -143,7 +140,6 @@ class _Worker:
                 module.to(self.device)
 
         self.skipped = _SkippedSteps(config.optim.max_skipped_in_row)
-        self.validation = Validation(config, self.task, backend)
 
     def run(self) -> int:
         """Trains to the end or to a signal; returns the exit status."""
@@ -218,8 +214,10 @@ class _Worker:
         step = index + 1
         batch = loader.batch(index)
         stop = self.stop.received != 0
-        with pyro.validation_enabled(self._is_checked(step, session.first_step)):
-            info = self.svi.step_with(batch, step=index, stop=stop, measure_norm=session.is_logged(step))
+        is_checked = self._is_checked(step, session.first_step)
+        is_logged = session.is_logged(step)
+        with pyro.validation_enabled(is_checked):
+            info = self.svi.step_with(batch, step=index, stop=stop, measure_norm=is_logged, is_checked=is_checked)
         scheduler = config.optim.scheduler
         if scheduler is not None and step % scheduler.every_steps == 0:
             self.step_schedule(self.optimizer, info.loss)
@@ -234,7 +232,7 @@ class _Worker:
     def _is_checked(self, step: int, first_step: int) -> bool:
         """Returns whether Pyro checks arguments, supports and shapes in this step; that changes no number."""
         num_first = self.config.train.check_steps
-        return num_first is None or step <= first_step + num_first or step % _CHECKED_STEPS == 0
+        return num_first is None or step <= first_step + num_first or is_checked_late(step)
 
     def _report_refusal(self, step: int) -> None:
         """Says once, on rank 0, that steps are not captured and why."""
@@ -269,10 +267,10 @@ class _TaskSession(Session):
     ends_process = False
 
     def __init__(self, worker: _Worker, saved: Mapping[str, Any]) -> None:
-        super().__init__(saved, config=worker.config, rows_per_step=worker.batches.global_batch)
+        rows, validate = worker.batches.global_batch, worker.task.validate
+        super().__init__(saved, config=worker.config, rows_per_step=rows, validate=validate)
         self.status = worker.status
         self.stop = worker.stop
-        self.validation = worker.validation
         self._more = worker.measure
 
 

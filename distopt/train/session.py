@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-import torch
 from rich.console import Console
 
 from distopt.backends import Backend, current
 from distopt.checkpoint import Checkpointer, Restored, Retention
-from distopt.config import MAY_CHANGE, RunConfig, load_config, parse_config
+from distopt.config import MAY_CHANGE, ConfigError, RunConfig, load_config, parse_config
 from distopt.config.schema import RUN_NAME_PATTERN
 from distopt.launchers import CONFIG_FILE, CONFIG_VARIABLE, RUN_DIR_VARIABLE, find_rank
 from distopt.optim import DistributedOptimizer, PyroOptim
@@ -31,6 +30,7 @@ from distopt.run_files import read_facts, read_metrics
 from distopt.train.components import make_loggers, refused
 from distopt.train.facts import Facts
 from distopt.train.loggers import Logger, Loggers, RunInfo, printer
+from distopt.train.loop_end import LoopEnd
 from distopt.train.measurements import Measurements
 from distopt.train.monitor import PaceMeter, RankPace, Status, describe_straggler
 from distopt.train.recorded_config import recorded_config, without_secrets
@@ -40,7 +40,7 @@ from distopt.train.run_page import REPORT, fill_report
 from distopt.train.serve import serving
 from distopt.train.signals import StopSignals
 from distopt.train.task import Task
-from distopt.train.validation import PREFIX, Validation
+from distopt.train.validation import PREFIX, Measured, Validation
 
 
 class Session:
@@ -56,6 +56,9 @@ class Session:
         config: The run; None takes that of the YAML with which the script was launched, and for a script that was
             started without one the defaults with `runs/<name of the script>` as run directory.
         rows_per_step: Rows of the data in a step, over all ranks, to log the speed in rows.
+        validate: Returns this rank's part of each metric on data that the loop does not train on, as `Task.validate`
+            does. It is called on all ranks after every `train.validate_every_steps` steps, without gradients;
+            `train.early_stopping` and `checkpoint.keep_best` decide by it, as for a task.
 
     Attributes:
         first_step: Steps that were done before this process.
@@ -63,9 +66,10 @@ class Session:
 
     Raises:
         CheckpointError: There are checkpoints, and none can be restored.
+        ConfigError: The YAML asks for validation, and there is no `validate`.
 
     Cost:
-        With several ranks one all-reduce of a number after each step, by which they agree to stop.
+        With several ranks one all-reduce of two numbers after each step, by which they agree to stop.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -91,6 +95,7 @@ class Session:
         num_steps: int | None = None,
         config: RunConfig | None = None,
         rows_per_step: int | None = None,
+        validate: Callable[[], Mapping[str, Measured]] | None = None,
     ) -> None:
         config = config or config_of_script()
         if num_steps is not None:
@@ -100,18 +105,17 @@ class Session:
         self.backend: Backend = current()
         self.status = Status()
         self.stop = StopSignals()
-        self.validation: Validation | None = None
+        self.validation = _validation(config, validate, self.backend)
         self.first_step = 0
         self._saved = saved
         self._rows_per_step = rows_per_step
-        self._more: Callable[[], dict[str, float]] = self._learning_rate
+        self._more: Callable[[], dict[str, float]] = lambda: _learning_rate(saved)
         self.console = Console() if self.backend.rank == 0 else None
         self.print = printer(self.console)
         self._pace = PaceMeter(self.backend)
         self._paces: list[RankPace] = []
         self._last_step = 0
-        self._agreed: bool | None = None
-        self._is_stopped = False
+        self._end = LoopEnd(self.backend, saved.values())
 
     def __enter__(self) -> Self:
         """Resumes, and starts the loggers."""
@@ -138,6 +142,8 @@ class Session:
     ) -> None:
         """Ends the run: waits for the last checkpoint, and writes the report of one that is done.
 
+        A loop that was left by `break` is done: a checkpoint of its last step is saved.
+
         Raises:
             SystemExit: The run was stopped by a signal; with 128 and its number, once the checkpoint is saved.
         """
@@ -147,17 +153,22 @@ class Session:
             self._opened.__exit__(kind, error, traceback)
             return
 
-        outcome = "done" if self.is_done else "stopped"
         with self._opened:
-            self._loggers.finish("done" if self.is_done else "stopped")
+            if self._end.is_in_step:
+                self._leave()
+            outcome: Literal["done", "stopped"] = "done" if self.is_done else "stopped"
+            self._loggers.finish(outcome)
             self._checkpointer.wait()
         self._facts.note(outcome=outcome, step=self._last_step)
         self.status.progress()
-        if not self.is_done:
+
+        if self._end.is_left and self.is_done:
+            self.print(f"the loop was left after step {self._last_step:,} of {self.config.train.num_steps:,}")
+        if self._end.is_stopped and not self.is_done:
             self.print(f"stopped after step {self._last_step:,}; run the same command again to resume")
-        if self.ends_process:
-            if not self.is_done:
+            if self.ends_process:
                 sys.exit(self.exit_status)
+        elif self.is_done and self.ends_process:
             self.write_report()
 
     @property
@@ -167,9 +178,10 @@ class Session:
 
     @property
     def is_done(self) -> bool:
-        """Whether the run has nothing left to do: its last step is done, or it has stopped early."""
-        early_stop = self.validation is not None and self.validation.early_stop is not None
-        return early_stop or self._last_step >= self.config.train.num_steps
+        """Whether the run has nothing left to do: its last step is done, it has stopped early, or its loop was left."""
+        is_left = self._end.is_left and not self._end.is_stopped
+        is_early = self.validation.early_stop is not None
+        return is_left or is_early or self._last_step >= self.config.train.num_steps
 
     # Before the first step.
 
@@ -199,7 +211,7 @@ class Session:
         first_step = 0
         if restored is not None:
             first_step = 0 if is_new else restored.step
-            if not is_new and self.validation is not None:
+            if not is_new:
                 self.validation.load_state(restored.progress)
             for line in describe_restored(restored, config, self.backend.world_size, is_new=is_new):
                 self.print(line)
@@ -227,21 +239,22 @@ class Session:
 
         Before the body, the random generators are seeded by `seed`, step, rank and `train.noise` of the YAML, so that a
         run that resumes draws what an undisturbed one does. After it, all ranks agree whether one of them was asked to
-        stop; then the loop ends, after a last checkpoint. All ranks must run it to its end.
+        stop; then the loop ends, after a last checkpoint.
+
+        A body that leaves the loop by `break` ends the run as its last step does. If it does so after its step, one
+        rank is enough: the others leave theirs after the same step. Before it, all ranks must.
         """
         num_steps = self.config.train.num_steps
-        while not self.is_done and not self._is_stopped:
-            self._agreed = None
+        while not self.is_done and not self._end.is_stopped:
             # Random streams are seeded by step, so a resumed run draws what an undisturbed one would.
             seed_all(self.config.seed, self._last_step, self.backend.rank, self.config.train.noise)
-            with self._pace.step():
+            with self._end.step(), self._pace.step():
                 yield self._last_step
             self._last_step += 1
             self._after_step(self._last_step)
 
-        early_stop = self.validation.early_stop if self.validation is not None else None
-        if early_stop is not None:
-            self.print(f"stopped early after step {self._last_step:,}: {early_stop}")
+        if self.validation.early_stop is not None:
+            self.print(f"stopped early after step {self._last_step:,}: {self.validation.early_stop}")
         elif self.first_step >= num_steps:
             self.print(f"all {num_steps:,} steps were done before")
 
@@ -255,44 +268,39 @@ class Session:
 
     def is_logged(self, step: int) -> bool:
         """Returns whether a row is logged after step number `step`, counted from 1."""
-        is_validated = self.validation is not None and self.validation.is_due(step)
-        return is_validated or step == self.config.train.num_steps or step % self.config.log.every_steps == 0
+        is_last = self._end.is_left or step == self.config.train.num_steps
+        return is_last or self.validation.is_due(step) or step % self.config.log.every_steps == 0
 
     def note_stop(self, stop: bool) -> None:
         """Says that all ranks have agreed already in this step whether to stop, as they do with the gradients."""
-        self._agreed = stop
+        self._end.note_stop(stop)
 
     def _after_step(self, step: int) -> None:
         """Logs, validates and saves what is due after step number `step`."""
-        validation = self.validation
+        self._end.agree(self.stop.received != 0)
         self._measurements.count_step()
         self._loggers.after_step(step)
 
-        is_validated = validation is not None and validation.is_due(step)
-        is_best = validation is not None and is_validated and validation.run(step)
+        is_validated = self.validation.is_due(step)
+        is_best = is_validated and self.validation.run(step)
         if self.is_logged(step):
             self.status.all_reduce_s = self.backend.all_reduce_s
             self.status.all_reduce_bytes = self.backend.all_reduce_bytes
             values = self._measurements.close() | self._more()
-            if validation is not None and is_validated:
-                values |= {f"{PREFIX}{name}": value for name, value in validation.values.items()}
+            if is_validated:
+                values |= {f"{PREFIX}{name}": value for name, value in self.validation.values.items()}
             self._loggers.log(step, values)
         self.status.checkpoint_at = self._checkpointer.committed_at or self.status.checkpoint_at
-
-        self._is_stopped = self._agree_to_stop() if self._agreed is None else self._agreed
-        if self._is_stopped or self.is_done or is_best or self._is_save_due(step):
+        if self._end.is_stopped or self.is_done or is_best or self._is_save_due(step):
             self._save(step)
 
-    def _agree_to_stop(self) -> bool:
-        asked = torch.tensor(float(self.stop.received != 0), device=self.backend.control_device)
-        if self.backend.world_size > 1:
-            self.backend.all_reduce(asked).wait()
-        return bool(asked.item() > 0)
-
-    def _learning_rate(self) -> dict[str, float]:
-        optimizers = [each.optim if isinstance(each, DistributedOptimizer) else each for each in self._saved.values()]
-        rates = [rate for each in optimizers if isinstance(each, PyroOptim) for rate in each.learning_rates()]
-        return {"lr": max(rates)} if rates else {}
+    def _leave(self) -> None:
+        """Ends the loop after its body has left it."""
+        if self._end.leave():
+            self._last_step += 1
+            self._after_step(self._last_step)
+        elif self._last_step > self.first_step:
+            self._save(self._last_step)
 
     def _is_save_due(self, step: int) -> bool:
         every_steps = self.config.checkpoint.every_steps
@@ -301,10 +309,8 @@ class Session:
     def _save(self, step: int) -> None:
         """Saves a checkpoint, and reports a rank that has become a straggler since the last one."""
         began_s = time.monotonic()
-        progress, best = None, None
-        if self.validation is not None:
-            progress, best = self.validation.state() or None, self.validation.best_step
-        self._checkpointer.save(step, progress=progress, best=best)
+        progress = self.validation.state() or None
+        self._checkpointer.save(step, progress=progress, best=self.validation.best_step)
         self.status.checkpoint_s = time.monotonic() - began_s
 
         previous = describe_straggler(self._paces)
@@ -336,6 +342,30 @@ class Session:
             self.print(f"no report: {path} cannot be written: {error.strerror}")
         else:
             self.print(f"report: {path}")
+
+
+def _validation(
+    config: RunConfig, validate: Callable[[], Mapping[str, Measured]] | None, backend: Backend
+) -> Validation:
+    """Returns what validates the run.
+
+    Raises:
+        ConfigError: The YAML asks for validation of one that does not.
+    """
+    every_steps = config.train.validate_every_steps
+    if validate is None and every_steps is not None:
+        raise ConfigError(
+            [f"train.validate_every_steps: found {every_steps}, but the Session of {config.script} has no function to "
+             "call; pass one, as in Session(..., validate=validate), or set it to null"]
+        )  # fmt: skip
+    return Validation(config, validate or dict, backend)
+
+
+def _learning_rate(saved: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the largest learning rate of the optimizers among what is saved, for the loggers."""
+    optimizers = [each.optim if isinstance(each, DistributedOptimizer) else each for each in saved.values()]
+    rates = [rate for each in optimizers if isinstance(each, PyroOptim) for rate in each.learning_rates()]
+    return {"lr": max(rates)} if rates else {}
 
 
 def config_of_script() -> RunConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -12,7 +12,7 @@ import torch
 from distopt.backends import Backend
 from distopt.config import MetricConfig, RunConfig
 from distopt.rng import seed_all
-from distopt.train.task import Task, TaskError
+from distopt.train.task import TaskError
 
 PREFIX = "validation/"
 """What the names of validated metrics begin with where loggers get them."""
@@ -72,23 +72,23 @@ class _Best:
 
 
 class Validation:
-    """Measures the metrics of a task every so many steps, and decides by them.
+    """Measures metrics on data that a run does not train on every so many steps, and decides by them.
 
     All ranks compute the decisions from the same gathered numbers, so they agree; what they depend on is saved with the
     checkpoints, so that a resumed run decides as an undisturbed one.
 
     Args:
         config: The run.
-        task: Its task.
+        validate: Returns this rank's part of each metric, as `Task.validate` does.
         backend: Link to the other ranks.
 
     Attributes:
         values: The metrics that were measured last.
     """
 
-    def __init__(self, config: RunConfig, task: Task, backend: Backend) -> None:
+    def __init__(self, config: RunConfig, validate: Callable[[], Mapping[str, Measured]], backend: Backend) -> None:
         self._config = config
-        self._task = task
+        self._validate = validate
         self._backend = backend
         self._stopping = _Best()
         self._keeping = _Best()
@@ -126,15 +126,16 @@ class Validation:
         """Returns this rank's part as JSON, or its error: raised here alone, the others would wait for this rank."""
         try:
             with torch.no_grad():
-                measured = self._task.validate()
+                measured = self._validate()
             return {"metrics": {name: _as_json(value) for name, value in measured.items()}}
         except Exception as error:
             return {"error": f"validate() raised {type(error).__name__}: {error}"}
 
     def _value(self, wanted: MetricConfig, key: str) -> float:
         if wanted.metric not in self.values:
+            code = self._config.task or self._config.script
             raise TaskError(
-                f"{key}.metric: found {wanted.metric}, but validate() of {self._config.task} returns "
+                f"{key}.metric: found {wanted.metric}, but validate() of {code} returns "
                 f"{', '.join(self.values) or 'no metric'}"
             )
         return self.values[wanted.metric]
@@ -194,11 +195,11 @@ def _combined(gathered: list[dict[str, Any]]) -> dict[str, float]:
     first = gathered[0].get("metrics", {})
     for rank, each in enumerate(gathered):
         if "error" in each:
-            raise TaskError(f"task: rank {rank} of {len(gathered)}: {each['error']}")
+            raise TaskError(f"rank {rank} of {len(gathered)}: {each['error']}")
         kinds = [{name: value[0] for name, value in metrics.items()} for metrics in (first, each["metrics"])]
         if kinds[0] != kinds[1]:
             raise TaskError(
-                f"task: validate() returns {', '.join(first) or 'nothing'} on rank 0 and "
+                f"validate() returns {', '.join(first) or 'nothing'} on rank 0 and "
                 f"{', '.join(each['metrics']) or 'nothing'} on rank {rank}; all ranks must return the same metrics, a "
                 "rank without rows Mean(0.0, 0)"
             )

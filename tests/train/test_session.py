@@ -11,7 +11,7 @@ import pyro
 import pytest
 import torch
 
-from distopt.config import RunConfig
+from distopt.config import ConfigError, RunConfig
 from distopt.optim import Adam
 from distopt.run_files import read_facts, read_metrics
 from distopt.train import Session
@@ -31,6 +31,7 @@ def fit(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=170)
 
 
+@pytest.mark.timeout(400)  # three launches, one after the other
 def test_script_of_the_page_that_is_stopped_resumes_to_the_same_bits(tmp_path: Path) -> None:
     through = fit(tmp_path, "run_dir=runs/through")
     assert through.returncode == 0, through.stdout + through.stderr
@@ -60,7 +61,10 @@ def test_script_of_the_page_that_is_stopped_resumes_to_the_same_bits(tmp_path: P
     rows = [read_metrics(tmp_path / "runs" / name) for name in ("through", "fit")]
     # The first row after the resume is the mean over fewer steps.
     elbos = [{row["step"]: row["elbo"] for row in each if row["step"] != 140} for each in rows]
-    assert elbos[0] == elbos[1] and len(elbos[1]) == 19
+    assert elbos[0] == elbos[1] and len(elbos[1]) == 23
+    errors = [{row["step"]: row["validation/mse"] for row in each if "validation/mse" in row} for each in rows]
+    assert errors[0] == errors[1] and list(errors[1]) == list(range(50, 401, 50))
+    assert errors[1][400] == pytest.approx(1.0, abs=0.1)
     assert {"elbo", "lr", "train_s", "rows_per_s"} <= rows[1][-1].keys()
     status = subprocess.run([str(BIN / "distopt"), "status"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert "step 400 of 400, ELBO" in status.stdout and "checkpoint of step 400" in status.stdout
@@ -95,6 +99,11 @@ def test_run_that_was_stopped_ends_the_process_after_a_last_checkpoint(tmp_path,
     assert ended.value.code == 143
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-*")] == ["step-00000004"]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and not (tmp_path / "report.html").exists()
+
+
+def test_validation_that_the_yaml_asks_for_and_the_script_lacks_is_refused(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"train.validate_every_steps: found 5, .* demo.py .*Session\(..., validate="):
+        session(tmp_path, 9, train={"validate_every_steps": 5})
 
 
 def test_loop_that_raises_saves_nothing_and_frees_everything(tmp_path) -> None:

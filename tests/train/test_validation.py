@@ -6,16 +6,25 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pyro
 import pytest
 import yaml
+from pyro.infer import Trace_ELBO
 
+from distopt.backends import current
 from distopt.backends.single import Single
-from distopt.config import ConfigError, load_config
+from distopt.config import ConfigError, RunConfig, load_config
+from distopt.data import GlobalBatches
+from distopt.infer import SVI
 from distopt.launchers import RUN_FILE
+from distopt.optim import Adam, DistributedOptimizer
+from distopt.rng import seed_all
 from distopt.run_files import read_facts, read_metrics
+from distopt.train import Session
 from distopt.train.task import TaskError
 from distopt.train.validation import Mean, Total, Validation
-from tests.train.runs import config, launch_well, parameters, run_here
+from tests.train.runs import ROOT, config, launch_well, parameters, run_here
+from tests.train.tasks import Judged
 
 RULES: dict[str, Any] = {
     "task": "tests.train.tasks:Judged",
@@ -100,6 +109,59 @@ def test_run_that_was_interrupted_decides_as_an_undisturbed_one_and_is_done_when
     assert max(outcome(tmp_path / "run")["kept"]) == last + 2
 
 
+def train_in_script(loaded: RunConfig) -> None:
+    """Trains what the task does, in a loop of a script's own."""
+    pyro.clear_param_store()
+    seed_all(loaded.seed)
+    task, worker = Judged(guide="AutoDelta"), current()
+    world = (worker.rank, worker.world_size)
+    batches = GlobalBatches(task.rows(), loaded.data.global_batch, loaded.seed, *world)
+    optimizer = DistributedOptimizer(Adam({"lr": 0.05}))
+    svi = SVI(task.model, task.guide, optimizer, Trace_ELBO())
+    seed_all(loaded.seed)
+    svi.init(*task.batch(GlobalBatches(task.rows(), loaded.data.global_batch, loaded.seed).rows(0)))
+    optimizer.synchronize()
+    with Session({"optimizer": optimizer}, config=loaded, validate=task.validate) as session:
+        for step in session.steps():
+            session.log(elbo=-svi.step(*task.batch(batches.rows(step))))
+
+
+def test_loop_of_a_script_decides_as_a_task_also_when_it_resumes(tmp_path, capsys) -> None:
+    path = judged(tmp_path)
+    run_here(path)
+    last = outcome(tmp_path / "run")["validated"][-1]
+    for num_steps in (last - 3, 100):
+        capsys.readouterr()
+        train_in_script(load_config(path, [f"run_dir={tmp_path / 'script'}", f"train.num_steps={num_steps}"]))
+    assert f"stopped early after step {last}" in capsys.readouterr().out
+    decided, expected = outcome(tmp_path / "script"), outcome(tmp_path / "run")
+    assert {key: decided[key] for key in ("validated", "best", "outcome")} == {
+        key: expected[key] for key in ("validated", "best", "outcome")
+    }
+    assert max(decided["kept"]) == last and expected["best"] in decided["kept"]
+    for name, value in parameters(tmp_path / "run").items():
+        assert value.equal(parameters(tmp_path / "script")[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_workers", [2, 4])
+def test_loop_of_a_script_decides_as_a_task_on_several_workers(on_two: Path, tmp_path: Path, num_workers: int) -> None:
+    lines = [
+        "import distopt",
+        "worker = distopt.init()",
+        "from distopt.train.session import config_of_script",
+        "from tests.train.test_validation import train_in_script",
+        "train_in_script(config_of_script())",
+    ]
+    (tmp_path / "fit.py").write_text("\n".join(lines))
+    rules = {key: value for key, value in RULES.items() if not key.startswith("task")}
+    keys = yaml.safe_load(config(tmp_path, **rules, script=str(tmp_path / "fit.py")).read_text())
+    del keys["task"]
+    (tmp_path / "line.yaml").write_text(yaml.safe_dump(keys))
+    launch_well(tmp_path / "line.yaml", f"launch.workers={num_workers}", f"launch.env={{PYTHONPATH: {ROOT}}}")
+    assert outcome(tmp_path / "run") == outcome(on_two)
+
+
 @pytest.mark.parametrize("key", ["train.early_stopping", "checkpoint.keep_best"])
 def test_rule_without_validation_or_of_an_unknown_metric_is_refused(tmp_path, capsys, key) -> None:
     rules = RULES | {"train": {"num_steps": 4}, "checkpoint": {}}
@@ -133,7 +195,7 @@ class Returning:
 
 def validation(tmp_path: Path, metrics: Any, *others: Any) -> Validation:
     loaded = load_config(judged(tmp_path, train={"validate_every_steps": 1}, checkpoint={}))
-    return Validation(loaded, Returning(metrics), Gathering(*others))
+    return Validation(loaded, Returning(metrics).validate, Gathering(*others))
 
 
 def test_parts_are_weighted_by_their_rows_and_sums_are_added(tmp_path) -> None:
@@ -159,7 +221,7 @@ def test_rank_that_fails_or_measures_something_else_is_named(tmp_path, other, me
 def test_rule_that_changed_starts_anew(tmp_path) -> None:
     loaded = load_config(judged(tmp_path))
     saved = {"keep_best": {"metric": "mae", "mode": "min", "value": 1.0, "step": 3, "num_worse": 0}}
-    kept = Validation(loaded, Returning({}), Single())
+    kept = Validation(loaded, Returning({}).validate, Single())
     kept.load_state(saved)
     assert kept.best_step is None
     saved["keep_best"]["metric"] = "mse"

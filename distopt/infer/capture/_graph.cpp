@@ -11,6 +11,7 @@
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 
+#include <cmath>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -251,7 +252,7 @@ int hooks_of(const at::Tensor& param) {
   return found;
 }
 
-enum Status : int { ran = -1, inputs_differ = -2, gradients_differ = -3, constants_differ = -4, busy = -5 };
+enum Status : int { ran = -1, inputs_differ = -2, gradients_differ = -3, constants_differ = -4, busy = -5, not_finite = -6 };
 
 bool same_values(const at::Tensor& a, const at::Tensor& b) {
   if (a.is_contiguous() && b.is_contiguous()) return std::memcmp(a.const_data_ptr(), b.const_data_ptr(), b.nbytes()) == 0;
@@ -407,7 +408,8 @@ class Program {
   }
 
   // run(store, args, losses): `ran`, a status, or the index of the first check whose answer is another one. Unless it
-  // is `ran`, gradients and torch's generator are as they were.
+  // is `ran`, gradients and torch's generator are as they were. A loss that is not finite is left to an eager step, in
+  // which Pyro's validation names the site.
   int run(const py::dict& store, const std::vector<at::Tensor>& args, std::vector<double>& losses) {
     if (running_) return Status::busy;
     if (!same_params(store) || !same_args(args)) return Status::inputs_differ;
@@ -427,6 +429,7 @@ class Program {
       at::AutoDispatchBelowADInplaceOrView guard;
       run_code();
       failed = failed_check();
+      if (failed == Status::ran) failed = read_losses(losses);
     } catch (...) {
       restore(generator, state, saved);
       running_ = false;
@@ -434,14 +437,13 @@ class Program {
       throw;
     }
     running_ = false;
-    if (failed >= 0) {
+    if (failed != Status::ran) {
       restore(generator, state, saved);
       return clear(failed);
     }
     for (auto& each : foreign_) {
       if (each.written) each.tensor.unsafeGetTensorImpl()->bump_version();
     }
-    for (int slot : losses_) losses.push_back(slots_[slot].toTensor().item<double>());
     accumulate_gradients();
     hand_out_gradients();
     return clear(Status::ran);
@@ -585,6 +587,14 @@ class Program {
   int failed_check() const {
     for (size_t i = 0; i < checks_.size(); ++i) {
       if (slots_[checks_[i].slot].toTensor().item<bool>() != checks_[i].answer) return static_cast<int>(i);
+    }
+    return Status::ran;
+  }
+
+  int read_losses(std::vector<double>& losses) const {
+    for (int slot : losses_) {
+      losses.push_back(slots_[slot].toTensor().item<double>());
+      if (!std::isfinite(losses.back())) return Status::not_finite;
     }
     return Status::ran;
   }

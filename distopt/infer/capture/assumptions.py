@@ -18,7 +18,7 @@ import pyro
 from torch import nn
 
 from distopt.infer.capture.reachable import ReachableValues
-from distopt.infer.capture.watch import Names, Watch, content, names_of
+from distopt.infer.capture.watch import Call, Names, Watch, content, names_of
 from distopt.rng import _policy
 
 
@@ -37,7 +37,7 @@ class Assumptions:
 
     def __init__(self, watch: Watch, roots: dict[str, Any], earlier: Assumptions | None = None) -> None:
         calls = list(watch.calls())
-        named = [names_of(call.code) for call, _ in calls]
+        named = [names_of(call.code) for call in calls]
         self._reachable = reachable = ReachableValues(named)
         self._earlier = earlier
         self._add_calls(calls, named)
@@ -63,12 +63,12 @@ class Assumptions:
         if self._earlier is None or value in self._earlier._reachable:
             self._reachable.add(text, self._reachable.name(value), value)
 
-    def _add_calls(self, calls: list[Any], named: list[Names]) -> None:
+    def _add_calls(self, calls: list[Call], named: list[Names]) -> None:
         reachable = self._reachable
-        for (call, cells), names in zip(calls, named, strict=True):
+        for call, names in zip(calls, named, strict=True):
             for name in sorted(names.roots & call.module_globals.keys()):
                 reachable.add(name, f"{reachable.name(call.module_globals)}[{name!r}]", call.module_globals[name], name)
-            for name, cell in cells.items():
+            for name, cell in call.cells.items():
                 if self._earlier is None or cell in self._earlier._reachable:
                     reachable.add(name, f"{reachable.name(cell)}.cell_contents", content(cell), name)
             for name, value in call.args.items():

@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pyro.util import warn_if_nan
 from torch import Tensor
 
 from distopt.infer.capture import program as programs
@@ -42,7 +41,7 @@ class CapturedStep:
         args: The tensors among its arguments when it was recorded.
         buffers: Where the program was told to leave gradients.
         runs: How often it has run.
-        failed_checks: How often a check has had another answer.
+        failed_checks: How often it has run in vain: a check had another answer, or the loss was not finite.
     """
 
     program: Program
@@ -71,6 +70,8 @@ class CapturedStep:
         except Exception as error:
             logger.debug("captured step failed, taking it eagerly: %s", error)
             return FAILED, None
+        if status == programs.NOT_FINITE or status >= 0:
+            self.failed_checks += 1
         if status != programs.RAN:
             return status, None
         self.runs += 1
@@ -80,9 +81,6 @@ class CapturedStep:
         recording = self.short
         values = iter(computed)
         losses = [loss if isinstance(loss, float) else next(values) for loss in recording.losses]
-        for loss in losses:
-            if loss != loss:
-                warn_if_nan(loss, "loss")
         return StepResult(losses[0] if recording.loss_type is None else recording.loss_type(losses), self.params)
 
     def would_run(self, store: list[Tensor]) -> bool:
@@ -100,7 +98,7 @@ class CapturedStep:
 
     @property
     def fails_often(self) -> bool:
-        """Whether a check has had another answer in more than one step of four."""
+        """Whether it has run in vain in more than one step of four."""
         total = self.runs + self.failed_checks
         return total >= 8 and self.failed_checks > 0.25 * total
 
@@ -126,8 +124,6 @@ class Variant:
 
 def recorded_result(step: RecordedStep) -> StepResult:
     """Returns the result of a step that was taken and recorded."""
-    for loss in step.losses:
-        warn_if_nan(loss, "loss")
     kind = step.recording.loss_type
     return StepResult(step.losses[0] if kind is None else kind(step.losses), step.used)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ INPUTS_DIFFER = -2
 GRADIENTS_DIFFER = -3
 CONSTANTS_DIFFER = -4
 BUSY = -5
+NOT_FINITE = -6
 
 
 class Program(Protocol):
@@ -42,8 +44,9 @@ class Program(Protocol):
             args: The tensors among the step's arguments.
 
         Returns:
-            `RAN` and the losses; or why it did not run: a negative status, or the index of the first check whose answer
-            is another one than recorded. Then gradients and torch's generator are as they were before.
+            `RAN` and the losses; or why it did not run: a negative status, `NOT_FINITE` for a loss that is not, or the
+            index of the first check whose answer is another one than recorded. Then gradients and torch's generator are
+            as they were before.
         """
         ...
 
@@ -218,9 +221,13 @@ class PythonProgram:
             if bool(values[check.slot]) != check.answer:
                 _restore(state, saved)
                 return index, []
+        losses = [values[slot].item() for slot in self._recording.loss_slots()]
+        if not all(map(math.isfinite, losses)):
+            _restore(state, saved)
+            return NOT_FINITE, []
         with torch.no_grad():
             self._hand_out_gradients(values)
-        return RAN, [values[slot].item() for slot in self._recording.loss_slots()]
+        return RAN, losses
 
     def _written_tensors(self) -> list[Tensor]:
         """Returns the tensors outside that the step writes to: a step that fails must leave nothing behind."""

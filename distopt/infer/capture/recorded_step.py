@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ def _python_generators() -> dict[str, Any]:
 def _same_generators(a: dict[str, Any], b: dict[str, Any]) -> bool:
     (name_a, keys_a, *rest_a), (name_b, keys_b, *rest_b) = a["numpy"], b["numpy"]
     return a["python"] == b["python"] and (name_a, rest_a) == (name_b, rest_b) and np.array_equal(keys_a, keys_b)
+
+
+class NotFiniteError(Exception):
+    """A recorded loss is not finite: an eager step has Pyro's validation to say why."""
 
 
 @dataclass(slots=True)
@@ -55,8 +60,9 @@ def record_step(
     set themselves up and the ELBO finds out how deeply plates are nested.
 
     Raises:
-        Exception: Whatever the model raised. Generators, gradients and tensors that the step had written to are as they
-            were before.
+        NotFiniteError: The loss is not finite.
+        Exception: Whatever the model raised. In both cases generators, gradients and tensors that the step had written
+            to are as they were before.
     """
     store = pyro.get_param_store()
     before = dict(store._params)
@@ -80,6 +86,8 @@ def record_step(
             poutine.trace(param_only=True) as capture,
         ):
             loss = loss_and_grads(model, guide, *args, **kwargs)
+        if not all(map(_is_finite, loss if isinstance(loss, tuple) else (loss,))):
+            raise NotFiniteError
     except BaseException:
         recorder.close()
         torch.set_rng_state(rng_state)
@@ -97,6 +105,11 @@ def record_step(
     _take_params(recorder, before, used)
     recorder.close()
     return RecordedStep(recorder.recording, losses, params, used)
+
+
+def _is_finite(loss: Any) -> bool:
+    # Numbers are what the ELBO returns whatever it computes, such as the infinity of TraceTailAdaptive_ELBO.
+    return not isinstance(loss, Tensor) or math.isfinite(torch_item(loss))
 
 
 def _add_inputs(recorder: Recorder, params: list[Tensor], arguments: Any) -> None:

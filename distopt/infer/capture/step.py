@@ -28,7 +28,7 @@ from distopt.infer.capture.captured_step import (
 )
 from distopt.infer.capture.passes import shorten
 from distopt.infer.capture.reachable import is_plain
-from distopt.infer.capture.recorded_step import RecordedStep, record_step
+from distopt.infer.capture.recorded_step import NotFiniteError, RecordedStep, record_step
 from distopt.infer.capture.recording import Recording, difference
 from distopt.infer.capture.rows import TensorRows
 from distopt.infer.capture.watch import Watch
@@ -45,6 +45,7 @@ _TOO_MANY = (
     f"more than {MAX_PROGRAMS} programs would be needed: shapes, plain arguments or values that the model reads keep "
     "changing"
 )
+_NOT_FINITE = "the loss is often not finite"
 _FIRST_COMPARISON = 8
 _COMPARISON_STEPS = 1000
 
@@ -58,6 +59,19 @@ class _Last(NamedTuple):
     dtype: torch.dtype
     variant: Variant
 
+    def fits(self, model: Any, guide: Any, args: tuple[Any, ...]) -> bool:
+        """Returns whether the only program of that call may be asked whether it fits this one."""
+        return (
+            model is self.model
+            and guide is self.guide
+            and len(args) == self.num_args
+            and len(set(map(id, args))) == self.num_args
+            and all(type(each) is Tensor for each in args)
+            and torch.get_default_dtype() is self.dtype
+            and len(self.variant.captured) == 1
+            and not self.variant.captured[0].recording.checks
+        )
+
 
 class StepCapture:
     """Computes losses and gradients as an ELBO's `loss_and_grads` does, recording a step and running the recording.
@@ -70,7 +84,8 @@ class StepCapture:
     another answer takes an eager step. Steps 8, 16, 32, ..., 512 and every 1,000th are recorded again and compared.
 
     A step that cannot be captured stays eager, and `refusal` says why. Pyro's validation of arguments and supports is
-    off in recorded and captured steps; a loss that is NaN still warns.
+    off in recorded and captured steps; a step whose loss is not finite is taken again, eagerly, with the same random
+    numbers, so that validation finds the site.
 
     Args:
         loss_and_grads: The method of a `pyro.infer.ELBO` instance.
@@ -107,6 +122,7 @@ class StepCapture:
         self._direct = direct
         self._variants: dict[Any, Variant] = {}
         self._num_programs = 0
+        self._num_not_finite = 0  # recordings in vain
         self._buffers: dict[int, Tensor] | None = None
         self._columns: tuple[Tensor, ...] | None = None  # whose rows a step selects
         self._last: _Last | None = None
@@ -157,9 +173,7 @@ class StepCapture:
         """Returns the row numbers where the step selects its rows itself: its columns are constants to it."""
         rows = args[0] if args and isinstance(args[0], TensorRows) else None
         columns = None if rows is None else rows.columns
-        if list(map(id, columns or ())) != list(map(id, self._columns or ())) or (columns is None) != (
-            self._columns is None
-        ):
+        if _ids(columns) != _ids(self._columns):
             self._columns = columns
             self._variants.clear()
             self._last = None
@@ -179,23 +193,14 @@ class StepCapture:
         for the program of such arguments.
         """
         last = self._last
-        if (
-            last is None
-            or kwargs
-            or model is not last.model
-            or guide is not last.guide
-            or len(args) != last.num_args
-            or len(set(map(id, args))) != last.num_args
-            or not all(type(each) is Tensor for each in args)
-            or torch.get_default_dtype() is not last.dtype
-            or self.refusal is not None
-            or len(last.variant.captured) != 1
-            or last.variant.captured[0].recording.checks
-            or _is_comparison_step(self.num_steps)
-            or not _is_plain_context()
-        ):
+        if last is None or kwargs or self.refusal is not None or not last.fits(model, guide, args):
             return None
-        result = last.variant.captured[0].run(pyro.get_param_store()._params, list(args), self._buffers)[1]
+        if _is_comparison_step(self.num_steps) or not _is_plain_context():
+            return None
+        (captured,) = last.variant.captured
+        status, result = captured.run(pyro.get_param_store()._params, list(args), self._buffers)
+        if status == programs.NOT_FINITE:
+            return self._take_not_finite(captured, model, guide, args, kwargs)
         self.num_captured += result is not None
         return result
 
@@ -228,9 +233,10 @@ class StepCapture:
                 return result
             if status == FAILED:  # an eager step shows the error as the model's own
                 return self._eager(model, guide, args, kwargs)
+            if status == programs.NOT_FINITE:
+                return self._take_not_finite(captured, model, guide, args, kwargs)
             if status >= 0:
                 tried = True
-                captured.failed_checks += 1
                 often_failed = often_failed and captured.fails_often
 
         if tried and not often_failed:
@@ -240,6 +246,14 @@ class StepCapture:
                 self._refuse(_TOO_MANY)
             return self._eager(model, guide, args, kwargs)
         return self._record(variant, model, guide, args, kwargs)
+
+    def _take_not_finite(
+        self, captured: CapturedStep, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> StepResult:
+        """Takes a step eagerly whose captured loss was not finite: Pyro's validation, if it is on, names the site."""
+        if captured.fails_often:
+            self._refuse(_NOT_FINITE)
+        return self._eager(model, guide, args, kwargs)
 
     def _record(
         self, variant: Variant, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -290,6 +304,11 @@ class StepCapture:
     ) -> RecordedStep | None:
         try:
             step = record_step(self._loss_and_grads, model, guide, args, kwargs)
+        except NotFiniteError:
+            self._num_not_finite += 1
+            if self._num_not_finite >= MAX_PROGRAMS:
+                self._refuse(_NOT_FINITE)
+            return None
         except Exception as error:  # an eager step shows whether it is the model's own
             self._refuse(f"recording failed: {type(error).__name__}: {error}")
             return None
@@ -354,6 +373,10 @@ class StepCapture:
             self._variants.clear()
             self._last = None
             logger.info("steps are not captured and run eagerly: %s", reason)
+
+
+def _ids(columns: tuple[Tensor, ...] | None) -> list[int] | None:
+    return None if columns is None else list(map(id, columns))
 
 
 def _unlike(pending: Pending, recording: Recording) -> str | None:

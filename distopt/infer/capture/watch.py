@@ -9,9 +9,9 @@ import os
 import sys
 import sysconfig
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable
 from inspect import CO_VARARGS, CO_VARKEYWORDS
-from types import CodeType, FrameType
+from types import CellType, CodeType, FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,19 +71,23 @@ def is_user_code(frame: FrameType) -> bool:
 
 
 class Call(NamedTuple):
-    """A function of the user's that ran: its code, globals, arguments that are no plain values, and free variables."""
+    """A function of the user's that ran: its code, globals, arguments that are no plain values, and closure cells.
+
+    Cells and not their contents, since these may be replaced.
+    """
 
     code: CodeType
     module_globals: dict[str, Any]
     args: dict[str, Any]
-    free: dict[str, Any]
+    cells: dict[str, CellType]
 
 
 class Watch:
     """Notes the user's functions and the modules that run inside it; a context manager."""
 
     def __init__(self) -> None:
-        self.frames: dict[tuple[Any, ...], Call] = {}
+        self._calls: dict[tuple[Any, ...], Call] = {}
+        self._open: list[tuple[FrameType, dict[str, Any]]] = []  # of functions with closures, and their arguments
         self.modules: dict[int, nn.Module] = {}
         self.effects: list[str] = []
         self._importing = 0
@@ -100,32 +104,14 @@ class Watch:
         sys.setprofile(self._previous)
         if self._collects:
             gc.enable()
+        self._settle()
+        for frame, _ in self._open:
+            self.effects.append(f"a generator that it leaves unfinished{_location(frame)}")
+        self._open.clear()
 
-    def calls(self) -> Iterator[tuple[Call, dict[str, Any]]]:
-        """Yields each call with the closure cells of its function: the cells, since their contents may be replaced.
-
-        A frame does not know its function, so the garbage collector is asked, once for all. Functions that the step
-        itself made are gone by now: nobody else can change what they close over, or an enclosing function has it too.
-        """
-        # One pass over all objects takes some 30 ms, whatever the number of functions that are looked for.
-        calls = list(self.frames.values())
-        codes = list(dict.fromkeys(call.code for call in calls if call.code.co_freevars))
-        functions: dict[CodeType, list[types.FunctionType]] = {code: [] for code in codes}
-        for referrer in gc.get_referrers(*codes) if codes else ():
-            if isinstance(referrer, types.FunctionType) and referrer.__code__ in functions and referrer.__closure__:
-                functions[referrer.__code__].append(referrer)
-
-        for call in calls:
-            named = [
-                dict(zip(call.code.co_freevars, each.__closure__ or (), strict=True))
-                for each in functions.get(call.code, ())
-            ]
-            # Functions of one definition are told apart by what they close over; all of them count where it changed.
-            same = [
-                cells for cells in named if all(content(cell) is call.free.get(name) for name, cell in cells.items())
-            ]
-            for cells in (same[:1] or named) if named else [{}]:
-                yield call, cells
+    def calls(self) -> Iterable[Call]:
+        """Returns the functions that ran, each once for its arguments and what it closes over."""
+        return self._calls.values()
 
     def _on_event(self, frame: FrameType, event: str, argument: Any) -> None:
         # It is called for every function of the step, some 100,000 times: all but a few end at the first look-up.
@@ -135,6 +121,8 @@ class Watch:
             kind = _kinds[code] = _kind_of(frame)
         if kind == _LIBRARY:
             return
+        if self._open:
+            self._settle()
         if event == "call":
             self._on_call(frame, kind)
         elif event == "c_call" and kind == _USER:
@@ -164,10 +152,32 @@ class Watch:
             for name in code.co_varnames[: _num_args(code)]
             if not isinstance(value := values.get(name), (Tensor, *PLAIN)) and not name.startswith(".")
         }
-        free = {name: values.get(name) for name in code.co_freevars}
-        key = (code, *map(id, args.values()), *map(id, free.values()))
-        if key not in self.frames:
-            self.frames[key] = Call(code, frame.f_globals, args, free)
+        if code.co_freevars:
+            self._open.append((frame, args))
+        else:
+            self._add(frame, args, {})
+
+    def _settle(self) -> None:
+        """Finds out what functions close over whose frames have ended.
+
+        Only an ended frame tells its function, to the garbage collector. Other functions of the same definition close
+        over other variables, and the frame's own variables are contents: nobody sees there when they are replaced.
+        """
+        still_open = []
+        for frame, args in self._open:
+            code = frame.f_code
+            functions = (each for each in gc.get_referents(frame) if isinstance(each, types.FunctionType))
+            function = next((each for each in functions if each.__code__ is code), None)
+            if function is None:
+                still_open.append((frame, args))
+            else:
+                self._add(frame, args, dict(zip(code.co_freevars, function.__closure__ or (), strict=True)))
+        self._open = still_open
+
+    def _add(self, frame: FrameType, args: dict[str, Any], cells: dict[str, CellType]) -> None:
+        key = (frame.f_code, *map(id, args.values()), *map(id, cells.values()))
+        if key not in self._calls:
+            self._calls[key] = Call(frame.f_code, frame.f_globals, args, cells)
 
     def _on_c_call(self, frame: FrameType, function: Any) -> None:
         if self._importing:
@@ -179,14 +189,14 @@ class Watch:
             return  # the recorder's modes see these
         is_clock = name in _CLOCKS and isinstance(getattr(function, "__self__", None), type)
         if (module, name) in _EFFECTS or module in _EFFECT_MODULES or is_clock:
-            self.effects.append(f"{name}() at {frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})")
+            self.effects.append(f"{name}(){_location(frame)}")
 
     def _note_effect(self, frame: FrameType, name: str) -> None:
         caller: FrameType | None = frame
         while caller is not None and not is_user_code(caller):
             caller = caller.f_back
         if caller is not None:
-            self.effects.append(f"{name} at {caller.f_code.co_filename}:{caller.f_lineno} ({caller.f_code.co_name})")
+            self.effects.append(f"{name}{_location(caller)}")
 
 
 _LIBRARY, _USER, _IMPORT, _LAYER, _LOG = range(5)
@@ -205,6 +215,10 @@ def _kind_of(frame: FrameType) -> int:
     if code.co_name == "_log" and frame.f_globals.get("__name__") == "logging":
         return _LOG
     return _LIBRARY
+
+
+def _location(frame: FrameType) -> str:
+    return f" at {frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
 
 
 def content(cell: Any) -> Any:

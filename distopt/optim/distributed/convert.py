@@ -13,7 +13,7 @@ from distopt.optim.optim import PyroOptim
 _STEPPING = ("__call__", "step", "_get_optim", "_get_optim_args", "_get_grad_clip", "_get_grad_clip_args", "_clip_grad")
 
 
-def from_pyro(optim: pyro.optim.PyroOptim) -> PyroOptim:
+def from_pyro(optim: pyro.optim.optim.PyroOptim) -> PyroOptim:
     """Returns an optimizer that continues as `optim` would: with its arguments, and the state it has loaded or built.
 
     Args:
@@ -24,7 +24,7 @@ def from_pyro(optim: pyro.optim.PyroOptim) -> PyroOptim:
     """
     if isinstance(optim, PyroOptim):
         return optim
-    if not isinstance(optim, pyro.optim.PyroOptim):
+    if not isinstance(optim, pyro.optim.optim.PyroOptim):
         is_made = not callable(optim) or isinstance(optim, torch.optim.Optimizer)
         described = f"an object of {type(optim)}" if is_made else str(optim)
         raise TypeError(
@@ -42,7 +42,7 @@ def from_pyro(optim: pyro.optim.PyroOptim) -> PyroOptim:
     return converted
 
 
-def copy_of(optim: pyro.optim.PyroOptim) -> PyroOptim:
+def copy_of(optim: pyro.optim.optim.PyroOptim) -> PyroOptim:
     """Returns another optimizer that continues as `optim` would, and shares no state with it.
 
     Raises:
@@ -71,14 +71,14 @@ def take_counts_(optim: PyroOptim, other: PyroOptim) -> None:
         optim.num_steps = other.num_steps
 
 
-def check_stepping(optim: pyro.optim.PyroOptim) -> None:
+def check_stepping(optim: pyro.optim.optim.PyroOptim) -> None:
     """Refuses an optimizer whose class takes steps in another way, which an optimizer of distopt would not do.
 
     Raises:
         TypeError: A class of the user's, or Pyro's `HorovodOptimizer`, overrides a method that takes part in a step.
     """
     for cls in type(optim).__mro__:
-        if cls in (pyro.optim.PyroOptim, pyro.optim.PyroLRScheduler, PyroOptim, PyroLRScheduler):
+        if cls in (pyro.optim.optim.PyroOptim, pyro.optim.PyroLRScheduler, PyroOptim, PyroLRScheduler):
             return
         overridden = [name for name in _STEPPING if name in vars(cls)]
         if overridden:

@@ -40,7 +40,7 @@ def _delegate(name: str, doc: str, *, writable: bool = False) -> Any:
     return property(read, write if writable else None, doc=doc)
 
 
-class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
+class DistributedOptimizer(pyro.optim.optim.PyroOptim):  # type: ignore[misc]
     """Steps by the gradients of all ranks; used in place of the `PyroOptim` that it wraps.
 
     Gradients are packed into one buffer, which is summed over the ranks by one all-reduce; the wrapped optimizer clips
@@ -92,7 +92,7 @@ class DistributedOptimizer(pyro.optim.PyroOptim):  # type: ignore[misc]
 
     def __init__(
         self,
-        optim: pyro.optim.PyroOptim,
+        optim: pyro.optim.optim.PyroOptim,
         *,
         backend: Backend | None = None,
         reduce: ReduceOptions = ReduceOptions(),  # noqa: B008  # frozen

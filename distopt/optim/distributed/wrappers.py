@@ -30,7 +30,7 @@ class DDPOptimizer(DistributedOptimizer):
 
     def __init__(
         self,
-        optim: pyro.optim.PyroOptim,
+        optim: pyro.optim.optim.PyroOptim,
         process_group: Any = None,
         *,
         bucket_cap_mb: float = 25.0,
@@ -66,7 +66,7 @@ class HorovodOptimizer(DistributedOptimizer, pyro.optim.HorovodOptimizer):  # ty
 
     def __init__(
         self,
-        optim: pyro.optim.PyroOptim,
+        optim: pyro.optim.optim.PyroOptim,
         *,
         compression: Any = "none",
         backward_passes_per_step: int = 1,

@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import enum
 import functools
+import gc
 import itertools
 import operator
 import os
@@ -139,6 +140,38 @@ def variable():
         return local.scale
 
     return model_of(read), lambda: setattr(prior, "scale", 0.5)
+
+
+@case
+def variable_of_one_of_two_equal_closures():
+    def prior(scale):
+        def read():
+            return scale
+
+        def write(value):
+            nonlocal scale
+            scale = value
+
+        return read, write
+
+    (first, _), (second, write) = prior(1.0), prior(1.0)
+    return model_of(lambda: first() * second()), lambda: write(0.5)
+
+
+@case
+def variable_that_the_collector_does_not_look_at():
+    scale = 1.0
+
+    def read():
+        return scale
+
+    def change():
+        nonlocal scale
+        gc.unfreeze()
+        scale = 0.5
+
+    gc.freeze()
+    return model_of(read), change
 
 
 @case

@@ -1,5 +1,7 @@
 """Training through `SVI.step` with capture gives what it gives without, on one rank and on several."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -148,7 +150,7 @@ def test_optimizer_that_is_not_distributed_is_captured_too():
 
 
 def test_unknown_mode_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="capture='fast': must be one of 'graph', 'off'"):
+    with pytest.raises(ValueError, match="capture='fast': must be one of 'auto', 'graph', 'off'"):
         SVI(hierarchy, AutoNormal(hierarchy), pyro.optim.Adam({}), Trace_ELBO(), capture="fast")
 
 
@@ -165,3 +167,33 @@ def test_scaled_steps_are_captured_and_follow_the_scale():
         return losses, {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
 
     torch.testing.assert_close(train("graph"), train("off"))
+
+
+def test_auto_is_the_default_and_leaves_every_100th_step_to_pyro():
+    pyro.clear_param_store()
+    svi = SVI(hierarchy, AutoNormal(hierarchy), DistributedOptimizer(Adam({"lr": 0.05})), Trace_ELBO())
+    counts = []
+    for _ in range(201):
+        svi.step(DATA)
+        counts.append(svi.captured.num_steps)
+    assert [step for step in range(1, 201) if counts[step] == counts[step - 1]] == [99, 199]
+    assert svi.captured.num_captured > 180
+
+
+@pytest.mark.parametrize("capture", ["off", "auto", "graph"])
+@pytest.mark.parametrize("invalid", [float("nan"), -1.0])
+def test_value_that_leaves_its_support_raises_the_eager_error_in_a_captured_step(capture, invalid):
+    def model(x):
+        rate = pyro.sample("rate", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Poisson(rate), obs=x)
+
+    pyro.clear_param_store()
+    svi = SVI(model, AutoNormal(model), DistributedOptimizer(Adam({"lr": 0.05})), Trace_ELBO(), capture=capture)
+    counts = DATA.abs().round()
+    for _ in range(6):
+        svi.step(counts)
+    assert capture == "off" or svi.captured.num_captured == 3
+    with pytest.raises(ValueError, match="within the support.*of the distribution Poisson"):
+        svi.step(torch.where(torch.arange(len(counts)) == 7, invalid, counts))
+    assert math.isfinite(svi.step(counts))  # nothing of it is left

@@ -1,5 +1,7 @@
 """Which names a function's bytecode reads, and how."""
 
+import gc
+
 from distopt.infer.capture.watch import Watch, names_of
 
 SETTINGS = {"scale": 1.0}
@@ -38,8 +40,42 @@ def test_functions_are_noted_with_arguments_that_are_no_plain_values_and_with_wh
 
     with Watch() as watch:
         scaled(reader, 3.0)
-    calls = {call.code.co_name: (call, cells) for call, cells in watch.calls()}
-    call, cells = calls["scaled"]
-    assert call.args == {"each": reader}
-    assert cells["factor"].cell_contents == 2.0
-    assert calls["read"][0].args == {"self": reader}
+    calls = {call.code.co_name: call for call in watch.calls()}
+    assert calls["scaled"].args == {"each": reader}
+    assert calls["scaled"].cells["factor"].cell_contents == 2.0
+    assert calls["read"].args == {"self": reader}
+
+
+def test_functions_of_one_definition_are_told_apart_by_their_cells_even_where_the_collector_does_not_look():
+    def times(factor):
+        return lambda number: number * factor
+
+    functions = [times(2.0), times(2.0)]
+    gc.freeze()
+    try:
+        with Watch() as watch:
+            for each in functions:
+                each(1.0)
+    finally:
+        gc.unfreeze()
+    cells = [call.cells["factor"] for call in watch.calls()]
+    assert list(map(id, cells)) == [id(each.__closure__[0]) for each in functions]
+
+
+def test_generator_is_noted_when_it_ends_and_is_an_effect_when_it_is_left_unfinished():
+    factor = 2.0
+
+    def numbers():
+        yield factor
+        yield factor
+
+    with Watch() as watch:
+        list(numbers())
+        next(numbers())
+    assert [call.cells["factor"].cell_contents for call in watch.calls()] == [2.0]
+    assert not watch.effects
+
+    with Watch() as watch:
+        unfinished = numbers()
+        next(unfinished)
+    assert "a generator that it leaves unfinished" in watch.effects[0]
