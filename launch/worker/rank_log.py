@@ -159,11 +159,11 @@ def final_error(run_dir: Path, rank: int, status: int) -> WorkerError | None:
     """
     line = last_line(run_dir, rank).strip()
     lines = traceback_of(run_dir, rank)
-    places = [match for each in lines if (match := _FRAME.match(each))]
-    is_code = status == 1 and bool(places) and bool(_NEVER_HEALS.match(line)) and not may_pass(line)
+    frames = [match for each in lines if (match := _FRAME.match(each))]
+    is_code = status == 1 and bool(frames) and bool(_NEVER_HEALS.match(line)) and not may_pass(line)
     if not (is_code or status == USAGE_ERROR):
         return None
-    location = f"{places[-1]['file']}:{places[-1]['line']}" if is_code else ""
+    location = f"{frames[-1]['file']}:{frames[-1]['line']}" if is_code else ""
     return WorkerError(line[:MAX_TEXT] or f"exit status {status}", location, time.time(), permanent=True)
 
 
