@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distopt.config import ConfigError, checkpoints_of, differences, dump_yaml
+from distopt.config.compare import ABSENT
 from distopt.read_only_server import Answer, ReadOnlyServer, text_answer
 from distopt.run_files import MANIFEST, checkpoints_in, read_facts, read_metrics, step_of
 
@@ -207,7 +208,7 @@ def _yaml(run: Path) -> str:
 
 
 def _shown(value: Any) -> str:
-    return str(value) if isinstance(value, str) else json.dumps(value, default=repr)
+    return str(value) if isinstance(value, str) or value is ABSENT else json.dumps(value)
 
 
 def _json(value: Any) -> Answer:

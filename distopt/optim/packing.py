@@ -196,7 +196,7 @@ class FlatGradients(NamedTuple):
 
     def offsets(self) -> list[int]:
         """Returns where each gradient starts in `buffer`, and at last where the last one ends."""
-        return list(accumulate((p.numel() for p in self.params), initial=0))
+        return list(accumulate(map(Tensor.numel, self.params), initial=0))
 
 
 class Segments:
@@ -213,12 +213,13 @@ class Segments:
 
     def __init__(self, flat: Tensor, shapes: Sequence[Sequence[int]]) -> None:
         self._flat = flat
-        self._shapes = [torch.Size(shape) for shape in shapes]
-        rows = {(len(shape), shape[1:]) for shape in self._shapes}
+        # A subclass of Tensor may have tuples, as Pyro's ProvenanceTensor has; to make a Size takes ten times as long.
+        self._shapes = [shape if type(shape) is torch.Size else torch.Size(shape) for shape in shapes]
+        rows = {(len(shape), shape[1:]) for shape in set(self._shapes)}
         self._joined: Tensor | None = None
         if len(rows) == 1 and len(self._shapes[0]) > 0:
-            num_rows = sum(shape[0] for shape in self._shapes)
-            self._joined = flat.view(num_rows, *self._shapes[0][1:])
+            row = self._shapes[0][1:]
+            self._joined = flat.view(-1, *row) if row.numel() else flat.view(sum(s[0] for s in self._shapes), *row)
 
     @cached_property
     def views(self) -> list[Tensor]:

@@ -53,6 +53,9 @@ class ParamRegistry:
     def __iter__(self) -> Iterator[ParamRecord]:
         return iter(list(self._records.values()))
 
+    def __len__(self) -> int:
+        return len(self._records)
+
     def get(self, param: Tensor) -> ParamRecord | None:
         """Returns what is known of `param`, None when it was never seen."""
         return self._records.get(id(param))

@@ -8,7 +8,9 @@ the plans of the last few calls first, and planned only when it fits none.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from itertools import accumulate, chain, count
 from operator import attrgetter
 from typing import Any, ClassVar, TypeAlias
 
@@ -26,6 +28,9 @@ from distopt.optim.state import State
 
 LooseGradients: TypeAlias = Sequence[tuple[str, Tensor, Tensor]]
 """(name, parameter, gradient) of gradients that are not packed."""
+
+MAX_SELECTED_NUMEL = 128
+"""Elements of a parameter, on average, up to which an index of all of them is quicker than a view of each parameter."""
 
 _MAX_PLANS = 4  # calls of alternating kinds (wake and sleep, model and guide) that are remembered
 
@@ -74,7 +79,7 @@ class StepPlan:
         # Only what some parameter asks for is looked at in a step.
         clips = {id(m.clip): m.clip for m in members}.values()
         self._clips_each = any(c.per_parameter for c in clips)
-        self._norms = sorted({c.global_norm for c in clips if c.global_norm is not None})
+        self._norms = _global_norms(clips)
 
     def fits(self, tensors: tuple[Tensor, ...]) -> bool:
         """Returns whether this is still the plan for `tensors`: the same ones, where they were, with gradients.
@@ -179,21 +184,64 @@ class FlatStepPlan(StepPlan):
         members: Sequence[ParamRecord],
         idle: Sequence[ParamRecord],
     ) -> None:
-        tensors = tuple(p for flat in dense for p in flat.params) + tuple(p for _, p, _ in loose) + tuple(missing)
-        super().__init__(tensors, members, missing, idle)
-        self._all_at = addresses(tensors)
-        self._keys = [flat.params for flat in dense]
+        # An element's last bit may follow from whether it is in the rest of a vector register, so from its position in
+        # the flat tensor: the order is that of the names, whatever order the gradients come in.
+        tensors = tensors_of(dense, loose) + tuple(missing)
+        super().__init__(tensors, sorted(members, key=attrgetter("name")), missing, idle)
         self._loose = [p for _, p, _ in loose]
         self._loose_index = {id(p): i for i, p in enumerate(self._loose)}
+        self._use(dense, members)
 
-        # Where each gradient is: (index of the buffer, start, end).
-        self._spans = {
-            id(p): (i, start, start + p.numel())
-            for i, flat in enumerate(dense)
-            for p, start in zip(flat.params, flat.offsets()[:-1], strict=True)
-        }
+    def _use(self, dense: Sequence[FlatGradients], members: Sequence[ParamRecord]) -> None:
+        """Notes where each gradient is, by loops that run inside the interpreter."""
+        self._members = members
+        self._all_at = addresses(self.tensors)
+        self._keys = [flat.params for flat in dense]
+        self._positions = [dict(zip(map(id, flat.params), count(), strict=False)) for flat in dense]
+        self._numels = [list(map(Tensor.numel, flat.params)) for flat in dense]
+        self._offsets = [list(accumulate(numels, initial=0)) for numels in self._numels]
         self._group_spans = [self._span_of(group) for group in self._packed]
-        self._numels = [[p.numel() for p in flat.params] for flat in dense]
+        scattered = [group for group, span in zip(self._packed, self._group_spans, strict=True) if span is None]
+        self._selection = self._select(scattered, dense[0].buffer.device) if scattered and len(dense) == 1 else None
+
+    def _select(self, groups: Sequence[PackedGroup], device: torch.device) -> Tensor | None:
+        """Returns the index in the only buffer of each element of `groups`, in their order; None if they are many."""
+        params = [p for group in groups for p in group.params]
+        positions = list(map(self._positions[0].get, map(id, params)))
+        numels = list(chain.from_iterable(group.numels for group in groups))
+        if None in positions or sum(numels) > MAX_SELECTED_NUMEL * len(params):
+            return None
+        starts = torch.tensor(list(map(self._offsets[0].__getitem__, positions)))  # type: ignore[arg-type]
+        lengths = torch.tensor(numels)
+        shifts = starts - (lengths.cumsum(0) - lengths)
+        return shifts.repeat_interleave(lengths).add_(torch.arange(sum(numels))).to(device)
+
+    def is_extended_by(self, members: Sequence[ParamRecord | None]) -> bool:
+        """Returns whether these members, of packed gradients, are its own, where they were, and None for new ones."""
+        known = [m for m in members if m is not None]
+        return not (self._loose or self._listed or self._missing) and known == self._members and self._is_in_place()
+
+    def is_intact(self) -> bool:
+        """Returns whether all of its packed groups still step their members."""
+        return all(group.members[0].group is group for group in self._packed)
+
+    def extended(
+        self, dense: Sequence[FlatGradients], members: Sequence[ParamRecord], groups: Sequence[PackedGroup]
+    ) -> FlatStepPlan:
+        """Returns the plan of a call that steps new packed groups besides those of this plan.
+
+        To sort all parameters into their groups takes ten times as long, and a model that grows would do it in each
+        step.
+        """
+        plan = copy(self)
+        plan.tensors = tensors_of(dense)
+        plan._packed = sorted([*self._packed, *groups], key=lambda group: group.names[0])  # as if they were all new
+        plan.whole = [*plan._packed]
+        plan.num_uses = 0
+        plan._clips_each = any(group.clip.per_parameter for group in plan._packed)
+        plan._norms = _global_norms(group.clip for group in plan._packed)
+        plan._use(dense, members)
+        return plan
 
     def is_for(self, dense: Sequence[FlatGradients], loose: LooseGradients, missing: Sequence[Tensor]) -> bool:
         """Returns whether this is still the plan for these gradients, and these parameters without one."""
@@ -203,14 +251,21 @@ class FlatStepPlan(StepPlan):
             and len(loose) == len(self._loose)
             and all(p is q for (_, p, _), q in zip(loose, self._loose, strict=True))
             and same(tuple(missing), tuple(self._missing))
-            and addresses(self.tensors) == self._all_at
+            and self._is_in_place()
         )
+
+    def _is_in_place(self) -> bool:
+        return bool(addresses(self.tensors) == self._all_at)
 
     def scatter(self, dense: Sequence[FlatGradients], loose: LooseGradients) -> list[Tensor]:
         """Returns the gradients of each packed group, and gives those of listed parameters to their `.grad`."""
         buffers = []
         pieces: dict[int, Tensor] = {}
-        if None in self._group_spans:  # one call cuts all of a buffer, where a view of each takes three times as long
+        selected: Iterator[Tensor] = iter(())
+        if self._selection is not None:
+            sizes = [len(g.arena.flat) for g, span in zip(self._packed, self._group_spans, strict=True) if span is None]
+            selected = iter(torch.split(dense[0].buffer.index_select(0, self._selection), sizes))
+        elif None in self._group_spans:  # one call cuts all of a buffer; a view of each takes three times as long
             for flat, numels in zip(dense, self._numels, strict=True):
                 pieces.update(zip(map(id, flat.params), torch.split_with_sizes(flat.buffer, numels), strict=True))
             pieces.update((id(p), gradient.reshape(-1)) for _, p, gradient in loose if not _is_sparse(gradient))
@@ -219,6 +274,8 @@ class FlatStepPlan(StepPlan):
             if span is not None:
                 i, start, end = span
                 buffers.append(dense[i].buffer[start:end])
+            elif self._selection is not None:
+                buffers.append(next(selected))
             else:
                 buffers.append(group.join_(list(map(pieces.__getitem__, map(id, group.params)))))
         for _, members in self._listed:
@@ -229,17 +286,19 @@ class FlatStepPlan(StepPlan):
     def _gradient(self, p: Tensor, dense: Sequence[FlatGradients], loose: LooseGradients) -> Tensor:
         if id(p) in self._loose_index:
             return loose[self._loose_index[id(p)]][2]
-        i, start, end = self._spans[id(p)]
-        return dense[i].buffer[start:end].view(p.shape)
+        i = next(i for i, positions in enumerate(self._positions) if id(p) in positions)
+        start = self._offsets[i][self._positions[i][id(p)]]
+        return dense[i].buffer[start : start + p.numel()].view(p.shape)
 
     def _span_of(self, group: PackedGroup) -> tuple[int, int, int] | None:
         """Returns where all of a group's gradients lie side by side and in its order, if they do."""
-        spans = [self._spans[id(p)] for p in group.params if id(p) in self._spans]
-        if len(spans) != len(group.params):
-            return None
-        if any(a[0] != b[0] or a[2] != b[1] for a, b in zip(spans, spans[1:], strict=False)):
-            return None
-        return spans[0][0], spans[0][1], spans[-1][2]
+        for i, positions in enumerate(self._positions):
+            first = positions.get(id(group.params[0]))
+            if first is not None:
+                after = first + len(group.params)
+                is_there = same(self._keys[i][first:after], group.params)
+                return (i, self._offsets[i][first], self._offsets[i][after]) if is_there else None
+        return None
 
 
 class Planner:
@@ -306,22 +365,47 @@ class Planner:
             if plan.is_for(dense, loose, without):
                 return self.flat_plan_for(dense, loose, missing) if self._joins(plan) else plan
 
-        named = [pair for flat in dense for pair in zip(flat.names, flat.params, strict=True)]
-        records = self._records([*named, *((name, p) for name, p, _ in loose), *missing])
-        members, idle = records[: len(records) - len(missing)], records[len(records) - len(missing) :]
-        for m, (_, _, gradient) in zip(members[len(named) :], loose, strict=True):
-            if _is_sparse(gradient):
-                self._set_alone(m)
-
-        # An element's last bit may follow from whether it is in the rest of a vector register, so from its position in
-        # the flat tensor: the order is that of the names, whatever order the gradients come in.
-        members.sort(key=attrgetter("name"))
-        self._arrange(members + idle, idle)
-        idle = [m for m in idle if acts_without_gradient(self._groups.constructor, m.args)]
-        plan = FlatStepPlan(dense, loose, without, members, idle)
+        extended = self._extended_plan(dense) if self._flat_plans and not (loose or missing) else None
+        if extended is not None:
+            plan = extended
+        else:
+            named = [pair for flat in dense for pair in zip(flat.names, flat.params, strict=True)]
+            records = self._records([*named, *((name, p) for name, p, _ in loose), *missing])
+            members, idle = records[: len(records) - len(missing)], records[len(records) - len(missing) :]
+            for m, (_, _, gradient) in zip(members[len(named) :], loose, strict=True):
+                if _is_sparse(gradient):
+                    self._set_alone(m)
+            self._arrange([*sorted(members, key=attrgetter("name")), *idle], idle)
+            idle = [m for m in idle if acts_without_gradient(self._groups.constructor, m.args)]
+            plan = FlatStepPlan(dense, loose, without, members, idle)
         self._flat_plans = [plan, *self._flat_plans[: _MAX_PLANS - 1]]
         self._joins(plan)
         return plan
+
+    def _extended_plan(self, dense: Sequence[FlatGradients]) -> FlatStepPlan | None:
+        """Returns the plan of a call that differs from the last one by new parameters; None where all are sorted out.
+
+        So it is in a model that grows, and what a step costs besides follows from what is new.
+        """
+        last = self._flat_plans[0]
+        tensors = tensors_of(dense)
+        members = self._registry.get_all(tensors)
+        num_known = len(members) - members.count(None)
+        if num_known < len(self._registry) or not last.is_extended_by(members):
+            return None  # or some were in no call for long and may be gone
+
+        names = list(chain.from_iterable(flat.names for flat in dense))
+        new = {i: self._new_record(names[i], tensors[i]) for i, m in enumerate(members) if m is None}
+        for record in new.values():
+            self._registry.add(record)
+        self._groups.assign([(m, self._claim(m)) for m in sorted(new.values(), key=attrgetter("name"))])
+        self.forget()
+
+        groups = {id(m.group): m.group for m in new.values()}.values()
+        packed = [group for group in groups if isinstance(group, PackedGroup)]
+        if len(packed) < len(groups) or not last.is_intact():
+            return None  # they were listed, or joined with others
+        return last.extended(dense, [m or new[i] for i, m in enumerate(members)], packed)
 
     def _joins(self, plan: StepPlan) -> bool:
         """Counts a use of a plan; returns whether its groups were joined, so that another plan is needed."""
@@ -391,6 +475,15 @@ class Planner:
             return self._registry.returned(record.param)
         self._groups.check(record, state)
         return self._registry.waiting.pop(record.name)
+
+
+def tensors_of(dense: Sequence[FlatGradients], loose: LooseGradients = ()) -> tuple[Tensor, ...]:
+    """Returns the parameters of a call, in the order in which it hands over their gradients."""
+    return (*chain.from_iterable(flat.params for flat in dense), *(p for _, p, _ in loose))
+
+
+def _global_norms(clips: Iterable[Clip]) -> list[float]:
+    return sorted({clip.global_norm for clip in clips if clip.global_norm is not None})
 
 
 def _is_sparse(gradient: Any) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, compress
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -45,6 +47,11 @@ class ParamSpec:
     sparse: bool
     constraint: str
 
+    @cached_property
+    def size(self) -> torch.Size:
+        """Its shape as torch has it, which takes longer to make than anything else that a layout asks of it."""
+        return torch.Size(self.shape)
+
     @property
     def real_dtype(self) -> torch.dtype:
         """The dtype in which its gradient is summed: a complex number is sent as two real ones."""
@@ -64,6 +71,11 @@ class ParamSpec:
         """Returns what the ranks compare."""
         dtype = str(self.dtype).removeprefix("torch.")
         return {"shape": list(self.shape), "dtype": dtype, "device": self.device, "constraint": self.constraint}
+
+
+# Loops over the parameters that run inside the interpreter: a layout is made anew for each one of a model that grows.
+_name, _size, _sparse = attrgetter("name"), attrgetter("size"), attrgetter("sparse")
+_numel, _num_bytes, _kind = attrgetter("numel"), attrgetter("num_bytes"), attrgetter("dtype", "device")
 
 
 class Bucket:
@@ -93,8 +105,9 @@ class Bucket:
     ) -> None:
         self.indices = tuple(indices)
         self.specs = tuple(specs)
-        self.names = tuple(spec.name for spec in specs)
-        self.offsets = list(accumulate((spec.numel for spec in specs), initial=0))
+        self.names = tuple(map(_name, self.specs))
+        numels = list(map(_numel, self.specs))
+        self.offsets = list(accumulate(numels, initial=0))
         self.is_complex = bool(specs) and specs[0].dtype.is_complex
 
         numel = self.offsets[-1]
@@ -104,9 +117,9 @@ class Bucket:
         self.slots = self.buffer[numel:] if num_slots else None
 
         values = torch.view_as_complex(self.flat.view(-1, 2)) if self.is_complex else self.flat
-        self._segments = Segments(values, [spec.shape for spec in specs])
+        self._segments = Segments(values, list(map(_size, self.specs)))
         self.is_large = numel > LARGE_NUMEL * len(self.specs)
-        self.max_numel = max((spec.numel for spec in specs), default=0)
+        self.max_numel = max(numels, default=0)
         self._saved: Tensor | None = None
 
     # Made when they are first asked for: in a model that grows the next layout follows at once, and a step of small
@@ -124,6 +137,12 @@ class Bucket:
         starts = zip(self.offsets, self.offsets[1:], strict=False)
         return [first + start * itemsize if start < end else -1 for start, end in starts]
 
+    def may_hold(self, addresses: Sequence[int]) -> bool:
+        """Returns whether one of these addresses is in the bucket; takes less than to make its `addresses`."""
+        first = self.flat.data_ptr()
+        after = first + self.flat.numel() * self.flat.element_size()
+        return any(first <= address < after for address in addresses)
+
     def holds(self, addresses: Sequence[int] | None) -> bool:
         """Returns whether gradients at these addresses, by index in the layout, lie in this bucket, each in its view.
 
@@ -132,7 +151,7 @@ class Bucket:
         return (
             addresses is not None
             and bool(self.indices)
-            and addresses[self.indices[0]] == self.addresses[0]
+            and addresses[self.indices[0]] == self.flat.data_ptr()
             and list(map(addresses.__getitem__, self.indices)) == self.addresses
         )
 
@@ -227,17 +246,20 @@ class Layout:
         carries_control: bool = True,
         control_device: torch.device,
     ) -> None:
-        self.specs = tuple(specs[name] for name in sorted(specs))
-        self.names = tuple(spec.name for spec in self.specs)
-        self.params = tuple(params[name] for name in self.names)
+        self.names = tuple(sorted(specs))
+        self.specs = tuple(map(specs.__getitem__, self.names))
+        self.params = tuple(map(params.__getitem__, self.names))
         # By identity, since tensors compare by element; `params` keeps them alive, so no other tensor gets their id.
-        self.index = {id(param): index for index, param in enumerate(self.params)}
-        self.sparse = tuple(index for index, spec in enumerate(self.specs) if spec.sparse)
-        self.averages = tuple(index for index, name in enumerate(self.names) if name.startswith(AVERAGE_PREFIX))
+        every = range(len(self.names))
+        self.index = dict(zip(map(id, self.params), every, strict=True))
+        self.sparse = tuple(compress(every, map(_sparse, self.specs)))
+        # Sorted, those with one prefix are neighbours, before everything with a larger last letter.
+        first, after = (bisect_left(self.names, prefix) for prefix in (AVERAGE_PREFIX, AVERAGE_PREFIX[:-1] + "`"))
+        self.averages = tuple(range(first, after))
 
-        dense = [index for index, spec in enumerate(self.specs) if not spec.sparse]
+        dense = [index for index in every if not self.specs[index].sparse] if self.sparse else every
         members = _split(dense, self.specs, bucket_mib, groups)
-        num_bytes = sum(self.specs[index].num_bytes for index in dense)
+        num_bytes = sum(map(_num_bytes, (self.specs[index] for index in dense) if self.sparse else self.specs))
         self.control_first = len(members) > 1 and num_bytes > CONTROL_FIRST_BYTES
 
         # The bucket with the control slots comes first, since its result says what to make of the others.
@@ -248,7 +270,7 @@ class Layout:
         self.buckets = [
             Bucket(
                 indices,
-                [self.specs[index] for index in indices],
+                list(map(self.specs.__getitem__, indices)),
                 self.params[indices[0]].device,
                 num_slots if carrier is not None and number == 0 else 0,
             )
@@ -263,6 +285,15 @@ class Layout:
     def named(self, indices: Iterable[int]) -> list[tuple[str, Tensor]]:
         """Returns names and tensors of some of the parameters."""
         return [(self.names[index], self.params[index]) for index in indices]
+
+    def specs_by_name(self) -> dict[str, ParamSpec]:
+        """Returns the parameters by name, in its order."""
+        return dict(zip(self.names, self.specs, strict=True))
+
+    def has_name(self, name: str) -> bool:
+        """Returns whether it has a parameter of that name."""
+        position = bisect_left(self.names, name)
+        return position < len(self.names) and self.names[position] == name
 
     def gradient_buffers(self) -> dict[int, Tensor]:
         """Returns where the gradient of each dense parameter may be left, so that it need not be copied: by id."""
@@ -283,8 +314,8 @@ def _split(
 ) -> list[list[int]]:
     """Returns the members of each bucket: one dtype and device, below the size or as the user has grouped them."""
     # The usual case, which a model that grows asks for at each of its parameters.
-    kinds = {(specs[index].dtype, specs[index].device) for index in indices}
-    if not groups and len(kinds) == 1 and sum(specs[index].num_bytes for index in indices) <= bucket_mib * MIB:
+    chosen = specs if len(indices) == len(specs) else [specs[index] for index in indices]
+    if not groups and len(set(map(_kind, chosen))) == 1 and sum(map(_num_bytes, chosen)) <= bucket_mib * MIB:
         return [list(indices)]
 
     if isinstance(groups, int):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import compress
+from operator import is_not
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -214,9 +216,9 @@ class Reducer:
         self.num_agreements += 1
         before = self.specs
         self.specs = self._agreement.renegotiate(changes, before)
-        replaced = {name for name, spec in self.specs.items() if before.get(name) is not spec}
-        self._hook.forget(replaced | (before.keys() - self.specs.keys()))
+        self._hook.forget(_changed_names(before, self.specs))
         self._use_layout(build_layout(self))
+        self.specs = self.layout.specs_by_name()  # in order, so that the next layout has only what is new to sort
 
     def _use_layout(self, layout: Layout) -> None:
         self.layout = layout
@@ -363,6 +365,12 @@ def is_alone(reducer: Reducer, local: LocalGradients) -> bool:
         and reducer._overlap is None
         and not is_joining(reducer.backend)
     )
+
+
+def _changed_names(before: Mapping[str, ParamSpec], after: Mapping[str, ParamSpec]) -> set[str]:
+    """Returns the names of the parameters that are new, replaced or gone."""
+    replaced = compress(after, map(is_not, after.values(), map(before.get, after)))
+    return set(replaced) | (before.keys() - after.keys())
 
 
 def build_layout(reducer: Reducer) -> Layout:

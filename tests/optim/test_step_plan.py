@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import distopt.optim
-from distopt.optim import SGD, Adam
+from distopt.optim import SGD, Adam, FlatGradients
+from distopt.optim.grouping import Grouping
 from distopt.optim.groups import PackedGroup
-from distopt.optim.step_plan import all_finite
+from distopt.optim.step_plan import Planner, all_finite
 from tests.optim.trajectories import flat_gradients, groups, reference, start, stepped
 
 pytestmark = pytest.mark.usefixtures("loops")
@@ -150,3 +151,68 @@ def test_no_bit_follows_from_the_order_in_which_gradients_come(name):
     expected = run(range(12))
     for seed in range(4):
         assert torch.equal(run(torch.randperm(12, generator=torch.Generator().manual_seed(seed)).tolist()), expected)
+
+
+GROWING = {
+    "Adam": ({"lr": 0.1}, {"global_norm": 1.0}),
+    "ClippedAdam": ({"lr": 0.1, "lrd": 0.97}, {"clip_norm": 0.3}),
+    "SGD": ({"lr": 0.1, "momentum": 0.9}, {}),
+    "NAdam": ({"lr": 0.1}, {}),  # which is not packed across step counts
+}
+
+
+def _grow_by_handing_over(name, numel, num_buffers, num_calls=40):
+    """Returns the values after calls with one to three new parameters, in no order of names, and how it was planned."""
+    pyro.clear_param_store()
+    optim = getattr(distopt.optim, name)(*GROWING[name])
+    generator = torch.Generator().manual_seed(0)
+    flats: list[FlatGradients] = []
+    for call in range(num_calls):
+        new = range(call, call + 1 + call % 3) if call < num_calls - 5 else ()
+        for index in new:
+            pyro.param(f"{(10 * call + index) * 7919 % 100_003:06d}", torch.ones(1 + index % numel))
+        if new:
+            by_name = sorted(pyro.get_param_store().named_parameters())
+            buffers = [by_name[first::num_buffers] for first in range(num_buffers)]
+            flats = [FlatGradients(*zip(*named, strict=True), torch.empty(0)) for named in buffers if named]
+        numels = [flat.offsets()[-1] for flat in flats]
+        flats = [f._replace(buffer=torch.randn(n, generator=generator)) for f, n in zip(flats, numels, strict=True)]
+        optim.clip_and_step(flats)
+    return {key: p.detach().clone() for key, p in sorted(pyro.get_param_store().named_parameters())}
+
+
+@pytest.mark.parametrize("name", GROWING)
+@pytest.mark.parametrize(("numel", "num_buffers"), [(3, 1), (600, 1), (3, 2)])
+def test_plan_that_is_extended_by_new_parameters_steps_bit_by_bit_as_a_new_one(name, numel, num_buffers, monkeypatch):
+    num_arranged = 0
+    arrange = Grouping.arrange
+
+    def counted(*args):
+        nonlocal num_arranged
+        num_arranged += 1
+        return arrange(*args)
+
+    monkeypatch.setattr(Grouping, "arrange", counted)
+    extended = _grow_by_handing_over(name, numel, num_buffers)
+    if name != "NAdam" and num_buffers == 1:
+        assert num_arranged < 20, "what a call costs besides its step must follow from what is new"
+    monkeypatch.setattr(Planner, "_extended_plan", lambda *_: None)
+    planned = _grow_by_handing_over(name, numel, num_buffers)
+    assert extended.keys() == planned.keys()
+    assert all(torch.equal(extended[key], planned[key]) for key in planned)
+
+
+def test_parameter_that_returns_while_a_model_grows_resumes_with_its_state():
+    """Not all that seem new to a plan are new to the optimizer."""
+    results = []
+    for hands_over in (True, False):
+        params = start(torch.float64)
+        optim = Adam({"lr": 0.1})
+        optim.set_state(stepped(params).get_state())
+        for count in (3, 4, 5, 8, 6, 8, 8):
+            chosen = params[:count]
+            for p in chosen:
+                p.grad = torch.full_like(p, count)
+            optim.clip_and_step([flat_gradients(chosen)]) if hands_over else optim(chosen)
+        results.append([p.detach().clone() for p in params])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)

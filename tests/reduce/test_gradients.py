@@ -26,7 +26,7 @@ from distopt.reduce.gradients import (
     collect_gradients,
     move_out_of_buckets_,
 )
-from distopt.reduce.layout import LARGE_NUMEL, Layout, ParamSpec
+from distopt.reduce.layout import AVERAGE_PREFIX, LARGE_NUMEL, Layout, ParamSpec
 from distopt.reduce.messages import NUM_SLOTS, read_summary
 from distopt.reduce.running_averages import RunningAverages
 from distopt.sharding import LocalParameter, PlateShard, mark_local
@@ -133,6 +133,28 @@ def test_parameters_that_are_new_replaced_or_without_gradient_are_told_apart() -
     replaced = param_with_gradient("x", torch.ones(2))
     local = collect_gradients([replaced, y], layout, DroppedGradients(), RunningAverages())
     assert list(local.changes) == ["x"]
+
+
+def test_known_parameters_are_complete_beside_new_ones() -> None:
+    x, y = param_with_gradient("x", torch.ones(2)), param_with_gradient("y", torch.ones(3))
+    layout = layout_of("x", "y")
+    new, other = param_with_gradient("new", torch.ones(1)), param_with_gradient("z", torch.ones(4))
+    local = collect_gradients([new, y, other, x], layout, DroppedGradients(), RunningAverages())
+    assert local.complete and local.addresses is not None
+    assert [gradient is param.grad for gradient, param in zip(local.gradients, (x, y), strict=True)] == [True, True]
+    assert {name: param for name, (param, _) in local.changes.items()} == {"new": new, "z": other}
+
+    average = pyro.param(f"{AVERAGE_PREFIX}x", torch.zeros(1)).unconstrained()
+    local = collect_gradients([x, average, y], layout, DroppedGradients(), RunningAverages())
+    assert list(local.changes) == [f"{AVERAGE_PREFIX}x"] and local.complete
+
+
+def test_parameter_that_is_given_twice_does_not_stand_for_one_that_is_not_given() -> None:
+    x, y = param_with_gradient("x", torch.ones(2)), param_with_gradient("y", torch.ones(3))
+    local = collect_gradients([x, x], layout_of("x", "y"), DroppedGradients(), RunningAverages())
+    assert not local.complete
+    assert local.gradients[0] is x.grad and local.gradients[1] is None
+    assert y.grad is not None
 
 
 def test_parameter_outside_of_the_store_is_an_error() -> None:

@@ -16,7 +16,7 @@ from distopt.optim import (
     DistributedOptimizer,
     ReduceOptions,
 )
-from distopt.reduce.layout import Layout, ParamSpec
+from distopt.reduce.layout import AVERAGE_PREFIX, Layout, ParamSpec
 from distopt.reduce.messages import NUM_SLOTS
 from tests.reduce.steps import Values, by_rank, random_values, step_with, store_values, unconstrained
 from tests.workers import Ranks
@@ -160,3 +160,23 @@ def test_complex_gradients_are_pairs_of_real_numbers_in_their_bucket() -> None:
     bucket.fill_([gradient], 1.0, complete=True)
     assert torch.equal(bucket.views[0], gradient)
     assert torch.equal(bucket.flat.view(2, 2, 2), torch.view_as_real(gradient))
+
+
+def test_layout_is_the_same_in_whatever_order_parameters_have_come() -> None:
+    names = ["b", f"{AVERAGE_PREFIX}x", "a", f"{AVERAGE_PREFIX}", "z", "__a", "a$$$b", f"{AVERAGE_PREFIX[:-1]}"]
+    layouts = [layout_of(specs_of(**dict.fromkeys(order, (2,)))) for order in (names, names[::-1], sorted(names))]
+    assert {layout.names for layout in layouts} == {tuple(sorted(names))}
+    for layout in layouts:
+        assert [layout.names[index] for index in layout.averages] == [AVERAGE_PREFIX, f"{AVERAGE_PREFIX}x"]
+        assert [layout.index[id(param)] for param in layout.params] == list(range(len(names)))
+        assert all(map(layout.has_name, names))
+        assert not any(map(layout.has_name, ("", "c", "zz", "__")))
+
+
+def test_bucket_tells_addresses_that_it_holds_from_those_around_it() -> None:
+    (bucket,) = layout_of(specs_of(a=(3,), b=(0,), c=(2, 2))).buckets
+    first = bucket.flat.data_ptr()
+    assert bucket.addresses == [first, -1, first + 12]
+    assert bucket.may_hold([0, first + 12]) and bucket.may_hold([first])
+    assert not bucket.may_hold([0, first - 4, first + 28])
+    assert bucket.holds(bucket.addresses) and not bucket.holds([first + 4, -1, first + 12])
