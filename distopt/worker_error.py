@@ -124,7 +124,7 @@ def _may_heal(error: BaseException) -> bool:
     return bool(names & _MAY_HEAL) or "OSError" in names or is_of_device or _may_pass(error)
 
 
-def may_pass(text: str) -> bool:
+def message_may_pass(text: str) -> bool:
     """Returns whether an error's message tells of a connection, a disk or memory, which may be there later."""
     return _OF_CONNECTIONS.search(text) is not None or "Input/output error" in text or "Stale file handle" in text
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Self
 
 from distopt.launchers import LOGS, USAGE_ERROR
-from distopt.worker_error import MAX_TEXT, WorkerError, may_pass
+from distopt.worker_error import MAX_TEXT, WorkerError, message_may_pass
 
 # The line above each attempt. It is matched as a whole, since a worker's output may have lines of dashes as well.
 HEADER = re.compile(rb"^--- \d{4}-\d\d-\d\dT\S+ rank \d+ of \d+, attempt \d+")
@@ -160,7 +160,7 @@ def final_error(run_dir: Path, rank: int, status: int) -> WorkerError | None:
     line = last_line(run_dir, rank).strip()
     lines = traceback_of(run_dir, rank)
     frames = [match for each in lines if (match := _FRAME.match(each))]
-    is_code = status == 1 and bool(frames) and bool(_NEVER_HEALS.match(line)) and not may_pass(line)
+    is_code = status == 1 and bool(frames) and bool(_NEVER_HEALS.match(line)) and not message_may_pass(line)
     if not (is_code or status == USAGE_ERROR):
         return None
     location = f"{frames[-1]['file']}:{frames[-1]['line']}" if is_code else ""
