@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from distopt.config import ConfigError, checkpoints_of, differences, dump_yaml
+from distopt.config.compare import ABSENT
 from distopt.read_only_server import Answer, ReadOnlyServer, text_answer
 from distopt.run_files import MANIFEST, checkpoints_in, read_facts, read_metrics, step_of
 
 from . import runs
 from .progress import progress_of
-from .status import state_of
+from .status import state_of, strict_json
 from .worker.rank_log import log_of
 
 PAGE = Path(__file__).with_name("ui.html")
@@ -207,11 +208,11 @@ def _yaml(run: Path) -> str:
 
 
 def _shown(value: Any) -> str:
-    return str(value) if isinstance(value, str) else json.dumps(value, default=repr)
+    return str(value) if isinstance(value, str) or value is ABSENT else json.dumps(value)
 
 
 def _json(value: Any) -> Answer:
-    return HTTPStatus.OK, "application/json", json.dumps(value, allow_nan=False).encode()
+    return HTTPStatus.OK, "application/json", strict_json(value).encode()
 
 
 def _unknown(query: Mapping[str, str]) -> Answer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, compress
@@ -282,6 +282,10 @@ class Layout:
         slots = self.buckets[0].slots
         assert slots is not None
         self.slots = slots
+
+    def named(self, indices: Iterable[int]) -> list[tuple[str, Tensor]]:
+        """Returns names and tensors of some of the parameters."""
+        return [(self.names[index], self.params[index]) for index in indices]
 
     def specs_by_name(self) -> dict[str, ParamSpec]:
         """Returns the parameters by name, in its order."""

@@ -27,7 +27,8 @@ h1 { margin: 0 0 .3rem; } h2 { margin: 2.6rem 0 .6rem; font-size: 1.25rem; }
 p.quiet, figcaption, caption { color: var(--quiet); font-size: .9rem; text-align: left; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .6rem 0; }
 th, td { padding: .22rem .9rem .22rem 0; text-align: right; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
+th:first-child, td:first-child, .texts td { text-align: left; } th { font-weight: 600; }
+.scroll { overflow-x: auto; }
 caption { caption-side: bottom; padding-top: .4rem; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; background: var(--paper); border-radius: 6px; }
 pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--line); border-radius: 6px; font-size: .85rem; }
@@ -82,20 +83,22 @@ class Report:
         *,
         printed: bool = True,
     ) -> None:
-        """Adds a table of texts; the first column is aligned to the left, the others to the right.
+        """Adds a table of texts; the first column is aligned to the left, the others to the right as numbers are.
 
         Args:
             title: What the table shows, in a few words.
-            columns: The headings of the columns.
+            columns: The headings of the columns; none for a table of facts, whose columns are all texts.
             rows: Each has one text per column.
             note: How to read the table; it is shown below.
             printed: Whether it is printed on the terminal, too.
         """
         head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+        kind, head = ("", f"<thead><tr>{head}</tr></thead>") if columns else (' class="texts"', "")
         body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
         caption = f"<caption>{html.escape(note)}</caption>" if note else ""
         self.heading(title)
-        self._sections.append(f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+        # A page that is wider than a phone is small print there, or scrolls with all of its text.
+        self._sections.append(f'<div class="scroll"><table{kind}>{caption}{head}<tbody>{body}</tbody></table></div>')
         if self._console is None or not printed:
             return
 
@@ -158,7 +161,7 @@ def elbo_figure(history: Sequence[dict[str, Any]], num_rows: int | None) -> Any:
     from matplotlib.figure import Figure
 
     points = [(row["step"], row["elbo"] / (num_rows or 1)) for row in history if row.get("elbo") is not None]
-    figure = Figure(figsize=(9, 3))
+    figure = Figure(figsize=(9, 3), layout="constrained")
     axes = figure.subplots()
     if points:
         steps, elbo = zip(*points, strict=True)
@@ -185,7 +188,7 @@ def curves_figure(curves: Mapping[str, Sequence[tuple[int, float]]], label: str)
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3))
+    figure = Figure(figsize=(9, 3), layout="constrained")
     axes = figure.subplots()
     for name, points in curves.items():
         if points:
@@ -201,7 +204,7 @@ def points_figure(points: Sequence[tuple[float, float]], x_label: str, y_label: 
     """Returns a matplotlib figure of points; the horizontal axis is logarithmic where they span more than a decade."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3))
+    figure = Figure(figsize=(9, 3), layout="constrained")
     axes = figure.subplots()
     horizontal = [x for x, _ in points]
     axes.plot(*zip(*points, strict=True), "o", color="#2563a8", alpha=0.7)
@@ -220,7 +223,7 @@ def params_figure(params: Mapping[str, Tensor]) -> Any:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 0.9 + 0.28 * len(params)))
+    figure = Figure(figsize=(9, 0.9 + 0.28 * len(params)), layout="constrained")
     axes = figure.subplots()
     for line, value in enumerate(params.values()):
         elements = value.reshape(-1).tolist()

@@ -18,7 +18,7 @@ from distopt.checkpoint import CheckpointError
 from distopt.config import ConfigError, RunConfig, differences, dump_yaml
 from distopt.launchers import METRICS_FILE
 from distopt.rng import seed_all
-from distopt.run_files import read_metrics
+from distopt.run_files import read_facts, read_metrics
 from distopt.sharding import local_parameters
 from distopt.train.facts import paces_of
 from distopt.train.report import Report, curves_figure, elbo_figure, paces_table, params_figure, points_figure
@@ -34,6 +34,31 @@ MAX_CURVES = 12
 
 RESULT_ERRORS = (CheckpointError, ConfigError, TaskError, OSError)
 """What reading the results of a run raises, with a message for users."""
+
+
+def report_of_loop(
+    config: RunConfig, console: Console | None, task: Task | None, *, step: int, num_rows: int | None
+) -> str:
+    """Writes the report of a run whose loop has ended; returns a line that says where it is.
+
+    A disk that is full ends no run that is done.
+
+    Args:
+        config: The run.
+        console: Where its texts and tables are printed, too.
+        task: As for `fill_report`.
+        step: Steps done.
+        num_rows: As for `fill_report`.
+    """
+    report = Report(config.name, console, read_metrics(config.run_dir))
+    fill_report(report, config, task, read_facts(config.run_dir), step=step, num_rows=num_rows)
+
+    path = config.run_dir / REPORT
+    try:
+        report.write(path)
+    except OSError as error:
+        return f"no report: {path} cannot be written: {error.strerror}"
+    return f"report: {path}"
 
 
 def fill_report(
@@ -137,6 +162,8 @@ def _facts_section(report: Report, config: RunConfig, facts: Mapping[str, Any], 
         ["began", _local_time(facts.get("began_at"))],
         ["trained for", "" if trained_s is None else str(timedelta(seconds=round(trained_s)))],
         ["steps", f"{step:,} of {config.train.num_steps:,}"],
+        ["ended early", str(facts.get("early_stop") or "")],
+        ["best checkpoint", f"step {facts['best_step']:,}" if facts.get("best_step") else ""],
         ["starts of the workers", str(facts.get("num_starts", ""))],
         ["task", str(config.task or config.script)],
         ["seed", str(config.seed)],
@@ -144,7 +171,7 @@ def _facts_section(report: Report, config: RunConfig, facts: Mapping[str, Any], 
         ["versions", ", ".join(f"{name} {version}" for name, version in versions.items())],
         ["commit", str(facts.get("commit") or "none")],
     ]
-    report.table("The run", ["", ""], [row for row in rows if row[1]], printed=False)
+    report.table("The run", [], [row for row in rows if row[1]], printed=False)
 
 
 def _local_time(text: Any) -> str:

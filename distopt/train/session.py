@@ -26,7 +26,6 @@ from distopt.config.schema import RUN_NAME_PATTERN
 from distopt.launchers import CONFIG_FILE, CONFIG_VARIABLE, RUN_DIR_VARIABLE, find_rank
 from distopt.optim import DistributedOptimizer, PyroOptim
 from distopt.rng import seed_all
-from distopt.run_files import read_facts, read_metrics
 from distopt.train.components import make_loggers, refused
 from distopt.train.facts import Facts
 from distopt.train.loggers import Logger, Loggers, RunInfo, printer
@@ -34,9 +33,8 @@ from distopt.train.loop_end import LoopEnd
 from distopt.train.measurements import Measurements
 from distopt.train.monitor import PaceMeter, RankPace, Status, describe_straggler
 from distopt.train.recorded_config import recorded_config, without_secrets
-from distopt.train.report import Report
 from distopt.train.resume import describe_restored, which_checkpoint
-from distopt.train.run_page import REPORT, fill_report
+from distopt.train.run_page import report_of_loop
 from distopt.train.serve import serving
 from distopt.train.signals import StopSignals
 from distopt.train.task import Task
@@ -159,11 +157,13 @@ class Session:
             outcome: Literal["done", "stopped"] = "done" if self.is_done else "stopped"
             self._loggers.finish(outcome)
             self._checkpointer.wait()
-        self._facts.note(outcome=outcome, step=self._last_step)
+        self._facts.note(
+            outcome=outcome, step=self._last_step, early_stop=self.early_stop, best_step=self.validation.best_step
+        )
         self.status.progress()
 
-        if self._end.is_left and self.is_done:
-            self.print(f"the loop was left after step {self._last_step:,} of {self.config.train.num_steps:,}")
+        if self.early_stop is not None:
+            self.print(f"stopped early after step {self._last_step:,}: {self.early_stop}")
         if self._end.is_stopped and not self.is_done:
             self.print(f"stopped after step {self._last_step:,}; run the same command again to resume")
             if self.ends_process:
@@ -179,9 +179,14 @@ class Session:
     @property
     def is_done(self) -> bool:
         """Whether the run has nothing left to do: its last step is done, it has stopped early, or its loop was left."""
-        is_left = self._end.is_left and not self._end.is_stopped
-        is_early = self.validation.early_stop is not None
-        return is_left or is_early or self._last_step >= self.config.train.num_steps
+        return self.early_stop is not None or self._last_step >= self.config.train.num_steps
+
+    @property
+    def early_stop(self) -> str | None:
+        """Why the run has nothing left to do before its last step; None while it has."""
+        if self._end.is_left and not self._end.is_stopped:
+            return "the script left its loop"
+        return self.validation.early_stop
 
     # Before the first step.
 
@@ -253,9 +258,7 @@ class Session:
             self._last_step += 1
             self._after_step(self._last_step)
 
-        if self.validation.early_stop is not None:
-            self.print(f"stopped early after step {self._last_step:,}: {self.validation.early_stop}")
-        elif self.first_step >= num_steps:
+        if self.first_step >= num_steps:
             self.print(f"all {num_steps:,} steps were done before")
 
     def log(self, **values: float) -> None:
@@ -329,19 +332,9 @@ class Session:
             task: Adds its results; None shows the parameters.
             num_rows: Rows of the training set, by which the ELBO is divided.
         """
-        config = self.config
-        if self.backend.rank != 0:
-            return
-        report = Report(config.name, self.console, read_metrics(config.run_dir))
-        fill_report(report, config, task, read_facts(config.run_dir), step=self._last_step, num_rows=num_rows)
-
-        path = config.run_dir / REPORT
-        try:
-            report.write(path)
-        except OSError as error:
-            self.print(f"no report: {path} cannot be written: {error.strerror}")
-        else:
-            self.print(f"report: {path}")
+        if self.backend.rank == 0:
+            page = report_of_loop(self.config, self.console, task, step=self._last_step, num_rows=num_rows)
+            self.print(page)
 
 
 def _validation(

@@ -117,6 +117,12 @@ class _AdaptedTask(Task):
         self.guide = task.guide
         self.sharded = getattr(task, "sharded", Task.sharded)
 
+    def __getattr__(self, name: str) -> Any:
+        # What `load_run` returns as the task has all that the user's class has.
+        if name == "_task":  # not there yet, as while it is copied
+            raise AttributeError(name)
+        return getattr(self._task, name)
+
     def rows(self) -> int:
         return int(self._task.rows())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -23,6 +24,14 @@ def test_launcher_imports_neither_torch_nor_pyro_nor_the_config_for_its_help():
     assert done.returncode == 0
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert not imported & {"torch", "pyro", "numpy", "omegaconf", "yaml", "pydantic", "rich", "distopt.config"}
+
+
+@pytest.mark.parametrize(("typed", "completed"), [("distopt la", "launch"), ("distopt config sc", "schema")])
+def test_shell_completes_commands(typed, completed):
+    variables = {"_DISTOPT_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    command = [sys.executable, "-c", "import sys; sys.argv = ['distopt']; from distopt.launch.cli import main; main()"]
+    done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [completed], done.stderr
 
 
 def test_dry_run_imports_neither_torch_nor_pyro(tmp_path):

@@ -57,6 +57,16 @@ def test_table_follows_runs_until_all_have_ended_and_shows_those_that_come_later
     assert "1,000 of 2,000" in shown and "-1,234" in shown and "done" in shown
 
 
+def test_narrow_table_folds_names_and_loses_no_end_of_one(run, monkeypatch, capsys):
+    long = run.rename(run.parent / "sales-of-the-year-by-shop-and-week-017")
+    (long / "config.yaml").write_text(f"name: flights\nscript: train.py\nrun_dir: {long}\n")
+    monkeypatch.setenv("COLUMNS", "80")
+    status.watch(lambda: [long])
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out).splitlines()
+    assert max(map(len, lines)) <= 80 and "rows/s" not in lines[0] and "-1,234" in "".join(lines)
+    assert str(long) in "".join(line[: line.find("  ")] if "done" in line else line.strip() for line in lines[2:])
+
+
 def test_interrupt_ends_the_table_without_an_error(run, monkeypatch):
     def interrupted():
         raise KeyboardInterrupt

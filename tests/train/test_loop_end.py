@@ -46,7 +46,7 @@ def test_left_loop_is_done_with_a_checkpoint_of_the_last_step_taken(tmp_path, ca
             if step == 3:
                 break
     assert kept(tmp_path) == [f"step-0000000{last}"] and (tmp_path / "report.html").exists()
-    assert f"the loop was left after step {last} of 9" in capsys.readouterr().out
+    assert f"stopped early after step {last}: the script left its loop" in capsys.readouterr().out
     assert (read_facts(tmp_path)["outcome"], read_facts(tmp_path)["step"]) == ("done", last)
     assert [row["step"] for row in read_metrics(tmp_path)] == ([last] if leaves_after_its_step else [])
 
@@ -105,7 +105,9 @@ def test_rank_that_leaves_its_loop_takes_the_others_with_it(tmp_path: Path) -> N
     command = [str(BIN / "distopt"), "launch", "fit.yaml", "log.tensorboard=false"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "the loop was left after step 5 of 50" in done.stdout and kept(tmp_path / "runs/fit") == ["step-00000005"]
+    assert "stopped early after step 5: the script left its loop" in done.stdout and kept(tmp_path / "runs/fit") == [
+        "step-00000005"
+    ]
     first, second = ((tmp_path / f"rank-{rank}.txt").read_text().partition(": ")[2] for rank in (0, 1))
     assert first == second
     assert read_facts(tmp_path / "runs/fit")["outcome"] == "done"

@@ -58,6 +58,14 @@ def test_page_needs_no_other_file_and_holds_what_was_added_in_order(tmp_path: Pa
     assert page.sources and all(source.startswith("data:image/svg+xml;base64,") for source in page.sources)
 
 
+def test_table_of_facts_has_no_headings_and_scrolls_alone_on_a_phone(tmp_path: Path) -> None:
+    report = Report("facts")
+    report.table("The run", [], [["began", "2026-01-02"], ["versions", "distopt 1, pyro 2"]], printed=False)
+    write(report, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert '<div class="scroll"><table class="texts"><tbody><tr><td>began</td>' in page and "<th>" not in page
+
+
 def test_text_of_the_task_cannot_become_markup(tmp_path: Path) -> None:
     evil = '<script>alert("x")</script> & "quotes"'
     report = Report(evil)

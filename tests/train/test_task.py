@@ -116,6 +116,9 @@ def test_members_of_a_class_without_the_base_class_are_used() -> None:
     assert task.sharded and ShardedByName.collected == 1
     assert task.model is task.guide
     assert task.batch(np.arange(2))[0].tolist() == [0, 1]
+    assert task.collected == 1  # whatever else the user's object has, for who takes it from `load_run`
+    with pytest.raises(AttributeError, match="colected"):
+        task.colected  # noqa: B018
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def test_run_stops_early_with_its_best_checkpoint_kept(on_two: Path) -> None:
     row = read_metrics(on_two)[-1]
     assert row["validation/rows"] == 701 and row["validation/rank"] == 0.5
     assert row["lr"] == 0.05 and row["train_s"] > 0 and -4 < row["slope"] < 0
-    assert (on_two / "report.html").exists()
+    facts = dict(re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td></tr>", (on_two / "report.html").read_text()))
+    assert facts["best checkpoint"] == f"step {decided['best']}" and "has not improved in 3" in facts["ended early"]
 
 
 def test_decisions_are_the_same_on_another_number_of_workers(on_two: Path, tmp_path: Path) -> None:
@@ -85,7 +87,7 @@ def test_decisions_are_the_same_on_another_number_of_workers(on_two: Path, tmp_p
 
 @pytest.mark.slow
 def test_decisions_are_the_same_on_four_workers(on_two: Path, tmp_path: Path) -> None:
-    launch_well(judged(tmp_path), "launch.workers=4")
+    launch_well(judged(tmp_path), "launch.workers=4", "launch.oversubscribe=true")
     assert outcome(tmp_path / "run") == outcome(on_two)
 
 
@@ -158,7 +160,8 @@ def test_loop_of_a_script_decides_as_a_task_on_several_workers(on_two: Path, tmp
     keys = yaml.safe_load(config(tmp_path, **rules, script=str(tmp_path / "fit.py")).read_text())
     del keys["task"]
     (tmp_path / "line.yaml").write_text(yaml.safe_dump(keys))
-    launch_well(tmp_path / "line.yaml", f"launch.workers={num_workers}", f"launch.env={{PYTHONPATH: {ROOT}}}")
+    more = [f"launch.workers={num_workers}", "launch.oversubscribe=true", f"launch.env={{PYTHONPATH: {ROOT}}}"]
+    launch_well(tmp_path / "line.yaml", *more)
     assert outcome(tmp_path / "run") == outcome(on_two)
 
 
