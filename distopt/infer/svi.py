@@ -82,7 +82,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         num_steps: int = 0,
         *,
         weight: float = 1.0,
-        capture: CaptureMode = "auto",
+        capture: CaptureMode = "off",
         **kwargs: Any,
     ) -> None:
         if capture not in get_args(CaptureMode):

@@ -169,9 +169,9 @@ def test_scaled_steps_are_captured_and_follow_the_scale():
     torch.testing.assert_close(train("graph"), train("off"))
 
 
-def test_auto_is_the_default_and_leaves_every_100th_step_to_pyro():
+def test_auto_leaves_every_100th_step_to_pyro():
     pyro.clear_param_store()
-    svi = SVI(hierarchy, AutoNormal(hierarchy), DistributedOptimizer(Adam({"lr": 0.05})), Trace_ELBO())
+    svi = SVI(hierarchy, AutoNormal(hierarchy), DistributedOptimizer(Adam({"lr": 0.05})), Trace_ELBO(), capture="auto")
     counts = []
     for _ in range(201):
         svi.step(DATA)
