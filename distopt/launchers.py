@@ -309,10 +309,11 @@ def find_rendezvous(info: RankInfo, environ: Mapping[str, str] | None = None) ->
         address = first_host(environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_NODELIST", "127.0.0.1")))
     if port is None and job is not None and job.isdecimal():
         # Below the ephemeral ports, which start at 32768 on Linux; the step keeps two steps of a job apart.
-        port = str(15000 + (int(job) * 16 + int(environ.get("SLURM_STEP_ID", "0")) % 16) % 15000)
+        step = environ.get("SLURM_STEP_ID", "0")
+        port = str(15000 + (int(job) * 16 + (int(step) if step.isdecimal() else 0) % 16) % 15000)
 
     if info.launcher == "SkyPilot":
-        address = address or environ["SKYPILOT_NODE_IPS"].split()[0]
+        address = address or next(iter(environ["SKYPILOT_NODE_IPS"].split()), None)
         port = port or str(RENDEZVOUS_PORT)
 
     if address is None or port is None:

@@ -64,7 +64,7 @@ class WorkerError:
 # may be gone when the same is tried again is of files and connections, of memory and devices, and of ranks that are
 # lost. A run that has taken a step has shown that its configuration and its code work, so others are permanent only
 # before that. In doubt an error may heal: one that does not comes again, and `repeats` tells.
-_NEVER_HEALS = frozenset({"ConfigError", "ConfigMismatchError", "ImportError", "SyntaxError"})
+_NEVER_HEALS = frozenset({"ConfigError", "ConfigMismatchError", "ImportError", "LauncherError", "SyntaxError"})
 _MAY_HEAL = frozenset(
     {"MemoryError", "BackendError", "PeerError", "CheckpointError", "OutOfMemoryError", "AcceleratorError"}
 )
@@ -122,6 +122,11 @@ def _may_heal(error: BaseException) -> bool:
         return False
     is_of_device = _OF_DEVICES.search(_ON_GPU.sub("", str(error))) is not None
     return bool(names & _MAY_HEAL) or "OSError" in names or is_of_device or _may_pass(error)
+
+
+def message_may_pass(text: str) -> bool:
+    """Returns whether an error's message tells of a connection, a disk or memory, which may be there later."""
+    return _OF_CONNECTIONS.search(text) is not None or "Input/output error" in text or "Stale file handle" in text
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -203,7 +203,9 @@ def _infiniband(folder: Path = INFINIBAND) -> Finding:
 def _run_dir(config: RunConfig) -> Finding:
     """Writes, renames and removes a file where checkpoints will be."""
     run_dir = config.run_dir.resolve()
-    folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
+    folder = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    if not folder.is_dir():
+        return Finding("run_dir", f"{folder} is a file", "choose another run_dir")
     probe = folder / f".distopt-doctor-{os.getpid()}"
     try:
         probe.write_text("")

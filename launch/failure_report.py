@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
 from distopt.config import checkpoints_of
 from distopt.launchers import LOGS
 from distopt.run_files import checkpoints_in
+from distopt.worker_error import read_error
 
-from .worker.events import STOPPED_STATUSES, End, Event, Start
+from .worker.events import STOPPED_STATUSES, End, Event, Start, error_file
 from .worker.rank_log import last_attempt_lines, last_line, last_lines, log_of, traceback_of
 
 # One death brings down all ranks within seconds, and the first to end is often not the one to blame: a rank that has
@@ -118,6 +120,7 @@ def describe_failure(
     """
     ends = _last_ends(events)
     reports = _reports(run_dir, ends)
+    ends |= _unrecorded_ends(run_dir, events, ends, reports)
     blamed = _blame(run_dir, ends, reports)
     silent = [event for event in events if isinstance(event, Start) and event.rank not in ends]
     blames_silent = bool(silent) and all(_is_from_peer(run_dir, end, reports) for end in blamed)
@@ -166,6 +169,27 @@ def resume_hint(run_dir: Path, *, is_final: bool = False) -> str:
 
 def _last_ends(events: Sequence[Event]) -> dict[int, End]:
     return {event.rank: event for event in events if isinstance(event, End)}
+
+
+def _unrecorded_ends(
+    run_dir: Path, events: Sequence[Event], ends: dict[int, End], reports: dict[int, re.Match[str]]
+) -> dict[int, End]:
+    """Returns the ends of workers that failed, as they or others tell, and whose supervisor recorded no end.
+
+    Open MPI's mpirun kills all supervisors within a second of the first one's end, which may be that of a rank that has
+    only heard of the error.
+    """
+    sources = {int(match["rank"]) for match in reports.values()}
+    unrecorded = {}
+    for event in events:
+        if not isinstance(event, Start) or event.rank in ends:
+            continue
+        error = read_error(error_file(run_dir, event.rank, event.pid))
+        if error is not None or event.rank in sources:
+            time = event.time if error is None else error.time
+            raised = None if error is None else asdict(error)
+            unrecorded[event.rank] = End(event.rank, event.attempt, event.host, event.pid, time, 1, raised=raised)
+    return unrecorded
 
 
 def _reports(run_dir: Path, ends: Iterable[int]) -> dict[int, re.Match[str]]:

@@ -114,6 +114,11 @@ def _check_logs(logs: Path) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> RunDirectoryError:
+    path = Path(error.filename2 or error.filename or path)
+    if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError):
+        there = next(each for each in (path, *path.parents) if each.exists())
+        kind = "a folder" if there.is_dir() else "a file"
+        return RunDirectoryError(f"run_dir: {there} is {kind}; move it away, or choose another run_dir")
     return RunDirectoryError(
         f"run_dir: {path} cannot be written to: {error.strerror}; choose another run_dir, or change its permissions"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -60,7 +61,20 @@ def as_json(directories: Sequence[Path]) -> str:
                 "progress": None if progress is None else progress.as_json(),
             }
         )
-    return json.dumps(entries, indent=2)
+    return strict_json(entries, indent=2)
+
+
+def strict_json(value: Any, **options: Any) -> str:
+    """Returns a value as JSON; null stands for numbers that JSON has not, as those of a run that has diverged."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def watch(find: Callable[[], Sequence[Path]]) -> None:

@@ -18,7 +18,7 @@ from distopt.run_files import MANIFEST, checkpoints_in, read_facts, read_metrics
 
 from . import runs
 from .progress import progress_of
-from .status import state_of
+from .status import state_of, strict_json
 from .worker.rank_log import log_of
 
 PAGE = Path(__file__).with_name("ui.html")
@@ -212,7 +212,7 @@ def _shown(value: Any) -> str:
 
 
 def _json(value: Any) -> Answer:
-    return HTTPStatus.OK, "application/json", json.dumps(value, allow_nan=False).encode()
+    return HTTPStatus.OK, "application/json", strict_json(value).encode()
 
 
 def _unknown(query: Mapping[str, str]) -> Answer:

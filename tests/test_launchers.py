@@ -8,7 +8,15 @@ from itertools import permutations
 
 import pytest
 
-from distopt.launchers import LAUNCHERS, LauncherError, RankInfo, find_launcher, find_rank, find_rendezvous
+from distopt.launchers import (
+    LAUNCHERS,
+    LauncherError,
+    RankInfo,
+    count_restarts,
+    find_launcher,
+    find_rank,
+    find_rendezvous,
+)
 
 
 def torchrun(rank: int, size: int) -> dict[str, str]:
@@ -216,3 +224,20 @@ def test_import_takes_the_standard_library_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+@pytest.mark.parametrize("value", ["", " ", "x", "-1", "1.5", "9" * 50, "\u00b2", "\u0661", "\udcff", "a b", ","])
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_any_value_of_any_variable_is_understood_or_an_error_of_the_launcher(name, value):
+    whole = ENVIRONMENTS[name](1, 2)
+    more = {"MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_NODELIST", "TORCHELASTIC_RESTART_COUNT"}
+    for variable in whole.keys() | more:
+        changed = whole | {variable: value}
+        assert count_restarts(changed) >= 0
+        try:
+            info = find_rank(changed)
+            if info is not None:
+                assert 0 <= info.rank < info.world_size
+                find_rendezvous(info, changed)
+        except LauncherError as error:
+            assert len(str(error)) < 600

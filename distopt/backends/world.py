@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import Store
 from distopt.backends.base import Backend, BackendError, Handle, Op
 from distopt.backends.heartbeat import BEAT_S, Failure, Heartbeat
 from distopt.launchers import RankInfo
-from distopt.worker_error import record_error
+from distopt.worker_error import is_permanent, record_error
 
 LINGER = timedelta(seconds=3)
 """How long a failing rank stays for the others to read its cause, and they wait for one when a connection closes."""
@@ -273,7 +273,8 @@ class ExitHandler:
         if not issubclass(kind, KeyboardInterrupt):
             # PeerError, which a layer above defines, tells of another rank as well.
             from_peer = any(base.__name__ in ("BackendError", "PeerError") for base in kind.__mro__)
-            record_error(error, from_peer=from_peer)
+            permanent = not from_peer and is_permanent(error, in_first_step=False)
+            record_error(error, from_peer=from_peer, permanent=permanent)
             if not isinstance(error, BackendError):
                 self._world.fail(error)
         self._previous_hook(kind, error, trace)

@@ -22,7 +22,7 @@ from distopt.launchers import TRUSTED_VARIABLE
 
 T = TypeVar("T")
 
-REFERENCE_PATTERN = r"^[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*:[A-Za-z][A-Za-z0-9_]*$"
+REFERENCE_PATTERN = r"^[^\W\d_]\w*(\.[^\W\d]\w*)*:[^\W\d_]\w*$"  # letters of any language, as in Python
 
 
 def trusted_packages() -> list[str]:

@@ -54,7 +54,7 @@ def gather_local(name: str, rows: ArrayLike | None = None, *, backend: Backend |
     gathered = {}
     for key in _parameters_called(name):
         parameter = local_parameters()[key]
-        gathered[key] = _gather(parameter.by_row(store[key].detach()), parameter.plate, rows, backend)
+        gathered[key] = gather_of_plate(parameter.by_row(store[key].detach()), parameter.plate, rows, backend)
     return gathered
 
 
@@ -85,7 +85,7 @@ def gather_rows(
         raise LocalParameterError(
             f"no parameter belongs to a sharded plate {plate!r}; known: {', '.join(sorted(shards)) or 'none'}"
         )
-    return _gather(values.detach().movedim(dim, 0), shards[plate], rows, backend or backends.current())
+    return gather_of_plate(values.detach().movedim(dim, 0), shards[plate], rows, backend or backends.current())
 
 
 def write_local(directory: str | Path, names: Iterable[str] = (), *, backend: Backend | None = None) -> Path:
@@ -188,7 +188,7 @@ def _parameters_called(name: str) -> list[str]:
 # ranks. That sends world_size - 1 zeros for each value, but only of the rows that were asked for, and needs no
 # knowledge of who holds what. A second all-reduce counts the holders of each row, so that rows held twice or nowhere
 # are found and not silently summed.
-def _gather(values: Tensor, plate: PlateShard, rows: ArrayLike | None, backend: Backend) -> Tensor:
+def gather_of_plate(values: Tensor, plate: PlateShard, rows: ArrayLike | None, backend: Backend) -> Tensor:
     """Returns the requested rows of all ranks; `values` are this rank's, rows first."""
     if len(values) != plate.size:
         raise LocalParameterError(

@@ -33,7 +33,31 @@ def unscaled_plates(
         kwargs: Its keyword arguments.
         num_rows: Rows of this rank's share of a batch.
     """
-    sizes = _sizes_unscaled(model, args, kwargs)
+    return _following(model, args, kwargs, num_rows, lambda survey: survey.sizes_of_whole_plates())
+
+
+def plates_of_rows(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], num_rows: int
+) -> list[str]:
+    """Returns the plates over observations that `num_rows` rows are in, also those that say how many there are in all.
+
+    Args:
+        model: As for `unscaled_plates`.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        num_rows: Rows of the batch.
+    """
+    return _following(model, args, kwargs, num_rows, lambda survey: survey.sizes_in_batch())
+
+
+def _following(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    num_rows: int,
+    sizes_of: Callable[[ModelSurvey], dict[str, int]],
+) -> list[str]:
+    sizes = sizes_of(_survey(model, args, kwargs))
     names = [name for name, size in sizes.items() if size == num_rows]
     if len(names) < 2:
         return names
@@ -43,19 +67,18 @@ def unscaled_plates(
         return value[:-1] if has_rows else value
 
     try:
-        fewer = _sizes_unscaled(model, *tree_map(without_last_row, (tuple(args), dict(kwargs))))
+        fewer = sizes_of(_survey(model, *tree_map(without_last_row, (tuple(args), dict(kwargs)))))
     except Exception:  # a model may take whatever it likes
         return names
     return [name for name in names if fewer.get(name) == num_rows - 1] or names
 
 
-def _sizes_unscaled(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the size of each plate over observations that nothing scales."""
+def _survey(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> ModelSurvey:
     state = generators_state(torch.device("cpu"))
+    survey = ModelSurvey()
     try:
-        with torch.no_grad(), preserving_buffers(), poutine.block(), ModelSurvey() as survey:
+        with torch.no_grad(), preserving_buffers(), poutine.block(), survey:
             model(*args, **kwargs)
     finally:
         set_generators_state(state, torch.device("cpu"))
-    observed = [group for group in survey.describe()["observed"] if group["whole"]]
-    return {name: size for group in observed for name, size in zip(group["plates"], group["sizes"], strict=True)}
+    return survey

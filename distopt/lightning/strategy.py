@@ -159,7 +159,8 @@ class DistoptStrategy(ProcessStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Tells the other ranks why this one stops, wherever it was raised."""
         self._distributed.close()
-        if self._backend is not None and isinstance(exception, Exception) and not isinstance(exception, _KNOWN_TO_ALL):
+        # Also of an interrupt or an exit, which may be this rank's alone: the others would wait for it until a timeout.
+        if self._backend is not None and not isinstance(exception, _KNOWN_TO_ALL):
             self._backend.fail(exception)
 
     def _refuse(self, automatic: bool) -> None:

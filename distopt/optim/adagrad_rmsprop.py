@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from distopt.optim.kernels import check_at_least_zero, evaluated, is_fusable, scaled_descent_
+from distopt.optim.kernels import check_at_least_zero, evaluated, is_fusable, rounds_each_operation, scaled_descent_
 
 
 class AdagradRMSProp(pyro.optim.adagrad_rmsprop.AdagradRMSProp):  # type: ignore[misc]
@@ -70,6 +70,9 @@ class AdagradRMSProp(pyro.optim.adagrad_rmsprop.AdagradRMSProp):  # type: ignore
             What `closure` returned, or None.
         """
         loss = evaluated(closure)
+        if rounds_each_operation(self.param_groups):
+            super().step()
+            return loss
         for group in self.param_groups:
             self._step_group(group)
         return loss

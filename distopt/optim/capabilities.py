@@ -86,6 +86,14 @@ def packs(constructor: Any) -> bool:
     return constructor in ELEMENTWISE
 
 
+def packs_exactly(param: torch.Tensor) -> bool:
+    """Returns whether a step changes an element of `param` to the same number wherever it lies in memory.
+
+    Torch's loops on the CPU round 16-bit numbers differently in the rest of a tensor that fills no vector register.
+    """
+    return param.dtype in EXACT_DTYPES or param.device.type != "cpu"
+
+
 def shares(constructor: Any, args: Mapping[str, Any]) -> bool:
     """Returns whether several parameters may be given to one optimizer of this kind."""
     return (constructor in ELEMENTWISE or constructor is DCTAdam) and not args.get("differentiable")
@@ -112,6 +120,14 @@ def switches(
 def drifts(args: Mapping[str, Any]) -> bool:
     """Returns whether the optimizer changes its own hyper-parameters as it steps, as those of Pyro do for `lrd`."""
     return bool(args.get("lrd", 1.0) != 1.0)
+
+
+def acts_without_gradient(constructor: Any, args: Mapping[str, Any]) -> bool:
+    """Returns whether a step may change something for a parameter that has no gradient: its rate, or a user's count.
+
+    `pyro.optim` calls the optimizer of each parameter that it is given. Torch's do nothing then.
+    """
+    return drifts(args) or not getattr(constructor, "__module__", "").startswith(("torch.optim", "distopt.optim"))
 
 
 def check_arguments(args: Mapping[str, Any], where: str) -> None:

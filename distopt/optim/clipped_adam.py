@@ -10,7 +10,15 @@ import pyro.optim.clipped_adam
 import torch
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from distopt.optim.kernels import Hyper, PendingStep, adam_defaults, evaluated, started, step_all_
+from distopt.optim.kernels import (
+    Hyper,
+    PendingStep,
+    adam_defaults,
+    evaluated,
+    rounds_each_operation,
+    started,
+    step_all_,
+)
 
 _SHARED = ("eps", "clip_norm", "weight_decay", "centered_variance")
 
@@ -78,6 +86,9 @@ class ClippedAdam(pyro.optim.clipped_adam.ClippedAdam):  # type: ignore[misc]
             What `closure` returned, or None.
         """
         loss = evaluated(closure)
+        if rounds_each_operation(self.param_groups):
+            super().step()
+            return loss
 
         # Parameter groups that differ in their rate alone, as they do where `lrd` decays it, are one list of steps.
         by_hyper: dict[tuple[Any, ...], list[PendingStep]] = defaultdict(list)

@@ -13,7 +13,15 @@ from pyro.ops.tensor_utils import dct, idct, next_fast_len
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from distopt.optim.kernels import Hyper, PendingStep, adam_defaults, evaluated, started, step_all_
+from distopt.optim.kernels import (
+    Hyper,
+    PendingStep,
+    adam_defaults,
+    evaluated,
+    rounds_each_operation,
+    started,
+    step_all_,
+)
 
 
 class DCTAdam(pyro.optim.dct_adam.DCTAdam):  # type: ignore[misc]
@@ -72,6 +80,9 @@ class DCTAdam(pyro.optim.dct_adam.DCTAdam):  # type: ignore[misc]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step for every parameter that has a gradient; returns what `closure` returned."""
         loss = evaluated(closure)
+        if rounds_each_operation(self.param_groups):
+            super().step()
+            return loss
         by_hyper: dict[tuple[Any, ...], list[tuple[Tensor, float]]] = defaultdict(list)
         for group in self.param_groups:
             group["lr"] *= group["lrd"]

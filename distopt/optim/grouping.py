@@ -9,7 +9,7 @@ from typing import Any
 
 from distopt.optim import joining
 from distopt.optim.aliases import num_forgotten_aliases
-from distopt.optim.capabilities import drifts, name_of, packs, switches
+from distopt.optim.capabilities import drifts, name_of, packs, packs_exactly, switches
 from distopt.optim.groups import Construct, ListGroup, PackedGroup, ParamRecord
 from distopt.optim.packing import num_aliases
 from distopt.optim.staggered import staggers
@@ -63,7 +63,7 @@ class Grouping:
     """
 
     def __init__(self, constructor: Any, construct: Construct, scheduled: bool = False) -> None:
-        self._constructor = constructor
+        self.constructor = constructor
         self._construct = construct
         self._scheduled = scheduled
         self._packed: dict[Hashable, list[PackedGroup]] = defaultdict(list)
@@ -123,8 +123,8 @@ class Grouping:
         if not assignments:
             return
         buckets: dict[tuple[Hashable, ...], list[Assignment]] = defaultdict(list)
-        packing = packing and packs(self._constructor)
-        movable = self._movable([m for m, _ in assignments if packing and not m.alone])
+        packing = packing and packs(self.constructor)
+        movable = self._movable([m for m, _ in assignments if packing and not m.alone and packs_exactly(m.param)])
         for m, state in assignments:
             buckets[self._bucket(m, state, id(m) in movable)].append((m, state))
 
@@ -230,8 +230,8 @@ class Grouping:
         """Raises ValueError unless `state` may be that of `m`."""
         handle = m.group.handle if m.group is not None else self._construct([m.param], m.args)
         hyper = set(optimizer_of(handle).param_groups[0])
-        name = name_of(self._constructor)
-        check_state(m.name, state, m.param, hyper, is_scheduler(handle), name, packs(self._constructor))
+        name = name_of(self.constructor)
+        check_state(m.name, state, m.param, hyper, is_scheduler(handle), name, packs(self.constructor))
 
     def _list_packed(self, members: Sequence[ParamRecord]) -> bool:
         """Lists those of `members` that are packed, so that they can live through a call without a step."""
@@ -316,7 +316,7 @@ class Grouping:
         return sorted(self.extract(members), key=lambda assignment: assignment[0].name)
 
     def _staggers(self, m: ParamRecord) -> bool:
-        return not self._scheduled and staggers(self._constructor, m.args, m.param.dtype)
+        return not self._scheduled and staggers(self.constructor, m.args, m.param.dtype)
 
     def _movable(self, members: Sequence[ParamRecord]) -> set[int]:
         """Returns the ids of those members whose parameters may be packed."""
@@ -336,7 +336,7 @@ class Grouping:
 
     def _switches(self, member: ParamRecord, listed: bool) -> dict[str, Any]:
         p = member.param
-        return {} if member.alone else switches(self._constructor, member.args, p.dtype, p.device.type, listed)
+        return {} if member.alone else switches(self.constructor, member.args, p.dtype, p.device.type, listed)
 
     def _pack(self, members: list[ParamRecord], states: list[State] | None) -> PackedGroup:
         return PackedGroup(members, self._construct, self._switches(members[0], listed=False), states)

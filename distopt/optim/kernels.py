@@ -321,6 +321,12 @@ def adam_defaults(optimizer: str, *, lr: float, betas: tuple[float, float], **nu
     return {"lr": lr, "betas": betas, **numbers}
 
 
+def rounds_each_operation(param_groups: Sequence[dict[str, Any]]) -> bool:
+    """Returns whether there are parameters in 16 bits: what lists of tensors compute differs from Pyro by roundings."""
+    dtypes = {p.dtype for group in param_groups for p in group["params"]}
+    return not dtypes.isdisjoint((torch.bfloat16, torch.float16))
+
+
 def evaluated(closure: Callable[[], Any] | None) -> Any:
     """Returns what `closure` returns, called with gradients enabled; None without one."""
     if closure is None:

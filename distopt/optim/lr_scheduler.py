@@ -89,6 +89,7 @@ class PyroLRScheduler(PyroOptim, pyro.optim.PyroLRScheduler):  # type: ignore[mi
         self.num_steps += 1
         self._planner.settle()
         for group in self._groups:
+            group.handle.optimizer._opt_called = True  # else torch warns where no parameter had a gradient yet
             group.handle.step(*args, **kwargs)
 
         # A parameter whose state was loaded and which the model has not reached yet does not stand still either: its

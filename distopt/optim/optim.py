@@ -152,6 +152,7 @@ class PyroOptim(Copies, pyro.optim.optim.PyroOptim):  # type: ignore[misc]
         dense: Sequence[FlatGradients],
         loose: LooseGradients = (),
         *args: Any,
+        missing: Sequence[tuple[str, Tensor]] = (),
         total_norm: float | None = None,
         is_finite: bool = True,
         **kwargs: Any,
@@ -162,6 +163,7 @@ class PyroOptim(Copies, pyro.optim.optim.PyroOptim):  # type: ignore[misc]
             dense: Packed gradients; their buffers may be overwritten. The same `params` tuples each step are quick.
             loose: (name, parameter, gradient) of those that are not packed; gradients may be overwritten.
             *args: Passed on to the torch optimizers' `step`.
+            missing: (name, parameter) of those that were passed and have no gradient.
             total_norm: What `global_norm` takes for the norm of all gradients, where other processes step by more of
                 them; the norm of those at hand when None.
             is_finite: Whether the gradients of other processes are finite. A step is skipped, or an error, in all
@@ -176,7 +178,7 @@ class PyroOptim(Copies, pyro.optim.optim.PyroOptim):  # type: ignore[misc]
         """
         with torch.no_grad():
             self._planner.settle()
-            plan = self._planner.flat_plan_for(dense, loose)
+            plan = self._planner.flat_plan_for(dense, loose, missing)
             return self._apply(plan, plan.scatter(dense, loose), args, kwargs, total_norm, is_finite)
 
     def _apply(

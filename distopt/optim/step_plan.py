@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from distopt.optim.capabilities import drifts
+from distopt.optim.capabilities import acts_without_gradient
 from distopt.optim.clipping import Clip, clip_by_global_norm_
 from distopt.optim.grouping import Grouping
 from distopt.optim.groups import ListGroup, PackedGroup, ParamRecord
@@ -42,6 +42,7 @@ class StepPlan:
         tensors: The parameters as they were handed over.
         members: Those of them that have a gradient.
         missing: Those that have none.
+        idle: Those without one whose optimizer is called all the same, as `pyro.optim` does: its rate may decay.
 
     Attributes:
         whole: The groups of which it steps all members.
@@ -51,10 +52,15 @@ class StepPlan:
     _leaves_gradients: ClassVar[bool] = True  # as they are stepped by, in `.grad`
 
     def __init__(
-        self, tensors: tuple[Tensor, ...], members: Sequence[ParamRecord], missing: Sequence[Tensor] = ()
+        self,
+        tensors: tuple[Tensor, ...],
+        members: Sequence[ParamRecord],
+        missing: Sequence[Tensor] = (),
+        idle: Sequence[ParamRecord] = (),
     ) -> None:
         self.tensors = tensors
         self._missing = list(missing)
+        self._idle = list(idle)
 
         # Packed groups are stepped whole: `Grouping.arrange` has seen to it that all of their members are among these.
         by_group: dict[int, list[ParamRecord]] = defaultdict(list)
@@ -67,6 +73,7 @@ class StepPlan:
         self.whole += [g for g, members in self._listed if len(members) == len(g.members)]
         self.num_uses = 0
         self._listed_params = tuple(m.param for _, members in self._listed for m in members)
+        self._listed_params += tuple(m.param for m in self._idle)
         self._listed_at = addresses(self._listed_params)
 
         # Only what some parameter asks for is looked at in a step.
@@ -140,6 +147,8 @@ class StepPlan:
             group.step(buffer, *args, **kwargs)
         for listed, members in self._listed:
             listed.step(members, *args, **kwargs)
+        for m in self._idle:
+            _step_without_gradient(m, *args, **kwargs)
 
     def _write_gradients(self) -> None:
         """Copies the packed groups' gradients back to `.grad`, where `pyro.optim` leaves them clipped."""
@@ -167,10 +176,18 @@ class FlatStepPlan(StepPlan):
 
     _leaves_gradients: ClassVar[bool] = False  # those that were handed over are not those in `.grad`
 
-    def __init__(self, dense: Sequence[FlatGradients], loose: LooseGradients, members: Sequence[ParamRecord]) -> None:
+    def __init__(
+        self,
+        dense: Sequence[FlatGradients],
+        loose: LooseGradients,
+        missing: Sequence[Tensor],
+        members: Sequence[ParamRecord],
+        idle: Sequence[ParamRecord],
+    ) -> None:
         # An element's last bit may follow from whether it is in the rest of a vector register, so from its position in
         # the flat tensor: the order is that of the names, whatever order the gradients come in.
-        super().__init__(tensors_of(dense, loose), sorted(members, key=attrgetter("name")))
+        tensors = tensors_of(dense, loose) + tuple(missing)
+        super().__init__(tensors, sorted(members, key=attrgetter("name")), missing, idle)
         self._loose = [p for _, p, _ in loose]
         self._loose_index = {id(p): i for i, p in enumerate(self._loose)}
         self._use(dense, members)
@@ -202,7 +219,7 @@ class FlatStepPlan(StepPlan):
     def is_extended_by(self, members: Sequence[ParamRecord | None]) -> bool:
         """Returns whether these members, of packed gradients, are its own, where they were, and None for new ones."""
         known = [m for m in members if m is not None]
-        return not self._loose and not self._listed and known == self._members and self._is_in_place()
+        return not (self._loose or self._listed or self._missing) and known == self._members and self._is_in_place()
 
     def is_intact(self) -> bool:
         """Returns whether all of its packed groups still step their members."""
@@ -226,13 +243,14 @@ class FlatStepPlan(StepPlan):
         plan._use(dense, members)
         return plan
 
-    def is_for(self, dense: Sequence[FlatGradients], loose: LooseGradients) -> bool:
-        """Returns whether this is still the plan for these gradients."""
+    def is_for(self, dense: Sequence[FlatGradients], loose: LooseGradients, missing: Sequence[Tensor]) -> bool:
+        """Returns whether this is still the plan for these gradients, and these parameters without one."""
         return (
             len(dense) == len(self._keys)
             and all(flat.params is key for flat, key in zip(dense, self._keys, strict=True))
             and len(loose) == len(self._loose)
             and all(p is q for (_, p, _), q in zip(loose, self._loose, strict=True))
+            and same(tuple(missing), tuple(self._missing))
             and self._is_in_place()
         )
 
@@ -326,8 +344,8 @@ class Planner:
 
         absent = set(map(id, missing))
         stepped = [m for m in members if id(m) not in absent]
-        idle = [m for m in missing if drifts(m.args)]  # pyro.optim calls their optimizers, too
-        plan = StepPlan(tensors, stepped + idle, [m.param for m in missing])
+        idle = [m for m in missing if acts_without_gradient(self._groups.constructor, m.args)]
+        plan = StepPlan(tensors, stepped, [m.param for m in missing], idle)
         buffers = plan.gather()
         if buffers is None:
             raise RuntimeError("distopt.optim: gradients changed while the step was being planned.")
@@ -335,23 +353,31 @@ class Planner:
         self._joins(plan)
         return plan, buffers
 
-    def flat_plan_for(self, dense: Sequence[FlatGradients], loose: LooseGradients) -> FlatStepPlan:
-        """Returns the plan for a call that hands over gradients."""
+    def flat_plan_for(
+        self,
+        dense: Sequence[FlatGradients],
+        loose: LooseGradients,
+        missing: Sequence[tuple[str, Tensor]] = (),
+    ) -> FlatStepPlan:
+        """Returns the plan for a call that hands over gradients, and names parameters that have none."""
+        without = [p for _, p in missing]
         for plan in self._flat_plans:
-            if plan.is_for(dense, loose):
-                return self.flat_plan_for(dense, loose) if self._joins(plan) else plan
+            if plan.is_for(dense, loose, without):
+                return self.flat_plan_for(dense, loose, missing) if self._joins(plan) else plan
 
-        extended = self._extended_plan(dense) if self._flat_plans and not loose else None
+        extended = self._extended_plan(dense) if self._flat_plans and not (loose or missing) else None
         if extended is not None:
             plan = extended
         else:
             named = [pair for flat in dense for pair in zip(flat.names, flat.params, strict=True)]
-            members = self._records(named + [(name, p) for name, p, _ in loose])
+            records = self._records([*named, *((name, p) for name, p, _ in loose), *missing])
+            members, idle = records[: len(records) - len(missing)], records[len(records) - len(missing) :]
             for m, (_, _, gradient) in zip(members[len(named) :], loose, strict=True):
                 if _is_sparse(gradient):
                     self._set_alone(m)
-            self._arrange(sorted(members, key=attrgetter("name")), [])
-            plan = FlatStepPlan(dense, loose, members)
+            self._arrange([*sorted(members, key=attrgetter("name")), *idle], idle)
+            idle = [m for m in idle if acts_without_gradient(self._groups.constructor, m.args)]
+            plan = FlatStepPlan(dense, loose, without, members, idle)
         self._flat_plans = [plan, *self._flat_plans[: _MAX_PLANS - 1]]
         self._joins(plan)
         return plan
@@ -462,6 +488,17 @@ def _global_norms(clips: Iterable[Clip]) -> list[float]:
 
 def _is_sparse(gradient: Any) -> bool:
     return gradient is not None and gradient.layout is not torch.strided
+
+
+def _step_without_gradient(m: ParamRecord, *args: Any, **kwargs: Any) -> None:
+    """Calls the optimizer of a parameter that no rank has a gradient of; this rank may have one of an earlier call."""
+    assert isinstance(m.group, ListGroup)
+    gradient = m.param.grad
+    m.param.grad = None
+    try:
+        m.group.step([m], *args, **kwargs)
+    finally:
+        m.param.grad = gradient
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

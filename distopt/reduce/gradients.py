@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from distopt.optim.packing import FlatGradients, same
 from distopt.reduce.layout import AVERAGE_PREFIX, LARGE_NUMEL, Bucket, Layout, ParamSpec
-from distopt.reduce.messages import RoundSummary
+from distopt.reduce.messages import PASSED, RoundSummary
 from distopt.reduce.running_averages import RunningAverages
 from distopt.sharding import any_local, local_parameter, num_shards
 
@@ -38,6 +38,8 @@ class LocalGradients:
         addresses: Memory address of each gradient; None if one is missing or sparse, or if they were not looked up.
         changes: Parameters that the layout lacks or holds otherwise, with their gradients, by name.
         rank_local: The gradients of parameters that belong to this rank alone.
+        missing: Indices in the layout of parameters of this call without a gradient.
+        rank_local_missing: Name and tensor of those that belong to this rank alone.
         num_summed: Over how many ranks the shared gradients are summed and not averaged; 1 for a mean.
     """
 
@@ -47,6 +49,8 @@ class LocalGradients:
     addresses: list[int] | None = None
     changes: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     rank_local: list[NamedGradient] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+    rank_local_missing: list[tuple[str, Tensor]] = field(default_factory=list)
     num_summed: int = 1
 
     def rank_local_square(self) -> float:
@@ -81,6 +85,7 @@ class ReducedGradients:
         dense: Gradients equal on all ranks, packed; in the steady state with the same tuples at each step.
         loose: Gradients equal on all ranks that are not packed.
         rank_local: Gradients of parameters that belong to this rank alone.
+        missing: Name and tensor of parameters that were passed without a gradient on any rank.
     """
 
     summary: RoundSummary
@@ -88,6 +93,7 @@ class ReducedGradients:
     dense: list[FlatGradients] = field(default_factory=list)
     loose: list[NamedGradient] = field(default_factory=list)
     rank_local: list[NamedGradient] = field(default_factory=list)
+    missing: list[tuple[str, Tensor]] = field(default_factory=list)
 
     def shared(self) -> list[Tensor]:
         """Returns the tensors that hold the gradients equal on all ranks."""
@@ -163,6 +169,7 @@ def collect_gradients(
     local.rank_local = [
         (name, rank_local[index], gradient) for name, index in named if (gradient := rank_local[index].grad) is not None
     ]
+    local.rank_local_missing = [(name, rank_local[index]) for name, index in named if rank_local[index].grad is None]
     local.params = [*local.params, *rank_local]
     return local
 
@@ -206,6 +213,8 @@ def _collect_one_by_one(
     for position, (param, index) in enumerate(zip(tuple(params), indices, strict=True)):
         if index is not None and is_current:
             local.gradients[index] = param.grad
+            if param.grad is None:
+                local.missing.append(index)
             continue
 
         name = _name_of(param)
@@ -219,6 +228,8 @@ def _collect_one_by_one(
             local.changes[name] = (param, gradient)
         else:
             local.gradients[index] = gradient
+            if gradient is None and not name.startswith(AVERAGE_PREFIX):
+                local.missing.append(index)
 
     local.addresses = _addresses(local.gradients)
     local.complete = not layout.sparse and local.addresses is not None
@@ -301,6 +312,16 @@ def keep_gradients_(layout: Layout, local: LocalGradients, *, is_safe: bool) -> 
     for bucket in saved:
         bucket.save_()
     return saved
+
+
+def touched_slots(local: LocalGradients) -> float | list[float]:
+    """Returns what this rank tells of each parameter of the layout: that it has a gradient, or passes it without."""
+    if local.complete:
+        return 1.0
+    slots = [float(gradient is not None) for gradient in local.gradients]
+    for index in local.missing:
+        slots[index] = PASSED
+    return slots
 
 
 def zero_in_buckets_(params: Sequence[Tensor], layout: Layout) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, compress
@@ -141,7 +141,8 @@ class Bucket:
         """Returns whether one of these addresses is in the bucket; takes less than to make its `addresses`."""
         first = self.flat.data_ptr()
         after = first + self.flat.numel() * self.flat.element_size()
-        return any(first <= address < after for address in addresses)
+        is_beside = not addresses or max(addresses) < first or min(addresses) >= after
+        return not is_beside and any(first <= address < after for address in addresses)
 
     def holds(self, addresses: Sequence[int] | None) -> bool:
         """Returns whether gradients at these addresses, by index in the layout, lie in this bucket, each in its view.
@@ -281,6 +282,10 @@ class Layout:
         slots = self.buckets[0].slots
         assert slots is not None
         self.slots = slots
+
+    def named(self, indices: Iterable[int]) -> list[tuple[str, Tensor]]:
+        """Returns names and tensors of some of the parameters."""
+        return [(self.names[index], self.params[index]) for index in indices]
 
     def specs_by_name(self) -> dict[str, ParamSpec]:
         """Returns the parameters by name, in its order."""

@@ -7,6 +7,7 @@ both sums are exact in float32 for up to 4,096 ranks, so larger numbers are sent
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -38,6 +39,10 @@ _SKIPPED_CALLS = _SCHEDULE_STEPS + 2
 _RNG = _SKIPPED_CALLS + 2
 _CHECKSUM = _RNG + 2 * NUM_RNG_DIGITS
 NUM_SLOTS = _CHECKSUM + 2 * NUM_CHECKSUM_DIGITS
+
+
+PASSED = 2.0**-13
+"""In the slot of a parameter, in place of 1, from a rank that passes it without a gradient: less than 1 in sum."""
 
 
 class RoundKind(IntEnum):
@@ -97,6 +102,7 @@ class RoundSummary:
         in_sync: Whether all ranks have the same checksum.
         same_rng: Whether all active ranks have the same `rng`.
         touched: Number of ranks that have a gradient, by index of the parameter in the layout.
+        missing: Indices of parameters that some rank has passed, and no rank has a gradient of.
     """
 
     num_active: int
@@ -111,6 +117,7 @@ class RoundSummary:
     in_sync: bool
     same_rng: bool
     touched: list[float]
+    missing: tuple[int, ...] = ()
 
     def is_stepped(self, index: int) -> bool:
         """Returns whether the parameter at `index` is stepped by this round's gradient, which else is thrown away."""
@@ -160,6 +167,11 @@ def read_summary(slots: Tensor, world_size: int) -> RoundSummary:
     num_values = int(numbers[_NUM_VALUES])
     len_values = round(numbers[_LEN_VALUES] / num_values) if num_values else 0
     in_step = all(_all_equal(numbers, slot, num_active) for slot in range(_STEP, _RNG, 2))
+    touched = numbers[NUM_SLOTS:]
+    missing: tuple[int, ...] = ()
+    if min(touched, default=1.0) < 1.0:
+        missing = tuple(index for index, total in enumerate(touched) if 0.0 < total < 1.0)
+        touched = [float(math.floor(total)) for total in touched]
 
     return RoundSummary(
         num_active=num_active,
@@ -173,7 +185,8 @@ def read_summary(slots: Tensor, world_size: int) -> RoundSummary:
         in_step=in_step,
         in_sync=all(_all_equal(numbers, slot, world_size) for slot in range(_CHECKSUM, NUM_SLOTS, 2)),
         same_rng=all(_all_equal(numbers, slot, num_active) for slot in range(_RNG, _CHECKSUM, 2)),
-        touched=numbers[NUM_SLOTS:],
+        touched=touched,
+        missing=missing,
     )
 
 

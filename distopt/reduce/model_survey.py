@@ -37,6 +37,7 @@ class ModelSurvey(Messenger):  # type: ignore[misc]
         super().__init__()
         self._sizes: dict[str, int] = {}
         self._subsampled: set[str] = set()
+        self._in_batch: dict[str, int] = {}
         self._latent: dict[tuple[str, ...], list[str]] = {}
         self._observed: dict[tuple[str, ...], dict[str, Any]] = {}
         self._params: dict[str, tuple[tuple[int, ...], set[str]]] = {}
@@ -49,6 +50,7 @@ class ModelSurvey(Messenger):  # type: ignore[misc]
         for frame in msg["cond_indep_stack"]:
             size = int(frame.full_size or frame.size)
             self._sizes[frame.name] = size
+            self._in_batch[frame.name] = int(frame.size)
             if frame.size != size:
                 self._subsampled.add(frame.name)
 
@@ -108,6 +110,15 @@ class ModelSurvey(Messenger):  # type: ignore[misc]
         inner = plates[-1] if plates else None
         outside = (names for inside, names in self._latent.items() if inner is None or inner not in inside)
         return sorted({name for names in outside for name in names})[:_MAX_NAMES]
+
+    def sizes_of_whole_plates(self) -> dict[str, int]:
+        """Returns the size of each plate over observations that nothing scales."""
+        observed = [group for group in self.describe()["observed"] if group["whole"]]
+        return {name: size for group in observed for name, size in zip(group["plates"], group["sizes"], strict=True)}
+
+    def sizes_in_batch(self) -> dict[str, int]:
+        """Returns of each plate over observations how many of its datapoints were seen."""
+        return {name: self._in_batch[name] for plates in self._observed for name in plates}
 
     def sites_sized_by_batch(self, other: ModelSurvey) -> Iterator[tuple[str, str | None, int]]:
         """Yields (observed site, its innermost plate, size) where the size follows the number of rows, unscaled.

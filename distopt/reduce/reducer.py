@@ -30,6 +30,7 @@ from distopt.reduce.gradients import (
     gradient_of,
     keep_gradients_,
     move_out_of_buckets_,
+    touched_slots,
     zero_in_buckets_,
 )
 from distopt.reduce.layout import Bucket, Layout, ParamSpec
@@ -256,8 +257,7 @@ class Reducer:
         self._fill(first, local, self._scale_before())
         write_message(layout.slots, message)
         if local is not None:
-            touched = 1.0 if local.complete else [float(gradient is not None) for gradient in local.gradients]
-            write_slots_(layout.slots[NUM_SLOTS:], touched)
+            write_slots_(layout.slots[NUM_SLOTS:], touched_slots(local))
 
         control_first = overlap is None and (layout.control_first or message.kind in (None, *_WITHOUT_GRADIENTS))
         if overlap is not None:
@@ -327,7 +327,7 @@ class Reducer:
     @torch.no_grad()
     def _read_out(self, summary: RoundSummary, local: LocalGradients | None) -> ReducedGradients:
         """Returns the gradients that a round has left in the buckets, and the sums of sparse ones."""
-        reduced = ReducedGradients(summary, local)
+        reduced = ReducedGradients(summary, local, missing=self.layout.named(summary.missing))
         if summary.kind is not RoundKind.GRADIENT:
             return reduced
 
@@ -341,6 +341,7 @@ class Reducer:
         self.averages.share_(self.backend, self.layout, summary.num_active, local is not None)
         if local is not None:
             reduced.rank_local = local.scale_rank_local_()
+            reduced.missing += local.rank_local_missing
         return reduced
 
     def _sum_sparse(self, summary: RoundSummary, local: LocalGradients | None, scale: float) -> list[NamedGradient]:

@@ -87,6 +87,11 @@ STOPPED_STATUSES = (0, 128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTER
 _KINDS: dict[str, type[Event]] = {"start": Start, "end": End, "unwritable": Unwritable, "preemption": Preemption}
 
 
+def error_file(run_dir: Path, rank: int, pid: int) -> Path:
+    """Returns where a worker records its error, by the process of its supervisor, which takes it into its event."""
+    return run_dir / LOGS / f".error-{rank}-{pid}.json"
+
+
 def append(run_dir: Path, event: Event) -> None:
     """Adds one line to the file of the event's rank; each file has one writer at a time.
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Self
 
-from distopt.launchers import LOGS
+from distopt.launchers import LOGS, USAGE_ERROR
+from distopt.worker_error import MAX_TEXT, WorkerError, message_may_pass
 
 # The line above each attempt. It is matched as a whole, since a worker's output may have lines of dashes as well.
 HEADER = re.compile(rb"^--- \d{4}-\d\d-\d\dT\S+ rank \d+ of \d+, attempt \d+")
@@ -21,6 +23,9 @@ MAX_TRACEBACK_LINES = 30
 _LIBRARY_TRACE = re.compile(
     r"\[?[WEIF]\d{4} |\[rank\d+\]:\[[WEIF]\d{4} |frame #\d+: |<omitting python frames>|Exception raised from "
 )
+
+_FRAME = re.compile(r'\s+File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_NEVER_HEALS = re.compile(r"(ModuleNotFoundError|ImportError|SyntaxError|IndentationError|TabError)(: |$)")
 
 _WARNING = re.compile(r":\d+: \w*Warning: ")  # as Python prints it: file, line, category
 
@@ -139,6 +144,27 @@ def last_line(run_dir: Path, rank: int) -> str:
     """
     messages = _without_warnings(traceback_of(run_dir, rank))
     return next((line for line in reversed(messages) if line.strip()), "")
+
+
+def final_error(run_dir: Path, rank: int, status: int) -> WorkerError | None:
+    """Returns the error of a worker that has recorded none, if what it printed tells that it would come again.
+
+    Python that cannot compile or import a script ends with status 1 before the script's first line, and one whose
+    arguments are refused with status 2, as `argparse` and `distopt` end.
+
+    Args:
+        run_dir: The run directory.
+        rank: The worker's rank.
+        status: Its exit status.
+    """
+    line = last_line(run_dir, rank).strip()
+    lines = traceback_of(run_dir, rank)
+    frames = [match for each in lines if (match := _FRAME.match(each))]
+    is_code = status == 1 and bool(frames) and bool(_NEVER_HEALS.match(line)) and not message_may_pass(line)
+    if not (is_code or status == USAGE_ERROR):
+        return None
+    location = f"{frames[-1]['file']}:{frames[-1]['line']}" if is_code else ""
+    return WorkerError(line[:MAX_TEXT] or f"exit status {status}", location, time.time(), permanent=True)
 
 
 def _without_warnings(lines: list[str]) -> list[str]:

@@ -26,7 +26,6 @@ from distopt.launchers import (
     ECHO_VARIABLE,
     ERROR_FILE_VARIABLE,
     GRACE_VARIABLE,
-    LOGS,
     PREEMPTION_VARIABLE,
     RUN_DIR_VARIABLE,
     STDIN_SECRETS_VARIABLE,
@@ -175,7 +174,7 @@ class Supervisor:
     @property
     def _error_file(self) -> Path:
         # Of this process: an attempt that ends late must not write into the file of the next one.
-        return self.run_dir.absolute() / LOGS / f".error-{self.rank}-{os.getpid()}.json"
+        return events.error_file(self.run_dir.absolute(), self.rank, os.getpid())
 
     def _take_error(self) -> WorkerError | None:
         """Returns the error that the worker has recorded, and removes the record."""
@@ -301,6 +300,8 @@ class Supervisor:
 
     def _record(self, kind: type[events.Event], status: int | None = None, **more: str) -> None:
         error = self._take_error() if kind is events.End else None
+        if error is None and status and kind is events.End and not (self._signalled or self.asked_to_stop):
+            error = rank_log.final_error(self.run_dir, self.rank, status)
         self.has_permanent_error = error is not None and error.permanent
         event = kind(
             rank=self.rank,

@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 
 from distopt.checkpoint.cli import app as checkpoint_app
 from distopt.launch.cli import app
+from distopt.launch.ui import Pages
 from distopt.run_files import read_metrics
+from distopt.train import load_run
 from tests.train.runs import config, run_here
 
 HUGE = "9" * 5000
@@ -46,6 +48,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "empty": lambda path: write(path, b""),
     "a list": lambda path: write(path, b"[1, 2]\n"),
     "a huge number": lambda path: write(path, f'{{"step": {HUGE}}}\n'.encode()),
+    "not numbers": lambda path: write(path, b'{"step": 5, "elbo": NaN, "rows_per_s": -Infinity, "seconds": 1e999}\n'),
     "a folder": make_folder,
     "gone": remove,
 }
@@ -104,6 +107,10 @@ def check(commands) -> None:
         status, output = answer(command)
         assert status in (0, 1, 2), (command, output)
         assert status == 0 or output.strip() or command[:2] == ["config", "diff"], command
+    for answer_of in Pages(lambda: [Path("runs/line")]).by_path().values():
+        _, kind, body = answer_of({"run": "runs/line", "runs": "runs/line"})
+        if kind == "application/json":
+            json.loads(body, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 def test_run_that_is_whole_is_answered_by_every_command(run_dir):
@@ -115,6 +122,15 @@ def test_run_that_is_whole_is_answered_by_every_command(run_dir):
 def test_file_that_is_damaged_is_told_in_words(name, damage, run_dir):
     DAMAGE[damage](run_dir / name)
     check(COMMANDS)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_saved_run_is_read_whatever_its_metrics_are(damage, run_dir):
+    DAMAGE[damage](run_dir / "metrics.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path.cwd()))
+        saved = load_run("runs/line")
+        assert all(isinstance(row["step"], int) for row in saved.history)
 
 
 @pytest.mark.parametrize("damage", ["not UTF-8", "gone"])

@@ -220,6 +220,21 @@ def test_rank_that_died_is_named_and_not_those_that_waited_for_it(death, waiting
     assert "TCPStore" not in cause and "Warning" not in cause and "warnings.warn" not in cause
 
 
+@pytest.mark.parametrize("tells", ["itself", "another"])
+def test_rank_that_failed_is_named_though_its_supervisor_was_killed_before_it_recorded_the_end(tells, report, tmp_path):
+    happened = [
+        events.Start(1, 0, "host", 17, 1.0),
+        end(0, 10.0, 1, raised=raised("PeerError: x", 9.0, from_peer=True)),
+    ]
+    if tells == "itself":
+        (tmp_path / "logs/.error-1-17.json").write_text(json.dumps(raised("ValueError: no", 8.0)))
+        logs = {}
+    else:
+        logs = {0: f"{HEADER}PeerError: rank 1 of 2 failed at step 3: ValueError: no\n"}
+    cause = report(logs, happened).splitlines()[1]
+    assert re.match(r"  rank 1 on host died first: it failed at .*: ValueError: no", cause), cause
+
+
 FAILING = """
 import os
 from order_task import Order

@@ -47,6 +47,23 @@ class Failing(Order):
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
+    "platform",
+    ["torchrun", *(pytest.param(name, marks=pytest.mark.slow) for name in ("local", "horovodrun", "mpirun"))],
+)
+def test_script_whose_own_module_is_missing_ends_at_once_with_one_message(platform, start, tmp_path):
+    (tmp_path / "helper.py").write_text("import module_of_mine_that_is_not_there\n")
+    (tmp_path / "s.py").write_text("import helper\n")
+    write_config(tmp_path)
+    run = start(f"script={tmp_path / 's.py'}", "script_args=[]", f"launch.platform={platform}", "launch.max_restarts=3")
+    assert run.wait() == 1, run.everything()
+    assert run.err.count("a restart would end in the same way") == 1, run.everything()
+    assert "helper.py:1: ModuleNotFoundError: No module named 'module_of_mine" in run.err, run.everything()
+    seen = Reader(run.run_dir, from_start=True).new()
+    assert {event.attempt for event in seen} == {0}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
     ("call", "num_attempts", "reason"),
     [
         (1, 1, "a restart would end in the same way"),

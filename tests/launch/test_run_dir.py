@@ -72,10 +72,28 @@ def test_lock_of_a_process_that_was_killed_is_free(tmp_path):
 
 def test_directory_that_cannot_be_written_is_an_error_with_the_cause(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(
-        RunDirectoryError, match="file/run cannot be written to: Not a directory; choose another run_dir"
-    ):
-        claim(tmp_path / "file/run")
+    for run_dir in ("file", "file/run", "file/run/below"):
+        with pytest.raises(RunDirectoryError, match="run_dir: .*/file is a file; move it away, or choose another"):
+            claim(tmp_path / run_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("logs", "file"),
+        ("launch.lock", "folder"),
+        ("launch.json", "folder"),
+        ("a", "file"),
+        ("a/config.yaml", "folder"),
+    ],
+)
+def test_file_where_a_folder_is_needed_or_the_reverse_is_named(name, kind, tmp_path):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.touch() if kind == "file" else path.mkdir()
+    with pytest.raises(RunDirectoryError, match=f"run_dir: {path} is a {kind}; move it away"):
+        with submission(plan(tmp_path / "run"), tmp_path / "run"):
+            pass
 
 
 def test_reader_of_a_file_sees_the_old_one_or_the_new_one(tmp_path):

@@ -55,6 +55,36 @@ def test_rank_is_read_from_whichever_launcher_started_the_worker(env, expected, 
     assert expected in log.read_text()
 
 
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        ("import helper", "SyntaxError: "),
+        ("x = = 1", "SyntaxError: "),
+        ("if True:\nx = 1", "IndentationError: "),
+        ("import no_module_of_mine", "ModuleNotFoundError: No module named 'no_module_of_mine'"),
+        ("from os import no_such_name", "ImportError: cannot import name 'no_such_name'"),
+        ("import argparse; argparse.ArgumentParser().parse_args(['--x'])", "s.py: error: unrecognized arguments: --x"),
+        (None, "can't open file"),
+        ("raise ValueError('no')", None),
+        ("raise SystemExit(3)", None),
+        ("print('ImportError: of a log'); raise SystemExit(1)", None),
+        ("raise ImportError('lib.so: cannot open shared object file: Input/output error')", None),
+        ("try:\n    import no_module_of_mine\nexcept ImportError:\n    raise ValueError('no')", None),
+    ],
+)  # fmt: skip
+def test_script_that_cannot_be_imported_or_started_has_an_error_that_no_restart_heals(script, error, tmp_path):
+    (tmp_path / "helper.py").write_text("def f(:\n")
+    if script is not None:
+        (tmp_path / "s.py").write_text(script)
+    argv = [sys.executable, "-m", "distopt.launch.worker.supervisor", "run", "--", sys.executable, "s.py"]
+    assert subprocess.run(argv, cwd=tmp_path, timeout=TIMEOUT_S, check=False).returncode
+    (end,) = endings(tmp_path)
+    if error is None:
+        assert end["raised"] is None
+    else:
+        assert error in end["raised"]["text"] and end["raised"]["permanent"], end
+
+
 def test_rank_that_makes_no_sense_is_refused(tmp_path):
     refused = supervise(tmp_path, "", torchrun(4, 4), stderr=subprocess.PIPE, text=True)
     _, message = refused.communicate(timeout=TIMEOUT_S)

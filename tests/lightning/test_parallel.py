@@ -25,6 +25,12 @@ distopt.init() if sys.argv[2] == "init first" else None
 from tests.lightning.plans import *
 import distopt.lightning
 
+ERRORS = {
+    "validation": ArithmeticError("the rows are rotten"),
+    "exit": SystemExit(3),
+    "interrupt": KeyboardInterrupt("by hand"),
+}
+
 class Failing(SviPlan):
     def training_step(self, batch, batch_idx):
         if self.case == "step" and self.global_rank == 1 and self.global_step == 2:
@@ -32,8 +38,8 @@ class Failing(SviPlan):
         super().training_step(batch, batch_idx)
 
     def validation_step(self, batch, batch_idx):
-        if self.case == "validation" and self.global_rank == 1:
-            raise ArithmeticError("the rows are rotten")
+        if self.global_rank == 1 and self.case in ERRORS:
+            raise ERRORS[self.case]
 
 pyro.set_rng_seed(3)
 how, case = sys.argv[1:3]
@@ -99,9 +105,21 @@ def test_torchrun_gives_the_numbers_of_one_worker(tmp_path: Path, expected: dict
     assert results(output) == {rank: pytest.approx(expected, rel=1e-9) for rank in range(3)}
 
 
-@pytest.mark.parametrize("case", ["validation", pytest.param("step", marks=pytest.mark.slow)])
-def test_error_of_one_rank_outside_the_svi_reaches_the_others_with_its_cause(tmp_path: Path, case: str) -> None:
+CAUSES = {
+    "step": "ArithmeticError: the rows are rotten",
+    "validation": "ArithmeticError: the rows are rotten",
+    "exit": "SystemExit: 3",
+    "interrupt": "KeyboardInterrupt: by hand",
+}
+
+
+@pytest.mark.parametrize(
+    "case", ["interrupt", *(pytest.param(each, marks=pytest.mark.slow) for each in list(CAUSES)[:3])]
+)
+def test_error_or_interrupt_of_one_rank_outside_the_svi_reaches_the_others_with_its_cause(
+    tmp_path: Path, case: str
+) -> None:
     status, output = run(tmp_path, "torchrun", case)
     assert status != 0
-    assert "ArithmeticError: the rows are rotten" in output
+    assert CAUSES[case] in output
     assert "Rank 0 of 2 stops because of it." in output, output

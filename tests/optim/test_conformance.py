@@ -1,5 +1,6 @@
 """Trajectories equal those of pyro.optim, whatever appears, pauses, is clipped, saved or loaded on the way."""
 
+import copy
 import io
 import os
 import random
@@ -97,6 +98,36 @@ def test_trajectory_and_state_equal_pyros_for_any_schedule(name, schedule):
 def test_trajectory_equals_pyros_in_lower_precision(name, dtype):
     ours, theirs, *_ = both(name, OPTIMIZERS[name], Schedule.random(3), dtype)
     assert_close(ours, theirs, dtype)
+
+
+@pytest.mark.parametrize("wrap", [lambda optim: optim, distopt.optim.DistributedOptimizer], ids=["plain", "of all"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [*((name, args) for name, args in OPTIMIZERS.items() if name != "Adafactor"),
+     ("RMSprop", {"lr": 0.1, "alpha": 0.9, "momentum": 0.9, "centered": True}),
+     ("ClippedAdam", {"lr": 0.05, "centered_variance": True})],
+)  # fmt: skip
+def test_parameters_in_16_bits_have_every_bit_of_pyros(name, args, dtype, wrap):
+    """Torch rounds an element of a full vector register otherwise than one of the rest, so none may be moved."""
+
+    def values(module, sizes, wrap=lambda optim: optim):
+        pyro.clear_param_store()
+        generator = torch.Generator().manual_seed(0)
+        params = [
+            pyro.param(f"p{i}", torch.randn(size, generator=generator).to(dtype)).unconstrained()
+            for i, size in enumerate(sizes)
+        ]
+        optim = wrap(getattr(module, name)(dict(args)))
+        for _ in range(8):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).to(dtype)
+            optim(params)
+        return torch.cat([p.detach() for p in params])
+
+    for sizes in ([17, 33, 1, 64, 5], [1000, 3], [8] * 20):
+        ours, theirs = values(distopt.optim, sizes, wrap), values(pyro.optim, sizes)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 def test_optimizer_of_whole_matrices_is_given_each_by_itself():
@@ -207,24 +238,58 @@ def test_state_saved_in_the_middle_goes_on_in_either_module(kind, direction, tmp
         assert_close(values, expected)
 
 
-@pytest.mark.parametrize("kind", ["ClippedAdam", "DCTAdam"])
-@pytest.mark.parametrize("seed", range(3))
-def test_rate_decays_for_parameters_without_gradient_as_pyros_does(kind, seed):
-    args = {"lr": 0.1, "lrd": 0.9}
+class Counting(torch.optim.Optimizer):
+    """A user's optimizer, whose rate depends on how often it was called."""
 
-    def values(module):
-        params, optim, r = start(), getattr(module, kind)(args), random.Random(seed)
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr, "num_calls": 0})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["num_calls"] += 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data -= group["lr"] / group["num_calls"] * p.grad
+
+
+WITHOUT_GRADIENTS = {
+    **{name: (name, args) for name, args in OPTIMIZERS.items()},
+    "DCTAdam, lrd": ("DCTAdam", {"lr": 0.05, "lrd": 0.9}),
+    "of the user": ("PyroOptim", Counting, {"lr": 0.1}),
+    "of a function": ("PyroOptim", lambda params, **args: Counting(params, **args), {"lr": 0.1}),
+    **{
+        f"{name}, scheduled": ("ExponentialLR", {"optimizer": kind, "optim_args": args, "gamma": 0.8})
+        for name, kind, args in (
+            ("Adam", torch.optim.Adam, {"lr": 0.1}),
+            ("ClippedAdam", pyro.optim.clipped_adam.ClippedAdam, {"lr": 0.1, "lrd": 0.9}),
+            ("of the user", Counting, {"lr": 0.1}),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda optim: optim, distopt.optim.DistributedOptimizer], ids=["plain", "of all"])
+@pytest.mark.parametrize("kind", WITHOUT_GRADIENTS)
+def test_parameters_without_gradient_are_as_pyros_rates_counts_and_schedules_included(kind, wrap):
+    name, *args = WITHOUT_GRADIENTS[kind]
+
+    def values(module, seed, wrap=lambda optim: optim):
+        params, r = start(), random.Random(seed)
+        optim = wrap(getattr(module, name)(*copy.deepcopy(args)))  # pyro.optim takes keys out of a schedule's
         generator = torch.Generator().manual_seed(seed)
-        for _ in range(10):
+        for step in range(12):
             for p in params:
                 gradient = torch.randn(p.shape, generator=generator, dtype=p.dtype)
                 p.grad = gradient if r.random() < 0.6 else None
-            optim([p for p in params if r.random() < 0.8])
+            optim([p for i, p in enumerate(params) if i <= step and r.random() < 0.8])
+            if isinstance(optim, pyro.optim.PyroLRScheduler) and step % 3 == 2:
+                optim.step()
         return [p.detach().clone() for p in params], optim.get_state()
 
-    (ours, our_state), (theirs, their_state) = values(distopt.optim), values(pyro.optim)
-    assert_close(ours, theirs)
-    assert_same(plain(our_state), plain(their_state))
+    for seed in range(3):
+        (ours, our_state), (theirs, their_state) = values(distopt.optim, seed, wrap), values(pyro.optim, seed)
+        assert_close(ours, theirs)
+        assert_same(plain(our_state), plain(their_state))
 
 
 def test_file_of_pyro_optim_is_read_without_running_code(tmp_path):

@@ -11,7 +11,7 @@ iterators, generators of random numbers, and objects of C extensions, which have
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro
@@ -28,6 +28,7 @@ class Assumptions:
     Args:
         watch: What ran during the recorded step.
         roots: Objects whose settings count as well: the ELBO, the model, the guide.
+        arguments: Objects that the step was given: all that they hold counts, since a library's model may read it.
         earlier: The assumptions of an equal step before: objects that are new in each step are left out, since nobody
             else can change them.
 
@@ -35,16 +36,24 @@ class Assumptions:
         refusal: Why the step may depend on what cannot be compared; None where all can be.
     """
 
-    def __init__(self, watch: Watch, roots: dict[str, Any], earlier: Assumptions | None = None) -> None:
+    def __init__(
+        self,
+        watch: Watch,
+        roots: dict[str, Any],
+        arguments: Sequence[Any] = (),
+        earlier: Assumptions | None = None,
+    ) -> None:
         calls = list(watch.calls())
         named = [names_of(call.code) for call in calls]
-        self._reachable = reachable = ReachableValues(named)
+        self._reachable = reachable = ReachableValues(named, all_attributes=bool(arguments))
         self._earlier = earlier
         self._add_calls(calls, named)
         for module in watch.modules.values():
             self._add_root(type(module).__name__, module)
         for name, root in roots.items():
             self._add_root(name, root)
+        for each in arguments:
+            self._add_root(type(each).__name__, each)
 
         # Settings of this package and of torch that decide what a step does, wherever they are read.
         reachable.compare("the noise policy", f"{reachable.name(_policy)}[0]", _policy[0])

@@ -25,6 +25,7 @@ import torch
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
+from torch.distributions import Transform
 
 from distopt.infer.capture.watch import PLAIN, Names, content, is_user_file
 from distopt.infer.sharded_plate import Sharded
@@ -74,6 +75,7 @@ class ReachableValues:
 
     Args:
         named: What the functions of the code name.
+        all_attributes: Whether attributes count that none of them names.
 
     Attributes:
         tests: By expression, what it compares, and whether that is a value.
@@ -81,14 +83,14 @@ class ReachableValues:
         refusal: Why something may be read that cannot be compared; None where all can be.
     """
 
-    def __init__(self, named: Sequence[Names]) -> None:
+    def __init__(self, named: Sequence[Names], *, all_attributes: bool = False) -> None:
         self.tests: dict[str, tuple[str, bool]] = {}
         self.environment: dict[str, Any] = {"is_": operator.is_, "len": len, "map": map, "type": type, "all": all}
         self.refusal: str | None = None
         self._read = frozenset().union(*(each.attributes for each in named))
         self._used = frozenset().union(*(each.used for each in named))
         self._whole = frozenset().union(*(each.whole for each in named))
-        self._computed = any(each.computed for each in named)
+        self._computed = all_attributes or any(each.computed for each in named)
         self._names: dict[int, str] = {}
         self._walked: set[int] = set()
 
@@ -301,6 +303,8 @@ class ReachableValues:
             attributes = {key: each for key, each in attributes.items() if is_plain(each)}
         if isinstance(value, Messenger):
             attributes.pop("trace", None)
+        if isinstance(value, Transform):  # the last argument and result, which are used for that same argument alone
+            attributes = {key: each for key, each in attributes.items() if not key.startswith("_cached_")}
         if not reads_all:
             attributes = {key: attributes[key] for key in attributes.keys() & self._read}
         self._add_attributes(text, name, value, attributes, watched=not reads_all)

@@ -317,8 +317,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         # squeeze_, t_ and their like are recorded as the view that they are, under a new slot: shapes would go stale.
         if inplace_view:
-            name = schema.name.split("::")[1].rstrip("_")
-            op.function = getattr(getattr(aten, name), function._overloadname)
+            op.function = _view_of_same_arguments(function)
         op.outs = self._outs(result, aliases, keep=schema.is_mutable and not inplace_view)
         self._static.follow(op, is_random=random_op)
 
@@ -465,6 +464,18 @@ class ValueReads(TorchFunctionMode):
         elif function is torch.Tensor.backward:
             return _backward(self, *args, **kwargs)
         return function(*args, **kwargs)
+
+
+@functools.cache
+def _view_of_same_arguments(function: Any) -> Any:
+    """Returns the operator of the same arguments that makes a view instead of changing its argument into one."""
+    types = [str(argument.type) for argument in function._schema.arguments]
+    packet = getattr(aten, function._schema.name.split("::")[1].rstrip("_"))
+    overloads = (getattr(packet, name) for name in packet.overloads())
+    for overload in overloads:
+        if [str(argument.type) for argument in overload._schema.arguments] == types:
+            return overload
+    raise NotImplementedError(f"{function} has no form that leaves its argument as it is")
 
 
 def _backward(

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.infer
 import torch
@@ -42,8 +43,8 @@ MAX_MISSES = 3
 """Recordings in a row that may differ from each other before steps stay eager."""
 
 _TOO_MANY = (
-    f"more than {MAX_PROGRAMS} programs would be needed: shapes, plain arguments or values that the model reads keep "
-    "changing"
+    f"more than {MAX_PROGRAMS} programs would be needed: shapes, plain arguments, objects given as arguments or values "
+    "that the model reads keep changing"
 )
 _NOT_FINITE = "the loss is often not finite"
 _FIRST_COMPARISON = 8
@@ -83,9 +84,8 @@ class StepCapture:
     flags that the model's code read (see `assumptions`). Branches on values of tensors are computed again and compared;
     another answer takes an eager step. Steps 8, 16, 32, ..., 512 and every 1,000th are recorded again and compared.
 
-    A step that cannot be captured stays eager, and `refusal` says why. Pyro's validation of arguments and supports is
-    off in recorded and captured steps; a step whose loss is not finite is taken again, eagerly, with the same random
-    numbers, so that validation finds the site.
+    A step that cannot be captured stays eager, and `refusal` says why. Pyro does not validate recorded and captured
+    steps, but one whose loss is not finite is taken again, eagerly and with the same random numbers.
 
     Args:
         loss_and_grads: The method of a `pyro.infer.ELBO` instance.
@@ -147,7 +147,7 @@ class StepCapture:
             return self._eager(model, guide, args, kwargs)
         key, tensors = _key_of(model, guide, args, kwargs)
         if key is None:
-            self._refuse(f"an argument is a {tensors}, whose contents cannot be compared from step to step")
+            self._refuse(f"{tensors}, which cannot be compared from step to step")
             return self._eager(model, guide, args, kwargs)
 
         # Steps of one kind wait for a second one to be captured, so those that keep changing are no kinds.
@@ -281,6 +281,7 @@ class StepCapture:
         # A recording waits until an equal one comes. Recordings of other branches wait beside it; one that took the
         # same branches and differs all the same shows that the step depends on something that the list does not hold.
         roots = {"elbo": self._elbo, "model": model, "guide": guide}
+        objects = [*filter(_is_object, tree_flatten((args, kwargs))[0])]
         for pending in variant.pending:
             if other_branch(pending.recording, step.recording) or pending.viewed == viewed:
                 continue
@@ -288,13 +289,13 @@ class StepCapture:
             if unlike is None:
                 variant.pending.remove(pending)
                 variant.misses = 0
-                self._capture(variant, step, Assumptions(watch, roots, pending.assumptions), args, kwargs)
+                self._capture(variant, step, Assumptions(watch, roots, objects, pending.assumptions), args, kwargs)
                 return result
             variant.pending.remove(pending)
             self._miss(variant, unlike)
             break
 
-        variant.pending.append(Pending(step.recording, Assumptions(watch, roots), viewed))
+        variant.pending.append(Pending(step.recording, Assumptions(watch, roots, objects), viewed))
         if len(variant.pending) > MAX_PROGRAMS:
             self._refuse(f"branches on values take more than {MAX_PROGRAMS} ways, {step.recording.checks[0].line}")
         return result
@@ -409,7 +410,8 @@ def _is_plain_context() -> bool:
 def _key_of(model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Returns a key of everything about the arguments but tensors' values, and the tensors, each once.
 
-    (None, type) where an argument's contents cannot be compared.
+    Objects count by their identity, and what they hold is an assumption of the program. (None, reason) where an
+    argument can be compared in neither way.
     """
     # Tensors are numbered, each object once: f(x, x) is another step than f(x, y), since x has one slot.
     leaves, structure = tree_flatten((args, kwargs))
@@ -421,15 +423,35 @@ def _key_of(model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any
             components.append((index, leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
         elif is_plain(leaf) and not isinstance(leaf, slice):
             components.append((type(leaf), leaf))
+        elif _is_object(leaf):
+            components.append(_Same(leaf))
         else:
-            return None, type(leaf).__name__
+            return None, f"an argument is a {type(leaf).__name__}"
 
     try:
         key = tuple(components)
         hash(key)
     except TypeError:
-        return None, type(model).__name__
+        return None, f"the model is a {type(model).__name__} without a hash"
     return key, list(tensors)
+
+
+def _is_object(leaf: Any) -> bool:
+    """Returns whether an argument has attributes that the model may read."""
+    return not (isinstance(leaf, Tensor | np.ndarray | slice) or is_plain(leaf) or isinstance(leaf, float))
+
+
+class _Same:
+    """Stands for an object in a key: equal only for the object itself, which is kept from being replaced by another."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._value is other._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
 
 
 def _views(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

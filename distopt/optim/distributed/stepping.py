@@ -290,6 +290,7 @@ class Stepper:
                 reduced.dense,
                 [*reduced.loose, *reduced.rank_local],
                 *args,
+                missing=reduced.missing,
                 total_norm=total_norm(self.optim, reduced),
                 is_finite=not reduced.summary.num_nonfinite,
                 **kwargs,

@@ -1,8 +1,10 @@
 """What cannot be captured is refused with the line of the model, and the steps are right all the same."""
 
+import dataclasses
 import logging
 import random
 import time
+from functools import partial
 
 import numpy as np
 import pyro
@@ -262,16 +264,69 @@ def test_step_that_replaces_parameters_of_the_store_is_eager():
     assert "no parameter of the store" in step.refusal  # the new average
 
 
-def test_object_as_an_argument_is_eager():
-    def model(x, settings):
-        observe(pyro.sample("loc", dist.Normal(0.0, settings.scale)), 1.0, x)
+@dataclasses.dataclass
+class Settings:
+    scale: float = 1.0
+    factors: list = dataclasses.field(default_factory=lambda: [1.0, 1.0])
+    shift: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(()))
 
-    class Settings:
-        scale = 1.0
+
+def of_settings(x, settings):
+    loc = pyro.sample("loc", dist.Normal(0.0, settings.scale * sum(settings.factors)))
+    observe(loc + settings.shift, 1.0, x)
+
+
+def change_at(i, settings):
+    """Changes an attribute, what a container holds, a tensor in place, and the tensor."""
+    if i == 5:
+        settings.scale = 2.0
+    elif i == 9:
+        settings.factors[1] = 0.5
+    elif i == 13:
+        settings.shift.add_(0.5)
+    elif i == 15:
+        settings.shift = torch.tensor(0.25)
+
+
+def test_object_as_an_argument_is_followed():
+    results = []
+    for kind in (EagerSteps, StepCapture):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        settings = Settings()
+        step = kind(Trace_ELBO().loss_and_grads)
+        guide = AutoNormal(of_settings)
+        change = partial(change_at, settings=settings)
+        results.append(run_steps(step, of_settings, guide, lambda i, s=settings: (DATA, s), before_step=change))
+    assert_same(*results)
+    assert step.refusal is None
+    assert step.num_captured == 9  # each of three changes is recorded in two steps, steps 8 and 16 are compared
+
+
+def test_object_that_is_new_in_each_step_is_eager_after_a_few():
+    step = StepCapture(Trace_ELBO().loss_and_grads)
+    run_steps(step, of_settings, AutoNormal(of_settings), lambda i: (DATA, Settings()), 12)
+    assert "objects given as arguments" in step.refusal
+    assert step.num_captured == 0
+
+
+def test_array_as_an_argument_is_eager():
+    def model(x):
+        observe(pyro.sample("loc", dist.Normal(0.0, 1.0)), 1.0, torch.from_numpy(x))
 
     step = StepCapture(Trace_ELBO().loss_and_grads)
-    run_steps(step, model, AutoNormal(model), (DATA, Settings()), 4)
-    assert "an argument is a Settings" in step.refusal
+    run_steps(step, model, AutoNormal(model), (np.ones(3, dtype=np.float32),), 4)
+    assert "an argument is a ndarray" in step.refusal
+
+
+def test_view_that_is_made_in_place_is_recorded_by_its_arguments():
+    def model(x):
+        matrix = x[:6].view(2, 3).clone().transpose_(0, 1).unsqueeze_(0).squeeze_(0).t_()
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        observe(loc + matrix.sum(0)[1], 1.0, x)
+
+    step = both_ways(lambda: model)
+    assert step.refusal is None
 
 
 def branches_on_data(x):

@@ -1,0 +1,213 @@
+"""Posterior samples and summaries of cells that are split over ranks, in the order of the user's cells."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pyro import poutine
+from torch import Tensor
+
+from distopt import backends
+from distopt.backends import Backend
+from distopt.infer.gathering import gather_of_plate
+from distopt.infer.sharded_plate import Sharding
+from distopt.rng import generators_state, seed_all, set_generators_state
+from distopt.scvi.cells import cell_numbers
+from distopt.scvi.row_strategy import plate_of_cells
+from distopt.sharding import PlateShard
+
+_SAMPLES = 1 << 41  # steps of the noise of posterior samples begin here, beyond those of training and validation
+
+
+def gather_cells(values: Any, adata: Any, *, backend: Backend | None = None) -> Any:
+    """Returns values of all cells, in the order of their numbers, on every rank.
+
+    Args:
+        values: (num_cells, ...) array, tensor or DataFrame of this rank's cells.
+        adata: The AnnData of this rank's cells, of `split` or `align_`.
+        backend: Link to the other ranks; None for that of this process.
+
+    Returns:
+        The same kind: a DataFrame has the names of all cells as its index.
+
+    Raises:
+        LocalParameterError: A cell is held by no rank, or by several.
+
+    Cost:
+        An all-reduce of the result.
+
+    Example:
+        >>> latent = gather_cells(model.get_latent_representation(), model.adata)  # doctest: +SKIP
+    """
+    backend = backend or backends.current()
+    plate = PlateShard("cells", backend.world_size, size=len(adata.obs), rows=cell_numbers(adata))
+    if isinstance(values, Tensor):
+        return gather_of_plate(values.detach(), plate, None, backend)
+    array = gather_of_plate(torch.from_numpy(np.array(values)), plate, None, backend).cpu().numpy()
+    if not hasattr(values, "columns"):
+        return array
+
+    import pandas as pd
+
+    names = backend.all_gather_json([cell_numbers(adata).tolist(), [str(name) for name in values.index]])
+    order = dict(sorted((number, name) for each in names for number, name in zip(*each, strict=True)))
+    return pd.DataFrame(array, index=list(order.values()), columns=values.columns)
+
+
+def sample_posterior(model: Any, *, seed: int = 0, backend: Backend | None = None, **kwargs: Any) -> dict[str, Any]:
+    """Returns what `model.sample_posterior` would of all cells in one process, on every rank.
+
+    Variables of all cells are drawn alike on all ranks, and those of cells on the rank that has them.
+
+    Args:
+        model: A model of scvi-tools that was trained with its cells split.
+        seed: Of the samples.
+        backend: Link to the other ranks; None for that of this process.
+        **kwargs: Of `sample_posterior`.
+
+    Returns:
+        As scvi-tools: for each summary the values of each site, with cells in the order of their numbers.
+
+    Cost:
+        An all-reduce of each value.
+    """
+    backend = backend or backends.current()
+    axes = _axes_of_cells(model, bool(kwargs.get("return_observed")))
+    with _seeded(model, seed, backend):
+        local: dict[str, dict[str, NDArray[Any]]] = model.sample_posterior(**kwargs)
+    return {
+        summary: {
+            site: _gathered(value, axes[site], model.adata, backend) if site in axes else _of_rank_0(value, backend)
+            for site, value in values.items()
+        }
+        for summary, values in local.items()
+    }
+
+
+def export_posterior(
+    model: Any,
+    adata: Any,
+    *,
+    into: Any = None,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    backend: Backend | None = None,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Calls `model.export_posterior` on each rank, and brings its tables of cells together.
+
+    Args:
+        model: A model with `export_posterior`, such as cell2location's, that was trained with its cells split.
+        adata: The AnnData of this rank's cells, which gets this rank's results.
+        into: An AnnData of all cells, which gets the tables of all, in its own order of cells; on any of the ranks.
+        folder: Where each rank writes the tables of its own cells as `NAME-RANK-of-RANKS.csv`, in place of gathering
+            them, for more cells than one machine can hold.
+        seed: As for `sample_posterior`.
+        backend: Link to the other ranks; None for that of this process.
+        **kwargs: Of `export_posterior`.
+
+    Returns:
+        The tables that it has set in `adata.obsm`: of all cells, or of this rank's if there is a folder.
+
+    Cost:
+        An all-reduce of the tables, unless there is a folder.
+    """
+    backend = backend or backends.current()
+    before = dict(adata.obsm)
+    with _seeded(model, seed, backend), _global_values_of_rank_0(model, backend):
+        model.export_posterior(adata, **kwargs)
+    tables = {name: adata.obsm[name] for name in sorted(adata.obsm) if adata.obsm[name] is not before.get(name)}
+    if folder is not None:
+        _write(tables, Path(folder), backend)
+        return tables
+
+    gathered = {name: gather_cells(table, adata, backend=backend) for name, table in tables.items()}
+    if into is not None:
+        for name, table in gathered.items():
+            into.obsm[name] = table.loc[into.obs_names]
+    return gathered
+
+
+def _axes_of_cells(model: Any, with_observed: bool) -> dict[str, int]:
+    """Returns the sites that have a value for each cell, and the dimension that runs over cells, from the right."""
+    plate = plate_of_cells(model)
+    loader = model._make_data_loader(model.adata, indices=np.arange(min(5, len(model.adata.obs))), shuffle=False)
+    args, kwargs = model.module._get_fn_args_from_batch(next(iter(loader)))
+    state = generators_state(torch.device("cpu"))
+    with torch.no_grad(), poutine.block():
+        trace = poutine.trace(model.module.model).get_trace(*args, **kwargs)
+    set_generators_state(state, torch.device("cpu"))
+    num_rows = min(5, len(model.adata.obs))
+    axes = {}
+    for name, site in trace.nodes.items():
+        dims = [frame.dim for frame in site.get("cond_indep_stack", ()) if frame.name == plate]
+        if site["type"] != "sample" or not dims:
+            continue
+        # What a model states by pyro.deterministic may have all its dimensions in event_dim, those of plates too.
+        shape = site["value"].shape
+        for axis in (dims[0] - site["fn"].event_dim, dims[0]):
+            if len(shape) >= -axis and shape[axis] == num_rows:
+                axes[name] = axis
+                break
+    return axes
+
+
+@contextmanager
+def _seeded(model: Any, seed: int, backend: Backend) -> Iterator[None]:
+    """Draws variables of all cells alike on all ranks, and those of cells by a stream of each rank."""
+    plate = plate_of_cells(model)
+    state = generators_state(backend.device)
+    seed_all(seed, _SAMPLES, backend.rank, "shared")
+    try:
+        with Sharding({plate: PlateShard(plate, backend.world_size)}, check=False):
+            yield
+    finally:
+        set_generators_state(state, backend.device)
+
+
+@contextmanager
+def _global_values_of_rank_0(model: Any, backend: Backend) -> Iterator[None]:
+    """Has the model draw samples whose variables of all cells are rank 0's: a rank of more batches draws other ones."""
+    draw = model.sample_posterior
+
+    def drawn(*args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        results = draw(*args, **kwargs)
+        axes = _axes_of_cells(model, False)
+        return {
+            summary: {site: value if site in axes else _of_rank_0(value, backend) for site, value in values.items()}
+            for summary, values in results.items()
+        }
+
+    model.sample_posterior = drawn
+    try:
+        yield
+    finally:
+        del model.sample_posterior
+
+
+def _gathered(value: NDArray[Any], axis: int, adata: Any, backend: Backend) -> NDArray[Any]:
+    rows_first = np.ascontiguousarray(np.moveaxis(value, axis, 0))
+    return np.moveaxis(np.asarray(gather_cells(rows_first, adata, backend=backend)), 0, axis)
+
+
+def _of_rank_0(value: NDArray[Any], backend: Backend) -> NDArray[Any]:
+    tensor = torch.from_numpy(np.array(value)).to(backend.device)
+    backend.broadcast(tensor, 0).wait()
+    return tensor.cpu().numpy()
+
+
+def _write(tables: Mapping[str, Any], folder: Path, backend: Backend) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, table in tables.items():
+        path = folder / f"{name}-{backend.rank:05d}-of-{backend.world_size:05d}.csv"
+        partial = path.with_suffix(".partial")
+        table.to_csv(partial)
+        os.replace(partial, path)
+    backend.barrier()
