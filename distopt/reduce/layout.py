@@ -141,7 +141,8 @@ class Bucket:
         """Returns whether one of these addresses is in the bucket; takes less than to make its `addresses`."""
         first = self.flat.data_ptr()
         after = first + self.flat.numel() * self.flat.element_size()
-        return any(first <= address < after for address in addresses)
+        is_beside = not addresses or max(addresses) < first or min(addresses) >= after
+        return not is_beside and any(first <= address < after for address in addresses)
 
     def holds(self, addresses: Sequence[int] | None) -> bool:
         """Returns whether gradients at these addresses, by index in the layout, lie in this bucket, each in its view.

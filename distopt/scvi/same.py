@@ -60,17 +60,17 @@ def check_same(model: Any, *, ignore: Iterable[str] = (), backend: Backend | Non
             _KNOWN[kind.__name__](model, backend)
 
     num_cells = int(len(model.adata.obs)) if hasattr(model, "adata") else -1
-    mine = {name: _digest(value, num_cells) for name, value in values_of(model)}
-    by_rank: list[dict[str, str]] = backend.all_gather_json(mine)
+    mine = {name: _digests(value, num_cells) for name, value in values_of(model)}
+    by_rank: list[dict[str, list[str]]] = backend.all_gather_json(mine)
     names = sorted({name for each in by_rank for name in each})
     different = [
         name
         for name in names
-        if any(each.get(name) != by_rank[0].get(name) for each in by_rank)
+        if not _agree([each.get(name) for each in by_rank])
         and not any(fnmatchcase(name, pattern) for pattern in ignore)
     ]
     if different:
-        raise DifferentModelError(_message(different, by_rank))
+        raise DifferentModelError(_message(different, len(by_rank)))
 
 
 def values_of(model: Any) -> Iterator[tuple[str, Any]]:
@@ -108,20 +108,27 @@ def _plain_values(name: str, value: Any, depth: int) -> Iterator[tuple[str, Any]
         yield name, value.to_numpy()
 
 
-def _digest(value: Any, num_cells: int) -> str:
-    """Returns what two ranks compare: of what has a row for each cell only that it does."""
+def _digests(value: Any, num_cells: int) -> list[str]:
+    """Returns what two ranks compare: the value; and, if it is a number of cells or has a row for each, only that."""
     if isinstance(value, bool | str):
-        return repr(value)
+        return [repr(value), ""]
     array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-    if array.ndim == 0 and array.dtype.kind in "iuf" and array == num_cells:
-        return "number of cells"
-    if array.ndim > 0 and len(array) == num_cells:
-        return f"{array.dtype} for each cell, each of shape {array.shape[1:]}"
     content = repr(array.tolist()).encode() if array.dtype == object else np.ascontiguousarray(array).tobytes()
-    return f"{array.dtype} {array.shape} {xxhash.xxh3_64_hexdigest(content)}"
+    digest = f"{array.dtype} {array.shape} {xxhash.xxh3_64_hexdigest(content)}"
+    if array.ndim == 0:
+        return [digest, "number of cells" if array.dtype.kind in "iuf" and array == num_cells else ""]
+    return [digest, f"{array.dtype} for each cell, each of shape {array.shape[1:]}" if len(array) == num_cells else ""]
 
 
-def _message(different: list[str], by_rank: list[dict[str, str]]) -> str:
+def _agree(by_rank: list[list[str] | None]) -> bool:
+    """Returns whether a value is the same on all ranks, or is of each rank's cells on all of them."""
+    first = by_rank[0]
+    if first is None or any(each is None for each in by_rank):
+        return False
+    return any(first[kind] and all(each and each[kind] == first[kind] for each in by_rank) for kind in (0, 1))
+
+
+def _message(different: list[str], num_ranks: int) -> str:
     shown = ", ".join(different[:8]) + (f" and {len(different) - 8} more" if len(different) > 8 else "")
     advice = (
         'Give every rank all cells and split the batches, model.train(strategy="distopt"); or pass the value to the '
@@ -132,9 +139,7 @@ def _message(different: list[str], by_rank: list[dict[str, str]]) -> str:
             "The ranks have registered other categories: call adata = distopt.scvi.split(adata), or align_(adata), "
             "before setup_anndata, with columns=[...] for categories that are numbers. " + advice
         )
-    return (
-        f"the model is not the same on the {len(by_rank)} ranks, since each made it of its own cells: {shown}. {advice}"
-    )
+    return f"the model is not the same on the {num_ranks} ranks, since each made it of its own cells: {shown}. {advice}"
 
 
 # Values that are known, and how they follow from those of the ranks: means over cells are weighted by these.

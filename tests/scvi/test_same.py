@@ -16,7 +16,7 @@ from distopt.backends import current
 from distopt.scvi import DifferentModelError, check_same
 from tests.workers import world
 
-NUM_CELLS = (3, 5)
+NUM_CELLS = (3, 7)  # as large as values that are the same on both
 
 
 class Inner(nn.Module):
