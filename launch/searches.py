@@ -72,7 +72,7 @@ class OptunaSearch(Search):
             pruner=pruner,
             load_if_exists=True,
         )
-        # A sampler of a finite space says by `study.stop` that it has no more; Optuna allows that in its own loop alone.
+        # A sampler of a finite space says by `study.stop` that it is done; Optuna allows that in its own loop alone.
         self._is_exhausted = False
         self._study.stop = self._note_exhausted
         self._numbers: dict[int, int] = {}  # Optuna's number of each trial

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import collections
 import datetime
 import decimal
@@ -298,7 +299,7 @@ class ReachableValues:
             attributes |= {key: each for key, each in vars(value).items() if isinstance(key, str)}
             self.test(text, f"len({name}.__dict__) == {len(vars(value))}")
 
-        reads_all = self._computed or any(_is_library(each.__module__) for each in kind.__mro__ if each not in _BASES)
+        reads_all = self._computed or any(_may_read_attributes(each) for each in kind.__mro__)
         if kind.__module__.startswith("distopt.") and not kind.__module__.startswith("distopt.examples."):
             attributes = {key: each for key, each in attributes.items() if is_plain(each)}
         if isinstance(value, Messenger):
@@ -382,6 +383,13 @@ def _is_library(module: str) -> bool:
     if module == "__main__":
         return False
     return module in sys.builtin_module_names or (file is not None and not is_user_file(file))
+
+
+def _may_read_attributes(kind: type) -> bool:
+    """Returns whether a library's class may read attributes of a subclass's instances under names of its own."""
+    if kind in _BASES or kind is abc.ABC or kind.__module__.startswith("distopt."):
+        return False
+    return _is_library(kind.__module__)
 
 
 def _is_written_in_python(kind: type) -> bool:
