@@ -124,7 +124,11 @@ def describe_failure(
     blamed = _blame(run_dir, ends, reports)
     silent = [event for event in events if isinstance(event, Start) and event.rank not in ends]
     blames_silent = bool(silent) and all(_is_from_peer(run_dir, end, reports) for end in blamed)
-    if not blames_silent and (early := _ended_early(run_dir, ends, blamed, reports)):
+    early = _ended_early(run_dir, ends, blamed, reports)
+    # Where a rank has recorded its end, the host is there: the launcher has killed the supervisors of the others.
+    if early is not None and not blamed and all(event.host == early.host for event in silent):
+        blames_silent = False
+    if not blames_silent and early is not None and (blamed or silent):
         blamed = [early, *blamed]
     duration = timedelta(seconds=round(seconds))
     lines = [f"distopt: the run failed after {duration} (exit status {status} of the launcher)."]
@@ -180,15 +184,17 @@ def _unrecorded_ends(
     only heard of the error.
     """
     sources = {int(match["rank"]) for match in reports.values()}
+    exited = _exits_seen(ends.values())
     unrecorded = {}
     for event in events:
         if not isinstance(event, Start) or event.rank in ends:
             continue
         error = read_error(error_file(run_dir, event.rank, event.pid))
-        if error is not None or event.rank in sources:
+        if error is not None or event.rank in sources or event.rank in exited:
             time = event.time if error is None else error.time
             raised = None if error is None else asdict(error)
-            unrecorded[event.rank] = End(event.rank, event.attempt, event.host, event.pid, time, 1, raised=raised)
+            status = int(error is not None or event.rank in sources)
+            unrecorded[event.rank] = End(event.rank, event.attempt, event.host, event.pid, time, status, raised=raised)
     return unrecorded
 
 
@@ -253,7 +259,7 @@ def _ended_early(
     for rank in _exits_seen(blamed):
         if rank in ends and ends[rank] not in blamed:
             return ends[rank]
-    first = min(map(_time_of, blamed), default=0.0)
+    first = min(map(_time_of, blamed), default=float("inf"))
     return min((end for end in ends.values() if end.status == 0 and end.time <= first), key=_time_of, default=None)
 
 

@@ -72,6 +72,9 @@ class OptunaSearch(Search):
             pruner=pruner,
             load_if_exists=True,
         )
+        # A sampler of a finite space says by `study.stop` that it is done; Optuna allows that in its own loop alone.
+        self._is_exhausted = False
+        self._study.stop = self._note_exhausted
         self._numbers: dict[int, int] = {}  # Optuna's number of each trial
         self._match(known)
 
@@ -86,13 +89,16 @@ class OptunaSearch(Search):
 
     def suggest(self, number: int) -> dict[str, Any] | None:
         """Asks Optuna."""
-        if number >= self._config.num_trials:
+        if number >= self._config.num_trials or self._is_exhausted:
             return None
         space = {key: _distribution(self._optuna, each) for key, each in self._config.space.items()}
         trial = self._study.ask(space)
         trial.set_user_attr("number", number)
         self._numbers[number] = trial.number
         return dict(trial.params)
+
+    def _note_exhausted(self) -> None:
+        self._is_exhausted = True
 
     def report(self, number: int, step: int, value: float) -> bool:
         """Passes the value on, and returns what the pruner says."""

@@ -4,7 +4,8 @@ A page is run from top to bottom, in a folder of its own, as a reader would:
 
     python            in one namespace for the page
     python NAME.py    written to the folder, and imported
-    yaml [NAME.yaml]  through the configuration; what has no `name:` is a part, and is put into a small run
+    yaml [NAME.yaml]  through the configuration; what has no `name:` is a part, and is put into a small run. A file with
+                      `run:` is a sweep
     console           each line that begins with `$ ` is a command; what is printed must match the lines below it, in
                       which `...` stands for anything
     text, {directive} shows something, and is not run
@@ -74,11 +75,15 @@ def run_yaml(example: Example, name: str) -> str | None:
     import yaml
 
     from distopt.config import parse_config
+    from distopt.config.sweep_schema import load_sweep
 
     text = example.region.lexemes["source"]
     if name:
         write_file(example, name)
     values = yaml.safe_load(text)
+    if name and "run" in values:
+        load_sweep(folder_of(example) / name)
+        return None
     what_runs = {} if {"task", "script"} & set(values) else {"task": SMALL_RUN["task"]}
     parse_config(text if "name" in values else yaml.safe_dump({"name": SMALL_RUN["name"], **what_runs, **values}))
     return None

@@ -235,6 +235,16 @@ def test_rank_that_failed_is_named_though_its_supervisor_was_killed_before_it_re
     assert re.match(r"  rank 1 on host died first: it failed at .*: ValueError: no", cause), cause
 
 
+def test_rank_that_exited_is_named_though_mpirun_killed_supervisors_before_they_recorded_an_end(report):
+    starts = [events.Start(rank, 0, "host", 17 + rank, 1.0) for rank in (0, 1)]
+    text = report({}, [*starts, end(0, 5.0, 0)])
+    assert "  rank 0 on host died first: it ended with exit status 0 while other ranks were still waiting" in text
+
+    reason = "BackendError: rank 1 exited after step 2 while other ranks were still waiting for it. Rank 0 stops."
+    text = report({}, [*starts, end(0, 5.0, 1, raised=raised(reason, 4.0, from_peer=True))])
+    assert "  rank 1 on host died first: it exited after step 2 while other ranks were still waiting for it.\n" in text
+
+
 FAILING = """
 import os
 from order_task import Order

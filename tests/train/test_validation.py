@@ -57,7 +57,7 @@ def outcome(run_dir: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def on_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("judged")
-    output = launch_well(judged(folder))
+    output = launch_well(judged(folder), "log.tensorboard=true")
     assert "stopped early after step" in output and "mse has not improved in 3 validations" in output
     return folder / "run"
 
@@ -73,6 +73,18 @@ def test_run_stops_early_with_its_best_checkpoint_kept(on_two: Path) -> None:
     assert row["lr"] == 0.05 and row["train_s"] > 0 and -4 < row["slope"] < 0
     facts = dict(re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td></tr>", (on_two / "report.html").read_text()))
     assert facts["best checkpoint"] == f"step {decided['best']}" and "has not improved in 3" in facts["ended early"]
+
+
+def test_tensorboard_has_what_every_logger_gets(on_two: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(on_two / "tensorboard")).Reload()
+    last = read_metrics(on_two)[-1]
+    assert {"elbo", "lr", "train_s", "rows_per_s", "validation/mse", "slope"} <= last.keys()
+    for name in last.keys() - {"step"}:
+        written = events.Scalars(name)[-1]
+        assert (written.step, written.value) == (last["step"], pytest.approx(last[name], rel=1e-5)), name
 
 
 def test_decisions_are_the_same_on_another_number_of_workers(on_two: Path, tmp_path: Path) -> None:
