@@ -14,6 +14,7 @@ from distopt.infer.capture import StepCapture, TensorRows
 from distopt.infer.capture.modes import CaptureMode, is_checked_late, mode_of_step
 from distopt.infer.sharded_plate import share_plates
 from distopt.optim.distributed import DistributedOptimizer, StepInfo
+from distopt.optim.distributed.pyro_hooks import offer_svi
 from distopt.optim.distributed.stepping import Loss
 from distopt.optim.distributed.svi_step import loss_and_named_params, run_once, step_on_all_ranks
 from distopt.reduce.layout import Layout
@@ -131,6 +132,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
             The collectives of the optimizer. With several ranks, the first step runs guide and model once more, so that
             all ranks compute its gradient from the same values.
         """
+        offer_svi(self, args, kwargs)
         if not isinstance(self.optim, DistributedOptimizer):
             return self._step_alone(args, kwargs)
         info = self.step_with(args, kwargs)

@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pyro
@@ -243,6 +244,35 @@ def test_svi_of_distopts_own_and_inner_contexts_are_left_alone() -> None:
         assert not isinstance(plain.optim, DistributedOptimizer)
         plain.step(DATA)
         assert adopted == [plain]
+
+
+def _run_captured(capture: str, inside: bool) -> tuple[list[float], Values, type]:
+    def sharded(x: Tensor) -> None:
+        zero, one = x.new_zeros(()), x.new_ones(())
+        loc = pyro.sample("loc", dist.Normal(zero, 10 * one))
+        with infer.sharded_plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(loc, one), obs=x)
+
+    rows = my_rows() if inside else DATA
+    optimizer = pyro.optim.Adam({"lr": 0.1})
+    svi = infer.SVI(sharded, guide_of(sharded), optimizer, Trace_ELBO(), capture=capture)
+    with ExitStack() as stack:
+        if inside:
+            stack.enter_context(everywhere())
+        losses = [svi.step(rows) for _ in range(8)]
+    if not inside:
+        return losses, store_values(), type(optimizer)
+    svi.step(rows)  # plain again
+    return losses, {}, type(optimizer)
+
+
+@pytest.mark.parametrize("capture", ["off", "graph", "auto"])
+def test_plain_optimizer_in_an_svi_of_distopts_own_is_adopted_also_where_steps_are_captured(capture: str) -> None:
+    expected, _, _ = _run_captured("off", inside=False)
+    pyro.clear_param_store()
+    for losses, _, kind in world("torch_dist", 2).run(_run_captured, capture, True):
+        assert losses == pytest.approx(expected, rel=1e-9)
+        assert kind is pyro.optim.PyroOptim
 
 
 def _run_plain() -> list[str]:

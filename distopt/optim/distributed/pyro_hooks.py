@@ -56,6 +56,12 @@ def end_adopting(adopter: Adopter) -> None:
     _adopters.remove(adopter)
 
 
+def offer_svi(svi: pyro.infer.SVI, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Lets `everywhere()` adopt an SVI that is about to step; does nothing outside."""
+    if _adopters:
+        _adopters[-1].adopt_svi(svi, args, kwargs)
+
+
 def install() -> None:
     """Replaces the methods, once in a process."""
     if _installed:
@@ -78,8 +84,7 @@ def _replace(cls: type, name: str, make: Callable[[Callable[..., Any]], Callable
 
 def _svi_step(original: Callable[..., Any]) -> Callable[..., Any]:
     def step(svi: pyro.infer.SVI, *args: Any, **kwargs: Any) -> Any:
-        if _adopters:
-            _adopters[-1].adopt_svi(svi, args, kwargs)
+        offer_svi(svi, args, kwargs)
         if isinstance(svi.optim, DistributedOptimizer):
             info = step_on_all_ranks(svi, args, kwargs)
             return info.losses if len(info.losses) > 1 else info.losses[0]
