@@ -40,6 +40,10 @@ class GridSearch(Search):
         return self._combinations[number] if number < len(self._combinations) else None
 
 
+FINITE = ("BruteForceSampler", "GridSampler")
+"""Optuna's samplers that try each value of a finite space once."""
+
+
 class OptunaSearch(Search):
     """What Optuna's samplers suggest and its pruners end; the study is a journal in the sweep's folder.
 
@@ -73,6 +77,8 @@ class OptunaSearch(Search):
             load_if_exists=True,
         )
         # A sampler of a finite space says by `study.stop` that it is done; Optuna allows that in its own loop alone.
+        # Asked again, as by a sweep that is continued, or while its last values are still tried, it repeats some.
+        self._is_finite = self._config.sampler in FINITE
         self._is_exhausted = False
         self._study.stop = self._note_exhausted
         self._numbers: dict[int, int] = {}  # Optuna's number of each trial
@@ -92,10 +98,19 @@ class OptunaSearch(Search):
         if number >= self._config.num_trials or self._is_exhausted:
             return None
         space = {key: _distribution(self._optuna, each) for key, each in self._config.space.items()}
+        known = self._known_params()
         trial = self._study.ask(space)
+        if self._is_finite and trial.params in known:
+            self._study.tell(trial.number, state=self._optuna.trial.TrialState.FAIL)
+            self._is_exhausted = True
+            return None
         trial.set_user_attr("number", number)
         self._numbers[number] = trial.number
         return dict(trial.params)
+
+    def _known_params(self) -> list[dict[str, Any]]:
+        numbers = set(self._numbers.values())
+        return [trial.params for trial in self._study.get_trials(deepcopy=False) if trial.number in numbers]
 
     def _note_exhausted(self) -> None:
         self._is_exhausted = True

@@ -10,6 +10,7 @@ import torch
 
 from distopt.backends import Backend
 from distopt.optim import DistributedOptimizer
+from distopt.reduce.errors import DisagreementError
 
 
 class LoopEnd:
@@ -28,7 +29,8 @@ class LoopEnd:
         is_in_step: Whether a step was begun and not ended: outside of the loop it is one whose body was left.
 
     Cost:
-        `agree` is one all-reduce of two numbers where there are other ranks, unless the step has agreed already.
+        `agree` is one all-reduce of two numbers where there are other ranks, unless the step has agreed already, and
+        `leave` before a step is one without gradients.
     """
 
     def __init__(self, backend: Backend, saved: Iterable[Any]) -> None:
@@ -36,7 +38,7 @@ class LoopEnd:
         self.is_left = False
         self.is_in_step = False
         self._backend = backend
-        self._optimizers = [each for each in saved if isinstance(each, DistributedOptimizer)]
+        self._saved = saved  # looked through in each step: `everywhere` may adopt an optimizer after this
         self._num_reductions = 0
         self._agreed: bool | None = None
 
@@ -54,10 +56,26 @@ class LoopEnd:
 
         It does if the optimizer has stepped since it began. Without a `DistributedOptimizer` nobody knows, and most
         bodies look at the result of a step before they leave.
+
+        Raises:
+            DisagreementError: This rank has left before its step, as one does whose data end first, and another rank
+                takes that step. All ranks raise one, for the other would wait in its reduction until a timeout.
         """
         self.is_in_step = False
         self.is_left = True
-        return not self._optimizers or self._count_reductions() != self._num_reductions
+        optimizers = self._optimizers()
+        if not optimizers or self._count_reductions() != self._num_reductions:
+            return True
+        if self._backend.world_size > 1 and len(optimizers) == 1:  # of several it is not known which is called first
+            try:
+                optimizers[0].synchronize()
+            except DisagreementError as error:
+                raise DisagreementError(
+                    f"rank {self._backend.rank} has left the loop before a step that another rank takes. Leave it by "
+                    "`break` after the step, which one rank may do for all, or give all ranks as many steps: data that "
+                    f"end earlier on one rank do this, too."
+                ) from error
+        return False
 
     def note_stop(self, stop: bool) -> None:
         """Says that all ranks have agreed already in this step whether to stop."""
@@ -77,5 +95,8 @@ class LoopEnd:
             self._backend.all_reduce(flags).wait()
         self.is_stopped, self.is_left = (number > 0 for number in flags.tolist())
 
+    def _optimizers(self) -> list[DistributedOptimizer]:
+        return [each for each in self._saved if isinstance(each, DistributedOptimizer)]
+
     def _count_reductions(self) -> int:
-        return sum(each.reducer.step for each in self._optimizers)
+        return sum(each.reducer.step for each in self._optimizers())

@@ -143,6 +143,7 @@ class Session:
         A loop that was left by `break` is done: a checkpoint of its last step is saved.
 
         Raises:
+            DisagreementError: This rank has left its loop before a step that another rank takes.
             SystemExit: The run was stopped by a signal; with 128 and its number, once the checkpoint is saved.
         """
         if error is not None:

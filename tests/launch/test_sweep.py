@@ -150,13 +150,18 @@ def test_optuna_suggests_prunes_and_remembers() -> None:
     assert states == ["COMPLETE"] * 4 + ["PRUNED", "FAIL", "COMPLETE"]
 
 
-def test_sampler_of_a_finite_space_ends_the_sweep() -> None:
+@pytest.mark.filterwarnings("ignore:BruteForceSampler is experimental")
+@pytest.mark.parametrize(
+    ("sampler", "args"), [("GridSampler", {"search_space": {"seed": [1, 2]}}), ("BruteForceSampler", {})]
+)
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_sampler_of_a_finite_space_ends_the_sweep_with_each_value_tried_once(sampler, args, parallel) -> None:
     pytest.importorskip("optuna", reason="the package optuna is not installed")
-    space = {"seed": {"choices": [1, 2]}}
-    search = {"num_trials": 9, "space": space, "sampler": "GridSampler"}
-    sweep = Quick(sweep_of(grid=None, optuna=search | {"sampler_args": {"search_space": {"seed": [1, 2]}}}))
-    assert sweep.run() == 0
-    assert sorted(trial.values["seed"] for trial in sweep.trials) == [1, 2]
+    search = {"num_trials": 9, "space": {"seed": {"choices": [1, 2]}}, "sampler": sampler, "sampler_args": args}
+    for _ in range(2):  # the same command again has nothing left to do
+        sweep = Quick(sweep_of(grid=None, optuna=search, parallel=parallel))
+        assert sweep.run() == 0
+        assert sorted(trial.values["seed"] for trial in sweep.trials) == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from distopt.backends.single import Single
 from distopt.config import RunConfig
 from distopt.optim import Adam, DistributedOptimizer
+from distopt.reduce.errors import DisagreementError
 from distopt.run_files import read_facts, read_metrics
 from distopt.train import Session
 from distopt.train.loop_end import LoopEnd
@@ -81,7 +82,6 @@ def test_step_that_no_distributed_optimizer_takes_counts_when_its_body_leaves():
 
 
 SCRIPT = """
-import sys
 import pyro, torch
 import distopt
 from distopt.optim import Adam, DistributedOptimizer
@@ -90,6 +90,8 @@ worker = distopt.init()
 optimizer = DistributedOptimizer(Adam({"lr": 0.1}))
 with distopt.train.Session({"optimizer": optimizer}) as session:
     for step in session.steps():
+        if LEAVES_BEFORE and step == 4 and worker.rank == 1:
+            break
         x = pyro.param("x", torch.zeros(2))
         (x - worker.rank).square().sum().backward()
         optimizer([x.unconstrained()])
@@ -99,11 +101,16 @@ print(f"rank {worker.rank}: x {x.detach().mean():.4f}", file=open(f"rank-{worker
 """
 
 
-def test_rank_that_leaves_its_loop_takes_the_others_with_it(tmp_path: Path) -> None:
-    (tmp_path / "fit.py").write_text(SCRIPT)
-    (tmp_path / "fit.yaml").write_text("{name: fit, script: fit.py, train: {num_steps: 50}, launch: {workers: 2}}")
+def launch(folder: Path, *, leaves_before: bool) -> subprocess.CompletedProcess[str]:
+    (folder / "fit.py").write_text(SCRIPT.replace("LEAVES_BEFORE", str(leaves_before)))
+    keys = "{name: fit, script: fit.py, train: {num_steps: 50}, launch: {workers: 2, max_restarts: 0}}"
+    (folder / "fit.yaml").write_text(keys)
     command = [str(BIN / "distopt"), "launch", "fit.yaml", "log.tensorboard=false"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=170)
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=170)
+
+
+def test_rank_that_leaves_its_loop_takes_the_others_with_it(tmp_path: Path) -> None:
+    done = launch(tmp_path, leaves_before=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "stopped early after step 5: the script left its loop" in done.stdout and kept(tmp_path / "runs/fit") == [
         "step-00000005"
@@ -111,3 +118,30 @@ def test_rank_that_leaves_its_loop_takes_the_others_with_it(tmp_path: Path) -> N
     first, second = ((tmp_path / f"rank-{rank}.txt").read_text().partition(": ")[2] for rank in (0, 1))
     assert first == second
     assert read_facts(tmp_path / "runs/fit")["outcome"] == "done"
+
+
+@pytest.mark.slow
+def test_rank_that_leaves_before_a_step_that_another_takes_is_named_at_once(tmp_path: Path) -> None:
+    done = launch(tmp_path, leaves_before=True)
+    assert done.returncode == 1, done.stdout
+    assert "rank 1 has left the loop before a step that another rank takes. Leave it by `break` after" in done.stderr
+
+
+@pytest.mark.parametrize("others_left", [True, False])
+def test_rank_that_leaves_before_its_step_asks_whether_the_others_take_it(monkeypatch, others_left):
+    optimizer = DistributedOptimizer(Adam({"lr": 0.1}))
+
+    def synchronize(*_: object) -> None:
+        if not others_left:
+            raise DisagreementError("different calls of the optimizer")
+
+    monkeypatch.setattr(DistributedOptimizer, "synchronize", synchronize)
+    backend = Single()
+    backend.rank, backend.world_size = 1, 2  # the other one is what `synchronize` does
+    end = LoopEnd(backend, [optimizer])
+    end.step().__enter__()
+    if others_left:
+        assert not end.leave()
+        return
+    with pytest.raises(DisagreementError, match="rank 1 has left the loop before a step that another rank takes"):
+        end.leave()
