@@ -85,6 +85,7 @@ _OF_CONNECTIONS = re.compile(
     r"DataLoader worker \(pid|shared memory",
     re.I,
 )
+_OF_LOADING = re.compile(r"input/output error|stale file handle|cannot allocate memory", re.I)  # also by `dlopen`
 _OF_PATHS = frozenset({"FileNotFoundError", "PermissionError", "IsADirectoryError", "NotADirectoryError"})
 
 
@@ -105,7 +106,7 @@ def is_permanent(error: BaseException, *, in_first_step: bool) -> bool:
     if not isinstance(error, Exception) or any(map(_may_heal, handled)):
         return False
     for each in causes:  # a ConfigError of a file that could not be read may heal
-        if _names(each) & _NEVER_HEALS:
+        if _never_heals(each):
             return True
         if _may_heal(each):
             return False
@@ -116,9 +117,15 @@ def _names(error: BaseException) -> set[str]:
     return {base.__name__ for base in type(error).__mro__}
 
 
+def _never_heals(error: BaseException) -> bool:
+    names = _names(error)
+    # A library on a network's disk that cannot be read at the moment is an ImportError, and no OSError, of the loader.
+    return bool(names & _NEVER_HEALS) and not ("ImportError" in names and message_may_pass(str(error)))
+
+
 def _may_heal(error: BaseException) -> bool:
     names = _names(error)
-    if names & _NEVER_HEALS:
+    if _never_heals(error):
         return False
     is_of_device = _OF_DEVICES.search(_ON_GPU.sub("", str(error))) is not None
     return bool(names & _MAY_HEAL) or "OSError" in names or is_of_device or _may_pass(error)
@@ -126,7 +133,7 @@ def _may_heal(error: BaseException) -> bool:
 
 def message_may_pass(text: str) -> bool:
     """Returns whether an error's message tells of a connection, a disk or memory, which may be there later."""
-    return _OF_CONNECTIONS.search(text) is not None or "Input/output error" in text or "Stale file handle" in text
+    return _OF_CONNECTIONS.search(text) is not None or _OF_LOADING.search(text) is not None
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -134,7 +141,7 @@ def _may_pass(error: BaseException) -> bool:
     names = _names(error)
     if "OSError" in names:
         return not names & _OF_PATHS
-    return any(map(_OF_SERVICES.search, names)) or _OF_CONNECTIONS.search(str(error)) is not None
+    return any(map(_OF_SERVICES.search, names)) or message_may_pass(str(error))
 
 
 def _behind(error: BaseException) -> tuple[list[BaseException], list[BaseException]]:

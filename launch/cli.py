@@ -145,7 +145,7 @@ def train(config: Config, overrides: Overrides = None) -> None:
 
     if find_launcher() is not None:
         die_with_parent()
-    run = _load(config, overrides)
+    run = _load(config, overrides, is_worker=True)
     _import_from_here()
     from distopt import train as training  # imports torch
 
@@ -430,14 +430,17 @@ def _import_from_here() -> None:
         sys.path.insert(0, here)
 
 
-def _load(path: str, overrides: list[str] | None) -> RunConfig:
+def _load(path: str, overrides: list[str] | None, *, is_worker: bool = False) -> RunConfig:
     from distopt.config import ConfigError, load_config, parse_config
+    from distopt.worker_error import record_error
 
     try:
         if path.startswith("@"):  # the name of a variable, which is how a pod gets its configuration
             return parse_config(os.environ.get(path[1:], ""), overrides or (), source=path)
         return load_config(path, overrides or ())
     except ConfigError as error:
+        if is_worker:  # its supervisor then knows that it would be refused again
+            record_error(error, permanent=True)
         _refuse(error.problems)
 
 

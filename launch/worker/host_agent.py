@@ -87,10 +87,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _is_refused(reader: events.Reader) -> bool:
-    """Returns whether a worker has ended as it would again: refused, or by an error that it calls permanent."""
+    """Returns whether a worker has ended as it would again: refused, or by another error that is permanent."""
     ends = [event for event in reader.new() if isinstance(event, events.End)]
-    refused = any(end.failed and end.status == USAGE_ERROR for end in ends)
-    return refused or any(end.worker_error is not None and end.worker_error.permanent for end in ends)
+    return any(end.worker_error is not None and end.worker_error.permanent for end in ends)
 
 
 def wait_for_rendezvous(endpoint: str, received: Sequence[int]) -> None:

@@ -27,6 +27,11 @@ _LIBRARY_TRACE = re.compile(
 _FRAME = re.compile(r'\s+File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _NEVER_HEALS = re.compile(r"(ModuleNotFoundError|ImportError|SyntaxError|IndentationError|TabError)(: |$)")
 
+# What Python, argparse and click print above or beside an argument that they refuse. Another script may end with status
+# 2 for reasons of its own, after hours, or because a rank is gone.
+_REFUSED = re.compile(r"[Uu]sage: \S|.*: can't open file '")
+_USAGE_LINES = 40  # of an attempt's end, in which those stand
+
 _WARNING = re.compile(r":\d+: \w*Warning: ")  # as Python prints it: file, line, category
 
 
@@ -149,8 +154,8 @@ def last_line(run_dir: Path, rank: int) -> str:
 def final_error(run_dir: Path, rank: int, status: int) -> WorkerError | None:
     """Returns the error of a worker that has recorded none, if what it printed tells that it would come again.
 
-    Python that cannot compile or import a script ends with status 1 before the script's first line, and one whose
-    arguments are refused with status 2, as `argparse` and `distopt` end.
+    Python that cannot compile or import a script ends with status 1 before the script's first line, and a script that
+    refuses its arguments with status 2 and a line of usage.
 
     Args:
         run_dir: The run directory.
@@ -161,10 +166,15 @@ def final_error(run_dir: Path, rank: int, status: int) -> WorkerError | None:
     lines = traceback_of(run_dir, rank)
     frames = [match for each in lines if (match := _FRAME.match(each))]
     is_code = status == 1 and bool(frames) and bool(_NEVER_HEALS.match(line)) and not message_may_pass(line)
-    if not (is_code or status == USAGE_ERROR):
+    is_refusal = status == USAGE_ERROR and not frames and not message_may_pass(line) and _shows_usage(run_dir, rank)
+    if not (is_code or is_refusal):
         return None
     location = f"{frames[-1]['file']}:{frames[-1]['line']}" if is_code else ""
     return WorkerError(line[:MAX_TEXT] or f"exit status {status}", location, time.time(), permanent=True)
+
+
+def _shows_usage(run_dir: Path, rank: int) -> bool:
+    return any(map(_REFUSED.match, last_attempt_lines(run_dir, rank)[-_USAGE_LINES:]))
 
 
 def _without_warnings(lines: list[str]) -> list[str]:

@@ -164,20 +164,24 @@ def test_rendezvous_on_another_host_is_there_when_it_answers(monkeypatch, capsys
     assert capsys.readouterr().err == f"agent: waiting for 127.0.0.1:{port}: 127.0.0.1 does not answer yet\n"
 
 
+PERMANENT = {"text": "TypeError", "location": "", "time": 1.0, "permanent": True}
+
+
 @pytest.mark.parametrize(
     ("ended", "status"),
     [
-        ({"status": 2}, 2),
+        ({"status": 2, "raised": PERMANENT}, 2),
+        ({"status": 2}, 1),  # of a script, for reasons of its own
         ({"status": 1}, 1),
         ({"status": 2, "stopped": True}, 1),
         ({}, 1),
-        ({"status": 1, "raised": {"text": "TypeError", "location": "", "time": 1.0, "permanent": True}}, 2),
-        ({"status": 1, "raised": {"text": "TypeError", "location": "", "time": 1.0}}, 1),
+        ({"status": 1, "raised": PERMANENT}, 2),
+        ({"status": 1, "raised": PERMANENT | {"permanent": False}}, 1),
     ],
 )
 def test_agent_ends_with_2_where_a_worker_has_ended_as_it_would_again(ended, status, agent, tmp_path):
     (tmp_path / "logs").mkdir()
-    earlier = events.End(rank=0, attempt=0, host="h", pid=1, time=0.0, status=2)
+    earlier = events.End(rank=0, attempt=0, host="h", pid=1, time=0.0, status=2, raised=PERMANENT)
     events.append(tmp_path, earlier)
     event = f"events.End(rank=0, attempt=0, host='h', pid=1, time=1.0, **{ended})" if ended else None
     code = (
@@ -189,7 +193,14 @@ def test_agent_ends_with_2_where_a_worker_has_ended_as_it_would_again(ended, sta
 
 
 @pytest.mark.parametrize(
-    ("ended", "status"), [({"status": 1}, 138), ({"status": 2}, 2), ({"status": -9}, 138), ({"status": 0}, 138)]
+    ("ended", "status"),
+    [
+        ({"status": 1}, 138),
+        ({"status": 2}, 138),
+        ({"status": 2, "raised": PERMANENT}, 2),
+        ({"status": -9}, 138),
+        ({"status": 0}, 138),
+    ],
 )
 def test_agent_tells_an_operator_apart_what_may_heal_where_that_looks_at_the_status(ended, status, agent, tmp_path):
     (tmp_path / "logs").mkdir()
