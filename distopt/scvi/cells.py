@@ -34,7 +34,8 @@ def split(
     choice of genes would drop them again.
 
     Args:
-        adata: All cells, in memory or `read_h5ad(path, backed="r")`; it is not changed.
+        adata: All cells, in memory or `read_h5ad(path, backed="r")`; it is not changed. A choice of the cells of a
+            file, as `adata[mask]`, is read as a whole first.
         rows: This rank's cells: their names, positions, or a mask. None for consecutive ones, as many on each rank.
         columns: Further columns of `obs` that are categories, such as numbers of batches.
         backend: Link to the other ranks; None for that of this process, which is joined now if it was not before.
@@ -43,7 +44,8 @@ def split(
         A copy in memory. Its column `distopt_cell` has the position of each cell in `adata`.
 
     Raises:
-        ValueError: A cell is on no rank or on several, or ranks have other columns or orders of categories.
+        ValueError: A cell is on no rank or on several, a rank has none, or ranks have other columns or orders of
+            categories.
 
     Cost:
         An all-reduce of one number for each cell, and a gather of a digest of the categories.
@@ -55,8 +57,11 @@ def split(
     positions = _positions(adata, rows, backend)
     _check_held_once(positions, len(adata.obs), backend)
 
-    mine = adata[positions]
-    mine = mine.to_memory() if getattr(adata, "isbacked", False) else mine.copy()
+    is_in_file = bool(getattr(adata, "isbacked", False))
+    if is_in_file and adata.is_view:  # of which anndata makes no view
+        adata = adata.to_memory()
+        is_in_file = False
+    mine = adata[positions].to_memory() if is_in_file else adata[positions].copy()
     for name, (categories, is_ordered) in _categories(adata.obs, columns).items():
         _set_categories(mine.obs, name, categories, is_ordered)
     mine.obs[NUMBER] = positions
@@ -89,6 +94,7 @@ def align_(adata: Any, *, columns: Iterable[str] = (), backend: Backend | None =
                 f"rank {rank} has other genes than rank 0, or in another order: choose the same ones on every rank, as "
                 "in adata = adata[:, genes].copy(), before align_(adata)."
             )
+    _check_not_empty([size for size, _ in by_rank])
     start = sum(size for size, _ in by_rank[: backend.rank])
     adata.obs[NUMBER] = np.arange(start, start + len(adata.obs))
     _share_categories(adata, columns, backend)
@@ -117,21 +123,30 @@ def _positions(adata: Any, rows: ArrayLike | None, backend: Backend) -> NDArray[
     given = np.asarray(rows)
     if given.dtype == bool:
         return np.flatnonzero(given)
-    if given.dtype.kind not in "iu":
+    if given.dtype.kind not in "iuf":
+        if not adata.obs_names.is_unique:
+            raise ValueError(
+                "rows: several cells have one name; give positions, or call adata.obs_names_make_unique()."
+            )
         indices = adata.obs_names.get_indexer(given)
         if (indices < 0).any():
             raise ValueError(f"rows: there is no cell {str(given[indices < 0][0])!r} in the AnnData.")
         return np.asarray(indices, dtype=np.int64)
+    outside = given[(given < 0) | (given >= num_cells)]
+    if len(outside):
+        raise ValueError(f"rows: found {outside[0]}, expected positions from 0 to {num_cells - 1}.")
     return given.astype(np.int64)
 
 
 def _check_held_once(positions: NDArray[np.int64], num_cells: int, backend: Backend) -> None:
-    sizes = backend.all_gather_json(num_cells)
+    by_rank = backend.all_gather_json([num_cells, len(positions)])
+    sizes = [each[0] for each in by_rank]
     if len(set(sizes)) > 1:
         raise ValueError(
             f"the ranks' AnnData have {', '.join(map(str, sizes))} cells: split needs the same on every rank. If each "
             "rank has read cells of its own, call distopt.scvi.align_(adata)."
         )
+    _check_not_empty([each[1] for each in by_rank])
     num_holders = torch.zeros(num_cells, dtype=torch.int64)
     num_holders.index_add_(0, torch.from_numpy(positions), torch.ones(len(positions), dtype=torch.int64))
     num_holders = num_holders.to(backend.control_device)
@@ -141,6 +156,14 @@ def _check_held_once(positions: NDArray[np.int64], num_cells: int, backend: Back
         raise ValueError(
             f"rows: {len(wrong)} of {num_cells} cells are not on exactly one rank; cell {wrong[0]} is on "
             f"{int(num_holders[wrong[0]])}. Leave cells out before: split(adata[mask], ...)."
+        )
+
+
+def _check_not_empty(num_cells: list[int]) -> None:
+    if 0 in num_cells:
+        raise ValueError(
+            f"rank {num_cells.index(0)} of {len(num_cells)} has no cells, of which no model can be made: give each "
+            "rank some, or start fewer workers."
         )
 
 
@@ -159,9 +182,18 @@ def _categories(obs: Any, columns: Iterable[str]) -> dict[str, tuple[list[Any], 
         column = obs[name]
         if isinstance(column.dtype, pd.CategoricalDtype):
             by_column[name] = (_plain(column.cat.categories), bool(column.cat.ordered))
-        elif name in named or pd.api.types.is_bool_dtype(column) or pd.api.types.is_string_dtype(column):
+        elif name in named or _is_of_words(column):
             by_column[name] = (_plain(sorted(column.dropna().unique())), False)
     return by_column
+
+
+def _is_of_words(column: Any) -> bool:
+    """Returns whether a column has strings or truth values, of which any, or all of this rank's, may be missing."""
+    import pandas as pd
+
+    if column.dtype == object:
+        return pd.api.types.infer_dtype(column, skipna=True) in ("string", "boolean", "empty")
+    return bool(pd.api.types.is_bool_dtype(column) or pd.api.types.is_string_dtype(column))
 
 
 def _plain(values: Iterable[Any]) -> list[Any]:

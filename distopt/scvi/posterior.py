@@ -116,6 +116,9 @@ def export_posterior(
     Returns:
         The tables that it has set in `adata.obsm`: of all cells, or of this rank's if there is a folder.
 
+    Raises:
+        ValueError: Cells of `into` cannot be found by their names; `adata` has its results.
+
     Cost:
         An all-reduce of the tables, unless there is a folder.
     """
@@ -131,8 +134,27 @@ def export_posterior(
     gathered = {name: gather_cells(table, adata, backend=backend) for name, table in tables.items()}
     if into is not None:
         for name, table in gathered.items():
-            into.obsm[name] = table.loc[into.obs_names]
+            into.obsm[name] = _in_order_of(into.obs_names, table)
     return gathered
+
+
+def _in_order_of(names: Any, table: Any) -> Any:
+    """Returns the rows of a table by the names of cells, of which several may have one if the order is the table's.
+
+    Raises:
+        ValueError: Names are missing in the table, or do not tell its rows apart.
+    """
+    if list(table.index) == list(names):
+        return table.set_axis(names, axis=0)
+    if not table.index.is_unique:
+        raise ValueError(
+            "into: several cells have one name, and the order is not that of the cells of the ranks: call "
+            "obs_names_make_unique() on all cells before they are split."
+        )
+    missing = names.difference(table.index)
+    if len(missing):
+        raise ValueError(f"into: {len(missing)} of its {len(names)} cells are on no rank, such as {str(missing[0])!r}.")
+    return table.loc[names]
 
 
 def _axes_of_cells(model: Any, with_observed: bool) -> dict[str, int]:

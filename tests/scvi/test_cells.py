@@ -11,6 +11,7 @@ import pytest
 import distopt
 from distopt.backends import current
 from distopt.scvi import align_, cell_numbers, gather_cells, split
+from distopt.scvi.posterior import _in_order_of
 from tests.scvi.table import Table, table
 from tests.workers import world
 
@@ -86,4 +87,46 @@ def test_one_process_has_all_cells_and_what_was_not_split_is_refused() -> None:
         split(table(), ["cell 9"], backend=backend)
     with pytest.raises(ValueError, match="obs has no column 'plate'"):
         split(table(), columns=["plate"], backend=backend)
+    for rows in ([0, 1, 2, 3, 4, 5, 7], [-1, 0, 1, 2, 3, 4, 5]):
+        with pytest.raises(ValueError, match="found (7|-1), expected positions from 0 to 6"):
+            split(table(), rows, backend=backend)
+    with pytest.raises(ValueError, match="rank 0 of 1 has no cells"):
+        split(table(), [], backend=backend)
+    same_names = table()
+    same_names.obs.index = ["cell"] * 7
+    assert len(split(same_names, backend=backend).obs) == 7
+    with pytest.raises(ValueError, match="several cells have one name"):
+        split(same_names, ["cell"], backend=backend)
     backend.close()
+
+
+def _run_missing() -> tuple[dict[str, list[Any]], list[Any]]:
+    everything = table()
+    everything.obs["note"] = ["a", "b", "a", "c", None, "c", np.nan]
+    everything.obs["is_checked"] = np.array([True, np.nan, False, True, np.nan, np.nan, np.nan], dtype=object)
+    everything.obs["first_half"] = ["x", "y", "x", np.nan, np.nan, np.nan, np.nan]
+    mine = split(everything)
+
+    aligned = align_(everything[[np.arange(3), np.arange(3, 7)][current().rank]])
+    assert categories(aligned.obs) == categories(mine.obs)
+    return categories(mine.obs), mine.obs["note"].astype(object).fillna("missing").tolist()
+
+
+def test_columns_in_which_values_are_missing_have_the_categories_of_all_ranks() -> None:
+    (first, notes), (second, others) = world("torch_dist", 2).run(_run_missing)
+    assert first == second
+    assert (first["note"], first["is_checked"], first["first_half"]) == (["a", "b", "c"], [False, True], ["x", "y"])
+    assert notes == ["a", "b", "a"]
+    assert others == ["c", "missing", "c", "missing"]
+
+
+def test_tables_of_cells_are_put_in_the_order_of_the_users_cells_by_name() -> None:
+    table_of_cells = pd.DataFrame({"x": [0, 1, 2]}, index=["a", "b", "c"])
+    assert _in_order_of(pd.Index(["c", "a", "b"]), table_of_cells)["x"].tolist() == [2, 0, 1]
+    with pytest.raises(ValueError, match="1 of its 2 cells are on no rank, such as 'd'"):
+        _in_order_of(pd.Index(["a", "d"]), table_of_cells)
+
+    of_two_samples = table_of_cells.set_axis(["a", "a", "b"], axis=0)
+    assert _in_order_of(pd.Index(["a", "a", "b"]), of_two_samples)["x"].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="several cells have one name"):
+        _in_order_of(pd.Index(["b", "a", "a"]), of_two_samples)
