@@ -37,11 +37,8 @@ POLL_S = 0.5
 REMIND_S = 30.0
 STOP = b"stop\n"
 ALIVE = b"alive\n"
-OPTIONS = ("--meet", "--retry-status", "--run-dir")
-USAGE = (
-    "usage: python -m distopt.launch.worker.host_agent [--meet NAME:PORT] [--retry-status STATUS] [--run-dir DIR] "
-    "-- COMMAND [ARGUMENT …]"
-)
+OPTIONS = ("--meet", "--run-dir")
+USAGE = "usage: python -m distopt.launch.worker.host_agent [--meet NAME:PORT] [--run-dir DIR] -- COMMAND [ARGUMENT …]"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -83,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         return 128 + received[0]
     if status and reader is not None and _is_refused(reader):
         return USAGE_ERROR
-    return int(options["--retry-status"]) if status and "--retry-status" in options else status
+    return status
 
 
 def _is_refused(reader: events.Reader) -> bool:

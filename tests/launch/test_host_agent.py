@@ -192,28 +192,6 @@ def test_agent_ends_with_2_where_a_worker_has_ended_as_it_would_again(ended, sta
     assert agent(*python(code), options=("--run-dir", str(tmp_path))).wait(TIMEOUT_S) == status
 
 
-@pytest.mark.parametrize(
-    ("ended", "status"),
-    [
-        ({"status": 1}, 138),
-        ({"status": 2}, 138),
-        ({"status": 2, "raised": PERMANENT}, 2),
-        ({"status": -9}, 138),
-        ({"status": 0}, 138),
-    ],
-)
-def test_agent_tells_an_operator_apart_what_may_heal_where_that_looks_at_the_status(ended, status, agent, tmp_path):
-    (tmp_path / "logs").mkdir()
-    code = (
-        "import sys; from pathlib import Path; from distopt.launch.worker import events\n"
-        f"events.append(Path({str(tmp_path)!r}), events.End(rank=0, attempt=0, host='h', pid=1, time=1.0, **{ended}))\n"
-        "sys.exit(1)"
-    )
-    options = ("--retry-status", "138", "--run-dir", str(tmp_path))
-    assert agent(*python(code), options=options).wait(TIMEOUT_S) == status
-    assert agent("true", options=options).wait(TIMEOUT_S) == 0
-
-
 @pytest.mark.parametrize("options", [("--meet",), ("--nosuch", "x"), ("--meet", "a:1", "b")])
 def test_options_that_make_no_sense_are_refused(options, agent):
     process = agent("true", options=options)

@@ -14,7 +14,6 @@ from .trainjob import trainjob_spec
 
 KUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 MPI_HOME = "/home/mpiuser"  # of the user that the image has for sshd (docker/cpu.Dockerfile)
-RETRY_STATUS = 138  # of an agent whose pod may be started again, for operators that tell it from refusals by 128
 CONFIG_IN_ENV = f"@{CONFIG_VARIABLE}"  # has `distopt train` read the configuration from a variable
 
 
@@ -104,7 +103,8 @@ def _trainjob(config: RunConfig) -> list[Manifest]:
 def _pytorchjob(config: RunConfig) -> list[Manifest]:
     """A PyTorchJob: a master and the other nodes as workers; the operator tells torchrun where it is by PET_*.
 
-    Its policy `ExitCode` starts a pod again that ended with a status of 128 or more, and ends the job at a lower one.
+    Its policy `ExitCode` would end the job at an error that would come again, but starts pods again without a limit
+    (kubeflow/trainer, issue 2045), also those that memory has killed, where `OnFailure` keeps to `backoffLimit`.
     """
     launch = config.launch
     rendezvous = [
@@ -114,8 +114,7 @@ def _pytorchjob(config: RunConfig) -> list[Manifest]:
         "--master-port=$(PET_MASTER_PORT)",
     ]
 
-    agent = _agent(config, _torchrun(config, rendezvous), retry_status=str(RETRY_STATUS))
-    pod = pod_template(config, agent, container="pytorch")
+    pod = pod_template(config, _agent(config, _torchrun(config, rendezvous)), container="pytorch")
     replicas = {"Master": 1, **({"Worker": launch.num_hosts - 1} if launch.num_hosts > 1 else {})}
     job = {
         "apiVersion": "kubeflow.org/v1",
@@ -125,7 +124,7 @@ def _pytorchjob(config: RunConfig) -> list[Manifest]:
             "nprocPerNode": str(launch.workers),
             "runPolicy": _run_policy(config),
             "pytorchReplicaSpecs": {
-                role: {"replicas": count, "restartPolicy": "ExitCode", "template": _without_restarts(pod)}
+                role: {"replicas": count, "restartPolicy": "OnFailure", "template": _without_restarts(pod)}
                 for role, count in replicas.items()
             },
         },
@@ -293,12 +292,9 @@ def _worker(config: RunConfig) -> list[str]:
     return [literal(argument) for argument in worker_argv(config, config.launch.kubernetes.python, CONFIG_IN_ENV)]
 
 
-def _agent(
-    config: RunConfig, launcher: list[str], meet: str | None = None, retry_status: str | None = None
-) -> list[str]:
+def _agent(config: RunConfig, launcher: list[str], meet: str | None = None) -> list[str]:
     """Puts the agent in front: process 1 of a container ignores SIGTERM unless it handles it, and must reap orphans."""
-    options = [*(["--meet", meet] if meet else []), *(["--retry-status", retry_status] if retry_status else [])]
-    options += ["--run-dir", str(config.run_dir)]
+    options = [*(["--meet", meet] if meet else []), "--run-dir", str(config.run_dir)]
     return [config.launch.kubernetes.python, "-m", "distopt.launch.worker.host_agent", *options, "--", *launcher]
 
 
