@@ -12,10 +12,11 @@ import typer
 def with_colored_help(app: typer.Typer) -> Any:
     """Returns the command of an app, whose help has bold headings and coloured names.
 
-    What is written to a file or a pipe is plain, and so is all help where `NO_COLOR` is set.
+    What is written to a file or a pipe is plain, and so is all help where `NO_COLOR` is set, or `TERM` is `dumb`, as in
+    a shell of Emacs.
     """
     command: Any = typer.main.get_command(app)
-    if not os.environ.get("NO_COLOR"):
+    if not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
         _color(command)
     return command
 

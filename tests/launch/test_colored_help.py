@@ -17,7 +17,8 @@ STYLE = re.compile(r"\x1b\[[0-9;]*m")
 def on_a_terminal(arguments: list[str], **environment: str) -> str:
     """Returns what the command writes to a terminal."""
     ours, theirs = pty.openpty()
-    env = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"COLUMNS": "80"} | environment
+    env = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"COLUMNS": "80", "TERM": "xterm"}
+    env |= environment
     process = subprocess.Popen([sys.executable, "-m", "distopt.launch", *arguments], stdout=theirs, env=env)
     os.close(theirs)
     written = b""
@@ -45,5 +46,6 @@ def test_help_of_a_terminal_is_that_of_a_pipe_with_colours(arguments: list[str])
     assert STYLE.sub("", colored) == piped.stdout
 
 
-def test_no_color_is_obeyed() -> None:
-    assert not STYLE.search(on_a_terminal(["--help"], NO_COLOR="1"))
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}], ids=str)
+def test_terminal_that_wants_or_can_show_no_colour_gets_none(environment: dict[str, str]) -> None:
+    assert not STYLE.search(on_a_terminal(["--help"], **environment))
