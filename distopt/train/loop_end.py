@@ -52,20 +52,16 @@ class LoopEnd:
         self.is_in_step = False
 
     def leave(self) -> bool:
-        """Notes that the body was left; returns whether its step counts.
-
-        It does if the optimizer has stepped since it began. Without a `DistributedOptimizer` nobody knows, and most
-        bodies look at the result of a step before they leave.
+        """Notes that the body was left for good; returns whether its step counts, as `go_on` does.
 
         Raises:
             DisagreementError: This rank has left before its step, as one does whose data end first, and another rank
                 takes that step. All ranks raise one, for the other would wait in its reduction until a timeout.
         """
-        self.is_in_step = False
         self.is_left = True
-        optimizers = self._optimizers()
-        if not optimizers or self._count_reductions() != self._num_reductions:
+        if self.go_on():
             return True
+        optimizers = self._optimizers()
         if self._backend.world_size > 1 and len(optimizers) == 1:  # of several it is not known which is called first
             try:
                 optimizers[0].synchronize()
@@ -73,9 +69,19 @@ class LoopEnd:
                 raise DisagreementError(
                     f"rank {self._backend.rank} has left the loop before a step that another rank takes. Leave it by "
                     "`break` after the step, which one rank may do for all, or give all ranks as many steps: data that "
-                    f"end earlier on one rank do this, too."
+                    "end earlier on one rank do this, too."
                 ) from error
         return False
+
+    def go_on(self) -> bool:
+        """Ends a step whose body was left; returns whether it counts.
+
+        It does if the optimizer has stepped since it began. Without a `DistributedOptimizer` nobody knows, and most
+        bodies look at the result of a step before they leave.
+        """
+        was_in_step = self.is_in_step
+        self.is_in_step = False
+        return was_in_step and (not self._optimizers() or self._count_reductions() != self._num_reductions)
 
     def note_stop(self, stop: bool) -> None:
         """Says that all ranks have agreed already in this step whether to stop."""

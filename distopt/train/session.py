@@ -248,9 +248,13 @@ class Session:
         stop; then the loop ends, after a last checkpoint.
 
         A body that leaves the loop by `break` ends the run as its last step does. If it does so after its step, one
-        rank is enough: the others leave theirs after the same step. Before it, all ranks must.
+        rank is enough: the others leave theirs after the same step. Before it, all ranks must. Another loop over
+        `steps()` in the same session goes on from there.
         """
         num_steps = self.config.train.num_steps
+        if self._end.go_on():  # an earlier loop was left after its step, as that of a warm-up
+            self._last_step += 1
+            self._after_step(self._last_step)
         while not self.is_done and not self._end.is_stopped:
             # Random streams are seeded by step, so a resumed run draws what an undisturbed one would.
             seed_all(self.config.seed, self._last_step, self.backend.rank, self.config.train.noise)

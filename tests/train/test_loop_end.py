@@ -66,6 +66,24 @@ def test_data_that_ends_before_the_steps_ends_the_run(tmp_path, data_first):
     assert kept(tmp_path) == ["step-00000003"]
 
 
+@pytest.mark.parametrize("leaves_after_its_step", [True, False])
+def test_second_loop_of_a_session_goes_on_from_where_the_first_was_left(tmp_path, leaves_after_its_step):
+    pyro.clear_param_store()
+    optimizer = DistributedOptimizer(Adam({"lr": 0.1}))
+    taken = []
+    with session(tmp_path, optimizer) as opened:
+        for last in (3, None):
+            for step in opened.steps():
+                if step == last and not leaves_after_its_step:
+                    break
+                take_step(optimizer)
+                taken.append(step)
+                if step == last:
+                    break
+    assert taken == [*range(9)] and optimizer.reducer.step == 9
+    assert kept(tmp_path) == ["step-00000009"] and read_facts(tmp_path)["early_stop"] is None
+
+
 def test_session_without_a_loop_saves_nothing_and_ends_no_process(tmp_path, capsys):
     with session(tmp_path, DistributedOptimizer(Adam({"lr": 0.1}))) as opened:
         assert opened.first_step == 0
