@@ -182,12 +182,12 @@ def _categories(obs: Any, columns: Iterable[str]) -> dict[str, tuple[list[Any], 
         column = obs[name]
         if isinstance(column.dtype, pd.CategoricalDtype):
             by_column[name] = (_plain(column.cat.categories), bool(column.cat.ordered))
-        elif name in named or _is_of_words(column):
+        elif name in named or _has_categories(column):
             by_column[name] = (_plain(sorted(column.dropna().unique())), False)
     return by_column
 
 
-def _is_of_words(column: Any) -> bool:
+def _has_categories(column: Any) -> bool:
     """Returns whether a column has strings or truth values, of which any, or all of this rank's, may be missing."""
     import pandas as pd
 
