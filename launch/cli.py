@@ -452,15 +452,23 @@ def _refuse(problems: list[str]) -> NoReturn:
     raise typer.Exit(USAGE_ERROR)
 
 
+def _read_names_as_utf8() -> None:
+    """Starts this command again in Python's UTF-8 mode under a locale of ASCII.
+
+    Other letters in a path are no text there that C++ libraries take, torchrun's store among them, and a module whose
+    name has some is not found.
+    """
+    if sys.getfilesystemencoding() == "ascii" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def main() -> None:
     """Entry point of the console script."""
     from .worker.streams import open_standard_streams
 
     open_standard_streams()
-    # Under a locale of ASCII other letters in a path are no text that C++ libraries take, torchrun's store among them.
-    # So what is started from here reads paths as UTF-8.
-    if sys.getfilesystemencoding() == "ascii":
-        os.environ["PYTHONUTF8"] = "1"
+    _read_names_as_utf8()
     # Ctrl-C before a run has started, or while a command only asks, needs no traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda number, _: sys.exit(128 + number))
