@@ -6,12 +6,13 @@ alone takes several times as long to import as typer.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeGuard
 
 import typer
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from distopt.config import RunConfig
 
     from .plan import Plan
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 # Without rich, importing which would take half of the start-up time; `with_colored_help` brings the colours.
 app = typer.Typer(
@@ -224,6 +227,8 @@ def report(run: Run) -> None:
     try:
         page = training.write_report(run)
     except training.RESULT_ERRORS as error:
+        if _is_of_output(error):
+            raise
         _refuse([str(error)])
     typer.echo(f"report: {page}")  # a reader that has gone is no error of the run
 
@@ -245,6 +250,8 @@ def compare(
     try:
         page = training.compare_runs(named, output)
     except training.RESULT_ERRORS as error:
+        if _is_of_output(error):
+            raise
         _refuse([str(error)])
     typer.echo(f"comparison: {page}")  # a reader that has gone is no error of the run
 
@@ -475,9 +482,28 @@ def main() -> None:
     try:
         sys.exit(with_colored_help(app)())
     except Exception as error:
+        if _is_of_output(error):
+            _end_without_output(error)
         # A defect, of distopt or of the user's code. Its traceback tells where, without the frames of typer.
         error.__traceback__ = _below_typer(error.__traceback__)
         raise
+
+
+def _is_of_output(error: BaseException) -> TypeGuard[OSError]:
+    """Returns whether what a command prints could not be written: an error of a file has its name."""
+    return isinstance(error, OSError) and error.errno in _FULL and error.filename is None
+
+
+def _end_without_output(error: OSError) -> NoReturn:
+    """Ends a command whose output a disk has no room for, or a terminal that is gone does not take."""
+    from contextlib import suppress
+
+    with suppress(OSError):
+        print(f"distopt: the output cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for fd in (1, 2):  # Python tries once more to write the rest when it ends, and would change the exit status
+        os.dup2(nowhere, fd)
+    sys.exit(1)
 
 
 def _below_typer(trace: TracebackType | None) -> TracebackType | None:

@@ -102,6 +102,11 @@ def test_command_that_answers_at_once_works(command, surroundings, folder):
     check(folder, command, surroundings)
 
 
+def test_full_disk_is_named(folder):
+    done = run(folder, ["config", "show", CONFIG], *SURROUNDINGS["a full disk"])
+    assert (done.returncode, done.stderr) == (1, "distopt: the output cannot be written: No space left on device\n")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("surroundings", SURROUNDINGS)
