@@ -129,8 +129,9 @@ def no_leaks() -> Iterator[None]:
     changed = {name for name in environment.keys() | os.environ.keys() if environment.get(name) != os.environ.get(name)}
     changed -= {
         "PYTEST_CURRENT_TEST",
-        "TORCHINDUCTOR_CACHE_DIR",
-    }  # torch sets the latter when a first optimizer is made
+        "TORCHINDUCTOR_CACHE_DIR",  # torch sets it when a first optimizer is made
+        "PYTORCH_NVML_BASED_CUDA_CHECK",  # Lightning sets it when it is first imported
+    }
     os.environ.clear()
     os.environ.update(environment)
     assert not changed, f"the test left these environment variables changed: {sorted(changed)}"
