@@ -31,6 +31,7 @@ _ERROR_MODULES = (
     "distopt.launch.runs",
     "distopt.launchers",
     "distopt.reduce.errors",
+    "distopt.scvi.same",
     "distopt.sharding",
     "distopt.train.serve",
     "distopt.train.task",

@@ -131,8 +131,11 @@ class _Adoption:
         """Adopts an SVI that is about to step, unless it was before; one of distopt keeps its model and guide."""
         if id(svi) in self._svis or isinstance(svi.optim, HorovodOptimizer):
             return
-        if isinstance(svi, SVI) and isinstance(svi.optim, DistributedOptimizer):
-            return
+        if isinstance(svi, SVI):
+            if self._find_plates is not None:
+                self._find_plates(svi, args, kwargs)  # which may refuse it
+            if isinstance(svi.optim, DistributedOptimizer):
+                return
         if not isinstance(svi.optim, DistributedOptimizer):
             self._optimizers.append(adopt_(svi.optim, **self._options))
 

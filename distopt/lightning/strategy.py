@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from distopt.backends import Backend, BackendError
 from distopt.checkpoint.module_state import align_buffers_
 from distopt.config.reduce import ReduceOptions
-from distopt.infer import everywhere
+from distopt.infer import SVI, everywhere
 from distopt.infer.torch_closures import average_gradients_, by_kind
 from distopt.lightning.checkpoints import TrainerCheckpoints
 from distopt.lightning.loaders import RankRows, Share, SharedOrder, Split, split_loader
@@ -213,7 +213,8 @@ class DistoptStrategy(ProcessStrategy):
 
     def _find_plates(self, svi: pyro.infer.SVI, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterable[str]:
         """Returns plates that are as large as each rank's share of the batch: nothing else scales them to all rows."""
-        if self.world_size == 1 or self._share.num_rows == self._share.num_all:
+        is_kept = _keeps_its_model(svi, self._split, self.world_size)
+        if is_kept or self.world_size == 1 or self._share.num_rows == self._share.num_all:
             self._plates_by_size = []
             return ()
         names = unscaled_plates(svi.model, args, kwargs, self._share.num_rows)
@@ -336,6 +337,23 @@ class DistoptStrategy(ProcessStrategy):
         if self._split == "rows":  # other buffers may hold what a rank's own rows are
             modules = {name: each for name, each in module.named_modules() if isinstance(each, _NormBase)}
         align_buffers_(modules, self.backend)
+
+
+def _keeps_its_model(svi: pyro.infer.SVI, split: Split, num_workers: int) -> bool:
+    """Returns whether an SVI is one of distopt's, whose model and weight are left as they are.
+
+    Raises:
+        TypeError: Its loss would have to be weighed by the rows of each share.
+    """
+    if not isinstance(svi, SVI):
+        return False
+    if num_workers > 1 and split in ("batches", "deal"):
+        raise TypeError(
+            f"split={split!r}: this LightningModule steps a distopt.infer.SVI, which weighs its loss by an argument "
+            "and not by the rows of each share, so that the ranks' mean would not be the loss of the batch. Step a "
+            "pyro.infer.SVI, which the strategy makes distributed."
+        )
+    return True
 
 
 def _initial_seed(given: int | None) -> int:

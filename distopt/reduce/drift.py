@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from distopt.backends import Backend
 from distopt.nonfinite import is_finite
 from distopt.reduce.errors import DriftError, ranks_by_value
 from distopt.reduce.gradients import LocalGradients
+from distopt.reduce.layout import Bucket, Layout
 from distopt.reduce.messages import BASE, NUM_CHECKSUM_DIGITS
 
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -115,25 +117,61 @@ def _as_json(value: Any, sums: Iterator[int]) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
 
 
-def explain_nonfinite(backend: Backend, names: Sequence[str], local: LocalGradients | None, step: int) -> str:
+class NonfiniteNames(NamedTuple):
+    """Names of parameters whose gradient is not finite.
+
+    Attributes:
+        of_rank: Those of this rank's gradients.
+        summed: Those of which this rank has but the sum over ranks, which has overwritten its gradient.
+    """
+
+    of_rank: list[str]
+    summed: list[str]
+
+
+def find_nonfinite(
+    layout: Layout, saved: Collection[Bucket], local: LocalGradients | None, num_ranks: int
+) -> NonfiniteNames:
+    """Returns which of the gradients that this rank brought to a reduction are not finite.
+
+    Args:
+        layout: What was reduced.
+        saved: The buckets whose gradients were copied aside before.
+        local: What this rank gave; None if it only took part.
+        num_ranks: How many ranks were summed over.
+    """
+    of_rank: list[str] = []
+    summed: list[str] = []
+    if local is None:
+        return NonfiniteNames(of_rank, summed)
+    gradients = list(local.gradients)
+    for index, gradient in chain.from_iterable(bucket.saved_gradients() for bucket in saved):
+        gradients[index] = gradient
+    lost = {index for bucket in layout.buckets for index in bucket.held(gradients)} if num_ranks > 1 else set()
+
+    for index, (name, each) in enumerate(zip(layout.names, gradients, strict=True)):
+        if each is not None and not is_finite(each):
+            (summed if index in lost else of_rank).append(name)
+    of_rank += [name for name, _, each in local.rank_local if not is_finite(each)]
+    return NonfiniteNames(of_rank, summed)
+
+
+def explain_nonfinite(backend: Backend, nonfinite: NonfiniteNames, step: int) -> str:
     """Returns a sentence that names the ranks and parameters with a gradient that is not finite.
 
     Args:
         backend: Link to the other ranks.
-        names: Names of the layout's parameters.
-        local: What this rank gave; None if it only took part.
+        nonfinite: What `find_nonfinite` has returned on this rank.
         step: The step, for the sentence.
 
     Cost:
         One gather of JSON; every rank calls it, since all have seen the sum.
     """
-    nonfinite: list[str] = []
-    if local is not None:
-        gradients = [
-            *zip(names, local.gradients, strict=True),
-            *((name, gradient) for name, _, gradient in local.rank_local),
-        ]
-        nonfinite = [name for name, gradient in gradients if gradient is not None and not is_finite(gradient)]
-    by_rank = backend.all_gather_json(nonfinite)
-    causes = "; ".join(f"rank {rank}: {', '.join(map(repr, each))}" for rank, each in enumerate(by_rank) if each)
-    return f"step {step}: gradients that are not finite: {causes or 'on no rank by itself, so the sum overflowed'}."
+    by_rank = [NonfiniteNames(*each) for each in backend.all_gather_json(nonfinite)]
+    causes = [f"rank {rank}: {', '.join(map(repr, each.of_rank))}" for rank, each in enumerate(by_rank) if each.of_rank]
+    unclear = {name for each in by_rank for name in each.summed} - {name for each in by_rank for name in each.of_rank}
+    if unclear:
+        ranks = ", ".join(str(rank) for rank, each in enumerate(by_rank) if unclear.intersection(each.summed))
+        causes.append(f"on one or more of ranks {ranks}: {', '.join(map(repr, sorted(unclear)))}")
+    listed = "; ".join(causes) or "on no rank by itself, so the sum overflowed"
+    return f"step {step}: gradients that are not finite: {listed}."

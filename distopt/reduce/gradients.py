@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter, eq
 from typing import Any, TypeAlias
 
@@ -180,7 +181,8 @@ def _collect_shared(
     indices = list(map(layout.index.get, map(id, params)))
     known = set(indices)
     has_new = None in known
-    if len(known) - has_new == len(layout.params) and not layout.sparse and _is_in_store(layout):
+    has_all = len(known) - has_new == len(layout.params) and not layout.sparse
+    if has_all and _is_in_store(layout) and not _cast_params(layout):
         new = [param for param, index in zip(params, indices, strict=True) if index is None] if has_new else []
         changes = _new_gradients(new, layout, dropped)
         gradients = list(map(gradient_of, layout.params))
@@ -207,11 +209,12 @@ def _collect_one_by_one(
     dropped.restore(params)
     held = map(pyro.get_param_store().named_parameters().mapping.get, layout.names)
     is_current = not layout.sparse and not layout.averages and same(tuple(held), layout.params)
+    cast = _cast_params(layout)
     params = list(params)
     local = LocalGradients(params, [None] * len(layout.params))
     indices = list(map(layout.index.get, map(id, params)))
     for position, (param, index) in enumerate(zip(tuple(params), indices, strict=True)):
-        if index is not None and is_current:
+        if index is not None and is_current and index not in cast:
             local.gradients[index] = param.grad
             if param.grad is None:
                 local.missing.append(index)
@@ -224,7 +227,12 @@ def _collect_one_by_one(
             params[position] = param
             index = layout.index.get(id(param))
         gradient = param.grad
-        if index is None or layout.names[index] != name or _became_dense(layout.specs[index], gradient):
+        if (
+            index is None
+            or index in cast
+            or layout.names[index] != name
+            or _became_dense(layout.specs[index], gradient)
+        ):
             local.changes[name] = (param, gradient)
         else:
             local.gradients[index] = gradient
@@ -249,6 +257,21 @@ def _name_of(param: Tensor) -> str:
 def _is_in_store(layout: Layout) -> bool:
     # A cleared or replaced store lets go of all names at once, so one name answers for them all.
     return not layout.params or pyro.get_param_store().param_name(layout.params[0]) == layout.names[0]
+
+
+def _cast_params(layout: Layout) -> set[int]:
+    """Returns the indices of parameters that now have another dtype or device, as after `module.double()`.
+
+    A model that is cast as a whole takes along the first parameter of each bucket, so no others are looked at before.
+    """
+    if not any(_is_cast(layout, bucket.indices[0]) for bucket in layout.buckets if bucket.indices):
+        return set()
+    return set(filter(partial(_is_cast, layout), range(len(layout.params))))
+
+
+def _is_cast(layout: Layout, index: int) -> bool:
+    param, spec = layout.params[index], layout.specs[index]
+    return param.dtype is not spec.dtype or param.device.type != spec.device
 
 
 def _became_dense(spec: ParamSpec, gradient: Tensor | None) -> bool:

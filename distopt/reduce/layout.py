@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, compress
-from operator import attrgetter
+from operator import attrgetter, eq
 
 import torch
 from torch import Tensor
@@ -156,6 +156,14 @@ class Bucket:
             and list(map(addresses.__getitem__, self.indices)) == self.addresses
         )
 
+    def held(self, gradients: Sequence[Tensor | None]) -> list[int]:
+        """Returns the indices of those gradients, by index in the layout, that lie in this bucket."""
+        members = map(gradients.__getitem__, self.indices)
+        at = [0 if each is None or each.is_sparse else each.data_ptr() for each in members]
+        if not self.may_hold(at):
+            return []
+        return list(compress(self.indices, map(eq, at, self.addresses)))
+
     def save_(self) -> None:
         """Copies the gradients aside, for `restore_` after a round whose sums are thrown away."""
         if self._saved is None:
@@ -166,6 +174,11 @@ class Bucket:
         """Puts back what `save_` has copied."""
         assert self._saved is not None
         self.flat.copy_(self._saved)
+
+    def saved_gradients(self) -> Iterator[tuple[int, Tensor]]:
+        """Yields the gradients that `save_` has copied, each flat, with its parameter's index in the layout."""
+        assert self._saved is not None
+        return zip(self.indices, torch.split(self._saved, list(map(_numel, self.specs))), strict=True)
 
     @torch.no_grad()
     def fill_(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import compress
@@ -18,7 +19,7 @@ from distopt.config.reduce import ReduceOptions
 from distopt.reduce.agreement import Agreement, LayoutChanges
 from distopt.reduce.comm_hooks import CommHook, make_hook
 from distopt.reduce.comm_hooks.allreduce import AllReduce
-from distopt.reduce.drift import checksums, combine_checksums, explain_drift
+from distopt.reduce.drift import NonfiniteNames, checksums, combine_checksums, explain_drift, find_nonfinite
 from distopt.reduce.errors import PeerError
 from distopt.reduce.gradients import (
     BucketReader,
@@ -150,7 +151,7 @@ class Reducer:
         if local is not None and self._scale_before() == 1.0 and is_alone(self, local):
             with torch.no_grad():
                 for bucket in self.layout.buckets:
-                    self._fill(bucket, local, 1.0)
+                    _fill_(bucket, local, 1.0)
             return self._read_out(summary_of_one(message, len(self.layout.names)), local)
         summary = self._round(local, message)
         if summary.num_aborts or summary.num_changed or not summary.in_step:
@@ -254,7 +255,7 @@ class Reducer:
             local = None  # this round's sums are thrown away
 
         first, others = layout.buckets[0], layout.buckets[1:]
-        self._fill(first, local, self._scale_before())
+        _fill_(first, local, self._scale_before())
         write_message(layout.slots, message)
         if local is not None:
             write_slots_(layout.slots[NUM_SLOTS:], touched_slots(local))
@@ -271,6 +272,8 @@ class Reducer:
         if control_first:
             if not self._gradients_follow(summary):
                 return summary
+            if local is not None and self._divides_in_copy and not all(map(math.isfinite, summary.mean_values)):
+                self._saved = keep_gradients_(layout, local, is_safe=False)  # the sums will not tell whose they are
             self._start(others, local, summary.num_active)
         for bucket in others:
             self._hook.finish(bucket, self._started.pop(bucket), summary)
@@ -289,19 +292,13 @@ class Reducer:
         if self._divides_in_copy and num_active is not None:
             scale *= self._scale_after(num_active)
         for bucket in buckets:
-            self._fill(bucket, local, scale)
+            _fill_(bucket, local, scale)
             self._started[bucket] = self._hook.start(bucket)
 
     def _start_during_backward(self, bucket: Bucket) -> None:
         local = LocalGradients(gradients=[param.grad for param in self.layout.params])
         move_out_of_buckets_(self.layout, local)
         self._start([bucket], local)
-
-    def _fill(self, bucket: Bucket, local: LocalGradients | None, scale: float) -> None:
-        if local is None:
-            bucket.fill_(None, scale)
-        else:
-            bucket.fill_(local.gradients, scale, complete=local.complete, addresses=local.addresses)
 
     # An average is a sum over ranks times 1 / (number of active ranks), which is known only after the control slots
     # were summed. The factor is applied in two parts, before and after the sum: before it, what the user
@@ -365,6 +362,18 @@ def is_alone(reducer: Reducer, local: LocalGradients) -> bool:
         and reducer._overlap is None
         and not is_joining(reducer.backend)
     )
+
+
+def _fill_(bucket: Bucket, local: LocalGradients | None, scale: float) -> None:
+    if local is None:
+        bucket.fill_(None, scale)
+    else:
+        bucket.fill_(local.gradients, scale, complete=local.complete, addresses=local.addresses)
+
+
+def nonfinite_names(reducer: Reducer, local: LocalGradients | None) -> NonfiniteNames:
+    """Returns which of the gradients that this rank brought to the last reduction are not finite."""
+    return find_nonfinite(reducer.layout, reducer._saved, local, reducer.backend.world_size)
 
 
 def _changed_names(before: Mapping[str, ParamSpec], after: Mapping[str, ParamSpec]) -> set[str]:

@@ -346,19 +346,54 @@ def test_copy_of_a_used_svi_goes_on_as_that_of_pyros(duplicate: Any, expected: A
     assert results[0] == results[1]
 
 
-def _run_nan(num_steps: int) -> list[str]:
-    """What is warned about where rank 1 reads a NaN at the fourth step, without Pyro's validation."""
+def _run_nan(num_steps: int, nan_step: int, capture: Any) -> list[str]:
+    """What is warned about where rank 1 reads a NaN at one step, without Pyro's validation."""
     with warnings.catch_warnings(record=True) as caught, pyro.validation_enabled(False):
         warnings.simplefilter("always")
-        svi = SVI(model, guide(), DistributedOptimizer(Adam({"lr": 0.05})), Trace_ELBO())
+        optimizer = DistributedOptimizer(Adam({"lr": 0.05}, {"global_norm": 1e6}))
+        svi = SVI(model, guide(), optimizer, Trace_ELBO(), capture=capture)
         for step in range(num_steps):
-            svi.step(data() * float("nan") if step == 3 and current().rank == 1 else data())
+            svi.step(data() * float("nan") if step == nan_step and current().rank == 1 else data())
     return [str(each.message) for each in caught if "Encountered NaN" not in str(each.message)]
 
 
-def test_nan_in_a_script_that_steps_by_it_is_told_once_with_rank_and_parameter() -> None:
-    for messages in world("torch_dist", 2).run(_run_nan, 6):
+# Captured steps leave gradients where they are summed: rank 0 from step 3 on, rank 1 from step 4 on.
+@pytest.mark.parametrize(("nan_step", "capture"), [(3, "off"), (3, "graph"), (5, "graph")])
+def test_nan_in_a_script_that_steps_by_it_is_told_once_with_rank_and_parameter(nan_step: int, capture: Any) -> None:
+    for messages in world("torch_dist", 2).run(_run_nan, 8, nan_step, capture):
         (warned,) = messages
-        assert warned.startswith("step 3: the mean loss of the ranks is nan. step 3: gradients that are not finite: ")
+        where = f"step {nan_step}"
+        assert warned.startswith(
+            f"{where}: the mean loss of the ranks is nan. {where}: gradients that are not finite: "
+        )
         assert "rank 1: 'AutoDelta.scale', 'AutoDelta.z'." in warned and "rank 0" not in warned
         assert "nonfinite='skip'" in warned
+
+
+def wide_model(x: torch.Tensor) -> None:
+    values = [pyro.param(name, lambda: torch.zeros(3 * 2**18)) for name in ("left", "right")]
+    pyro.sample("x", dist.Normal(sum(each[0] * 1e-30 for each in values), 1.0), obs=x)
+
+
+def wide_guide(x: torch.Tensor) -> None:
+    pass
+
+
+def _run_nan_in_large_buckets(factor: float) -> tuple[list[str], int]:
+    """What is warned about where rank 1 reads a number at the sixth step, and how many steps were captured."""
+    with warnings.catch_warnings(record=True) as caught, pyro.validation_enabled(False):
+        warnings.simplefilter("always")
+        optimizer = DistributedOptimizer(SGD({"lr": 0.1}), reduce=ReduceOptions(bucket_mib=3.0))
+        svi = SVI(wide_model, wide_guide, optimizer, Trace_ELBO(), capture="graph")
+        for step in range(7):
+            svi.step(torch.tensor(factor if step == 5 and current().rank == 1 else 1.0))
+        assert optimizer.reducer.layout.control_first
+    assert svi.captured is not None
+    messages = [str(each.message) for each in caught if "Encountered NaN" not in str(each.message)]
+    return messages, svi.captured.num_captured
+
+
+def test_nan_in_large_buckets_is_told_with_its_rank() -> None:
+    for messages, num_captured in world("torch_dist", 2).run(_run_nan_in_large_buckets, float("nan")):
+        (warned,) = messages
+        assert "gradients that are not finite: rank 1: 'left', 'right'." in warned and num_captured > 0

@@ -116,7 +116,8 @@ def test_host_with_another_clock_and_folder_and_one_out_of_reach_are_failures(ho
         status, findings = examined(hosts, tmp_path, settings, "dh1, dh2, 10.88.0.77", *command)
     assert status == 1
     assert findings["dh2"]["severity"] == "ok"
-    assert findings["dh2 clock"]["severity"] == "failure" and findings["dh2 clock"]["message"] == "120.0 s apart"
+    assert findings["dh2 clock"]["severity"] == "failure"
+    assert 115 < float(findings["dh2 clock"]["message"].removesuffix(" s apart")) < 125
     assert (
         findings["dh2 folder"]["severity"] == "failure" and "not the same folder" in findings["dh2 folder"]["message"]
     )

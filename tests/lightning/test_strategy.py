@@ -9,14 +9,18 @@ import pyro.optim
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from pyro.infer import Trace_ELBO
 
 from distopt.backends import current
-from distopt.infer import gather_local
+from distopt.infer import SVI, everywhere, gather_local
 from distopt.lightning import DistoptStrategy
+from distopt.lightning.strategy import _keeps_its_model
+from distopt.optim import Adam, DistributedOptimizer
 from tests.lightning.plans import (
     NUM_ROWS,
     SviPlan,
     TorchPlan,
+    X,
     batch_sized_model,
     fit,
     global_model,
@@ -100,6 +104,45 @@ def test_batches_that_are_dealt_give_the_steps_of_one_process_with_larger_batche
     assert [sorted(a + b) for a, b in zip(*(seen for *_, seen in results), strict=True)] == [
         sorted(each) for each in rows
     ]
+
+
+class DistoptPlan(SviPlan):
+    """Steps an SVI of distopt, whose steps may be captured."""
+
+    capture: Any = "off"
+
+    def _make(self) -> None:
+        self.svi = SVI(self._model, self._guide, self.scheduler, Trace_ELBO(), capture=self.capture)
+
+
+def _run_distopts_svi(capture: str, split: str) -> tuple[dict[str, list[float]], int]:
+    pyro.clear_param_store()
+    plan = DistoptPlan(home="first step")
+    plan.capture = capture
+    fit(trainer(current().world_size, split), plan, loader(8, shuffle=False, rows=slice(16)))
+    return store_values(), 0 if plan.svi.captured is None else plan.svi.captured.num_captured
+
+
+def test_svi_of_distopt_may_be_captured_where_each_rank_reads_whole_batches() -> None:
+    expected, _ = _run_distopts_svi("off", "batches")
+    assert _run_distopts_svi("graph", "batches") == (expected, 3), "of 6 steps one is eager, and two are recorded"
+    for values, num_captured in on_all(2, _run_distopts_svi, "graph", "none"):
+        assert values == near(expected) and num_captured == 3
+
+
+@pytest.mark.parametrize("capture", ["off", "graph"])
+@pytest.mark.parametrize("make", [pyro.optim.Adam, lambda args: DistributedOptimizer(Adam(args))])
+def test_svi_of_distopt_is_refused_where_its_loss_would_need_the_weights_of_shares(capture: Any, make: Any) -> None:
+    plan = DistoptPlan(home="first step")
+    svi = SVI(global_model, plan._guide, make({"lr": 0.1}), Trace_ELBO(), capture=capture)
+
+    def find_plates(svi: Any, args: Any, kwargs: Any) -> list[str]:
+        assert not _keeps_its_model(svi, "batches", 2)
+        return []
+
+    with everywhere(find_plates=find_plates), pytest.raises(TypeError, match=r"split='batches'.*Step a pyro.infer.SVI"):
+        svi.step(X, torch.arange(NUM_ROWS))
+    assert _keeps_its_model(svi, "batches", 1) and _keeps_its_model(svi, "rows", 2)
 
 
 def test_noise_is_each_ranks_own_unless_it_is_shared_and_the_same_in_a_second_run() -> None:

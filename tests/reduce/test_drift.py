@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro
 import pytest
 import torch
@@ -14,7 +16,14 @@ from distopt.optim import (
     ReduceOptions,
 )
 from distopt.reduce import DriftError, LocalGradients
-from distopt.reduce.drift import combine_checksums, explain_nonfinite, state_checksum, tensor_checksums
+from distopt.reduce.drift import (
+    combine_checksums,
+    explain_nonfinite,
+    find_nonfinite,
+    state_checksum,
+    tensor_checksums,
+)
+from distopt.reduce.layout import Layout, ParamSpec
 from distopt.reduce.messages import BASE, NUM_CHECKSUM_DIGITS
 from tests.reduce.steps import step_with
 from tests.workers import Ranks
@@ -96,9 +105,36 @@ def test_combined_checksum_fits_the_digits_and_does_not_depend_on_order() -> Non
     assert combined == combine_checksums(dict(reversed(sums.items())))
 
 
+NAN = torch.tensor([float("nan")])
+
+
+def layout_of(*names: str) -> Layout:
+    specs = {name: ParamSpec(name, (1,), torch.float32, "cpu", False, "real") for name in names}
+    params = {name: torch.zeros(1) for name in names}
+    return Layout(specs, params, bucket_mib=1.0, control_device=torch.device("cpu"))
+
+
 def test_ranks_and_parameters_that_are_not_finite_are_named() -> None:
-    local = LocalGradients(gradients=[torch.tensor([1.0]), None, torch.tensor([float("nan")])])
+    local = LocalGradients(gradients=[torch.tensor([1.0]), None, NAN])
     local.rank_local = [("z", torch.zeros(1), torch.tensor([float("inf")]))]
-    explained = explain_nonfinite(Single(), ("a", "b", "c"), local, 7)
-    assert explained == "step 7: gradients that are not finite: rank 0: 'c', 'z'."
-    assert "the sum overflowed" in explain_nonfinite(Single(), ("a",), None, 7)
+    nonfinite = find_nonfinite(layout_of("a", "b", "c"), (), local, 2)
+    assert explain_nonfinite(Single(), nonfinite, 7) == "step 7: gradients that are not finite: rank 0: 'c', 'z'."
+    assert "the sum overflowed" in explain_nonfinite(Single(), find_nonfinite(layout_of("a"), (), None, 2), 7)
+
+
+def test_gradients_that_the_sum_has_overwritten_blame_no_rank_alone() -> None:
+    layout = layout_of("a", "b", "c")
+    (bucket,) = layout.buckets
+    local = LocalGradients(gradients=[bucket.views[0], NAN, bucket.views[2]])
+    bucket.save_()
+    bucket.views[0].fill_(float("nan"))
+    assert find_nonfinite(layout, (bucket,), LocalGradients(gradients=[*bucket.views]), 2) == ([], [])
+    assert find_nonfinite(layout, (), local, 2) == (["b"], ["a"])
+    assert find_nonfinite(layout, (), local, 1) == (["a", "b"], []), "of one rank they are its own"
+
+    class Two(Single):
+        def all_gather_json(self, value: Any, timeout: Any = None) -> list[Any]:
+            return [*super().all_gather_json(value), [["c"], ["a", "b"]], [[], []]]
+
+    explained = explain_nonfinite(Two(), find_nonfinite(layout, (), local, 2), 7)
+    assert explained.endswith("not finite: rank 0: 'b'; rank 1: 'c'; on one or more of ranks 0, 1: 'a'.")

@@ -9,7 +9,7 @@ import pyro
 import pytest
 import torch
 from pyro.infer.util import zero_grads
-from torch import Tensor
+from torch import Tensor, nn
 
 from distopt.backends import current
 from distopt.optim import (
@@ -89,7 +89,33 @@ def _run_dropped_gradients_count_as_zero() -> Values:
     return {name: unconstrained(name)[:3].tolist() for name in params}
 
 
+def _run_a_model_is_cast_between_steps() -> Values:
+    """As `module.double()` and `module.bfloat16()` do: the parameters are the same objects, of another dtype."""
+    values: Values = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        results = []
+        for make in (DistributedOptimizer, lambda optim: optim):
+            pyro.clear_param_store()
+            net = nn.Linear(3, 2)
+            nn.init.ones_(net.weight)
+            nn.init.zeros_(net.bias)
+            pyro.module("net", net)
+            optim = make(SGD({"lr": 0.25, "momentum": 0.5}))
+            for step in range(6):
+                if step == 3:
+                    net.to(dtype)
+                x = torch.ones(3, dtype=net.weight.dtype) / 3  # equal on all ranks, so that their mean is each one's
+                net.zero_grad()
+                net(x).square().sum().backward()
+                optim(list(net.parameters()))
+            results.append({name: param.tolist() for name, param in net.named_parameters()})
+        assert results[0] == results[1] and net.weight.dtype is dtype
+        values[str(dtype)] = results[0]
+    return values
+
+
 BODIES = [
+    _run_a_model_is_cast_between_steps,
     _run_gradients_survive_a_round_that_is_made_again,
     _run_dropped_gradients_count_as_zero,
 ]

@@ -21,9 +21,9 @@ from distopt.optim.clipping import global_norm
 from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.optim import PyroOptim, call_closure
 from distopt.reduce import DisagreementError, DriftError, LocalGradients, PeerError, ReducedGradients, Reducer
-from distopt.reduce.drift import explain_nonfinite
+from distopt.reduce.drift import NonfiniteNames, explain_nonfinite
 from distopt.reduce.messages import BASE, MAX_VALUES, NUM_RNG_DIGITS, RankMessage, RoundKind
-from distopt.reduce.reducer import is_joining
+from distopt.reduce.reducer import is_joining, nonfinite_names
 from distopt.rng import NoisePolicy, generator_digest
 
 Loss: TypeAlias = float | Tensor | tuple[float | Tensor, ...]
@@ -285,6 +285,9 @@ class Stepper:
         """Steps the wrapped optimizer by reduced gradients, in the same way on all ranks."""
         reducer = self.reducer
         reducer.backend.note(reducer.step, "optimizer")
+        # Found before the step, which may clip them in the buckets. The mean loss is one number on all ranks.
+        is_usual = self._has_explained or all(map(math.isfinite, reduced.summary.mean_values))
+        nonfinite = None if is_usual else nonfinite_names(reducer, reduced.local)
         try:
             stepped = self.optim.clip_and_step(
                 reduced.dense,
@@ -296,31 +299,32 @@ class Stepper:
                 **kwargs,
             )
         except FloatingPointError as error:
-            raise FloatingPointError(f"{error} {self._explain_nonfinite(reduced)}") from None
+            raise FloatingPointError(f"{error} {self._explain_nonfinite(reduced, nonfinite)}") from None
 
         # All ranks have skipped the step: each decided by the same sums. What compression would add to the next
         # gradient stems from one that is not finite.
         if not stepped:
-            logger.warning(self._explain_nonfinite(reduced))
+            logger.warning(self._explain_nonfinite(reduced, nonfinite))
             reducer.forget_errors()
-        elif not self._has_explained and not all(map(math.isfinite, reduced.summary.mean_values)):
-            self._warn_of_nonfinite_loss(reduced)
+        elif nonfinite is not None:
+            self._warn_of_nonfinite_loss(reduced, nonfinite)
         reducer.step += 1
         reducer.backend.note(reducer.step, "model")
 
-    def _warn_of_nonfinite_loss(self, reduced: ReducedGradients) -> None:
-        """Warns, once, of a step that was taken all the same; the mean loss is one number on all ranks, so all do."""
+    def _warn_of_nonfinite_loss(self, reduced: ReducedGradients, nonfinite: NonfiniteNames) -> None:
+        """Warns, once, of a step that was taken all the same; all ranks do."""
         self._has_explained = True
+        explained = self._explain_nonfinite(reduced, nonfinite)
         warnings.warn(
             f"step {self.reducer.step}: the mean loss of the ranks is {reduced.summary.mean_values[0]}. "
-            f"{self._explain_nonfinite(reduced)} The optimizer has stepped by them, as those of Pyro do; give it "
-            "nonfinite='skip' or 'raise' to keep parameters finite.",
+            f"{explained} The optimizer has stepped by them, as those of Pyro do; give it nonfinite='skip' or 'raise' "
+            "to keep parameters finite.",
             stacklevel=2,
         )
 
-    def _explain_nonfinite(self, reduced: ReducedGradients) -> str:
+    def _explain_nonfinite(self, reduced: ReducedGradients, nonfinite: NonfiniteNames | None) -> str:
         reducer = self.reducer
-        return explain_nonfinite(reducer.backend, reducer.layout.names, reduced.local, reducer.step)
+        return explain_nonfinite(reducer.backend, nonfinite or nonfinite_names(reducer, reduced.local), reducer.step)
 
 
 def numbers_of(loss: Loss) -> tuple[float, ...]:
