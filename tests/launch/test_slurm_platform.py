@@ -137,6 +137,7 @@ def sbatch(tmp_path, monkeypatch):
         program.write_text(f"#!/bin/sh\ncat > {tmp_path}/script\nprintf %s {shlex.quote(message)} >&2\nexit 1\n")
         program.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        monkeypatch.chdir(tmp_path)  # a checkout may hold runs/flights
 
     return refuse
 

@@ -94,6 +94,7 @@ def read_back(name: str, folder: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.timeout(600)  # a first import of MLflow alone may take minutes on a busy machine
 @pytest.mark.parametrize("name", TRACKERS)
 def test_service_has_every_row_once_in_one_run_after_a_resume(name, tmp_path, monkeypatch) -> None:
     if not os.environ.get("DISTOPT_TEST_LOGGERS"):
