@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,8 +71,8 @@ def run(tmp_path: Path, how: str, case: str = "", num_workers: int = 2) -> tuple
 
 
 def results(output: str) -> dict[int, dict[str, float]]:
-    lines = [line.split(maxsplit=2) for line in output.splitlines() if line.startswith("RESULT")]
-    return {int(rank): json.loads(values) for _, rank, values in lines}
+    # Not at the start of a line: what another process has written may stand before it.
+    return {int(rank): json.loads(values) for rank, values in re.findall(r"RESULT (\d+) (\{.*?\})", output)}
 
 
 @pytest.fixture
