@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -31,6 +32,12 @@ def _stays_in_its_folder(name: str) -> str:
 
 RunName: TypeAlias = Annotated[str, Field(pattern=RUN_NAME_PATTERN), AfterValidator(_stays_in_its_folder)]
 """The name of a run, or of a sweep, from which those of its runs are made."""
+
+
+def is_run_name(name: str) -> bool:
+    """Returns whether `name` may be that of a run."""
+    return re.fullmatch(RUN_NAME_PATTERN, name) is not None and ".." not in name
+
 
 # Kept true by a test, which looks for the type `Reference` in the JSON schema.
 CODE_KEYS = (

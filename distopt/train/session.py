@@ -7,7 +7,6 @@ progress, stragglers, the state that is served, and the report.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
@@ -22,7 +21,7 @@ from rich.console import Console
 from distopt.backends import Backend, current
 from distopt.checkpoint import Checkpointer, Restored, Retention
 from distopt.config import MAY_CHANGE, ConfigError, RunConfig, load_config, parse_config
-from distopt.config.schema import RUN_NAME_PATTERN
+from distopt.config.schema import is_run_name
 from distopt.launchers import CONFIG_FILE, CONFIG_VARIABLE, RUN_DIR_VARIABLE, find_rank
 from distopt.optim import DistributedOptimizer, PyroOptim
 from distopt.rng import seed_all
@@ -379,5 +378,4 @@ def config_of_script() -> RunConfig:
         return load_config(Path(run_dir) / CONFIG_FILE)
     script = sys.argv[0] or "script"  # empty in an interactive interpreter
     name = Path(script).stem.strip("_")
-    is_name = re.fullmatch(RUN_NAME_PATTERN, name) is not None and ".." not in name
-    return RunConfig.model_validate({"name": name if is_name else "script", "script": script})
+    return RunConfig.model_validate({"name": name if is_run_name(name) else "script", "script": script})
