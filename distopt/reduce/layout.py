@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, compress
-from operator import attrgetter, eq
+from operator import attrgetter, eq, itemgetter
 
 import torch
 from torch import Tensor
@@ -267,8 +267,9 @@ class Layout:
         every = range(len(self.names))
         self.index = dict(zip(map(id, self.params), every, strict=True))
         self.sparse = tuple(compress(every, map(_sparse, self.specs)))
-        # Sorted, those with one prefix are neighbours, before everything with a larger last letter.
-        first, after = (bisect_left(self.names, prefix) for prefix in (AVERAGE_PREFIX, AVERAGE_PREFIX[:-1] + "`"))
+        # Names are sorted, so those with one prefix are neighbours.
+        first = bisect_left(self.names, AVERAGE_PREFIX)
+        after = bisect_right(self.names, AVERAGE_PREFIX, key=itemgetter(slice(len(AVERAGE_PREFIX))))
         self.averages = tuple(range(first, after))
 
         dense = [index for index in every if not self.specs[index].sparse] if self.sparse else every
