@@ -75,7 +75,7 @@ def test_grid_is_one_job_array_whose_tasks_are_the_runs(cluster, tmp_path):
     assert slurm.references() == [f"{array}_{number}" for number in range(3)]
     job = cluster.ask("scontrol", "--oneliner", "show", "job", array)
     assert len(re.findall("JobState=COMPLETED", job)) == 3 and "ArrayTaskThrottle=2" in job, job
-    # Each task has its log in the directory of its run; Slurm makes no folder, and would write to none that is not there.
+    # Each task has its log in the directory of its run, which was made before: Slurm makes no folders.
     assert all((tmp_path / f"runs/demo-{number:03d}/logs/slurm.log").exists() for number in range(3))
 
 
