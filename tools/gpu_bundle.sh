@@ -26,10 +26,15 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 # Beside the machine's own packages, not in an environment: one of the environment that holds torch would not see it.
 python3 -m pip install -q --no-index --no-deps --disable-pip-version-check --no-warn-conflicts --upgrade --target build/gpu/site build/gpu/wheels/*.whl
-export PYTHONPATH="$PWD:$PWD/build/gpu/site"
-python3 setup.py -q egg_info > build/gpu/compile.log 2>&1  # the version, and the names that platforms and loggers are found by
-python3 setup.py -q build_ext --inplace --parallel 2 >> build/gpu/compile.log 2>&1 || echo "the loops in C++ are not built: build/gpu/compile.log"
-python3 -m tests.gpu --json "${OUT:-build/gpu}/results.json" "$@"
+export PYTHONPATH="$PWD/build/gpu/site"
+python3 setup.py -q build_ext --parallel 2 > build/gpu/compile.log 2>&1 || echo "the loops in C++ are not built: build/gpu/compile.log"
+python3 -m pip install -q --no-index --no-deps --no-build-isolation --disable-pip-version-check --target build/gpu/site . >> build/gpu/compile.log 2>&1
+results=${OUT:-$PWD/build/gpu}/results.json
+
+# In a folder of its own: here, the sources would be found before what was installed.
+rm -rf build/gpu/run && mkdir build/gpu/run && cp -r tests configs build/gpu/run
+cd build/gpu/run
+python3 -m tests.gpu --json "$results" "$@"
 RUN
 chmod +x build/gpu/run.sh
 du -sh build/gpu | cut -f1
