@@ -427,7 +427,7 @@ def _default_device() -> torch.device | None:
     """Returns what `torch.set_default_device` was given, None where it was not called or other modes lie above it."""
     if torch._C._len_torch_function_stack() == 0:
         return None
-    mode = _get_current_function_mode()
+    mode = _get_current_function_mode()  # type: ignore[no-untyped-call]
     device: torch.device | None = mode.device if isinstance(mode, DeviceContext) else None
     return device
 
