@@ -252,9 +252,9 @@ def _not_captured(device: torch.device) -> Figures:
 
     def random_on_cpu() -> None:
         mean = pyro.sample("mean", dist.Normal(models.zero, models.one))
-        noise = torch.randn(256).to(device)
+        drawn = torch.randn(256).to(device)
         with pyro.plate("rows", 256, device=str(device)):
-            pyro.sample("y", dist.Normal(mean + noise, models.one), obs=models.y)
+            pyro.sample("y", dist.Normal(mean + drawn, models.one), obs=models.y)
 
     reasons = {}
     for name, model in {"masked": masked, "random on the CPU": random_on_cpu}.items():

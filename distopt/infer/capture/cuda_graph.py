@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from distopt.infer.capture.generators import generator_states
-from distopt.infer.capture.program import BUSY, NOT_FINITE, RAN, PythonProgram, restore
+from distopt.infer.capture.program import BUSY, NOT_FINITE, RAN, PythonProgram, put_back
 from distopt.infer.capture.recording import Recording
 
 MAX_GRAPHS = 8
@@ -25,6 +25,10 @@ MAX_GRAPHS = 8
 
 MAX_COMPARED_BYTES = 1 << 10
 """Tensors on the CPU that a kernel on the GPU takes as numbers are compared before each step, up to this size."""
+
+
+class NoGraphError(Exception):
+    """A step that cannot be a CUDA graph; the message says why."""
 
 
 def uses_gpu(recording: Recording) -> bool:
@@ -56,6 +60,26 @@ def graph_refusal(recording: Recording) -> str | None:
     return None
 
 
+def build_graph(recording: Recording, params: Sequence[Tensor], args: Sequence[Tensor]) -> CudaGraphProgram:
+    """Returns the program of a recording that uses a GPU.
+
+    Args:
+        recording: A shortened recording that is not refused.
+        params: The parameters of the store at that time.
+        args: The tensors among the arguments at that time.
+
+    Raises:
+        NoGraphError: The step cannot be a CUDA graph. Parameters, generators and what the step writes to are as before.
+    """
+    reason = graph_refusal(recording)
+    if reason is not None:
+        raise NoGraphError(reason)
+    try:
+        return CudaGraphProgram(recording, params, args)
+    except RuntimeError as error:  # an operation waits for the GPU, or its memory is full
+        raise NoGraphError(f"the step cannot be a CUDA graph: {error}") from error
+
+
 def _is_comparable(recording: Recording, slot: int) -> bool:
     tensor = recording.foreign.get(slot)
     small = tensor is not None and tensor.numel() * tensor.element_size() <= MAX_COMPARED_BYTES
@@ -81,7 +105,7 @@ class CudaGraphProgram(PythonProgram):
         count = len(recording.checks) + len(recording.loss_slots())
         self._numbers = torch.zeros(count, dtype=torch.float64, device=self._device)
         self._with_gradient = [index for index, slot in enumerate(recording.grads) if slot >= 0]
-        self._flats, self._views = self._own_gradients()
+        self._flats, self._views = self._allocate_gradients()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._addresses: list[int] = []
         self._num_graphs = 0
@@ -114,11 +138,11 @@ class CudaGraphProgram(PythonProgram):
         checks = self._recording.checks
         for index, (check, number) in enumerate(zip(checks, numbers, strict=False)):
             if bool(number) != check.answer:
-                restore(states, saved)
+                put_back(states, saved)
                 return index, []
         losses = numbers[len(checks) :]
         if not all(map(math.isfinite, losses)):
-            restore(states, saved)
+            put_back(states, saved)
             return NOT_FINITE, []
         for tensor, _ in saved:
             torch.autograd.graph.increment_version(tensor)
@@ -147,7 +171,7 @@ class CudaGraphProgram(PythonProgram):
                 self._compute()
         finally:
             torch.cuda.current_stream(self._device).wait_stream(stream)
-            restore(states, saved)
+            put_back(states, saved)
 
         # Other threads may use the GPU meanwhile: NCCL's, and those that copy a checkpoint.
         graph = torch.cuda.CUDAGraph()
@@ -176,7 +200,7 @@ class CudaGraphProgram(PythonProgram):
 
     # Gradients.
 
-    def _own_gradients(self) -> tuple[dict[torch.dtype, Tensor], dict[int, Tensor]]:
+    def _allocate_gradients(self) -> tuple[dict[torch.dtype, Tensor], dict[int, Tensor]]:
         """Returns one tensor for the gradients of each dtype, and by parameter its part of it."""
         infos = {index: self._recording.infos[self._recording.grads[index]] for index in self._with_gradient}
         flats = {

@@ -214,18 +214,18 @@ class PythonProgram:
             with torch.no_grad():
                 values = self._run_ops(args)
         except BaseException:
-            restore(states, saved)
+            put_back(states, saved)
             raise
         finally:
             self._running = False
 
         for index, check in enumerate(self._recording.checks):
             if bool(values[check.slot]) != check.answer:
-                restore(states, saved)
+                put_back(states, saved)
                 return index, []
         losses = [values[slot].item() for slot in self._recording.loss_slots()]
         if not all(map(math.isfinite, losses)):
-            restore(states, saved)
+            put_back(states, saved)
             return NOT_FINITE, []
         with torch.no_grad():
             self._hand_out_gradients(values)
@@ -300,7 +300,7 @@ def _last_uses(recording: Recording) -> list[list[int]]:
     return dead[::-1]
 
 
-def restore(states: list[Tensor], saved: list[tuple[Tensor, Tensor]]) -> None:
+def put_back(states: list[Tensor], saved: list[tuple[Tensor, Tensor]]) -> None:
     """Puts back generators, and tensors that a step has written to."""
     set_generator_states(states)
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from distopt.infer.capture.captured_step import (
     other_branch,
     recorded_result,
 )
-from distopt.infer.capture.cuda_graph import CudaGraphProgram, graph_refusal, uses_gpu
+from distopt.infer.capture.cuda_graph import NoGraphError, build_graph, uses_gpu
 from distopt.infer.capture.passes import shorten
 from distopt.infer.capture.reachable import is_plain
 from distopt.infer.capture.recorded_step import NotFiniteError, RecordedStep, record_step
@@ -326,20 +327,12 @@ class StepCapture:
             self._refuse(assumptions.refusal)
             return
         short = shorten(step.recording)
-        on_gpu = uses_gpu(short)
-        reason = graph_refusal(short) if on_gpu else None
-        if reason is not None:
-            self._refuse(reason)
-            return
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        tensors = list(dict.fromkeys(tensors))
+        tensors = list(dict.fromkeys(leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)))
+        build = build_graph if uses_gpu(short) else partial(programs.build, direct=self._direct)
         try:
-            if on_gpu:
-                program: programs.Program = CudaGraphProgram(short, step.params, tensors)
-            else:
-                program = programs.build(short, step.params, tensors, direct=self._direct)
-        except RuntimeError as error:  # an operation waits for the GPU, or the GPU's memory is full
-            self._refuse(f"the step cannot be a CUDA graph: {error}" if on_gpu else f"no program can be built: {error}")
+            program = build(short, step.params, tensors)
+        except NoGraphError as error:
+            self._refuse(str(error))
             return
         captured = CapturedStep(program, step.recording, short, assumptions, step.used, step.params, tensors)
         variant.captured.append(captured)
@@ -367,12 +360,7 @@ class StepCapture:
                 continue
             unlike = difference(captured.recording, recording)
             if unlike is not None:
-                logger.warning(
-                    "step %d was recorded again and is not the captured one: %s. Steps since the last comparison may "
-                    "have used outdated values; from here on they run eagerly.",
-                    self.num_steps,
-                    unlike,
-                )
+                _warn_of_difference(self.num_steps, unlike)
                 self._refuse(unlike)
                 break
         return recorded_result(step)
@@ -384,11 +372,21 @@ class StepCapture:
 
     def _refuse(self, reason: str) -> None:
         """Keeps steps eager from here on, and says why once."""
-        if self.refusal is None:
-            self.refusal = reason
-            self._variants.clear()
-            self._last = None
-            logger.info("steps are not captured and run eagerly: %s", reason)
+        if self.refusal is not None:
+            return
+        self.refusal = reason
+        self._last = None
+        self._variants.clear()
+        logger.info("steps are not captured and run eagerly: %s", reason)
+
+
+def _warn_of_difference(step: int, difference: str) -> None:
+    logger.warning(
+        "step %d was recorded again and is not the captured one: %s. Steps since the last comparison may have used "
+        "outdated values; from here on they run eagerly.",
+        step,
+        difference,
+    )
 
 
 def _ids(columns: tuple[Tensor, ...] | None) -> list[int] | None:
