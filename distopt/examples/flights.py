@@ -108,7 +108,8 @@ class Flights(Task):
         # others by a sixteenth of its effect, and a mean-field guide, which knows no correlations, would take every
         # flight as evidence about that carrier.
         effects = self._effects(name, prior_scale)
-        return effects - self.shares[name.removesuffix("_spread")] @ effects
+        share = self.shares[name.removesuffix("_spread")].to(effects.device)  # with `train.device: cuda` the GPU's
+        return effects - share @ effects
 
     def _share(self, name: str) -> Tensor:
         """Returns the fraction of the training flights at each level of a group, (levels,)."""

@@ -73,7 +73,7 @@ class Components(Task):
     def explained(self) -> float:
         """Returns the fraction of the pictures' variance that lies in the directions of W, in [0, 1]."""
         # The rows of W are neither orthogonal nor ordered, so the space that they span is compared, by projection.
-        weight = self.guide.median()["W"].double()
+        weight = self.guide.median()["W"].cpu().double()
         basis = torch.linalg.qr(weight.T).Q
         centred = (self.data - self.data.mean(0)).double()
         return float((centred @ basis).square().sum() / centred.square().sum())
@@ -90,7 +90,7 @@ class Components(Task):
         report.table(f"{self.num_components} components", ["", "explained", "noise"], rows, note)
 
         figure = Figure(figsize=(9, 1.8))
-        for column, direction in enumerate(self.guide.median()["W"], start=1):
+        for column, direction in enumerate(self.guide.median()["W"].cpu(), start=1):
             axes = figure.add_subplot(1, self.num_components, column)
             axes.imshow(direction.reshape(8, 8), cmap="PuOr")
             axes.set_axis_off()

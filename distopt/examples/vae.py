@@ -88,9 +88,15 @@ class Autoencoder(Task):
 
     def error(self) -> float:
         """Returns the mean squared error, per pixel, of held-out pictures drawn from their positions on the map."""
+        return float((self.redrawn(self.held_out) - self.held_out).square().mean())
+
+    def redrawn(self, pictures: Tensor) -> Tensor:
+        """Returns pictures, (n, 64), drawn from the positions of the given ones on the map."""
+        device = next(self.decoder.parameters()).device
         with torch.no_grad():
-            position = self.encoder(self.held_out)[:, : self.num_dims]
-            return float((self.decoder(position).sigmoid() - self.held_out).square().mean())
+            position = self.encoder(pictures.to(device))[:, : self.num_dims]
+            drawn: Tensor = self.decoder(position).sigmoid().cpu()
+        return drawn
 
     def report(self, report: Report) -> None:
         """Adds held-out pictures beside what the networks make of them, and a comparison with principal components."""
@@ -103,8 +109,7 @@ class Autoencoder(Task):
         rows = [["this model", f"{self.error():.4f}"], ["sklearn's PCA", f"{pca:.4f}"]]
         report.table(f"{len(self.held_out)} held-out pictures from {self.num_dims} numbers each", ["", "error"], rows)
 
-        with torch.no_grad():
-            drawn = self.decoder(self.encoder(self.held_out[:12])[:, : self.num_dims]).sigmoid()
+        drawn = self.redrawn(self.held_out[:12])
         figure = Figure(figsize=(9, 1.8))
         for column, pair in enumerate(zip(self.held_out[:12], drawn, strict=True)):
             for row, picture in enumerate(pair):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from distopt import backends
 from distopt.backends.base import Backend
+from distopt.infer.splitting import row_numbers
 from distopt.sharding import LocalParameterError, PlateShard, local_parameters
 
 _SHARD = re.compile(r"local-(\d{5})-of-(\d{5})\.safetensors")
@@ -150,7 +151,7 @@ def read_local(directory: str | Path, name: str, rows: ArrayLike | None = None) 
         Reads the global indices of every file, and of the values only those between the first and the last row that
         the file has of `rows`.
     """
-    wanted = None if rows is None else np.asarray(rows, dtype=np.int64)
+    wanted = None if rows is None else row_numbers(rows)
     indices, chunks = [], []
     for path in _complete_set(Path(directory)):
         with safe_open(path, framework="pt") as file:
@@ -197,7 +198,7 @@ def gather_of_plate(values: Tensor, plate: PlateShard, rows: ArrayLike | None, b
         )
 
     held = plate.global_rows(backend)
-    wanted = _all_rows(held, plate, backend) if rows is None else np.asarray(rows, dtype=np.int64)
+    wanted = _all_rows(held, plate, backend) if rows is None else row_numbers(rows)
     offsets = _positions(held, wanted)
     is_held = torch.from_numpy(offsets >= 0)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -26,8 +26,13 @@ def plate_shard(
     """Returns the description of a plate that is split over `num_shards` ranks; None stands for all of the world."""
     if num_shards is None:
         num_shards = backends.current().world_size
-    indices = None if rows is None else np.asarray(rows, dtype=np.int64)
+    indices = None if rows is None else row_numbers(rows)
     return PlateShard(name, num_shards, rows=indices, replicated=tuple(replicated))
+
+
+def row_numbers(rows: ArrayLike | Tensor) -> NDArray[np.int64]:
+    """Returns rows as integers on the host, (n,) int64; a tensor may lie on a GPU, which is waited for."""
+    return np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows, dtype=np.int64)
 
 
 def split_site(msg: Any, plates: Mapping[str, PlateShard]) -> None:

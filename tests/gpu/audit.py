@@ -8,6 +8,7 @@ counts.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 import time
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -27,8 +29,10 @@ import distopt.optim as pyro_optimizers
 from distopt.checkpoint import Checkpointer
 from distopt.data import TensorSource
 from distopt.infer import SVI, sharded_plate
+from distopt.infer.device import DeviceELBO
 from distopt.optim import DistributedOptimizer, PyroOptim, ReduceOptions
 from distopt.train.loop import run as run_config
+from distopt.train.report import Report
 from tests.gpu.far_device import FAR, FarSingle, Mirror, Waits
 
 NUM_STEPS = 3
@@ -276,7 +280,34 @@ def yaml_run() -> Iterator[tuple[str, dict[str, Any]]]:
         yield "distopt train", figures(waits, 20, status=status, report=(Path(folder) / "report.html").exists())
 
 
-SCENARIOS = [optimizers, reductions, svi_steps, checkpoints, yaml_run]
+def examples() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The shipped tasks as with `train.device: cuda`: their rows and modules, and tensors that they make, lie there."""
+    from distopt.examples.aircraft import Aircraft
+    from distopt.examples.flights import Flights
+    from distopt.examples.ppca import Components
+    from distopt.examples.vae import Autoencoder
+
+    tasks = [Flights(num_flights=2000), Aircraft(num_flights=2000), Autoencoder(), Components()]
+    for task in tasks:
+        pyro.clear_param_store()
+        for module in (task.model, task.guide, *vars(task).values()):
+            if isinstance(module, nn.Module):
+                module.to(FAR)
+        num_rows = task.rows() if getattr(task, "sharded", False) else 64
+        batch = [each.to(FAR) for each in task.batch(np.arange(num_rows))]
+        svi = SVI(task.model, task.guide, pyro_optimizers.Adam({"lr": 0.01}), DeviceELBO(Trace_ELBO(), FAR))
+        waits = Waits()
+        with waits:
+            losses = [svi.step(*batch) for _ in range(NUM_STEPS)]
+        assert all(map(math.isfinite, losses)), losses
+        if hasattr(task, "collect"):
+            task.collect()
+        report = Report(type(task).__name__)
+        task.report(report)
+        yield type(task).__name__, figures(waits, NUM_STEPS, sections=report.num_sections)
+
+
+SCENARIOS = [optimizers, reductions, svi_steps, checkpoints, yaml_run, examples]
 
 
 def main() -> int:

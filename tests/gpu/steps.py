@@ -18,7 +18,7 @@ from distopt.infer import SVI
 from distopt.optim import DistributedOptimizer
 from tests.gpu.checks import Figures, Skip, Suite, need_cuda
 
-SUITE = Suite("steps", 60)
+SUITE = Suite("steps", 45)
 
 
 class Models:

@@ -80,6 +80,13 @@ def test_a_run_from_a_yaml_trains_on_the_device(audit):
     assert each["report"]
 
 
+def test_shipped_tasks_train_and_report_on_the_device(audit):
+    results = cases(audit, "examples")
+    assert len(results) == 4
+    for name, each in results.items():
+        assert each["sections"] > 0, name
+
+
 def test_device_memory_cannot_be_read_by_the_host():
     # Otherwise a path that assumes the CPU would go unnoticed.
     code = "import torch, ctypes; from tests.gpu.far_device import FAR; t = torch.ones(3, device=FAR); "

@@ -42,8 +42,8 @@ def graph_refusal(recording: Recording) -> str | None:
     Whatever the host computes is done once, when the graph is made, so the step's list must be the GPU's but for
     constants. Numbers from the CPU that existed before the step are compared from now on, see `Recording.compared`.
     """
-    if recording.with_grad:
-        return "gradients are added to those of an earlier pass, which a CUDA graph has no place for"
+    if set(recording.with_grad) - recording.accumulated.keys():
+        return "gradients that are there before the step are used within it"
     constants = recording.lifted.keys() | recording.compared.keys()
     for op in recording.ops:
         if op.is_host:
@@ -86,6 +86,12 @@ def _is_comparable(recording: Recording, slot: int) -> bool:
     return small and recording.alias[slot] not in recording.written()
 
 
+def _gradient_slots(recording: Recording) -> dict[int, int]:
+    """Returns by parameter the slot of the gradient that the step computes for it."""
+    slots = {index: slot for index, slot in enumerate(recording.grads) if slot >= recording.num_inputs}
+    return slots | recording.accumulated
+
+
 class CudaGraphProgram(PythonProgram):
     """A recorded step as a CUDA graph.
 
@@ -104,7 +110,7 @@ class CudaGraphProgram(PythonProgram):
         self._inputs = [torch.empty_like(arg) for arg in args]
         count = len(recording.checks) + len(recording.loss_slots())
         self._numbers = torch.zeros(count, dtype=torch.float64, device=self._device)
-        self._with_gradient = [index for index, slot in enumerate(recording.grads) if slot >= 0]
+        self._gradients = _gradient_slots(recording)
         self._flats, self._views = self._allocate_gradients()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._addresses: list[int] = []
@@ -189,9 +195,9 @@ class CudaGraphProgram(PythonProgram):
         numbers += [values[slot] for slot in recording.loss_slots()]
         if numbers:
             self._numbers.copy_(torch.stack([number.reshape(()).double() for number in numbers]))
-        targets = [self._target(index) for index in self._with_gradient]
-        if targets:
-            torch._foreach_copy_(targets, [values[recording.grads[index]] for index in self._with_gradient])
+        if self._gradients:
+            targets = [self._target(index) for index in self._gradients]
+            torch._foreach_copy_(targets, [values[slot] for slot in self._gradients.values()])
 
     @torch.no_grad()
     def _copy_inputs(self, args: Sequence[Tensor]) -> None:
@@ -202,7 +208,7 @@ class CudaGraphProgram(PythonProgram):
 
     def _allocate_gradients(self) -> tuple[dict[torch.dtype, Tensor], dict[int, Tensor]]:
         """Returns one tensor for the gradients of each dtype, and by parameter its part of it."""
-        infos = {index: self._recording.infos[self._recording.grads[index]] for index in self._with_gradient}
+        infos = {index: self._recording.infos[slot] for index, slot in self._gradients.items()}
         flats = {
             dtype: torch.zeros(
                 sum(math.prod(info.shape) for info in infos.values() if info.dtype == dtype),
@@ -214,22 +220,45 @@ class CudaGraphProgram(PythonProgram):
         views: dict[int, Tensor] = {}
         used = dict.fromkeys(flats, 0)
         for index, info in infos.items():
-            views[index] = flats[info.dtype].as_strided(info.shape, info.stride, used[info.dtype])
+            # What is added to a gradient may be an expanded number, which cannot be written to.
+            added = index in self._recording.accumulated
+            stride = torch.empty(info.shape, device="meta").stride() if added else info.stride
+            views[index] = flats[info.dtype].as_strided(info.shape, stride, used[info.dtype])
             used[info.dtype] += math.prod(info.shape)
         return flats, views
 
     def _target(self, index: int) -> Tensor:
         buffer = self._buffers[index]
-        return self._views[index] if buffer is None else buffer
+        return self._views[index] if buffer is None or index in self._recording.accumulated else buffer
 
+    @torch.no_grad()
     def _leave_gradients(self) -> None:
+        self._add_to_gradients([*self._recording.accumulated])
+
         # The next step overwrites what the graph has written, so gradients that have no buffer are copied, all of one
         # dtype at once: somebody may keep them.
+        new = [index for index in self._gradients if index not in self._recording.accumulated]
         fresh = {}
-        if any(self._buffers[index] is None for index in self._with_gradient):
+        if any(self._buffers[index] is None for index in new):
             fresh = {dtype: flat.clone() for dtype, flat in self._flats.items()}
-        for index in self._with_gradient:
+        for index in new:
             param, buffer, view = self._params[index], self._buffers[index], self._views[index]
             if buffer is None:
                 buffer = fresh[view.dtype].as_strided(view.shape, view.stride(), view.storage_offset())
             param.grad = buffer
+
+    def _add_to_gradients(self, indices: list[int]) -> None:
+        """Adds new gradients to those that are there, in place or into the buffers, by one kernel for many."""
+        if not indices:
+            return
+        grads = [grad for index in indices if (grad := self._params[index].grad) is not None]
+        torch._foreach_add_(grads, [self._views[index] for index in indices])
+        moved = [
+            (index, buffer)
+            for index, grad in zip(indices, grads, strict=True)
+            if (buffer := self._buffers[index]) is not None and buffer.data_ptr() != grad.data_ptr()
+        ]
+        if moved:
+            torch._foreach_copy_([buffer for _, buffer in moved], [grads[indices.index(index)] for index, _ in moved])
+        for index, buffer in moved:
+            self._params[index].grad = buffer

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
-from distopt.infer.capture.cuda_graph import graph_refusal, uses_gpu
+from distopt.infer.capture.cuda_graph import CudaGraphProgram, graph_refusal, uses_gpu
 from distopt.infer.capture.recording import Check, HostCall, Op, Recording, Slot, TensorInfo, aten
+from tests.infer.capture.cases import captured_cases
+from tests.infer.capture.steps import compare
 
+CASES = captured_cases()
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
@@ -61,8 +67,9 @@ def test_what_the_cpu_computes_is_refused_with_its_line():
     assert "model.py:7" in graph_refusal(step)
 
 
-def test_gradients_that_are_there_and_python_code_are_refused():
-    assert "earlier pass" in graph_refusal(recording(with_grad=[0]))
+def test_gradients_that_are_there_are_added_to_and_python_code_is_refused():
+    assert "before the step" in graph_refusal(recording(with_grad=[0]))
+    assert graph_refusal(recording(with_grad=[0], grads=[-1], accumulated={0: 2})) is None
     step = recording()
     step.ops.append(Op(HostCall("seed", lambda: None), [], {}, [], [], [], ""))
     assert "Python code runs within the step (seed)" in graph_refusal(step)
@@ -75,3 +82,22 @@ def test_loss_or_branch_on_the_cpu_is_refused():
     step.lifted[4] = torch.tensor(True)
     step.checks.append(Check(4, True, "model.py:9"))
     assert "lies on the CPU" in graph_refusal(step)
+
+
+class OnCpu(CudaGraphProgram):
+    """The program with a graph that computes when it is replayed: all but CUDA's own part runs without a GPU."""
+
+    def _record_graph(self):
+        self._num_graphs += 1
+        self._graph = SimpleNamespace(replay=self._compute)
+        self._addresses = self._present_addresses()
+
+
+@pytest.mark.parametrize("keep_grads", [False, True])
+@pytest.mark.parametrize("name", ["hierarchy", "subsampled plate", "TraceEnum, mixture", "writes in place", "network in training"])
+def test_program_leaves_losses_and_gradients_of_eager_steps(name, keep_grads, monkeypatch):
+    monkeypatch.setattr("distopt.infer.capture.step.uses_gpu", lambda recording: True)
+    monkeypatch.setattr("distopt.infer.capture.step.build_graph", OnCpu)
+    capture = compare(CASES[name], 9, keep_grads=keep_grads)
+    assert capture.refusal is None
+    assert capture.num_captured >= 4
