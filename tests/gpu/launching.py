@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from distopt.launch.worker import devices
 from tests.gpu.checks import Figures, Skip, Suite, need_cuda
 
 SUITE = Suite("launching", 95)
@@ -46,6 +47,16 @@ def _doctor(device: torch.device) -> None:
     done = distopt("doctor")
     assert torch.cuda.get_device_name(0) in done.stdout, done.stdout
     assert "NCCL" in done.stdout, done.stdout
+
+
+@SUITE.check("GPUs as the driver lists them are those of torch")
+def _listed(device: torch.device) -> None:
+    need_cuda(device, "there is none to list")
+    found = devices.visible(os.environ)
+    if not found:
+        raise Skip(f"{devices.DRIVER} lists none")
+    uuids = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(torch.cuda.device_count())]
+    assert [each.uuid for each in found] == uuids
 
 
 @SUITE.check("flights, one worker")
