@@ -32,7 +32,7 @@ from distopt.infer.capture.reachable import is_plain
 from distopt.infer.capture.recorded_step import NotFiniteError, RecordedStep, record_step
 from distopt.infer.capture.recording import Recording, difference
 from distopt.infer.capture.rows import TensorRows
-from distopt.infer.capture.watch import Watch
+from distopt.infer.capture.watch import Watch, may_watch
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class StepCapture:
         result = self._repeat(model, guide, args, kwargs)
         if result is not None:
             return result
-        if self.num_steps == 1 or self.refusal is not None or not _is_plain_context():
+        if self.num_steps == 1 or self.refusal is not None or not _is_plain_context() or not may_watch():
             return self._eager(model, guide, args, kwargs)
         key, tensors = _key_of(model, guide, args, kwargs)
         if key is None:
