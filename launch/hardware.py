@@ -70,8 +70,8 @@ def infiniband(folder: Path = INFINIBAND) -> Finding:
 def libraries(environ: Mapping[str, str]) -> Finding:
     """Says which variables of NCCL, gloo and Horovod workers will have, and warns of those that cost speed or hang."""
     subject = "NCCL and gloo"
-    found = {name: value for name, value in sorted(environ.items()) if name.startswith(network.LIBRARY_PREFIXES)}
-    shown = ", ".join(f"{name}={value}" for name, value in {**network.LIBRARY_DEFAULTS, **found}.items())
+    seen = {name: value for name, value in sorted(environ.items()) if name.startswith(network.LIBRARY_PREFIXES)}
+    shown = ", ".join(f"{name}={value}" for name, value in {**network.LIBRARY_DEFAULTS, **seen}.items())
     if environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING") == "0":
         fix = "unset TORCH_NCCL_ASYNC_ERROR_HANDLING"
         return Finding(subject, f"{shown}: a collective that has failed is waited for without end", fix, "warning")
@@ -91,20 +91,20 @@ def numa(sys: Path = devices.SYS) -> Finding:
 
 
 def devices_of_workers(
-    config: RunConfig | None, found: list[devices.Device], sys: Path = devices.SYS
+    config: RunConfig | None, seen: list[devices.Device], sys: Path = devices.SYS
 ) -> Iterator[Finding]:
     """Says which device each worker gets, instances of MIG counted each, and where it is; nothing without a GPU."""
-    if not found:
+    if not seen:
         return
-    places = [
+    described = [
         f"{number}: {device.uuid}{'' if (node := devices.node_of(device, sys)) is None else f' on node {node}'}"
-        for number, device in enumerate(found)
+        for number, device in enumerate(seen)
     ]
-    kind = "instances of MIG, averaged over gloo" if found[0].is_instance else "GPUs"
-    message = f"{len(found)} {kind}: {'; '.join(places)}"
+    kind = "instances of MIG, averaged over gloo" if seen[0].is_instance else "GPUs"
+    message = f"{len(seen)} {kind}: {'; '.join(described)}"
     workers = 1 if config is None or config.launch.hosts else config.launch.workers
-    if workers > len(found):
-        fix = f"set launch.workers={len(found)}"
+    if workers > len(seen):
+        fix = f"set launch.workers={len(seen)}"
         yield Finding("devices", f"{message}; {workers} workers will train on the CPU", fix, "warning")
         return
     yield Finding("devices", message, severity="ok")

@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import Store
 
 from distopt.backends.base import Backend, BackendError, Handle, Op
 from distopt.backends.heartbeat import BEAT_S, Failure, Heartbeat
-from distopt.launchers import OWN_DEVICE_VARIABLE, RankInfo
+from distopt.launchers import SINGLE_DEVICE_VARIABLE, RankInfo
 from distopt.worker_error import is_permanent, record_error
 
 LINGER = timedelta(seconds=3)
@@ -311,7 +311,7 @@ def choose_device(rank_info: RankInfo) -> torch.device:
     """Returns this process's GPU when the machine has one for each of its processes, else the CPU."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     local_rank = rank_info.local_rank or 0
-    if num_gpus and OWN_DEVICE_VARIABLE in os.environ:
+    if num_gpus and SINGLE_DEVICE_VARIABLE in os.environ:
         return torch.device("cuda", 0)
     if num_gpus and num_gpus >= (rank_info.local_size or local_rank + 1):
         return torch.device("cuda", local_rank)

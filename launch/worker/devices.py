@@ -1,6 +1,6 @@
 """The GPUs of a host as its driver lists them, and the processor cores beside each: what a worker is bound to.
 
-Nothing here opens a GPU: a supervisor that did would hold a part of its memory. All is read from /proc and /sys; only
+Nothing here opens a GPU: a supervisor that did would take some of its memory. All is read from /proc and /sys. Only
 where GPUs are split (MIG) is `nvidia-smi -L` asked, since instances stand nowhere else.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from distopt.launchers import BINDING_VARIABLE, OWN_DEVICE_VARIABLE
+from distopt.launchers import BINDING_VARIABLE, SINGLE_DEVICE_VARIABLE
 
 DRIVER = Path("/proc/driver/nvidia")
 SYS = Path("/sys")
@@ -37,12 +37,12 @@ class Device:
 
 def gpus(driver: Path = DRIVER) -> list[Device]:
     """Returns the GPUs in the order of the PCI bus, which is that of nvidia-smi."""
-    found = []
+    seen = []
     for folder in sorted(driver.glob("gpus/*")):
         uuid = re.search(r"^GPU UUID:\s+(\S+)", _read(folder / "information"), re.MULTILINE)
         if uuid is not None:
-            found.append(Device(uuid[1], folder.name))
-    return found
+            seen.append(Device(uuid[1], folder.name))
+    return seen
 
 
 def has_instances(driver: Path = DRIVER) -> bool:
@@ -60,13 +60,13 @@ def parse_listing(text: str, whole: list[Device]) -> list[Device]:
     """
     addresses = {device.uuid: device.pci for device in whole}
     pci = ""
-    found = []
+    seen = []
     for uuid in re.findall(r"\(UUID: ([^)\s]+)\)", text):
         if uuid.startswith("MIG-"):
-            found.append(Device(uuid, pci, is_instance=True))
+            seen.append(Device(uuid, pci, is_instance=True))
         else:
             pci = addresses.get(uuid, "")
-    return found
+    return seen
 
 
 def list_by_smi() -> str:
@@ -97,7 +97,7 @@ def visible(
     if names is None:
         return instances or whole
 
-    found = []
+    seen = []
     for name in names:
         # A number, or the beginning of a name; CUDA ignores what comes behind one that it does not know.
         if name.isdecimal():
@@ -108,8 +108,8 @@ def visible(
                 device = Device(name, "", is_instance=True)  # nvidia-smi is missing in many containers
         if device is None:
             break
-        found.append(device)
-    return found
+        seen.append(device)
+    return seen
 
 
 def device_env(environ: Mapping[str, str], devices: list[Device], local_rank: int) -> dict[str, str]:
@@ -121,7 +121,7 @@ def device_env(environ: Mapping[str, str], devices: list[Device], local_rank: in
     if devices and devices[0].is_instance:
         if local_rank >= len(devices):
             return {}
-        return {"CUDA_VISIBLE_DEVICES": devices[local_rank].uuid, OWN_DEVICE_VARIABLE: "1"}
+        return {"CUDA_VISIBLE_DEVICES": devices[local_rank].uuid, SINGLE_DEVICE_VARIABLE: "1"}
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if devices and "CUDA_DEVICE_ORDER" not in environ else {}
 
 
@@ -143,7 +143,7 @@ def parse_cpus(text: str) -> set[int]:
         >>> sorted(parse_cpus("0-2,8,10-11"))
         [0, 1, 2, 8, 10, 11]
     """
-    ranges = [part.split("-") for part in text.strip().split(",") if part]
+    ranges = [element.split("-") for element in text.strip().split(",") if element]
     return {cpu for bounds in ranges for cpu in range(int(bounds[0]), int(bounds[-1]) + 1)}
 
 

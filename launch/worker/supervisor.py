@@ -257,9 +257,9 @@ class Supervisor:
         env.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // self.local_size)))
         for name, value in LIBRARY_SETTINGS.items():
             env.setdefault(name, value)
-        found = devices.visible(env)
-        cpus = devices.binding_of(env, self.local_rank, self.local_size, found)
-        env |= devices.device_env(env, found, self.local_rank)
+        visible = devices.visible(env)
+        cpus = devices.binding_of(env, self.local_rank, self.local_size, visible)
+        env |= devices.device_env(env, visible, self.local_rank)
 
         def prepare() -> None:
             die_with_parent()

@@ -52,11 +52,11 @@ def _doctor(device: torch.device) -> None:
 @SUITE.check("GPUs as the driver lists them are those of torch")
 def _listed(device: torch.device) -> None:
     need_cuda(device, "there is none to list")
-    found = devices.visible(os.environ)
-    if not found:
+    listed = devices.visible(os.environ)
+    if not listed:
         raise Skip(f"{devices.DRIVER} lists none")
     uuids = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(torch.cuda.device_count())]
-    assert [each.uuid for each in found] == uuids
+    assert [each.uuid for each in listed] == uuids
 
 
 @SUITE.check("flights, one worker")

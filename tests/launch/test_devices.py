@@ -63,27 +63,27 @@ def kernel(tmp_path) -> Path:
 )
 def test_devices_are_those_that_cuda_numbers(chosen, expected, driver):
     environ = {} if chosen is None else {"CUDA_VISIBLE_DEVICES": chosen}
-    found = devices.visible(environ, driver, lambda: LISTING)
-    assert [device.uuid for device in found] == expected
+    seen = devices.visible(environ, driver, lambda: LISTING)
+    assert [device.uuid for device in seen] == expected
 
 
 def test_instances_are_devices_and_know_their_gpu(driver):
     assert not devices.has_instances(driver)
     (driver / "capabilities/gpu1/mig/gi1/ci0").mkdir(parents=True)
-    found = devices.visible({}, driver, lambda: LISTING)
-    assert found == [Device(name, "0000:0a:00.0", is_instance=True) for name in ("MIG-c6d4f1ef", "MIG-cba663e8")]
-    given = [devices.device_env({}, found, rank) for rank in range(3)]
+    seen = devices.visible({}, driver, lambda: LISTING)
+    assert seen == [Device(name, "0000:0a:00.0", is_instance=True) for name in ("MIG-c6d4f1ef", "MIG-cba663e8")]
+    given = [devices.device_env({}, seen, rank) for rank in range(3)]
     assert given == [
-        {"CUDA_VISIBLE_DEVICES": "MIG-c6d4f1ef", "DISTOPT_OWN_DEVICE": "1"},
-        {"CUDA_VISIBLE_DEVICES": "MIG-cba663e8", "DISTOPT_OWN_DEVICE": "1"},
+        {"CUDA_VISIBLE_DEVICES": "MIG-c6d4f1ef", "DISTOPT_SINGLE_DEVICE": "1"},
+        {"CUDA_VISIBLE_DEVICES": "MIG-cba663e8", "DISTOPT_SINGLE_DEVICE": "1"},
         {},
     ]
 
 
 def test_whole_gpus_are_numbered_as_nvidia_smi_does_unless_the_user_says_otherwise(driver):
-    found = devices.gpus(driver)
-    assert devices.device_env({}, found, 1) == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    assert devices.device_env({"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, found, 1) == {}
+    seen = devices.gpus(driver)
+    assert devices.device_env({}, seen, 1) == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    assert devices.device_env({"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, seen, 1) == {}
     assert devices.device_env({}, [], 0) == {}
 
 

@@ -45,7 +45,7 @@ def test_interface_is_the_one_that_the_hosts_know_this_machine_by():
 
 
 @pytest.mark.parametrize(
-    ("environ", "severity", "part"),
+    ("environ", "severity", "expected"),
     [
         ({}, "ok", "NCCL_DEBUG=WARN; the rest"),
         ({"NCCL_DEBUG": "INFO", "HOME": "/root"}, "ok", "NCCL_DEBUG=INFO; the rest"),
@@ -53,9 +53,9 @@ def test_interface_is_the_one_that_the_hosts_know_this_machine_by():
         ({"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}, "warning", "is waited for without end"),
     ],
 )
-def test_variables_of_libraries_are_shown_and_those_that_cost_are_warned_of(environ, severity, part):
+def test_variables_of_libraries_are_shown_and_those_that_cost_are_warned_of(environ, severity, expected):
     finding = hardware.libraries(environ)
-    assert finding.severity == severity and part in finding.message
+    assert finding.severity == severity and expected in finding.message
     assert all(f"{name}={value}" in finding.message for name, value in environ.items() if "NCCL" in name)
     assert finding.fix == ("" if severity == "ok" else finding.fix)
 
@@ -68,8 +68,8 @@ def test_devices_are_named_with_their_nodes_and_counted_against_the_workers(tmp_
     whole = [Device("GPU-a", "0000:07:00.0"), Device("GPU-b", "")]
     (finding,) = hardware.devices_of_workers(run_config("launch.workers=2"), whole, tmp_path)
     assert (finding.message, finding.severity) == ("2 GPUs: 0: GPU-a on node 1; 1: GPU-b", "ok")
-    parts = [Device("MIG-a", "", is_instance=True)]
-    (finding,) = hardware.devices_of_workers(run_config("launch.workers=2"), parts, tmp_path)
+    instances = [Device("MIG-a", "", is_instance=True)]
+    (finding,) = hardware.devices_of_workers(run_config("launch.workers=2"), instances, tmp_path)
     assert finding.message == "1 instances of MIG, averaged over gloo: 0: MIG-a; 2 workers will train on the CPU"
     assert (finding.severity, finding.fix) == ("warning", "set launch.workers=1")
 
