@@ -73,7 +73,7 @@ def examine(config: RunConfig | None) -> Iterator[Finding]:
     yield from _builds()
     yield _mpi()
     yield _host_name()
-    yield from hardware.examine(config)
+    yield from hardware.examine_hardware(config)
     if config is not None:
         yield _run_dir(config)
         hosts = _hosts(config)

@@ -17,7 +17,7 @@ MIN_SHARED_GIB = 0.25  # a container's default is 0.0625
 INFINIBAND = Path("/sys/class/infiniband")
 
 
-def examine(config: RunConfig | None) -> Iterator[Finding]:
+def examine_hardware(config: RunConfig | None) -> Iterator[Finding]:
     """Examines this machine; for a run, with the interface and the variables that its workers will have."""
     yield shared_memory()
     yield interface(config)
