@@ -366,6 +366,8 @@ def _explain_capture(run: RunConfig | None) -> None:
         typer.echo(str(training.explain_run(run)))
     except (ConfigError, training.TaskError) as error:
         _refuse([str(error)])
+    if run.train.capture == "off":
+        typer.echo("The run takes all steps eagerly, since its train.capture is off.")
 
 
 @config_app.command()

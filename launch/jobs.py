@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -104,6 +105,37 @@ class SubmittedJob(Job):
         By default only one that has not ended does, since both would write into one run directory.
         """
         return state.phase != "unknown" and not state.ended
+
+
+class JobArray(ABC):
+    """Runs of one sweep that a cluster takes as one job; each can be asked and stopped by its own `Job` as well."""
+
+    @abstractmethod
+    def submit(self, numbers: Iterable[int]) -> dict[int, str]:
+        """Hands some runs over, all or none; their directories have been made.
+
+        Returns:
+            What the platform calls each run, by number; it is kept in the run's record.
+
+        Raises:
+            PlatformError: The platform refuses them; nothing of them is left there.
+        """
+
+    @abstractmethod
+    def unfinished(self, references: Iterable[str]) -> set[str]:
+        """Returns those of some runs that wait or run, in one question for all.
+
+        Raises:
+            PlatformError: The platform gave no answer.
+        """
+
+    @abstractmethod
+    def cancel_waiting(self, references: Iterable[str]) -> None:
+        """Takes those that have not started out of the queue.
+
+        Raises:
+            PlatformError: The platform gave no answer.
+        """
 
 
 class FollowedJob(Job):

@@ -223,9 +223,22 @@ def print_logs(job: Job, ranks: Sequence[int], *, until_end: bool) -> None:
 
 def stop(directory: Path) -> State:
     """Stops a run and waits for its end; what is still there after the grace time is killed, where that can be done."""
-    job = job_of(directory)
-    was_known = job.state().phase != "unknown"
-    job.stop()
+    return stop_all([directory])[0]
+
+
+def stop_all(directories: Sequence[Path]) -> list[State]:
+    """Stops runs, all at once, and waits for their ends, as `stop` does."""
+    jobs = [job_of(directory) for directory in directories]
+    were_known = [job.state().phase != "unknown" for job in jobs]
+    for job in jobs:
+        job.stop()
+    return [
+        _wait_until_stopped(job, directory, was_known=was_known)
+        for job, directory, was_known in zip(jobs, directories, were_known, strict=True)
+    ]
+
+
+def _wait_until_stopped(job: Job, directory: Path, *, was_known: bool) -> State:
     state = _wait_for_end(job, launched_config(directory).launch.grace_s + KILL_MARGIN_S)
     # A platform may forget a run once it has ended; one that it never knew was not stopped.
     return State("stopped", state.detail) if was_known and state.phase == "unknown" else state

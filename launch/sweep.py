@@ -1,4 +1,8 @@
-"""`distopt sweep`: trials as runs of the launcher, so many at once; a sweep that was killed continues."""
+"""`distopt sweep`: trials as runs of the launcher, so many at once; a sweep that was killed continues.
+
+Each trial is a `distopt launch` of its own, unless the trials are known beforehand and their cluster takes them as one
+job (`sweep_array`).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distopt.config import ConfigError
+from distopt.config import ConfigError, RunConfig, load_config
 from distopt.config.sweep_schema import SweepConfig, as_overrides
 from distopt.launchers import LAUNCH_FILE
 from distopt.run_files import read_metrics
@@ -26,6 +30,7 @@ from .jobs import JobError, State
 from .run_dir import RUNS, write
 from .searches import Search, make_search
 from .status import state_of
+from .sweep_array import array_of_trials
 from .worker.processes import heeded
 
 RECORD = "sweep.json"
@@ -81,6 +86,8 @@ class Sweep:
         self.folder = RUNS / config.name
         self.trials: list[Trial] = []
         self._processes: dict[int, subprocess.Popen[bytes]] = {}  # of trials that this process has launched
+        self._array = array_of_trials(config.name, f"{self.folder.resolve()}-", self._configs(), config.parallel)
+        self._unsubmitted: list[int] = []  # trials that the array is to start
         self._received = 0
         self._has_all = False
         try:
@@ -172,16 +179,21 @@ class Sweep:
     # The trials.
 
     def _fill(self) -> None:
-        """Starts trials until so many run as may run at once."""
-        while not self._has_all and sum(not trial.has_ended for trial in self.trials) < self.config.parallel:
+        """Starts trials until so many run as may run at once, which an array sees to itself."""
+        limit = math.inf if self._array is not None else self.config.parallel
+        while not self._has_all and sum(not trial.has_ended for trial in self.trials) < limit:
             values = self._search.suggest(len(self.trials))
             if values is None:
                 self._has_all = True
-                return
+                break
             # Recorded before it starts: one that is found without a run is started then.
             self.trials.append(Trial(len(self.trials), values))
             self._write()
             self._start(self.trials[-1])
+
+        if self._array is not None and self._unsubmitted:
+            self._array.submit(self._unsubmitted)
+            self._unsubmitted = []
 
     def _start(self, trial: Trial) -> None:
         """Launches a trial, or follows its run where that goes on; one that was stopped resumes."""
@@ -191,19 +203,33 @@ class Sweep:
             say(f"{trial} is followed")
             return
 
+        trial.state = "running"
+        if self._array is not None:
+            self._unsubmitted.append(trial.number)
+            return
         with (self.folder / "logs" / f"{directory.name}.log").open("ab") as log:
             # In a session of its own: Ctrl-C stops the sweep, which then stops its trials.
             self._processes[trial.number] = subprocess.Popen(
                 self._command(trial), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        trial.state = "running"
         say(f"{trial} started")
 
     def _command(self, trial: Trial) -> list[str]:
+        return [sys.executable, "-m", "distopt.launch", "launch", self.config.run, *self._overrides(trial)]
+
+    def _overrides(self, trial: Trial) -> list[str]:
         directory = self.run_dir(trial)
-        overrides = [*self.config.overrides, *as_overrides(trial.values)]
-        names = [f"name={directory.name}", f"run_dir={directory}"]
-        return [sys.executable, "-m", "distopt.launch", "launch", self.config.run, *overrides, *names]
+        return [
+            *self.config.overrides,
+            *as_overrides(trial.values),
+            f"name={directory.name}",
+            f"run_dir={directory}",
+        ]
+
+    def _configs(self) -> dict[int, RunConfig]:
+        """Returns the runs of a grid by the numbers of their trials; a search knows none before."""
+        trials = [Trial(number, values) for number, values in enumerate(self.config.combinations())]
+        return {trial.number: load_config(self.config.run, self._overrides(trial)) for trial in trials}
 
     def _look_at(self, trial: Trial) -> None:
         """Reads what a trial has logged since, and notes its end."""
@@ -216,6 +242,8 @@ class Sweep:
             self._end(trial, "done" if state.phase == "done" else "failed", state.detail)
 
     def _state(self, trial: Trial) -> State:
+        if self._array is not None:
+            return self._array.state(self.run_dir(trial), self._followed())
         process = self._processes.get(trial.number)
         if process is None:
             return state_of(self.run_dir(trial))
@@ -270,12 +298,18 @@ class Sweep:
         except runs.ERRORS as error:
             say(f"{trial}: {error}")
 
+    def _followed(self) -> list[Path]:
+        return [self.run_dir(trial) for trial in self.trials if not trial.has_ended]
+
     def _stop_all(self) -> None:
         running = [trial for trial in self.trials if not trial.has_ended]
+        if self._array is not None:
+            self._array.stop(self._followed())
         for process in self._processes.values():
             process.terminate()
         for trial in running:
-            self._stop(trial)
+            if self._array is None:
+                self._stop(trial)
             trial.state = "stopped"
         self._write()
 

@@ -94,7 +94,7 @@ class TrainConfig(Section):
     device: Literal["cpu", "cuda"] | None = None
     """Where model, guide and rows are: `cuda` is the GPU of each rank, by its rank on its host. Null leaves it to the
     task."""
-    capture: Literal["auto", "off", "graph"] = "off"
+    capture: Literal["auto", "off", "graph"] = "auto"
     """With `graph` a step is recorded, and later steps run the recording instead of the model's code: the same numbers
     in a fraction of the time. A model that cannot be recorded runs as it does with `off`, and the run says why. `auto`
     is `graph` for all steps but those that Pyro checks, see `check_steps`, and `off` with `precision` 16 bits."""

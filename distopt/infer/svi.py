@@ -43,10 +43,10 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         num_steps: Likewise.
         weight: `w_r`, such as `GlobalBatches.weight` if ranks read unequally many rows; the mean over the ranks must be
             1. Sites in sharded plates are not weighted.
-        capture: "graph" records a step and runs later ones from the recording, with the losses, gradients and random
-            numbers of eager steps in every bit (see `distopt.infer.capture`); a step that cannot be captured stays
-            eager, and `captured.refusal` says why. "auto": likewise, and every 100th step is eager, for Pyro's
-            validation. "off": every step is eager.
+        capture: "auto" records a step and runs later ones from the recording, with the losses, gradients and random
+            numbers of eager steps in every bit (see `distopt.infer.capture`); every 100th step is eager, for Pyro's
+            validation. A step that cannot be captured stays eager, and `captured.refusal` says why. "graph": likewise
+            without those for Pyro's validation. "off": every step is eager.
         **kwargs: What Pyro's `TracePosterior` takes.
 
     Attributes:
@@ -83,7 +83,7 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         num_steps: int = 0,
         *,
         weight: float = 1.0,
-        capture: CaptureMode = "off",
+        capture: CaptureMode = "auto",
         **kwargs: Any,
     ) -> None:
         if capture not in get_args(CaptureMode):
@@ -100,9 +100,9 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         return {**vars(self), "_layout": None, "captured": None}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """Takes the state of another SVI."""
-        self.__dict__.update(state)
-        if state["_capture"] != "off":
+        """Takes the state of another SVI, which may have been pickled before steps were captured."""
+        self.__dict__.update({"_capture": "auto", "_num_calls": 0, "_layout": None, "captured": None, **state})
+        if self._capture != "off":
             self.captured = StepCapture(self.loss_and_grads)
 
     def init(self, *args: Any, **kwargs: Any) -> None:

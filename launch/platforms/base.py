@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
 from distopt.config import RunConfig
 
 from ..findings import Finding
-from ..jobs import SubmittedJob
+from ..jobs import JobArray, SubmittedJob
 from ..plan import Plan
 
 
@@ -82,6 +82,17 @@ class Platform(ABC):
 
     def job(self, config: RunConfig) -> SubmittedJob | None:
         """Returns the run as a cluster keeps it, submitted or not; None if `distopt launch` keeps it itself."""
+        return None
+
+    def array(self, name: str, prefix: str, runs: Mapping[int, RunConfig], parallel: int) -> JobArray | None:
+        """Returns the runs of a sweep as one job of the cluster, not yet submitted; by default None, one job for each.
+
+        Args:
+            name: What the cluster calls it.
+            prefix: Run n has the directory `{prefix}{n:03d}`.
+            runs: The runs, by number.
+            parallel: How many may run at once.
+        """
         return None
 
     def record_dir(self, config: RunConfig) -> Path:

@@ -20,7 +20,9 @@ def test_run_that_can_be_captured_is_explained_and_leaves_nothing_behind(tmp_pat
 
 def test_command_says_what_is_captured_or_what_is_missing(tmp_path):
     shown = CliRunner().invoke(app, ["doctor", str(config(tmp_path)), "--capture"])
-    assert shown.exit_code == 0 and "Steps are captured" in shown.output
+    assert shown.exit_code == 0 and "Steps are captured" in shown.output and "eagerly" not in shown.output
+    shown = CliRunner().invoke(app, ["doctor", str(config(tmp_path)), "train.capture=off", "--capture"])
+    assert shown.exit_code == 0 and "its train.capture is off" in shown.output
     refused = CliRunner().invoke(app, ["doctor", "--capture"])
     assert refused.exit_code != 0 and "distopt doctor CONFIG --capture" in refused.output
 

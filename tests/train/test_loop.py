@@ -199,8 +199,9 @@ def test_columns_of_another_length_are_refused(tmp_path: Path, capsys: pytest.Ca
 def test_straggler_is_named_while_the_run_goes_on_and_in_the_report_and_changes_no_bit(
     undisturbed: Path, tmp_path: Path
 ) -> None:
-    fifth = {"cpu.cfs_period_us": "10000", "cpu.cfs_quota_us": "2000"}
-    with control_group("cpu", fifth, {"cpu.max": "2000 10000"}) as group:
+    # A fifth of a core where cores are idle, and a fifth of what a process gets where others keep them busy.
+    fifth = {"cpu.cfs_period_us": "10000", "cpu.cfs_quota_us": "2000", "cpu.shares": "204"}
+    with control_group("cpu", fifth, {"cpu.max": "2000 10000", "cpu.weight": "20"}) as group:
         path = config(tmp_path, task="tests.train.tasks:Straggling", task_args={"group": str(group)})
         output = launch_well(path)
     pattern = r"rank 1 on \S+ is a straggler: its work for a step takes [\d.e+]+ ms, ([\d.]+) times the median"

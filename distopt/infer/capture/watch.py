@@ -70,6 +70,21 @@ def is_user_code(frame: FrameType) -> bool:
     return is_user_file(file)
 
 
+def may_watch() -> bool:
+    """Returns whether a profiler that runs, such as cProfile's, can take up again where a `Watch` ends."""
+    profiler = sys.getprofile()
+    return profiler is None or callable(profiler) or callable(getattr(profiler, "enable", None))
+
+
+def _resume_profiler(profiler: Any) -> None:
+    # What sys.getprofile() returns of a profiler in C is no function that sys.setprofile() takes.
+    if profiler is None or callable(profiler):
+        sys.setprofile(profiler)
+    else:
+        sys.setprofile(None)
+        profiler.enable()
+
+
 class Call(NamedTuple):
     """A function of the user's that ran: its code, globals, arguments that are no plain values, and closure cells.
 
@@ -101,7 +116,7 @@ class Watch:
         return self
 
     def __exit__(self, *error: object) -> None:
-        sys.setprofile(self._previous)
+        _resume_profiler(self._previous)
         if self._collects:
             gc.enable()
         self._settle()

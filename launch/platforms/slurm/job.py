@@ -48,7 +48,7 @@ class SlurmJob(SubmittedJob):
 
     def submit(self) -> str:
         """Submits the job and returns its number."""
-        return _client(self.submit_argv).strip().partition(";")[0]
+        return client(self.submit_argv).strip().partition(";")[0]
 
     @property
     def number(self) -> str | None:
@@ -65,11 +65,11 @@ class SlurmJob(SubmittedJob):
         if number is None:
             return State("unknown", f"{self.run_dir}: no job was submitted from here")
 
-        job = _client(["scontrol", "--oneliner", "show", "job", number], accept=_UNKNOWN_JOB)
+        job = client(["scontrol", "--oneliner", "show", "job", number], accept=_UNKNOWN_JOB)
         fields = dict(re.findall(r"(\w+)=(\S*)", job))
         state_code = fields.get("JobState", "")
         if not state_code and shutil.which("sacct"):
-            accounted = _client(["sacct", "-X", "-n", "-P", "-o", "State", "-j", number], accept="")
+            accounted = client(["sacct", "-X", "-n", "-P", "-o", "State", "-j", number], accept="")
             state_code = next(iter(accounted.split()), "")  # `CANCELLED by 1000`
         return self._state(number, state_code, fields)
 
@@ -113,13 +113,22 @@ class SlurmJob(SubmittedJob):
         number = self.number
         if number is None:
             raise PlatformError(f"{self.run_dir}: no job was submitted from here")
-        _client(["scancel", *options, number], accept=accept)
+        client(["scancel", *options, number], accept=accept)
 
 
-def _client(argv: Sequence[str], *, accept: str | None = None) -> str:
-    """Returns the output of a command of Slurm's, empty where it fails with a message that has `accept` in it."""
+def client(argv: Sequence[str], *, accept: str | None = None, stdin: str = "") -> str:
+    """Returns the output of a command of Slurm's, empty where it fails with a message that has `accept` in it.
+
+    Args:
+        argv: The command.
+        accept: A part of the message of a failure that is no error here; None accepts none.
+        stdin: What it reads.
+
+    Raises:
+        PlatformError: It is not here, gave no answer or failed.
+    """
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=TIMEOUT_S, stdin=subprocess.DEVNULL)
+        done = subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=TIMEOUT_S)
     except FileNotFoundError:
         raise PlatformError(f"there is no {argv[0]} on PATH; run this on a login node of the cluster") from None
     except subprocess.TimeoutExpired:

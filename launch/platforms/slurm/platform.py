@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from distopt.config import RunConfig
 from distopt.launchers import LOGS
@@ -13,10 +13,10 @@ from distopt.launchers import LOGS
 from ...findings import Finding
 from ...plan import Command, Plan, run_files
 from ..base import Platform, check_gpus
+from .array import SlurmArray, make_array
 from .job import SlurmJob
-from .script import batch_script
+from .script import SCRIPT, batch_script
 
-SCRIPT = "job.sh"
 TIMEOUT_S = 60
 
 
@@ -73,6 +73,10 @@ class SlurmPlatform(Platform):
     def job(self, config: RunConfig) -> SlurmJob:
         """Returns the run on the cluster, submitted or not."""
         return SlurmJob(config.run_dir, self.plan(config).commands[0].argv)
+
+    def array(self, name: str, prefix: str, runs: Mapping[int, RunConfig], parallel: int) -> SlurmArray | None:
+        """Returns the runs as a job array, unless they ask for different resources."""
+        return make_array(name, prefix, runs, parallel)
 
     def image(self, config: RunConfig) -> str | None:
         """Returns the image of the workers' container, if they have one."""

@@ -18,6 +18,8 @@ from ...plan import env_of_workers, worker_argv
 from ..torchrun import FRESH_STORE, torchrun_argv
 from .job import BATCH_LOG
 
+SCRIPT = "job.sh"
+
 
 def batch_script(config: RunConfig) -> str:
     """Returns the batch script.
@@ -28,7 +30,7 @@ def batch_script(config: RunConfig) -> str:
     env = _env(config)
     return _SCRIPT.format(
         name=config.name,
-        options="\n".join(f"#SBATCH {_for_sbatch(option)}" for option in _options(config)),
+        options="\n".join(f"#SBATCH {quote_option(option)}" for option in options_of(config)),
         setup=_setup(config.launch.slurm.setup),
         exports="\n".join(f"export {key}={shlex.quote(value)}" for key, value in sorted(env.items())),
         step=_step(config),
@@ -48,14 +50,14 @@ def _env(config: RunConfig) -> dict[str, str]:
     return env_of_workers(config, **(FRESH_STORE if _is_torchrun(config) else {}))
 
 
-def _for_sbatch(option: str) -> str:
+def quote_option(option: str) -> str:
     """Quotes what sbatch would take for quotes, comments and ends of words; its backslash does not escape a space."""
     if not re.search(r"[\s\\'\"#]", option):
         return option
     return '"' + re.sub(r'(["\\])', r"\\\1", option) + '"'
 
 
-def _options(config: RunConfig) -> list[str]:
+def options_of(config: RunConfig) -> list[str]:
     """Returns sbatch's options."""
     launch = config.launch
     slurm = config.launch.slurm
@@ -196,11 +198,15 @@ export {hosts}=$(echo "$hosts" | paste -sd ,)
 export FIRST_HOST=$(echo "$hosts" | head -n 1)
 export PORT=$(({port} + SLURM_JOB_ID % 1000))
 
+# One task of an array has the number of the array, which would mean all of its tasks.
+job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
+job=${{job:-$SLURM_JOB_ID}}
+
 # Before the time limit or a preemption: save a last checkpoint, then requeue the job.
 requeue=
 save() {{
   requeue=1
-  scancel --signal=TERM "$SLURM_JOB_ID"
+  scancel --signal=TERM "$job"
 }}
 trap save USR1
 
@@ -213,8 +219,8 @@ while kill -0 "$step" 2> /dev/null; do
 done
 # A preemption with a time of grace signals the workers alone, and Slurm requeues no job that has ended by itself.
 preempted='PreemptTime=[0-9]'
-if {is_left}{{ [ -n "$requeue" ] || [[ $(scontrol show job "$SLURM_JOB_ID") =~ $preempted ]]; }}; then
-  scontrol requeue "$SLURM_JOB_ID"
+if {is_left}{{ [ -n "$requeue" ] || [[ $(scontrol show job "$job") =~ $preempted ]]; }}; then
+  scontrol requeue "$job"
 fi
 exit "$status"
 """

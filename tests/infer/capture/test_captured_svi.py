@@ -197,3 +197,14 @@ def test_value_that_leaves_its_support_raises_the_eager_error_in_a_captured_step
     with pytest.raises(ValueError, match="within the support.*of the distribution Poisson"):
         svi.step(torch.where(torch.arange(len(counts)) == 7, invalid, counts))
     assert math.isfinite(svi.step(counts))  # nothing of it is left
+
+
+def test_svi_from_before_steps_were_captured_is_taken_up_with_the_default():
+    pyro.clear_param_store()
+    svi = SVI(hierarchy, AutoNormal(hierarchy), DistributedOptimizer(Adam({"lr": 0.05})), Trace_ELBO())
+    new = {"_capture", "_num_calls", "_layout", "captured"}
+    old = SVI.__new__(SVI)
+    old.__setstate__({name: value for name, value in svi.__getstate__().items() if name not in new})
+    losses = [old.step(DATA) for _ in range(6)]
+    assert all(map(math.isfinite, losses))
+    assert old.captured.num_captured == 3

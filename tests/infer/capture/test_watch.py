@@ -1,8 +1,18 @@
 """Which names a function's bytecode reads, and how."""
 
+import cProfile
 import gc
+import pstats
+import sys
 
+import pyro
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+
+from distopt.infer.capture import StepCapture
 from distopt.infer.capture.watch import Watch, names_of
+from tests.infer.capture.cases import DATA, hierarchy
+from tests.infer.capture.steps import run_steps
 
 SETTINGS = {"scale": 1.0}
 
@@ -79,3 +89,31 @@ def test_generator_is_noted_when_it_ends_and_is_an_effect_when_it_is_left_unfini
         unfinished = numbers()
         next(unfinished)
     assert "a generator that it leaves unfinished" in watch.effects[0]
+
+
+def test_profiler_goes_on_after_a_recorded_step():
+    pyro.clear_param_store()
+    capture = StepCapture(Trace_ELBO().loss_and_grads)
+    profiler = cProfile.Profile()
+    with profiler:
+        run_steps(capture, hierarchy, AutoNormal(hierarchy), (DATA,), 6)
+        after_the_steps()
+    assert capture.num_captured == 3
+    functions = {function: count for (_, _, function), (count, *_) in pstats.Stats(profiler).stats.items()}
+    assert functions["after_the_steps"] == 1
+
+
+def after_the_steps():
+    pass
+
+
+def test_steps_are_eager_under_a_profiler_that_cannot_take_up_again(monkeypatch):
+    pyro.clear_param_store()
+    capture = StepCapture(Trace_ELBO().loss_and_grads)
+    guide = AutoNormal(hierarchy)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "getprofile", object)
+        run_steps(capture, hierarchy, guide, (DATA,), 6)
+        assert capture.num_recorded == 0
+    run_steps(capture, hierarchy, guide, (DATA,), 6)
+    assert capture.num_captured >= 2

@@ -1,0 +1,220 @@
+"""Sweeps as one job array, on a real Slurm, and what becomes of trials that the cluster has forgotten."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from distopt.config import parse_config
+from launch import sweep_array
+from launch.jobs import JobError, PlatformError, State
+from launch.platforms import load_platform
+from launch.platforms.slurm.array import SlurmArray
+from tests.launch.launching import wait_until
+from tests.train.runs import ROOT
+
+RUN = {
+    "name": "line",
+    "task": "tests.train.tasks:Line",
+    "optim": {"name": "Adam", "args": {"lr": 0.05}},
+    "train": {"num_steps": 30},
+    "log": {"every_steps": 10, "tensorboard": False},
+    "launch": {"platform": "slurm", "workers": 1},
+}
+BASE = yaml.safe_dump(RUN)
+
+
+class OnSlurm:
+    """`distopt sweep` on the first host of a real cluster."""
+
+    def __init__(self, cluster, folder: Path) -> None:
+        self._cluster = cluster
+        self.folder = folder
+
+    def start(self, **sweep: Any) -> subprocess.Popen[str]:
+        (self.folder / "line.yaml").write_text(BASE)
+        (self.folder / "sweep.yaml").write_text(yaml.safe_dump({"name": "demo", "run": "line.yaml", **sweep}))
+        return subprocess.Popen(
+            self._cluster.hosts.run(1, sys.executable, "-m", "distopt.launch", "sweep", "sweep.yaml"),
+            cwd=self.folder, env={**os.environ, **self._cluster.env, "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def trials(self) -> list[dict[str, Any]]:
+        return json.loads((self.folder / "runs/demo/sweep.json").read_text())["trials"]
+
+    def references(self) -> list[str]:
+        paths = sorted(self.folder.glob("runs/demo-*/launch.json"))
+        return [json.loads(path.read_text()).get("reference", "") for path in paths]
+
+    def everything(self) -> str:
+        return "\n".join(f"== {path}\n{path.read_text()}" for path in sorted(self.folder.glob("runs/demo-*/logs/*log")))
+
+
+@pytest.mark.timeout(240)
+def test_grid_is_one_job_array_whose_tasks_are_the_runs(cluster, tmp_path):
+    slurm = OnSlurm(cluster, tmp_path)
+    sweep = slurm.start(grid={"seed": [1, 2, 3]}, parallel=2)
+    output, _ = sweep.communicate(timeout=200)
+    assert sweep.returncode == 0, output + slurm.everything()
+
+    assert [(trial["state"], trial["step"]) for trial in slurm.trials()] == [("done", 30)] * 3
+    assert len({trial["value"] for trial in slurm.trials()}) == 3
+    assert "demo-000" in output and (tmp_path / "runs/demo/sweep.html").exists()
+
+    (array,) = {reference.partition("_")[0] for reference in slurm.references()}
+    assert slurm.references() == [f"{array}_{number}" for number in range(3)]
+    job = cluster.ask("scontrol", "--oneliner", "show", "job", array)
+    assert len(re.findall("JobState=COMPLETED", job)) == 3 and "ArrayTaskThrottle=2" in job, job
+    # Each task has its log in the directory of its run, which was made before: Slurm makes no folders.
+    assert all((tmp_path / f"runs/demo-{number:03d}/logs/slurm.log").exists() for number in range(3))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_array_goes_on_without_the_sweep_and_is_stopped_and_resumed_with_it(cluster, tmp_path):
+    slurm = OnSlurm(cluster, tmp_path)
+    grid = {"grid": {"seed": [1, 2, 3]}, "parallel": 2, "overrides": ["train.num_steps=4000"]}
+
+    def under_way() -> int:
+        return len(list(tmp_path.glob("runs/demo-*/metrics.jsonl")))
+
+    first = slurm.start(**grid)
+    wait_until(lambda: under_way() == 2, "two trials under way")
+    first.kill()
+    first.communicate()
+    before = slurm.references()
+
+    second = slurm.start(**grid)
+    assert second.stdout is not None
+    assert [second.stdout.readline().endswith("is followed\n") for _ in range(3)] == [True] * 3
+    assert slurm.references() == before
+    # The signal goes to the command behind those that enter the host, which exec it.
+    second.send_signal(signal.SIGTERM)
+    output, _ = second.communicate(timeout=120)
+    assert second.returncode == 143, output
+    assert {trial["state"] for trial in slurm.trials()} == {"stopped"}
+    assert cluster.ask("squeue", "-h").strip() == ""
+    assert len(list(tmp_path.glob("runs/demo-*/checkpoints/*"))) >= 2
+
+    third = slurm.start(**grid)
+    output, _ = third.communicate(timeout=300)
+    assert third.returncode == 0, output + slurm.everything()
+    assert [trial["state"] for trial in slurm.trials()] == ["done"] * 3
+    assert "resuming from step" in (tmp_path / "runs/demo-000/logs/rank-0.log").read_text()
+    (array,) = {reference.partition("_")[0] for reference in slurm.references()}
+    assert array != before[0].partition("_")[0]
+
+
+def configs(*overrides: str) -> dict[int, Any]:
+    return {
+        number: parse_config(BASE, [f"name=demo-{number:03d}", f"seed={number}", *overrides]) for number in range(4)
+    }
+
+
+def test_script_of_the_array_is_the_golden_one(golden, monkeypatch):
+    monkeypatch.setattr(os, "getcwd", lambda: "/home/me")
+    array = load_platform("slurm").array("demo", "/home/me/50% of runs/demo-", configs("launch.nodes=2"), 8)
+    assert isinstance(array, SlurmArray)
+    golden("slurm-array.txt", array.script([0, 2, 3]))
+
+
+def test_task_becomes_the_script_of_its_run(tmp_path):
+    array = load_platform("slurm").array("demo", f"{tmp_path}/it's a/demo-", configs(), 1)
+    (tmp_path / "it's a/demo-007").mkdir(parents=True)
+    (tmp_path / "it's a/demo-007/job.sh").write_text('echo "run $SLURM_ARRAY_TASK_ID"\nexit 3\n')
+    done = subprocess.run(
+        ["bash"], input=array.script([7]), env={"SLURM_ARRAY_TASK_ID": "7", "PATH": os.environ["PATH"]},
+        capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (3, "run 7\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "means"), [({}, "5"), ({"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}, "5_3")]
+)
+def test_task_requeues_itself_and_not_the_array(number, means, tmp_path):
+    """The last task of array 5 is job 5 itself, and a plain `scontrol requeue 5` would be for all."""
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/calls; echo h1 PreemptTime=2026-01-01\n")
+    (tmp_path / "srun").write_text("#!/bin/sh\nexit 7\n")
+    for name in ("scontrol", "srun"):
+        (tmp_path / name).chmod(0o755)
+    (script,) = [
+        text for path, text in load_platform("slurm").plan(parse_config(BASE)).files.items() if path.name == "job.sh"
+    ]
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "h1", **number}
+    done = subprocess.run(["bash"], input=script, env=env, capture_output=True, text=True, timeout=60)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert (done.returncode, calls[-2:]) == (7, [f"show job {means}", f"requeue {means}"])
+
+
+def test_trials_that_ask_for_different_things_are_jobs_of_their_own():
+    different = configs() | {3: parse_config(BASE, ["launch.nodes=2"])}
+    assert load_platform("slurm").array("demo", "demo-", different, 1) is None
+    assert sweep_array.array_of_trials("demo", "demo-", different, 1) is None
+    assert sweep_array.array_of_trials("demo", "demo-", configs("launch.platform=local"), 1) is None
+    assert sweep_array.array_of_trials("demo", "demo-", {}, 1) is None  # a search
+
+
+class Array:
+    """Stands for the answers of a cluster."""
+
+    def __init__(self) -> None:
+        self.listed: set[str] = set()
+        self.error: str | None = None
+
+    def unfinished(self, references) -> set[str]:
+        if self.error is not None:
+            raise PlatformError(self.error)
+        return self.listed & set(references)
+
+
+@pytest.fixture
+def trials(tmp_path, monkeypatch):
+    array = Array()
+    (tmp_path / "launch.json").write_text('{"reference": "12_0"}')
+    monkeypatch.setattr(sweep_array, "POLL_S", 0.0)
+    monkeypatch.setattr(sweep_array, "state_of", lambda directory: State("unknown", "forgotten"))
+    return array, sweep_array.TrialArray(load_platform("slurm"), array, {})
+
+
+@pytest.mark.parametrize(
+    ("events", "phase"),
+    [
+        ([], "failed"),
+        (["start"], "failed"),
+        (["start", "end 0"], "done"),
+        (["start", "end 1"], "failed"),
+        (["start", "end 1", "start", "end 0"], "done"),
+    ],
+)
+def test_trial_that_the_cluster_has_forgotten_ended_as_its_supervisors_say(events, phase, trials, tmp_path):
+    _, followed = trials
+    (tmp_path / "logs").mkdir()
+    lines = [
+        {"event": each.split()[0], "rank": 0, "attempt": 0, "host": "h", "pid": 1, "time": float(time),
+         "status": int(each.split()[1]) if " " in each else None}
+        for time, each in enumerate(events)
+    ]  # fmt: skip
+    (tmp_path / "logs/rank-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert followed.state(tmp_path, [tmp_path]).phase == phase
+
+
+def test_controller_that_does_not_answer_for_a_while_changes_nothing(trials, tmp_path, monkeypatch):
+    array, followed = trials
+    array.listed = {"12_0"}
+    assert followed.state(tmp_path, [tmp_path]) == State("running")
+    array.error = "no answer"
+    assert followed.state(tmp_path, [tmp_path]) == State("running")
+    monkeypatch.setattr(sweep_array.runs, "PATIENCE_S", -1.0)
+    with pytest.raises(JobError, match="no answer"):
+        followed.state(tmp_path, [tmp_path])
