@@ -94,7 +94,7 @@ def seed_generators(seed: int) -> None:
 
 
 @contextmanager
-def shared_noise(seed: int, step: int, device: torch.device) -> Iterator[None]:
+def drawing_alike(seed: int, step: int, device: torch.device) -> Iterator[None]:
     """Has all ranks draw the same meanwhile, but for sites in sharded plates; afterwards generators are as before.
 
     Args:

@@ -26,7 +26,7 @@ from distopt.infer.autoguides import GuidePlan, plan_autoguide, set_up_autoguide
 from distopt.infer.gathering import gather_of_plate, write_rows
 from distopt.infer.sharded_plate import Sharded, Sharding
 from distopt.reduce.errors import PeerError
-from distopt.rng import begin_rank_stream, preserve_rng_during_setup, shared_noise
+from distopt.rng import begin_rank_stream, drawing_alike, preserve_rng_during_setup
 from distopt.sharding import LocalParameterError, PlateShard
 
 SAMPLES = 1 << 41
@@ -121,7 +121,7 @@ def predictive(
 
     def sample(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
         world = backend or backends.current()
-        with shared_noise(_agreed_seed(seed, world), SAMPLES, world.device):
+        with drawing_alike(_agreed_seed(seed, world), SAMPLES, world.device):
             mine: _Drawn | Exception
             try:
                 drawing = SampledRows(names, world.world_size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,18 +18,18 @@ _ENDING = ".ckpt"
 
 
 @contextmanager
-def saving_on_rank_0(callbacks: Iterable[Any], *, holds_all_rows: bool) -> Iterator[None]:
-    """Has every `SaveCheckpoint` of scvi-tools among the callbacks save on rank 0 alone meanwhile.
+def saving_on_rank_0(trainer: Any, *, of_one_rank: bool) -> Iterator[None]:
+    """Has every `SaveCheckpoint` of scvi-tools among a trainer's callbacks save on rank 0 alone meanwhile.
 
     Args:
-        callbacks: Of the trainer.
-        holds_all_rows: Whether rank 0 has the parameters of all rows.
+        trainer: The trainer.
+        of_one_rank: Whether each rank has the parameters of its own rows alone.
 
     Raises:
         ValueError: There is one, and rank 0's model would be of its own rows alone.
     """
-    changed = [each for each in callbacks if _kind_of(type(each)) is not None]
-    if changed and not holds_all_rows:
+    changed = [each for each in trainer.callbacks if _kind_of(type(each)) is not None]
+    if changed and of_one_rank and trainer.world_size > 1:
         raise ValueError(
             f'{type(changed[0]).__name__} saves the model of one rank, which has its own rows alone with split="rows". '
             "Leave it out (enable_checkpointing=False), and call trainer.save_checkpoint(PATH) in a callback, which "

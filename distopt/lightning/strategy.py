@@ -136,8 +136,7 @@ class DistoptStrategy(ProcessStrategy):
         assert module is not None
         self._refuse(module.automatic_optimization)
         share_first_values(module, self.backend, with_buffers=self._split != "rows")
-        holds_all_rows = self._split != "rows" or self.world_size == 1
-        self._distributed.enter_context(saving_on_rank_0(trainer.callbacks, holds_all_rows=holds_all_rows))
+        self._distributed.enter_context(saving_on_rank_0(trainer, of_one_rank=self._split == "rows"))
         self._distributed.enter_context(
             everywhere(
                 self._plates,
@@ -333,8 +332,7 @@ class DistoptStrategy(ProcessStrategy):
 
     def align_buffers(self) -> None:
         """Averages the ranks' buffers of floating point; a collective call."""
-        module = self.lightning_module
-        assert module is not None
+        module: Any = self.lightning_module
         if self._trainer.state.fn != TrainerFn.FITTING or self._trainer.sanity_checking:
             return
         modules: dict[str, nn.Module] = {"": module}

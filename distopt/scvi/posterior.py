@@ -17,7 +17,7 @@ from distopt import backends
 from distopt.backends import Backend
 from distopt.infer.gathering import gather_of_plate
 from distopt.infer.predictive import SAMPLES, RowsOfSite, SampledRows
-from distopt.rng import shared_noise
+from distopt.rng import drawing_alike
 from distopt.scvi.cells import cell_numbers
 from distopt.scvi.row_strategy import plate_of_cells
 from distopt.sharding import PlateShard
@@ -159,7 +159,7 @@ def _in_order_of(names: Any, table: Any) -> Any:
 def _drawing(model: Any, seed: int, backend: Backend) -> Iterator[Mapping[str, RowsOfSite]]:
     """Draws samples as `distopt.infer.predictive` does, and yields which sites have a value for each cell."""
     drawing = SampledRows([plate_of_cells(model)], backend.world_size)
-    with shared_noise(seed, SAMPLES, backend.device), drawing:
+    with drawing_alike(seed, SAMPLES, backend.device), drawing:
         yield drawing.sites
 
 

@@ -86,9 +86,9 @@ def _run_delta(folder: str) -> list[dict[str, np.ndarray]]:
     )
     chosen = given(DATA[mine])
 
-    own = predictive(svi.model, guide=svi.guide, num_samples=2, dims={"outside": -2}, folder=folder)(DATA[mine])
-    assert own["z"].shape == (2, 3, len(mine))
-    latent = {name: own[name] for name in ("scale", "z", "pair")}
+    kept = predictive(svi.model, guide=svi.guide, num_samples=2, dims={"outside": -2}, folder=folder)(DATA[mine])
+    assert kept["z"].shape == (2, 3, len(mine))
+    latent = {name: kept[name] for name in ("scale", "z", "pair")}
     again = predictive(svi.model, latent, return_sites=["double"])(DATA[mine])
     return [*map(as_numpy, (parameters_of_all(), samples, chosen, again))]
 
@@ -134,7 +134,7 @@ def noisy_guide(x: Tensor, num_rows: int | None = None, index: Tensor | None = N
         pyro.sample("z", dist.Normal(x, Z_VAR**0.5))
 
 
-def own_plates(fn: Any) -> Any:
+def with_sharded_plates(fn: Any) -> Any:
     """As somebody writes it for distopt."""
 
     def sharded(x: Tensor) -> None:
@@ -152,7 +152,9 @@ def _run_noise(kind: str, parallel: bool) -> tuple[dict[str, np.ndarray], bool]:
     mine = my_rows()
     options = {"num_samples": NUM_SAMPLES[parallel], "parallel": parallel}
     if kind == "own plates":
-        samples = predictive(own_plates(noisy_model), guide=own_plates(noisy_guide), **options)(DATA[mine])
+        samples = predictive(with_sharded_plates(noisy_model), guide=with_sharded_plates(noisy_guide), **options)(
+            DATA[mine]
+        )
     elif kind == "subsample":
         draw = predictive(noisy_model, guide=noisy_guide, plates="rows", rows={"rows": mine}, **options)
         samples = draw(DATA[mine], NUM_ROWS, torch.from_numpy(mine))
