@@ -202,11 +202,10 @@ class World(Backend):
             return BackendError(f"{collective} failed: {error}")
 
         # What the library reports is mostly a closed connection; the rank that closed it may have said why.
-        failure = self._heartbeat.wait_for_failure(LINGER.total_seconds())
-        if failure is not None:
-            return BackendError(self._describe_failure(failure))
-        missing = self._heartbeat.describe_missing()
-        return BackendError(f"{collective} failed while waiting for {missing}. The library says: {error}")
+        cause = self._heartbeat.failure_or_missing(LINGER.total_seconds())
+        if not isinstance(cause, str):
+            return BackendError(self._describe_failure(cause))
+        return BackendError(f"{collective} failed while waiting for {cause}. The library says: {error}")
 
     def timeout_error(self, what: str, limit_s: float) -> BackendError:
         """Returns the error for a collective that did not finish in time."""
