@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distopt.infer.capture.direct import direct_op
-from distopt.infer.capture.recording import Op, Recording, Slot, same_bits, substitute
+from distopt.infer.capture.recording import Op, PackCall, Recording, Slot, same_bits, substitute
 
 
 def _load() -> Any:
@@ -114,7 +114,10 @@ class _Lowering:
 
     def _add(self, op: Op) -> None:
         if op.is_host:
-            self._program.add_host(op.function.function, op.ins)
+            if isinstance(op.function, PackCall):
+                self._program.add_pack(op.ins, op.function.flat)
+            else:
+                self._program.add_host(op.function.function, op.ins, op.outs)
             return
         if self._is_view_of_fixed(op):
             self._add_view(op)
@@ -267,7 +270,8 @@ class PythonProgram:
 
         for op in recording.ops:
             if op.is_host:
-                op.function.function(*(values[slot] for slot in op.ins))
+                results = op.function.function(*(values[slot] for slot in op.ins))
+                values.update(zip(op.outs, results or (), strict=True))
                 continue
             for slot, tensor in zip(op.outs, _call(op, values), strict=True):
                 if slot >= 0 and slot not in op.writes:
