@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from copy import copy
 from functools import cached_property
 from itertools import accumulate
 from operator import attrgetter, is_
@@ -212,12 +213,25 @@ class Segments:
     """
 
     def __init__(self, flat: Tensor, shapes: Sequence[Sequence[int]]) -> None:
+        self._shapes: list[torch.Size] = []
+        self._rows: set[tuple[int, torch.Size]] = set()
+        self._extend_(flat, shapes)
+
+    def extended(self, flat: Tensor, shapes: Sequence[Sequence[int]]) -> Segments:
+        """Returns the segments of a longer flat tensor, with those of further shapes behind the present ones."""
+        segments = copy(self)
+        segments.__dict__.pop("views", None)
+        segments._extend_(flat, shapes)
+        return segments
+
+    def _extend_(self, flat: Tensor, shapes: Sequence[Sequence[int]]) -> None:
         self._flat = flat
         # A subclass of Tensor may have tuples, as Pyro's ProvenanceTensor has; to make a Size takes ten times as long.
-        self._shapes = [shape if type(shape) is torch.Size else torch.Size(shape) for shape in shapes]
-        rows = {(len(shape), shape[1:]) for shape in set(self._shapes)}
+        sizes = [shape if type(shape) is torch.Size else torch.Size(shape) for shape in shapes]
+        self._shapes = [*self._shapes, *sizes]
+        self._rows = self._rows.union((len(shape), shape[1:]) for shape in set(sizes))
         self._joined: Tensor | None = None
-        if len(rows) == 1 and len(self._shapes[0]) > 0:
+        if len(self._rows) == 1 and len(self._shapes[0]) > 0:
             row = self._shapes[0][1:]
             self._joined = flat.view(-1, *row) if row.numel() else flat.view(sum(s[0] for s in self._shapes), *row)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from itertools import accumulate, chain, count
 from operator import attrgetter
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -166,6 +166,39 @@ class StepPlan:
         return tuple(sorted(names))
 
 
+class _Source(NamedTuple):
+    """The parameters whose gradients one buffer holds, in its order, and where.
+
+    Attributes:
+        params: As they were handed over.
+        positions: Position of each, by id.
+        numels: Elements of each.
+        offsets: Where each gradient starts, and at last where the last one ends.
+    """
+
+    params: tuple[Tensor, ...]
+    positions: dict[int, int]
+    numels: list[int]
+    offsets: list[int]
+
+    def extended(self, params: tuple[Tensor, ...]) -> _Source:
+        """Returns the source of `params`, the first of which are its own; of these pointers are copied."""
+        first = len(self.params)
+        new = params[first:]
+        numels = list(map(Tensor.numel, new))
+        return _Source(
+            params,
+            self.positions | dict(zip(map(id, new), count(first), strict=False)),
+            [*self.numels, *numels],
+            [*self.offsets[:-1], *accumulate(numels, initial=self.offsets[-1])],
+        )
+
+
+_Location: TypeAlias = tuple[tuple[int, int, int] | None, Tensor | None]
+"""Where a group's gradients are: which buffer, and from where to where, if they lie there side by side and in the
+group's order; else the index of each element in the only buffer, if there is one and elements are few."""
+
+
 class FlatStepPlan(StepPlan):
     """The plan of a call that hands over its gradients.
 
@@ -190,64 +223,87 @@ class FlatStepPlan(StepPlan):
         super().__init__(tensors, sorted(members, key=attrgetter("name")), missing, idle)
         self._loose = [p for _, p, _ in loose]
         self._loose_index = {id(p): i for i, p in enumerate(self._loose)}
-        self._use(dense, members)
-
-    def _use(self, dense: Sequence[FlatGradients], members: Sequence[ParamRecord]) -> None:
-        """Notes where each gradient is, by loops that run inside the interpreter."""
-        self._members = members
         self._all_at = addresses(self.tensors)
-        self._keys = [flat.params for flat in dense]
-        self._positions = [dict(zip(map(id, flat.params), count(), strict=False)) for flat in dense]
-        self._numels = [list(map(Tensor.numel, flat.params)) for flat in dense]
-        self._offsets = [list(accumulate(numels, initial=0)) for numels in self._numels]
-        self._group_spans = [self._span_of(group) for group in self._packed]
-        scattered = [group for group, span in zip(self._packed, self._group_spans, strict=True) if span is None]
-        self._selection = self._select(scattered, dense[0].buffer.device) if scattered and len(dense) == 1 else None
+        self._sources: list[_Source] = []
+        self._locations: dict[PackedGroup, _Location] = {}
+        self._use(dense)
 
-    def _select(self, groups: Sequence[PackedGroup], device: torch.device) -> Tensor | None:
-        """Returns the index in the only buffer of each element of `groups`, in their order; None if they are many."""
-        params = [p for group in groups for p in group.params]
-        positions = list(map(self._positions[0].get, map(id, params)))
-        numels = list(chain.from_iterable(group.numels for group in groups))
-        if None in positions or sum(numels) > MAX_SELECTED_NUMEL * len(params):
+    def _use(self, dense: Sequence[FlatGradients]) -> None:
+        """Notes where each gradient is; of the sources that were noted before only what is new behind the others."""
+        new = [_Source((), {}, [], [0])] * (len(dense) - len(self._sources))
+        self._sources = [
+            source.extended(flat.params) for source, flat in zip([*self._sources, *new], dense, strict=True)
+        ]
+        self._locations = {group: self._locations.get(group) or self._locate(group) for group in self._packed}
+        indices = [index for span, index in self._locations.values() if span is None]
+        self._is_scattered = bool(indices)
+        self._selection: Tensor | None = None
+        if len(dense) == 1 and all(index is not None for index in indices) and indices:
+            self._selection = torch.cat(indices).to(dense[0].buffer.device)  # type: ignore[arg-type]  # none is None
+
+    def _locate(self, group: PackedGroup) -> _Location:
+        """Returns where a group's gradients are."""
+        for i, source in enumerate(self._sources):
+            first = source.positions.get(id(group.params[0]))
+            if first is not None:
+                after = first + len(group.params)
+                if same(source.params[first:after], group.params):
+                    return (i, source.offsets[first], source.offsets[after]), None
+        return None, self._index_of(group) if len(self._sources) == 1 else None
+
+    def _index_of(self, group: PackedGroup) -> Tensor | None:
+        """Returns the index in the only buffer of each element of a group; None if they are many."""
+        source = self._sources[0]
+        positions = list(map(source.positions.get, map(id, group.params)))
+        if None in positions or sum(group.numels) > MAX_SELECTED_NUMEL * len(positions):
             return None
-        starts = torch.tensor(list(map(self._offsets[0].__getitem__, positions)))  # type: ignore[arg-type]
-        lengths = torch.tensor(numels)
+        starts = torch.tensor(list(map(source.offsets.__getitem__, positions)))  # type: ignore[arg-type]
+        lengths = torch.tensor(group.numels)
         shifts = starts - (lengths.cumsum(0) - lengths)
-        return shifts.repeat_interleave(lengths).add_(torch.arange(sum(numels))).to(device)
+        return shifts.repeat_interleave(lengths).add_(torch.arange(sum(group.numels)))
 
-    def is_extended_by(self, members: Sequence[ParamRecord | None]) -> bool:
-        """Returns whether these members, of packed gradients, are its own, where they were, and None for new ones."""
-        known = [m for m in members if m is not None]
-        return not (self._loose or self._listed or self._missing) and known == self._members and self._is_in_place()
+    def is_extended_by(self, dense: Sequence[FlatGradients]) -> bool:
+        """Returns whether these gradients are its own, of parameters where they were, and new ones behind them."""
+        return (
+            not (self._loose or self._listed or self._missing)
+            and len(dense) >= len(self._sources)
+            and all(
+                same(flat.params[: len(source.params)], source.params)
+                for flat, source in zip(dense, self._sources, strict=False)
+            )
+            and self._is_in_place()
+        )
 
-    def is_intact(self) -> bool:
-        """Returns whether all of its packed groups still step their members."""
-        return all(group.members[0].group is group for group in self._packed)
+    def new_in(self, dense: Sequence[FlatGradients]) -> dict[str, Tensor]:
+        """Returns by name the parameters of `dense`, by which it is extended, that it lacks."""
+        known = [len(source.params) for source in self._sources] + [0] * (len(dense) - len(self._sources))
+        new: dict[str, Tensor] = {}
+        for flat, first in zip(dense, known, strict=True):
+            new.update(zip(flat.names[first:], flat.params[first:], strict=True))
+        return new
 
-    def extended(
-        self, dense: Sequence[FlatGradients], members: Sequence[ParamRecord], groups: Sequence[PackedGroup]
-    ) -> FlatStepPlan:
-        """Returns the plan of a call that steps new packed groups besides those of this plan.
+    def extended(self, dense: Sequence[FlatGradients], groups: Iterable[PackedGroup]) -> FlatStepPlan:
+        """Returns the plan of a call that steps new parameters besides those of this plan, all of them in `groups`.
 
-        To sort all parameters into their groups takes ten times as long, and a model that grows would do it in each
-        step.
+        To sort all parameters into their groups takes ten times as long as a step, and a model that grows would do it
+        in each step.
         """
         plan = copy(self)
         plan.tensors = tensors_of(dense)
-        plan._packed = sorted([*self._packed, *groups], key=lambda group: group.names[0])  # as if they were all new
+        plan._all_at = addresses(plan.tensors)
+        plan._packed = sorted(groups, key=lambda group: group.names[0])  # as if they were all new
         plan.whole = [*plan._packed]
         plan.num_uses = 0
         plan._clips_each = any(group.clip.per_parameter for group in plan._packed)
         plan._norms = _global_norms(group.clip for group in plan._packed)
-        plan._use(dense, members)
+        plan._use(dense)
         return plan
 
     def is_for(self, dense: Sequence[FlatGradients], loose: LooseGradients, missing: Sequence[Tensor]) -> bool:
         """Returns whether this is still the plan for these gradients, and these parameters without one."""
         return (
-            len(dense) == len(self._keys)
-            and all(flat.params is key for flat, key in zip(dense, self._keys, strict=True))
+            len(dense) == len(self._sources)
+            and all(flat.params is source.params for flat, source in zip(dense, self._sources, strict=True))
             and len(loose) == len(self._loose)
             and all(p is q for (_, p, _), q in zip(loose, self._loose, strict=True))
             and same(tuple(missing), tuple(self._missing))
@@ -263,14 +319,16 @@ class FlatStepPlan(StepPlan):
         pieces: dict[int, Tensor] = {}
         selected: Iterator[Tensor] = iter(())
         if self._selection is not None:
-            sizes = [len(g.arena.flat) for g, span in zip(self._packed, self._group_spans, strict=True) if span is None]
+            sizes = [len(group.arena.flat) for group in self._packed if self._locations[group][0] is None]
             selected = iter(torch.split(dense[0].buffer.index_select(0, self._selection), sizes))
-        elif None in self._group_spans:  # one call cuts all of a buffer; a view of each takes three times as long
-            for flat, numels in zip(dense, self._numels, strict=True):
+        elif self._is_scattered:  # one call cuts all of a buffer; a view of each takes three times as long
+            for flat, source in zip(dense, self._sources, strict=True):
+                numels = source.numels
                 pieces.update(zip(map(id, flat.params), torch.split_with_sizes(flat.buffer, numels), strict=True))
             pieces.update((id(p), gradient.reshape(-1)) for _, p, gradient in loose if not _is_sparse(gradient))
 
-        for group, span in zip(self._packed, self._group_spans, strict=True):
+        for group in self._packed:
+            span, _ = self._locations[group]
             if span is not None:
                 i, start, end = span
                 buffers.append(dense[i].buffer[start:end])
@@ -286,19 +344,9 @@ class FlatStepPlan(StepPlan):
     def _gradient(self, p: Tensor, dense: Sequence[FlatGradients], loose: LooseGradients) -> Tensor:
         if id(p) in self._loose_index:
             return loose[self._loose_index[id(p)]][2]
-        i = next(i for i, positions in enumerate(self._positions) if id(p) in positions)
-        start = self._offsets[i][self._positions[i][id(p)]]
+        i, source = next((i, each) for i, each in enumerate(self._sources) if id(p) in each.positions)
+        start = source.offsets[source.positions[id(p)]]
         return dense[i].buffer[start : start + p.numel()].view(p.shape)
-
-    def _span_of(self, group: PackedGroup) -> tuple[int, int, int] | None:
-        """Returns where all of a group's gradients lie side by side and in its order, if they do."""
-        for i, positions in enumerate(self._positions):
-            first = positions.get(id(group.params[0]))
-            if first is not None:
-                after = first + len(group.params)
-                is_there = same(self._keys[i][first:after], group.params)
-                return (i, self._offsets[i][first], self._offsets[i][after]) if is_there else None
-        return None
 
 
 class Planner:
@@ -388,24 +436,22 @@ class Planner:
         So it is in a model that grows, and what a step costs besides follows from what is new.
         """
         last = self._flat_plans[0]
-        tensors = tensors_of(dense)
-        members = self._registry.get_all(tensors)
-        num_known = len(members) - members.count(None)
-        if num_known < len(self._registry) or not last.is_extended_by(members):
+        if len(last.tensors) < len(self._registry) or not last.is_extended_by(dense):
             return None  # or some were in no call for long and may be gone
+        new = last.new_in(dense)
+        if not new or any(self._registry.get_all(new.values())):
+            return None
 
-        names = list(chain.from_iterable(flat.names for flat in dense))
-        new = {i: self._new_record(names[i], tensors[i]) for i, m in enumerate(members) if m is None}
-        for record in new.values():
+        records = [self._new_record(name, new[name]) for name in sorted(new)]
+        for record in records:
             self._registry.add(record)
-        self._groups.assign([(m, self._claim(m)) for m in sorted(new.values(), key=attrgetter("name"))])
+        self._groups.assign([(m, self._claim(m)) for m in records])
         self.forget()
 
-        groups = {id(m.group): m.group for m in new.values()}.values()
-        packed = [group for group in groups if isinstance(group, PackedGroup)]
-        if len(packed) < len(groups) or not last.is_intact():
-            return None  # they were listed, or joined with others
-        return last.extended(dense, [m or new[i] for i, m in enumerate(members)], packed)
+        # The call has all parameters, so it steps all groups, those too that were joined now.
+        packed = [group for group in self._groups if isinstance(group, PackedGroup)]
+        is_packed = sum(len(group.members) for group in packed) == len(self._registry)
+        return last.extended(dense, packed) if is_packed else None
 
     def _joins(self, plan: StepPlan) -> bool:
         """Counts a use of a plan; returns whether its groups were joined, so that another plan is needed."""

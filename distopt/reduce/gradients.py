@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter, eq
 from typing import Any, TypeAlias
@@ -24,6 +24,7 @@ NamedGradient: TypeAlias = tuple[str, Tensor, Tensor]
 """A parameter's name, the parameter, and its gradient."""
 
 gradient_of = attrgetter("grad")
+_dtype_of = attrgetter("dtype")
 
 _MAX_PATTERNS = 64  # of which parameters are touched: enough for a model whose minibatches alternate
 
@@ -53,6 +54,18 @@ class LocalGradients:
     missing: list[int] = field(default_factory=list)
     rank_local_missing: list[tuple[str, Tensor]] = field(default_factory=list)
     num_summed: int = 1
+
+    def extended(self, of_new: LocalGradients) -> LocalGradients:
+        """Returns these gradients and those of new parameters, which the layout has behind the others."""
+        first = len(self.gradients)
+        return replace(
+            self,
+            gradients=[*self.gradients, *of_new.gradients],
+            complete=self.complete and of_new.complete,
+            addresses=None,  # those of gradients that were moved out of buckets have changed
+            changes={},
+            missing=[*self.missing, *(first + index for index in of_new.missing)],
+        )
 
     def rank_local_square(self) -> float:
         """Returns the squared 2-norm of the rank-local gradients, as they will be stepped by."""
@@ -244,6 +257,19 @@ def _collect_one_by_one(
     return local
 
 
+def changed_gradients(local: LocalGradients, layout: Layout) -> LocalGradients:
+    """Returns those of this rank's gradients that are of a layout of new parameters."""
+    gradients = []
+    missing = []
+    for index, (name, param) in enumerate(zip(layout.names, layout.params, strict=True)):
+        is_passed = local.changes.get(name, (None, None))[0] is param
+        gradients.append(param.grad if is_passed else None)  # one that was not passed may be left of a call before
+        if is_passed and param.grad is None:
+            missing.append(index)
+    is_complete = all(each is not None and not each.is_sparse for each in gradients)
+    return LocalGradients(gradients=gradients, complete=is_complete, missing=missing)
+
+
 def _name_of(param: Tensor) -> str:
     name: str | None = pyro.get_param_store().param_name(param)
     if name is None:
@@ -262,11 +288,18 @@ def _is_in_store(layout: Layout) -> bool:
 def _cast_params(layout: Layout) -> set[int]:
     """Returns the indices of parameters that now have another dtype or device, as after `module.double()`.
 
-    A model that is cast as a whole takes along the first parameter of each bucket, so no others are looked at before.
+    Of the dtypes all are looked at, since a part of a model may be cast alone; of the devices the first in each bucket,
+    as one that computes on several devices would have to say so.
     """
-    if not any(_is_cast(layout, bucket.indices[0]) for bucket in layout.buckets if bucket.indices):
+    if not any(_may_be_cast(layout, bucket) for bucket in layout.buckets if bucket.indices):
         return set()
     return set(filter(partial(_is_cast, layout), range(len(layout.params))))
+
+
+def _may_be_cast(layout: Layout, bucket: Bucket) -> bool:
+    is_whole = len(bucket.indices) == len(layout.params)
+    params = layout.params if is_whole else map(layout.params.__getitem__, bucket.indices)
+    return set(map(_dtype_of, params)) != {bucket.specs[0].dtype} or _is_cast(layout, bucket.indices[0])
 
 
 def _is_cast(layout: Layout, index: int) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, compress
+from itertools import accumulate, compress, islice, zip_longest
 from operator import attrgetter, eq, itemgetter
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,23 +105,43 @@ class Bucket:
     def __init__(
         self, indices: Sequence[int], specs: Sequence[ParamSpec], device: torch.device, num_slots: int = 0
     ) -> None:
-        self.indices = tuple(indices)
-        self.specs = tuple(specs)
-        self.names = tuple(map(_name, self.specs))
-        numels = list(map(_numel, self.specs))
-        self.offsets = list(accumulate(numels, initial=0))
         self.is_complex = bool(specs) and specs[0].dtype.is_complex
+        self.indices: tuple[int, ...] = ()
+        self.specs: tuple[ParamSpec, ...] = ()
+        self.names: tuple[str, ...] = ()
+        self.offsets = [0]
+        self.max_numel = 0
+        self._device = device
+        self._segments = Segments(torch.empty(0), ())
+        self._extend_(indices, specs, num_slots)
+
+    def extended(self, indices: Sequence[int], specs: Sequence[ParamSpec], num_slots: int) -> Bucket:
+        """Returns a bucket with further parameters behind its own; what that takes follows from their number.
+
+        Of the others pointers are copied, and their gradients have a place in a buffer of zeros.
+        """
+        bucket = copy(self)
+        bucket.__dict__.pop("addresses", None)
+        bucket._extend_(indices, specs, num_slots)
+        return bucket
+
+    def _extend_(self, indices: Sequence[int], specs: Sequence[ParamSpec], num_slots: int) -> None:
+        numels = list(map(_numel, specs))
+        self.indices = (*self.indices, *indices)
+        self.specs = (*self.specs, *specs)
+        self.names = (*self.names, *map(_name, specs))
+        self.offsets = [*self.offsets[:-1], *accumulate(numels, initial=self.offsets[-1])]
 
         numel = self.offsets[-1]
-        dtype = specs[0].real_dtype if specs else torch.float32
-        self.buffer = torch.zeros(numel + num_slots, dtype=dtype, device=device)
+        dtype = self.specs[0].real_dtype if self.specs else torch.float32
+        self.buffer = torch.zeros(numel + num_slots, dtype=dtype, device=self._device)
         self.flat = self.buffer[:numel]
         self.slots = self.buffer[numel:] if num_slots else None
 
         values = torch.view_as_complex(self.flat.view(-1, 2)) if self.is_complex else self.flat
-        self._segments = Segments(values, list(map(_size, self.specs)))
+        self._segments = self._segments.extended(values, list(map(_size, specs)))
         self.is_large = numel > LARGE_NUMEL * len(self.specs)
-        self.max_numel = max(numels, default=0)
+        self.max_numel = max([self.max_numel, *numels])
         self._saved: Tensor | None = None
 
     # Made when they are first asked for: in a model that grows the next layout follows at once, and a step of small
@@ -142,7 +164,10 @@ class Bucket:
         first = self.flat.data_ptr()
         after = first + self.flat.numel() * self.flat.element_size()
         is_beside = not addresses or max(addresses) < first or min(addresses) >= after
-        return not is_beside and any(first <= address < after for address in addresses)
+        if is_beside:
+            return False
+        at = np.array(addresses, dtype=np.uint64)
+        return bool(((first <= at) & (at < after)).any())
 
     def holds(self, addresses: Sequence[int] | None) -> bool:
         """Returns whether gradients at these addresses, by index in the layout, lie in this bucket, each in its view.
@@ -227,6 +252,8 @@ class Layout:
     Ranks that know the same parameters and have the same options build the same layout without exchanging a message:
     buckets, their order and the order within them follow from names, shapes and dtypes alone.
 
+    A layout may be `extended`, with new parameters behind the others; a layout made anew sorts them in.
+
     The control slots are carried by the first bucket. Where no bucket can carry them, and where the model is large,
     they have a bucket without gradients: then they are reduced before any gradient is sent.
 
@@ -239,7 +266,7 @@ class Layout:
         control_device: Where the slots are when they have a bucket for themselves.
 
     Attributes:
-        specs: The parameters, sorted by name.
+        specs: The parameters, sorted by name but for those that it was extended by.
         names: Their names.
         params: This rank's tensors.
         index: Index of each parameter, by `id` of its tensor.
@@ -248,6 +275,7 @@ class Layout:
         control_first: Whether the control slots are reduced before gradients are sent.
         buckets: The one with the control slots first, then the others in the order of names.
         slots: (NUM_SLOTS + number of parameters,), the control slots.
+        is_sorted: Whether it was not extended.
     """
 
     def __init__(
@@ -274,8 +302,12 @@ class Layout:
 
         dense = [index for index in every if not self.specs[index].sparse] if self.sparse else every
         members = _split(dense, self.specs, bucket_mib, groups)
-        num_bytes = sum(map(_num_bytes, (self.specs[index] for index in dense) if self.sparse else self.specs))
-        self.control_first = len(members) > 1 and num_bytes > CONTROL_FIRST_BYTES
+        self._num_bytes = sum(map(_num_bytes, (self.specs[index] for index in dense) if self.sparse else self.specs))
+        self.control_first = len(members) > 1 and self._num_bytes > CONTROL_FIRST_BYTES
+        self.is_sorted = True
+        self._bucket_mib = bucket_mib
+        self._has_groups = bool(groups)
+        self._by_name = specs
 
         # The bucket with the control slots comes first, since its result says what to make of the others.
         num_slots = NUM_SLOTS + len(self.specs)
@@ -293,9 +325,89 @@ class Layout:
         ]
         if carrier is None:
             self.buckets.insert(0, Bucket((), (), control_device, num_slots))
+
+    @property
+    def slots(self) -> Tensor:
+        """The control slots, shape (NUM_SLOTS + number of parameters,)."""
         slots = self.buckets[0].slots
         assert slots is not None
-        self.slots = slots
+        return slots
+
+    # A model that grows has a new layout at each of its parameters. Made anew it takes a pass over all of them, of some
+    # microseconds for each, which is more than a step takes. Here what is new goes behind the rest of its kind, so that
+    # of the others pointers are copied, and the sums of a round may be kept. The order is the same on all ranks, as it
+    # follows from the agreements; once no parameter has come for a while the reducer makes the sorted layout.
+
+    def extended(self, specs: Mapping[str, ParamSpec], params: Mapping[str, Tensor]) -> Layout | None:
+        """Returns the layout with new parameters behind the others; None where it has to be made anew.
+
+        Args:
+            specs: All parameters by name: its own, unchanged, then the new ones.
+            params: This rank's tensors, by name.
+        """
+        new = list(islice(specs.values(), len(self.names), None))
+        if not self.names or self._has_groups or any(map(_is_special, new)):
+            return None
+        names = tuple(map(_name, new))
+        added = tuple(map(params.__getitem__, names))
+        every = range(len(self.names), len(self.names) + len(new))
+
+        layout = copy(self)
+        layout.is_sorted = False
+        layout._by_name = specs
+        layout.specs = (*self.specs, *new)
+        layout.names = (*self.names, *names)
+        layout.params = (*self.params, *added)
+        layout.index = self.index | dict(zip(map(id, added), every, strict=True))
+        layout.buckets = list(self.buckets)
+        for position, indices in self._assign(new).items():
+            of_bucket = [layout.specs[index] for index in indices]
+            if position < len(self.buckets):
+                layout.buckets[position] = self.buckets[position].extended(indices, of_bucket, 0)
+            else:
+                layout.buckets.append(Bucket(indices, of_bucket, layout.params[indices[0]].device))
+        layout.buckets[0] = layout.buckets[0].extended((), (), NUM_SLOTS + len(layout.specs))
+
+        layout._num_bytes += sum(map(_num_bytes, new))
+        num_filled = sum(bool(bucket.specs) for bucket in layout.buckets)
+        is_large = num_filled > 1 and layout._num_bytes > CONTROL_FIRST_BYTES
+        return layout if is_large == self.control_first else None
+
+    def _assign(self, new: Sequence[ParamSpec]) -> dict[int, list[int]]:
+        """Returns which bucket takes up which new parameters: the last of their kind, or another if it is full."""
+        is_open = {_kind(bucket.specs[0]): position for position, bucket in enumerate(self.buckets) if bucket.specs}
+        sizes = [bucket.flat.nbytes for bucket in self.buckets]
+        assigned: dict[int, list[int]] = {}
+        for index, spec in enumerate(new, len(self.names)):
+            position = is_open.get(_kind(spec))
+            if position is None or sizes[position] + spec.num_bytes > self._bucket_mib * MIB:
+                position = is_open[_kind(spec)] = len(sizes)
+                sizes.append(0)
+            sizes[position] += spec.num_bytes
+            assigned.setdefault(position, []).append(index)
+        return assigned
+
+    @torch.no_grad()
+    def take_sums_(self, kept: Sequence[Tensor], new: Layout) -> None:
+        """Overwrites the buckets with sums.
+
+        Args:
+            kept: Those of the parameters before it was extended last, one 1-D tensor for each bucket that there was.
+            new: A layout of the parameters that it was extended by, whose buckets hold the other sums.
+        """
+        segments: dict[int, Tensor] = {}
+        for bucket in new.buckets:
+            numels = list(map(_numel, bucket.specs))
+            segments.update(zip(bucket.indices, torch.split(bucket.flat, numels), strict=True))
+
+        num_known = len(self.names) - len(new.names)
+        for bucket, sums in zip_longest(self.buckets, kept):
+            first = bisect_left(bucket.indices, num_known)
+            of_new = [segments[index - num_known] for index in bucket.indices[first:]]
+            if of_new:
+                torch.cat([*([] if sums is None else [sums]), *of_new], out=bucket.flat)
+            else:
+                bucket.flat.copy_(sums)  # onto itself, but for sums that were copied aside
 
     def named(self, indices: Iterable[int]) -> list[tuple[str, Tensor]]:
         """Returns names and tensors of some of the parameters."""
@@ -307,8 +419,7 @@ class Layout:
 
     def has_name(self, name: str) -> bool:
         """Returns whether it has a parameter of that name."""
-        position = bisect_left(self.names, name)
-        return position < len(self.names) and self.names[position] == name
+        return name in self._by_name
 
     def gradient_buffers(self) -> dict[int, Tensor]:
         """Returns where the gradient of each dense parameter may be left, so that it need not be copied: by id."""
@@ -322,6 +433,10 @@ class Layout:
         """Returns the first bucket in whose dtype small whole numbers are summed exactly (see `messages`)."""
         exact = (torch.float32, torch.float64)
         return next((i for i, each in enumerate(members) if self.specs[each[0]].real_dtype in exact), None)
+
+
+def _is_special(spec: ParamSpec) -> bool:
+    return spec.sparse or spec.name.startswith(AVERAGE_PREFIX)
 
 
 def _split(

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import compress
-from operator import is_not
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,6 +25,7 @@ from distopt.reduce.gradients import (
     LocalGradients,
     NamedGradient,
     ReducedGradients,
+    changed_gradients,
     collect_gradients,
     gradient_of,
     keep_gradients_,
@@ -50,6 +49,9 @@ from distopt.reduce.overlap import Overlap
 from distopt.reduce.running_averages import RunningAverages
 from distopt.reduce.sparse import sum_sparse
 from distopt.rng import NoisePolicy
+
+SORTED_AFTER = 16
+"""Rounds without a new parameter after which they are sorted in: what that takes is a few steps of theirs."""
 
 _WITHOUT_GRADIENTS = (RoundKind.SCHEDULE, RoundKind.AGREE)
 
@@ -102,7 +104,9 @@ class Reducer:
         compared = options.model_dump(mode="json", include=set(ReduceOptions.model_fields)) | {"noise": rng_policy}
         self._agreement = Agreement(backend, compared, tensor_of)
         self._overlap: Overlap | None = None
-        self._use_layout(build_layout(self))
+        self._num_rounds = 0  # since the last agreement
+        self._saved: list[Bucket] = []  # whose gradients were copied aside in the last round
+        self._use_layout(build_layout(self, {}, {}))
 
     @property
     def rank_local_state(self) -> CommHook | None:
@@ -124,8 +128,9 @@ class Reducer:
     # A reduction is one round, or two with an agreement between them. In a round every rank sums its gradients and its
     # control slots with the others'. The slots say the same to all ranks, and everything that follows depends on them
     # alone: this is the invariant that keeps ranks in the same order of collectives although each of them knows only
-    # its own parameters, data and errors. If some rank has parameters that the layout lacks, the sums of the round are
-    # thrown away, the ranks agree on a new layout, and the round is made again with it.
+    # its own parameters, data and errors. If some rank has parameters that the layout lacks, the ranks agree on a new
+    # layout. Where that only adds some, the second round sums their gradients alone (`complete_round`); else the sums
+    # are thrown away, and the round is made again with the new layout.
 
     def reduce(self, local: LocalGradients | None, message: RankMessage) -> ReducedGradients:
         """Takes part in one reduction and returns the gradients to step by.
@@ -143,6 +148,8 @@ class Reducer:
         Cost:
             One all-reduce per bucket; one before those of a large model; with changes, an agreement and a second round.
         """
+        if sort_layout(self) and local is not None:
+            local = self.collect_gradients(local.params)
         message.has_changes = local is not None and bool(local.changes)
         sums = None
         if self.options.drift_every_steps and message.step % self.options.drift_every_steps == 0:
@@ -154,6 +161,7 @@ class Reducer:
                     _fill_(bucket, local, 1.0)
             return self._read_out(summary_of_one(message, len(self.layout.names)), local)
         summary = self._round(local, message)
+        kept = sums_to_keep(self, summary)
         if summary.num_aborts or summary.num_changed or not summary.in_step:
             for bucket in self._saved:
                 bucket.restore_()
@@ -164,8 +172,13 @@ class Reducer:
         if sums is not None and summary.kind is RoundKind.GRADIENT and not summary.in_sync:
             raise explain_drift(self.backend, sums, message.step)
         if summary.num_changed:
+            saved = self._saved
             self.renegotiate(local, message)
-            local, summary = self._repeat_round(local, message)
+            if kept is not None and not self.layout.is_sorted:
+                self._saved = saved
+                local, summary = complete_round(self, local, message, summary, kept)
+            else:
+                local, summary = self._repeat_round(local, message)
         return self._read_out(summary, local)
 
     def _repeat_round(
@@ -186,6 +199,7 @@ class Reducer:
     def abort(self, error: BaseException, step: int) -> None:
         """Takes part in one reduction with an error instead of gradients; the others raise it as `PeerError`."""
         message = RankMessage(step, RoundKind.ABORT)
+        sort_layout(self)
         self._round(None, message)
         try:
             self.renegotiate(None, message, error)
@@ -216,15 +230,17 @@ class Reducer:
         self.backend.note(message.step, "agree")
         self.num_agreements += 1
         before = self.specs
-        self.specs = self._agreement.renegotiate(changes, before)
-        self._hook.forget(_changed_names(before, self.specs))
-        self._use_layout(build_layout(self))
-        self.specs = self.layout.specs_by_name()  # in order, so that the next layout has only what is new to sort
+        self.specs, changed = self._agreement.renegotiate(changes, before)
+        self._hook.forget(changed)
+        params = pyro.get_param_store().named_parameters().mapping
+        extended = self.layout.extended(self.specs, params) if changed.isdisjoint(before) else None
+        self._use_layout(extended or build_layout(self, self.specs, params))
+        self._num_rounds = 0
 
     def _use_layout(self, layout: Layout) -> None:
         self.layout = layout
         self._reader = BucketReader(layout)
-        self._saved: list[Bucket] = []  # whose gradients were copied aside in the last round
+        self._saved = []
         self._started: dict[Bucket, Any] = {}
         if self._overlap is not None:
             self._overlap.close()
@@ -251,7 +267,7 @@ class Reducer:
             # Of one rank alone the plain sum changes nothing, and the round is not made again.
             is_safe = self.backend.world_size == 1 and type(self._hook) is AllReduce
             self._saved = keep_gradients_(layout, gradients, is_safe=is_safe)
-        if local is not None and local.changes:
+        if local is not None and local.changes and not may_keep_sums(self):
             local = None  # this round's sums are thrown away
 
         first, others = layout.buckets[0], layout.buckets[1:]
@@ -334,22 +350,25 @@ class Reducer:
                 if bucket.specs:
                     bucket.flat.mul_(scale)
         reduced.dense, reduced.loose = self._reader.read(summary.touched)
-        reduced.loose += self._sum_sparse(summary, local, scale)
+        reduced.loose += _sum_sparse(self, summary, local, scale * self._scale_before())
         self.averages.share_(self.backend, self.layout, summary.num_active, local is not None)
         if local is not None:
             reduced.rank_local = local.scale_rank_local_()
             reduced.missing += local.rank_local_missing
         return reduced
 
-    def _sum_sparse(self, summary: RoundSummary, local: LocalGradients | None, scale: float) -> list[NamedGradient]:
-        layout = self.layout
-        indices = [index for index in layout.sparse if summary.touched[index] > 0]
-        if not indices:
-            return []
-        gradients = [local.gradients[index] if local is not None else None for index in indices]
-        sums = sum_sparse(self.backend, [layout.specs[index] for index in indices], gradients)
-        factor = scale * self._scale_before()
-        return [(layout.names[i], layout.params[i], total * factor) for i, total in zip(indices, sums, strict=True)]
+
+def _sum_sparse(
+    reducer: Reducer, summary: RoundSummary, local: LocalGradients | None, factor: float
+) -> list[NamedGradient]:
+    """Returns the sums of sparse gradients times `factor`."""
+    layout = reducer.layout
+    indices = [index for index in layout.sparse if summary.touched[index] > 0]
+    if not indices:
+        return []
+    gradients = [local.gradients[index] if local is not None else None for index in indices]
+    sums = sum_sparse(reducer.backend, [layout.specs[index] for index in indices], gradients)
+    return [(layout.names[i], layout.params[i], total * factor) for i, total in zip(indices, sums, strict=True)]
 
 
 def is_alone(reducer: Reducer, local: LocalGradients) -> bool:
@@ -376,17 +395,87 @@ def nonfinite_names(reducer: Reducer, local: LocalGradients | None) -> Nonfinite
     return find_nonfinite(reducer.layout, reducer._saved, local, reducer.backend.world_size)
 
 
-def _changed_names(before: Mapping[str, ParamSpec], after: Mapping[str, ParamSpec]) -> set[str]:
-    """Returns the names of the parameters that are new, replaced or gone."""
-    replaced = compress(after, map(is_not, after.values(), map(before.get, after)))
-    return set(replaced) | (before.keys() - after.keys())
+# A model that grows. What a round has summed before it found new parameters stays valid where these do not change what
+# the buckets mean, so only the new gradients are summed in the second round: its cost follows from what is new.
 
 
-def build_layout(reducer: Reducer) -> Layout:
-    """Returns the layout of the parameters that all ranks know, with this rank's tensors."""
+def may_keep_sums(reducer: Reducer) -> bool:
+    """Returns whether a round may be completed after an agreement, and need not be made again; the same on all ranks.
+
+    It may where each bucket is one plain sum. A large model sends no gradients before the agreement.
+    """
+    layout = reducer.layout
+    return type(reducer._hook) is AllReduce and reducer._overlap is None and not layout.control_first
+
+
+def sums_to_keep(reducer: Reducer, summary: RoundSummary) -> list[Tensor] | None:
+    """Returns what a round has summed, by bucket, if it holds besides new parameters; the same on all ranks."""
+    is_whole = summary.kind is RoundKind.GRADIENT and not summary.num_aborts
+    if not (summary.num_changed and is_whole and may_keep_sums(reducer)):
+        return None
+    saved = set(reducer._saved)  # these are restored before the agreement, which may raise
+    return [bucket.flat.clone() if bucket in saved else bucket.flat for bucket in reducer.layout.buckets]
+
+
+@torch.no_grad()
+def complete_round(
+    reducer: Reducer,
+    local: LocalGradients | None,
+    message: RankMessage,
+    before: RoundSummary,
+    kept: Sequence[Tensor],
+) -> tuple[LocalGradients | None, RoundSummary]:
+    """Completes a round after its layout was extended: sums the new gradients, in a layout of their own.
+
+    Args:
+        reducer: With the extended layout, whose buckets are filled.
+        local: This rank's gradients as it brought them to the round; None if it only takes part.
+        message: What it told.
+        before: What the round has found.
+        kept: What it has summed, by bucket.
+    """
+    layout, saved = reducer.layout, reducer._saved
+    num_known = len(before.touched)
+    names = layout.names[num_known:]
+    specs = dict(zip(names, layout.specs[num_known:], strict=True))
+    new = build_layout(reducer, specs, dict(zip(names, layout.params[num_known:], strict=True)))
+    of_new = None if local is None else changed_gradients(local, new)
+    message.has_changes = False
+    message.skipped_calls = 0
+
+    reducer.layout = new
+    try:
+        summary = reducer._round(of_new, message)
+    finally:
+        reducer.layout = layout
+        reducer._saved = saved
+    layout.take_sums_(kept, new)
+
+    summary.touched = before.touched + summary.touched
+    summary.missing = before.missing + tuple(num_known + index for index in summary.missing)
+    return (None if local is None or of_new is None else local.extended(of_new)), summary
+
+
+def sort_layout(reducer: Reducer) -> bool:
+    """Makes an extended layout anew once no parameter has come for a while; returns whether it did.
+
+    All ranks do it before the same round, as each of them takes part in every one.
+    """
+    layout = reducer.layout
+    reducer._num_rounds += 1
+    if layout.is_sorted or reducer._num_rounds < SORTED_AFTER:
+        return False
+    params = dict(zip(layout.names, layout.params, strict=True))
+    reducer._use_layout(build_layout(reducer, reducer.specs, params))
+    reducer.specs = reducer.layout.specs_by_name()
+    return True
+
+
+def build_layout(reducer: Reducer, specs: Mapping[str, ParamSpec], params: Mapping[str, Tensor]) -> Layout:
+    """Returns the sorted layout of parameters that all ranks know, of which `params` has this rank's tensors."""
     return Layout(
-        reducer.specs,
-        pyro.get_param_store().named_parameters().mapping,
+        specs,
+        params,
         bucket_mib=reducer.options.bucket_mib,
         groups=reducer.options.groups,
         carries_control=reducer._hook.carries_control,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import product
 from typing import Any
 
 import pyro
@@ -92,25 +93,28 @@ def _run_dropped_gradients_count_as_zero() -> Values:
 def _run_a_model_is_cast_between_steps() -> Values:
     """As `module.double()` and `module.bfloat16()` do: the parameters are the same objects, of another dtype."""
     values: Values = {}
-    for dtype in (torch.float64, torch.bfloat16):
+    for dtype, num_cast in product((torch.float64, torch.bfloat16), (1, 2)):  # the last layer alone, or both
         results = []
         for make in (DistributedOptimizer, lambda optim: optim):
             pyro.clear_param_store()
-            net = nn.Linear(3, 2)
-            nn.init.ones_(net.weight)
-            nn.init.zeros_(net.bias)
+            net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+            for param in net.parameters():
+                nn.init.constant_(param, param.dim() - 1)
             pyro.module("net", net)
-            optim = make(SGD({"lr": 0.25, "momentum": 0.5}))
+            optim = make(SGD({"lr": 0.03125, "momentum": 0.5}))
             for step in range(6):
                 if step == 3:
-                    net.to(dtype)
-                x = torch.ones(3, dtype=net.weight.dtype) / 3  # equal on all ranks, so that their mean is each one's
+                    net[2 - num_cast :].to(dtype)
+                x = torch.ones(3) / 3  # equal on all ranks, so that their mean is each one's
                 net.zero_grad()
-                net(x).square().sum().backward()
+                for layer in net:
+                    x = layer(x.to(layer.weight.dtype))
+                x.square().sum().backward()
                 optim(list(net.parameters()))
             results.append({name: param.tolist() for name, param in net.named_parameters()})
-        assert results[0] == results[1] and net.weight.dtype is dtype
-        values[str(dtype)] = results[0]
+            assert net[1].weight.dtype is dtype and (net[0].weight.dtype is dtype) == (num_cast == 2)
+        assert results[0] == results[1]
+        values[f"{dtype} {num_cast}"] = results[0]
     return values
 
 

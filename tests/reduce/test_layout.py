@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import pyro
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from distopt.backends import current
@@ -16,7 +19,7 @@ from distopt.optim import (
     DistributedOptimizer,
     ReduceOptions,
 )
-from distopt.reduce.layout import AVERAGE_PREFIX, Layout, ParamSpec
+from distopt.reduce.layout import AVERAGE_PREFIX, Bucket, Layout, ParamSpec
 from distopt.reduce.messages import NUM_SLOTS
 from tests.reduce.steps import Values, by_rank, random_values, step_with, store_values, unconstrained
 from tests.workers import Ranks
@@ -180,3 +183,67 @@ def test_bucket_tells_addresses_that_it_holds_from_those_around_it() -> None:
     assert bucket.may_hold([0, first + 12]) and bucket.may_hold([first])
     assert not bucket.may_hold([0, first - 4, first + 28])
     assert bucket.holds(bucket.addresses) and not bucket.holds([first + 4, -1, first + 12])
+
+
+@given(
+    numels=st.lists(st.tuples(st.integers(0, 9), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))),
+    ends=st.lists(st.integers(0, 12), max_size=4),
+    carries_control=st.booleans(),
+    bucket_mib=st.sampled_from([25.0, 30 / 2**20]),
+)
+@settings(deadline=None)
+def test_extended_layout_has_what_one_made_at_once_has_but_for_the_order(
+    numels: list[tuple[int, torch.dtype]], ends: list[int], carries_control: bool, bucket_mib: float
+) -> None:
+    named = {f"p{i * 7919 % 101:03d}": kind for i, kind in enumerate(numels)}
+    specs = {name: ParamSpec(name, (n,), dtype, "cpu", False, "") for name, (n, dtype) in named.items()}
+    params = {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+    options: dict[str, Any] = {"carries_control": carries_control, "control_device": torch.device("cpu")}
+    first = 1 + (ends[0] if ends else 0)
+    layout = Layout(dict(islice(specs.items(), first)), params, bucket_mib=bucket_mib, **options)
+    for end in sorted(ends):
+        known = dict.fromkeys(layout.names)
+        new = {name: specs[name] for name in islice(specs, end) if name not in known}
+        extended = layout.extended({name: specs[name] for name in (*known, *new)}, params)
+        if extended is None:
+            assert not layout.names
+            return
+        assert extended.names == (*layout.names, *new)
+        layout = extended
+
+    assert layout.specs == tuple(map(specs.__getitem__, layout.names))
+    assert all(layout.params[layout.index[id(params[name])]] is params[name] for name in layout.names)
+    assert all(map(layout.has_name, layout.names)) and not layout.has_name("other")
+    assert layout.slots.numel() == NUM_SLOTS + len(layout.names)
+    assert sorted(index for bucket in layout.buckets for index in bucket.indices) == list(range(len(layout.names)))
+    gradients = [random_values(i, spec.numel).to(spec.dtype) for i, spec in enumerate(layout.specs)]
+    for bucket in layout.buckets:
+        alone = Bucket(bucket.indices, bucket.specs, torch.device("cpu"))
+        assert len({spec.dtype for spec in bucket.specs}) <= 1
+        assert bucket.flat.nbytes <= bucket_mib * 2**20 or len(bucket.specs) == 1
+        bucket.fill_(gradients, 0.5, complete=True)
+        alone.fill_(gradients, 0.5, complete=True)
+        assert torch.equal(bucket.flat, alone.flat)
+        for attribute in ("names", "offsets", "max_numel", "is_large", "is_complex"):
+            assert getattr(bucket, attribute) == getattr(alone, attribute)
+        assert [view.shape for view in bucket.views] == [view.shape for view in alone.views]
+        assert [address - bucket.flat.data_ptr() for address in bucket.addresses if address >= 0] == [
+            address - alone.flat.data_ptr() for address in alone.addresses if address >= 0
+        ]
+
+
+def test_extended_layout_takes_over_sums_of_every_kind() -> None:
+    dtypes = {"m": torch.float32, "n": torch.float64, "a": torch.complex64, "b": torch.float32, "z": torch.float32}
+    specs = {name: ParamSpec(name, (2,), dtype, "cpu", False, "") for name, dtype in dtypes.items()}
+    before = layout_of(dict(islice(specs.items(), 2)))
+    params = {name: torch.zeros(2, dtype=dtype) for name, dtype in dtypes.items()}
+    layout = before.extended(specs, params)
+    assert layout is not None
+    new = layout_of({name: specs[name] for name in ("a", "b", "z")})
+    for each in (before, new):
+        for bucket in each.buckets:
+            for name, view in zip(bucket.names, bucket.views, strict=True):
+                view.fill_(ord(name))
+    layout.take_sums_([bucket.flat for bucket in before.buckets], new)
+    sums = {name: view for bucket in layout.buckets for name, view in zip(bucket.names, bucket.views, strict=True)}
+    assert all(torch.equal(sums[name], torch.full((2,), ord(name), dtype=dtypes[name])) for name in specs)

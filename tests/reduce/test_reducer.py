@@ -106,6 +106,34 @@ def _run_large_models_reduce_the_control_slots_first() -> None:
     assert unconstrained("a").eq(-4).all() and unconstrained("b").eq(-3).all()
 
 
+def _run_parameter_that_appears_costs_what_is_new() -> Values:
+    """What is known is summed once, in the order of names after a while; a second round sends what is new."""
+    rank, size = current().rank, current().world_size
+    optim = DistributedOptimizer(SGD({"lr": 1.0}))
+    gradients: dict[str, Tensor | None] = {name: torch.full((1000,), rank + 1.0) for name in ("m", "n")}
+    for name in gradients:
+        pyro.param(name, torch.zeros(1000))
+    step_with(optim, gradients)
+    mean = (size + 1) / 2
+    for number, name in enumerate(("b", "z", "a")):
+        pyro.param(name, torch.zeros(7))
+        gradients[name] = torch.full((7,), rank + 1.0)
+        with counting_calls() as calls:
+            step_with(optim, gradients)
+        numels = [numel for method, numel in calls if method == "all_reduce"]
+        assert numels == [2000 + 7 * number + NUM_SLOTS + 2 + number, 7 + NUM_SLOTS + 1]
+        assert unconstrained("m").eq(-mean * (number + 2)).all() and unconstrained(name).eq(-mean).all()
+    assert optim.reducer.layout.names == ("m", "n", "b", "z", "a")
+
+    while not optim.reducer.layout.is_sorted:
+        step_with(optim, gradients)
+    assert optim.reducer.layout.names == ("a", "b", "m", "n", "z") and optim.reducer.num_agreements == 4
+    with counting_calls() as calls:
+        step_with(optim, gradients)
+    assert calls == ([("all_reduce", 2021 + NUM_SLOTS + 5)] if size > 1 else [])
+    return store_values()
+
+
 def _run_large_models_follow_the_same_rules() -> None:
     """Bodies of the other suites, with every parameter in a bucket of its own and looked at before it is sent."""
     with pytest.MonkeyPatch.context() as patch:
@@ -121,6 +149,7 @@ BODIES = [
     _run_steady_state_costs_one_collective,
     _run_untouched_parameters_are_not_stepped,
     _run_large_models_reduce_the_control_slots_first,
+    _run_parameter_that_appears_costs_what_is_new,
     _run_large_models_follow_the_same_rules,
 ]
 

@@ -13,8 +13,9 @@ from pyro.optim.clipped_adam import ClippedAdam as PlainClippedAdam
 
 import distopt.optim
 from distopt.backends import current
-from distopt.optim import Adam, DistributedOptimizer, ReduceOptions
+from distopt.optim import SGD, Adam, DistributedOptimizer, ReduceOptions
 from distopt.reduce import layout
+from distopt.reduce.reducer import SORTED_AFTER
 from tests import workers
 from tests.reduce.steps import random_values, step_with, store_values
 
@@ -79,6 +80,92 @@ def test_any_schedule_keeps_replicas_equal_to_one_process(
         assert set(actual) == set(expected)
         for name, value in expected.items():
             torch.testing.assert_close(torch.tensor(actual[name]), value)
+
+
+NUM_BORN = 12
+KINDS = (torch.float32, torch.float32, torch.float64, torch.complex64)
+OPTIONS = (
+    {},
+    {"bucket_mib": 0.00002},
+    {"overlap": True},
+    {"groups": 2},
+    {"groups": (("01", "07"),)},
+    {"compression": "bf16"},
+    {"compression": "fp16"},
+    {"op": "adasum"},
+    {"op": "sum"},
+)
+births = st.lists(
+    st.tuples(
+        st.lists(st.sets(st.integers(0, NUM_BORN - 1), max_size=3), min_size=SIZE, max_size=SIZE),
+        st.sampled_from([1, 1, 2, SORTED_AFTER + 2]),
+    ),
+    min_size=1,
+    max_size=6,
+)
+Births = list[tuple[list[set[int]], int]]
+
+
+def _born(index: int) -> torch.Tensor:
+    shape = list(SHAPES.values())[index % len(SHAPES)]
+    return torch.full(shape, float(index), dtype=KINDS[index * 5 % len(KINDS)])
+
+
+def _gradient_of(param: torch.Tensor, seed: int) -> torch.Tensor | None:
+    """A gradient, or none; whole numbers, whose sums are the same in 16 bits, in whatever order."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-8, 9, param.shape, generator=generator).to(param.dtype) * 2
+    return None if seed % 7 == 0 else values
+
+
+def grow_or_begin_whole(births: Births, options: dict[str, Any], is_large: bool) -> list[list[dict[str, Any]]]:
+    """The stores after each step of a model that grows, and of the same steps with all parameters known before."""
+    rank = current().rank
+    indices = sorted({index for by_rank, _ in births for born in by_rank for index in born})
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        if is_large:
+            patch.setattr(layout, "CONTROL_FIRST_BYTES", 0)
+        for is_whole in (False, True):
+            pyro.clear_param_store()
+            optim = DistributedOptimizer(SGD({"lr": 1.0}), reduce=ReduceOptions(**options))
+            if is_whole:
+                for index in indices:
+                    pyro.param(f"{index:02d}", _born(index))
+                optim.synchronize()
+            results.append(_take_births(optim, births, rank))
+            assert optim.reducer.layout.is_sorted or births[-1][1] < SORTED_AFTER
+    return results
+
+
+def _take_births(optim: DistributedOptimizer, births: Births, rank: int) -> list[dict[str, Any]]:
+    known: set[int] = set()  # on this rank, whose calls do not pass what others have brought
+    seen: set[str] = set()
+    stores = []
+    step = 0
+    for by_rank, num_steps in births:
+        known |= by_rank[rank]
+        seen.update(f"{index:02d}" for born in by_rank for index in born)
+        for _ in range(num_steps):
+            step += 1
+            gradients = {}
+            for index in sorted(known):
+                param = pyro.param(f"{index:02d}", lambda index=index: _born(index)).unconstrained()
+                gradients[f"{index:02d}"] = _gradient_of(param, 100 * step + 10 * rank + index)
+            step_with(optim, gradients)
+            stores.append({name: value for name, value in store_values().items() if name in seen})
+    return stores
+
+
+@given(births=births, options=st.sampled_from(OPTIONS), is_large=st.booleans())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_model_that_grows_is_stepped_bit_by_bit_as_one_that_is_whole(
+    births: Births, options: dict[str, Any], is_large: bool
+) -> None:
+    results = workers.world("torch_dist", SIZE).run(grow_or_begin_whole, births, options, is_large)
+    assert all(result == results[0] for result in results)
+    grown, whole = results[0]
+    assert grown == whole
 
 
 NUM_GROWN = 24

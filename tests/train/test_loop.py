@@ -185,7 +185,7 @@ def test_run_of_compiled_steps_resumes_with_the_same_bits_and_says_when_they_are
     # What is compiled runs as it stands: the compiler takes its time, and tests/infer/capture/test_compiled.py has it.
     monkeypatch.setattr(compiled, "_functions", {})
     monkeypatch.setattr(compiled, "_run_compiler", lambda graph, _examples: torch.no_grad()(graph))
-    path = config(tmp_path, train={"capture": "compiled"})
+    path = config(tmp_path, train={"num_steps": 40, "capture": "compiled"})
     run_here(path, f"run_dir={tmp_path / 'through'}")
     run_here(path, "train.num_steps=21")
     capsys.readouterr()
@@ -194,7 +194,7 @@ def test_run_of_compiled_steps_resumes_with_the_same_bits_and_says_when_they_are
     assert "resuming from step 21" in output and "compiled" not in output
     assert_equal_bits(tmp_path / "run", tmp_path / "through")
 
-    run_here(path, "train.num_steps=70", "train.capture=graph")
+    run_here(path, "train.num_steps=50", "train.capture=graph")
     assert "steps are not compiled as they were before the run resumed" in capsys.readouterr().out
 
 
@@ -236,8 +236,9 @@ def test_columns_of_another_length_are_refused(tmp_path: Path, capsys: pytest.Ca
 def test_straggler_is_named_while_the_run_goes_on_and_in_the_report_and_changes_no_bit(
     undisturbed: Path, tmp_path: Path
 ) -> None:
-    fifth = {"cpu.cfs_period_us": "10000", "cpu.cfs_quota_us": "2000"}
-    with control_group("cpu", fifth, {"cpu.max": "2000 10000"}) as group:
+    # A fifth of a core where cores are idle, and a fifth of what a process gets where others keep them busy.
+    fifth = {"cpu.cfs_period_us": "10000", "cpu.cfs_quota_us": "2000", "cpu.shares": "204"}
+    with control_group("cpu", fifth, {"cpu.max": "2000 10000", "cpu.weight": "20"}) as group:
         path = config(tmp_path, task="tests.train.tasks:Straggling", task_args={"group": str(group)})
         output = launch_well(path)
     pattern = r"rank 1 on \S+ is a straggler: its work for a step takes [\d.e+]+ ms, ([\d.]+) times the median"

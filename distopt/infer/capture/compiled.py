@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from distopt.infer.capture import program as programs
 from distopt.infer.capture.captured_step import CapturedStep, StepResult, Variant
+from distopt.infer.capture.generators import generator_states, set_generator_states
 from distopt.infer.capture.program import Program
 from distopt.infer.capture.recorded_step import RecordedStep
 from distopt.infer.capture.recording import HostCall, Op, PackCall, Recording, Slot, TensorInfo, aten, substitute
@@ -496,7 +497,7 @@ class _Rehearsal:
     """What a step changes, to be put back."""
 
     def __init__(self) -> None:
-        self._torch = torch.get_rng_state()
+        self._torch = generator_states()
         self._python = random.getstate()
         self._numpy = np.random.get_state()
         params = pyro.get_param_store()._params.values()
@@ -504,7 +505,7 @@ class _Rehearsal:
 
     def undo(self, undo_writes: Callable[[], None] | None = None) -> None:
         """Puts everything back; tensors that the step has written to by `undo_writes`."""
-        torch.set_rng_state(self._torch)
+        set_generator_states(self._torch)
         random.setstate(self._python)
         np.random.set_state(self._numpy)
         for param, grad, values in self._grads:

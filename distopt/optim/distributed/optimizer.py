@@ -272,7 +272,7 @@ class DistributedOptimizer(pyro.optim.optim.PyroOptim):  # type: ignore[misc]
         with joining(self.backend, self.reducer):
             try:
                 yield
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.abort(error)
                 raise
             self._stepper.follow()

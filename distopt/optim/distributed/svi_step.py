@@ -54,13 +54,14 @@ def step_on_all_ranks(
         PeerError: Model or guide raised on another rank; no rank has stepped.
     """
     optim: DistributedOptimizer = svi.optim
-    # A model that raises on one rank would leave the others waiting in the all-reduce: they are told first.
+    # A model that raises on one rank, or ends its process, would leave the others waiting in the all-reduce: they are
+    # told first. They are not told of Ctrl-C, which has to end a process at once, whether the others answer or not.
     try:
         if not optim.is_synchronized:
             meet(svi, args, kwargs)
         loss, params = (loss_and_params or partial(loss_and_named_params, svi))(args, kwargs)
         numbers = numbers_of(loss)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         optim.abort(error)
         raise
 

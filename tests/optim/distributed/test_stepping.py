@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -76,16 +77,34 @@ def _run_uneven_data_is_averaged_over_active_ranks() -> Values:
 
 
 def _run_failure_while_others_have_joined_reaches_them() -> None:
-    """A rank that raises inside `join` is heard by those who are done."""
+    """A rank that raises inside `join`, or ends its process, is heard by those who are done."""
     rank, size = current().rank, current().world_size
-    optim = DistributedOptimizer(SGD({"lr": 1.0}))
-    pyro.param("x", torch.zeros(2))
-    expected: Any = ZeroDivisionError if rank == size - 1 else PeerError
-    with pytest.raises(expected), optim.join():
-        for step in range(3 if rank == size - 1 else 1):
-            if step == 2:
-                raise ZeroDivisionError("in the model")
-            step_with(optim, {"x": torch.ones(2)})
+    for error in (ZeroDivisionError("in the model"), SystemExit(3)):
+        optim = DistributedOptimizer(SGD({"lr": 1.0}))
+        pyro.param("x", torch.zeros(2))
+        expected: Any = type(error) if rank == size - 1 else PeerError
+        with pytest.raises(expected), optim.join():
+            for step in range(3 if rank == size - 1 else 1):
+                if step == 2:
+                    raise error
+                step_with(optim, {"x": torch.ones(2)})
+
+
+def _run_model_that_ends_one_process_is_named_by_all() -> None:
+    """As one that raises: the others need not wait until the process is gone, and have the cause."""
+    rank, size = current().rank, current().world_size
+
+    def model(is_last: bool) -> None:
+        pyro.sample("x", dist.Normal(pyro.param("mean", torch.zeros(())), 1.0), obs=torch.ones(()))
+        if is_last and rank == size - 1:
+            sys.exit(3)
+
+    for kind in (SVI, distopt.infer.SVI):
+        svi = kind(model, lambda is_last: None, DistributedOptimizer(SGD({"lr": 0.1})), Trace_ELBO())
+        svi.step(False)
+        expected: tuple[Any, str] = (SystemExit, "^3$") if rank == size - 1 else (PeerError, "at step 1: SystemExit: 3")
+        with pytest.raises(expected[0], match=expected[1]):
+            svi.step(True)
 
 
 def _run_second_optimizer_inside_a_join_is_refused() -> Values:
@@ -348,6 +367,7 @@ def _run_rank_local_parameters_are_never_sent() -> None:
 LOOPS = [
     _run_failing_rank_is_named_by_all,
     _run_uneven_data_is_averaged_over_active_ranks,
+    _run_model_that_ends_one_process_is_named_by_all,
     _run_failure_while_others_have_joined_reaches_them,
     _run_second_optimizer_inside_a_join_is_refused,
     _run_several_calls_make_one_step,
