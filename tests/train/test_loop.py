@@ -191,7 +191,7 @@ def test_run_of_compiled_steps_resumes_with_the_same_bits_and_says_when_they_are
     capsys.readouterr()
     run_here(path)
     output = capsys.readouterr().out
-    assert "resuming from step 21" in output and "compiled" not in output
+    assert "resuming from step 21" in output and "not compiled" not in output
     assert_equal_bits(tmp_path / "run", tmp_path / "through")
 
     run_here(path, "train.num_steps=50", "train.capture=graph")
