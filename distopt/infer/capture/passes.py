@@ -328,6 +328,7 @@ def op_device(op: Op, recording: Recording) -> torch.device:
 def _is_expanded_number(op: Op, recording: Recording, written: set[int]) -> bool:
     return (
         op.function is aten.expand.default
+        and op_device(op, recording).type == "cpu"  # where `_ignores_size` has looked
         and recording.infos[op.ins[0]].shape == ()
         and recording.infos[op.ins[0]].dtype in (torch.float32, torch.float64)
         and recording.alias[op.ins[0]] not in written

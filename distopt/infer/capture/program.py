@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from distopt.infer.capture.direct import direct_op
-from distopt.infer.capture.recording import Op, Recording, Slot, same_bits, substitute
+from distopt.infer.capture.generators import generator_states, set_generator_states
+from distopt.infer.capture.recording import Op, PackCall, Recording, Slot, same_bits, substitute
 
 
 def _load() -> Any:
@@ -114,7 +115,10 @@ class _Lowering:
 
     def _add(self, op: Op) -> None:
         if op.is_host:
-            self._program.add_host(op.function.function, op.ins)
+            if isinstance(op.function, PackCall):
+                self._program.add_pack(op.ins, op.function.flat)
+            else:
+                self._program.add_host(op.function.function, op.ins, op.outs)
             return
         if self._is_view_of_fixed(op):
             self._add_view(op)
@@ -192,6 +196,7 @@ class PythonProgram:
         self._foreign_layouts = {slot: _layout(tensor) for slot, tensor in recording.foreign.items()}
         self._running = False
         self._buffers: Sequence[Tensor | None] = [None] * len(self._params)
+        self._dead = _last_uses(recording)
 
     def set_gradient_buffers(self, buffers: Sequence[Tensor | None]) -> None:
         """As `Program.set_gradient_buffers`."""
@@ -205,25 +210,25 @@ class PythonProgram:
         if status != RAN:
             return status, []
 
-        state = torch.get_rng_state()
+        states = generator_states()
         saved = [(tensor, tensor.clone()) for tensor in self._written_tensors()]
         self._running = True
         try:
             with torch.no_grad():
                 values = self._run_ops(args)
         except BaseException:
-            _restore(state, saved)
+            put_back(states, saved)
             raise
         finally:
             self._running = False
 
         for index, check in enumerate(self._recording.checks):
             if bool(values[check.slot]) != check.answer:
-                _restore(state, saved)
+                put_back(states, saved)
                 return index, []
         losses = [values[slot].item() for slot in self._recording.loss_slots()]
         if not all(map(math.isfinite, losses)):
-            _restore(state, saved)
+            put_back(states, saved)
             return NOT_FINITE, []
         with torch.no_grad():
             self._hand_out_gradients(values)
@@ -259,19 +264,21 @@ class PythonProgram:
         return RAN
 
     def _run_ops(self, args: Sequence[Tensor]) -> dict[int, Tensor]:
-        # Values live to the end of the step: the loop in C++ frees each after its last use.
         recording = self._recording
         values: dict[int, Tensor] = {**recording.lifted, **recording.foreign}
         inputs = [*self._params, *(self._params[index].grad for index in recording.with_grad), *args]
         values.update((slot, tensor.detach()) for slot, tensor in enumerate(inputs) if tensor is not None)
 
-        for op in recording.ops:
+        for op, dead in zip(recording.ops, self._dead, strict=True):
             if op.is_host:
-                op.function.function(*(values[slot] for slot in op.ins))
-                continue
-            for slot, tensor in zip(op.outs, _call(op, values), strict=True):
-                if slot >= 0 and slot not in op.writes:
-                    values[slot] = tensor
+                results = op.function.function(*(values[slot] for slot in op.ins))
+                values.update(zip(op.outs, results or (), strict=True))
+            else:
+                for slot, tensor in zip(op.outs, _call(op, values), strict=True):
+                    if slot >= 0 and slot not in op.writes:
+                        values[slot] = tensor
+            for slot in dead:
+                values.pop(slot, None)
         return values
 
     def _hand_out_gradients(self, values: dict[int, Tensor]) -> None:
@@ -286,8 +293,20 @@ class PythonProgram:
                 param.grad = value.clone() if buffer is None else buffer.copy_(value)
 
 
-def _restore(state: Tensor, saved: list[tuple[Tensor, Tensor]]) -> None:
-    torch.set_rng_state(state)
+def _last_uses(recording: Recording) -> list[list[int]]:
+    """Returns for each operation the slots that nothing reads after it, so that their memory can be used again."""
+    seen = set(recording.outputs())
+    dead: list[list[int]] = []
+    for op in reversed(recording.ops):
+        slots = {slot for slot in (*op.ins, *op.outs) if slot >= 0} - seen
+        dead.append(sorted(slots))
+        seen |= slots
+    return dead[::-1]
+
+
+def put_back(states: list[Tensor], saved: list[tuple[Tensor, Tensor]]) -> None:
+    """Puts back generators, and tensors that a step has written to."""
+    set_generator_states(states)
     with torch.no_grad():
         for tensor, values in saved:
             tensor.copy_(values)

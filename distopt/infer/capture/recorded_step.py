@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pyro
-import torch
 from pyro import poutine
 from pyro.infer.util import torch_item
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from distopt.infer.capture.generators import generator_states, set_generator_states
 from distopt.infer.capture.recorder import Recorder, ValueReads
 from distopt.infer.capture.recording import Recording, Slot
 from distopt.rng import recording_host_calls
@@ -43,12 +43,14 @@ class RecordedStep:
         losses: The loss of each component that the ELBO returned.
         params: All parameters that the store held before the step, in its order.
         used: Those that the step named, as Pyro's SVI collects them.
+        undo_writes: Gives all other tensors that the step has written to the values that they had before.
     """
 
     recording: Recording
     losses: list[float]
     params: list[Tensor]
     used: list[Tensor]
+    undo_writes: Callable[[], None]
 
 
 def record_step(
@@ -74,7 +76,7 @@ def record_step(
     # The step is a true one, so nothing is put back unless the model raises an error: then the caller takes the step
     # again, eagerly, and the error that the user sees must be that step's.
     saved_grads = [(param, param.grad, None if param.grad is None else param.grad.clone()) for param in params]
-    rng_state = torch.get_rng_state()
+    rng_states = generator_states()
     python_state = _python_generators()
     recorder.start()
     try:
@@ -90,7 +92,7 @@ def record_step(
             raise NotFiniteError
     except BaseException:
         recorder.close()
-        torch.set_rng_state(rng_state)
+        set_generator_states(rng_states)
         random.setstate(python_state["python"])
         np.random.set_state(python_state["numpy"])
         for param, grad, values in saved_grads:
@@ -104,7 +106,7 @@ def record_step(
     used = list(dict.fromkeys(site["value"].unconstrained() for site in capture.trace.nodes.values()))
     _take_params(recorder, before, used)
     recorder.close()
-    return RecordedStep(recorder.recording, losses, params, used)
+    return RecordedStep(recorder.recording, losses, params, used, recorder.undo_writes)
 
 
 def _is_finite(loss: Any) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from distopt.infer.capture.generators import generator_states, same_states
 from distopt.infer.capture.recording import (
     UNINITIALIZED,
     Check,
@@ -158,7 +159,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # By address of a storage that stays alive throughout the recording, its first slot.
         self._alias_of_storage: dict[int, int] = {}
         self._static = StaticSlots(self.recording)
-        self._generator_state: Tensor | None = None
+        self._generator_states: list[Tensor] | None = None
         self.first_argument = 0  # the first slot that is an argument's
         # A recorded step that raises an error is taken again eagerly, so its writes must be undone first.
         self._undo: dict[int, tuple[Tensor, Tensor]] = {}  # by alias: a foreign tensor, and its values before
@@ -171,8 +172,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def new_slot(self, tensor: Tensor, alias: int | None = None) -> int:
         """Gives a tensor the next slot; `alias` is an earlier slot with the same memory."""
-        if tensor.device.type != "cpu":  # the program restores the CPU's generator, and compares memory itself
-            self.refuse(f"a tensor on {tensor.device} is used, and steps are captured on the CPU only")
+        if not _has_programs(tensor.device):
+            self.refuse(f"a tensor on {tensor.device} is used, and steps are captured on the CPU or the current GPU")
         recording = self.recording
         slot = len(recording.infos)
         recording.infos.append(TensorInfo.of(tensor))
@@ -241,6 +242,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _compare(self, slot: int) -> None:
         tensor = self.recording.foreign[slot]
+        if tensor.device.type != "cpu":  # comparing it before each step would wait for the GPU
+            self.refuse(f"a value is read that depends on a tensor on {tensor.device}")
+            return
         if tensor.numel() * tensor.element_size() > MAX_COMPARED_BYTES:
             self.refuse(f"a value is read that depends on a tensor of more than {MAX_COMPARED_BYTES >> 10} KiB")
             return
@@ -313,7 +317,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._check_generator()
         result = function(*args, **kwargs)
         if random_op:
-            self._generator_state = torch.get_rng_state()
+            self._generator_states = generator_states()
 
         # squeeze_, t_ and their like are recorded as the view that they are, under a new slot: shapes would go stale.
         if inplace_view:
@@ -405,20 +409,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             self._check_generator()
             function(*tensors)
-            self._generator_state = torch.get_rng_state()
+            self._generator_states = generator_states()
         call = HostCall(name, function)
         self.recording.ops.append(Op(call, [Slot(slot) for slot in slots], {}, [], slots, [], model_line()))
 
     def _check_generator(self) -> None:
         """Refuses a step that moves the generator by other means than recorded operations, such as seeding it."""
-        state = torch.get_rng_state()
-        if self._generator_state is not None and not torch.equal(state, self._generator_state):
+        states = generator_states()
+        if self._generator_states is not None and not same_states(states, self._generator_states):
             self.refuse("torch's generator is seeded or set within the step")
-        self._generator_state = state
+        self._generator_states = states
 
     def start(self) -> None:
         """Notes where torch's generator stands."""
-        self._generator_state = torch.get_rng_state()
+        self._generator_states = generator_states()
 
     def undo_writes(self) -> None:
         """Gives foreign tensors the values that they had before the step."""
@@ -513,6 +517,12 @@ def _are_disjoint(tensors: list[Tensor]) -> bool:
     spans = sorted((each.data_ptr(), each.data_ptr() + each.nbytes) for each in tensors if each.numel())
     separate = all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
     return separate and all(each.is_contiguous() for each in tensors)
+
+
+def _has_programs(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return device.index == torch.cuda.current_device()
+    return device.type == "cpu"
 
 
 def _storage(tensor: Tensor) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ from pyro import poutine
 from pyro.infer.util import torch_item
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
+from torch.overrides import _get_current_function_mode
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from distopt.infer.capture import program as programs
@@ -27,6 +30,7 @@ from distopt.infer.capture.captured_step import (
     other_branch,
     recorded_result,
 )
+from distopt.infer.capture.cuda_graph import NoGraphError, build_graph, uses_gpu
 from distopt.infer.capture.passes import shorten
 from distopt.infer.capture.reachable import is_plain
 from distopt.infer.capture.recorded_step import NotFiniteError, RecordedStep, record_step
@@ -57,7 +61,7 @@ class _Last(NamedTuple):
     model: Any
     guide: Any
     num_args: int
-    dtype: torch.dtype
+    defaults: tuple[torch.dtype, torch.device | None]
     variant: Variant
 
     def fits(self, model: Any, guide: Any, args: tuple[Any, ...]) -> bool:
@@ -68,7 +72,7 @@ class _Last(NamedTuple):
             and len(args) == self.num_args
             and len(set(map(id, args))) == self.num_args
             and all(type(each) is Tensor for each in args)
-            and torch.get_default_dtype() is self.dtype
+            and _default_type_and_device() == self.defaults
             and len(self.variant.captured) == 1
             and not self.variant.captured[0].recording.checks
         )
@@ -93,6 +97,8 @@ class StepCapture:
 
     Attributes:
         refusal: Why steps stay eager; None while they need not.
+        notice: Likewise why steps that were to be compiled are not.
+        keys: Of each compiled list, a hash of all that its bits depend on.
         num_steps: Steps so far.
         num_captured: Steps that ran from a program.
         num_recorded: Steps that were recorded.
@@ -116,10 +122,12 @@ class StepCapture:
     def __init__(self, loss_and_grads: Callable[..., Any], *, direct: bool = True) -> None:
         self.loss_and_grads = loss_and_grads
         self.refusal: str | None = None
+        self.notice: str | None = None
+        self.keys: list[str] = []
         self.num_steps = 0
         self.num_captured = 0
         self.num_recorded = 0
-        self._direct = direct
+        self._build: Callable[..., programs.Program] = partial(programs.build, direct=direct)
         self._variants: dict[Any, Variant] = {}
         self._num_programs = 0
         self._num_not_finite = 0  # recordings in vain
@@ -156,7 +164,7 @@ class StepCapture:
             return self._eager(model, guide, args, kwargs)
         variant = self._variants.setdefault(key, Variant())
         if not kwargs and len(tensors) == len(args):
-            self._last = _Last(model, guide, len(args), torch.get_default_dtype(), variant)
+            self._last = _Last(model, guide, len(args), _default_type_and_device(), variant)
         if variant.captured and _is_comparison_step(self.num_steps):
             return self._compare(variant, model, guide, args, kwargs)
         return self._run(variant, tensors, model, guide, args, kwargs)
@@ -247,13 +255,11 @@ class StepCapture:
             return self._eager(model, guide, args, kwargs)
         return self._record(variant, model, guide, args, kwargs)
 
-    def _take_not_finite(
-        self, captured: CapturedStep, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> StepResult:
+    def _take_not_finite(self, captured: CapturedStep, *step: Any) -> StepResult:
         """Takes a step eagerly whose captured loss was not finite: Pyro's validation, if it is on, names the site."""
         if captured.fails_often:
             self._refuse(_NOT_FINITE)
-        return self._eager(model, guide, args, kwargs)
+        return self._eager(*step)
 
     def _record(
         self, variant: Variant, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -300,11 +306,9 @@ class StepCapture:
             self._refuse(f"branches on values take more than {MAX_PROGRAMS} ways, {step.recording.checks[0].line}")
         return result
 
-    def _take_recorded(
-        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> RecordedStep | None:
+    def _take_recorded(self, *arguments: Any) -> RecordedStep | None:
         try:
-            step = record_step(self._loss_and_grads, model, guide, args, kwargs)
+            step = record_step(self._loss_and_grads, *arguments)
         except NotFiniteError:
             self._num_not_finite += 1
             if self._num_not_finite >= MAX_PROGRAMS:
@@ -323,9 +327,13 @@ class StepCapture:
             self._refuse(assumptions.refusal)
             return
         short = shorten(step.recording)
-        tensors = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
-        tensors = list(dict.fromkeys(tensors))
-        program = programs.build(short, step.params, tensors, direct=self._direct)
+        tensors = list(dict.fromkeys(leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)))
+        build = build_graph if uses_gpu(short) else self._build
+        try:
+            program = build(short, step.params, tensors)
+        except NoGraphError as error:
+            self._refuse(str(error))
+            return
         captured = CapturedStep(program, step.recording, short, assumptions, step.used, step.params, tensors)
         variant.captured.append(captured)
         self._num_programs += 1
@@ -352,12 +360,7 @@ class StepCapture:
                 continue
             unlike = difference(captured.recording, recording)
             if unlike is not None:
-                logger.warning(
-                    "step %d was recorded again and is not the captured one: %s. Steps since the last comparison may "
-                    "have used outdated values; from here on they run eagerly.",
-                    self.num_steps,
-                    unlike,
-                )
+                _warn_of_difference(self.num_steps, unlike)
                 self._refuse(unlike)
                 break
         return recorded_result(step)
@@ -369,11 +372,21 @@ class StepCapture:
 
     def _refuse(self, reason: str) -> None:
         """Keeps steps eager from here on, and says why once."""
-        if self.refusal is None:
-            self.refusal = reason
-            self._variants.clear()
-            self._last = None
-            logger.info("steps are not captured and run eagerly: %s", reason)
+        if self.refusal is not None:
+            return
+        self.refusal = reason
+        self._last = None
+        self._variants.clear()
+        logger.info("steps are not captured and run eagerly: %s", reason)
+
+
+def _warn_of_difference(step: int, difference: str) -> None:
+    logger.warning(
+        "step %d was recorded again and is not the captured one: %s. Steps since the last comparison may have used "
+        "outdated values; from here on they run eagerly.",
+        step,
+        difference,
+    )
 
 
 def _ids(columns: tuple[Tensor, ...] | None) -> list[int] | None:
@@ -401,10 +414,24 @@ def _is_plain_context() -> bool:
         and torch.is_grad_enabled()
         and not torch.is_inference_mode_enabled()
         and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled("cuda")
         and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
+        and torch._C._len_torch_function_stack() == (_default_device() is not None)
         and torch.get_default_dtype() in (torch.float32, torch.float64)
     )
+
+
+def _default_device() -> torch.device | None:
+    """Returns what `torch.set_default_device` was given, None where it was not called or other modes lie above it."""
+    if torch._C._len_torch_function_stack() == 0:
+        return None
+    mode = _get_current_function_mode()  # type: ignore[no-untyped-call]
+    device: torch.device | None = mode.device if isinstance(mode, DeviceContext) else None
+    return device
+
+
+def _default_type_and_device() -> tuple[torch.dtype, torch.device | None]:
+    return torch.get_default_dtype(), _default_device()
 
 
 def _key_of(model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -416,7 +443,7 @@ def _key_of(model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     # Tensors are numbered, each object once: f(x, x) is another step than f(x, y), since x has one slot.
     leaves, structure = tree_flatten((args, kwargs))
     tensors: dict[Tensor, int] = {}
-    components: list[Any] = [model, guide, structure, torch.get_default_dtype()]
+    components: list[Any] = [model, guide, structure, _default_type_and_device()]
     for leaf in leaves:
         if type(leaf) in (Tensor, torch.nn.Parameter) and not leaf.requires_grad and leaf.layout is torch.strided:
             index = tensors.setdefault(leaf, len(tensors))

@@ -212,7 +212,7 @@ REFUSED = {
     reads_argument_as_global: "in another",
     uses_sparse: "layout",
     uses_subclass: "subclass",
-    uses_another_device: "captured on the CPU only",
+    uses_another_device: "captured on the CPU or the current GPU",
     appends: "CALLS changes",
     counts: "COUNT changes",
     Carries: "previous changes",

@@ -89,3 +89,17 @@ def test_ten_thousand_captured_steps_need_no_more_memory_than_half_of_them(name)
     num_objects, num_bytes = growth(model, guide(model), args, 10_000)
     assert num_objects <= 1000
     assert num_bytes <= 16 << 20
+
+
+def test_steps_under_a_default_device_are_captured_and_no_program_serves_another_default():
+    pyro.clear_param_store()
+    capture = StepCapture(Trace_ELBO().loss_and_grads)
+    guide = AutoNormal(annealed)
+    try:
+        torch.set_default_device("cpu")
+        run_steps(capture, annealed, guide, lambda i: (DATA, 0.5), 6)
+    finally:
+        torch.set_default_device(None)
+    assert (capture.num_recorded, capture.num_captured, capture.refusal) == (2, 3, None)
+    run_steps(capture, annealed, guide, lambda i: (DATA, 0.5), 1)
+    assert (capture.num_recorded, capture.num_captured) == (3, 3)

@@ -1,0 +1,235 @@
+"""Runs a recorded step on a GPU as one CUDA graph: all its kernels by one launch, with the bits of an eager step.
+
+A graph reads and writes the addresses that it was recorded with. Parameters, what the step reads from outside, and the
+buffers that gradients are left in stay where they are from step to step; should one move, the graph is made anew.
+Arguments are copied to memory of the program's own first. Random numbers are an eager step's: each replay takes the
+generator's seed and place, and moves it on as the recorded operations did.
+
+Losses and checks come back together, in the step's only wait for the GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distopt.infer.capture.generators import generator_states
+from distopt.infer.capture.program import BUSY, NOT_FINITE, RAN, PythonProgram, put_back
+from distopt.infer.capture.recording import Recording
+
+MAX_GRAPHS = 8
+"""Graphs of one program: for memory that keeps moving a graph is no gain."""
+
+MAX_COMPARED_BYTES = 1 << 10
+"""Tensors on the CPU that a kernel on the GPU takes as numbers are compared before each step, up to this size."""
+
+
+class NoGraphError(Exception):
+    """A step that cannot be a CUDA graph; the message says why."""
+
+
+def uses_gpu(recording: Recording) -> bool:
+    """Returns whether a step computes anything on a GPU."""
+    return any(slot >= 0 and recording.infos[slot].device.type == "cuda" for op in recording.ops for slot in op.outs)
+
+
+def graph_refusal(recording: Recording) -> str | None:
+    """Returns why a step cannot be one CUDA graph; None if it can.
+
+    Whatever the host computes is done once, when the graph is made, so the step's list must be the GPU's but for
+    constants. Numbers from the CPU that existed before the step are compared from now on, see `Recording.compared`.
+    """
+    if recording.with_grad:
+        return "gradients are added to those of an earlier pass, which a CUDA graph has no place for"
+    constants = recording.lifted.keys() | recording.compared.keys()
+    for op in recording.ops:
+        if op.is_host:
+            return f"Python code runs within the step ({op.describe()}), which a CUDA graph cannot hold"
+        for slot in (*op.ins, *op.outs):
+            if slot < 0 or recording.infos[slot].device.type == "cuda" or slot in constants:
+                continue
+            if not _is_comparable(recording, slot):
+                return f"the CPU computes a part of a step on the GPU ({op.describe()})"
+            recording.compared[slot] = recording.foreign[slot].detach().clone()
+            constants |= {slot}
+    if not all(recording.infos[slot].device.type == "cuda" for slot in recording.outputs()):
+        return "a loss or gradient of a step on the GPU lies on the CPU"
+    return None
+
+
+def build_graph(recording: Recording, params: Sequence[Tensor], args: Sequence[Tensor]) -> CudaGraphProgram:
+    """Returns the program of a recording that uses a GPU.
+
+    Args:
+        recording: A shortened recording that is not refused.
+        params: The parameters of the store at that time.
+        args: The tensors among the arguments at that time.
+
+    Raises:
+        NoGraphError: The step cannot be a CUDA graph. Parameters, generators and what the step writes to are as before.
+    """
+    reason = graph_refusal(recording)
+    if reason is not None:
+        raise NoGraphError(reason)
+    try:
+        return CudaGraphProgram(recording, params, args)
+    except RuntimeError as error:  # an operation waits for the GPU, or its memory is full
+        raise NoGraphError(f"the step cannot be a CUDA graph: {error}") from error
+
+
+def _is_comparable(recording: Recording, slot: int) -> bool:
+    tensor = recording.foreign.get(slot)
+    small = tensor is not None and tensor.numel() * tensor.element_size() <= MAX_COMPARED_BYTES
+    return small and recording.alias[slot] not in recording.written()
+
+
+class CudaGraphProgram(PythonProgram):
+    """A recorded step as a CUDA graph.
+
+    Args:
+        recording: A shortened recording for which `graph_refusal` returns None.
+        params: The parameters of the store at that time.
+        args: The tensors among the arguments at that time.
+
+    Raises:
+        RuntimeError: An operation of the step cannot be part of a graph, such as one that waits for the GPU.
+    """
+
+    def __init__(self, recording: Recording, params: Sequence[Tensor], args: Sequence[Tensor]) -> None:
+        super().__init__(recording, params, args)
+        self._device = recording.infos[recording.outputs()[0]].device
+        self._inputs = [torch.empty_like(arg) for arg in args]
+        count = len(recording.checks) + len(recording.loss_slots())
+        self._numbers = torch.zeros(count, dtype=torch.float64, device=self._device)
+        self._with_gradient = [index for index, slot in enumerate(recording.grads) if slot >= 0]
+        self._flats, self._views = self._allocate_gradients()
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._addresses: list[int] = []
+        self._num_graphs = 0
+        self._copy_inputs(args)
+        self._record_graph()
+
+    def run(self, store: dict[str, Tensor], args: Sequence[Tensor]) -> tuple[int, list[float]]:
+        """As `Program.run`."""
+        if self._running:
+            return BUSY, []
+        status = self._inputs_status(store, args)
+        if status != RAN:
+            return status, []
+        self._running = True
+        try:
+            return self._replay(args)
+        finally:
+            self._running = False
+
+    def _replay(self, args: Sequence[Tensor]) -> tuple[int, list[float]]:
+        if self._addresses != self._present_addresses():
+            self._record_graph()
+        assert self._graph is not None
+        states = generator_states()
+        saved = [(tensor, tensor.clone()) for tensor in self._written_tensors()]
+        self._copy_inputs(args)
+        self._graph.replay()
+        numbers = self._numbers.tolist()
+
+        checks = self._recording.checks
+        for index, (check, number) in enumerate(zip(checks, numbers, strict=False)):
+            if bool(number) != check.answer:
+                put_back(states, saved)
+                return index, []
+        losses = numbers[len(checks) :]
+        if not all(map(math.isfinite, losses)):
+            put_back(states, saved)
+            return NOT_FINITE, []
+        for tensor, _ in saved:
+            torch.autograd.graph.increment_version(tensor)
+        self._leave_gradients()
+        return RAN, losses
+
+    # The graph.
+
+    def _present_addresses(self) -> list[int]:
+        buffers = [buffer for buffer in self._buffers if buffer is not None]
+        return [tensor.data_ptr() for tensor in (*self._params, *self._recording.foreign.values(), *buffers)]
+
+    def _record_graph(self) -> None:
+        if self._num_graphs >= MAX_GRAPHS:
+            raise RuntimeError(f"memory of parameters or data has moved {MAX_GRAPHS} times")
+        self._num_graphs += 1
+        self._graph = None
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        states = generator_states()
+        saved = [(tensor, tensor.clone()) for tensor in self._written_tensors()]
+
+        # Once without a graph: libraries allocate what they need at first use, which they may not do within one.
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        try:
+            with torch.cuda.stream(stream):
+                self._compute()
+        finally:
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+            put_back(states, saved)
+
+        # Other threads may use the GPU meanwhile: NCCL's, and those that copy a checkpoint.
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self._compute()
+        self._graph = graph
+        self._addresses = self._present_addresses()
+
+    @torch.no_grad()
+    def _compute(self) -> None:
+        """Runs the operations; leaves checks and losses side by side, and gradients where they are wanted."""
+        recording = self._recording
+        values = self._run_ops(self._inputs)
+        numbers = [values[check.slot] for check in recording.checks]
+        numbers += [values[slot] for slot in recording.loss_slots()]
+        if numbers:
+            self._numbers.copy_(torch.stack([number.reshape(()).double() for number in numbers]))
+        targets = [self._target(index) for index in self._with_gradient]
+        if targets:
+            torch._foreach_copy_(targets, [values[recording.grads[index]] for index in self._with_gradient])
+
+    @torch.no_grad()
+    def _copy_inputs(self, args: Sequence[Tensor]) -> None:
+        for memory, arg in zip(self._inputs, args, strict=True):
+            memory.copy_(arg)
+
+    # Gradients.
+
+    def _allocate_gradients(self) -> tuple[dict[torch.dtype, Tensor], dict[int, Tensor]]:
+        """Returns one tensor for the gradients of each dtype, and by parameter its part of it."""
+        infos = {index: self._recording.infos[self._recording.grads[index]] for index in self._with_gradient}
+        flats = {
+            dtype: torch.zeros(
+                sum(math.prod(info.shape) for info in infos.values() if info.dtype == dtype),
+                dtype=dtype,
+                device=self._device,
+            )
+            for dtype in {info.dtype for info in infos.values()}
+        }
+        views: dict[int, Tensor] = {}
+        used = dict.fromkeys(flats, 0)
+        for index, info in infos.items():
+            views[index] = flats[info.dtype].as_strided(info.shape, info.stride, used[info.dtype])
+            used[info.dtype] += math.prod(info.shape)
+        return flats, views
+
+    def _target(self, index: int) -> Tensor:
+        buffer = self._buffers[index]
+        return self._views[index] if buffer is None else buffer
+
+    def _leave_gradients(self) -> None:
+        # The next step overwrites what the graph has written, so gradients that have no buffer are copied, all of one
+        # dtype at once: somebody may keep them.
+        fresh = {}
+        if any(self._buffers[index] is None for index in self._with_gradient):
+            fresh = {dtype: flat.clone() for dtype, flat in self._flats.items()}
+        for index in self._with_gradient:
+            param, buffer, view = self._params[index], self._buffers[index], self._views[index]
+            if buffer is None:
+                buffer = fresh[view.dtype].as_strided(view.shape, view.stride(), view.storage_offset())
+            param.grad = buffer

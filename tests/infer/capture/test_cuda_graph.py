@@ -1,0 +1,77 @@
+"""Which recordings can be a CUDA graph: lists of operations are looked at, no GPU is needed. tests/gpu runs graphs."""
+
+from __future__ import annotations
+
+import torch
+
+from distopt.infer.capture.cuda_graph import graph_refusal, uses_gpu
+from distopt.infer.capture.recording import Check, HostCall, Op, Recording, Slot, TensorInfo, aten
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+def info(device, shape=(3,)):
+    return TensorInfo(shape, torch.float32, torch.empty(shape).stride(), device)
+
+
+def recording(second=GPU, out=GPU, **more):
+    """Returns a step with a parameter on the GPU, in slot 0, which is multiplied by slot 1 and summed up in slot 3."""
+    ops = [
+        Op(aten.mul.Tensor, [Slot(0), Slot(1)], {}, [2], [0, 1], [], ""),
+        Op(aten.sum.default, [Slot(2)], {}, [3], [2], [], "model.py:7"),
+    ]
+    infos = [info(GPU), info(second, () if second == CPU else (3,)), info(out), info(out, ())]
+    values = {"num_params": 1, "num_inputs": 1, "requires_grad": [True], "grads": [2], "losses": [Slot(3)]} | more
+    return Recording(ops=ops, infos=infos, alias=[0, 1, 2, 3], **values)
+
+
+def test_step_on_the_gpu_alone_is_a_graph():
+    step = recording()
+    assert uses_gpu(step)
+    assert graph_refusal(step) is None
+    assert step.compared == {}
+
+
+def test_step_on_the_cpu_uses_no_gpu():
+    step = recording(CPU, CPU)
+    assert not uses_gpu(step)
+
+
+def test_number_made_in_the_step_is_part_of_a_graph_and_one_from_outside_is_compared_before_each_step():
+    assert graph_refusal(recording(CPU, lifted={1: torch.tensor(2.0)})) is None
+    outside = torch.tensor(2.0)
+    step = recording(CPU, foreign={1: outside})
+    assert graph_refusal(step) is None
+    assert torch.equal(step.compared[1], outside)
+    outside.fill_(3.0)
+    assert not torch.equal(step.compared[1], outside)
+
+
+def test_argument_on_the_cpu_large_tensors_there_and_those_that_the_step_writes_to_are_refused():
+    assert "the CPU computes a part" in graph_refusal(recording(CPU))
+    assert "the CPU computes a part" in graph_refusal(recording(CPU, foreign={1: torch.zeros(1000)}))
+    step = recording(CPU, foreign={1: torch.tensor(0.0)})
+    step.ops.append(Op(aten.add_.Tensor, [Slot(1), Slot(1)], {}, [1], [1], [1], ""))
+    assert "the CPU computes a part" in graph_refusal(step)
+
+
+def test_what_the_cpu_computes_is_refused_with_its_line():
+    step = recording(foreign={1: torch.zeros(3)})
+    step.infos[3] = info(CPU, ())
+    assert "model.py:7" in graph_refusal(step)
+
+
+def test_gradients_that_are_there_and_python_code_are_refused():
+    assert "earlier pass" in graph_refusal(recording(with_grad=[0]))
+    step = recording()
+    step.ops.append(Op(HostCall("seed", lambda: None), [], {}, [], [], [], ""))
+    assert "Python code runs within the step (seed)" in graph_refusal(step)
+
+
+def test_loss_or_branch_on_the_cpu_is_refused():
+    step = recording()
+    step.infos.append(info(CPU, ()))
+    step.alias.append(4)
+    step.lifted[4] = torch.tensor(True)
+    step.checks.append(Check(4, True, "model.py:9"))
+    assert "lies on the CPU" in graph_refusal(step)
