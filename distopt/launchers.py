@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 # Variables that the launcher sets for host agents, supervisors and workers.
+BINDING_VARIABLE = "DISTOPT_BINDING"  # `none` leaves workers on all cores
 CONFIG_VARIABLE = "DISTOPT_CONFIG"  # the YAML itself, for pods, which share no folder with the launcher
 CWD_VARIABLE = "DISTOPT_CWD"  # the folder in which workers run, where ssh would start them in another one
 ECHO_VARIABLE = "DISTOPT_ECHO"  # set: supervisors print a worker's output as well, for `kubectl logs`
@@ -22,6 +23,7 @@ GRACE_VARIABLE = "DISTOPT_GRACE_S"  # seconds for the last checkpoint
 HEARTBEAT_VARIABLE = "DISTOPT_HEARTBEAT"  # set: host agents stop when the launcher is silent
 HOSTS_VARIABLE = "DISTOPT_HOSTS"  # the addresses of all hosts, with commas
 INTERFACE_VARIABLE = "DISTOPT_INTERFACE"  # the network interface, where the user chose one
+SINGLE_DEVICE_VARIABLE = "DISTOPT_SINGLE_DEVICE"  # set: the worker sees one device, which is no other worker's
 PREEMPTION_VARIABLE = "DISTOPT_PREEMPTION_FILE"  # the file that announces the end of a host
 RUN_DIR_VARIABLE = "DISTOPT_RUN_DIR"  # the run directory, which a supervisor tells its worker
 SECRETS_VARIABLE = "DISTOPT_SECRETS"  # the secrets for other hosts, in JSON; never exported to them by this name

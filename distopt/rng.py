@@ -93,6 +93,25 @@ def seed_generators(seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
 
 
+@contextmanager
+def drawing_alike(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """Has all ranks draw the same meanwhile, but for sites in sharded plates; afterwards generators are as before.
+
+    Args:
+        seed: As for `seed_all`.
+        step: As for `seed_all`.
+        device: Of this rank.
+    """
+    state = generators_state(device)
+    policy = _policy[0]
+    seed_all(seed, step, policy="shared")
+    try:
+        yield
+    finally:
+        set_generators_state(state, device)
+        _policy[0] = policy
+
+
 def seed_stream(name: str, device: torch.device) -> None:
     """Starts all generators of this process on a new stream: the same for the same name, and unlike any other.
 

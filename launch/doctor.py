@@ -21,7 +21,7 @@ from pathlib import Path
 from distopt.config import RunConfig
 from distopt.launchers import HOSTS_VARIABLE, INTERFACE_VARIABLE, RENDEZVOUS_PORT
 
-from . import ssh
+from . import hardware, ssh
 from .findings import Finding, Severity, failures
 from .platforms.mpi import BUILD_HOROVOD, find_mpirun, is_mpich, mpi_of_horovod
 from .worker import network
@@ -73,8 +73,7 @@ def examine(config: RunConfig | None) -> Iterator[Finding]:
     yield from _builds()
     yield _mpi()
     yield _host_name()
-    yield _shared_memory()
-    yield _infiniband()
+    yield from hardware.examine_hardware(config)
     if config is not None:
         yield _run_dir(config)
         hosts = _hosts(config)
@@ -109,6 +108,11 @@ builds = {
     ) or "not built",
     "GPUs": ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none",
 }
+count = torch.cuda.device_count()
+if count > 1:
+    near = [(a, b) for a in range(count) for b in range(count) if a != b and torch.cuda.can_device_access_peer(a, b)]
+    pairs = count * (count - 1)
+    builds["peer access"] = f"{len(near)} of {pairs} pairs of GPUs; the others copy through host memory"
 if torch.distributed.is_nccl_available() and torch.cuda.is_available():
     builds["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
 try:
@@ -168,33 +172,6 @@ def _host_name() -> Finding:
         hint = "enough for one host; for several, put addresses in launch.hosts"
         return Finding("host name", f"{name} is {address}: {hint}", severity="ok")
     return Finding("host name", f"{name} is {address}", severity="ok")
-
-
-SHARED_MEMORY = Path("/dev/shm")
-MIN_SHARED_GIB = 0.25  # a container's default is 0.0625
-INFINIBAND = Path("/sys/class/infiniband")
-
-
-def _shared_memory(folder: Path = SHARED_MEMORY) -> Finding:
-    """Says how large /dev/shm is, through which NCCL, gloo and data loaders of one host pass data."""
-    try:
-        size_gib = shutil.disk_usage(folder).total / 2**30
-    except OSError as error:
-        return Finding(str(folder), f"cannot be used: {error.strerror}", "mount a tmpfs there", "warning")
-    if size_gib < MIN_SHARED_GIB:
-        fix = "`docker run --shm-size=8g`, in a pod an emptyDir with medium Memory"
-        return Finding(str(folder), f"{size_gib:.2f} GiB, which NCCL and data loaders soon fill", fix, "warning")
-    return Finding(str(folder), f"{size_gib:.1f} GiB", severity="ok")
-
-
-def _infiniband(folder: Path = INFINIBAND) -> Finding:
-    """Says which InfiniBand or RoCE ports are active, over which NCCL goes by itself."""
-    ports = sorted(folder.glob("*/ports/*/state"))
-    active = [f"{path.parts[-4]} port {path.parts[-2]}" for path in ports if "ACTIVE" in path.read_text()]
-    if ports and not active:
-        fix = "`ibstat` shows why; NCCL_IB_DISABLE=1 in launch.env has NCCL not try"
-        return Finding("InfiniBand", f"none of {len(ports)} ports is active", fix, "warning")
-    return Finding("InfiniBand", ", ".join(active) or "none; NCCL and gloo use sockets", severity="ok")
 
 
 # The folder, port and hosts of a run.

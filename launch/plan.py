@@ -10,6 +10,7 @@ from pathlib import Path
 
 from distopt.config import RunConfig, dump_yaml
 from distopt.launchers import (
+    BINDING_VARIABLE,
     CONFIG_FILE,
     CWD_VARIABLE,
     GRACE_VARIABLE,
@@ -146,6 +147,7 @@ def env_of_workers(config: RunConfig, **more: str) -> dict[str, str]:
     """
     interface = {INTERFACE_VARIABLE: config.launch.interface} if config.launch.interface else {}
 
+    binding = {} if config.launch.binding == "numa" else {BINDING_VARIABLE: config.launch.binding}
     preemption = {PREEMPTION_VARIABLE: config.launch.preemption_file} if config.launch.preemption_file else {}
 
     # Over ssh a worker starts in the user's home folder, and other hosts may resolve names differently.
@@ -155,6 +157,7 @@ def env_of_workers(config: RunConfig, **more: str) -> dict[str, str]:
     return {
         WORLD_SIZE_VARIABLE: format_range(config.launch.world_sizes),
         **interface,
+        **binding,
         **preemption,
         **elsewhere,
         GRACE_VARIABLE: f"{config.launch.grace_s:g}",

@@ -125,14 +125,29 @@ class Heartbeat:
                 break
         return self.failure
 
-    def describe_missing(self) -> str:
-        """Returns which ranks are behind this one or silent, and where each was last seen.
+    def failure_or_missing(self, timeout_s: float) -> Failure | str:
+        """Returns the first failure of another rank, or in its place what `describe_missing` does.
 
-        Two readings, a little more than a heartbeat apart, tell a living rank from one that stopped: the clocks of two
-        machines are never compared.
+        The ranks are looked at while the failure is waited for: a run stands still until both are known.
+
+        Args:
+            timeout_s: How long to wait for the failure.
         """
         first = call_within(5.0, self._read_beats)
-        time.sleep(2.5 * BEAT_S)
+        read_at = time.monotonic()
+        can_come = first is not None  # through a store that answers
+        return self.wait_for_failure(timeout_s if can_come else 0.0) or self._compare(first, read_at)
+
+    def describe_missing(self) -> str:
+        """Returns which ranks are behind this one or silent, and where each was last seen."""
+        return self._compare(call_within(5.0, self._read_beats), time.monotonic())
+
+    def _compare(self, first: dict[int, dict[str, Any]] | None, read_at: float) -> str:
+        """Describes the ranks by a second reading, a little more than a heartbeat after the first.
+
+        The two tell a living rank from one that stopped: the clocks of two machines are never compared.
+        """
+        time.sleep(max(0.0, read_at + 2.5 * BEAT_S - time.monotonic()))
         second = call_within(5.0, self._read_beats)
         if first is None or second is None:
             return "rank 0, whose store does not answer: its process or machine has stopped or is unreachable"

@@ -73,7 +73,10 @@ class TorchDist(World):
             raise BackendError(str(error)) from error
 
         device = choose_device(rank_info)
-        libraries = "cpu:gloo,cuda:nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo"
+        # NCCL refuses two ranks on one GPU, which instances of MIG may be. Gloo copies through host memory.
+        has_instance = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-")
+        has_nccl = device.type == "cuda" and dist.is_nccl_available() and not has_instance
+        libraries = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
 

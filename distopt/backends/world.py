@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import Store
 
 from distopt.backends.base import Backend, BackendError, Handle, Op
 from distopt.backends.heartbeat import BEAT_S, Failure, Heartbeat
-from distopt.launchers import RankInfo
+from distopt.launchers import SINGLE_DEVICE_VARIABLE, RankInfo
 from distopt.worker_error import is_permanent, record_error
 
 LINGER = timedelta(seconds=3)
@@ -202,11 +202,10 @@ class World(Backend):
             return BackendError(f"{collective} failed: {error}")
 
         # What the library reports is mostly a closed connection; the rank that closed it may have said why.
-        failure = self._heartbeat.wait_for_failure(LINGER.total_seconds())
-        if failure is not None:
-            return BackendError(self._describe_failure(failure))
-        missing = self._heartbeat.describe_missing()
-        return BackendError(f"{collective} failed while waiting for {missing}. The library says: {error}")
+        cause = self._heartbeat.failure_or_missing(LINGER.total_seconds())
+        if not isinstance(cause, str):
+            return BackendError(self._describe_failure(cause))
+        return BackendError(f"{collective} failed while waiting for {cause}. The library says: {error}")
 
     def timeout_error(self, what: str, limit_s: float) -> BackendError:
         """Returns the error for a collective that did not finish in time."""
@@ -311,6 +310,8 @@ def choose_device(rank_info: RankInfo) -> torch.device:
     """Returns this process's GPU when the machine has one for each of its processes, else the CPU."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     local_rank = rank_info.local_rank or 0
+    if num_gpus and SINGLE_DEVICE_VARIABLE in os.environ:
+        return torch.device("cuda", 0)
     if num_gpus and num_gpus >= (rank_info.local_size or local_rank + 1):
         return torch.device("cuda", local_rank)
     return torch.device("cpu")

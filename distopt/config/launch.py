@@ -102,6 +102,9 @@ class LaunchConfig(Section):
     """How horovodrun starts workers and how they coordinate; `mpi` needs a Horovod that was built with MPI."""
     interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,15}$")] | None = None
     """Network interface of the workers; null uses the one with the host's address."""
+    binding: Literal["numa", "none"] = "numa"
+    """Which processor cores a worker may use where a host has several NUMA nodes: those beside its GPU, and without
+    one its share of the nodes (`numa`), or all (`none`). What a launcher or a cluster has bound stays so."""
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
     """TCP port of the rendezvous on the first host; null uses a free one on this machine, and 29400 on other hosts."""
     max_restarts: Annotated[int, Field(ge=0)] = 3

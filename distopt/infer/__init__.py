@@ -3,6 +3,7 @@
 from distopt.infer.capture import TensorRows, explain_capture
 from distopt.infer.everywhere import everywhere
 from distopt.infer.gathering import gather_local, gather_rows, read_local, write_local
+from distopt.infer.predictive import predictive
 from distopt.infer.sharded_plate import shard, sharded_plate
 from distopt.infer.svi import SVI
 from distopt.rng import NoisePolicy, rank_seed, seed_all
@@ -17,6 +18,7 @@ __all__ = [
     "explain_capture",
     "gather_local",
     "gather_rows",
+    "predictive",
     "rank_seed",
     "read_local",
     "seed_all",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -107,17 +107,28 @@ def write_local(directory: str | Path, names: Iterable[str] = (), *, backend: Ba
     Cost:
         One barrier; no data are sent between ranks. All ranks must call it.
     """
-    backend = backend or backends.current()
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-
     store = pyro.get_param_store()
     parameters = local_parameters()
+    keys = sorted({key for name in names for key in _parameters_called(name)} or parameters)
+    values = {key: (parameters[key].by_row(store[key].detach()), parameters[key].plate) for key in keys}
+    return write_rows(directory, values, backend or backends.current())
+
+
+def write_rows(directory: str | Path, values: Mapping[str, tuple[Tensor, PlateShard]], backend: Backend) -> Path:
+    """Writes values of this rank's datapoints as `write_local` does; a collective call.
+
+    Args:
+        directory: As for `write_local`.
+        values: By name (size, ...) values, and the plate of these datapoints.
+        backend: Link to the other ranks.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    for key in sorted({key for name in names for key in _parameters_called(name)} or parameters):
+    for key, (rows, plate) in values.items():
         # A copy: safetensors refuses tensors that share memory, as packed parameters do.
-        tensors[key] = parameters[key].by_row(store[key].detach()).cpu().contiguous().clone()
-        tensors[f"rows.{key}"] = torch.from_numpy(parameters[key].plate.global_rows(backend).copy())
+        tensors[key] = rows.cpu().contiguous().clone()
+        tensors[f"rows.{key}"] = torch.from_numpy(plate.global_rows(backend).copy())
 
     # Renamed when complete, so that `read_local` never sees half a file.
     path = directory / f"local-{backend.rank:05d}-of-{backend.world_size:05d}.safetensors"
@@ -202,8 +213,9 @@ def gather_of_plate(values: Tensor, plate: PlateShard, rows: ArrayLike | None, b
     offsets = _positions(held, wanted)
     is_held = torch.from_numpy(offsets >= 0)
 
-    gathered = values.new_zeros((len(wanted), *values.shape[1:]))
-    gathered[is_held] = values[torch.from_numpy(offsets[offsets >= 0]).to(values.device)]
+    summed = torch.uint8 if values.dtype == torch.bool else values.dtype
+    gathered = values.new_zeros((len(wanted), *values.shape[1:]), dtype=summed)
+    gathered[is_held] = values[torch.from_numpy(offsets[offsets >= 0]).to(values.device)].to(summed)
     num_holders = is_held.to(device=values.device, dtype=torch.int64)
     for handle in (backend.all_reduce(num_holders), backend.all_reduce(gathered)):
         handle.wait()
@@ -214,7 +226,7 @@ def gather_of_plate(values: Tensor, plate: PlateShard, rows: ArrayLike | None, b
             f"plate {plate.name!r}: {_some(wanted[is_wrong.cpu().numpy()])} held by {int(num_holders[is_wrong][0])} of "
             f"{backend.world_size} ranks, expected one"
         )
-    return gathered
+    return gathered.to(values.dtype)
 
 
 def _all_rows(held: NDArray[np.int64], plate: PlateShard, backend: Backend) -> NDArray[np.int64]:

@@ -25,6 +25,7 @@ from distopt.infer import SVI, everywhere
 from distopt.infer.torch_closures import average_gradients_, by_kind
 from distopt.lightning.checkpoints import TrainerCheckpoints
 from distopt.lightning.loaders import RankRows, Share, SharedOrder, Split, split_loader
+from distopt.lightning.model_saves import saving_on_rank_0
 from distopt.lightning.parallel import ProcessStrategy, StartMethod
 from distopt.lightning.plates import unscaled_plates
 from distopt.optim.distributed.svi_step import run_once
@@ -135,6 +136,7 @@ class DistoptStrategy(ProcessStrategy):
         assert module is not None
         self._refuse(module.automatic_optimization)
         share_first_values(module, self.backend, with_buffers=self._split != "rows")
+        self._distributed.enter_context(saving_on_rank_0(trainer, of_one_rank=self._split == "rows"))
         self._distributed.enter_context(
             everywhere(
                 self._plates,
@@ -278,7 +280,7 @@ class DistoptStrategy(ProcessStrategy):
 
     def on_validation_start(self) -> None:
         """Makes buffers equal, and starts noise that is the same on all ranks."""
-        self._align_buffers()
+        self.align_buffers()
         self._rng_before = generators_state(self.root_device)
         seed_all(self._seed, _VALIDATION + int(self._trainer.current_epoch), 0, "shared")
 
@@ -290,7 +292,7 @@ class DistoptStrategy(ProcessStrategy):
 
     def on_train_end(self) -> None:
         """Makes buffers equal."""
-        self._align_buffers()
+        self.align_buffers()
 
     # Checkpoints, which are folders of distopt's at the paths that Lightning gives.
 
@@ -300,7 +302,7 @@ class DistoptStrategy(ProcessStrategy):
         Raises:
             CheckpointError: Something to be kept is neither plain nor a tensor, such as a hyperparameter; names it.
         """
-        self._align_buffers()
+        self.align_buffers()
         path = self.broadcast(str(filepath))
         self._checkpoints.save(path, checkpoint, self._seed, self._trainer, self.backend)
 
@@ -328,9 +330,9 @@ class DistoptStrategy(ProcessStrategy):
         assert module is not None
         self._checkpoints.start(module, self.backend)
 
-    def _align_buffers(self) -> None:
-        module = self.lightning_module
-        assert module is not None
+    def align_buffers(self) -> None:
+        """Averages the ranks' buffers of floating point; a collective call."""
+        module: Any = self.lightning_module
         if self._trainer.state.fn != TrainerFn.FITTING or self._trainer.sanity_checking:
             return
         modules: dict[str, nn.Module] = {"": module}

@@ -11,19 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pyro import poutine
 from torch import Tensor
 
 from distopt import backends
 from distopt.backends import Backend
 from distopt.infer.gathering import gather_of_plate
-from distopt.infer.sharded_plate import Sharding
-from distopt.rng import generators_state, seed_all, set_generators_state
+from distopt.infer.predictive import SAMPLES, RowsOfSite, SampledRows
+from distopt.rng import drawing_alike
 from distopt.scvi.cells import cell_numbers
 from distopt.scvi.row_strategy import plate_of_cells
 from distopt.sharding import PlateShard
-
-_SAMPLES = 1 << 41  # steps of the noise of posterior samples begin here, beyond those of training and validation
 
 
 def gather_cells(values: Any, adata: Any, *, backend: Backend | None = None) -> Any:
@@ -79,12 +76,13 @@ def sample_posterior(model: Any, *, seed: int = 0, backend: Backend | None = Non
         An all-reduce of each value.
     """
     backend = backend or backends.current()
-    axes = _axes_of_cells(model, bool(kwargs.get("return_observed")))
-    with _seeded(model, seed, backend):
+    with _drawing(model, seed, backend) as sites:
         local: dict[str, dict[str, NDArray[Any]]] = model.sample_posterior(**kwargs)
     return {
         summary: {
-            site: _gathered(value, axes[site], model.adata, backend) if site in axes else _of_rank_0(value, backend)
+            site: _gathered(value, sites[site].dim, model.adata, backend)
+            if site in sites
+            else _of_rank_0(value, backend)
             for site, value in values.items()
         }
         for summary, values in local.items()
@@ -124,7 +122,7 @@ def export_posterior(
     """
     backend = backend or backends.current()
     before = dict(adata.obsm)
-    with _seeded(model, seed, backend), _global_values_of_rank_0(model, backend):
+    with _drawing(model, seed, backend) as sites, _global_values_of_rank_0(model, sites, backend):
         model.export_posterior(adata, **kwargs)
     tables = {name: adata.obsm[name] for name in sorted(adata.obsm) if adata.obsm[name] is not before.get(name)}
     if folder is not None:
@@ -157,53 +155,23 @@ def _in_order_of(names: Any, table: Any) -> Any:
     return table.loc[names]
 
 
-def _axes_of_cells(model: Any, with_observed: bool) -> dict[str, int]:
-    """Returns the sites that have a value for each cell, and the dimension that runs over cells, from the right."""
-    plate = plate_of_cells(model)
-    loader = model._make_data_loader(model.adata, indices=np.arange(min(5, len(model.adata.obs))), shuffle=False)
-    args, kwargs = model.module._get_fn_args_from_batch(next(iter(loader)))
-    state = generators_state(torch.device("cpu"))
-    with torch.no_grad(), poutine.block():
-        trace = poutine.trace(model.module.model).get_trace(*args, **kwargs)
-    set_generators_state(state, torch.device("cpu"))
-    num_rows = min(5, len(model.adata.obs))
-    axes = {}
-    for name, site in trace.nodes.items():
-        dims = [frame.dim for frame in site.get("cond_indep_stack", ()) if frame.name == plate]
-        if site["type"] != "sample" or not dims:
-            continue
-        # What a model states by pyro.deterministic may have all its dimensions in event_dim, those of plates too.
-        shape = site["value"].shape
-        for axis in (dims[0] - site["fn"].event_dim, dims[0]):
-            if len(shape) >= -axis and shape[axis] == num_rows:
-                axes[name] = axis
-                break
-    return axes
+@contextmanager
+def _drawing(model: Any, seed: int, backend: Backend) -> Iterator[Mapping[str, RowsOfSite]]:
+    """Draws samples as `distopt.infer.predictive` does, and yields which sites have a value for each cell."""
+    drawing = SampledRows([plate_of_cells(model)], backend.world_size)
+    with drawing_alike(seed, SAMPLES, backend.device), drawing:
+        yield drawing.sites
 
 
 @contextmanager
-def _seeded(model: Any, seed: int, backend: Backend) -> Iterator[None]:
-    """Draws variables of all cells alike on all ranks, and those of cells by a stream of each rank."""
-    plate = plate_of_cells(model)
-    state = generators_state(backend.device)
-    seed_all(seed, _SAMPLES, backend.rank, "shared")
-    try:
-        with Sharding({plate: PlateShard(plate, backend.world_size)}, check=False):
-            yield
-    finally:
-        set_generators_state(state, backend.device)
-
-
-@contextmanager
-def _global_values_of_rank_0(model: Any, backend: Backend) -> Iterator[None]:
+def _global_values_of_rank_0(model: Any, sites: Mapping[str, RowsOfSite], backend: Backend) -> Iterator[None]:
     """Has the model draw samples whose variables of all cells are rank 0's: a rank of more batches draws other ones."""
     draw = model.sample_posterior
 
     def drawn(*args: Any, **kwargs: Any) -> Mapping[str, Any]:
         results = draw(*args, **kwargs)
-        axes = _axes_of_cells(model, False)
         return {
-            summary: {site: value if site in axes else _of_rank_0(value, backend) for site, value in values.items()}
+            summary: {site: value if site in sites else _of_rank_0(value, backend) for site, value in values.items()}
             for summary, values in results.items()
         }
 

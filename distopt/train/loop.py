@@ -133,6 +133,7 @@ class _Worker:
         )
         self.gradient_norm: float | None = None  # of the last step
         self.refusal: str | None = None  # why steps are not captured, once it has been printed
+        self.notice: str | None = None  # likewise why they are not compiled
         callables = {"model": self.task.model, "guide": self.task.guide}
         self.modules = {name: each for name, each in callables.items() if isinstance(each, nn.Module)}
         if config.train.device is not None:
@@ -224,6 +225,7 @@ class _Worker:
 
         self.status.skipped_steps = self.skipped.count(step, self.optimizer)
         self._report_refusal(step)
+        self._note_keys(step, session)
         assert info.loss is not None
         session.log(elbo=-info.loss)
         self.gradient_norm = info.gradient_norm
@@ -235,11 +237,30 @@ class _Worker:
         return num_first is None or step <= first_step + num_first or is_checked_late(step)
 
     def _report_refusal(self, step: int) -> None:
-        """Says once, on rank 0, that steps are not captured and why."""
+        """Says once, on rank 0, that steps are not captured or not compiled, and why."""
         captured = self.svi.captured
-        if captured is not None and captured.refusal is not None and self.refusal is None:
+        if captured is None:
+            return
+        if captured.refusal is not None and self.refusal is None:
             self.refusal = captured.refusal
             self.print(f"step {step:,}: steps are not captured and run as with train.capture=off: {self.refusal}")
+        elif captured.notice is not None and self.refusal is None and self.notice is None:
+            self.notice = captured.notice
+            self.print(f"step {step:,}: steps are not compiled and run as with train.capture=graph: {self.notice}")
+
+    def _note_keys(self, step: int, session: Session) -> None:
+        """Saves how steps are compiled, and says whether that is otherwise than before the run resumed."""
+        keys = dict.fromkeys(() if self.svi.captured is None else self.svi.captured.keys)
+        known = session.progress.get("compiled", [])
+        new = [key for key in keys if key not in known]
+        if known and step == session.first_step + 1 and (new or not keys):
+            self.print(
+                f"step {step:,}: steps are not compiled as they were before the run resumed (key {', '.join(known)}, "
+                f"now {', '.join(new) or 'none'}): train.capture, the machine, torch or the number of threads is "
+                "another one. Rounding may differ from that of a run that was never stopped."
+            )
+        if new:
+            session.progress["compiled"] = [*known, *new]
 
     def measure(self) -> dict[str, float]:
         """Returns further values for the loggers; those of the task on rank 0 alone, where the loggers are."""

@@ -112,6 +112,7 @@ class Session:
         self._pace = PaceMeter(self.backend)
         self._paces: list[RankPace] = []
         self._last_step = 0
+        self.progress: dict[str, Any] = {}  # what checkpoints hold besides, as JSON
         self._end = LoopEnd(self.backend, saved.values())
 
     def __enter__(self) -> Self:
@@ -216,8 +217,8 @@ class Session:
         first_step = 0
         if restored is not None:
             first_step = 0 if is_new else restored.step
-            if not is_new:
-                self.validation.load_state(restored.progress)
+            self.progress = dict(restored.progress) if not is_new and isinstance(restored.progress, Mapping) else {}
+            self.validation.load_state(self.progress)
             for line in describe_restored(restored, config, self.backend.world_size, is_new=is_new):
                 self.print(line)
             self.status.checkpoint_at = time.monotonic()
@@ -316,7 +317,7 @@ class Session:
     def _save(self, step: int) -> None:
         """Saves a checkpoint, and reports a rank that has become a straggler since the last one."""
         began_s = time.monotonic()
-        progress = self.validation.state() or None
+        progress = self.progress | self.validation.state() or None
         self._checkpointer.save(step, progress=progress, best=self.validation.best_step)
         self.status.checkpoint_s = time.monotonic() - began_s
 

@@ -27,7 +27,7 @@ from socket import create_connection
 from distopt.launchers import GRACE_VARIABLE, HEARTBEAT_VARIABLE, USAGE_ERROR
 
 from . import events
-from .network import interface_env, is_here, resolve
+from .network import is_here, library_env, resolve
 from .processes import adopt_orphans, die_with_parent, heeded, kill_descendants
 from .streams import read_secrets
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     if HEARTBEAT_VARIABLE in os.environ and select.select([0], [], [], SILENCE_S)[0]:
         os.environ.update(read_secrets())
     launcher = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, env={**os.environ, **interface_env(os.environ)},
+        command, stdin=subprocess.DEVNULL, env={**os.environ, **library_env(os.environ)},
         start_new_session=True, preexec_fn=die_with_parent,
     )  # fmt: skip
     try:

@@ -69,16 +69,27 @@ def bind_error(address: str, port: int) -> str:
     return ""
 
 
-def interface_env(environ: Mapping[str, str]) -> dict[str, str]:
-    """Returns the variables that tell gloo, NCCL and Horovod which interface has this host's address.
+# All that distopt tells gloo, NCCL and Horovod. The rest is left to the libraries, whose defaults are sound: NCCL takes
+# InfiniBand ports that are active, peer access and shared memory by itself, and torch ends a process whose collective
+# has failed (TORCH_NCCL_ASYNC_ERROR_HANDLING is 3). `distopt doctor` says what they will find and what is set.
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE")
+LIBRARY_DEFAULTS = {"NCCL_DEBUG": "WARN"}
+"""By itself NCCL says only that there was an "unhandled system error", and the reason in its warnings."""
+
+LIBRARY_PREFIXES = ("NCCL_", "TORCH_NCCL_", "GLOO_", "HOROVOD_")
+"""Of variables by which these libraries are set up."""
+
+
+def library_env(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns the variables of gloo, NCCL and Horovod: which interface has this host's address, and their warnings.
 
     By themselves these libraries take the address that the host's own name stands for, which on many machines is the
     loopback address, or that of an interface that the other hosts do not reach.
 
     Args:
-        environ: What a worker would have. Where it names the interface for a library, that stays.
+        environ: What a worker would have. What it sets for a library stays.
     """
     hosts = environ.get(HOSTS_VARIABLE, "").split(",")
     interface = environ.get(INTERFACE_VARIABLE) or (interface_among(hosts) if hosts != [""] else None)
-    variables = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "HOROVOD_GLOO_IFACE")
-    return {variable: interface for variable in variables if variable not in environ} if interface else {}
+    chosen = dict.fromkeys(INTERFACE_VARIABLES, interface) if interface else {}
+    return {name: value for name, value in {**LIBRARY_DEFAULTS, **chosen}.items() if name not in environ}

@@ -40,8 +40,8 @@ from distopt.launchers import (
 )
 from distopt.worker_error import WorkerError, read_error
 
-from . import elastic, events, rank_log, terminal
-from .network import interface_env
+from . import devices, elastic, events, rank_log, terminal
+from .network import library_env
 from .processes import REQUESTS, die_with_parent, heeded
 from .streams import read_secrets
 
@@ -85,6 +85,7 @@ class Supervisor:
         rank: The worker's rank.
         world_size: The number of workers.
         local_size: Those of them on this host, as far as the launcher says.
+        local_rank: The worker's number among those.
         attempt: How often the workers had been started before.
         asked_to_stop: Whether this worker is to end for good.
         has_permanent_error: Whether it ended by an error that another attempt would end in as well.
@@ -142,6 +143,7 @@ class Supervisor:
         self.rank = rank_info.rank
         self.world_size = rank_info.world_size
         self.local_size = rank_info.local_size or 1
+        self.local_rank = rank_info.local_rank or 0
 
     def _wait_while_wanted(self) -> bool:
         """Waits a moment; false when this worker has been asked to stop."""
@@ -249,12 +251,21 @@ class Supervisor:
     def _start(self, screen: IO[bytes] | None) -> tuple[subprocess.Popen[bytes], int]:
         """Starts the worker, and returns it with the file descriptor of its output."""
         self._take_error()
-        env = {**os.environ, **interface_env(os.environ), "PYTHONUNBUFFERED": "1", **self._secrets}
+        env = {**os.environ, **library_env(os.environ), "PYTHONUNBUFFERED": "1", **self._secrets}
         env[ERROR_FILE_VARIABLE] = str(self._error_file)
         env[RUN_DIR_VARIABLE] = str(self.run_dir)
         env.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // self.local_size)))
         for name, value in LIBRARY_SETTINGS.items():
             env.setdefault(name, value)
+        visible = devices.visible(env)
+        cpus = devices.binding_of(env, self.local_rank, self.local_size, visible)
+        env |= devices.device_env(env, visible, self.local_rank)
+
+        def prepare() -> None:
+            die_with_parent()
+            if cpus is not None:
+                os.sched_setaffinity(0, cpus)
+
         if screen is not None:
             reading_end, worker_end = terminal.open_pseudo_terminal(screen)
         else:
@@ -265,7 +276,7 @@ class Supervisor:
         # manager at the file descriptor PMI_FD.
         worker = subprocess.Popen(
             self.command, stdin=subprocess.DEVNULL, stdout=worker_end, stderr=worker_end, env=env,
-            start_new_session=True, preexec_fn=die_with_parent,
+            start_new_session=True, preexec_fn=prepare,
             pass_fds=[int(os.environ[name]) for name in ("PMI_FD",) if name in os.environ],
         )  # fmt: skip
         os.close(worker_end)

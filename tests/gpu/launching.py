@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from distopt.launch.worker import devices
 from tests.gpu.checks import Figures, Skip, Suite, need_cuda
 
 SUITE = Suite("launching", 125)
@@ -47,6 +48,16 @@ def _doctor(device: torch.device) -> None:
     done = distopt("doctor")
     assert torch.cuda.get_device_name(0) in done.stdout, done.stdout
     assert "NCCL" in done.stdout, done.stdout
+
+
+@SUITE.check("GPUs as the driver lists them are those of torch")
+def _listed(device: torch.device) -> None:
+    need_cuda(device, "there is none to list")
+    listed = devices.visible(os.environ)
+    if not listed:
+        raise Skip(f"{devices.DRIVER} lists none")
+    uuids = [f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in range(torch.cuda.device_count())]
+    assert [each.uuid for each in listed] == uuids
 
 
 @SUITE.check("flights on the GPU: the same numbers with captured steps and without")

@@ -148,25 +148,3 @@ def test_host_with_other_versions_is_a_failure_that_names_each():
     assert finding.message == (
         f"torch 2.0.0 there, {here['torch']} here; pyro-ppl not installed there, {here['pyro-ppl']} here"
     )
-
-
-@pytest.mark.parametrize(
-    ("states", "message", "severity"),
-    [
-        ({}, "none; NCCL and gloo use sockets", "ok"),
-        ({"mlx5_0": "4: ACTIVE", "mlx5_1": "1: DOWN"}, "mlx5_0 port 1", "ok"),
-        ({"mlx5_0": "1: DOWN"}, "none of 1 ports is active", "warning"),
-    ],
-)
-def test_infiniband_ports_that_are_active_are_named(states, message, severity, tmp_path):
-    for device, state in states.items():
-        (tmp_path / device / "ports/1").mkdir(parents=True)
-        (tmp_path / device / "ports/1/state").write_text(f"{state}\n")
-    finding = doctor._infiniband(tmp_path)
-    assert (finding.message, finding.severity) == (message, severity)
-
-
-def test_shared_memory_that_is_a_containers_default_is_a_warning(tmp_path, monkeypatch):
-    assert doctor._shared_memory(tmp_path / "nosuch").severity == "warning"
-    monkeypatch.setattr(doctor, "MIN_SHARED_GIB", 1e9)
-    assert "--shm-size=8g" in doctor._shared_memory(tmp_path).fix

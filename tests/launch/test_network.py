@@ -46,4 +46,6 @@ def test_port_that_is_in_use_is_told_from_a_free_one():
 )
 def test_libraries_are_told_the_interface_that_has_this_hosts_address(environ, variables):
     names = {"GLOO": "GLOO_SOCKET_IFNAME", "NCCL": "NCCL_SOCKET_IFNAME", "HOROVOD": "HOROVOD_GLOO_IFACE"}
-    assert network.interface_env(environ) == {names[library]: interface for library, interface in variables.items()}
+    expected = {names[library]: interface for library, interface in variables.items()}
+    assert network.library_env(environ) == {"NCCL_DEBUG": "WARN", **expected}
+    assert "NCCL_DEBUG" not in network.library_env({**environ, "NCCL_DEBUG": "INFO"})

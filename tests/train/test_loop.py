@@ -21,6 +21,7 @@ from torch import Tensor
 
 from distopt.config import ConfigError
 from distopt.infer import SVI
+from distopt.infer.capture import compiled
 from distopt.run_files import read_metrics
 from distopt.train.monitor import STRAGGLER_RATIO, Status
 from tests.control_groups import control_group
@@ -159,6 +160,42 @@ def test_run_may_change_between_captured_and_eager_steps_when_it_resumes(
     run_here(path, "train.capture=off")
     assert "resuming from step 40" in capsys.readouterr().out
     assert_equal_bits(tmp_path / "run", tmp_path / "through")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_run_of_compiled_steps_that_is_killed_has_the_bits_of_one_that_is_not(tmp_path: Path) -> None:
+    settings = {"data": {"global_batch": 100}, "train": {"num_steps": 60, "capture": "compiled"}}
+    marker = tmp_path / "killed"
+    for name in ("through", "run"):
+        if name == "through":
+            marker.touch()
+        else:
+            marker.unlink()
+        path = config(tmp_path, task_args={"kill_rank": 1, "kill_at": 40, "marker": str(marker)}, **settings)
+        output = launch_well(path, f"run_dir={tmp_path / name}")
+        assert "not compiled" not in output
+        assert ("SIGKILL" in output) is (name == "run")
+    assert_equal_bits(tmp_path / "run", tmp_path / "through")
+
+
+def test_run_of_compiled_steps_resumes_with_the_same_bits_and_says_when_they_are_compiled_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is compiled runs as it stands: the compiler takes its time, and tests/infer/capture/test_compiled.py has it.
+    monkeypatch.setattr(compiled, "_functions", {})
+    monkeypatch.setattr(compiled, "_run_compiler", lambda graph, _examples: torch.no_grad()(graph))
+    path = config(tmp_path, train={"num_steps": 40, "capture": "compiled"})
+    run_here(path, f"run_dir={tmp_path / 'through'}")
+    run_here(path, "train.num_steps=21")
+    capsys.readouterr()
+    run_here(path)
+    output = capsys.readouterr().out
+    assert "resuming from step 21" in output and "not compiled" not in output
+    assert_equal_bits(tmp_path / "run", tmp_path / "through")
+
+    run_here(path, "train.num_steps=50", "train.capture=graph")
+    assert "steps are not compiled as they were before the run resumed" in capsys.readouterr().out
 
 
 def test_rows_that_captured_steps_select_give_the_same_bits(tmp_path: Path) -> None:

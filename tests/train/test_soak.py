@@ -82,10 +82,10 @@ def family(folder: Path) -> dict[str, psutil.Process]:
 
 def role(cmdline: list[str], environ: dict[str, str]) -> str:
     rank = environ.get("RANK")
+    if "torch.distributed.run" in cmdline:  # first: it has the supervisor's command among its arguments
+        return "torchrun"
     if "distopt.launch.worker.supervisor" in cmdline:
         return f"supervisor of rank {rank}"
-    if "torch.distributed.run" in cmdline:
-        return "torchrun"
     return "launcher" if rank is None else f"rank {rank}"
 
 

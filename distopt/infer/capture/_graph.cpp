@@ -195,7 +195,7 @@ struct Argument {
   std::vector<int> slots;
 };
 
-enum class Runner { aten, direct, host };
+enum class Runner { aten, direct, host, pack };
 
 struct Instruction {
   Runner runner = Runner::aten;
@@ -318,17 +318,24 @@ class Program {
     code_.push_back(std::move(instruction));
   }
 
-  void add_host(py::function function, const std::vector<int>& ins) {
+  // A function of Python's, which returns the tensors of `outs`; nothing if there are none.
+  void add_host(py::object function, const std::vector<int>& ins, const std::vector<int>& outs) {
     Instruction instruction;
     instruction.runner = Runner::host;
     instruction.index = static_cast<int>(hosts_.size());
-    for (int slot : ins) {
-      Argument a;
-      a.kind = Kind::slot;
-      a.slot = slot;
-      instruction.args.push_back(std::move(a));
-    }
+    instruction.args = slot_arguments(ins);
+    instruction.outs = outs;
     hosts_.push_back(std::move(function));
+    code_.push_back(std::move(instruction));
+  }
+
+  // Copies tensors side by side into one that stays.
+  void add_pack(const std::vector<int>& ins, at::Tensor flat) {
+    Instruction instruction;
+    instruction.runner = Runner::pack;
+    instruction.index = static_cast<int>(packs_.size());
+    instruction.args = slot_arguments(ins);
+    packs_.push_back(std::move(flat));
     code_.push_back(std::move(instruction));
   }
 
@@ -453,6 +460,15 @@ class Program {
   int num_direct() const { return static_cast<int>(directs_.size()); }
 
  private:
+  static std::vector<Argument> slot_arguments(const std::vector<int>& slots) {
+    std::vector<Argument> arguments(slots.size());
+    for (size_t i = 0; i < slots.size(); ++i) {
+      arguments[i].kind = Kind::slot;
+      arguments[i].slot = slots[i];
+    }
+    return arguments;
+  }
+
   static Argument argument(const py::tuple& pair, const c10::Argument& schema) {
     Argument result;
     const auto kind = pair[0].cast<std::string>();
@@ -528,6 +544,7 @@ class Program {
       switch (instruction.runner) {
         case Runner::direct: run_direct(directs_[instruction.index]); break;
         case Runner::host: run_host(instruction); break;
+        case Runner::pack: run_pack(instruction); break;
         case Runner::aten: run_op(instruction, stack); break;
       }
       for (int slot : instruction.dead) slots_[slot] = IValue();
@@ -543,11 +560,26 @@ class Program {
     direct.kernel(direct, data);
   }
 
-  void run_host(const Instruction& instruction) const {
+  void run_host(const Instruction& instruction) {
     py::gil_scoped_acquire acquire;
-    py::list args;
-    for (const auto& a : instruction.args) args.append(slots_[a.slot].toTensor());
-    hosts_[instruction.index](*args);
+    py::tuple args(instruction.args.size());
+    for (size_t i = 0; i < args.size(); ++i) args[i] = py::cast(slots_[instruction.args[i].slot].toTensor());
+    const py::object results = hosts_[instruction.index](*args);
+    if (instruction.outs.empty()) return;
+    size_t i = 0;
+    for (const auto& each : results) slots_[instruction.outs.at(i++)] = THPVariable_Unpack(each.ptr());
+    TORCH_CHECK(i == instruction.outs.size(), "a host call returned ", i, " tensors");
+  }
+
+  void run_pack(const Instruction& instruction) const {
+    at::Tensor flat = packs_[instruction.index];
+    int64_t offset = 0;
+    for (const auto& a : instruction.args) {
+      const at::Tensor& value = slots_[a.slot].toTensor();
+      const at::Tensor packed = value.is_contiguous() ? value : value.contiguous();
+      std::memcpy(static_cast<char*>(flat.mutable_data_ptr()) + offset, packed.const_data_ptr(), packed.nbytes());
+      offset += packed.nbytes();
+    }
   }
 
   void run_op(const Instruction& instruction, torch::jit::Stack& stack) {
@@ -734,7 +766,8 @@ class Program {
 
   std::vector<Instruction> code_;
   std::vector<Direct> directs_;
-  std::vector<py::function> hosts_;
+  std::vector<py::object> hosts_;
+  std::vector<at::Tensor> packs_;
   std::vector<IValue> slots_;
   std::vector<std::pair<int, at::Tensor>> fixed_;
   std::vector<Foreign> foreign_;
@@ -765,6 +798,7 @@ PYBIND11_MODULE(_graph, m) {
              p.add_direct(name, std::move(result), like.scalar_type(), out, operands, extent);
            })
       .def("add_host", &Program::add_host)
+      .def("add_pack", &Program::add_pack)
       .def("set_fixed", &Program::set_fixed)
       .def("set_foreign", &Program::set_foreign)
       .def("set_inputs", &Program::set_inputs)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import Literal, TypeAlias
 
-CaptureMode: TypeAlias = Literal["auto", "graph", "off"]
-"""What is asked for: `auto` leaves the steps that Pyro checks to Pyro, and captures all others as `graph` does."""
+CaptureMode: TypeAlias = Literal["auto", "compiled", "graph", "off"]
+"""What is asked for: `auto` leaves the steps that Pyro checks to Pyro, and captures all others as `graph` does.
+
+`compiled` steps have other bits than eager ones, so that it takes them all, from the first one on.
+"""
 
 StepMode: TypeAlias = Literal["eager", "graph"]
 """How one step is taken."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distopt.infer.capture.direct import direct_op
 from distopt.infer.capture.generators import generator_states, set_generator_states
-from distopt.infer.capture.recording import Op, Recording, Slot, same_bits, substitute
+from distopt.infer.capture.recording import Op, PackCall, Recording, Slot, same_bits, substitute
 
 
 def _load() -> Any:
@@ -115,7 +115,10 @@ class _Lowering:
 
     def _add(self, op: Op) -> None:
         if op.is_host:
-            self._program.add_host(op.function.function, op.ins)
+            if isinstance(op.function, PackCall):
+                self._program.add_pack(op.ins, op.function.flat)
+            else:
+                self._program.add_host(op.function.function, op.ins, op.outs)
             return
         if self._is_view_of_fixed(op):
             self._add_view(op)
@@ -268,7 +271,8 @@ class PythonProgram:
 
         for op, dead in zip(recording.ops, self._dead, strict=True):
             if op.is_host:
-                op.function.function(*(values[slot] for slot in op.ins))
+                results = op.function.function(*(values[slot] for slot in op.ins))
+                values.update(zip(op.outs, results or (), strict=True))
             else:
                 for slot, tensor in zip(op.outs, _call(op, values), strict=True):
                     if slot >= 0 and slot not in op.writes:

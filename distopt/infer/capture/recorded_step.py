@@ -43,12 +43,14 @@ class RecordedStep:
         losses: The loss of each component that the ELBO returned.
         params: All parameters that the store held before the step, in its order.
         used: Those that the step named, as Pyro's SVI collects them.
+        undo_writes: Gives all other tensors that the step has written to the values that they had before.
     """
 
     recording: Recording
     losses: list[float]
     params: list[Tensor]
     used: list[Tensor]
+    undo_writes: Callable[[], None]
 
 
 def record_step(
@@ -104,7 +106,7 @@ def record_step(
     used = list(dict.fromkeys(site["value"].unconstrained() for site in capture.trace.nodes.values()))
     _take_params(recorder, before, used)
     recorder.close()
-    return RecordedStep(recorder.recording, losses, params, used)
+    return RecordedStep(recorder.recording, losses, params, used, recorder.undo_writes)
 
 
 def _is_finite(loss: Any) -> bool:

@@ -41,7 +41,14 @@ class HostCall:
     """Python code within a recorded step that is called again in each captured step, such as seeding a generator."""
 
     name: str
-    function: Callable[..., None]
+    function: Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PackCall(HostCall):
+    """Copies the tensors that it is given side by side into `flat`, which stays where it is."""
+
+    flat: Tensor
 
 
 Function: TypeAlias = Any  # torch._ops.OpOverload or HostCall

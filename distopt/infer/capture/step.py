@@ -97,6 +97,8 @@ class StepCapture:
 
     Attributes:
         refusal: Why steps stay eager; None while they need not.
+        notice: Likewise why steps that were to be compiled are not.
+        keys: Of each compiled list, a hash of all that its bits depend on.
         num_steps: Steps so far.
         num_captured: Steps that ran from a program.
         num_recorded: Steps that were recorded.
@@ -120,10 +122,12 @@ class StepCapture:
     def __init__(self, loss_and_grads: Callable[..., Any], *, direct: bool = True) -> None:
         self.loss_and_grads = loss_and_grads
         self.refusal: str | None = None
+        self.notice: str | None = None
+        self.keys: list[str] = []
         self.num_steps = 0
         self.num_captured = 0
         self.num_recorded = 0
-        self._direct = direct
+        self._build: Callable[..., programs.Program] = partial(programs.build, direct=direct)
         self._variants: dict[Any, Variant] = {}
         self._num_programs = 0
         self._num_not_finite = 0  # recordings in vain
@@ -251,13 +255,11 @@ class StepCapture:
             return self._eager(model, guide, args, kwargs)
         return self._record(variant, model, guide, args, kwargs)
 
-    def _take_not_finite(
-        self, captured: CapturedStep, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> StepResult:
+    def _take_not_finite(self, captured: CapturedStep, *step: Any) -> StepResult:
         """Takes a step eagerly whose captured loss was not finite: Pyro's validation, if it is on, names the site."""
         if captured.fails_often:
             self._refuse(_NOT_FINITE)
-        return self._eager(model, guide, args, kwargs)
+        return self._eager(*step)
 
     def _record(
         self, variant: Variant, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -304,11 +306,9 @@ class StepCapture:
             self._refuse(f"branches on values take more than {MAX_PROGRAMS} ways, {step.recording.checks[0].line}")
         return result
 
-    def _take_recorded(
-        self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> RecordedStep | None:
+    def _take_recorded(self, *arguments: Any) -> RecordedStep | None:
         try:
-            step = record_step(self._loss_and_grads, model, guide, args, kwargs)
+            step = record_step(self._loss_and_grads, *arguments)
         except NotFiniteError:
             self._num_not_finite += 1
             if self._num_not_finite >= MAX_PROGRAMS:
@@ -328,7 +328,7 @@ class StepCapture:
             return
         short = shorten(step.recording)
         tensors = list(dict.fromkeys(leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)))
-        build = build_graph if uses_gpu(short) else partial(programs.build, direct=self._direct)
+        build = build_graph if uses_gpu(short) else self._build
         try:
             program = build(short, step.params, tensors)
         except NoGraphError as error:

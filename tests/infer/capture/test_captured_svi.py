@@ -150,7 +150,7 @@ def test_optimizer_that_is_not_distributed_is_captured_too():
 
 
 def test_unknown_mode_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="capture='fast': must be one of 'auto', 'graph', 'off'"):
+    with pytest.raises(ValueError, match="capture='fast': must be one of 'auto', 'compiled', 'graph', 'off'"):
         SVI(hierarchy, AutoNormal(hierarchy), pyro.optim.Adam({}), Trace_ELBO(), capture="fast")
 
 

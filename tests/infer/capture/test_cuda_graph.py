@@ -94,7 +94,9 @@ class OnCpu(CudaGraphProgram):
 
 
 @pytest.mark.parametrize("keep_grads", [False, True])
-@pytest.mark.parametrize("name", ["hierarchy", "subsampled plate", "TraceEnum, mixture", "writes in place", "network in training"])
+@pytest.mark.parametrize(
+    "name", ["hierarchy", "subsampled plate", "TraceEnum, mixture", "writes in place", "network in training"]
+)
 def test_program_leaves_losses_and_gradients_of_eager_steps(name, keep_grads, monkeypatch):
     monkeypatch.setattr("distopt.infer.capture.step.uses_gpu", lambda recording: True)
     monkeypatch.setattr("distopt.infer.capture.step.build_graph", OnCpu)

@@ -1,0 +1,275 @@
+"""Compiled steps: as exact as eager ones, the same bits from every process, and captured ones where they cannot be."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+from distopt.infer import SVI, seed_all
+from distopt.infer.capture import compiled
+from distopt.infer.capture import program as programs
+from distopt.infer.capture.compiled import NotCompiledError, fuse
+from distopt.infer.capture.passes import shorten
+from distopt.infer.capture.program import _call
+from distopt.infer.capture.recorded_step import RecordedStep, record_step
+from distopt.infer.capture.recording import Op
+from distopt.optim import DistributedOptimizer
+from tests.infer.capture.cases import DATA, captured_cases
+from tests.workers import world
+
+CASES = captured_cases()
+
+
+def small(x):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(loc, scale), obs=x)
+
+
+def train(num_steps: int, *, first: int = 0, params=None, capture="compiled", model=small):
+    """Takes steps with gradients that are stepped by themselves; returns losses, parameters and the capture."""
+    pyro.clear_param_store()
+    guide = AutoNormal(model)
+    guide(DATA)
+    svi = SVI(model, guide, DistributedOptimizer(pyro.optim.SGD({"lr": 1e-3})), Trace_ELBO(), capture=capture)
+    for name, value in (params or {}).items():
+        pyro.param(name).unconstrained().data.copy_(value)
+    losses = []
+    for step in range(first, first + num_steps):
+        seed_all(3, step)
+        losses.append(svi.step(DATA))
+    store = {name: param.detach().clone() for name, param in pyro.get_param_store()._params.items()}
+    return losses, store, svi.captured
+
+
+def recorded(case) -> tuple[RecordedStep, tuple[Tensor, ...]]:
+    """Returns a recorded step of a case, after an eager one, and its arguments."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    loss_and_grads = case.elbo().loss_and_grads
+    guide = case.guide(case.model)
+    args = case.args(0) if callable(case.args) else case.args
+    loss_and_grads(case.model, guide, *args)
+    for param in pyro.get_param_store()._params.values():
+        param.grad = None
+    return record_step(loss_and_grads, case.model, guide, args, {}), args
+
+
+# One compilation for all of these: lists that are met again in a process are not compiled again.
+
+
+@pytest.mark.timeout(900)  # a compiler on a busy machine
+def test_compiled_steps_are_taken_from_the_first_one_and_agree_with_eager_ones():
+    losses, params, capture = train(20)
+    assert (capture.refusal, capture.notice) == (None, None)
+    assert capture.num_captured == 20
+    assert len(set(capture.keys)) == 1
+    expected_losses, expected, _ = train(20, capture="off")
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(params, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.timeout(900)
+def test_run_that_resumes_has_the_bits_of_one_that_was_never_stopped():
+    through_losses, through, _ = train(12)
+    for first in (3, 8):  # the eighth step is recorded again for comparison
+        begun, params, _ = train(first)
+        ended, resumed, _ = train(12 - first, first=first, params=params)
+        assert begun + ended[1:] == through_losses[:first] + through_losses[first + 1 :]
+        assert ended[0] == pytest.approx(through_losses[first])  # the loss of a first step crosses in 32 bits
+        assert all(torch.equal(resumed[name], through[name]) for name in through)
+
+
+def test_rehearsals_leave_generators_gradients_and_tensors_as_they_were():
+    touched = torch.zeros(3)
+
+    def model(x):
+        touched.add_(1.0)
+        return small(x)
+
+    _, _, capture = train(10, model=model)
+    assert "writes to a tensor that existed before it" in capture.notice
+    assert touched.tolist() == [11.0 + 1.0] * 3  # ten steps, the guide's setup, and the eager run before the first one
+
+
+def test_list_that_cannot_be_compiled_runs_captured_with_eager_bits():
+    def branching(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(loc if loc > -100.0 else -loc, 1.0), obs=x)
+
+    losses, params, capture = train(12, model=branching)
+    assert "a branch is taken on the values of a tensor, at " in capture.notice
+    assert capture.num_captured == 12
+    eager_losses, eager, _ = train(12, model=branching, capture="off")
+    assert losses == eager_losses
+    assert all(torch.equal(params[name], eager[name]) for name in eager)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Gamma guide", "a random number is drawn that depends on computed values"),
+        ("TraceEnum, mixture", "a branch is taken"),
+        ("network in training", "writes to a tensor that existed before it"),
+    ],
+)
+def test_list_that_would_not_repeat_its_bits_is_not_compiled(name, reason):
+    step, _ = recorded(CASES[name])
+    with pytest.raises(NotCompiledError, match=reason):
+        fuse(shorten(step.recording), step.params)
+
+
+def test_compiler_that_fails_or_computes_something_else_leaves_captured_steps(monkeypatch):
+    eager_losses, eager, _ = train(6, capture="off")
+    monkeypatch.setattr(compiled, "_functions", {})
+
+    def missing(*_args):
+        raise RuntimeError("No working C++ compiler found\nin many lines")
+
+    def wrong(graph, _examples):
+        return lambda *inputs: tuple(2 * each for each in graph(*inputs))
+
+    for function, notice in (
+        (missing, "torch's compiler failed: RuntimeError: No working C++ compiler found"),
+        (wrong, "a compiled step is not the recorded one"),
+    ):
+        monkeypatch.setattr(compiled, "_run_compiler", function)
+        losses, params, capture = train(6)
+        assert capture.notice == notice
+        assert capture.num_captured == 6
+        assert losses == eager_losses
+        assert all(torch.equal(params[name], eager[name]) for name in eager)
+
+
+# The graph itself needs no compiler: each of its operations run as it stands gives the bits of the recorded step.
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_graph_that_is_compiled_has_the_bits_of_the_recording(name, monkeypatch):
+    monkeypatch.setattr(compiled, "_functions", {})
+    monkeypatch.setattr(compiled, "_run_compiler", lambda graph, _examples: torch.no_grad()(graph))
+    step, args = recorded(CASES[name])
+    try:
+        fused = fuse(shorten(step.recording), step.params)
+    except NotCompiledError:
+        return
+    tensors = list(dict.fromkeys(arg for arg in args if isinstance(arg, Tensor)))
+    store = pyro.get_param_store()._params
+    results = []
+    for recording in (shorten(step.recording), fused.recording):
+        for param in store.values():
+            param.grad = None
+        torch.manual_seed(1)
+        program = programs.build(recording, step.params, tensors)
+        status, losses = program.run(store, tensors)
+        assert status == programs.RAN
+        grads = {name: param.grad.clone() for name, param in store.items() if param.grad is not None}
+        results.append((losses, grads, torch.get_rng_state()))
+    assert results[0][0] == results[1][0]
+    assert list(results[0][1]) == list(results[1][1])
+    for name, grad in results[0][1].items():
+        assert torch.equal(grad, results[1][1][name])
+        assert grad.stride() == results[1][1][name].stride()
+    assert torch.equal(results[0][2], results[1][2])
+
+
+def gradients_in_double(step: RecordedStep, args) -> dict[int, Tensor]:
+    """Returns the gradient of each parameter, computed in 64 bits from the random numbers of a step in 32."""
+    recording = shorten(step.recording)
+    draws, body = compiled._split(recording)
+    inputs = [*step.params, *dict.fromkeys(args)]
+    values = {**recording.lifted, **recording.foreign, **dict(enumerate(each.detach() for each in inputs))}
+
+    def run(op: Op) -> None:
+        for slot, tensor in zip(op.outs, _call(op, values), strict=True):
+            if slot >= 0 and slot not in op.writes:
+                values[slot] = tensor
+
+    for op in draws:
+        run(op)
+    for slot, value in values.items():
+        values[slot] = value.double() if value.dtype == torch.float32 else value
+    for op in body:
+        wide = copy.copy(op)
+        wide.args = [torch.float64 if each is torch.float32 else each for each in op.args]
+        wide.kwargs = {name: torch.float64 if each is torch.float32 else each for name, each in op.kwargs.items()}
+        run(wide)
+    return {index: values[slot] for index, slot in enumerate(recording.grads) if slot >= 0}
+
+
+def error(grads: list[Tensor | None], exact: dict[int, Tensor]) -> float:
+    """Returns the error of gradients relative to their length, over all parameters."""
+    squares = sum(float((grads[index].double() - each).square().sum()) for index, each in exact.items())
+    return (squares / sum(float(each.square().sum()) for each in exact.values())) ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    "name", ["hierarchy", "logistic regression", "scale, StudentT", "LKJ", "AutoIAF", "autoencoder", "autoregression"]
+)
+def test_error_against_64_bits_is_at_most_twice_that_of_eager_steps(name):
+    step, args = recorded(CASES[name])
+    fused = fuse(shorten(step.recording), step.params)
+    store = pyro.get_param_store()._params
+    params = list(store.values())
+    tensors = list(dict.fromkeys(args))
+    errors = {"eager": 0.0, "compiled": 0.0}
+    for seed in range(20):
+        torch.manual_seed(seed)
+        exact = gradients_in_double(step, args)
+        for kind, recording in (("eager", shorten(step.recording)), ("compiled", fused.recording)):
+            for param in params:
+                param.grad = None
+            torch.manual_seed(seed)
+            assert programs.build(recording, step.params, tensors).run(store, tensors)[0] == programs.RAN
+            errors[kind] += error([param.grad for param in params], exact)
+    assert errors["compiled"] <= 2 * errors["eager"]
+
+
+_PROCESS = """
+import json
+from tests.infer.capture.test_compiled import train
+losses, params, capture = train(6)
+print(json.dumps([losses, {name: value.tolist() for name, value in params.items()}, capture.keys, capture.notice]))
+"""
+
+
+def bits_of_a_process(cache: str) -> str:
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+    command = [sys.executable, "-W", "ignore", "-c", _PROCESS]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    assert json.loads(done.stdout)[3] is None
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_processes_compute_the_same_bits_whether_they_compile_or_find_what_was_compiled(tmp_path):
+    compiled_here = bits_of_a_process(str(tmp_path / "a"))
+    assert bits_of_a_process(str(tmp_path / "a")) == compiled_here  # found
+    assert bits_of_a_process(str(tmp_path / "b")) == compiled_here  # compiled anew
+
+
+def run_on_rank(capture: str):
+    losses, params, steps = train(10, capture=capture)
+    return losses, {name: value.tolist() for name, value in params.items()}, steps.notice, steps.num_captured
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_ranks_compile_once_and_stay_equal():
+    results = world("torch_dist", 2).run(run_on_rank, "compiled")
+    assert results[0] == results[1]
+    assert results[0][2:] == (None, 10)
