@@ -94,7 +94,8 @@ class Task(ABC):
         """Returns what `batch` selects rows of, (rows(), ...) each; None if `batch` does anything else.
 
         If `batch(rows)` is `tuple(column[rows] for column in columns)`, a captured step selects the rows itself, in its
-        first operations, and `batch` is not called for it.
+        first operations, and `batch` is not called for it. A subclass with a `batch` of its own, and without `columns`,
+        has none.
         """
         return None
 
@@ -202,6 +203,10 @@ class TaskRows:
 
 
 def _checked_columns(task: Task) -> tuple[Tensor, ...] | None:
+    # A subclass that has a batch() of its own does not select from the columns of the class above it.
+    owner = task._task if isinstance(task, _AdaptedTask) else task
+    if _depth(owner, "batch") < _depth(owner, "columns"):
+        return None
     columns = task.columns()
     if columns is None:
         return None
@@ -209,3 +214,12 @@ def _checked_columns(task: Task) -> tuple[Tensor, ...] | None:
     if set(lengths) != {task.rows()}:
         raise TaskError(f"task: columns() have {lengths} rows, expected {task.rows():,} in each, as rows() says")
     return tuple(columns)
+
+
+def _depth(task: Any, member: str) -> int:
+    """Returns how far above the object a member is defined: 0 for the object itself, 1 for its class."""
+    if member in vars(task):
+        return 0
+    return next(
+        (i for i, each in enumerate(type(task).__mro__, start=1) if member in vars(each)), len(type(task).__mro__) + 1
+    )

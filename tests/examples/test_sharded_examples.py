@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,16 @@ from tests.workers import world
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-@pytest.mark.parametrize("name", ["ppca", "vae", "aircraft"])
-def test_config_of_the_example_is_whole(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_config_that_is_shipped_trains_and_reports(name: str, tmp_path: Path) -> None:
     config = load_config(CONFIGS / f"{name}.yaml")
     assert isinstance(config, RunConfig) and config.name == name
+    command = [sys.executable, "-m", "distopt.launch", "train", str(CONFIGS / f"{name}.yaml")]
+    done = subprocess.run(
+        [*command, "train.num_steps=3", f"run_dir={tmp_path}/run"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def _train(make: Any, arguments: dict[str, Any], num_steps: int, lr: float) -> dict[str, Any]:
