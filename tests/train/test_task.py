@@ -135,3 +135,41 @@ def test_members_of_a_class_without_the_base_class_are_used() -> None:
 def test_task_that_cannot_be_had_is_refused_with_the_reason(path: str, arguments: dict, message: str) -> None:
     with pytest.raises((ConfigError, TaskError), match=message):
         load_task(path, arguments)
+
+
+class Columns(Derived):
+    """Says what its batches are selected from."""
+
+    def batch(self, rows):
+        return (self.columns()[0][torch.from_numpy(rows)],)
+
+    def columns(self):
+        return (torch.arange(5),)
+
+
+class OtherBatch(Columns):
+    """Inherits columns, and selects otherwise."""
+
+    def batch(self, rows):
+        return (-torch.from_numpy(rows),)
+
+
+class OtherColumns(OtherBatch):
+    """Says again what its batches are selected from."""
+
+    def columns(self):
+        return (-torch.arange(5),)
+
+
+@pytest.mark.parametrize(("task", "expected"), [(Columns, [3, 1]), (OtherBatch, [-3, -1]), (OtherColumns, [-3, -1])])
+def test_columns_serve_only_the_batch_that_they_were_written_for(task, expected):
+    assert TaskRows(task()).read(np.array([3, 1]))[0].tolist() == expected
+
+
+def test_columns_of_an_object_that_is_no_task_serve_it_and_those_of_a_batch_set_on_the_object_do_not():
+    adapted = load_task(f"{__name__}:Whole", {})
+    adapted._task.columns = lambda: (10 * torch.arange(3),)
+    assert TaskRows(adapted).read(np.array([2]))[0].tolist() == [20]
+    task = Columns()
+    task.batch = lambda rows: (7,)
+    assert TaskRows(task).read(np.array([2])) == (7,)
