@@ -85,7 +85,7 @@ dist: setup-dev  ## build and check dist/: a wheel for every platform, the sdist
 	@DISTOPT_PURE=1 $(BIN)/python -m build -q --no-isolation
 	@$(BIN)/python -m build -q --no-isolation --wheel -o dist/compiled
 	@$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz dist/compiled/*.whl
-	@$(BIN)/check-wheel-contents dist/*.whl
+	@$(BIN)/check-wheel-contents dist/*.whl dist/compiled/*.whl
 	@$(BIN)/python tools/runtime_requirements.py | $(BIN)/cyclonedx-py requirements --pyproject pyproject.toml -o dist/distopt.cdx.json -
 	@ls dist dist/compiled
 

@@ -123,3 +123,27 @@ def test_typed_script_of_a_user_passes_the_strict_check_of_the_installed_package
     mypy = [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(installed / "bin/python"), "user.py"]
     done = subprocess.run(mypy, cwd=tmp_path, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_wheel_holds_the_loops_in_c_and_they_serve_its_torch(installed: Path, dist: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "DISTOPT_PURE")}
+    out = dist / "compiled"
+    build = [sys.executable, "-m", "build", "-q", "--no-isolation", "--wheel", "-o", str(out), str(dist / "source")]
+    done = subprocess.run(build, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [wheel] = out.glob("*.whl")
+    checked = subprocess.run(
+        [Path(sys.executable).parent / "check-wheel-contents", str(wheel)], capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout
+
+    unpacked = out / "unpacked"
+    zipfile.ZipFile(wheel).extractall(unpacked)
+    code = "from distopt.optim import packing; from distopt.infer.capture import program; import distopt; "
+    code += "print(distopt.__file__, packing._compiled is not None, program.compiled is not None)"
+    command = [installed / "bin/python", "-c", code]
+    there = environment | {"PYTHONPATH": str(unpacked)}
+    shown = subprocess.run(command, cwd=out, env=there, capture_output=True, text=True)
+    assert shown.stdout.split() == [str(unpacked / "distopt/__init__.py"), "True", "True"], shown.stderr
