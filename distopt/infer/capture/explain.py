@@ -81,6 +81,7 @@ def explain_capture(
 
     Example:
         >>> import pyro.distributions as dist
+        >>> import torch
         >>> def model(data):
         ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         ...     with pyro.plate("rows", len(data)):

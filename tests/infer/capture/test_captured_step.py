@@ -53,7 +53,9 @@ def test_checks_that_fail_in_more_than_one_step_of_four_fail_often(captured):
 @pytest.mark.parametrize("kind", [None, tuple])
 def test_result_of_a_recorded_step_is_its_loss(kind):
     param = torch.ones(1)
-    step = RecordedStep(Recording(loss_type=kind), [1.5] if kind is None else [1.5, 2.5], [param], [param])
+    step = RecordedStep(
+        Recording(loss_type=kind), [1.5] if kind is None else [1.5, 2.5], [param], [param], lambda: None
+    )
     assert recorded_result(step) == (1.5 if kind is None else (1.5, 2.5), [param])
 
 
