@@ -232,9 +232,7 @@ class Reducer:
         before = self.specs
         self.specs, changed = self._agreement.renegotiate(changes, before)
         self._hook.forget(changed)
-        params = pyro.get_param_store().named_parameters().mapping
-        extended = self.layout.extended(self.specs, params) if changed.isdisjoint(before) else None
-        self._use_layout(extended or build_layout(self, self.specs, params))
+        self._use_layout(_next_layout(self, before, changed))
         self._num_rounds = 0
 
     def _use_layout(self, layout: Layout) -> None:
@@ -454,6 +452,18 @@ def complete_round(
     summary.touched = before.touched + summary.touched
     summary.missing = before.missing + tuple(num_known + index for index in summary.missing)
     return (None if local is None or of_new is None else local.extended(of_new)), summary
+
+
+def _next_layout(reducer: Reducer, before: Mapping[str, ParamSpec], changed: set[str]) -> Layout:
+    """Returns the layout of what the ranks have agreed on; `changed` are the names in question, `before` those known.
+
+    With overlap each layout is sorted at once: buckets are under way before the round in which a sorted one would take
+    its place, and not the same ones on all ranks.
+    """
+    params = pyro.get_param_store().named_parameters().mapping
+    extends = changed.isdisjoint(before) and not reducer.options.overlap
+    extended = reducer.layout.extended(reducer.specs, params) if extends else None
+    return extended or build_layout(reducer, reducer.specs, params)
 
 
 def sort_layout(reducer: Reducer) -> bool:

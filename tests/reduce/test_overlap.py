@@ -13,6 +13,7 @@ from distopt.optim import (
     DistributedOptimizer,
     ReduceOptions,
 )
+from distopt.reduce.reducer import SORTED_AFTER
 from tests.reduce.steps import Values, store_values, unconstrained
 from tests.workers import Ranks
 
@@ -49,6 +50,34 @@ def _run_buckets_start_during_backward() -> Values:
         sum(param.sum() for param in params).backward()
     optim(params)
     return store_values()
+
+
+def _run_model_grows_while_ranks_touch_different_parameters() -> Values:
+    """What is under way when a call begins is what it waits for, also once no parameter has come for a while."""
+    rank, size = current().rank, current().world_size
+    optim = DistributedOptimizer(SGD({"lr": 1.0}), reduce=ReduceOptions(overlap=True, bucket_mib=0.0001))
+    names = ["m", "n", "o"]
+    num_steps = SORTED_AFTER + 6
+    for step in range(num_steps):
+        if step == 2:
+            names.append("a")
+        left_out = "o" if step % 2 and rank == 1 else None
+        params = {pyro.param(name, torch.zeros(20 + ord(name))).unconstrained() for name in names if name != left_out}
+        loss = sum((param * (rank + 1)).sum() for param in params)
+        assert isinstance(loss, Tensor)
+        loss.backward()
+        optim(params)
+        for param in params:
+            param.grad = None
+    mean = (size + 1) / 2
+    assert unconstrained("m").eq(-mean * num_steps).all() and unconstrained("a").eq(-mean * (num_steps - 2)).all()
+    expected = -mean * num_steps + (num_steps // 2 * 2 / size if size > 1 else 0)
+    torch.testing.assert_close(unconstrained("o"), torch.full_like(unconstrained("o"), expected))
+    return store_values()
+
+
+def test_model_grows_while_ranks_touch_different_parameters(ranks: Ranks) -> None:
+    ranks.run_alike(_run_model_grows_while_ranks_touch_different_parameters)
 
 
 def test_buckets_start_during_backward(ranks: Ranks) -> None:
