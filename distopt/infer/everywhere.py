@@ -128,19 +128,21 @@ class _Adoption:
         self._svis: dict[int, tuple[pyro.infer.SVI, Any, Any]] = {}  # as they were, by id
 
     def adopt_svi(self, svi: pyro.infer.SVI, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Adopts an SVI that is about to step, unless it was before; one of distopt keeps its model and guide."""
+        """Adopts an SVI that is about to step, unless it was before; one of distopt keeps its plates and weight."""
         if id(svi) in self._svis or isinstance(svi.optim, HorovodOptimizer):
             return
         if isinstance(svi, SVI):
             if self._find_plates is not None:
                 self._find_plates(svi, args, kwargs)  # which may refuse it
-            if isinstance(svi.optim, DistributedOptimizer):
+            if isinstance(svi.optim, DistributedOptimizer) and not self._missing_plates(svi):
                 return
         if not isinstance(svi.optim, DistributedOptimizer):
             self._optimizers.append(adopt_(svi.optim, **self._options))
 
         self._svis[id(svi)] = (svi, svi.model, svi.guide)
-        if not isinstance(svi, SVI):
+        if isinstance(svi, SVI):
+            self._add_plates(svi)
+        else:
             if not isinstance(svi.model, Sharded):
                 more = () if self._find_plates is None else tuple(self._find_plates(svi, args, kwargs))
                 svi.model = shard(svi.model, self._plates, **self._sharding) if self._plates else svi.model
@@ -148,6 +150,16 @@ class _Adoption:
             svi.model, svi.guide = share_plates(svi.model, svi.guide, self._weight)
         if self._on_adopt is not None:
             self._on_adopt(svi, args, kwargs)
+
+    def _missing_plates(self, svi: SVI) -> list[str]:
+        return [name for name in self._plates if name not in getattr(svi.model, "plates", {})]
+
+    def _add_plates(self, svi: SVI) -> None:
+        """Splits those of the plates that an SVI of distopt's was not given as split."""
+        missing = self._missing_plates(svi)
+        if missing and isinstance(svi.model, Sharded) and isinstance(svi.guide, Sharded):
+            run, model = svi.model.args
+            svi.model, svi.guide = share_plates(shard(model, missing, **self._sharding), svi.guide.args[1], run.weight)
 
     def adopt_optimizer(self, optim: pyro.optim.optim.PyroOptim) -> None:
         """Adopts an optimizer that is stepped without an SVI of Pyro's."""

@@ -8,6 +8,7 @@ the store, optimizers, modules, and the rows of this rank.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,13 @@ _OURS = "distopt"
 _HYPERPARAMETERS = "hyper_parameters"  # as Lightning calls them
 _PLAIN = (bool, int, float, str)
 _KEEP = Retention(2)
+_REPLACED = (
+    "{path}: {count} optimizer(s) of SVIs had stopped stepping when this was saved, and others step the same "
+    "parameters, as in a plan that makes a new optimizer in each epoch. Training cannot resume from it: the checkpoint "
+    "does not tell which of them comes next. Make the optimizer once, in __init__, and change its learning rate by a "
+    "scheduler. trainer.validate(plan, loader, ckpt_path=PATH) loads the parameters alone; a fit without ckpt_path "
+    "then starts from them."
+)
 
 
 class Tree:
@@ -205,6 +213,9 @@ class TrainerCheckpoints:
 
     def __init__(self) -> None:
         self.optimizers: list[DistributedOptimizer] = []
+        self._epoch = 0  # counted from the start of this process
+        self._last_steps: dict[int, tuple[int, int]] = {}  # of each optimizer, by id: its steps, the epoch of the last
+        self._has_warned = False
         self._flags: dict[str, bool] = {}
         self._attributes: dict[str, dict[str, Any]] = {}
         self._folder = ""  # of the checkpoint that training resumes from, until it has
@@ -223,7 +234,11 @@ class TrainerCheckpoints:
             "flags": flags,
             "attributes": changed_attributes(module, self._attributes),
             "steps": [each.reducer.step for each in self.optimizers],
+            "replaced": self._replaced(),
         }
+        if ours["replaced"] and not self._has_warned and backend.rank == 0:
+            warnings.warn(_REPLACED.format(path=path, count=ours["replaced"]), stacklevel=2)
+            self._has_warned = True
         step = int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
         save_checkpoint(path, step, without_weights(checkpoint) | {_OURS: ours}, module, self.optimizers, backend)
         if trainer.training:
@@ -247,6 +262,8 @@ class TrainerCheckpoints:
         self.start_epoch(module)
         if not self._folder:
             return
+        if self._ours.get("replaced"):
+            raise CheckpointError(_REPLACED.format(path=self._folder, count=self._ours["replaced"]))
         self._flags = self._ours["flags"]
         set_training_flags(module, self._flags)
         set_attributes(module, self._ours["attributes"])
@@ -257,6 +274,28 @@ class TrainerCheckpoints:
     def start_epoch(self, module: nn.Module) -> None:
         """Notes which modules are in training mode, before the first batch of an epoch."""
         self._flags = training_flags(module)
+        self._note_steps()
+        self._epoch += 1
+
+    def _note_steps(self) -> None:
+        """Notes in which epoch each optimizer stepped last."""
+        for each in self.optimizers:
+            num_steps = each.reducer.step
+            if self._last_steps.get(id(each), (-1, 0))[0] != num_steps:
+                self._last_steps[id(each)] = (num_steps, self._epoch)
+
+    # The uninterrupted run would go on with one of them, or with a new one: nothing in a checkpoint tells which. That
+    # an optimizer rests is no sign of it if no other one has its parameters, as in plans that train two networks.
+    def _replaced(self) -> int:
+        """Returns how many optimizers have stopped stepping while others step the same parameters."""
+        self._note_steps()
+        epochs = [self._last_steps[id(each)][1] for each in self.optimizers]
+        names = [set(each.get_state()) for each in self.optimizers]
+        newest = [each for each, epoch in zip(names, epochs, strict=True) if epoch == max(epochs)]
+        return sum(
+            epoch < max(epochs) and any(each & other for other in newest)
+            for each, epoch in zip(names, epochs, strict=True)
+        )
 
     def adopt(self, optimizer: DistributedOptimizer, run_model: Callable[[], None], module: nn.Module) -> None:
         """Notes an optimizer that is about to step for the first time, and restores it; a collective call.

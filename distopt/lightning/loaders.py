@@ -24,6 +24,11 @@ Split: TypeAlias = Literal["batches", "deal", "rows", "none"]
 MIN_ROWS = 2
 """The fewest rows of a share: models squeeze dimensions of size 1, and batch norm has no variance of one row."""
 
+_SEVERAL_LOADERS = (
+    "plates {plates} of the model are as large as a batch, and a step reads batches of {count} loaders, so it is not "
+    "known how many rows there are in all. Give their number, as in pyro.plate(NAME, NUM_ROWS, subsample=index)."
+)
+
 
 @dataclass(frozen=True)
 class Share:
@@ -42,8 +47,11 @@ class Share:
     num_all: int
 
 
-def split_batch(indices: Any, rank: int, world_size: int) -> Share:
+def split_batch(indices: Any, rank: int, world_size: int, *, only_even: bool = False) -> Share:
     """Returns a rank's share of a batch; of one that is too small, or has no rows, all of it, on every rank.
+
+    A batch that does not split evenly is read whole, too, if it is one of several in a step (`only_even`): their shares
+    would weigh differently, and the loss has one weight.
 
     With `n` of the `N` rows of a batch on a rank, the plates of a model scale its loss by 1/n, so its weight is n W/N.
 
@@ -55,11 +63,35 @@ def split_batch(indices: Any, rank: int, world_size: int) -> Share:
         [5, 2, 8]
     """
     size = len(indices) if isinstance(indices, Sequence | np.ndarray) else 1
-    if size < MIN_ROWS * world_size:
+    if size < MIN_ROWS * world_size or only_even and size % world_size:
         return Share(indices, 1.0, size, size)
     start = size * rank // world_size
     stop = size * (rank + 1) // world_size
     return Share(indices[start:stop], (stop - start) * world_size / size, stop - start, size)
+
+
+class _Passes:
+    """Counts the passes over a loader in an epoch: a loader that is shorter than another beside it starts again."""
+
+    def __init__(self) -> None:
+        self._epoch = -1
+        self._number = 0
+        self._is_over = False
+
+    def begin(self, position: tuple[int, int], num_batches: int, *, is_alone: bool) -> tuple[int, int, int]:
+        """Returns the epoch, the pass that begins, and how many of its batches are done; one pass if it is alone."""
+        epoch, num_done = position
+        if is_alone:
+            return epoch, 0, num_done
+        is_again = epoch == self._epoch and self._is_over
+        self._number = self._number + 1 if is_again else num_done // max(1, num_batches)
+        self._epoch = epoch
+        self._is_over = False
+        return epoch, self._number, 0 if is_again else num_done % max(1, num_batches)
+
+    def end(self) -> None:
+        """Notes that all batches of a pass were read."""
+        self._is_over = True
 
 
 class SharedOrder(Sampler[Any]):
@@ -72,6 +104,10 @@ class SharedOrder(Sampler[Any]):
         seed: Of the order.
         position: Returns the epoch, and how many batches of it are done.
         num_dealt: How many batches of the sampler make up one that is split.
+
+    Attributes:
+        only_even: As for `split_batch`; set before an epoch is begun, as is the next one.
+        number: Of the loader among those that a step reads, which have orders of their own.
     """
 
     def __init__(
@@ -89,16 +125,21 @@ class SharedOrder(Sampler[Any]):
         self._seed = seed
         self._position = position
         self._num_dealt = num_dealt
-        self._shares: list[Share] = []
+        self._passes = _Passes()
+        self._shares: list[Share] = []  # of the epoch, over all passes
+        self.only_even = False
+        self.number = 0
 
     def __len__(self) -> int:
         return -(-len(self._sampler) // self._num_dealt)
 
     def __iter__(self) -> Iterator[Any]:
-        epoch, num_done = self._position()
-        self._shares = self._shares_of(epoch)
-        for share in self._shares[num_done:]:
+        epoch, last, num_done = self._passes.begin(self._position(), len(self), is_alone=not self.only_even)
+        passes = [self._shares_of(epoch, each) for each in range(last + 1)]
+        self._shares = [share for shares in passes for share in shares]
+        for share in passes[-1][num_done:]:
             yield share.indices
+        self._passes.end()
 
     @property
     def is_read(self) -> bool:
@@ -106,13 +147,13 @@ class SharedOrder(Sampler[Any]):
         return bool(self._shares)
 
     def share(self, batch: int) -> Share:
-        """Returns this rank's share of a batch of the epoch that was begun last."""
-        return self._shares[batch]
+        """Returns this rank's share of a batch of the epoch that was begun last; no rows if it has not as many."""
+        return self._shares[batch] if batch < len(self._shares) else Share(None, 1.0, 0, 0)
 
-    def _shares_of(self, epoch: int) -> list[Share]:
-        batches = batches_of(self._sampler, self._seed, epoch)
+    def _shares_of(self, epoch: int, number: int) -> list[Share]:
+        batches = batches_of(self._sampler, self._seed, epoch, *_further(number, self.number))
         groups = [batches[first : first + self._num_dealt] for first in range(0, len(batches), self._num_dealt)]
-        return [split_batch(_joined(group), self._rank, self._world_size) for group in groups]
+        return [split_batch(_joined(group), self._rank, self._world_size, only_even=self.only_even) for group in groups]
 
 
 class RankRows(Sampler[Any]):
@@ -134,25 +175,77 @@ class RankRows(Sampler[Any]):
         self._rank = rank
         self._seed = seed
         self._position = position
+        self._passes = _Passes()
+        self._is_read = False
+        self.only_even = False  # shares here weigh alike; set if a step reads several loaders
+        self.number = 0
 
     def __len__(self) -> int:
         return self._num_batches
 
     def __iter__(self) -> Iterator[Any]:
-        epoch, num_done = self._position()
-        rows = _joined(batches_of(self._sampler, self._seed, epoch, self._rank))
+        self._is_read = True
+        epoch, last, num_done = self._passes.begin(self._position(), len(self), is_alone=not self.only_even)
+        rows = _joined(batches_of(self._sampler, self._seed, epoch, self._rank, *_further(last, self.number)))
         ends = [len(rows) * number // self._num_batches for number in range(self._num_batches + 1)]
         for start, stop in list(zip(ends, ends[1:], strict=False))[num_done:]:
             yield rows[start:stop]
+        self._passes.end()
 
     @property
     def is_read(self) -> bool:
-        """False: the share is the same for every loader."""
-        return False
+        """Whether an epoch was begun."""
+        return self._is_read
 
     def share(self, batch: int) -> Share:
         """Returns a share of weight 1: the plates of the model scale this rank's rows to all that it holds."""
         return Share(None, 1.0, 0, 0)
+
+
+def _further(number: int, loader: int) -> tuple[int, ...]:
+    """Returns what an order follows from beside the epoch: nothing in the first pass over the first loader."""
+    return (number, loader) if number or loader else ()
+
+
+class StepLoaders:
+    """The loaders of which a step reads a batch each, as `trainer.fit(plan, [a, b])` has them.
+
+    The loss has one weight, and nothing tells which of its terms comes from which loader. So of several loaders only
+    batches that split evenly are split, which all weigh 1.
+
+    Attributes:
+        sizes: Of this rank's shares of the batches that `share` was asked for last; a whole batch of one loader counts
+            for nothing, since nothing of it has to be scaled.
+    """
+
+    def __init__(self) -> None:
+        self._samplers: list[SharedOrder | RankRows] = []
+        self.sizes: list[int] = []
+
+    def add(self, sampler: SharedOrder | RankRows | None) -> None:
+        """Takes the sampler of one more loader; if the others were read, Lightning has loaded them all anew."""
+        if any(each.is_read for each in self._samplers):
+            self._samplers = []
+        if sampler is None:
+            return
+        sampler.number = len(self._samplers)
+        self._samplers.append(sampler)
+        for each in self._samplers:
+            each.only_even = len(self._samplers) > 1
+
+    def share(self, batch: int) -> Share:
+        """Returns this rank's share of what a step reads of all loaders."""
+        shares = [each.share(batch) for each in self._samplers]
+        if len(shares) == 1:
+            self.sizes = [shares[0].num_rows] if shares[0].num_rows < shares[0].num_all else []
+            return shares[0]
+        self.sizes = sorted({each.num_rows for each in shares if each.num_rows})
+        return Share(None, 1.0, sum(each.num_rows for each in shares), sum(each.num_all for each in shares))
+
+    def refuse_unscaled(self, plates: Sequence[str]) -> None:
+        """Raises if there are plates that are as large as a batch, and several loaders: they have no one size."""
+        if plates and len(self._samplers) > 1:
+            raise ValueError(_SEVERAL_LOADERS.format(plates=", ".join(plates), count=len(self._samplers)))
 
 
 def batches_of(sampler: Any, seed: int, *numbers: int) -> list[Any]:

@@ -24,10 +24,11 @@ from distopt.config.reduce import ReduceOptions
 from distopt.infer import SVI, everywhere
 from distopt.infer.torch_closures import average_gradients_, by_kind
 from distopt.lightning.checkpoints import TrainerCheckpoints
-from distopt.lightning.loaders import RankRows, Share, SharedOrder, Split, split_loader
+from distopt.lightning.loaders import Share, Split, StepLoaders, split_loader
 from distopt.lightning.model_saves import saving_on_rank_0
 from distopt.lightning.parallel import ProcessStrategy, StartMethod
 from distopt.lightning.plates import unscaled_plates
+from distopt.optim.distributed import DistributedOptimizer
 from distopt.optim.distributed.svi_step import run_once
 from distopt.reduce import DisagreementError, DriftError, PeerError
 from distopt.reduce.agreement import share_values_
@@ -109,7 +110,7 @@ class DistoptStrategy(ProcessStrategy):
         self._trainer: Any = None
         self._distributed = ExitStack()
         self._checkpoints = TrainerCheckpoints()
-        self._sampler: SharedOrder | RankRows | None = None
+        self._loaders = StepLoaders()
         self._share = _WHOLE
         self._batch_plates: list[PlateShard] = []
         self._plates_by_size: list[str] = []  # of the model that is adopted now
@@ -153,7 +154,7 @@ class DistoptStrategy(ProcessStrategy):
         """Makes plain again what was distributed; the ranks stay connected."""
         self._distributed.close()
         self._checkpoints = TrainerCheckpoints()
-        self._sampler = None
+        self._loaders = StepLoaders()
         self._share = _WHOLE
         self._batch_plates.clear()
         super().teardown()
@@ -187,8 +188,7 @@ class DistoptStrategy(ProcessStrategy):
         if not self._trainer.training or self.world_size == 1 and not hasattr(dataloader, "dataset"):
             return dataloader
         dataloader, sampler = split_loader(dataloader, self._split, self.backend, self._seed, self._position)
-        if self._sampler is None or self._sampler.is_read:  # of several loaders the first; again when they are reloaded
-            self._sampler = sampler
+        self._loaders.add(sampler)
         return dataloader
 
     def _position(self) -> tuple[int, int]:
@@ -202,24 +202,23 @@ class DistoptStrategy(ProcessStrategy):
         if batch_idx == 0:
             assert self.lightning_module is not None
             self._checkpoints.start_epoch(self.lightning_module)
-        if self._sampler is not None:
-            self._share = self._sampler.share(batch_idx)
+        self._share = self._loaders.share(batch_idx)
         for plate in self._batch_plates:  # a batch that every rank reads whole is not split
             plate.num_shards = self.world_size if self._share.num_rows < self._share.num_all else 1
-        self._seed_step(int(self._trainer.fit_loop.total_batch_idx))
-
-    def _seed_step(self, step: int) -> None:
-        seed_all(self._seed, step, self.global_rank, self._rng_policy)
+        seed_all(self._seed, int(self._trainer.fit_loop.total_batch_idx), self.global_rank, self._rng_policy)
 
     # What steps: an SVI, or Lightning.
 
     def _find_plates(self, svi: pyro.infer.SVI, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterable[str]:
         """Returns plates that are as large as each rank's share of the batch: nothing else scales them to all rows."""
         is_kept = _keeps_its_model(svi, self._split, self.world_size)
-        if is_kept or self.world_size == 1 or self._share.num_rows == self._share.num_all:
+        if is_kept or self.world_size == 1 or not self._loaders.sizes:
             self._plates_by_size = []
+            if is_kept and isinstance(svi.optim, DistributedOptimizer):  # left alone, but it has a state
+                self._on_adopt(svi, args, kwargs)
             return ()
-        names = unscaled_plates(svi.model, args, kwargs, self._share.num_rows)
+        names = [name for size in self._loaders.sizes for name in unscaled_plates(svi.model, args, kwargs, size)]
+        self._loaders.refuse_unscaled(names)
         by_rank = self.backend.all_gather_json(names)  # a rank with a row more may take another plate for one of rows
         self._plates_by_size = [name for name in names if all(name in each for each in by_rank)]
         return self._plates_by_size

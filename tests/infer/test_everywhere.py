@@ -275,6 +275,30 @@ def test_plain_optimizer_in_an_svi_of_distopts_own_is_adopted_also_where_steps_a
         assert kind is pyro.optim.PyroOptim
 
 
+def _run_distopts_svi(is_distributed: bool) -> list[tuple[list[float], Values]]:
+    results = []
+    for capture in ("off", "auto"):
+        pyro.clear_param_store()
+        optimizer = DistributedOptimizer(optim.Adam({"lr": 0.1})) if is_distributed else pyro.optim.Adam({"lr": 0.1})
+        svi = infer.SVI(model, guide_of(model), optimizer, Trace_ELBO(), capture=capture)
+        before = svi.model, svi.guide
+        with everywhere(plates="rows"):
+            losses = [svi.step(my_rows()) for _ in range(6)]
+        assert (svi.model, svi.guide) == before
+        results.append((losses, store_values()))
+    return results
+
+
+# Its plates were left whole, so that each rank's rows were counted once and not as many times as there are ranks.
+@pytest.mark.parametrize("is_distributed", [False, True])
+def test_plates_are_split_in_an_svi_of_distopts_own_too(is_distributed: bool) -> None:
+    expected_losses, expected = fit(DATA, "distopt")
+    for eager, captured in world("torch_dist", 2).run(_run_distopts_svi, is_distributed):
+        assert captured == eager
+        assert eager[0] == pytest.approx(expected_losses, rel=1e-9)
+        assert {name: pytest.approx(value, rel=1e-9) for name, value in expected.items()} == eager[1]
+
+
 def _run_plain() -> list[str]:
     svi = SVI(model, guide_of(model), pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
     with warnings.catch_warnings(record=True) as caught:

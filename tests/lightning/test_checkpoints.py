@@ -18,9 +18,11 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from pyro.infer import SVI, Trace_ELBO
 
+import distopt.infer
 from distopt.backends import current
 from distopt.checkpoint import CheckpointError
 from distopt.infer import gather_local
+from distopt.optim import Adam, DistributedOptimizer
 from tests.lightning.plans import (
     SviPlan,
     TorchPlan,
@@ -158,6 +160,84 @@ def test_two_svis_resume_each_with_its_own_optimizer(tmp_path: Path) -> None:
         fit(trainer(1, **options), TwoSvis(), loader(8), **({"ckpt_path": resume} if resume else {}))
         results.append(store_values())
     assert len(results[0]) == 4 and results[1] == results[0]
+
+
+class NewOptimizers(SviPlan):
+    """Makes a new optimizer in some epochs, for the same SVI."""
+
+    every = 1
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        if self.current_epoch % self.every == 0:
+            self.svi = SVI(self._model, self._guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+
+    def on_train_epoch_end(self) -> None:
+        pass
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+def _fit_new_optimizers(folder: Path, every: int, **resumed: Any) -> None:
+    plan = NewOptimizers()
+    plan.every = every
+    save = ModelCheckpoint(folder, save_top_k=-1, filename="{step}", every_n_epochs=1)
+    fit(trainer(1, callbacks=[save], enable_checkpointing=True), plan, loader(8), **resumed)
+
+
+# It resumed with the state of the first one.
+def test_plan_that_makes_new_optimizers_is_not_resumed_with_the_state_of_another_one(tmp_path: Path) -> None:
+    pyro.clear_param_store()
+    _fit_new_optimizers(tmp_path, 1)
+    expected = store_values()
+    pyro.clear_param_store()
+    path = str(tmp_path / "step=6.ckpt")
+    with pytest.raises(
+        CheckpointError, match=r"1 optimizer\(s\) of SVIs had stopped stepping.*Make the optimizer once"
+    ):
+        _fit_new_optimizers(tmp_path / "again", 1, ckpt_path=path)
+
+    plan = NewOptimizers()
+    trainer(1).validate(plan, loader(8), ckpt_path=path, verbose=False)
+    before = store_values()
+    fit(trainer(1, max_epochs=1), plan, loader(8))
+    assert len(before) == 2 and before != expected != store_values()
+
+    _fit_new_optimizers(tmp_path / "once", 5)
+    _fit_new_optimizers(tmp_path / "once-again", 5, ckpt_path=str(tmp_path / "once" / "step=6.ckpt"))
+
+
+def test_saving_warns_once_of_a_checkpoint_that_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="had stopped stepping") as warned:
+        plan = NewOptimizers()
+        save = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", every_n_epochs=1)
+        trainer(1, callbacks=[save], enable_checkpointing=True).fit(plan, loader(8))
+    assert sum("had stopped stepping" in str(each.message) for each in warned) == 1
+
+
+class DistributedPlan(SviPlan):
+    """Steps an SVI of distopt's with an optimizer that is distributed already."""
+
+    def _make(self) -> None:
+        optimizer = DistributedOptimizer(Adam({"lr": 0.1}))
+        self.svi = distopt.infer.SVI(self._model, self._guide, optimizer, Trace_ELBO())
+
+    def on_train_epoch_end(self) -> None:
+        pass
+
+
+# Its moments were not in the checkpoint.
+def test_svi_of_distopt_with_a_distributed_optimizer_resumes_with_its_state(tmp_path: Path) -> None:
+    results = []
+    for resume in ("", str(tmp_path / "step=6.ckpt")):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(11)
+        save = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", every_n_epochs=1)
+        options: dict[str, Any] = {"callbacks": [save], "enable_checkpointing": True, "max_epochs": 4}
+        fit(trainer(1, **options), DistributedPlan(), loader(8), **({"ckpt_path": resume} if resume else {}))
+        results.append(store_values())
+    assert results[1] == results[0]
 
 
 def without_statistics(values: dict[str, Any]) -> dict[str, Any]:

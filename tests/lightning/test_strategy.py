@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pyro.optim
 import pytest
 import torch
@@ -215,6 +216,82 @@ def test_torch_optimizers_step_by_the_gradient_of_the_whole_batch(how: str, opti
         results = on_all(num_workers, _run_torch, how, options)
         assert all(values == results[0] for values in results)
         assert results[0] == near(expected, 1e-7)
+
+
+class TwoLoaders(TorchPlan):
+    """Reads a batch of each of two loaders in a step; the shorter one starts again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[list[list[int]]] = []
+
+    def on_train_epoch_start(self) -> None:
+        self.seen.append([[], []])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for rows, (_, index) in zip(self.seen[-1], batch, strict=True):
+            rows += index.tolist()
+        return super().training_step(batch[0], batch_idx) + 0.3 * super().training_step(batch[1], batch_idx)
+
+
+def _run_two_loaders() -> tuple[dict[str, list[float]], list[list[list[int]]]]:
+    torch.manual_seed(5)
+    plan = TwoLoaders()
+    fit(trainer(current().world_size), plan, [loader(6, rows=slice(13)), loader(5)])
+    return state_values(plan), plan.seen
+
+
+def test_several_loaders_of_a_step_give_the_numbers_of_one_worker_and_the_shorter_starts_again() -> None:
+    expected, rows = _run_two_loaders()
+    for epoch in rows:  # 13 rows in 6, 6 and 1, and then 6 and 6 in another order; 23 rows in 5 batches
+        assert sorted(epoch[0][:13]) == list(range(13)) and len(epoch[0]) == 25
+        assert sorted(epoch[1]) == list(range(23))
+        assert epoch[0][:12] != epoch[0][13:]
+    for num_workers in (2, 3):
+        for values, _ in on_all(num_workers, _run_two_loaders):
+            assert values == near(expected, 1e-7)
+
+
+class TwoLoadersOfSvi(SviPlan):
+    """Steps an SVI by the batches of two loaders over the same rows, given by name."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        assert batch["a"][1].tolist() != batch["b"][1].tolist(), "each has an order of its own"
+        self.losses.append(self.svi.step(torch.cat([batch["a"][0], batch["b"][0]]), batch["a"][1], batch["b"][1]))
+        self.optimizers().step()
+
+
+def twice(model: Any) -> Any:
+    """Returns a model of the rows of two batches."""
+
+    def both(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(x.new_zeros(()), 10.0))
+        for name, rows, index in (("a", x[: len(first)], first), ("b", x[len(first) :], second)):
+            plate = pyro.plate(name, NUM_ROWS, subsample=index) if model == "global" else pyro.plate(name, len(rows))
+            with plate:
+                pyro.sample(f"x-{name}", dist.Normal(loc, 1.0), obs=rows)
+
+    return both
+
+
+def _run_two_loaders_of_svi(model: str) -> tuple[dict[str, list[float]], list[float]]:
+    pyro.clear_param_store()
+    plan = TwoLoadersOfSvi(twice(model))
+    fit(trainer(current().world_size, max_epochs=2), plan, {"a": loader(8), "b": loader(7)})
+    return store_values(), plan.losses
+
+
+def _run_refused() -> str:
+    with pytest.raises(ValueError, match=r"plates a, b of the model are as large as a batch.* 2 loaders") as raised:
+        _run_two_loaders_of_svi("batch-sized")
+    return str(raised.value)
+
+
+def test_svi_reads_several_loaders_as_on_one_worker_if_its_plates_say_how_many_rows_there_are() -> None:
+    expected, losses = _run_two_loaders_of_svi("global")
+    for values, others in on_all(2, _run_two_loaders_of_svi, "global"):
+        assert values == near(expected) and others == pytest.approx(losses, rel=1e-9)
+    assert len(set(on_all(2, _run_refused))) == 1
 
 
 # Validation.
