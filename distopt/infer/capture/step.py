@@ -413,6 +413,7 @@ def _is_plain_context() -> bool:
         not _PYRO_STACK
         and torch.is_grad_enabled()
         and not torch.is_inference_mode_enabled()
+        and not torch.is_anomaly_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.is_autocast_enabled("cuda")
         and torch._C._len_torch_dispatch_stack() == 0
