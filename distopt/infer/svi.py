@@ -191,6 +191,10 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         self._num_calls += 1
         if is_checked is None:
             is_checked = is_checked_late(self._num_calls)
+        # Pyro's SVI may be given another loss between its steps.
+        if self.captured is not None and self.captured.loss_and_grads != self.loss_and_grads:
+            self.captured = self._make_capture()
+            self._layout = None
         if self.captured is None or mode_of_step(self._capture, is_checked=is_checked) == "eager":
             return loss_and_named_params(self, args, kwargs)
         self._leave_gradients_in_buckets(self.captured)

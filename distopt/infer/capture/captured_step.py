@@ -42,6 +42,8 @@ class CapturedStep:
         buffers: Where the program was told to leave gradients.
         runs: How often it has run.
         failed_checks: How often it has run in vain: a check had another answer, or the loss was not finite.
+        failures: How often it has raised an error since it last ran.
+        error: The last one.
     """
 
     program: Program
@@ -54,6 +56,8 @@ class CapturedStep:
     buffers: dict[int, Tensor] | None = None
     runs: int = 0
     failed_checks: int = 0
+    failures: int = 0
+    error: str = ""
 
     def run(
         self, store: dict[str, Tensor], tensors: list[Tensor], buffers: dict[int, Tensor] | None
@@ -69,12 +73,15 @@ class CapturedStep:
             status, losses = self.program.run(store, tensors)
         except Exception as error:
             logger.debug("captured step failed, taking it eagerly: %s", error)
+            self.error = f"{type(error).__name__}: {error}"
+            self.failures += 1
             return FAILED, None
         if status == programs.NOT_FINITE or status >= 0:
             self.failed_checks += 1
         if status != programs.RAN:
             return status, None
         self.runs += 1
+        self.failures = 0
         return status, self._result(losses)
 
     def _result(self, computed: list[float]) -> StepResult:

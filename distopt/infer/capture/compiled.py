@@ -18,7 +18,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,9 @@ from distopt.infer.capture.captured_step import CapturedStep, StepResult, Varian
 from distopt.infer.capture.generators import generator_states, set_generator_states
 from distopt.infer.capture.program import Program
 from distopt.infer.capture.recorded_step import RecordedStep
+from distopt.infer.capture.recorder import Recorder
 from distopt.infer.capture.recording import HostCall, Op, PackCall, Recording, Slot, TensorInfo, aten, substitute
 from distopt.infer.capture.step import MAX_MISSES, StepCapture
-from distopt.optim.distributed.svi_step import preserving_buffers
 
 logger = logging.getLogger(__name__)
 
@@ -381,10 +381,18 @@ def _lock(key: str) -> Iterator[None]:
     """Lets one process of a host compile a list, while the others wait for what it leaves in the compiler's cache."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    folder = Path(cache_dir())
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(os.fspath(folder / f"distopt-{key}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    # A file of another user's, or a file system without locks: then each process compiles by itself.
+    with ExitStack() as stack:
+        try:
+            folder = Path(cache_dir())
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(os.fspath(folder / f"distopt-{key}.lock"), "w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.debug("compiling without a lock: %s", error)
+        else:
+            # Not left to closing it: a process that was forked meanwhile has the same file open.
+            stack.callback(fcntl.flock, file, fcntl.LOCK_UN)
         yield
 
 
@@ -415,13 +423,16 @@ class CompiledCapture(StepCapture):
         if self.num_steps == 0 and self.refusal is None:
             rehearsal = _Rehearsal()
             names = list(pyro.get_param_store()._params)
-            with preserving_buffers():
-                result = self._eager(model, guide, args, kwargs)
-            if list(pyro.get_param_store()._params) != names:
-                self.num_steps = 1
-                return result
-            rehearsal.undo()
+            writes = Recorder()  # which knows what the step writes to; what else it records is of no use
+            try:
+                with writes:
+                    result = self._eager(model, guide, args, kwargs)
+            finally:
+                writes.close()
             self.num_steps = 1
+            if list(pyro.get_param_store()._params) != names:
+                return result
+            rehearsal.undo(writes.undo_writes)
         return super().__call__(model, guide, *args, **kwargs)
 
     def _take_recorded(self, *step: Any) -> RecordedStep | None:
@@ -437,6 +448,8 @@ class CompiledCapture(StepCapture):
         for _ in range(2 * MAX_MISSES):
             num_recorded = self.num_recorded
             rehearsed = super()._record(variant, model, guide, args, kwargs)
+            if self._undo is None:  # the recording failed, so that the step was taken eagerly: it is no rehearsal
+                return rehearsed
             gradients = _gradients(rehearsed.params)
             state = torch.get_rng_state()
             rehearsal.undo(self._undo)
@@ -468,7 +481,9 @@ class CompiledCapture(StepCapture):
         self, variant: Variant, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> StepResult:
         rehearsal = _Rehearsal()
-        super()._compare(variant, model, guide, args, kwargs)
+        result = super()._compare(variant, model, guide, args, kwargs)
+        if self._undo is None:  # as in `_record`
+            return result
         rehearsal.undo(self._undo)
         if self.refusal is not None:
             return self._eager(model, guide, args, kwargs)

@@ -10,6 +10,7 @@ Losses and checks come back together, in the step's only wait for the GPU.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from distopt.infer.capture.generators import generator_states
 from distopt.infer.capture.program import BUSY, NOT_FINITE, RAN, PythonProgram, put_back
 from distopt.infer.capture.recording import Recording
+
+logger = logging.getLogger(__name__)
 
 MAX_GRAPHS = 8
 """Graphs of one program: for memory that keeps moving a graph is no gain."""
@@ -74,10 +77,16 @@ def build_graph(recording: Recording, params: Sequence[Tensor], args: Sequence[T
     reason = graph_refusal(recording)
     if reason is not None:
         raise NoGraphError(reason)
-    try:
-        return CudaGraphProgram(recording, params, args)
-    except RuntimeError as error:  # an operation waits for the GPU, or its memory is full
-        raise NoGraphError(f"the step cannot be a CUDA graph: {error}") from error
+    first: RuntimeError | None = None
+    for _ in range(2):
+        try:
+            return CudaGraphProgram(recording, params, args)
+        except RuntimeError as error:
+            # What another thread did at that moment (a library that synchronizes the device) is over by the next try.
+            # An operation that waits for the GPU, or memory that is full, fails again.
+            logger.info("recording a CUDA graph failed: %s", error)
+            first = first or error
+    raise NoGraphError(f"the step cannot be a CUDA graph: {first}") from first
 
 
 def _is_comparable(recording: Recording, slot: int) -> bool:
@@ -90,6 +99,16 @@ def _gradient_slots(recording: Recording) -> dict[int, int]:
     """Returns by parameter the slot of the gradient that the step computes for it."""
     slots = {index: slot for index, slot in enumerate(recording.grads) if slot >= recording.num_inputs}
     return slots | recording.accumulated
+
+
+def _settings() -> tuple[int, ...]:
+    """Returns the settings of torch's by which its libraries choose kernels: a graph holds those that were chosen."""
+    return (
+        torch._C._get_cublas_allow_tf32(),
+        torch._C._get_cudnn_allow_tf32(),
+        torch._C._get_cudnn_deterministic(),
+        torch._C._get_deterministic_algorithms(),
+    )
 
 
 class CudaGraphProgram(PythonProgram):
@@ -159,7 +178,8 @@ class CudaGraphProgram(PythonProgram):
 
     def _present_addresses(self) -> list[int]:
         buffers = [buffer for buffer in self._buffers if buffer is not None]
-        return [tensor.data_ptr() for tensor in (*self._params, *self._recording.foreign.values(), *buffers)]
+        addresses = [tensor.data_ptr() for tensor in (*self._params, *self._recording.foreign.values(), *buffers)]
+        return [*addresses, *_settings()]
 
     def _record_graph(self) -> None:
         if self._num_graphs >= MAX_GRAPHS:

@@ -240,7 +240,10 @@ class StepCapture:
                 self.num_captured += 1
                 return result
             if status == FAILED:  # an eager step shows the error as the model's own
-                return self._eager(model, guide, args, kwargs)
+                result = self._eager(model, guide, args, kwargs)
+                if captured.failures >= MAX_MISSES:
+                    self._refuse(f"a captured step fails where an eager one does not: {captured.error}")
+                return result
             if status == programs.NOT_FINITE:
                 return self._take_not_finite(captured, model, guide, args, kwargs)
             if status >= 0:
@@ -413,6 +416,7 @@ def _is_plain_context() -> bool:
         not _PYRO_STACK
         and torch.is_grad_enabled()
         and not torch.is_inference_mode_enabled()
+        and not torch.is_anomaly_enabled()
         and not torch.is_autocast_enabled("cpu")
         and not torch.is_autocast_enabled("cuda")
         and torch._C._len_torch_dispatch_stack() == 0

@@ -11,6 +11,7 @@ from pyro.infer.autoguide import AutoNormal
 
 from distopt import backends
 from distopt.infer import SVI, TensorRows, seed_all, sharded_plate
+from distopt.infer.capture import StepCapture
 from distopt.optim import Adam, DistributedOptimizer, ScaledELBO
 from distopt.reduce import ReduceOptions
 from tests.infer.capture.cases import DATA, hierarchy, mixture, mixture_guide
@@ -208,3 +209,40 @@ def test_svi_from_before_steps_were_captured_is_taken_up_with_the_default():
     losses = [old.step(DATA) for _ in range(6)]
     assert all(map(math.isfinite, losses))
     assert old.captured.num_captured == 3
+
+
+def test_loss_that_is_replaced_between_steps_is_the_one_that_is_computed():
+    def run(capture):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        svi = SVI(hierarchy, AutoNormal(hierarchy), Adam({"lr": 0.05}), Trace_ELBO(), capture=capture)
+        losses = []
+        for step in range(12):
+            if step == 6:
+                replaced = Trace_ELBO(num_particles=3)
+                svi.loss, svi.loss_and_grads = replaced.loss, replaced.loss_and_grads
+            losses.append(svi.step(DATA))
+        return losses, svi.captured
+
+    losses, captured = run("auto")
+    assert losses == run("off")[0]
+    assert captured.num_captured > 0
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says where the operation began
+def test_gradient_that_is_no_number_is_found_where_torch_looks_for_it():
+    def model():
+        x = pyro.param("x", torch.tensor(1.0))
+        pyro.factor("root", (x * 0.0).sqrt() * 0.0)  # a loss of zero, whose gradient is 0 * inf
+
+    def guide():
+        pass
+
+    pyro.clear_param_store()
+    capture = StepCapture(Trace_ELBO().loss_and_grads)
+    for _ in range(5):
+        _, (param,) = capture(model, guide)
+        param.grad = None
+    assert capture.num_captured > 0
+    with pytest.raises(RuntimeError, match="returned nan"), torch.autograd.detect_anomaly(check_nan=True):
+        capture(model, guide)

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -99,7 +101,50 @@ def test_rehearsals_leave_generators_gradients_and_tensors_as_they_were():
 
     _, _, capture = train(10, model=model)
     assert "writes to a tensor that existed before it" in capture.notice
-    assert touched.tolist() == [11.0 + 1.0] * 3  # ten steps, the guide's setup, and the eager run before the first one
+    assert touched.tolist() == [10.0 + 1.0] * 3  # ten steps, and the guide's setup
+
+
+@pytest.mark.parametrize("bad_step", [1, 7])
+@pytest.mark.parametrize("registered", [False, True])
+def test_buffers_are_those_of_eager_steps_where_the_first_step_makes_parameters_or_a_loss_is_not_finite(
+    registered, bad_step
+):
+    def run(capture):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+
+        def model(x, term):
+            module = pyro.module("net", net)
+            pyro.sample("y", dist.Normal(module(x).squeeze(-1), 1.0).to_event(1), obs=x.squeeze(-1))
+            pyro.factor("term", term)
+
+        if registered:
+            pyro.module("net", net)
+        svi = SVI(model, lambda *args: None, pyro.optim.SGD({"lr": 0.0}), Trace_ELBO(), capture=capture)
+        x = torch.linspace(-1, 1, 10)[:, None]
+        with pyro.validation_enabled(False):
+            for step in range(10):
+                svi.step(x + step, torch.tensor(math.inf if step == bad_step else 0.0))
+        return {name: buffer.tolist() for name, buffer in net.named_buffers()}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pyro about the loss
+        assert run("compiled") == run("off")
+
+
+def test_without_a_lock_each_process_compiles_by_itself(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    with compiled._lock("key"):
+        (lock,) = tmp_path.glob("distopt-*.lock")
+    monkeypatch.setattr(compiled.fcntl, "flock", refuse)  # as where a file system has none, or the file is another's
+    entered = []
+    with compiled._lock("key"):
+        entered.append(lock)
+    assert entered
 
 
 def test_list_that_cannot_be_compiled_runs_captured_with_eager_bits():

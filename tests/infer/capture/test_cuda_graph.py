@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distopt.infer.capture.cuda_graph import CudaGraphProgram, graph_refusal, uses_gpu
+from distopt.infer.capture.cuda_graph import CudaGraphProgram, NoGraphError, build_graph, graph_refusal, uses_gpu
 from distopt.infer.capture.recording import Check, HostCall, Op, Recording, Slot, TensorInfo, aten
 from tests.infer.capture.cases import captured_cases
 from tests.infer.capture.steps import compare
@@ -103,3 +103,32 @@ def test_program_leaves_losses_and_gradients_of_eager_steps(name, keep_grads, mo
     capture = compare(CASES[name], 9, keep_grads=keep_grads)
     assert capture.refusal is None
     assert capture.num_captured >= 4
+
+
+@pytest.mark.parametrize("num_failures", [1, 2])
+def test_graph_whose_recording_fails_is_tried_once_more(num_failures, monkeypatch):
+    made = []
+
+    def make(*arguments):
+        made.append(arguments)
+        if len(made) <= num_failures:
+            raise RuntimeError(f"capture {len(made)} was invalidated")
+        return "the program"
+
+    monkeypatch.setattr("distopt.infer.capture.cuda_graph.CudaGraphProgram", make)
+    if num_failures == 1:
+        assert build_graph(recording(), [], []) == "the program"
+    else:
+        with pytest.raises(NoGraphError, match="capture 1 was invalidated"):
+            build_graph(recording(), [], [])
+
+
+def test_program_that_fails_where_eager_steps_do_not_is_given_up_with_its_reason(monkeypatch):
+    class Failing(OnCpu):
+        def _replay(self, args):
+            raise RuntimeError("memory has moved")
+
+    monkeypatch.setattr("distopt.infer.capture.step.uses_gpu", lambda recording: True)
+    monkeypatch.setattr("distopt.infer.capture.step.build_graph", Failing)
+    capture = compare(CASES["hierarchy"], 9)
+    assert "fails where an eager one does not: RuntimeError: memory has moved" in capture.refusal
