@@ -29,12 +29,29 @@ def available_cores(proc: Path = PROC) -> int:
         >>> available_cores() <= len(os.sched_getaffinity(0))
         True
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, limit_of_cores(len(affinity()), proc))
+
+
+def affinity() -> set[int]:
+    """Returns the numbers of the cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def limit_of_cores(unlimited: int, proc: Path = PROC) -> int:
+    """Returns how many cores this process's limit of CPU time is worth, which it shares with others of its group.
+
+    Args:
+        unlimited: What is returned where there is none, or a higher one.
+        proc: The process's folder in /proc.
+    """
+    cores = unlimited
     for group, top in groups("cpu", proc):
         for folder in (group, *group.parents):  # the limits of the groups above hold, too
             if folder.is_relative_to(top):
                 cores = min(cores, _limit(folder, cores))
-    return max(1, cores)
+    return cores
 
 
 def _limit(folder: Path, unlimited: int) -> int:

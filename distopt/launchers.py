@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 # Variables that the launcher sets for host agents, supervisors and workers.
-BINDING_VARIABLE = "DISTOPT_BINDING"  # `none` leaves workers on all cores
+BINDING_VARIABLE = "DISTOPT_BINDING"  # `none` leaves workers on all cores, `cpu` binds them without regard to GPUs
 CONFIG_VARIABLE = "DISTOPT_CONFIG"  # the YAML itself, for pods, which share no folder with the launcher
 CWD_VARIABLE = "DISTOPT_CWD"  # the folder in which workers run, where ssh would start them in another one
 ECHO_VARIABLE = "DISTOPT_ECHO"  # set: supervisors print a worker's output as well, for `kubectl logs`

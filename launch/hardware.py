@@ -10,6 +10,7 @@ from pathlib import Path
 from distopt.config import RunConfig
 
 from .findings import Finding
+from .platforms import load_platform
 from .worker import devices, network
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -22,9 +23,17 @@ def examine_hardware(config: RunConfig | None) -> Iterator[Finding]:
     yield shared_memory()
     yield interface(config)
     yield infiniband()
-    yield libraries({**os.environ, **(config.launch.env if config is not None else {})})
-    yield numa()
-    yield from devices_of_workers(config, devices.visible(os.environ))
+    environ = {**os.environ, **(config.launch.env if config is not None else {})}
+    yield libraries(environ)
+    yield numa(config)
+    yield from devices_of_workers(config, devices.visible(environ))
+
+
+def runs_here(config: RunConfig | None) -> bool:
+    """Returns whether workers of a run will be on this machine; a cluster has other ones for them."""
+    if config is None or load_platform(config.launch.platform).finds_hosts:
+        return False
+    return not config.launch.hosts or any(map(network.is_here, config.launch.hosts))
 
 
 def shared_memory(folder: Path = SHARED_MEMORY) -> Finding:
@@ -49,6 +58,7 @@ def interface(config: RunConfig | None) -> Finding:
             "interface",
             f"{wanted} is none of this machine's: {listed}",
             "set launch.interface to one that all hosts have",
+            "failure" if runs_here(config) else "warning",
         )
     hosts = [] if config is None else config.launch.hosts
     chosen = wanted or (network.interface_among(hosts) if hosts else None)
@@ -81,12 +91,14 @@ def libraries(environ: Mapping[str, str]) -> Finding:
     return Finding(subject, f"{shown}; the rest is as the libraries have it", severity="ok")
 
 
-def numa(sys: Path = devices.SYS) -> Finding:
+def numa(config: RunConfig | None = None, sys: Path = devices.SYS) -> Finding:
     """Says how many NUMA nodes there are, and the cores of each."""
     nodes = devices.numa_nodes(sys)
     if len(nodes) < 2:
         return Finding("NUMA", "one node; workers are not bound", severity="ok")
     shown = ", ".join(f"node {number} with {len(cpus)} cores" for number, cpus in nodes.items())
+    if config is not None and config.launch.binding == "none":
+        return Finding("NUMA", f"{shown}; workers are not bound, as launch.binding says", severity="ok")
     return Finding("NUMA", f"{shown}; each worker is bound to the cores beside its GPU, or its share", severity="ok")
 
 
@@ -102,7 +114,7 @@ def devices_of_workers(
     ]
     kind = "instances of MIG, averaged over gloo" if seen[0].is_instance else "GPUs"
     message = f"{len(seen)} {kind}: {'; '.join(described)}"
-    workers = 1 if config is None or config.launch.hosts else config.launch.workers
+    workers = config.launch.workers if config is not None and runs_here(config) else 1
     if workers > len(seen):
         fix = f"set launch.workers={len(seen)}"
         yield Finding("devices", f"{message}; {workers} workers will train on the CPU", fix, "warning")

@@ -147,7 +147,9 @@ def env_of_workers(config: RunConfig, **more: str) -> dict[str, str]:
     """
     interface = {INTERFACE_VARIABLE: config.launch.interface} if config.launch.interface else {}
 
-    binding = {} if config.launch.binding == "numa" else {BINDING_VARIABLE: config.launch.binding}
+    # Workers that leave the GPUs alone have no reason to be beside them.
+    kind = "cpu" if config.launch.binding == "numa" and config.train.device == "cpu" else config.launch.binding
+    binding = {} if kind == "numa" else {BINDING_VARIABLE: kind}
     preemption = {PREEMPTION_VARIABLE: config.launch.preemption_file} if config.launch.preemption_file else {}
 
     # Over ssh a worker starts in the user's home folder, and other hosts may resolve names differently.

@@ -227,15 +227,26 @@ def stop(directory: Path) -> State:
 
 
 def stop_all(directories: Sequence[Path]) -> list[State]:
-    """Stops runs, all at once, and waits for their ends, as `stop` does."""
+    """Stops runs, all at once, and waits for their ends, as `stop` does.
+
+    Raises:
+        JobError: One cannot be stopped; the others have been.
+    """
     jobs = [job_of(directory) for directory in directories]
     were_known = [job.state().phase != "unknown" for job in jobs]
-    for job in jobs:
-        job.stop()
-    return [
-        _wait_until_stopped(job, directory, was_known=was_known)
-        for job, directory, was_known in zip(jobs, directories, were_known, strict=True)
-    ]
+    asked = []
+    error: JobError | None = None
+    for each in zip(jobs, directories, were_known, strict=True):
+        try:
+            each[0].stop()
+            asked.append(each)
+        except JobError as refused:
+            error = error or refused
+
+    states = [_wait_until_stopped(job, directory, was_known=was_known) for job, directory, was_known in asked]
+    if error is not None:
+        raise error
+    return states
 
 
 def _wait_until_stopped(job: Job, directory: Path, *, was_known: bool) -> State:

@@ -86,7 +86,7 @@ class Sweep:
         self.folder = RUNS / config.name
         self.trials: list[Trial] = []
         self._processes: dict[int, subprocess.Popen[bytes]] = {}  # of trials that this process has launched
-        self._array = array_of_trials(config.name, f"{self.folder.resolve()}-", self._configs(), config.parallel)
+        self._array = array_of_trials(config.name, f"{RUNS.resolve() / config.name}-", self._configs(), config.parallel)
         self._unsubmitted: list[int] = []  # trials that the array is to start
         self._received = 0
         self._has_all = False
@@ -199,7 +199,7 @@ class Sweep:
         """Launches a trial, or follows its run where that goes on; one that was stopped resumes."""
         directory = self.run_dir(trial)
         # One that has ended without the sweep having noted it was interrupted with it, and resumes.
-        if (directory / LAUNCH_FILE).exists() and state_of(directory).phase in ("pending", "running", "done"):
+        if (directory / LAUNCH_FILE).exists() and self._is_under_way(directory):
             say(f"{trial} is followed")
             return
 
@@ -213,6 +213,11 @@ class Sweep:
                 self._command(trial), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         say(f"{trial} started")
+
+    def _is_under_way(self, directory: Path) -> bool:
+        if self._array is not None:
+            return self._array.is_under_way(directory)
+        return state_of(directory).phase in ("pending", "running", "done")
 
     def _command(self, trial: Trial) -> list[str]:
         return [sys.executable, "-m", "distopt.launch", "launch", self.config.run, *self._overrides(trial)]

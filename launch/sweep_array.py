@@ -15,7 +15,6 @@ from .findings import failures
 from .jobs import JobArray, JobError, PlatformError, State, read_record
 from .platforms import Platform, load_platform, plan_of
 from .run_dir import RunDirectoryError, record, submission
-from .status import state_of
 from .worker.events import Reader
 
 POLL_S = 2.0  # one question for all trials
@@ -34,7 +33,7 @@ class TrialArray:
         self._platform = platform
         self._array = array
         self._configs = configs
-        self._unfinished: set[str] = set()
+        self._unfinished: set[str] | None = None  # unknown while the platform does not answer
         self._asked_at = float("-inf")
         self._answered_at = time.monotonic()
 
@@ -63,6 +62,20 @@ class TrialArray:
         self._asked_at = float("-inf")
         say(f"submitted: {', '.join(references.values())}")
 
+    def is_under_way(self, directory: Path) -> bool:
+        """Returns whether a trial was submitted and need not be again, since it waits, runs or is done.
+
+        Raises:
+            PlatformError: The platform gives no answer. To submit the trial once more could start a second job in its
+                run directory.
+        """
+        try:
+            return runs.job_of(directory).state().phase in ("pending", "running", "done")
+        except PlatformError:
+            raise
+        except runs.ERRORS:
+            return False
+
     def state(self, directory: Path, followed: Sequence[Path]) -> State:
         """Returns the state of a trial.
 
@@ -75,9 +88,12 @@ class TrialArray:
         """
         self._ask(followed)
         reference = _reference(directory)
-        if reference is None or reference in self._unfinished:
+        if reference is None or self._unfinished is None or reference in self._unfinished:
             return State("running")
-        state = state_of(directory)
+        try:
+            state = runs.job_of(directory).state()
+        except PlatformError:  # it may be all that the platform does not answer now
+            return State("running")
         if state.phase != "unknown":
             return state
         # A cluster forgets jobs some time after their end; their supervisors have recorded it.
@@ -94,6 +110,7 @@ class TrialArray:
             self._unfinished = self._array.unfinished(_references(followed))
             self._answered_at = now
         except PlatformError:  # controllers fail for a while, and the trials continue
+            self._unfinished = None
             if now - self._answered_at > runs.PATIENCE_S:
                 raise
 
@@ -101,6 +118,9 @@ class TrialArray:
         """Takes trials that wait out of the queue, and stops the others after a last checkpoint."""
         try:
             self._array.cancel_waiting(_references(directories))
+        except PlatformError as error:
+            say(str(error))
+        try:
             runs.stop_all(directories)
         except runs.ERRORS as error:
             say(str(error))

@@ -100,9 +100,10 @@ class SweepConfig(Section):
         return self
 
     def combinations(self) -> list[dict[str, Any]]:
-        """Returns the keys and values of each trial of a grid, the last key varying fastest."""
-        grid = self.grid or {}
-        return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        """Returns the keys and values of each trial of a grid, the last key varying fastest; a search has none."""
+        if self.grid is None:
+            return []
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
 
 
 def load_sweep(path: str | Path) -> SweepConfig:

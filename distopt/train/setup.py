@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import socket
+from fractions import Fraction
 from typing import Any, SupportsIndex
 
 import pyro
@@ -11,7 +12,7 @@ import torch
 
 import distopt
 from distopt.backends import Backend
-from distopt.cgroups import available_cores
+from distopt.cgroups import affinity, limit_of_cores
 from distopt.config import ConfigError, RunConfig, differences
 from distopt.config.plugins import load_reference
 from distopt.data import GlobalBatches, ShardBatches
@@ -30,12 +31,28 @@ def set_up_process(config: RunConfig, backend: Backend) -> None:
         One `all_gather_json`.
     """
     # torch would use all cores in each process, and the processes would slow each other down.
-    cores = available_cores()
-    node_ranks = backend.all_gather_json(backend.node_rank)
-    torch.set_num_threads(max(1, cores // node_ranks.count(backend.node_rank)))
+    affinities = backend.all_gather_json([backend.node_rank, sorted(affinity())])
+    here = [set(cpus) for node_rank, cpus in affinities if node_rank == backend.node_rank]
+    torch.set_num_threads(max(1, share_of_cores(affinity(), here)))
 
     pyro.clear_param_store()
     seed_all(config.seed)
+
+
+def share_of_cores(cpus: set[int], of_ranks: list[set[int]]) -> int:
+    """Returns how many cores a rank can keep busy where several may run on the same ones, or each on its own.
+
+    Args:
+        cpus: The cores that it may run on.
+        of_ranks: Those of each rank of its host, itself among them.
+
+    Example:
+        >>> share_of_cores({0, 1}, [{0, 1}, {0, 1}]), share_of_cores({0, 1}, [{0, 1}, {2, 3}])
+        (1, 2)
+    """
+    share = sum(Fraction(1, sum(cpu in each for each in of_ranks)) for cpu in cpus)
+    everywhere = len(set().union(*of_ranks))
+    return min(int(share), limit_of_cores(everywhere) // len(of_ranks))
 
 
 def device_of_run(config: RunConfig, backend: Backend) -> torch.device:

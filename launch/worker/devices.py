@@ -10,12 +10,14 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from distopt.launchers import BINDING_VARIABLE, SINGLE_DEVICE_VARIABLE
 
 DRIVER = Path("/proc/driver/nvidia")
+DEV = Path("/dev")
 SYS = Path("/sys")
 SMI_TIMEOUT_S = 30
 
@@ -35,13 +37,21 @@ class Device:
     is_instance: bool = False
 
 
-def gpus(driver: Path = DRIVER) -> list[Device]:
-    """Returns the GPUs in the order of the PCI bus, which is that of nvidia-smi."""
+def gpus(driver: Path = DRIVER, dev: Path = DEV) -> list[Device]:
+    """Returns the GPUs that may be used, in the order of the PCI bus, which is that of nvidia-smi.
+
+    Args:
+        driver: The driver's folder in /proc. In many containers and in jobs of Slurm it lists all of the machine.
+        dev: The folder of device files, of which such a container has its own alone, and such a job may open its own.
+    """
+    has_files = any(dev.glob("nvidia[0-9]*"))  # without one they are made when a GPU is first used
     seen = []
     for folder in sorted(driver.glob("gpus/*")):
-        uuid = re.search(r"^GPU UUID:\s+(\S+)", _read(folder / "information"), re.MULTILINE)
-        if uuid is not None:
-            seen.append(Device(uuid[1], folder.name))
+        information = dict(re.findall(r"^([^:\n]+):\s+(\S+)", _read(folder / "information"), re.MULTILINE))
+        uuid = information.get("GPU UUID")
+        file = dev / f"nvidia{information.get('Device Minor')}"
+        if uuid is not None and (not has_files or os.access(file, os.R_OK | os.W_OK)):
+            seen.append(Device(uuid, folder.name))
     return seen
 
 
@@ -80,7 +90,7 @@ def list_by_smi() -> str:
 
 
 def visible(
-    environ: Mapping[str, str], driver: Path = DRIVER, listing: Callable[[], str] = list_by_smi
+    environ: Mapping[str, str], driver: Path = DRIVER, listing: Callable[[], str] = list_by_smi, dev: Path = DEV
 ) -> list[Device]:
     """Returns the devices of a process in the order in which CUDA numbers them.
 
@@ -88,8 +98,9 @@ def visible(
         environ: The variables of the process.
         driver: The driver's folder in /proc.
         listing: Returns what `nvidia-smi -L` prints; called only where it is needed.
+        dev: The folder of device files.
     """
-    whole = gpus(driver)
+    whole = gpus(driver, dev)
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     names = None if chosen is None else [name.strip() for name in chosen.split(",")]
     wants_instances = any(name.startswith("MIG-") for name in names or ())
@@ -97,29 +108,35 @@ def visible(
     if names is None:
         return instances or whole
 
-    seen = []
+    seen: list[Device] = []
     for name in names:
-        # A number, or the beginning of a name; CUDA ignores what comes behind one that it does not know.
-        if name.isdecimal():
-            device = whole[int(name)] if int(name) < len(whole) else None
-        else:
-            device = next((each for each in [*whole, *instances] if name and each.uuid.startswith(name)), None)
-            if device is None and name.startswith("MIG-"):
-                device = Device(name, "", is_instance=True)  # nvidia-smi is missing in many containers
-        if device is None:
+        device = _find(name, whole, instances)
+        if device is None:  # CUDA ignores what comes behind one that it does not know
             break
+        if device in seen:  # and takes a list that names one twice for an empty one
+            return []
         seen.append(device)
     return seen
 
 
-def device_env(environ: Mapping[str, str], devices: list[Device], local_rank: int) -> dict[str, str]:
+def _find(name: str, whole: list[Device], instances: list[Device]) -> Device | None:
+    """Returns the device of a number or of the beginning of a name; None where there is none, or several."""
+    if number := re.match(r"\+?[0-9]+", name):  # CUDA reads as far as there are digits
+        return whole[int(number[0])] if int(number[0]) < len(whole) else None
+    matching = [device for device in [*whole, *instances] if name and device.uuid.startswith(name)]
+    if not matching and name.startswith("MIG-"):
+        return Device(name, "", is_instance=True)  # nvidia-smi is missing in many containers
+    return matching[0] if len(matching) == 1 else None
+
+
+def device_env(environ: Mapping[str, str], devices: list[Device], local_rank: int, local_size: int) -> dict[str, str]:
     """Returns the variables by which a worker finds its device.
 
     CUDA shows a process the first of several instances alone, so each worker is given its own. Whole GPUs are numbered
     as they are here and in nvidia-smi, where CUDA would begin with the fastest.
     """
     if devices and devices[0].is_instance:
-        if local_rank >= len(devices):
+        if len(devices) < local_size:  # all of them train on the CPU, and not some
             return {}
         return {"CUDA_VISIBLE_DEVICES": devices[local_rank].uuid, SINGLE_DEVICE_VARIABLE: "1"}
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if devices and "CUDA_DEVICE_ORDER" not in environ else {}
@@ -166,10 +183,12 @@ def cpus_of_worker(
         sys: The kernel's folder.
 
     Returns:
-        None where there is nothing to choose: one node, or a GPU whose node is not known.
+        None where there is nothing to choose: one node, or a GPU whose node is not known. None too where the worker
+        may use much less of one node than of others: what is lost there is more than what is gained.
     """
     nodes = {number: cpus & allowed for number, cpus in numa_nodes(sys).items() if cpus & allowed}
-    if len(nodes) < 2:
+    sizes = [len(cpus) for cpus in nodes.values()]
+    if len(nodes) < 2 or min(sizes) * len(nodes) * 2 < sum(sizes):
         return None
     if device is not None:
         return nodes.get(-1 if (node := node_of(device, sys)) is None else node)
@@ -179,16 +198,57 @@ def cpus_of_worker(
     return None if cpus == set().union(*nodes.values()) else cpus
 
 
-def binding_of(environ: Mapping[str, str], local_rank: int, local_size: int, devices: list[Device]) -> set[int] | None:
-    """Returns the cores to bind a worker of this process to; None for all, as `launch.binding: none` wants."""
-    if environ.get(BINDING_VARIABLE) == "none" or not hasattr(os, "sched_getaffinity"):
-        return None
-    # One alone is the worker's own, as srun may give them out, or shared by all.
-    fits = len(devices) >= local_size and local_rank < len(devices)
-    device = devices[local_rank] if fits else devices[0] if len(devices) == 1 else None
+@dataclass(frozen=True)
+class Binding:
+    """Where a worker runs.
+
+    Attributes:
+        cpus: The cores to which it is bound; None for all.
+        num_sharing: How many workers of the host are bound to these, itself among them.
+    """
+
+    cpus: set[int] | None = None
+    num_sharing: int = 1
+
+    def num_threads(self, available: int, local_size: int) -> int:
+        """Returns the worker's share of the cores.
+
+        Args:
+            available: How many all workers of the host can keep busy together.
+            local_size: How many those are.
+        """
+        share = available // local_size
+        return max(1, share if self.cpus is None else min(share, len(self.cpus) // self.num_sharing))
+
+
+def binding_of(
+    environ: Mapping[str, str], local_rank: int, local_size: int, devices: list[Device], sys: Path = SYS
+) -> Binding:
+    """Returns where a worker of this process runs: anywhere as `launch.binding: none` wants, else beside its device.
+
+    Where workers have too few devices, some use none, or each has been given one by srun: only they know.
+    """
+    wanted = environ.get(BINDING_VARIABLE)
+    of_workers: list[Device | None] = [*devices[:local_size]] if devices and wanted != "cpu" else [None] * local_size
+    if wanted == "none" or not hasattr(os, "sched_getaffinity") or not local_rank < local_size == len(of_workers):
+        return Binding()
+    device = of_workers[local_rank]
     if device is not None and not device.is_instance and environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID") != "PCI_BUS_ID":
-        return None  # which of them has the worker's number is CUDA's to say
-    return cpus_of_worker(local_rank, local_size, device, os.sched_getaffinity(0))
+        return Binding()  # which of them has the worker's number is CUDA's to say
+
+    allowed = os.sched_getaffinity(0)
+    cpus = [cpus_of_worker(rank, local_size, of_workers[rank], allowed, sys) for rank in range(local_size)]
+    bound = cpus[local_rank]
+    if bound is None:
+        return Binding()
+    return Binding(bound, sum(each is not None and not bound.isdisjoint(each) for each in cpus))
+
+
+def bind(cpus: set[int] | None) -> None:
+    """Binds this process to some cores; a kernel that does not let it leaves it where it is."""
+    if cpus is not None:
+        with suppress(OSError):
+            os.sched_setaffinity(0, cpus)
 
 
 def _read(path: Path) -> str:

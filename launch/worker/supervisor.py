@@ -82,6 +82,7 @@ class Supervisor:
         command: The worker's command.
 
     Attributes:
+        launcher: What started this process.
         rank: The worker's rank.
         world_size: The number of workers.
         local_size: Those of them on this host, as far as the launcher says.
@@ -140,6 +141,7 @@ class Supervisor:
     def _read_rank(self) -> None:
         """Takes the rank and world size from whichever launcher started this process; alone it is rank 0 of 1."""
         rank_info = find_rank() or RankInfo("by hand", 0, 1)
+        self.launcher = rank_info.launcher
         self.rank = rank_info.rank
         self.world_size = rank_info.world_size
         self.local_size = rank_info.local_size or 1
@@ -254,17 +256,16 @@ class Supervisor:
         env = {**os.environ, **library_env(os.environ), "PYTHONUNBUFFERED": "1", **self._secrets}
         env[ERROR_FILE_VARIABLE] = str(self._error_file)
         env[RUN_DIR_VARIABLE] = str(self.run_dir)
-        env.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // self.local_size)))
         for name, value in LIBRARY_SETTINGS.items():
             env.setdefault(name, value)
         visible = devices.visible(env)
-        cpus = devices.binding_of(env, self.local_rank, self.local_size, visible)
-        env |= devices.device_env(env, visible, self.local_rank)
+        binding = devices.binding_of(env, self.local_rank, self.local_size, visible)
+        env |= devices.device_env(env, visible, self.local_rank, self.local_size)
+        env.setdefault("OMP_NUM_THREADS", str(self._num_threads(binding)))
 
         def prepare() -> None:
             die_with_parent()
-            if cpus is not None:
-                os.sched_setaffinity(0, cpus)
+            devices.bind(binding.cpus)
 
         if screen is not None:
             reading_end, worker_end = terminal.open_pseudo_terminal(screen)
@@ -281,6 +282,13 @@ class Supervisor:
         )  # fmt: skip
         os.close(worker_end)
         return worker, reading_end
+
+    def _num_threads(self, binding: devices.Binding) -> int:
+        """Returns the worker's share of the cores; a task of srun has been given its own."""
+        cores = os.environ.get("SLURM_CPUS_PER_TASK", "")
+        if self.launcher == "srun" and cores.isdecimal():
+            return max(1, min(int(cores), available_cores()))
+        return binding.num_threads(available_cores(), self.local_size)
 
     def _ask_to_stop(self, worker: subprocess.Popen[bytes], *, for_good: bool) -> None:
         """Passes a request to stop on, once: a second signal could interrupt the worker's last checkpoint."""

@@ -75,11 +75,32 @@ def test_devices_are_named_with_their_nodes_and_counted_against_the_workers(tmp_
 
 
 def test_numa_nodes_are_named(tmp_path):
-    assert "one node" in hardware.numa(tmp_path).message
+    assert "one node" in hardware.numa(sys=tmp_path).message
     for node, cpus in enumerate(("0-3", "4-7")):
         (tmp_path / f"devices/system/node/node{node}").mkdir(parents=True)
         (tmp_path / f"devices/system/node/node{node}/cpulist").write_text(cpus)
-    assert hardware.numa(tmp_path).message.startswith("node 0 with 4 cores, node 1 with 4 cores; ")
+    assert hardware.numa(sys=tmp_path).message.startswith("node 0 with 4 cores, node 1 with 4 cores; ")
+    unbound = hardware.numa(run_config("launch.binding=none"), tmp_path)
+    assert unbound.message.endswith("cores; workers are not bound, as launch.binding says")
+
+
+ON_SLURM = ("launch.platform=slurm", "launch.workers=4", "launch.interface=ib9")
+
+
+def test_machine_from_which_a_run_is_submitted_need_not_have_what_its_workers_do():
+    assert hardware.interface(run_config(*ON_SLURM)).severity == "warning"
+    (finding,) = hardware.devices_of_workers(run_config(*ON_SLURM), [Device("GPU-a", "")])
+    assert (finding.message, finding.severity) == ("1 GPUs: 0: GPU-a", "ok")
+    elsewhere = ("launch.platform=torchrun", "launch.hosts=[203.0.113.9]", "launch.workers=4")
+    (finding,) = hardware.devices_of_workers(run_config(*elsewhere), [Device("GPU-a", "")])
+    assert finding.severity == "ok"
+
+
+def test_devices_are_those_that_the_run_shows_its_workers(monkeypatch):
+    seen = []
+    monkeypatch.setattr(hardware.devices, "visible", lambda environ: seen.append(environ) or [])
+    [*hardware.examine_hardware(run_config("launch.env={CUDA_VISIBLE_DEVICES: '1'}"))]
+    assert seen[0]["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 def test_defaults_are_of_the_libraries_that_are_shown():

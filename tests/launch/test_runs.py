@@ -9,7 +9,9 @@ from collections.abc import Callable
 import pytest
 from typer.testing import CliRunner
 
+from distopt.launch import runs
 from distopt.launch.cli import app
+from distopt.launch.jobs import JobError, State
 from tests.launch.launching import wait_until, write_config
 
 SINGLE = ("reduce.backend=single", "launch.workers=1")
@@ -63,6 +65,27 @@ def test_run_whose_launcher_was_killed_is_told_as_such_and_can_be_launched_again
         assert re.search(r"failed\t`distopt launch`, process \d+ on .*, was killed\n", out), out
     assert start(*SINGLE, "script_args=[show, x]").wait() == 0
     assert distopt("status", "run")[1] == "runs/run\tdone\texit status 0\n"
+
+
+def test_run_that_cannot_be_stopped_keeps_no_other_from_it(tmp_path, monkeypatch):
+    class Stopped:
+        def __init__(self, directory):
+            self.directory = directory
+
+        def state(self):
+            return State("running")
+
+        def stop(self):
+            if self.directory.name == "first":
+                raise JobError("forgotten")
+            waited.append(self.directory.name)
+
+    waited: list[str] = []
+    monkeypatch.setattr(runs, "job_of", Stopped)
+    monkeypatch.setattr(runs, "_wait_until_stopped", lambda job, directory, was_known: waited.append("end"))
+    with pytest.raises(JobError, match="forgotten"):
+        runs.stop_all([tmp_path / "first", tmp_path / "second"])
+    assert waited == ["second", "end"]
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "stop"])

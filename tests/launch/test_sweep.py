@@ -221,6 +221,23 @@ def test_folder_that_cannot_be_made_is_named() -> None:
         Sweep(sweep_of())
 
 
+def test_search_has_no_combinations_and_is_no_job_array() -> None:
+    search = sweep_of(grid=None, optuna={"num_trials": 3, "space": SPACE}, overrides=["launch.platform=slurm"])
+    assert search.combinations() == []
+    assert Sweep(search)._array is None
+    assert Sweep(sweep_of(overrides=["launch.platform=slurm"]))._array is not None
+
+
+def test_array_finds_its_runs_where_the_folder_of_the_sweep_is_a_link(folder: Path) -> None:
+    (folder / "scratch/demo").mkdir(parents=True)
+    (folder / "runs").mkdir()
+    (folder / "runs/demo").symlink_to(folder / "scratch/demo")
+    sweep = Sweep(sweep_of(overrides=["launch.platform=slurm"]))
+    assert sweep._array is not None
+    prefix = sweep._array._array.prefix  # type: ignore[attr-defined]
+    assert Path(f"{prefix}000") == sweep.run_dir(Trial(0, {})).absolute()
+
+
 def test_class_that_optuna_does_not_have_is_refused() -> None:
     pytest.importorskip("optuna", reason="the package optuna is not installed")
     for key, args in (("sampler", {}), ("pruner", {})):

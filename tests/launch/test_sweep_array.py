@@ -140,7 +140,13 @@ def test_task_becomes_the_script_of_its_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "means"), [({}, "5"), ({"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}, "5_3")]
+    ("number", "means"),
+    [
+        ({}, "5"),
+        ({"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}, "5_3"),
+        # Task 3 of array 4, and as well a job that a task of array 4 has submitted: sbatch passes variables on.
+        ({"SLURM_ARRAY_JOB_ID": "4", "SLURM_ARRAY_TASK_ID": "3"}, "5"),
+    ],
 )
 def test_task_requeues_itself_and_not_the_array(number, means, tmp_path):
     """The last task of array 5 is job 5 itself, and a plain `scontrol requeue 5` would be for all."""
@@ -163,6 +169,7 @@ def test_trials_that_ask_for_different_things_are_jobs_of_their_own():
     assert sweep_array.array_of_trials("demo", "demo-", different, 1) is None
     assert sweep_array.array_of_trials("demo", "demo-", configs("launch.platform=local"), 1) is None
     assert sweep_array.array_of_trials("demo", "demo-", {}, 1) is None  # a search
+    assert load_platform("slurm").array("demo", "demo-", dict.fromkeys(range(1001), different[0]), 1) is None
 
 
 class Array:
@@ -171,6 +178,13 @@ class Array:
     def __init__(self) -> None:
         self.listed: set[str] = set()
         self.error: str | None = None
+        self.job: str = "unknown"
+        self.job_error: str | None = None
+
+    def state(self) -> State:
+        if self.job_error is not None:
+            raise PlatformError(self.job_error)
+        return State(self.job)
 
     def unfinished(self, references) -> set[str]:
         if self.error is not None:
@@ -183,7 +197,7 @@ def trials(tmp_path, monkeypatch):
     array = Array()
     (tmp_path / "launch.json").write_text('{"reference": "12_0"}')
     monkeypatch.setattr(sweep_array, "POLL_S", 0.0)
-    monkeypatch.setattr(sweep_array, "state_of", lambda directory: State("unknown", "forgotten"))
+    monkeypatch.setattr(sweep_array.runs, "job_of", lambda directory: array)
     return array, sweep_array.TrialArray(load_platform("slurm"), array, {})
 
 
@@ -215,6 +229,43 @@ def test_controller_that_does_not_answer_for_a_while_changes_nothing(trials, tmp
     assert followed.state(tmp_path, [tmp_path]) == State("running")
     array.error = "no answer"
     assert followed.state(tmp_path, [tmp_path]) == State("running")
+    array.listed = set()  # it has left the queue meanwhile
+    assert followed.state(tmp_path, [tmp_path]) == State("running")
     monkeypatch.setattr(sweep_array.runs, "PATIENCE_S", -1.0)
     with pytest.raises(JobError, match="no answer"):
         followed.state(tmp_path, [tmp_path])
+
+
+@pytest.mark.parametrize("failing", ["error", "job_error"])
+def test_controller_that_does_not_answer_at_first_has_forgotten_no_trial(failing, trials, tmp_path):
+    """One that fails right after the array was submitted, or between the queue and the question for one task."""
+    array, followed = trials
+    setattr(array, failing, "no answer")
+    assert followed.state(tmp_path, [tmp_path]) == State("running")
+    setattr(array, failing, None)
+    assert followed.state(tmp_path, [tmp_path]).phase == "failed"
+
+
+@pytest.mark.parametrize(("phase", "expected"), [("running", True), ("done", True), ("unknown", False)])
+def test_trial_is_submitted_again_only_if_the_controller_says_that_it_is_not_under_way(
+    phase, expected, trials, tmp_path
+):
+    array, followed = trials
+    array.job = phase
+    assert followed.is_under_way(tmp_path) is expected
+    array.job_error = "no answer"
+    with pytest.raises(PlatformError, match="no answer"):
+        followed.is_under_way(tmp_path)
+
+
+def test_running_trials_are_stopped_though_waiting_ones_cannot_be_cancelled(trials, tmp_path, monkeypatch, capfd):
+    array, followed = trials
+
+    def refuse(references):
+        raise PlatformError("scancel: no answer")
+
+    stopped = []
+    monkeypatch.setattr(array, "cancel_waiting", refuse, raising=False)
+    monkeypatch.setattr(sweep_array.runs, "stop_all", stopped.extend)
+    followed.stop([tmp_path])
+    assert stopped == [tmp_path] and "scancel: no answer" in capfd.readouterr().err

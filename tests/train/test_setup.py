@@ -16,6 +16,7 @@ from distopt.backends import current
 from distopt.backends.single import Single
 from distopt.cgroups import available_cores
 from distopt.config import RunConfig, parse_config
+from distopt.train import setup
 from distopt.train.setup import (
     check_same_setup,
     count_rows,
@@ -102,6 +103,22 @@ def test_process_starts_without_parameters_and_with_its_share_of_the_cores() -> 
     finally:
         torch.set_num_threads(num_threads)
     assert not pyro.get_param_store()
+
+
+@pytest.mark.parametrize(
+    ("of_ranks", "limit", "expected"),
+    [
+        ([range(8)] * 2, None, 4),
+        ([range(4), range(4, 8)], None, 4),  # each bound to a node of its own
+        ([range(4), range(4), range(4, 8), range(4, 8)], None, 2),
+        ([range(8), range(4)], None, 4),  # one bound, the other not: 4 cores and half of 4, but no more than its part
+        ([range(4), range(4, 8)], 2, 1),  # docker run --cpus 2
+    ],
+)
+def test_ranks_that_are_bound_share_cores_only_with_those_beside_them(of_ranks, limit, expected, monkeypatch) -> None:
+    monkeypatch.setattr(setup, "limit_of_cores", lambda unlimited: min(unlimited, limit or unlimited))
+    cpus = [set(each) for each in of_ranks]
+    assert setup.share_of_cores(cpus[0], cpus) == expected
 
 
 @pytest.mark.parametrize("rows", [0, "10", 2.5, None])

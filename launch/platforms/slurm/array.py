@@ -11,6 +11,9 @@ from ...jobs import JobArray
 from .job import BATCH_LOG, client
 from .script import SCRIPT, options_of, quote_option
 
+MAX_TASKS = 1000
+"""MaxArraySize of a cluster that says nothing else is 1001, one above the highest number of a task."""
+
 # Slurm gives each task its own value of these lines, or the array as a whole.
 _OF_EACH = ("--job-name=", "--output=")
 
@@ -66,7 +69,9 @@ class SlurmArray(JobArray):
 
 
 def make_array(name: str, prefix: str, runs: Mapping[int, RunConfig], parallel: int) -> SlurmArray | None:
-    """Returns the runs as an array; None where they ask the cluster for different things, as tasks of one cannot."""
+    """Returns the runs as an array; None where tasks of one cannot be they: too many, or of different resources."""
+    if len(runs) > MAX_TASKS:
+        return None
     asked = [_common_options(config) for config in runs.values()]
     if not asked or any(options != asked[0] for options in asked):
         return None

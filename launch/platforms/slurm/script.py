@@ -193,14 +193,20 @@ _SCRIPT = """\
 {limit}{setup}
 set -u
 {exports}
+# By itself srun gives each task one core since Slurm 22.05, whatever sbatch was asked for.
+export SRUN_CPUS_PER_TASK=${{SLURM_CPUS_PER_TASK:-1}}
+
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export {hosts}=$(echo "$hosts" | paste -sd ,)
 export FIRST_HOST=$(echo "$hosts" | head -n 1)
 export PORT=$(({port} + SLURM_JOB_ID % 1000))
 
-# One task of an array has the number of the array, which would mean all of its tasks.
-job=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID}}
-job=${{job:-$SLURM_JOB_ID}}
+# One task of an array has the number of the array, which would mean all of its tasks. A job that was submitted from
+# within another one's task has inherited the number of that array, which is never its own.
+job=$SLURM_JOB_ID
+if [ "${{SLURM_ARRAY_JOB_ID:-}}" = "$job" ]; then
+  job=${{job}}_$SLURM_ARRAY_TASK_ID
+fi
 
 # Before the time limit or a preemption: save a last checkpoint, then requeue the job.
 requeue=
