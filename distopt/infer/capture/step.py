@@ -99,16 +99,13 @@ class StepCapture:
         refusal: Why steps stay eager; None while they need not.
         notice: Likewise why steps that were to be compiled are not.
         keys: Of each compiled list, a hash of all that its bits depend on.
-        num_steps: Steps so far.
-        num_captured: Steps that ran from a program.
-        num_recorded: Steps that were recorded.
+        num_steps: Steps so far, of which `num_captured` ran from a program and `num_recorded` were recorded.
 
     Example:
         >>> import pyro.distributions as dist
         >>> def model(data):
         ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-        ...     with pyro.plate("rows", len(data)):
-        ...         pyro.sample("x", dist.Normal(loc, 1.0), obs=data)
+        ...     pyro.sample("x", dist.Normal(loc, 1.0).expand([3]).to_event(1), obs=data)
         >>> pyro.clear_param_store()
         >>> guide = pyro.infer.autoguide.AutoNormal(model)
         >>> capture = StepCapture(pyro.infer.Trace_ELBO().loss_and_grads)
