@@ -75,17 +75,17 @@ def _svi(device: torch.device) -> Figures:
 
 @SUITE.check("a whole SVI step of 51 sample sites over 5,000 rows")
 def _svi_sites(device: torch.device) -> Figures:
-    model, _, batches, _ = WORKLOADS["51 sites"]()
-    torch.set_default_device(device)
-    try:
-        return compare_steps(model, tuple(each.to(device) for each in batches[0]), device)
-    finally:
-        torch.set_default_device(None)
+    return compare_workload("51 sites", device)
 
 
 @SUITE.check("a whole SVI step of a plate of 200,000 x 8 latent variables")
 def _svi_plate(device: torch.device) -> Figures:
-    model, _, batches, _ = WORKLOADS["plate"]()
+    return compare_workload("plate", device)
+
+
+def compare_workload(name: str, device: torch.device) -> Figures:
+    """Compares steps of a model of `make bench ARGS=step`, whose constants lie on the device."""
+    model, _, batches, _ = WORKLOADS[name]()
     torch.set_default_device(device)
     try:
         return compare_steps(model, tuple(each.to(device) for each in batches[0]), device)

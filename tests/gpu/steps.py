@@ -66,15 +66,20 @@ def guide_of(model: Any, kind: Any) -> Any:
     return kind(hidden)
 
 
-def losses(case: str, device: torch.device, make_svi: Callable[..., Any], num_steps: int = 20) -> list[float]:
-    """Returns the losses of some steps from the same seed."""
+def model_guide_loss(case: str, device: torch.device) -> tuple[Any, Any, Any]:
+    """Returns model, guide and loss of one of `CASES`, with an empty parameter store and the first seed."""
     model_name, kind, loss = CASES[case]
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     model = getattr(Models(device), model_name)
     if model_name == "mixture":
         model = config_enumerate(model)
-    svi = make_svi(model, guide_of(model, kind), loss())
+    return model, guide_of(model, kind), loss()
+
+
+def losses(case: str, device: torch.device, make_svi: Callable[..., Any], num_steps: int = 20) -> list[float]:
+    """Returns the losses of some steps from the same seed."""
+    svi = make_svi(*model_guide_loss(case, device))
     return [float(svi.step()) for _ in range(num_steps)]
 
 
@@ -130,13 +135,7 @@ def assert_same(name: str, captured: Trajectory, eager: Trajectory) -> None:
 
 def case_of(case: str, device: torch.device, capture: Any, **options: Any) -> Trajectory:
     """Returns the trajectory of one of `CASES`."""
-    model_name, kind, loss = CASES[case]
-    pyro.clear_param_store()
-    pyro.set_rng_seed(0)
-    model = getattr(Models(device), model_name)
-    if model_name == "mixture":
-        model = config_enumerate(model)
-    return trajectory(model, guide_of(model, kind), loss(), device, capture, **options)
+    return trajectory(*model_guide_loss(case, device), device, capture, **options)
 
 
 @SUITE.check("captured steps: losses, parameters and generator of eager ones, bit for bit")

@@ -150,16 +150,22 @@ class TwoSvis(SviPlan):
         self.optimizers().step()
 
 
-def test_two_svis_resume_each_with_its_own_optimizer(tmp_path: Path) -> None:
+def undisturbed_and_resumed(plan: Any, folder: Path) -> list[dict[str, list[float]]]:
+    """Returns the parameters after four epochs, and after a second run that begins with the checkpoint of step 6."""
     results = []
-    for resume in ("", str(tmp_path / "step=6.ckpt")):
+    for resume in ("", str(folder / "step=6.ckpt")):
         pyro.clear_param_store()
         pyro.set_rng_seed(11)
-        save = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", every_n_epochs=1)
+        save = ModelCheckpoint(folder, save_top_k=-1, filename="{step}", every_n_epochs=1)
         options: dict[str, Any] = {"callbacks": [save], "enable_checkpointing": True, "max_epochs": 4}
-        fit(trainer(1, **options), TwoSvis(), loader(8), **({"ckpt_path": resume} if resume else {}))
+        fit(trainer(1, **options), plan(), loader(8), **({"ckpt_path": resume} if resume else {}))
         results.append(store_values())
-    assert len(results[0]) == 4 and results[1] == results[0]
+    return results
+
+
+def test_two_svis_resume_each_with_its_own_optimizer(tmp_path: Path) -> None:
+    undisturbed, resumed = undisturbed_and_resumed(TwoSvis, tmp_path)
+    assert len(undisturbed) == 4 and resumed == undisturbed
 
 
 class NewOptimizers(SviPlan):
@@ -229,15 +235,8 @@ class DistributedPlan(SviPlan):
 
 # Its moments were not in the checkpoint.
 def test_svi_of_distopt_with_a_distributed_optimizer_resumes_with_its_state(tmp_path: Path) -> None:
-    results = []
-    for resume in ("", str(tmp_path / "step=6.ckpt")):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(11)
-        save = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", every_n_epochs=1)
-        options: dict[str, Any] = {"callbacks": [save], "enable_checkpointing": True, "max_epochs": 4}
-        fit(trainer(1, **options), DistributedPlan(), loader(8), **({"ckpt_path": resume} if resume else {}))
-        results.append(store_values())
-    assert results[1] == results[0]
+    undisturbed, resumed = undisturbed_and_resumed(DistributedPlan, tmp_path)
+    assert resumed == undisturbed
 
 
 def without_statistics(values: dict[str, Any]) -> dict[str, Any]:

@@ -18,16 +18,14 @@ import torch
 from torch import Tensor
 
 from distopt.infer.capture.generators import generator_states
-from distopt.infer.capture.program import BUSY, NOT_FINITE, RAN, PythonProgram, put_back
+from distopt.infer.capture.passes import MAX_COMPARED_FOLD_BYTES
+from distopt.infer.capture.program import RAN, PythonProgram, put_back
 from distopt.infer.capture.recording import Recording
 
 logger = logging.getLogger(__name__)
 
 MAX_GRAPHS = 8
 """Graphs of one program: for memory that keeps moving a graph is no gain."""
-
-MAX_COMPARED_BYTES = 1 << 10
-"""Tensors on the CPU that a kernel on the GPU takes as numbers are compared before each step, up to this size."""
 
 
 class NoGraphError(Exception):
@@ -91,7 +89,7 @@ def build_graph(recording: Recording, params: Sequence[Tensor], args: Sequence[T
 
 def _is_comparable(recording: Recording, slot: int) -> bool:
     tensor = recording.foreign.get(slot)
-    small = tensor is not None and tensor.numel() * tensor.element_size() <= MAX_COMPARED_BYTES
+    small = tensor is not None and tensor.numel() * tensor.element_size() <= MAX_COMPARED_FOLD_BYTES
     return small and recording.alias[slot] not in recording.written()
 
 
@@ -134,45 +132,25 @@ class CudaGraphProgram(PythonProgram):
         self._graph: torch.cuda.CUDAGraph | None = None
         self._addresses: list[int] = []
         self._num_graphs = 0
-        self._copy_inputs(args)
+        with torch.no_grad():
+            self._copy_inputs(args)
         self._record_graph()
 
-    def run(self, store: dict[str, Tensor], args: Sequence[Tensor]) -> tuple[int, list[float]]:
-        """As `Program.run`."""
-        if self._running:
-            return BUSY, []
-        status = self._inputs_status(store, args)
-        if status != RAN:
-            return status, []
-        self._running = True
-        try:
-            return self._replay(args)
-        finally:
-            self._running = False
-
-    def _replay(self, args: Sequence[Tensor]) -> tuple[int, list[float]]:
+    def _compute_step(self, args: Sequence[Tensor]) -> tuple[int, list[float]]:
         if self._addresses != self._present_addresses():
             self._record_graph()
         assert self._graph is not None
-        states = generator_states()
-        saved = [(tensor, tensor.clone()) for tensor in self._written_tensors()]
         self._copy_inputs(args)
         self._graph.replay()
-        numbers = self._numbers.tolist()
 
-        checks = self._recording.checks
-        for index, (check, number) in enumerate(zip(checks, numbers, strict=False)):
-            if bool(number) != check.answer:
-                put_back(states, saved)
-                return index, []
-        losses = numbers[len(checks) :]
-        if not all(map(math.isfinite, losses)):
-            put_back(states, saved)
-            return NOT_FINITE, []
-        for tensor, _ in saved:
-            torch.autograd.graph.increment_version(tensor)
-        self._leave_gradients()
-        return RAN, losses
+        numbers = self._numbers.tolist()
+        num_checks = len(self._recording.checks)
+        status, losses = self._status(numbers[:num_checks], numbers[num_checks:])
+        if status == RAN:
+            for tensor in self._written_tensors():
+                torch.autograd.graph.increment_version(tensor)
+            self._leave_gradients()
+        return status, losses
 
     # The graph.
 
@@ -219,7 +197,6 @@ class CudaGraphProgram(PythonProgram):
             targets = [self._target(index) for index in self._gradients]
             torch._foreach_copy_(targets, [values[slot] for slot in self._gradients.values()])
 
-    @torch.no_grad()
     def _copy_inputs(self, args: Sequence[Tensor]) -> None:
         for memory, arg in zip(self._inputs, args, strict=True):
             memory.copy_(arg)
@@ -251,7 +228,6 @@ class CudaGraphProgram(PythonProgram):
         buffer = self._buffers[index]
         return self._views[index] if buffer is None or index in self._recording.accumulated else buffer
 
-    @torch.no_grad()
     def _leave_gradients(self) -> None:
         self._add_to_gradients([*self._recording.accumulated])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -215,24 +215,34 @@ class PythonProgram:
         self._running = True
         try:
             with torch.no_grad():
-                values = self._run_ops(args)
+                status, losses = self._compute_step(args)
         except BaseException:
             put_back(states, saved)
             raise
         finally:
             self._running = False
-
-        for index, check in enumerate(self._recording.checks):
-            if bool(values[check.slot]) != check.answer:
-                put_back(states, saved)
-                return index, []
-        losses = [values[slot].item() for slot in self._recording.loss_slots()]
-        if not all(map(math.isfinite, losses)):
+        if status != RAN:
             put_back(states, saved)
-            return NOT_FINITE, []
-        with torch.no_grad():
-            self._hand_out_gradients(values)
+            return status, []
         return RAN, losses
+
+    def _compute_step(self, args: Sequence[Tensor]) -> tuple[int, list[float]]:
+        """Runs the operations; returns the status and the losses, and leaves gradients if it is `RAN`."""
+        values = self._run_ops(args)
+        answers = (values[check.slot].item() for check in self._recording.checks)
+        losses = (values[slot].item() for slot in self._recording.loss_slots())
+        status, numbers = self._status(answers, losses)
+        if status == RAN:
+            self._hand_out_gradients(values)
+        return status, numbers
+
+    def _status(self, answers: Iterable[float], losses: Iterable[float]) -> tuple[int, list[float]]:
+        """Returns the index of the first check with another answer, `NOT_FINITE`, or `RAN`; and the losses."""
+        for index, (check, answer) in enumerate(zip(self._recording.checks, answers, strict=True)):
+            if bool(answer) != check.answer:
+                return index, []
+        numbers = list(losses)
+        return (RAN if all(map(math.isfinite, numbers)) else NOT_FINITE), numbers
 
     def _written_tensors(self) -> list[Tensor]:
         """Returns the tensors outside that the step writes to: a step that fails must leave nothing behind."""

@@ -125,7 +125,7 @@ def test_graph_whose_recording_fails_is_tried_once_more(num_failures, monkeypatc
 
 def test_program_that_fails_where_eager_steps_do_not_is_given_up_with_its_reason(monkeypatch):
     class Failing(OnCpu):
-        def _replay(self, args):
+        def _compute_step(self, args):
             raise RuntimeError("memory has moved")
 
     monkeypatch.setattr("distopt.infer.capture.step.uses_gpu", lambda recording: True)
