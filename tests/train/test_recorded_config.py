@@ -142,7 +142,7 @@ VALUES += [
     [["a"]],
 ]
 VALUES += [{"metric": "elbo", "mode": "max"}, [{"name": "mine:Logger"}], [{"claim": "a", "path": "/b"}]]
-VALUES += ["bf16", "cuda", "2.2", {"cpu": "2"}, ["--x"], ["END"], {"runtime": "pyxis", "image": "a"}]
+VALUES += ["none", "bf16", "cuda", "2.2", {"cpu": "2"}, ["--x"], ["END"], {"runtime": "pyxis", "image": "a"}]
 UNSET = (
     "train.early_stopping",
     "checkpoint.keep_best",
