@@ -247,7 +247,7 @@ def find_rank(environ: Mapping[str, str] | None = None) -> RankInfo | None:
     )
 
 
-def has_own_gpus(rank_info: RankInfo, environ: Mapping[str, str]) -> bool:
+def has_separate_gpus(rank_info: RankInfo, environ: Mapping[str, str]) -> bool:
     """Returns whether the launcher shows each process GPUs that no other one sees.
 
     Args:
@@ -255,7 +255,7 @@ def has_own_gpus(rank_info: RankInfo, environ: Mapping[str, str]) -> bool:
         environ: The process's variables. Slurm tells its tasks what was asked for: GPUs per task, or a binding.
 
     Example:
-        >>> has_own_gpus(RankInfo("srun", 1, 2), {"SLURM_GPUS_PER_TASK": "1"})
+        >>> has_separate_gpus(RankInfo("srun", 1, 2), {"SLURM_GPUS_PER_TASK": "1"})
         True
     """
     if rank_info.launcher != "srun":  # what a task has started shares the GPUs of the task

@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import Store
 
 from distopt.backends.base import Backend, BackendError, Handle, Op
 from distopt.backends.heartbeat import BEAT_S, Failure, Heartbeat
-from distopt.launchers import SINGLE_DEVICE_VARIABLE, RankInfo, has_own_gpus
+from distopt.launchers import SINGLE_DEVICE_VARIABLE, RankInfo, has_separate_gpus
 from distopt.worker_error import is_permanent, record_error
 
 LINGER = timedelta(seconds=3)
@@ -317,6 +317,6 @@ def choose_device(rank_info: RankInfo) -> torch.device:
         return torch.device("cuda", 0)
     if num_gpus and num_gpus >= (rank_info.local_size or local_rank + 1):
         return torch.device("cuda", local_rank)
-    if num_gpus and has_own_gpus(rank_info, os.environ):
+    if num_gpus and has_separate_gpus(rank_info, os.environ):
         return torch.device("cuda", 0)
     return torch.device("cpu")

@@ -27,7 +27,7 @@ _LOCAL_SECTIONS = ("launch", "log", "run_dir", "serve")  # keys that may differ 
 def set_up_process(config: RunConfig, backend: Backend) -> None:
     """Shares the processor's cores among the ranks of this host, and starts from an empty parameter store.
 
-    A number of threads in `launch.env` stands: the variable itself does not tell, since torchrun and others set it, too.
+    A number of threads in `launch.env` stands; the variable itself tells nothing, since torchrun sets it, too.
 
     Cost:
         One `all_gather_json`.
