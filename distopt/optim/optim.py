@@ -97,10 +97,10 @@ class PyroOptim(Copies, pyro.optim.optim.PyroOptim):  # type: ignore[misc]
         self.pt_optim_constructor = optim_constructor
         self.pt_optim_args = optim_args
         if callable(optim_args):
-            self.pt_optim_args_argc = num_arguments(optim_args)
+            self.pt_optim_args_argc: int = num_arguments(optim_args)
         self.nonfinite = nonfinite
         self.scaler = scaler
-        self.num_skipped_steps = 0
+        self.num_skipped_steps: int = 0
         self.nonfinite_names: tuple[str, ...] = ()
 
         # What a functools.partial adds are arguments as any others: the class behind it may be one that packs.
