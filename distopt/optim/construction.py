@@ -37,12 +37,12 @@ def construct(constructor: Any, params: list[Any], args: Mapping[str, Any]) -> A
     return optimizer
 
 
-def load_state_dict(optimizer: Any, state: dict[str, Any]) -> None:
+def load_plain_state(optimizer: Any, state: dict[str, Any]) -> None:
     """Does `optimizer.load_state_dict(state)`, hooks included; `optimizer` may be a scheduler, too."""
     _behind_wrapper(optimizer, "load_state_dict")(state)
 
 
-def state_dict(optimizer: Any) -> dict[str, Any]:
+def plain_state(optimizer: Any) -> dict[str, Any]:
     """Returns `optimizer.state_dict()`, hooks included; `optimizer` may be a scheduler, too."""
     state: dict[str, Any] = _behind_wrapper(optimizer, "state_dict")()
     return state

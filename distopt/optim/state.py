@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from distopt.optim.construction import load_state_dict, state_dict
+from distopt.optim.construction import load_plain_state, plain_state
 
 State: TypeAlias = dict[str, Any]
 """A torch state dict of one parameter, or `{"scheduler": ..., "optimizer": ...}` of two."""
@@ -39,17 +39,17 @@ def optimizer_of(handle: Any) -> torch.optim.Optimizer:
 def state_dict_of(handle: Any) -> State:
     """Returns the state dict of an optimizer, or of a scheduler and its optimizer."""
     if is_scheduler(handle):
-        return {"scheduler": handle.state_dict(), "optimizer": state_dict(handle.optimizer)}
-    return state_dict(handle)
+        return {"scheduler": handle.state_dict(), "optimizer": plain_state(handle.optimizer)}
+    return plain_state(handle)
 
 
 def load_into(handle: Any, state: State) -> None:
     """Loads what `state_dict_of` returned; the optimizer last, so that its learning rates stand."""
     if is_scheduler(handle):
         handle.load_state_dict(copied(state["scheduler"]))
-        load_state_dict(handle.optimizer, state["optimizer"])
+        load_plain_state(handle.optimizer, state["optimizer"])
     else:
-        load_state_dict(handle, state)
+        load_plain_state(handle, state)
 
 
 def optimizer_state(state: State) -> State:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from distopt.optim.construction import construct, load_state_dict, state_dict
+from distopt.optim.construction import construct, load_plain_state, plain_state
 
 SCRIPT = """
 import copy, sys
@@ -66,7 +66,7 @@ def test_constructed_optimizer_is_what_its_class_makes(kind):
     groups = [{"params": [param], "lr": 0.5}, {"params": [torch.nn.Parameter(torch.ones(1))]}]
     ours, plain = construct(kind, groups, {"lr": 0.1}), kind(groups, lr=0.1)
     assert type(ours) is kind and vars(ours).keys() == vars(plain).keys()
-    assert str(ours.state_dict()) == str(plain.state_dict()) == str(state_dict(plain))
+    assert str(ours.state_dict()) == str(plain.state_dict()) == str(plain_state(plain))
 
     ours.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
     assert [group["lr"] for group in ours.param_groups] == [0.5, 0.1, 0.1]
@@ -80,7 +80,7 @@ def test_hooks_and_overridden_methods_are_called_when_state_is_loaded():
     for kind in (torch.optim.Adam, Counting):
         optimizer = construct(kind, [param], {"lr": 0.1})
         optimizer.register_load_state_dict_post_hook(lambda loaded: seen.append(type(loaded)))
-        load_state_dict(optimizer, kind([param], lr=0.7).state_dict())
+        load_plain_state(optimizer, kind([param], lr=0.7).state_dict())
         assert optimizer.param_groups[0]["lr"] == 0.7
     assert seen == [torch.optim.Adam, Counting]
     assert optimizer.num_groups == -1
