@@ -25,6 +25,7 @@ from distopt.infer.device import DeviceELBO
 from distopt.optim import DistributedOptimizer, PyroLRScheduler, PyroOptim, by_name
 from distopt.optim.amp import AutocastELBO, ScaledELBO
 from distopt.optim.arguments import Args
+from distopt.optim.construction import construct
 from distopt.optim.lr_scheduler import metric_name
 from distopt.optim.pytorch_optimizers import OPTIMIZERS, SCHEDULERS
 from distopt.train.loggers import JsonLinesLogger, Logger, ProgressLogger, TensorBoardLogger
@@ -59,10 +60,10 @@ def make_optimizer(config: RunConfig, scaler: GradScaler | None = None) -> tuple
     with refused("optim.args", given=args):
         options: Any = {"nonfinite": chosen.nonfinite, "scaler": scaler}
         optimizer = PyroOptim(constructor, optim_args, chosen.clip.args(), **options)
-        trial = constructor([torch.zeros(1, 1)], **args)
+        trial = construct(constructor, [torch.zeros(1, 1)], args)
     for pattern, more in chosen.args_by_name.items():
         with refused(f"optim.args_by_name.{pattern}"):
-            constructor([torch.zeros(1, 1)], **{**args, **more})
+            construct(constructor, [torch.zeros(1, 1)], {**args, **more})
     _check_kind(trial, torch.optim.Optimizer, chosen.name, "optim.name")
     if inspect.unwrap(type(trial).step) is inspect.unwrap(torch.optim.Optimizer.step):  # torch wraps each class's step
         raise ConfigError([f"optim.name: {chosen.name} has no step(closure=None), which takes the step"])

@@ -11,6 +11,14 @@ from distopt.optim.construction import construct, load_plain_state, plain_state
 SCRIPT = """
 import copy, sys
 import pyro, torch
+from distopt.config import parse_config
+from distopt.train.components import make_optimizer
+
+for name in ("SGD", "Adam"):
+    schedule = "{name: ExponentialLR, args: {gamma: 0.9}}"
+    make_optimizer(parse_config(f"{{name: x, task: a:B, optim: {{name: {name}, scheduler: {schedule}}}}}"), None)
+    assert "torch._dynamo" not in sys.modules, "a run's optimizer"
+
 import pyro.distributions as dist
 import distopt.optim
 from distopt.infer import SVI
