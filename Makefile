@@ -70,8 +70,11 @@ docs: $(VENV)/.docs  ## build build/docs/index.html, to be read offline; tutoria
 lint: setup-dev  ## style and import contracts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
-types: setup-dev  ## mypy --strict
+STUBS := distopt.optim._bulk distopt.optim.pytorch_optimizers distopt.infer.capture._graph
+
+types: setup-dev  ## mypy --strict, and stubs against what they describe
 	@$(BIN)/mypy distopt launch tests/typed_user.py
+	@$(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml --allowlist tests/stubtest.txt $(STUBS)
 
 bench: setup-dev  ## every benchmark, as ratios
 	@$(BIN)/python -m tests.benchmarks $(ARGS)

@@ -54,6 +54,7 @@ USAGE_ERROR = 2
 """Exit status of a worker or a command whose configuration or whose arguments are refused; again, it would be again."""
 
 _MAX_DIGITS = 9  # of a rank or a number of ranks
+_MAX_NODES = 100_000
 RENDEZVOUS_PORT = 29400
 """The port on the first host at which workers of several hosts meet, unless `launch.port` names another."""
 
@@ -241,9 +242,43 @@ def find_rank(environ: Mapping[str, str] | None = None) -> RankInfo | None:
         rank,
         world_size,
         _number(environ, launcher.local_rank, launcher),
-        _number(environ, launcher.local_size, launcher),
+        _tasks_here(environ) if launcher.name == "srun" else _number(environ, launcher.local_size, launcher),
         _number(environ, launcher.node_rank, launcher),
     )
+
+
+def has_separate_gpus(rank_info: RankInfo, environ: Mapping[str, str]) -> bool:
+    """Returns whether the launcher shows each process GPUs that no other one sees.
+
+    Args:
+        rank_info: What it said of the rank.
+        environ: The process's variables. Slurm tells its tasks what was asked for: GPUs per task, or a binding.
+
+    Example:
+        >>> has_separate_gpus(RankInfo("srun", 1, 2), {"SLURM_GPUS_PER_TASK": "1"})
+        True
+    """
+    if rank_info.launcher != "srun":  # what a task has started shares the GPUs of the task
+        return False
+    binding = environ.get("SLURM_GPU_BIND", "").removeprefix("verbose,").removeprefix("v,")
+    if binding:
+        kind, _, numbers = binding.partition(":")
+        is_map = kind in ("map", "map_gpu") and "*" not in numbers and len({*numbers.split(",")}) > numbers.count(",")
+        return binding == "single:1" or kind == "per_task" or is_map
+    return (
+        "SLURM_GPUS_PER_TASK" in environ
+        or environ.get("SLURM_NTASKS_PER_GPU") == "1"
+        or "gres/gpu" in environ.get("SLURM_TRES_PER_TASK", "")
+    )
+
+
+def _tasks_here(environ: Mapping[str, str]) -> int | None:
+    """Returns how many tasks of a step are on this node, of which Slurm gives all nodes' numbers, as in `2(x3),1`."""
+    counts: list[int] = []
+    for number, repeats in re.findall(r"(\d{1,9})(?:\(x(\d{1,9})\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(number)] * min(int(repeats or 1), _MAX_NODES)
+    node = environ.get("SLURM_NODEID", "")
+    return counts[int(node)] if node.isdecimal() and len(node) <= _MAX_DIGITS and int(node) < len(counts) else None
 
 
 def _number(environ: Mapping[str, str], variable: str | None, launcher: LauncherEnv) -> int | None:

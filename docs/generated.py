@@ -208,9 +208,10 @@ def _exceptions() -> set[type[BaseException]]:
 
 
 def other_pages() -> str:
-    """Returns the pages that the first page does not list, so that a new one is never out of reach."""
+    """Returns the pages that no list of pages has, so that a new one is never out of reach."""
     folder = Path(__file__).parent
-    listed = (folder / "index.md").read_text().splitlines()
+    lists = [folder / "index.md", *folder.glob("*/index.md")]
+    listed = {line.removeprefix("../") for page in lists for line in page.read_text().splitlines()}
     new = sorted(path.stem for path in folder.glob("*.md") if path.stem != "index" and path.stem not in listed)
     return "\n".join(["```{toctree}", ":hidden:", "", *new, "```"]) if new else ""
 

@@ -144,6 +144,13 @@ def test_srun_with_a_pmi_plugin_is_srun():
     assert info is not None and info.launcher == "srun"
 
 
+def test_task_of_srun_knows_how_many_are_on_its_node():
+    for node, expected in ((0, 2), (2, 2), (3, 1), (4, None)):
+        environ = srun(1, 4) | {"SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_NODEID": str(node)}
+        info = find_rank(environ)
+        assert info is not None and info.local_size == expected
+
+
 def test_world_set_up_by_hand_in_an_interactive_shell_of_slurm_counts():
     shell = srun(0, 1)
     assert find_rank(shell) == RankInfo("srun", 0, 1, 1, None, 1)

@@ -126,6 +126,13 @@ def test_typed_script_of_a_user_passes_the_strict_check_of_the_installed_package
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_checkout_and_its_stubs_pass_the_checks_of_types() -> None:
+    done = subprocess.run(["make", "types"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compiled_wheel_holds_the_loops_in_c_and_they_serve_its_torch(installed: Path, dist: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "DISTOPT_PURE")}

@@ -43,6 +43,8 @@ def script(path: Path) -> float:
     core = Adam({"lr": 0.1})
     assert_type(core, PyroOptim)
     optimizer = DistributedOptimizer(core, reduce=ReduceOptions(compression="bf16"))
+    assert_type(optimizer.num_skipped_steps, int)
+    assert_type(optimizer.nonfinite_names, tuple[str, ...])
     batches = GlobalBatches(100, 10, seed=0, rank=worker.rank, world_size=worker.world_size)
     assert_type(batches.rows(3), NDArray[np.int64])
     assert_type(shard_rows(10, 0, 2), NDArray[np.int64])

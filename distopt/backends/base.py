@@ -75,15 +75,15 @@ class Backend(ABC):
     def __init__(
         self, rank_info: RankInfo, *, device: torch.device | None = None, timeout: timedelta = DEFAULT_TIMEOUT
     ) -> None:
-        self.rank = rank_info.rank
-        self.world_size = rank_info.world_size
-        self.local_rank = rank_info.local_rank or 0
-        self.node_rank = rank_info.node_rank or 0
-        self.device = device or torch.device("cpu")
+        self.rank: int = rank_info.rank
+        self.world_size: int = rank_info.world_size
+        self.local_rank: int = rank_info.local_rank or 0
+        self.node_rank: int = rank_info.node_rank or 0
+        self.device: torch.device = device or torch.device("cpu")
         self.timeout = timeout
-        self.closed = False
-        self.all_reduce_s = 0.0
-        self.all_reduce_bytes = 0
+        self.closed: bool = False
+        self.all_reduce_s: float = 0.0
+        self.all_reduce_bytes: int = 0
 
     @classmethod
     @abstractmethod

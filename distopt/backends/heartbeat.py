@@ -20,8 +20,13 @@ T = TypeVar("T")
 BEAT_S = 0.5
 """Seconds between two heartbeats of a rank, and between two checks whether another has failed."""
 
+SILENCE_BEATS = 2.5
+"""A rank without a heartbeat for as many of them has stopped."""
+
 CLIENT_TIMEOUT = timedelta(seconds=30)
 """How long a rank tries to reach the store on rank 0."""
+
+_NO_STORE = "rank 0, whose store does not answer: its process or machine has stopped or is unreachable"
 
 BEAT_THREAD = "distopt-heartbeat"
 STORE_THREAD = "distopt-store-call"
@@ -128,39 +133,55 @@ class Heartbeat:
     def failure_or_missing(self, timeout_s: float) -> Failure | str:
         """Returns the first failure of another rank, or in its place what `describe_missing` does.
 
-        The ranks are looked at while the failure is waited for: a run stands still until both are known.
+        A rank that failed lives until the others have read why. So where one is silent for longer than a heartbeat, its
+        word will not come, and it is not waited for: a run whose worker was killed stands still meanwhile.
 
         Args:
-            timeout_s: How long to wait for the failure.
+            timeout_s: How long to wait for the failure while all ranks are alive.
         """
         first = call_within(5.0, self._read_beats)
-        read_at = time.monotonic()
-        can_come = first is not None  # through a store that answers
-        return self.wait_for_failure(timeout_s if can_come else 0.0) or self._compare(first, read_at)
+        deadline = time.monotonic() + timeout_s
+        if first is None:  # nothing can come through a store that does not answer
+            return _NO_STORE
+
+        failure = self.wait_for_failure(min(timeout_s, SILENCE_BEATS * BEAT_S))
+        if failure is not None:
+            return failure
+        second = call_within(5.0, self._read_beats)
+        if second is not None and not self._silent(first, second):
+            failure = self.wait_for_failure(deadline - time.monotonic())
+            second = call_within(5.0, self._read_beats)
+        # It may have been published between the last look of this rank's heartbeat and the end of who published it.
+        return failure or self.wait_for_failure(BEAT_S / 10) or self._compare(first, second)
 
     def describe_missing(self) -> str:
         """Returns which ranks are behind this one or silent, and where each was last seen."""
-        return self._compare(call_within(5.0, self._read_beats), time.monotonic())
+        first = call_within(5.0, self._read_beats)
+        time.sleep(SILENCE_BEATS * BEAT_S)
+        return self._compare(first, call_within(5.0, self._read_beats))
 
-    def _compare(self, first: dict[int, dict[str, Any]] | None, read_at: float) -> str:
-        """Describes the ranks by a second reading, a little more than a heartbeat after the first.
+    def _silent(self, first: dict[int, dict[str, Any]], second: dict[int, dict[str, Any]]) -> list[int]:
+        """Returns the other ranks without a heartbeat between two readings that are `SILENCE_BEATS` apart or more.
 
         The two tell a living rank from one that stopped: the clocks of two machines are never compared.
         """
-        time.sleep(max(0.0, read_at + 2.5 * BEAT_S - time.monotonic()))
-        second = call_within(5.0, self._read_beats)
-        if first is None or second is None:
-            return "rank 0, whose store does not answer: its process or machine has stopped or is unreachable"
+        others = (rank for rank in first if rank != self.rank)
+        return [rank for rank in others if second[rank]["beat"] == first[rank]["beat"]]
 
+    def _compare(self, first: dict[int, dict[str, Any]] | None, second: dict[int, dict[str, Any]] | None) -> str:
+        """Describes the ranks by two readings, of which each is None where the store did not answer."""
+        if first is None or second is None:
+            return _NO_STORE
+
+        silent = self._silent(first, second)
         missing = []
         for rank in range(self.world_size):
-            before = first.get(rank)
             now = second.get(rank)
             if rank == self.rank:
                 continue
             if now is None:
                 missing.append(f"rank {rank} (never seen)")
-            elif before is not None and now["beat"] == before["beat"]:
+            elif rank in silent:
                 missing.append(f"rank {rank} (stopped or unreachable; last seen at {_location(now)})")
             elif now["calls"] < self.calls:
                 missing.append(f"rank {rank} (alive, at {_location(now)})")

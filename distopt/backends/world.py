@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import Store
 
 from distopt.backends.base import Backend, BackendError, Handle, Op
 from distopt.backends.heartbeat import BEAT_S, Failure, Heartbeat
-from distopt.launchers import SINGLE_DEVICE_VARIABLE, RankInfo
+from distopt.launchers import SINGLE_DEVICE_VARIABLE, RankInfo, has_separate_gpus
 from distopt.worker_error import is_permanent, record_error
 
 LINGER = timedelta(seconds=3)
@@ -307,11 +307,16 @@ def refuse_split_world(backend: World, rank_info: RankInfo | None) -> None:
 
 
 def choose_device(rank_info: RankInfo) -> torch.device:
-    """Returns this process's GPU when the machine has one for each of its processes, else the CPU."""
+    """Returns this process's GPU when the machine has one for each of its processes, else the CPU.
+
+    Where each process sees only what is its own, as tasks of `srun --gpus-per-task` do, that is its first.
+    """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     local_rank = rank_info.local_rank or 0
     if num_gpus and SINGLE_DEVICE_VARIABLE in os.environ:
         return torch.device("cuda", 0)
     if num_gpus and num_gpus >= (rank_info.local_size or local_rank + 1):
         return torch.device("cuda", local_rank)
+    if num_gpus and has_separate_gpus(rank_info, os.environ):
+        return torch.device("cuda", 0)
     return torch.device("cpu")

@@ -21,7 +21,7 @@ from distopt.config.paths import is_url
 from distopt.launchers import RUNS
 from distopt.optim.state import optimizer_state
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     help="Show, verify, export and import checkpoints.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -55,7 +55,7 @@ class GlobalBatches:
 
         self.num_rows = num_rows
         self.global_batch = size
-        self.full = global_batch is None
+        self.full: bool = global_batch is None
         self._seed = seed
         self._world_size = world_size
 

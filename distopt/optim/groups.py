@@ -169,13 +169,12 @@ def _rates_of(handle: Any) -> list[float]:
 
 
 def direct_step(handle: Any) -> Callable[..., Any]:
-    """Returns the optimizer's step without what torch wraps around it for profiling and compiling.
+    """Returns the optimizer's step without what torch wraps around it for profiling, compiling and schedules.
 
-    The wrappers take longer than a step of small parameters. A scheduler counts calls of the wrapped one, so it stays.
+    The wrappers take longer than a step of small parameters, and the first import torch's compiler.
     """
-    if is_scheduler(handle):
-        return handle.optimizer.step  # type: ignore[no-any-return]
-    return partial(inspect.unwrap(type(handle).step), handle)
+    optimizer = optimizer_of(handle)
+    return partial(inspect.unwrap(type(optimizer).step), optimizer)
 
 
 def _unwritable(value: Any) -> Any:

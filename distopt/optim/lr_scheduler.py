@@ -72,7 +72,7 @@ class PyroLRScheduler(PyroOptim, pyro.optim.PyroLRScheduler):  # type: ignore[mi
         optimizer = kwargs.pop("optimizer")
         optimizer_args = kwargs.pop("optim_args")
         self.kwargs = kwargs
-        self.num_steps = 0
+        self.num_steps: int = 0
         super().__init__(optimizer, optimizer_args, clip_args, **options)
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:

@@ -224,7 +224,7 @@ class Newton(MultiOptimizer, pyro_multi.Newton):  # type: ignore[misc]
     """
 
     def __init__(self, trust_radii: Mapping[str, float] | None = None) -> None:
-        self.trust_radii = dict(trust_radii or {})
+        self.trust_radii: dict[str, float] = dict(trust_radii or {})
 
     def get_step(self, loss: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the updated values; gradient and Hessian go through `reduce` before the system is solved."""

@@ -19,6 +19,7 @@ from distopt.optim.arguments import Args, args_for, check_args, num_arguments
 from distopt.optim.capabilities import check_arguments, check_built, check_constructor, quicker, shares, without_partial
 from distopt.optim.clipped_adam import ClippedAdam as pt_ClippedAdam
 from distopt.optim.clipping import Clip, cached_clip
+from distopt.optim.construction import construct
 from distopt.optim.copies import Copies
 from distopt.optim.dct_adam import DCTAdam as pt_DCTAdam
 from distopt.optim.grouping import Grouping
@@ -97,10 +98,10 @@ class PyroOptim(Copies, pyro.optim.optim.PyroOptim):  # type: ignore[misc]
         self.pt_optim_constructor = optim_constructor
         self.pt_optim_args = optim_args
         if callable(optim_args):
-            self.pt_optim_args_argc = num_arguments(optim_args)
+            self.pt_optim_args_argc: int = num_arguments(optim_args)
         self.nonfinite = nonfinite
         self.scaler = scaler
-        self.num_skipped_steps = 0
+        self.num_skipped_steps: int = 0
         self.nonfinite_names: tuple[str, ...] = ()
 
         # What a functools.partial adds are arguments as any others: the class behind it may be one that packs.
@@ -308,7 +309,7 @@ class PyroOptim(Copies, pyro.optim.optim.PyroOptim):  # type: ignore[misc]
 
     def _construct(self, params: list[Any], args: dict[str, Any]) -> Any:
         """Builds the torch optimizer of a group; overridden where a scheduler goes around it."""
-        optimizer = quicker(self._constructor)(params, **args)
+        optimizer = construct(quicker(self._constructor), params, args)
         check_built(optimizer)
         return optimizer
 

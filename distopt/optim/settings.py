@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distopt.optim.arguments import args_for
 from distopt.optim.capabilities import name_of, without_partial
+from distopt.optim.construction import construct
 from distopt.optim.lr_scheduler import composed
 from distopt.optim.state import State, copied, frozen, optimizer_state, state_dict_of, state_of_one
 
@@ -243,7 +244,7 @@ def _construct(optim: pyro.optim.PyroOptim, args: Mapping[str, Any]) -> Any:
     """Returns the torch optimizer, or scheduler of one, of a placeholder."""
     constructor, _ = without_partial(optim.pt_optim_constructor)
     # Of two dimensions, since Muon refuses others.
-    optimizer = constructor([torch.zeros(1, 1)], **args)
+    optimizer = construct(constructor, [torch.zeros(1, 1)], args)
     if _schedule_of(optim) is None:
         return optimizer
     return composed(optim.pt_scheduler_constructor, optimizer, optim.kwargs)

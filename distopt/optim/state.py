@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from distopt.optim.construction import load_plain_state, plain_state
+
 State: TypeAlias = dict[str, Any]
 """A torch state dict of one parameter, or `{"scheduler": ..., "optimizer": ...}` of two."""
 
@@ -37,17 +39,17 @@ def optimizer_of(handle: Any) -> torch.optim.Optimizer:
 def state_dict_of(handle: Any) -> State:
     """Returns the state dict of an optimizer, or of a scheduler and its optimizer."""
     if is_scheduler(handle):
-        return {"scheduler": handle.state_dict(), "optimizer": handle.optimizer.state_dict()}
-    return handle.state_dict()  # type: ignore[no-any-return]
+        return {"scheduler": handle.state_dict(), "optimizer": plain_state(handle.optimizer)}
+    return plain_state(handle)
 
 
 def load_into(handle: Any, state: State) -> None:
     """Loads what `state_dict_of` returned; the optimizer last, so that its learning rates stand."""
     if is_scheduler(handle):
         handle.load_state_dict(copied(state["scheduler"]))
-        handle.optimizer.load_state_dict(state["optimizer"])
+        load_plain_state(handle.optimizer, state["optimizer"])
     else:
-        handle.load_state_dict(state)
+        load_plain_state(handle, state)
 
 
 def optimizer_state(state: State) -> State:

@@ -10,12 +10,15 @@ follows from what has happened in a process, and is not the same in a run and in
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from distopt.optim.construction import construct
 
 # In 16 bits the plain loop rounds after each operation and a kernel once: a kernel that is right is still another
 # trajectory than that of pyro.optim. So there only the plain loop will do, and no kernel is tried.
@@ -83,11 +86,13 @@ def _tried(
 
     def steps(options: Mapping[str, Any]) -> list[Tensor]:
         params = example_tensors(dtype, device)
-        optimizer = constructor(params, **options)
+        optimizer = construct(constructor, params, options)
+        step = inspect.unwrap(type(optimizer).step)
         for gradients in example_gradients(dtype, device):
             for p, gradient in zip(params, gradients, strict=True):
                 p.grad = gradient
-            optimizer.step()
+            with torch.no_grad():
+                step(optimizer)
         state = [value for each in optimizer.state.values() for value in each.values() if isinstance(value, Tensor)]
         return params + state
 

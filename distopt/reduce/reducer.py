@@ -156,9 +156,7 @@ class Reducer:
             sums = checksums(zip(self.layout.names, self.layout.params, strict=True), self._state())
             message.checksum = combine_checksums(sums)
         if local is not None and self._scale_before() == 1.0 and is_alone(self, local):
-            with torch.no_grad():
-                for bucket in self.layout.buckets:
-                    _fill_(bucket, local, 1.0)
+            fill_alone_(self.layout, local)
             return self._read_out(summary_of_one(message, len(self.layout.names)), local)
         summary = self._round(local, message)
         kept = sums_to_keep(self, summary)
@@ -379,6 +377,18 @@ def is_alone(reducer: Reducer, local: LocalGradients) -> bool:
         and reducer._overlap is None
         and not is_joining(reducer.backend)
     )
+
+
+@torch.no_grad()
+def fill_alone_(layout: Layout, local: LocalGradients) -> None:
+    """Overwrites the buckets of a rank that sums with nobody, but for those that its gradients fill already."""
+    # A bucket may hold some of its gradients and not others, where the optimizer has stepped only some by views of it.
+    whole = [bucket for bucket in layout.buckets if not bucket.indices or bucket.holds(local.addresses)]
+    if len(whole) < len(layout.buckets):
+        move_out_of_buckets_(layout, local, besides=whole)
+        for bucket in layout.buckets:
+            if bucket not in whole:
+                _fill_(bucket, local, 1.0)
 
 
 def _fill_(bucket: Bucket, local: LocalGradients | None, scale: float) -> None:

@@ -53,7 +53,7 @@ class Report:
     """
 
     def __init__(self, title: str, console: Console | None = None, history: Sequence[dict[str, Any]] = ()) -> None:
-        self.history = list(history)
+        self.history: list[dict[str, Any]] = list(history)
         self._title = title
         self._console = console
         self._sections: list[str] = []

@@ -29,7 +29,7 @@ from distopt.launchers import RUNS
 from distopt.optim import Adam
 from distopt.run_files import read_facts, read_metrics
 from distopt.train.components import make_loss
-from distopt.train.task import TaskError, TaskRows, load_task
+from distopt.train.task import Task, TaskError, TaskRows, load_task
 
 _NUM_TRIES = 3  # a run that trains may delete a checkpoint while it is read
 _INIT_ROWS = 1024
@@ -85,25 +85,27 @@ class SavedRun:
         storage, candidate = _choose(run_dir, checkpoint)
         manifest = candidate.manifest
         assert manifest is not None
-        self.config = _config_of(manifest, run_dir)
-        self.step = manifest.step
+        self.config: RunConfig = _config_of(manifest, run_dir)
+        self.step: int = manifest.step
         if self.config.task is None:
             raise TaskError(f"{run_dir} is the run of a script ({self.config.script}); load_run needs one of a task")
 
         self._state: dict[str, Any] = {"params": {}, "constraints": {}}
         with self.store(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            self.task = load_task(self.config.task, self.config.task_args)
+            self.task: Task = load_task(self.config.task, self.config.task_args)
             # One batch of the model with its data makes a guide's prototype: one made by a model without would take
             # what is observed for latent.
             svi = SVI(self.task.model, self.task.guide, Adam({"lr": 0.0}), make_loss(self.config))
             svi.init(*self._batch(None if self.task.sharded else np.arange(min(self.task.rows(), _INIT_ROWS))))
-            self.guide = self.task.guide
-            self.model = self.task.model
+            self.guide: Any = self.task.guide
+            self.model: Any = self.task.model
             self._wrapped = (svi.model, svi.guide)
             self._load(storage, candidate)
-            self.params = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
-        self.facts = read_facts(run_dir)
+            self.params: dict[str, Tensor] = {
+                name: value.detach().clone() for name, value in pyro.get_param_store().items()
+            }
+        self.facts: dict[str, Any] = read_facts(run_dir)
         pyro.get_param_store().set_state(self._state)
 
     def _load(self, storage: Storage, candidate: Candidate) -> None:

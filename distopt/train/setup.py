@@ -27,13 +27,17 @@ _LOCAL_SECTIONS = ("launch", "log", "run_dir", "serve")  # keys that may differ 
 def set_up_process(config: RunConfig, backend: Backend) -> None:
     """Shares the processor's cores among the ranks of this host, and starts from an empty parameter store.
 
+    A number of threads in `launch.env` stands; the variable itself tells nothing, since torchrun sets it, too.
+
     Cost:
         One `all_gather_json`.
     """
     # torch would use all cores in each process, and the processes would slow each other down.
     affinities = backend.all_gather_json([backend.node_rank, sorted(affinity())])
     here = [set(cpus) for node_rank, cpus in affinities if node_rank == backend.node_rank]
-    torch.set_num_threads(max(1, share_of_cores(affinity(), here)))
+    wanted = config.launch.env.get("OMP_NUM_THREADS", "").split(",")[0]  # OpenMP takes one for each level of nesting
+    share = int(wanted) if wanted.strip().isdecimal() else share_of_cores(affinity(), here)
+    torch.set_num_threads(max(1, share))
 
     pyro.clear_param_store()
     seed_all(config.seed)

@@ -288,7 +288,8 @@ class Supervisor:
         cores = os.environ.get("SLURM_CPUS_PER_TASK", "")
         if self.launcher == "srun" and cores.isdecimal():
             return max(1, min(int(cores), available_cores()))
-        return binding.num_threads(available_cores(), self.local_size)
+        # Without a number Slurm may still have bound each task to cores of its own, which are then not to be divided.
+        return binding.num_threads(available_cores(), 1 if self.launcher == "srun" else self.local_size)
 
     def _ask_to_stop(self, worker: subprocess.Popen[bytes], *, for_good: bool) -> None:
         """Passes a request to stop on, once: a second signal could interrupt the worker's last checkpoint."""

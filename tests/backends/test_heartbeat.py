@@ -74,26 +74,36 @@ def test_missing_ranks_are_told_apart(ranks, monkeypatch):
     assert asking.describe_missing().startswith("rank 0 (alive, at step 2, phase 'init'), rank 1 (stopped")
 
 
-def test_ranks_are_looked_at_while_a_failure_is_waited_for(ranks, monkeypatch):
-    """A run stands still until both are known, so neither waits for the other."""
-    monkeypatch.setattr(heartbeat, "BEAT_S", 0.05)
-    stopped, asking = ranks(1), ranks(0)
+def test_word_of_a_failure_is_waited_for_only_while_all_ranks_are_alive(ranks, monkeypatch):
+    """A run stands still meanwhile, and from a rank that was killed nothing can come."""
+    monkeypatch.setattr(heartbeat, "BEAT_S", 0.2)
+    stopped, asking, other = ranks(1), ranks(0), ranks(2)
+    waited = []
+    wait = asking.wait_for_failure
+
+    def wait_for_failure(timeout_s):
+        waited.append(timeout_s)
+        return wait(min(timeout_s, 0.5))
+
+    monkeypatch.setattr(asking, "wait_for_failure", wait_for_failure)
+    assert asking.failure_or_missing(60.0) == "no other rank: all are alive and have started this collective"
+    assert max(waited) > 50.0
+
+    waited.clear()
     stopped.close()
-    slept = []
-    monkeypatch.setattr(time, "sleep", slept.append)
-    expected = "rank 1 (stopped or unreachable; last seen at step 0, phase 'init'), rank 2 (never seen)"
-    assert asking.failure_or_missing(0.5) == expected
-    assert slept == [0.0]
-    failed = ranks(2)
-    failed.fail("ValueError: no", "", linger_s=0.0)
+    expected = "rank 1 (stopped or unreachable; last seen at step 0, phase 'init')"
+    assert asking.failure_or_missing(60.0) == expected
+    assert max(waited) < 1.0
+
+    other.fail("ValueError: no", "", linger_s=0.0)
     failure = asking.failure_or_missing(10.0)
     assert isinstance(failure, Failure) and failure.rank == 2
 
     monkeypatch.setattr(asking, "failure", None)
     monkeypatch.setattr(heartbeat, "call_within", lambda timeout_s, call: None)
-    monkeypatch.setattr(asking, "wait_for_failure", lambda timeout_s: slept.append(timeout_s))
+    waited.clear()
     assert "rank 0, whose store does not answer" in asking.failure_or_missing(60.0)
-    assert 60.0 not in slept
+    assert waited == []
 
 
 def test_rank_that_never_came_and_a_world_where_all_are_there(ranks, monkeypatch):

@@ -32,6 +32,36 @@ def test_rank_gets_a_gpu_where_each_rank_of_its_host_has_one(num_gpus, local_ran
     assert choose_device(RankInfo("a test", 3, 4, local_rank, local_size)) == torch.device(device)
 
 
+@pytest.mark.parametrize(
+    ("variables", "launcher", "device"),
+    [
+        ({"SLURM_GPUS_PER_TASK": "1"}, "srun", "cuda:0"),
+        ({"SLURM_TRES_PER_TASK": "cpu=4,gres/gpu:a100=1"}, "srun", "cuda:0"),
+        ({"SLURM_NTASKS_PER_GPU": "1"}, "srun", "cuda:0"),
+        ({"SLURM_GPU_BIND": "verbose,single:1"}, "srun", "cuda:0"),
+        ({"SLURM_GPU_BIND": "map:0,1,2,3"}, "srun", "cuda:0"),
+        ({"SLURM_GPU_BIND": "map:0,0,1,1"}, "srun", "cpu"),
+        ({"SLURM_GPU_BIND": "map_gpu:0*4"}, "srun", "cpu"),
+        ({"SLURM_GPU_BIND": "single:2"}, "srun", "cpu"),  # two tasks share one
+        ({"SLURM_GPU_BIND": "closest"}, "srun", "cpu"),
+        ({"SLURM_GPUS_PER_TASK": "1", "SLURM_GPU_BIND": "none"}, "srun", "cpu"),
+        ({"SLURM_NTASKS_PER_GPU": "2"}, "srun", "cpu"),
+        ({"SLURM_TRES_PER_TASK": "cpu=4"}, "srun", "cpu"),
+        ({}, "srun", "cpu"),
+        ({"SLURM_GPUS_PER_TASK": "1"}, "torchrun", "cpu"),  # the task is torchrun, and its workers share what it has
+    ],
+)
+@pytest.mark.parametrize("local_rank", [0, 1, 3])
+def test_task_of_srun_that_sees_its_own_gpu_alone_takes_it(variables, launcher, device, local_rank, monkeypatch):
+    """Stands in for a node whose tasks each see one GPU as number 0, as Slurm's cgroups show it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert choose_device(RankInfo(launcher, local_rank, 4, local_rank, 4)) == torch.device(device)
+
+
 def test_world_of_another_size_than_the_launchers_is_closed_and_refused():
     backend = Single()
     refuse_split_world(backend, None)

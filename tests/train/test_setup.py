@@ -100,6 +100,9 @@ def test_process_starts_without_parameters_and_with_its_share_of_the_cores() -> 
     try:
         set_up_process(config(), Single())
         assert torch.get_num_threads() == available_cores()
+        for wanted, expected in (("3", 3), ("5,2", 5), ("many", available_cores())):
+            set_up_process(config(launch={"env": {"OMP_NUM_THREADS": wanted}}), Single())
+            assert torch.get_num_threads() == expected, "what the user says wins"
     finally:
         torch.set_num_threads(num_threads)
     assert not pyro.get_param_store()

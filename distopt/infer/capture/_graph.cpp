@@ -11,6 +11,7 @@
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -111,13 +112,28 @@ inline int64_t wrapped(int64_t index, int64_t size) {
   return index;
 }
 
+constexpr int64_t block_size = 1024;  // of indices, which are looked at together before they are used
+
+inline bool all_within(const int64_t* index, int64_t n, int64_t size) {
+  uint64_t outside = 0;
+  for (int64_t i = 0; i < n; ++i) outside |= static_cast<uint64_t>(index[i]) >= static_cast<uint64_t>(size);
+  return outside == 0;
+}
+
 template <class T>
 void gather_kernel(const Direct& d, const void* const* data) {
   T* out = static_cast<T*>(d.out);
   const T* table = static_cast<const T*>(data[0]);
   const int64_t* index = static_cast<const int64_t*>(data[1]);
-  const int64_t n = d.n, size = d.extent;
-  for (int64_t i = 0; i < n; ++i) out[i] = table[wrapped(index[i], size)];
+  const int64_t size = d.extent;
+  for (int64_t start = 0; start < d.n; start += block_size) {
+    const int64_t end = std::min(d.n, start + block_size);
+    if (all_within(index + start, end - start, size)) {
+      for (int64_t i = start; i < end; ++i) out[i] = table[index[i]];
+    } else {
+      for (int64_t i = start; i < end; ++i) out[i] = table[wrapped(index[i], size)];
+    }
+  }
 }
 
 // Sums in the order of the indices, as ATen does on one thread.
@@ -126,9 +142,16 @@ void scatter_add_kernel(const Direct& d, const void* const* data) {
   T* out = static_cast<T*>(d.out);
   const int64_t* index = static_cast<const int64_t*>(data[1]);
   const T* values = static_cast<const T*>(data[2]);
-  const int64_t n = d.extent, size = d.n;
+  const int64_t size = d.n;
   std::memcpy(out, data[0], size * sizeof(T));
-  for (int64_t i = 0; i < n; ++i) out[wrapped(index[i], size)] += values[i];
+  for (int64_t start = 0; start < d.extent; start += block_size) {
+    const int64_t end = std::min(d.extent, start + block_size);
+    if (all_within(index + start, end - start, size)) {
+      for (int64_t i = start; i < end; ++i) out[index[i]] += values[i];
+    } else {
+      for (int64_t i = start; i < end; ++i) out[wrapped(index[i], size)] += values[i];
+    }
+  }
 }
 
 template <class From, class To>

@@ -426,7 +426,7 @@ class CompiledCapture(StepCapture):
             writes = Recorder()  # which knows what the step writes to; what else it records is of no use
             try:
                 with writes:
-                    result = self._eager(model, guide, args, kwargs)
+                    result = self._eager(model, guide, self._rows_or_args(args), kwargs)
             finally:
                 writes.close()
             self.num_steps = 1

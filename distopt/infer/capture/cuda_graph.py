@@ -10,6 +10,7 @@ Losses and checks come back together, in the step's only wait for the GPU.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Sequence
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor
 
 from distopt.infer.capture.generators import generator_states
-from distopt.infer.capture.passes import MAX_COMPARED_FOLD_BYTES
+from distopt.infer.capture.passes import MAX_COMPARED_FOLD_BYTES, new_slot
 from distopt.infer.capture.program import RAN, PythonProgram, put_back
-from distopt.infer.capture.recording import Recording
+from distopt.infer.capture.recording import Check, Op, Recording, Slot, TensorInfo, aten
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,50 @@ def build_graph(recording: Recording, params: Sequence[Tensor], args: Sequence[T
     raise NoGraphError(f"the step cannot be a CUDA graph: {first}") from first
 
 
+def without_waits(recording: Recording) -> Recording:
+    """Returns an equal recording that leaves out what torch reads from the GPU only to look for errors.
+
+    Recorded, the gradient of an index is an `index_put`, which looks at the index's range, in some releases of torch by
+    a wait; autograd trusts an index that the step has read with, and so does the graph. That a factorization has
+    succeeded becomes a check of the graph like any other.
+    """
+    step = copy.copy(recording)
+    step.ops = []
+    step.infos = list(recording.infos)
+    step.alias = list(recording.alias)
+    step.checks = list(recording.checks)
+    read_with: set[str] = set()
+    for op in recording.ops:
+        if op.function is aten._linalg_check_errors.default:
+            info = recording.infos[op.ins[0]]
+            failed = new_slot(step, TensorInfo((), torch.bool, (), info.device))
+            step.ops.append(Op(aten.any.default, [op.args[0]], {}, [failed], [op.ins[0]], [], op.line))
+            step.checks.append(Check(failed, False, op.line))
+        elif op.function is aten.index_put.default and repr(op.args[1]) in read_with:
+            step.ops += _trusted_index_put(step, op)
+        else:
+            step.ops.append(op)
+        if op.function is aten.index.Tensor:
+            read_with.add(repr(op.args[1]))
+    return step
+
+
+def _trusted_index_put(recording: Recording, op: Op) -> list[Op]:
+    (out,) = op.outs
+    start = op.args[0]
+    assert isinstance(start, Slot)
+    info = recording.infos[out]
+    copied = new_slot(recording, info)
+    recording.alias[out] = copied
+    copying = Op(
+        aten.clone.default, [start], {"memory_format": torch.preserve_format}, [copied], [start.index], [], op.line
+    )
+    accumulate = op.args[3] if len(op.args) > 3 else op.kwargs.get("accumulate", False)
+    arguments = [Slot(copied), op.args[1], op.args[2], accumulate, True]
+    ins = [copied, *(slot for slot in op.ins if slot != start.index)]
+    return [copying, Op(aten._index_put_impl_.default, arguments, {}, [out], ins, [copied], op.line)]
+
+
 def _is_comparable(recording: Recording, slot: int) -> bool:
     tensor = recording.foreign.get(slot)
     small = tensor is not None and tensor.numel() * tensor.element_size() <= MAX_COMPARED_FOLD_BYTES
@@ -122,6 +167,7 @@ class CudaGraphProgram(PythonProgram):
     """
 
     def __init__(self, recording: Recording, params: Sequence[Tensor], args: Sequence[Tensor]) -> None:
+        recording = without_waits(recording)
         super().__init__(recording, params, args)
         self._device = recording.infos[recording.outputs()[0]].device
         self._inputs = [torch.empty_like(arg) for arg in args]

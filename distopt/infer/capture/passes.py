@@ -304,7 +304,7 @@ def narrow_uniform(recording: Recording) -> None:
         if _is_expanded_number(op, recording, written):
             small[op.outs[0]] = op.ins[0]
         elif _is_uniform(op, recording, small, written) and op.outs[0] not in outputs:
-            slot = _new_slot(recording, TensorInfo((), recording.infos[op.outs[0]].dtype, (), op_device(op, recording)))
+            slot = new_slot(recording, TensorInfo((), recording.infos[op.outs[0]].dtype, (), op_device(op, recording)))
             args = [Slot(small.get(each.index, each.index)) if isinstance(each, Slot) else each for each in op.args]
             kept.append(Op(op.function, args, op.kwargs, [slot], [*slots_in(args)], [], op.line))
             small[op.outs[0]] = slot
@@ -369,13 +369,14 @@ def _broadcast_numbers(op: Op, recording: Recording, small: dict[int, int]) -> N
 def _written_out(recording: Recording, slot: int, number: int, line: str) -> list[Op]:
     """Returns operations that write a number to all elements of `slot`."""
     info = recording.infos[slot]
-    view = _new_slot(recording, info._replace(stride=(0,) * len(info.shape)), recording.alias[number])
+    view = new_slot(recording, info._replace(stride=(0,) * len(info.shape)), recording.alias[number])
     expand = Op(aten.expand.default, [Slot(number), list(info.shape)], {}, [view], [number], [], line)
     layout = {"memory_format": torch.contiguous_format}
     return [expand, Op(aten.clone.default, [Slot(view)], layout, [slot], [view], [], line)]
 
 
-def _new_slot(recording: Recording, info: TensorInfo, alias: int | None = None) -> int:
+def new_slot(recording: Recording, info: TensorInfo, alias: int | None = None) -> int:
+    """Gives a result that no recorded operation had the next slot; `alias` is an earlier slot with the same memory."""
     slot = len(recording.infos)
     recording.infos.append(info)
     recording.alias.append(slot if alias is None else alias)

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import pyro.optim
 import torch
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from distopt.backends import Backend
 from distopt.config.reduce import ReduceOptions
+from distopt.optim.arguments import Args
 from distopt.optim.capabilities import name_of
 from distopt.optim.distributed.convert import from_pyro
 from distopt.optim.distributed.stepping import Loss, StepInfo, Stepper
 from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.optim import PyroOptim
 from distopt.optim.packed_state import PackedState
+from distopt.optim.param_view import GradClips, OptimObjects
 from distopt.reduce import CommHook, Reducer
 from distopt.reduce.agreement import share_values_
 from distopt.reduce.messages import RankMessage, RoundKind
@@ -157,17 +159,17 @@ class DistributedOptimizer(pyro.optim.optim.PyroOptim):  # type: ignore[misc]
     # The wrapped optimizer's, by the names of pyro.optim and distopt.optim. Each is named here, instead of forwarding
     # whatever is not found, so that `hasattr`, `dir` and a reader see what there is.
 
-    nonfinite = _delegate(
+    nonfinite: Literal["step", "skip", "raise"] = _delegate(
         "nonfinite", "What to do with a gradient that is not finite: `step`, `skip` or `raise`.", writable=True
     )
-    scaler = _delegate("scaler", "The scaler of a loss in mixed precision, None without.")
-    num_skipped_steps = _delegate("num_skipped_steps", "How many steps were skipped, on all ranks together.")
-    nonfinite_names = _delegate("nonfinite_names", "The parameters whose gradient was not finite at the last skip.")
-    optim_objs = _delegate("optim_objs", "The torch optimizer (or scheduler) of each parameter.")
-    grad_clip = _delegate("grad_clip", "What clips the gradient of each parameter.")
-    pt_optim_constructor = _delegate("pt_optim_constructor", "The class of the torch optimizers.")
-    pt_optim_args = _delegate("pt_optim_args", "Its arguments, or a callable that returns them.")
-    pt_clip_args = _delegate("pt_clip_args", "The limits on gradients, or a callable that returns them.")
+    scaler: torch.amp.GradScaler | None = _delegate("scaler", "The scaler of a loss in mixed precision, None without.")
+    num_skipped_steps: int = _delegate("num_skipped_steps", "How many steps were skipped, on all ranks together.")
+    nonfinite_names: tuple[str, ...] = _delegate("nonfinite_names", "Parameters not finite at the last skip.")
+    optim_objs: OptimObjects = _delegate("optim_objs", "The torch optimizer (or scheduler) of each parameter.")
+    grad_clip: GradClips = _delegate("grad_clip", "What clips the gradient of each parameter.")
+    pt_optim_constructor: Callable[..., Any] = _delegate("pt_optim_constructor", "The class of the torch optimizers.")
+    pt_optim_args: Args = _delegate("pt_optim_args", "Its arguments, or a callable that returns them.")
+    pt_clip_args: Args = _delegate("pt_clip_args", "The limits on gradients, or a callable that returns them.")
 
     # Copies step by the same ranks; what a pickle is read into finds its ranks as any other optimizer does.
 

@@ -246,3 +246,25 @@ def test_gradient_that_is_no_number_is_found_where_torch_looks_for_it():
     assert capture.num_captured > 0
     with pytest.raises(RuntimeError, match="returned nan"), torch.autograd.detect_anomaly(check_nan=True):
         capture(model, guide)
+
+
+def sharded_vectors(x):
+    loc = pyro.sample("loc", dist.Normal(torch.zeros(x.shape[1]), 1.0).to_event(1))
+    with sharded_plate("rows", len(x)):
+        z = pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
+
+
+def test_vectors_of_one_shape_beside_a_sharded_plate_are_captured_on_one_rank():
+    # Of the shared gradients the first step leaves one in its bucket and the other one beside it.
+    results = []
+    for capture in ("off", "graph"):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        optim = DistributedOptimizer(Adam({"lr": 0.05}))
+        svi = SVI(sharded_vectors, AutoNormal(sharded_vectors), optim, Trace_ELBO(), capture=capture)
+        losses = [svi.step(torch.ones(9, 4)) for _ in range(12)]
+        params = {name: param.tolist() for name, param in pyro.get_param_store()._params.items()}
+        results.append((losses, params, torch.get_rng_state().tolist()))
+    assert_same_training(*results)
+    assert svi.captured.num_captured == 8

@@ -16,7 +16,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
-from distopt.infer import SVI, seed_all
+from distopt.infer import SVI, TensorRows, seed_all
 from distopt.infer.capture import compiled
 from distopt.infer.capture import program as programs
 from distopt.infer.capture.compiled import NotCompiledError, fuse
@@ -82,6 +82,17 @@ def test_compiled_steps_are_taken_from_the_first_one_and_agree_with_eager_ones()
 
 
 @pytest.mark.timeout(900)
+def test_first_step_selects_its_rows_itself_as_later_ones_do():
+    results = []
+    for rows_of in (lambda rows: (DATA[rows],), lambda rows: TensorRows((DATA,), rows)):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        optim = DistributedOptimizer(pyro.optim.SGD({"lr": 1e-3}))
+        svi = SVI(small, AutoNormal(small), optim, Trace_ELBO(), capture="compiled")
+        results.append(svi.step_with(rows_of(torch.arange(20))).loss)  # which makes the parameters
+    assert results[0] == results[1]
+
+
 def test_run_that_resumes_has_the_bits_of_one_that_was_never_stopped():
     through_losses, through, _ = train(12)
     for first in (3, 8):  # the eighth step is recorded again for comparison

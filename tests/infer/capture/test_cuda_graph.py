@@ -7,7 +7,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distopt.infer.capture.cuda_graph import CudaGraphProgram, NoGraphError, build_graph, graph_refusal, uses_gpu
+from distopt.infer.capture.cuda_graph import (
+    CudaGraphProgram,
+    NoGraphError,
+    build_graph,
+    graph_refusal,
+    uses_gpu,
+    without_waits,
+)
+from distopt.infer.capture.passes import shorten
+from distopt.infer.capture.program import RAN
+from distopt.infer.capture.recorded_step import record_step
 from distopt.infer.capture.recording import Check, HostCall, Op, Recording, Slot, TensorInfo, aten
 from tests.infer.capture.cases import captured_cases
 from tests.infer.capture.steps import compare
@@ -95,7 +105,9 @@ class OnCpu(CudaGraphProgram):
 
 @pytest.mark.parametrize("keep_grads", [False, True])
 @pytest.mark.parametrize(
-    "name", ["hierarchy", "subsampled plate", "TraceEnum, mixture", "writes in place", "network in training"]
+    "name",
+    ["hierarchy", "subsampled plate", "TraceEnum, mixture", "TraceEnum, hidden Markov", "AutoLowRank"]
+    + ["writes in place", "network in training"],
 )
 def test_program_leaves_losses_and_gradients_of_eager_steps(name, keep_grads, monkeypatch):
     monkeypatch.setattr("distopt.infer.capture.step.uses_gpu", lambda recording: True)
@@ -103,6 +115,49 @@ def test_program_leaves_losses_and_gradients_of_eager_steps(name, keep_grads, mo
     capture = compare(CASES[name], 9, keep_grads=keep_grads)
     assert capture.refusal is None
     assert capture.num_captured >= 4
+
+
+def functions(step):
+    return {op.function for op in step.ops}
+
+
+WAITING = {aten.index_put.default, aten._linalg_check_errors.default}
+"""What waits for a GPU to look at values there, which CUDA refuses within a graph."""
+
+
+@pytest.mark.parametrize("name", ["hierarchy", "TraceEnum, hidden Markov", "LKJ", "AutoLowRank", "AutoIAF"])
+def test_errors_that_torch_would_wait_for_are_left_to_the_step_or_checked_with_its_losses(name):
+    case = CASES[name]
+    guide = case.guide(case.model)
+    elbo = case.elbo()
+    for _ in range(2):  # the first step makes the parameters
+        step = record_step(elbo.loss_and_grads, case.model, guide, case.args, {})
+    short = shorten(step.recording)
+    assert WAITING & functions(short)
+    assert not WAITING & functions(without_waits(short))
+
+
+def test_index_that_the_step_has_not_read_with_keeps_its_check():
+    step = recording()
+    step.infos += [info(GPU), info(GPU)]
+    step.alias += [4, 5]
+    step.ops.append(Op(aten.index_put.default, [Slot(0), [Slot(4)], Slot(1), True], {}, [5], [0, 4, 1], [], ""))
+    assert functions(without_waits(step)) == functions(step)
+
+
+def test_factorization_that_fails_takes_the_step_back():
+    matrix = torch.eye(3)
+    infos = [info(CPU, (3, 3)), info(CPU, (3, 3)), TensorInfo((), torch.int32, (), CPU), info(CPU, ())]
+    ops = [
+        Op(aten.linalg_cholesky_ex.default, [Slot(0)], {}, [1, 2], [0], [], ""),
+        Op(aten._linalg_check_errors.default, [Slot(2), "linalg.cholesky"], {"is_matrix": True}, [], [2], [], ""),
+        Op(aten.sum.default, [Slot(1)], {}, [3], [1], [], ""),
+    ]
+    step = Recording(ops=ops, infos=infos, alias=[0, 1, 2, 3], num_inputs=1, losses=[Slot(3)])
+    program = OnCpu(step, [], [matrix])
+    assert program.run({}, [matrix]) == (RAN, [3.0])
+    status, _ = program.run({}, [matrix - 2 * torch.eye(3)])
+    assert status == len(step.checks)
 
 
 @pytest.mark.parametrize("num_failures", [1, 2])
