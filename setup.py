@@ -1,11 +1,15 @@
 """Compiles the loops in C++ where torch and a compiler are at hand; without them distopt is pure Python."""
 
 import os
+import sys
 
 from setuptools import Extension, setup
 
 PURE_VARIABLE = "DISTOPT_PURE"
 """Where it is set, nothing is compiled, and the wheel is for every platform and every torch."""
+
+# The threads of `at::parallel_for`; the library behind them is the one that torch has loaded.
+_OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 
 def extensions() -> list[Extension]:
@@ -25,7 +29,16 @@ def extensions() -> list[Extension]:
             library_dirs=library_paths(),
             libraries=["c10", "torch_cpu", "torch_python"],
             define_macros=[("DISTOPT_TORCH", f'"{torch.__version__}"')],
-            extra_compile_args=["-std=c++20", "-O2", "-g0"],
+            # No contraction: what an element is rounded to would follow from the instructions that it is computed by.
+            extra_compile_args=[
+                "-std=c++20",
+                "-O3",
+                "-g0",
+                "-ffp-contract=off",
+                "-fno-math-errno",
+                "-fno-trapping-math",
+            ]
+            + _OPENMP,
             optional=True,
         ),
         Extension(

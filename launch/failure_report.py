@@ -133,9 +133,12 @@ def describe_failure(
     duration = timedelta(seconds=round(seconds))
     lines = [f"distopt: the run failed after {duration} (exit status {status} of the launcher)."]
 
-    lost = f"No exit status from {_names(silent)}: its host or supervisor is gone."
+    # What other ranks of a host have recorded shows that it is there, so that somebody must look for another reason.
+    is_there = all(event.host in {end.host for end in ends.values()} for event in silent)
+    gone = "its supervisor was killed, its host is there" if is_there else "its host or supervisor is gone"
+    lost = f"No exit status from {_names(silent)}: {gone}."
     if blames_silent:
-        lines.append(f"  {lost} The others stopped because of that.")
+        lines.append(f"  {lost} The others stopped because of that." if ends else f"  {lost}")
         lines += _after(run_dir, blamed)
     elif blamed:
         lines += _describe_blamed(run_dir, blamed, ends, reports)

@@ -17,7 +17,8 @@ import torch
 from distopt.optim.adagrad_rmsprop import AdagradRMSProp
 from distopt.optim.clipped_adam import ClippedAdam
 from distopt.optim.dct_adam import DCTAdam
-from distopt.optim.kernels import OnePassRMSprop
+from distopt.optim.kernels import OnePassRMSprop, has_kernel
+from distopt.optim.one_pass_adam import OnePassAdam, OnePassAdamW
 from distopt.optim.trial import EXACT_DTYPES, computes_the_same
 
 ELEMENTWISE: frozenset[Any] = frozenset(
@@ -42,9 +43,10 @@ ELEMENTWISE: frozenset[Any] = frozenset(
 Subclasses are not meant: what they override may look at a parameter as a whole.
 """
 
-# Which of torch's implementations is quickest. `fused` makes one pass over memory, where torch 2.13 has such a kernel;
-# `foreach` makes one call for each operation of a whole list. A packed group is a list of one tensor, for which
-# `foreach` gains nothing.
+# Which of torch's implementations is quickest. `fused` makes one pass over memory, where torch 2.13 has such a kernel
+# and an element's last bit does not depend on its place (with momentum that of SGD fails there, on the CPU); `foreach`
+# makes one call for each operation of a whole list. A packed group is a list of one tensor, for which `foreach` gains
+# nothing.
 _FUSED = frozenset({torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad})
 _FOREACH = frozenset(
     {
@@ -55,7 +57,12 @@ _FOREACH = frozenset(
         torch.optim.Rprop,
     }
 )
-_QUICKER: dict[Any, Any] = {torch.optim.RMSprop: OnePassRMSprop}
+_QUICKER: dict[Any, Any] = {
+    torch.optim.RMSprop: OnePassRMSprop,
+    torch.optim.Adam: OnePassAdam,
+    torch.optim.AdamW: OnePassAdamW,
+}
+_COMPILED = frozenset({torch.optim.Adam, torch.optim.AdamW})
 
 
 def without_partial(constructor: Any) -> tuple[Any, dict[str, Any]]:
@@ -86,12 +93,13 @@ def packs(constructor: Any) -> bool:
     return constructor in ELEMENTWISE
 
 
-def packs_exactly(param: torch.Tensor) -> bool:
+def packs_exactly(param: torch.Tensor, args: Mapping[str, Any]) -> bool:
     """Returns whether a step changes an element of `param` to the same number wherever it lies in memory.
 
-    Torch's loops on the CPU round 16-bit numbers differently in the rest of a tensor that fills no vector register.
+    Torch's loops on the CPU round 16-bit numbers differently in the rest of a tensor that fills no vector register, and
+    its fused kernels, which the user may have asked for, do so for all.
     """
-    return param.dtype in EXACT_DTYPES or param.device.type != "cpu"
+    return param.device.type != "cpu" or (param.dtype in EXACT_DTYPES and not args.get("fused"))
 
 
 def shares(constructor: Any, args: Mapping[str, Any]) -> bool:
@@ -108,13 +116,15 @@ def switches(
     """
     if any(args.get(k) is not None for k in ("fused", "foreach")) or args.get("capturable"):
         return {}
-    chosen = {}
+    if dtype not in EXACT_DTYPES or (device == "cpu" and constructor in _COMPILED and has_kernel("cpu")):
+        return {}
+
+    candidates: list[dict[str, Any]] = []
     if constructor in _FUSED and (device == "cpu" or constructor is not torch.optim.Adagrad):
-        chosen = {"fused": True}
-    elif listed and constructor in _FOREACH:
-        chosen = {"foreach": True}
-    is_same = chosen and dtype in EXACT_DTYPES and computes_the_same(constructor, args, chosen, dtype, device)
-    return chosen if is_same else {}
+        candidates.append({"fused": True})
+    if listed and constructor in _FOREACH | _FUSED:
+        candidates.append({"foreach": True})
+    return next((each for each in candidates if computes_the_same(constructor, args, each, dtype, device)), {})
 
 
 def drifts(args: Mapping[str, Any]) -> bool:

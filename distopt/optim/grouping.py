@@ -124,7 +124,7 @@ class Grouping:
             return
         buckets: dict[tuple[Hashable, ...], list[Assignment]] = defaultdict(list)
         packing = packing and packs(self.constructor)
-        movable = self._movable([m for m, _ in assignments if packing and not m.alone and packs_exactly(m.param)])
+        movable = self._movable([m for m, _ in assignments if packing and not m.alone])
         for m, state in assignments:
             buckets[self._bucket(m, state, id(m) in movable)].append((m, state))
 
@@ -320,7 +320,7 @@ class Grouping:
 
     def _movable(self, members: Sequence[ParamRecord]) -> set[int]:
         """Returns the ids of those members whose parameters may be packed."""
-        num_others = {id(m): num_aliases(m.param) for m in members}
+        num_others = {id(m): num_aliases(m.param) if packs_exactly(m.param, m.args) else math.inf for m in members}
         at: dict[int, ParamRecord] = {}
         for m in members:  # two tensors over one array of numpy, of which torch knows nothing
             other = at.setdefault(m.param.data_ptr(), m) if num_others[id(m)] < math.inf else m

@@ -471,7 +471,7 @@ class ListGroup:
             return
 
         step = direct_step(self.handle)
-        if self.switches.get("fused") and not has_dense_gradients(tuple(m.param for m in members)):
+        if not has_dense_gradients(tuple(m.param for m in members)):
             for m in members:  # the kernels take parameter, gradient and state to lie in one order (torch 2.13)
                 if m.param.grad is not None and not m.param.grad.is_contiguous():
                     m.param.grad = m.param.grad.contiguous()

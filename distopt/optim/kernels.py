@@ -1,4 +1,4 @@
-"""Torch's one-pass Adam kernel, which with the right constants is also ClippedAdam, RMSprop and AdagradRMSProp.
+"""Adam in one pass over memory, which with the right constants is also ClippedAdam, RMSprop and AdagradRMSProp.
 
 The kernel computes, in one pass over memory,
 
@@ -7,6 +7,11 @@ The kernel computes, in one pass over memory,
 
 Written with torch's `foreach` operations the same step takes ten passes, and for large parameters the time of a step is
 that of its passes over memory.
+
+On the CPU the kernel is compiled with distopt (`_bulk.cpp`). Torch has one, too, but it rounds an element otherwise in
+the rest of a tensor that fills no vector register, so that an element's last bit follows from what lies beside it; and
+it takes one step count for a whole tensor. Parameters are grouped by what has happened in a process. Where that differs
+between ranks, or between a run and its resumption, their last bits must not.
 """
 
 from __future__ import annotations
@@ -16,19 +21,25 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from distopt.optim.packing import compiled_loops
 from distopt.optim.trial import EXACT_DTYPES, are_close, example_gradients, example_tensors
 
-# The kernel itself. It is private in torch, so where a version has none, or a tensor is not what it takes, `is_fusable`
-# says no and the caller computes the same with public operations.
+# The kernel itself, or torch's on an accelerator. Torch's is private, so where a version has none, or a tensor is not
+# what it takes, `is_fusable` says no and the caller computes the same with public operations.
 
-_kernel: Any = getattr(torch, "_fused_adam_", None)
-DEVICE_TYPES = frozenset({"cpu", "cuda"})
-"""Devices for which torch has the kernel, and on which it was tried."""
+_torch_kernel: Any = getattr(torch, "_fused_adam_", None)
+
+
+def has_kernel(device: str) -> bool:
+    """Returns whether there is a kernel for a type of device on which it was tried."""
+    if device == "cpu":
+        return compiled_loops() is not None
+    return device == "cuda" and _torch_kernel is not None
 
 
 def is_fusable(tensors: Sequence[Tensor]) -> bool:
@@ -36,10 +47,9 @@ def is_fusable(tensors: Sequence[Tensor]) -> bool:
     kinds = {(t.dtype, t.device, t.layout) for t in tensors}
     dtype, device, layout = next(iter(kinds))
     return (
-        _kernel is not None
-        and len(kinds) == 1
+        len(kinds) == 1
         and dtype in EXACT_DTYPES
-        and device.type in DEVICE_TYPES
+        and has_kernel(device.type)
         and layout is torch.strided
         and all(map(Tensor.is_contiguous, tensors))
         and _kernel_is_right(dtype, device.type)
@@ -79,8 +89,81 @@ def adam_(
     maximize: bool = False,
 ) -> None:
     """Runs the kernel in place; all tensors are at step number `step`, which may be infinite (no bias correction)."""
+    if params[0].device.type == "cpu":
+        hyper = AdamHyper(beta1, beta2, eps, weight_decay, maximize=maximize)
+        pieces = Pieces(list(map(Tensor.numel, params)), [step] * len(params), [lr] * len(params))
+        for i in compiled_adam_((params, grads, [] if means is grads else means, squares, []), pieces, hyper):
+            _torch_adam_([params[i]], [grads[i]], [means[i]], [squares[i]], step, lr, hyper)
+        return
+    _torch_adam_(params, grads, means, squares, step, lr, AdamHyper(beta1, beta2, eps, weight_decay, maximize=maximize))
+
+
+class AdamHyper(NamedTuple):
+    """What tensors must have in common to be stepped by one call of the kernel; meanings are those of `torch.optim`.
+
+    Attributes:
+        is_decoupled: Whether the parameter decays by itself, as in AdamW.
+        is_pyro: Whether `eps` is added before the correction of the root, as in ClippedAdam.
+    """
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float = 0.0
+    maximize: bool = False
+    is_decoupled: bool = False
+    is_pyro: bool = False
+
+
+class Pieces(NamedTuple):
+    """Parameters that are tensors of a step, or lie side by side in them, in order: elements, step number, rate."""
+
+    numels: list[Any]
+    steps: list[float]
+    rates: list[float]
+
+
+Tensors: TypeAlias = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+"""Parameters, gradients, running means, running means of the squares, and with AMSGrad the largest of these."""
+
+
+def compiled_adam_(tensors: Tensors, pieces: Pieces, hyper: AdamHyper) -> list[int]:
+    """Takes a step on the CPU by the compiled kernel; what an element becomes does not depend on any other.
+
+    Args:
+        tensors: Changed in place but for the gradients; without means the gradient is the mean.
+        pieces: The parameters in `tensors`.
+        hyper: What all of them share.
+
+    Returns:
+        The positions of the tensors that it does not take, each a piece by itself: of a subclass, sparse, of 16 bits.
+    """
+    compiled = compiled_loops()
+    if compiled is not None and compiled.adam(tensors, pieces[:], *hyper) is not NotImplemented:
+        return []
+    if len(tensors[0]) == 1 or compiled is None or len(pieces.numels) != len(tensors[0]):
+        return list(range(len(tensors[0])))
+
+    # One that is out of the ordinary must not decide how the others are rounded.
+    refused = []
+    for i in range(len(tensors[0])):
+        single = tuple(each[i : i + 1] for each in tensors)
+        if compiled_adam_(single, Pieces(*(each[i : i + 1] for each in pieces)), hyper):  # type: ignore[arg-type]
+            refused.append(i)
+    return refused
+
+
+def _torch_adam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    means: list[Tensor],
+    squares: list[Tensor],
+    step: float,
+    lr: float,
+    hyper: AdamHyper,
+) -> None:
     number = torch.full((), step, dtype=torch.float32, device=params[0].device)
-    _kernel(
+    _torch_kernel(
         params,
         grads,
         means,
@@ -88,12 +171,12 @@ def adam_(
         [],
         [number] * len(params),
         lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        weight_decay=hyper.weight_decay,
+        eps=hyper.eps,
         amsgrad=False,
-        maximize=maximize,
+        maximize=hyper.maximize,
     )
 
 
@@ -144,6 +227,11 @@ class Hyper:
     weight_decay: float = 0.0
     centered_variance: bool = False
 
+    def of_kernel(self) -> AdamHyper:
+        """Returns what the kernel is told, which neither clips nor centers."""
+        beta1, beta2 = self.betas
+        return AdamHyper(beta1, beta2, self.eps, self.weight_decay, is_pyro=True)
+
 
 @dataclass(slots=True)
 class PendingStep:
@@ -174,8 +262,22 @@ def step_all_(pending: Sequence[PendingStep], hyper: Hyper) -> None:
 
 
 def _step_together(pending: Sequence[PendingStep], hyper: Hyper) -> None:
-    """Steps by the kernel, in one call for all tensors of one step count and rate."""
+    """Steps by the kernel, on the CPU in one call, elsewhere in one for all tensors of one step count and rate."""
     _clip_([x.grad for x in pending], hyper.clip_norm)
+    if pending[0].param.is_cpu:
+        tensors: Tensors = (
+            [x.param for x in pending],
+            [x.grad for x in pending],
+            [x.state["exp_avg"] for x in pending],
+            [x.state["exp_avg_sq"] for x in pending],
+            [],
+        )
+        pieces = Pieces([x.param.numel() for x in pending], [x.state["step"] for x in pending], [x.lr for x in pending])
+        refused = compiled_adam_(tensors, pieces, hyper.of_kernel())
+        if refused:
+            _step_foreach([pending[i] for i in refused], hyper)
+        return
+
     by_constants: dict[tuple[int, float], list[PendingStep]] = defaultdict(list)
     for x in pending:
         by_constants[int(x.state["step"]), x.lr].append(x)

@@ -34,7 +34,7 @@ def _load_compiled() -> Any:
     """Returns the compiled loops; None where there are none, or they were compiled for another torch."""
     try:
         from distopt.optim import _bulk
-        from distopt.optim._bulk import addresses  # noqa: F401  # a build of an older source lacks it
+        from distopt.optim._bulk import adam  # noqa: F401  # a build of an older source lacks it
     except ImportError as error:
         logger.debug("loops over parameters run in Python: %s", error)
         return None
@@ -45,6 +45,11 @@ def _load_compiled() -> Any:
 
 
 _compiled = _load_compiled()
+
+
+def compiled_loops() -> Any:
+    """Returns the compiled loops; None where there are none."""
+    return _compiled
 
 
 def same(some: tuple[Any, ...], others: tuple[Any, ...]) -> bool:

@@ -8,6 +8,7 @@ about them is elementwise, so they are packed as any others, and these two numbe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +18,13 @@ import torch
 from torch import Tensor
 
 from distopt.optim.clipped_adam import ClippedAdam
+from distopt.optim.kernels import AdamHyper, Pieces, compiled_adam_
+from distopt.optim.one_pass_adam import OnePassAdam, OnePassAdamW, hyper_of
 from distopt.optim.state import State, optimizer_state, state_of_one, with_optimizer_state
 from distopt.optim.trial import EXACT_DTYPES
 
 _ADAMS = frozenset({torch.optim.Adam, torch.optim.AdamW, ClippedAdam})
+_STEPPED = frozenset({OnePassAdam, OnePassAdamW, ClippedAdam})  # what these are built as
 
 # They count their steps and compute nothing with the count.
 _COUNTING = frozenset({torch.optim.Adadelta, torch.optim.RMSprop, torch.optim.Rprop})
@@ -86,15 +90,15 @@ class Stagger:
         hyper = self.hyper_of(index, optimizer["param_groups"][0])
         return with_optimizer_state(state, state_of_one(hyper, values | self.values_of(index, values)))
 
-    def expand(self, values: Tensor, like: Tensor) -> Tensor:
+    def expand(self, values: Sequence[float], like: Tensor) -> Tensor:
         """Returns a number for each element from one for each member, in the dtype and on the device of `like`."""
-        values = values.to(like.dtype).to(like.device, non_blocking=True)
-        return values.repeat_interleave(self.numels.to(like.device), output_size=like.numel())
+        of_members = torch.tensor(values, dtype=torch.float64).to(like.dtype).to(like.device, non_blocking=True)
+        return of_members.repeat_interleave(self.numels.to(like.device), output_size=like.numel())
 
 
 def staggered_step(optimizer: torch.optim.Optimizer, flat: Tensor, stagger: Stagger) -> Callable[[], None] | None:
     """Returns what steps the members of a group; None where the plain step of its optimizer does."""
-    return partial(step_adam_, optimizer, flat, stagger) if type(optimizer) in _ADAMS else None
+    return partial(step_adam_, optimizer, flat, stagger) if type(optimizer) in _STEPPED else None
 
 
 @torch.no_grad()
@@ -103,6 +107,9 @@ def step_adam_(optimizer: torch.optim.Optimizer, flat: Tensor, stagger: Stagger)
 
     .. math::
         \theta \leftarrow \theta - \frac{lr}{1 - \beta_1^k} \; m \; / \; (\sqrt{v / (1 - \beta_2^k)} + \epsilon)
+
+    On the CPU each element becomes what it would become in a group of its parameter alone, bit for bit: when a group
+    is joined, or a process resumes with groups of other members, the trajectory stays the same.
 
     Args:
         optimizer: Of the one parameter `flat`, which has taken a step.
@@ -115,50 +122,80 @@ def step_adam_(optimizer: torch.optim.Optimizer, flat: Tensor, stagger: Stagger)
     """
     hyper = optimizer.param_groups[0]
     state = optimizer.state[flat]
-    mean, square = state["exp_avg"], state["exp_avg_sq"]
-    beta1, beta2 = hyper["betas"]
-    is_pyro = isinstance(optimizer, ClippedAdam)
     state["step"] += 1
     stagger.num_steps += 1
     rates = _decayed_rates(hyper, stagger)
+    steps = (stagger.num_steps - stagger.lags).tolist()
+    assert flat.grad is not None
+    if isinstance(optimizer, ClippedAdam):
+        flat.grad.clamp_(-hyper["clip_norm"], hyper["clip_norm"])
 
-    gradient = _prepared(flat, hyper, is_pyro=is_pyro)
-    mean.lerp_(gradient, 1 - beta1)
+    if flat.is_cpu and not hyper.get("centered_variance"):
+        largest = [state["max_exp_avg_sq"]] if hyper.get("amsgrad") else []
+        tensors = ([flat], [flat.grad], [state["exp_avg"]], [state["exp_avg_sq"]], largest)
+        if not compiled_adam_(tensors, Pieces(stagger.numels.tolist(), steps, rates), _kernel_hyper(optimizer)):
+            return
+    _step_by_operations(optimizer, flat, stagger, steps, rates)
+
+
+def _kernel_hyper(optimizer: torch.optim.Optimizer) -> AdamHyper:
+    hyper = optimizer.param_groups[0]
+    if isinstance(optimizer, ClippedAdam):
+        beta1, beta2 = hyper["betas"]
+        return AdamHyper(beta1, beta2, hyper["eps"], hyper["weight_decay"], is_pyro=True)
+    return hyper_of(hyper)
+
+
+def _step_by_operations(
+    optimizer: torch.optim.Optimizer, flat: Tensor, stagger: Stagger, steps: Sequence[float], rates: Sequence[float]
+) -> None:
+    """Takes the step by torch's operations, in the order and with the factors of the plain loops."""
+    hyper = optimizer.param_groups[0]
+    state = optimizer.state[flat]
+    mean, square = state["exp_avg"], state["exp_avg_sq"]
+    beta1, beta2 = hyper["betas"]
+    is_pyro = isinstance(optimizer, ClippedAdam)
+
+    gradient = _prepared(flat, hyper, stagger, rates)
+    if is_pyro:
+        mean.mul_(beta1).add_(gradient, alpha=1 - beta1)
+    else:
+        mean.lerp_(gradient, 1 - beta1)
     deviation = gradient - mean if hyper.get("centered_variance") else gradient
     square.mul_(beta2).addcmul_(deviation, deviation, value=1 - beta2)
     if hyper.get("amsgrad"):
         square = torch.maximum(state["max_exp_avg_sq"], square, out=state["max_exp_avg_sq"])
 
-    steps = stagger.num_steps - stagger.lags
-    roots = (1 - beta2**steps).sqrt()
-    sizes = rates / (1 - beta1**steps)
+    # Factors from Python's powers, as in the loops: those of a tensor differ in the last bit.
+    roots = [math.sqrt(1 - beta2**step) for step in steps]
+    sizes = [
+        (rate * root if is_pyro else rate) / (1 - beta1**step)
+        for rate, root, step in zip(rates, roots, steps, strict=True)
+    ]
     scale = square.sqrt()
-    if is_pyro:
-        sizes = sizes * roots
-    else:
+    if not is_pyro:
         scale.div_(stagger.expand(roots, flat))
     flat.addcdiv_(stagger.expand(sizes, flat).mul_(mean), scale.add_(hyper["eps"]), value=-1)
 
 
-def _decayed_rates(hyper: dict[str, Any], stagger: Stagger) -> Any:
-    """Returns the rate of this step, of all members or of each; `lrd` decays it."""
+def _decayed_rates(hyper: dict[str, Any], stagger: Stagger) -> list[float]:
+    """Returns the rate of each member in this step; `lrd` decays it."""
     decay = hyper.get("lrd", 1.0)
     hyper["lr"] *= decay
     if stagger.rates is None:
-        return hyper["lr"]
-    return stagger.rates.mul_(decay)
+        return [float(hyper["lr"])] * len(stagger.numels)
+    rates: list[float] = stagger.rates.mul_(decay).tolist()
+    return rates
 
 
-def _prepared(flat: Tensor, hyper: Mapping[str, Any], *, is_pyro: bool) -> Tensor:
-    """Returns the gradient that the moments take in, clipped and with weight decay; AdamW decays `flat` itself."""
+def _prepared(flat: Tensor, hyper: Mapping[str, Any], stagger: Stagger, rates: Sequence[float]) -> Tensor:
+    """Returns the gradient that the moments take in, with weight decay; AdamW decays `flat` itself."""
     assert flat.grad is not None
     gradient = flat.grad.neg() if hyper.get("maximize") else flat.grad
-    if is_pyro:
-        gradient.clamp_(-hyper["clip_norm"], hyper["clip_norm"])
     decay = hyper["weight_decay"]
     if decay == 0:
         return gradient
     if hyper.get("decoupled_weight_decay"):
-        flat.mul_(1 - hyper["lr"] * decay)
+        flat.mul_(stagger.expand([1 - rate * decay for rate in rates], flat))
         return gradient
     return gradient.add(flat, alpha=decay)

@@ -19,7 +19,8 @@ class Dying(order_task.Order):
     """As `Order`, until rank `who` dies.
 
     Args:
-        how: "raise", "exit 0", "exit 3", "_exit 0", "_exit 7", "SIGKILL", "SIGSEGV", "abort" or "memory".
+        how: "raise", "exit 0", "exit 3", "_exit 0", "_exit 7", "SIGKILL", "SIGSEGV", "abort", "memory" or
+            "supervisor": that is killed, and takes its worker with it.
         where: "constructor", "model", "guide", "batch" or "report".
         who: The rank.
     """
@@ -62,6 +63,9 @@ def die(how: str) -> None:
         raise SystemExit(int(argument))
     if action == "_exit":
         os._exit(int(argument))
+    if action == "supervisor":
+        os.kill(os.getppid(), signal.SIGKILL)
+        signal.pause()
     if action == "abort":
         os.abort()
     if action == "SIGSEGV":

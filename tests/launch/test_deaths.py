@@ -76,6 +76,28 @@ def test_rank_that_dies_is_named_with_its_cause(launcher, how, where, who, start
     assert run.processes() == []
 
 
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("launcher", "who"),
+    [("torchrun", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in product(LAUNCHERS, (0, 1)))],
+)
+def test_rank_whose_supervisor_alone_is_killed_is_named(launcher, who, start, tmp_path):
+    needed = {"horovodrun": "horovod", "mpirun": "mpi4py"}.get(launcher)
+    if needed and find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed (make setup-dev)")
+    write_run(tmp_path, "supervisor", "batch", who)
+    run = start(f"launch.platform={launcher}", env={"PYTHONPATH": str(Path(__file__).parents[2])})
+    assert run.wait() == 1, run.everything()
+    report = run.err[run.err.index("the run failed") :]
+    first = report.splitlines()[1]
+    if launcher == "mpirun":  # it kills all supervisors at once, and knows itself which one was the first
+        assert re.search(rf"process rank {who} with PID \d+ on node \S+ exited on\s+signal 9", report), report
+        return
+    assert re.search(rf"No exit status from rank {who} on \S+: its supervisor was killed", first), first
+    assert f"rank {1 - who} on" not in first
+    assert run.processes() == []
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("how", "where", "who"), [(*death, who) for death in DEATHS for who in (0, 1)])

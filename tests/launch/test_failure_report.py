@@ -101,6 +101,18 @@ def test_ranks_that_waited_finished_early_or_vanished_are_named_apart(report):
     assert "No exit status from rank 3 on far: its host or supervisor is gone." in text
 
 
+def test_supervisor_that_was_killed_is_told_from_a_lost_host(report):
+    happened = [
+        events.Start(0, 0, "host", 1, 1.0),
+        events.Start(1, 0, "host", 2, 1.0),
+        end(0, 11.0, -15, stopped=True),
+    ]
+    lines = report({}, happened).splitlines()
+    lost = "No exit status from rank 1 on host: its supervisor was killed, its host is there."
+    assert lines[1] == f"  {lost} The others stopped because of that."
+    assert "rank 0" not in lines[1]
+
+
 def test_run_in_which_no_worker_failed_shows_the_launchers_own_log(report, tmp_path):
     (tmp_path / "logs/launcher.log").write_text("mpirun: no slots\n")
     (tmp_path / "checkpoints/step-00000010").mkdir(parents=True)

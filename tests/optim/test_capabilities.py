@@ -270,7 +270,8 @@ def test_lbfgs_is_refused_in_any_wrapping(constructor):
 
 def test_switches_are_left_to_users_who_choose():
     adam, f32 = torch.optim.Adam, torch.float32
-    assert switches(adam, {}, f32, "cpu", listed=False) == {"fused": True}
+    assert switches(adam, {}, f32, "cpu", listed=False) == {}  # distopt's kernel, or the plain loop
+    assert switches(torch.optim.SGD, {}, f32, "cpu", listed=False) == {"fused": True}
     assert switches(adam, {}, torch.complex64, "cpu", listed=False) == {}
     assert switches(adam, {"foreach": True}, f32, "cpu", listed=True) == {}
     assert switches(adam, {"capturable": True}, f32, "cuda", listed=True) == {}

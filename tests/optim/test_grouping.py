@@ -1,5 +1,7 @@
 """Which parameters are stepped together; what moves, splits and joins keeps its values and its state."""
 
+import random
+
 import pyro
 import pyro.optim
 import pytest
@@ -8,7 +10,7 @@ import torch
 import distopt.optim
 from distopt.optim import Adam
 from distopt.optim.groups import ListGroup, PackedGroup
-from tests.optim.trajectories import groups, reference, start, stepped
+from tests.optim.trajectories import OPTIMIZERS, groups, reference, start, stepped
 
 pytestmark = pytest.mark.usefixtures("loops")
 
@@ -159,3 +161,82 @@ def test_rates_that_are_set_in_parts_of_many_groups_reach_them_all():
     optim(params)
     rates = [optim.optim_objs[p].param_groups[0]["lr"] for p in params]
     assert rates == [0.01 if position % 2 else 0.5 for position in range(len(params))]
+
+
+# What shares a group follows from what has happened in a process, so it differs between ranks of which one has no
+# gradient of a parameter of its own, and between a run and its resumption. None of it may change a bit.
+
+VARIANTS = [
+    *OPTIMIZERS.items(),
+    ("SGD", {"lr": 0.1}),
+    ("Adam", {"lr": 0.05, "fused": True}),
+    ("Adam", {"lr": 0.05, "foreach": True}),
+    ("AdamW", {"lr": 0.05, "weight_decay": 0.1, "maximize": True}),
+    ("ClippedAdam", {"lr": 0.05, "centered_variance": True}),
+    ("RMSprop", {"lr": 0.02, "momentum": 0.9, "centered": True}),
+]
+NUM_CALLS = 45  # more than it takes until groups that were stepped together are joined
+
+
+class Growing:
+    """Parameters of many sizes that appear at random steps, and of which some have no gradient in some steps."""
+
+    def __init__(self, seed, dtype):
+        r = random.Random(seed)
+        self.numels = [r.randrange(1, 40) for _ in range(12)]
+        births = [0, 0, 0] + [r.randrange(1, 25) for _ in self.numels[3:]]
+        pausing = {i for i in range(len(births)) if r.random() < 0.3}
+        self.calls = [
+            [i for i, born in enumerate(births) if born <= t and not (i in pausing and r.random() < 0.3)]
+            for t in range(NUM_CALLS)
+        ]
+        self.seed, self.dtype = seed, dtype
+
+    def start(self):
+        pyro.clear_param_store()
+        for i, numel in enumerate(self.numels):
+            pyro.param(f"{i * 7 % 12:02d}", torch.linspace(-1, 1, numel, dtype=self.dtype))
+        store = dict(pyro.get_param_store().named_parameters())
+        return [store[f"{i * 7 % 12:02d}"] for i in range(len(self.numels))]
+
+    def set_gradients(self, params, t):
+        for i, p in enumerate(params):
+            generator = torch.Generator().manual_seed(10_000 * self.seed + 100 * t + i)
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype) if i in self.calls[t] else None
+
+    def run(self, name, args, alone=False, resume_at=()):
+        """Returns the values after each call of one optimizer, or of one for each parameter."""
+        params, values = self.start(), []
+        optims = [getattr(distopt.optim, name)(args) for _ in (params if alone else "1")]
+        for t in range(NUM_CALLS):
+            if t in resume_at:
+                state = optims[0].get_state()
+                optims = [getattr(distopt.optim, name)(args)]
+                optims[0].set_state(state)
+            self.set_gradients(params, t)
+            for k, optim in enumerate(optims):
+                optim([p for i, p in enumerate(params) if i % len(optims) == k and i in self.calls[t]])
+            values.append([p.detach().clone() for p in params])
+        return values
+
+
+def assert_same_bits(values, expected):
+    for t, (at_step, expected_at_step) in enumerate(zip(values, expected, strict=True)):
+        assert all(map(torch.equal, at_step, expected_at_step)), f"step {t}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("name", "args"), VARIANTS, ids=str)
+def test_what_shares_a_group_changes_no_bit(name, args, dtype):
+    growing = Growing(1, dtype)
+    assert_same_bits(growing.run(name, args), growing.run(name, args, alone=True))
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 4))])
+@pytest.mark.parametrize(("name", "args"), VARIANTS, ids=str)
+def test_a_resume_at_any_step_around_a_birth_changes_no_bit(name, args, seed):
+    growing = Growing(seed, torch.float32)
+    expected = growing.run(name, args)
+    assert_same_bits(growing.run(name, args, resume_at=range(1, NUM_CALLS)), expected)
+    for t in range(2, 30, 9) if seed else (20,):
+        assert_same_bits(growing.run(name, args, resume_at=[t]), expected)

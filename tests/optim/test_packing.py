@@ -216,15 +216,17 @@ def test_no_reference_is_kept_or_lost():
 
 
 @needs_compiled
-@pytest.mark.parametrize("name", ["Adam", "AdagradRMSProp", "ClippedAdam", "DCTAdam", "RMSprop", "SGD"])
-def test_trajectories_are_the_same_bits_without_the_compiled_loops(name, monkeypatch):
+@pytest.mark.parametrize("name", ["Adam", "AdagradRMSProp", "ClippedAdam", "DCTAdam", "RMSprop", "SGD", "Adagrad"])
+def test_trajectories_are_the_same_without_the_compiled_loops(name, monkeypatch):
+    """The same bits but for kinds of Adam, for which there is a kernel among the loops."""
+    tolerance = {"rtol": 0, "atol": 0} if name in ("SGD", "Adagrad") else {"rtol": 1e-5, "atol": 1e-6}
     for seed in range(8):
         schedule = Schedule.random(seed, num_calls=16)
         compiled, _ = run(lambda: getattr(distopt.optim, name)(OPTIMIZERS[name]), schedule, torch.float32)
         with monkeypatch.context() as patch:
             patch.setattr(packing, "_compiled", None)
             python, _ = run(lambda: getattr(distopt.optim, name)(OPTIMIZERS[name]), schedule, torch.float32)
-        assert all(torch.equal(a, b) for a, b in zip(compiled, python, strict=True))
+        torch.testing.assert_close(compiled, python, **tolerance)
 
 
 def test_loops_are_compiled_where_a_compiler_is():

@@ -109,7 +109,23 @@ def test_trial_is_made_once_for_arguments_of_one_kind_and_leaves_the_generator_a
     trial._tried.cache_clear()
     for decay in (0.0, 0.1, 0.2, 0.3):
         assert trial.computes_the_same(
-            torch.optim.Adam, {"lr": decay, "weight_decay": decay}, {"fused": True}, torch.float32, "cpu"
+            torch.optim.SGD, {"lr": decay, "weight_decay": decay}, {"fused": True}, torch.float32, "cpu"
         )
     assert trial._tried.cache_info().misses == 2
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class RoundsTheRest(torch.optim.Adamax):
+    """A kernel that rounds the rest of a tensor, behind its last 8 elements, in another way."""
+
+    def step(self, closure=None):
+        super().step()
+        if self.param_groups[0]["foreach"]:
+            for p in self.param_groups[0]["params"]:
+                rest = p.view(-1)[p.numel() // 8 * 8 :]
+                rest.copy_(torch.nextafter(rest, torch.full_like(rest, torch.inf)))
+
+
+def test_kernel_that_rounds_by_the_place_of_an_element_is_not_used():
+    assert trial.computes_the_same(torch.optim.Adamax, {}, {"foreach": True}, torch.float32, "cpu")
+    assert not trial.computes_the_same(RoundsTheRest, {}, {"foreach": True}, torch.float32, "cpu")

@@ -390,9 +390,15 @@ def announce_rank_local(optim: PyroOptim, local: LocalGradients, message: RankMe
 
 
 def total_norm(optim: PyroOptim, reduced: ReducedGradients) -> float | None:
-    """Returns the norm over all parameters of all ranks, bit by bit the same on each; None if all are replicated."""
+    """Returns the norm over all parameters of all ranks, the same bits on each; None where the optimizer knows it.
+
+    It knows it where no parameter is of one rank alone, and where each gradient is clipped by itself before.
+    """
     square = reduced.summary.rank_local_square
-    if not square:
+    args = optim.pt_clip_args
+    has_norm = not callable(args) and args.get("global_norm") is not None
+    is_first = not callable(args) and args.get("clip_norm") is None and args.get("clip_value") is None
+    if not square and not (has_norm and is_first):
         return None
     total = math.sqrt(float(global_norm(reduced.shared())) ** 2 + square)
     return total if optim.scaler is None else total / optim.scaler.get_scale()

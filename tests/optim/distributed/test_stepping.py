@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyro
 import pyro.distributions as dist
+import pyro.optim
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import distopt.infer
+import distopt.optim
 from distopt.backends import current
 from distopt.optim import (
     SGD,
@@ -32,7 +34,7 @@ from distopt.optim import (
 from distopt.reduce import DisagreementError, PeerError
 from distopt.sharding import LocalParameter, PlateShard, mark_local
 from tests.reduce.steps import Values, random_values, step_with, store_values, unconstrained
-from tests.workers import Ranks
+from tests.workers import Ranks, world
 
 
 def _run_failing_rank_is_named_by_all() -> Values:
@@ -387,3 +389,79 @@ LOOPS = [
 @pytest.mark.parametrize("body", LOOPS, ids=lambda body: body.__name__.removeprefix("_run_"))
 def test_loops_on_every_backend(ranks: Ranks, body: Callable[[], Any]) -> None:
     ranks.run_alike(body)
+
+
+# What happens on one rank alone to the parameters of its own datapoints: no gradient in some steps, no datapoint, one
+# more such parameter, a gradient that is not finite. It decides which parameters share a group on that rank.
+ALONE = ["pauses", "empty", "one more", "nonfinite"]
+CLIPPED = {"clip_args": {"global_norm": 3.0}}
+STEPPED_BY = [
+    ("Adam", {"lr": 0.1}, {}),
+    ("Adam", {"lr": 0.1, "amsgrad": True}, CLIPPED),
+    ("AdamW", {"lr": 0.1, "weight_decay": 0.1}, {}),
+    ("ClippedAdam", {"lr": 0.1, "lrd": 0.99}, {}),
+    ("Adam", {"lr": 0.1}, {"clip_args": {"clip_norm": 2.0}}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9}, CLIPPED),
+    ("RMSprop", {"lr": 0.01}, {}),
+    ("AdagradRMSProp", {"eta": 0.1}, {}),
+    ("NAdam", {"lr": 0.1}, {}),
+]
+SHARED = {"a": (7, 6), "m": (19, 0), "q": (11, 9), "z": (23, 0)}  # elements, and the step of the first gradient
+LOCAL = {"b": 8, "loc": 3, "zz": 40}
+
+
+def _run_locals(name: str, args: dict[str, Any], clips: dict[str, Any], alone: str, wide: bool) -> Values:
+    """Steps shared parameters and local ones, which on rank 1 are out of the ordinary; drift would be an error."""
+    rank, size = current().rank, current().world_size
+    dtype = torch.float64 if wide else torch.float32
+    optim = DistributedOptimizer(getattr(distopt.optim, name)(args, **clips), reduce=ReduceOptions(drift_every_steps=1))
+    optim.nonfinite = "skip"
+    num_rows = [37, 0 if alone == "empty" else 5, 13][rank]
+    for step in range(60):
+        shared = {n: i for i, (n, (_, first)) in enumerate(SHARED.items()) if step >= first}
+        local = {n for n, first in LOCAL.items() if step >= first}
+        local |= {"only"} if alone == "one more" and rank == 1 and step >= 5 else set()
+        params = []
+        for n in sorted(shared.keys() | local):
+            numel, seed = (SHARED[n][0], 100 * step + 10 * rank + shared[n]) if n in shared else (num_rows, step)
+            is_new = n not in pyro.get_param_store()
+            p = pyro.param(n, torch.zeros(numel, dtype=dtype)).unconstrained()
+            if n in local and is_new:
+                mark_local(p, LocalParameter(PlateShard("rows", num_shards=size), (numel,), 0))
+            p.grad = torch.randn(numel, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+            if n in local and rank == 1 and alone == "pauses" and step % 3:
+                p.grad = None
+            if n in local and rank == 1 and alone == "nonfinite" and step in (17, 41):
+                p.grad.fill_(torch.nan)
+            params.append(p)
+        optim(params)
+    return {n: unconstrained(n).tolist() for n in SHARED}
+
+
+def plain_values(name: str, args: dict[str, Any], clips: dict[str, Any], wide: bool, size: int) -> Values:
+    """Returns what pyro.optim makes of the shared parameters by the ranks' mean gradients."""
+    pyro.clear_param_store()
+    optim = getattr(pyro.optim, name)(args, **clips)
+    dtype = torch.float64 if wide else torch.float32
+    for step in range(60):
+        params = []
+        for i, (n, (numel, first)) in enumerate(SHARED.items()):
+            if step >= first:
+                p = pyro.param(n, torch.zeros(numel, dtype=dtype)).unconstrained()
+                seeds = [100 * step + 10 * rank + i for rank in range(size)]
+                of_ranks = [torch.randn(numel, generator=torch.Generator().manual_seed(s), dtype=dtype) for s in seeds]
+                p.grad = torch.stack(of_ranks).mean(0)
+                params.append(p)
+        optim(params)
+    return {n: unconstrained(n).tolist() for n in SHARED}
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("alone", ALONE)
+def test_what_befalls_local_parameters_of_one_rank_changes_no_bit_of_shared_ones(alone: str, wide: bool) -> None:
+    for name, args, clips in STEPPED_BY:
+        first, *others = world("torch_dist", 3).run(_run_locals, name, args, clips, alone, wide)
+        for other in others:
+            assert first == other, name
+        if alone != "nonfinite" and clips != CLIPPED:  # which skips steps, and a norm that Pyro does not have
+            torch.testing.assert_close(first, plain_values(name, args, clips, wide, 3), rtol=1e-4, atol=1e-4)
