@@ -87,12 +87,10 @@ def _tried(
     def steps(options: Mapping[str, Any]) -> list[Tensor]:
         params = example_tensors(dtype, device)
         optimizer = construct(constructor, params, options)
-        step = inspect.unwrap(type(optimizer).step)
         for gradients in example_gradients(dtype, device):
             for p, gradient in zip(params, gradients, strict=True):
                 p.grad = gradient
-            with torch.no_grad():
-                step(optimizer)
+            _take_step(optimizer)
         state = [value for each in optimizer.state.values() for value in each.values() if isinstance(value, Tensor)]
         return params + state
 
@@ -101,6 +99,11 @@ def _tried(
         return are_close(steps(quick), steps(plain)) and _is_placeless(constructor, quick, plain, dtype, device)
     except (RuntimeError, TypeError, ValueError):  # this release does not have it, or not for these arguments
         return False
+
+
+def _take_step(optimizer: torch.optim.Optimizer) -> None:
+    with torch.no_grad():
+        inspect.unwrap(type(optimizer).step)(optimizer)
 
 
 def _is_placeless(
@@ -123,14 +126,14 @@ def _is_placeless(
     )
     listed = [value.clone() for value in values]
     packed = torch.cat(values)
-    of_listed = constructor(listed, **quick)
-    of_packed = constructor([packed], **(plain if quick.get("foreach") else quick))
+    of_listed = construct(constructor, listed, quick)
+    of_packed = construct(constructor, [packed], plain if quick.get("foreach") else quick)
     for of_step in gradients:
         packed.grad = torch.cat(of_step)
         for p, gradient in zip(listed, of_step, strict=True):
             p.grad = gradient
-        of_listed.step()
-        of_packed.step()
+        _take_step(of_listed)
+        _take_step(of_packed)
     return torch.equal(torch.cat(listed), packed)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 
 import pyro
 import torch
+from pydantic_core import to_json
 
 import distopt
 from distopt.backends import Backend
@@ -73,7 +73,8 @@ class Facts:
         # Replaced as a whole: who reads while the run goes on sees the old facts or the new ones.
         written = self._path.with_suffix(".tmp")
         try:
-            written.write_text(json.dumps(self._facts, indent=1) + "\n", encoding="utf-8")
+            # Python's own indented JSON leaves cycles behind, a few dozen objects for each checkpoint.
+            written.write_bytes(to_json(self._facts, indent=1) + b"\n")
             os.replace(written, self._path)
         except OSError as error:  # the disk is full, perhaps, and the next call finds room
             if not self._has_failed:

