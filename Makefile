@@ -118,7 +118,7 @@ test-images: setup-dev  ## build the CPU image for real and run it in containers
 test-kubernetes: setup-dev  ## run the launcher on a Kubernetes 1.20 that is built and started here (root, Debian; the build takes about ten minutes, once)
 	@DISTOPT_TEST_KUBERNETES=1 $(BIN)/python -m pytest tests/kubernetes -m kubernetes -s $(ARGS)
 
-test-matrix: setup-dev  ## the tests of the core with each release of Pyro that is supported (ARGS: other tests)
+test-matrix: setup-dev  ## the tests of the core with other releases of Pyro, torch and Python (ARGS: other tests; ONLY=python3.12: one)
 	@$(BIN)/python tools/test_matrix.py $(ARGS)
 
 clean:  ## remove what was built here; the Horovod wheel stays in the user's cache
