@@ -6,6 +6,7 @@ with them. Such a parameter is never sent: it is stepped by its rank alone, and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +15,6 @@ import pyro
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
-
-from distopt.backends.base import Backend
 
 SPLIT = "_sharded"
 """Key of a message of Pyro whose scale was multiplied by the number of shards.
@@ -70,19 +69,16 @@ class PlateShard:
             )
         self.size = size
 
-    def global_rows(self, backend: Backend) -> NDArray[np.int64]:
+    def global_rows(self, sizes: Sequence[int], rank: int) -> NDArray[np.int64]:
         """Returns the (size,) int64 global index of each datapoint of this rank, in the order of the plate.
 
-        Cost:
-            One gather of a number per rank, unless `rows` are given. All ranks call it together.
+        Args:
+            sizes: How many datapoints each rank holds.
+            rank: This rank.
         """
         if self.rows is not None:
             return self.rows
-
-        # Not kept from one call to the next: the size may have changed on some of the ranks only, which then would
-        # gather it alone.
-        sizes = backend.all_gather_json(self.size)
-        start = sum(sizes[: backend.rank])
+        start = sum(sizes[:rank])
         return np.arange(start, start + self.size, dtype=np.int64)
 
 

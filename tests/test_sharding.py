@@ -9,8 +9,6 @@ import pyro
 import pytest
 import torch
 
-from distopt.backends import current
-from distopt.backends.single import Single
 from distopt.sharding import (
     LocalParameter,
     LocalParameterError,
@@ -21,7 +19,6 @@ from distopt.sharding import (
     mark_local,
     num_shards,
 )
-from tests.workers import Ranks
 
 
 @pytest.fixture(autouse=True)
@@ -68,23 +65,13 @@ def test_rows_of_another_length_than_the_plate_are_an_error() -> None:
     shard.resize(3)
     with pytest.raises(LocalParameterError, match=r"plate 'rows' has 4 datapoints on this rank, but its rows have"):
         shard.resize(4)
-    assert shard.global_rows(Single()).tolist() == [0, 1, 2]
-
-
-def _run_consecutive_rows() -> list[list[int]]:
-    backend = current()
-    shard = PlateShard("rows", backend.world_size)
-    rows = []
-    for size in (backend.rank + 1, 2):  # the second time, rank 0 alone has another size
-        shard.resize(size)
-        rows.append(shard.global_rows(backend).tolist())
-    return rows
+    assert shard.global_rows([3], 0).tolist() == [0, 1, 2]
 
 
 def test_ranks_hold_consecutive_blocks_unless_they_say_otherwise() -> None:
-    first, second = Ranks("torch_dist", 2).run(_run_consecutive_rows)
-    assert first == [[0], [0, 1]]
-    assert second == [[1, 2], [2, 3]]
+    sizes = [1, 2]
+    for rank, expected in enumerate([[0], [1, 2]]):
+        assert PlateShard("rows", 2, size=sizes[rank]).global_rows(sizes, rank).tolist() == expected
 
 
 def test_local_parameter_of_a_replicated_one_is_none() -> None:

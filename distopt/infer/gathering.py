@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyro
 import torch
+import xxhash
 from numpy.typing import ArrayLike, NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,7 +25,10 @@ from torch import Tensor
 from distopt import backends
 from distopt.backends.base import Backend
 from distopt.infer.splitting import row_numbers
+from distopt.reduce.errors import gather_unless_failed
 from distopt.sharding import LocalParameterError, PlateShard, local_parameters
+
+_T = TypeVar("_T")
 
 _SHARD = re.compile(r"local-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -46,14 +51,16 @@ def gather_local(name: str, rows: ArrayLike | None = None, *, backend: Backend |
 
     Raises:
         LocalParameterError: There is no local parameter of that name, or a row is held by no rank or by several.
+        PeerError: Another rank has raised.
 
     Cost:
-        One all-reduce per parameter, of the requested rows. All ranks must call it with the same arguments.
+        For each parameter an all-reduce of the requested rows, and gathers of a few numbers. All ranks must call it
+        with the same arguments.
     """
     backend = backend or backends.current()
     store = pyro.get_param_store()
     gathered = {}
-    for key in _parameters_called(name):
+    for key in _known_on_all(lambda: _parameters_called(name), backend):
         parameter = local_parameters()[key]
         gathered[key] = gather_of_plate(parameter.by_row(store[key].detach()), parameter.plate, rows, backend)
     return gathered
@@ -77,16 +84,22 @@ def gather_rows(
     Raises:
         LocalParameterError: `values` does not have as many rows as the plate, or a row is held by no rank or by
             several.
+        PeerError: Another rank has raised.
 
     Cost:
-        One all-reduce of the requested rows. All ranks must call it with the same `rows`.
+        An all-reduce of the requested rows, and gathers of a few numbers. All ranks must call it with the same `rows`.
     """
-    shards = {parameter.plate.name: parameter.plate for parameter in local_parameters().values()}
-    if plate not in shards:
-        raise LocalParameterError(
-            f"no parameter belongs to a sharded plate {plate!r}; known: {', '.join(sorted(shards)) or 'none'}"
-        )
-    return gather_of_plate(values.detach().movedim(dim, 0), shards[plate], rows, backend or backends.current())
+    backend = backend or backends.current()
+
+    def mine() -> tuple[Tensor, PlateShard]:
+        shards = {parameter.plate.name: parameter.plate for parameter in local_parameters().values()}
+        if plate not in shards:
+            raise LocalParameterError(
+                f"no parameter belongs to a sharded plate {plate!r}; known: {', '.join(sorted(shards)) or 'none'}"
+            )
+        return values.detach().movedim(dim, 0), shards[plate]
+
+    return gather_of_plate(*_known_on_all(mine, backend), rows, backend)
 
 
 def write_local(directory: str | Path, names: Iterable[str] = (), *, backend: Backend | None = None) -> Path:
@@ -103,15 +116,21 @@ def write_local(directory: str | Path, names: Iterable[str] = (), *, backend: Ba
 
     Raises:
         LocalParameterError: There is no local parameter of that name.
+        OSError: The file cannot be written.
+        PeerError: Another rank has raised.
 
     Cost:
-        One barrier; no data are sent between ranks. All ranks must call it.
+        Gathers of a few numbers; no data are sent between ranks. All ranks must call it.
     """
-    store = pyro.get_param_store()
-    parameters = local_parameters()
-    keys = sorted({key for name in names for key in _parameters_called(name)} or parameters)
-    values = {key: (parameters[key].by_row(store[key].detach()), parameters[key].plate) for key in keys}
-    return write_rows(directory, values, backend or backends.current())
+    backend = backend or backends.current()
+
+    def mine() -> dict[str, tuple[Tensor, PlateShard]]:
+        store = pyro.get_param_store()
+        parameters = local_parameters()
+        keys = sorted({key for name in names for key in _parameters_called(name)} or parameters)
+        return {key: (parameters[key].by_row(store[key].detach()), parameters[key].plate) for key in keys}
+
+    return write_rows(directory, _known_on_all(mine, backend), backend)
 
 
 def write_rows(directory: str | Path, values: Mapping[str, tuple[Tensor, PlateShard]], backend: Backend) -> Path:
@@ -123,20 +142,24 @@ def write_rows(directory: str | Path, values: Mapping[str, tuple[Tensor, PlateSh
         backend: Link to the other ranks.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for key, (rows, plate) in values.items():
-        # A copy: safetensors refuses tensors that share memory, as packed parameters do.
-        tensors[key] = rows.cpu().contiguous().clone()
-        tensors[f"rows.{key}"] = torch.from_numpy(plate.global_rows(backend).copy())
-
-    # Renamed when complete, so that `read_local` never sees half a file.
     path = directory / f"local-{backend.rank:05d}-of-{backend.world_size:05d}.safetensors"
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    os.replace(partial, path)
+    sizes = gather_unless_failed(backend, {key: plate.size for key, (_, plate) in values.items()})
 
-    backend.barrier()
+    def write() -> None:
+        tensors = {}
+        for key, (rows, plate) in values.items():
+            # A copy: safetensors refuses tensors that share memory, as packed parameters do.
+            tensors[key] = rows.cpu().contiguous().clone()
+            held = plate.global_rows([each.get(key, 0) for each in sizes], backend.rank)
+            tensors[f"rows.{key}"] = torch.from_numpy(held.copy())
+
+        # Renamed when complete, so that `read_local` never sees half a file.
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial)
+        os.replace(partial, path)
+
+    _known_on_all(write, backend)
     if backend.rank == 0:
         for old, num_files in _files_in(directory):
             if num_files != backend.world_size:
@@ -184,6 +207,17 @@ def read_local(directory: str | Path, name: str, rows: ArrayLike | None = None) 
     return torch.cat(chunks)[torch.from_numpy(offsets)]
 
 
+def _known_on_all(compute: Callable[[], _T], backend: Backend) -> _T:
+    """Returns what this rank computes alone, once all ranks have; raises on all of them where one cannot."""
+    try:
+        result = compute()
+    except Exception as error:
+        gather_unless_failed(backend, error)
+        raise
+    gather_unless_failed(backend, None)
+    return result
+
+
 def _parameters_called(name: str) -> list[str]:
     """Returns the local parameters that a user means by a name: that of a parameter or of a site."""
     known = local_parameters()
@@ -202,14 +236,21 @@ def _parameters_called(name: str) -> list[str]:
 # are found and not silently summed.
 def gather_of_plate(values: Tensor, plate: PlateShard, rows: ArrayLike | None, backend: Backend) -> Tensor:
     """Returns the requested rows of all ranks; `values` are this rank's, rows first."""
-    if len(values) != plate.size:
-        raise LocalParameterError(
-            f"values of shape {tuple(values.shape)} have {len(values)} rows, but plate {plate.name!r} has {plate.size} "
-            "datapoints on this rank; give dim=, the dimension that runs over the datapoints"
-        )
+    asked = None
+    try:
+        if len(values) != plate.size:
+            raise LocalParameterError(
+                f"values of shape {tuple(values.shape)} have {len(values)} rows, but plate {plate.name!r} has "
+                f"{plate.size} datapoints on this rank; give dim=, the dimension that runs over the datapoints"
+            )
+        asked = None if rows is None else row_numbers(rows)
+    except Exception as error:
+        gather_unless_failed(backend, error)
+        raise
+    sizes = _compared_sizes(values, plate, asked, backend)
 
-    held = plate.global_rows(backend)
-    wanted = _all_rows(held, plate, backend) if rows is None else row_numbers(rows)
+    held = plate.global_rows(sizes, backend.rank)
+    wanted = _all_rows(held, plate, backend) if asked is None else asked
     offsets = _positions(held, wanted)
     is_held = torch.from_numpy(offsets >= 0)
 
@@ -227,6 +268,20 @@ def gather_of_plate(values: Tensor, plate: PlateShard, rows: ArrayLike | None, b
             f"{backend.world_size} ranks, expected one"
         )
     return gathered.to(values.dtype)
+
+
+def _compared_sizes(values: Tensor, plate: PlateShard, asked: NDArray[np.int64] | None, backend: Backend) -> list[int]:
+    """Returns each rank's number of datapoints, once all ranks are known to gather the same."""
+    wanted = "all rows" if asked is None else f"{len(asked)} rows ({xxhash.xxh3_64_hexdigest(asked.tobytes())})"
+    what = f"{wanted} of plate {plate.name!r}, each {values.dtype} {list(values.shape[1:])}"
+    by_rank = gather_unless_failed(backend, [what, plate.size])
+    for rank, (other, _) in enumerate(by_rank):
+        if other != by_rank[0][0]:
+            raise LocalParameterError(
+                f"rank {rank} gathers {other}, and rank 0 {by_rank[0][0]}: give all ranks the same rows, and values of "
+                "the same shape but for the datapoints"
+            )
+    return [size for _, size in by_rank]
 
 
 def _all_rows(held: NDArray[np.int64], plate: PlateShard, backend: Backend) -> NDArray[np.int64]:

@@ -25,7 +25,7 @@ from distopt.backends import Backend, Json
 from distopt.infer.autoguides import GuidePlan, plan_autoguide, set_up_autoguide
 from distopt.infer.gathering import gather_of_plate, write_rows
 from distopt.infer.sharded_plate import Sharded, Sharding
-from distopt.reduce.errors import PeerError
+from distopt.reduce.errors import gather_unless_failed
 from distopt.rng import begin_rank_stream, drawing_alike, preserve_rng_during_setup
 from distopt.sharding import LocalParameterError, PlateShard
 
@@ -241,7 +241,7 @@ class _Drawn:
         given: The global index of each row, by plate, as the user gave it.
 
     Raises:
-        LocalParameterError: Rows were given of which there are not as many.
+        LocalParameterError: Rows were given of which there are not as many, or sites have unequally many of a plate.
     """
 
     def __init__(
@@ -255,6 +255,16 @@ class _Drawn:
         self.sites = {name: site for name, site in sorted(sites.items()) if name in samples}
         self._known = known
         self._given = {name: np.asarray(each, dtype=np.int64) for name, each in given.items()}
+        firsts: dict[str, str] = {}
+        for name, site in self.sites.items():
+            first = firsts.setdefault(site.plate, name)
+            if self.sites[first].num_rows != site.num_rows:
+                raise LocalParameterError(
+                    f"plate {site.plate!r}: samples of site {first!r} have {self.sites[first].num_rows} rows in their "
+                    f"dimension {self.sites[first].dim}, and those of {name!r} have {site.num_rows} in dimension "
+                    f"{site.dim}. Give the dimension that runs over the rows, dims={{SITE: DIM}}, or leave out of "
+                    "return_sites what has no row for each datapoint."
+                )
         self._num_rows = {site.plate: site.num_rows for site in self.sites.values()}
         for plate, num_rows in self._num_rows.items():
             PlateShard(plate, 1, rows=self._given.get(plate)).resize(num_rows)
@@ -267,7 +277,7 @@ class _Drawn:
             if name not in self.sites:
                 sites[name] = [f"{value.dtype} {shape}", _digest(value)]
                 continue
-            shape[self.sites[name].dim] = "rows"
+            shape[self.sites[name].dim] = f"rows of {self.sites[name].plate}"
             sites[name] = [f"{value.dtype} {shape}".replace("'", ""), ""]
         plates = {
             plate: {
@@ -288,7 +298,13 @@ class _Drawn:
             facts: What `describe` says of it on each rank.
         """
         rows = self._given.get(plate)
-        if not any(each["given"] for each in facts) and all(each["known"] for each in facts):
+        is_given = [each["given"] for each in facts]
+        if any(is_given) and not all(is_given):
+            raise LocalParameterError(
+                f"plate {plate!r}: rank {is_given.index(True)} was given the numbers of its rows, and rank "
+                f"{is_given.index(False)} was not. Give rows={{{plate!r}: INDICES}} on all ranks, or on none."
+            )
+        if not any(is_given) and all(each["known"] for each in facts):
             rows = self._known[plate]
         elif any(each["part"] and not each["given"] for each in facts):
             raise LocalParameterError(
@@ -300,19 +316,14 @@ class _Drawn:
 
 def _bring_together(mine: _Drawn | Exception, folder: str | Path | None, backend: Backend) -> dict[str, Tensor]:
     """Returns the samples of all rows on every rank, or writes them per rank if there is a folder."""
-    failure = f"{type(mine).__name__}: {mine}" if isinstance(mine, Exception) else ""
-    by_rank = backend.all_gather_json([failure, None if isinstance(mine, Exception) else mine.describe()])
-    if isinstance(mine, Exception):
-        raise mine
-    for rank, (failure, _) in enumerate(by_rank):
-        if failure:
-            raise PeerError(f"rank {rank} of {len(by_rank)} raised {failure}")
-    _compare_sites([each["sites"] for _, each in by_rank])
+    by_rank = gather_unless_failed(backend, mine if isinstance(mine, Exception) else mine.describe())
+    assert isinstance(mine, _Drawn)
+    _compare_sites([each["sites"] for each in by_rank])
 
-    facts = {plate: [each["plates"][plate] for _, each in by_rank] for plate in by_rank[0][1]["plates"]}
+    facts = {plate: [each["plates"][plate] for each in by_rank] for plate in by_rank[0]["plates"]}
     shards = {plate: mine.shard(plate, each) for plate, each in facts.items()}
     for name in sorted(mine.samples):
-        if any(each["sites"][name][1] != by_rank[0][1]["sites"][name][1] for _, each in by_rank):
+        if any(each["sites"][name][1] != by_rank[0]["sites"][name][1] for each in by_rank):
             _take_from_rank_0(name, mine.samples[name], backend)
     values = {name: (mine.samples[name].movedim(site.dim, 0), shards[site.plate]) for name, site in mine.sites.items()}
     if folder is not None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
+
+from distopt.backends.base import Backend, Json
 
 
 class DisagreementError(RuntimeError):
@@ -15,6 +18,33 @@ class PeerError(RuntimeError):
 
 class DriftError(RuntimeError):
     """Replicas that must be equal are not."""
+
+
+def gather_unless_failed(backend: Backend, mine: Json | Exception) -> list[Any]:
+    """Returns what each rank tells the others before a collective, unless a rank has an error in its place.
+
+    A rank that fails where the others may be about to communicate calls this with its error: their next call of this
+    function then raises it too, rather than to wait until their timeout.
+
+    Args:
+        backend: Link to the other ranks.
+        mine: This rank's value, or why it has none.
+
+    Raises:
+        Exception: `mine`, if it is an error.
+        PeerError: Another rank has one; the message has its rank and cause.
+
+    Cost:
+        One `all_gather_json`.
+    """
+    if isinstance(mine, Exception):
+        backend.all_gather_json([f"{type(mine).__name__}: {mine}", None])
+        raise mine
+    by_rank = backend.all_gather_json(["", mine])
+    for rank, (failure, _) in enumerate(by_rank):
+        if failure:
+            raise PeerError(f"rank {rank} of {len(by_rank)} raised {failure}")
+    return [value for _, value in by_rank]
 
 
 def ranks_by_value(values: Mapping[int, str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,10 +17,13 @@ from distopt import backends
 from distopt.backends import Backend
 from distopt.infer.gathering import gather_of_plate
 from distopt.infer.predictive import SAMPLES, RowsOfSite, SampledRows
+from distopt.reduce.errors import DisagreementError, PeerError, gather_unless_failed
 from distopt.rng import drawing_alike
 from distopt.scvi.cells import cell_numbers
 from distopt.scvi.row_strategy import plate_of_cells
 from distopt.sharding import PlateShard
+
+_Summaries: TypeAlias = Mapping[str, Mapping[str, NDArray[Any]]]
 
 
 def gather_cells(values: Any, adata: Any, *, backend: Backend | None = None) -> Any:
@@ -36,6 +39,7 @@ def gather_cells(values: Any, adata: Any, *, backend: Backend | None = None) -> 
 
     Raises:
         LocalParameterError: A cell is held by no rank, or by several.
+        PeerError: Another rank has raised.
 
     Cost:
         An all-reduce of the result.
@@ -44,10 +48,16 @@ def gather_cells(values: Any, adata: Any, *, backend: Backend | None = None) -> 
         >>> latent = gather_cells(model.get_latent_representation(), model.adata)  # doctest: +SKIP
     """
     backend = backend or backends.current()
-    plate = PlateShard("cells", backend.world_size, size=len(adata.obs), rows=cell_numbers(adata))
+    try:
+        plate = PlateShard("cells", backend.world_size, size=len(adata.obs), rows=cell_numbers(adata))
+        mine = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+    except Exception as error:
+        gather_unless_failed(backend, error)
+        raise
+    gathered = gather_of_plate(mine, plate, None, backend)
     if isinstance(values, Tensor):
-        return gather_of_plate(values.detach(), plate, None, backend)
-    array = gather_of_plate(torch.from_numpy(np.array(values)), plate, None, backend).cpu().numpy()
+        return gathered
+    array = gathered.cpu().numpy()
     if not hasattr(values, "columns"):
         return array
 
@@ -72,12 +82,22 @@ def sample_posterior(model: Any, *, seed: int = 0, backend: Backend | None = Non
     Returns:
         As scvi-tools: for each summary the values of each site, with cells in the order of their numbers.
 
+    Raises:
+        Exception: What the model raised on this rank.
+        PeerError: What it raised on another one.
+        DisagreementError: The values have other names or shapes on another rank.
+
     Cost:
         An all-reduce of each value.
     """
     backend = backend or backends.current()
-    with _drawing(model, seed, backend) as sites:
-        local: dict[str, dict[str, NDArray[Any]]] = model.sample_posterior(**kwargs)
+    try:
+        with _drawing(model, seed, backend) as sites:
+            local: _Summaries = model.sample_posterior(**kwargs)
+    except Exception as error:  # the others wait for this rank's values
+        gather_unless_failed(backend, error)
+        raise
+    _compare(_described(local, sites), backend)
     return {
         summary: {
             site: _gathered(value, sites[site].dim, model.adata, backend)
@@ -116,17 +136,26 @@ def export_posterior(
 
     Raises:
         ValueError: Cells of `into` cannot be found by their names; `adata` has its results.
+        Exception: As `sample_posterior` does.
 
     Cost:
         An all-reduce of the tables, unless there is a folder.
     """
     backend = backend or backends.current()
     before = dict(adata.obsm)
-    with _drawing(model, seed, backend) as sites, _global_values_of_rank_0(model, sites, backend):
-        model.export_posterior(adata, **kwargs)
-    tables = {name: adata.obsm[name] for name in sorted(adata.obsm) if adata.obsm[name] is not before.get(name)}
+    try:
+        with _drawing(model, seed, backend) as sites, _global_values_of_rank_0(model, sites, backend):
+            model.export_posterior(adata, **kwargs)
+        tables = {name: adata.obsm[name] for name in sorted(adata.obsm) if adata.obsm[name] is not before.get(name)}
+        if folder is not None:
+            _write(tables, Path(folder), backend)
+    except (PeerError, DisagreementError):  # which all ranks have raised
+        raise
+    except Exception as error:
+        gather_unless_failed(backend, error)
+        raise
+    _compare({f"table {name}": str(list(table.columns)) for name, table in tables.items()}, backend)
     if folder is not None:
-        _write(tables, Path(folder), backend)
         return tables
 
     gathered = {name: gather_cells(table, adata, backend=backend) for name, table in tables.items()}
@@ -169,7 +198,8 @@ def _global_values_of_rank_0(model: Any, sites: Mapping[str, RowsOfSite], backen
     draw = model.sample_posterior
 
     def drawn(*args: Any, **kwargs: Any) -> Mapping[str, Any]:
-        results = draw(*args, **kwargs)
+        results = draw(*args, **kwargs)  # where it raises, `export_posterior` tells the others, which are below
+        _compare(_described(results, sites), backend)
         return {
             summary: {site: value if site in sites else _of_rank_0(value, backend) for site, value in values.items()}
             for summary, values in results.items()
@@ -200,4 +230,29 @@ def _write(tables: Mapping[str, Any], folder: Path, backend: Backend) -> None:
         partial = path.with_suffix(".partial")
         table.to_csv(partial)
         os.replace(partial, path)
-    backend.barrier()
+
+
+def _described(summaries: _Summaries, sites: Mapping[str, RowsOfSite]) -> dict[str, str]:
+    """Returns dtype and shape of each value, but for cells."""
+    described = {}
+    for summary, values in summaries.items():
+        for site, value in values.items():
+            shape: list[Any] = list(np.shape(value))
+            if site in sites:
+                shape[sites[site].dim] = "cells"
+            described[f"{site} of {summary}"] = f"{np.asarray(value).dtype} {shape}"
+    return described
+
+
+def _compare(mine: dict[str, str], backend: Backend) -> None:
+    """Raises on all ranks if one has failed, or has another value than rank 0."""
+    by_rank = gather_unless_failed(backend, mine)
+    for rank, each in enumerate(by_rank):
+        for name in sorted(each.keys() | by_rank[0].keys()):
+            other = each.get(name, "missing")
+            expected = by_rank[0].get(name, "missing")
+            if other != expected:
+                raise DisagreementError(
+                    f"{name} is {other} on rank {rank}, and {expected} on rank 0: call this with the same options on "
+                    "all ranks, for models that were made with the same options."
+                )

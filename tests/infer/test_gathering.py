@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from distopt import backends
 from distopt.infer.gathering import gather_local, gather_rows, read_local, write_local
 from distopt.infer.sharded_plate import sharded_plate
+from distopt.reduce import PeerError
 from distopt.sharding import LocalParameterError
 from tests.workers import world
 
@@ -80,3 +82,56 @@ def test_gathered_rows_are_those_asked_for_on_every_rank_and_files_hold_them(tmp
     (tmp_path / "local-00001-of-00003.safetensors").unlink()
     with pytest.raises(LocalParameterError, match="found 2 files, written by 3 ranks; one file of each rank is needed"):
         read_local(tmp_path, "w")
+
+
+# A mistake of one rank is an error of all: the others would wait for it.
+
+
+def _run_mistakes(directory: str) -> tuple[dict[str, str], list[float]]:
+    rank = backends.current().rank
+    _state_rows(None, list(range(3 * rank, 3 * rank + 3)))
+    is_wrong = rank == 1
+    file = Path(directory, "file")
+    file.touch()
+    calls = {
+        "name": lambda: gather_local("q" if is_wrong else "z"),
+        "rows": lambda: gather_local("z", rows=["first"] if is_wrong else [0]),
+        "other rows": lambda: gather_local("z", rows=[1] if is_wrong else [0]),
+        "all rows": lambda: gather_local("z", rows=None if is_wrong else [0]),
+        "plate": lambda: gather_rows(torch.zeros(3), "genes" if is_wrong else "cells"),
+        "dim": lambda: gather_rows(torch.zeros(3, 2), "cells", dim=1 if is_wrong else 0),
+        "shape": lambda: gather_rows(torch.zeros(3, 4 if is_wrong else 2), "cells"),
+        "names": lambda: write_local(Path(directory, "local"), ["q" if is_wrong else "z"]),
+        "folder": lambda: write_local(file if is_wrong else Path(directory, "local")),
+    }
+    errors = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except (ValueError, PeerError, OSError) as error:
+            errors[name] = f"{type(error).__name__}: {error}"
+    return errors, gather_local("z", rows=[4, 1])["guide.locs.z"].tolist()
+
+
+MISTAKES = {
+    "name": "no local parameter is called 'q'",
+    "rows": "first",
+    "other rows": r"rank 1 gathers 1 rows \(\w+\) of plate 'cells'.*, and rank 0 1 rows",
+    "all rows": r"rank 1 gathers all rows of plate 'cells', each torch.float64 \[\], and rank 0 1 rows",
+    "plate": "no parameter belongs to a sharded plate 'genes'",
+    "dim": "values of shape .* have 2 rows, but plate 'cells' has 3 datapoints",
+    "shape": r"rank 1 gathers all rows of plate 'cells', each torch.float32 \[4\], and rank 0 .* \[2\]",
+    "names": "no local parameter is called 'q'",
+    "folder": "file",
+}
+SEEN_BY_ALL = {"other rows", "all rows", "shape"}
+
+
+def test_mistake_of_one_rank_is_raised_on_all_and_they_stay_together(tmp_path: Path) -> None:
+    (first, of_first), (second, of_second) = world("torch_dist", 2).run(_run_mistakes, str(tmp_path))
+    assert of_first == of_second == [4.0, 1.0]
+    assert first.keys() == second.keys() == MISTAKES.keys()
+    for name, pattern in MISTAKES.items():
+        assert re.search(pattern, first[name]) and re.search(pattern, second[name]), (first[name], second[name])
+        from_peer = first[name].startswith("PeerError: rank 1 of 2 raised ")
+        assert from_peer == (name not in SEEN_BY_ALL), first[name]

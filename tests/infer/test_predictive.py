@@ -234,7 +234,7 @@ def returning(x: Tensor) -> list[int]:
 def _error(call: Any) -> str:
     try:
         call()
-    except (LocalParameterError, PeerError, ArithmeticError) as error:
+    except (LocalParameterError, PeerError, ArithmeticError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     return "none"
 
@@ -291,3 +291,58 @@ def test_guide_that_was_not_called_yet_leaves_the_noise_of_all_ranks_alike() -> 
 def _run_fresh_guide() -> list[float]:
     samples = predictive(noisy_model, guide=AutoNormal(noisy_model), num_samples=6, plates="rows")(DATA[my_rows()])
     return samples["loc"].flatten().tolist()
+
+
+# A mistake of one rank alone.
+
+
+def matrix_model(x: Tensor, num_columns: int | None = None) -> Tensor:
+    """Returns a value for each row and column, which the plates do not show."""
+    with pyro.plate("rows", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(x, 1.0))
+    with pyro.plate("items", 4, dim=-1):
+        pyro.sample("w", dist.Normal(torch.zeros(4, dtype=x.dtype), 1.0))
+    return z.reshape(-1, 1).expand(-1, num_columns or len(x))
+
+
+def _run_mistakes(folder: str) -> dict[str, str]:
+    rank = current().rank
+    is_wrong = rank == 1
+    x = DATA[4 * rank :][:4]
+    file = Path(folder, "file")
+    file.touch()
+    plates = ["rows", "items"]
+    drawn = {"num_samples": 2, "return_sites": ["z", "w", "_RETURN"], "parallel": False}
+
+    def call(dim: Any = ("rows", -2), num_columns: int | None = None, plate: Any = plates, **options: Any) -> Any:
+        return lambda: predictive(matrix_model, plates=plate, dims={"_RETURN": dim}, **drawn, **options)(x, num_columns)
+
+    errors = {
+        "dimension": _error(call(("rows", -1 if is_wrong else -2))),
+        "length": _error(call(("rows", -1), 3 if is_wrong else 4)),
+        "outside": _error(call(("rows", -4 if is_wrong else -2))),
+        "plate": _error(call(("items" if is_wrong else "rows", -2))),
+        "ambiguous": _error(call(-2 if is_wrong else ("rows", -2))),
+        "numbers": _error(call(rows={"rows": range(4, 8)} if is_wrong else None)),
+        "folder": _error(call(folder=file if is_wrong else Path(folder, "samples"))),
+    }
+    assert _error(call()) == "none", "the ranks are still together"
+    return errors
+
+
+MISTAKES = {
+    "dimension": r"'_RETURN' are torch.float64 \[2, 4, rows of rows\] on rank 1, and .* \[2, rows of rows, 4\] on",
+    "length": "site '_RETURN' have 3 rows in their dimension -1, and those of 'z' have 4 .* dimension that runs over",
+    "outside": r"dims=\{'_RETURN': -4\}|Give a dimension from the right",
+    "plate": r"'_RETURN' are torch.float64 \[2, rows of items, 4\] on rank 1, and .* \[2, rows of rows, 4\]",
+    "ambiguous": "expected one plate, found items, rows",
+    "numbers": "rank 1 was given the numbers of its rows, and rank 0 was not",
+    "folder": "file",
+}
+
+
+def test_mistake_of_one_rank_is_raised_on_all_and_they_stay_together(tmp_path: Path) -> None:
+    first, second = world("torch_dist", 2).run(_run_mistakes, str(tmp_path))
+    for name, pattern in MISTAKES.items():
+        for errors in (first, second):
+            assert re.search(pattern, errors[name], re.DOTALL), (name, errors[name])

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 import os
 import subprocess
@@ -23,7 +24,7 @@ from distopt.infer.capture.compiled import NotCompiledError, fuse
 from distopt.infer.capture.passes import shorten
 from distopt.infer.capture.program import _call
 from distopt.infer.capture.recorded_step import RecordedStep, record_step
-from distopt.infer.capture.recording import Op
+from distopt.infer.capture.recording import Op, Recording, TensorInfo
 from distopt.optim import DistributedOptimizer
 from tests.infer.capture.cases import DATA, captured_cases
 from tests.workers import world
@@ -194,7 +195,10 @@ def test_compiler_that_fails_or_computes_something_else_leaves_captured_steps(mo
         raise RuntimeError("No working C++ compiler found\nin many lines")
 
     def wrong(graph, _examples):
-        return lambda *inputs: tuple(2 * each for each in graph(*inputs))
+        return lambda *inputs: tuple(1.001 * each for each in graph(*inputs))
+
+    def rounded(graph, _examples):
+        return lambda *inputs: tuple((1 + 1e-7) * each for each in graph(*inputs))
 
     for function, notice in (
         (missing, "torch's compiler failed: RuntimeError: No working C++ compiler found"),
@@ -206,6 +210,37 @@ def test_compiler_that_fails_or_computes_something_else_leaves_captured_steps(mo
         assert capture.num_captured == 6
         assert losses == eager_losses
         assert all(torch.equal(params[name], eager[name]) for name in eager)
+
+    monkeypatch.setattr(compiled, "_functions", {})
+    monkeypatch.setattr(compiled, "_run_compiler", rounded)
+    assert train(6)[2].notice is None
+
+
+def test_what_may_differ_follows_from_dtype_and_number_of_terms():
+    def tolerance(*tensors):
+        recording = Recording()
+        recording.infos = [TensorInfo.of(tensor) for tensor in tensors]
+        return compiled.Tolerance.of(recording)
+
+    counts = torch.zeros(10**6, dtype=torch.int64)
+    eps = torch.finfo(torch.float32).eps
+    assert tolerance(torch.zeros(100), torch.zeros(())) == pytest.approx((160 * eps, 1600 * eps))
+    assert tolerance(torch.zeros(2, dtype=torch.float64), torch.zeros(())).relative == pytest.approx(16 * eps * 2**0.5)
+    assert tolerance(torch.zeros(2, dtype=torch.float64), counts).relative < 1e-11
+    flights = tolerance(torch.zeros(8192))
+    assert 2e-6 < flights.relative < 1e-3, "a hundredth is an error, and what the compiler was seen to round is none"
+
+
+def test_graph_of_a_gpu_in_place_of_a_compiled_step_is_said_once(monkeypatch, caplog):
+    for module in ("step", "compiled"):
+        monkeypatch.setattr(f"distopt.infer.capture.{module}.uses_gpu", lambda recording: True)
+    monkeypatch.setattr("distopt.infer.capture.step.build_graph", programs.build)
+    with caplog.at_level(logging.INFO, "distopt"):
+        _, _, capture = train(6)
+    assert capture.num_captured == 6
+    assert capture.notice == "the step runs on a GPU, as one CUDA graph"
+    messages = [record.getMessage() for record in caplog.records if "not compiled" in record.getMessage()]
+    assert messages == [f"steps are captured, but not compiled: {capture.notice}"]
 
 
 # The graph itself needs no compiler: each of its operations run as it stands gives the bits of the recorded step.
