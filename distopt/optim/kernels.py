@@ -35,11 +35,15 @@ from distopt.optim.trial import EXACT_DTYPES, are_close, example_gradients, exam
 _torch_kernel: Any = getattr(torch, "_fused_adam_", None)
 
 
+DEVICE_TYPES = frozenset({"cuda"})
+"""Where torch's kernel is known to be right, besides the CPU, which has the one of `_bulk`."""
+
+
 def has_kernel(device: str) -> bool:
     """Returns whether there is a kernel for a type of device on which it was tried."""
     if device == "cpu":
         return compiled_loops() is not None
-    return device == "cuda" and _torch_kernel is not None
+    return device in DEVICE_TYPES and _torch_kernel is not None
 
 
 def is_fusable(tensors: Sequence[Tensor]) -> bool:

@@ -24,7 +24,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 from distopt.backends.base import DEFAULT_TIMEOUT, Backend
 from distopt.backends.single import Single
 from distopt.launchers import RankInfo
-from distopt.optim import kernels, packing
+from distopt.optim import kernels, packing, trial
 
 SOURCE = Path(__file__).with_name("_far_device.cpp")
 ROOT = SOURCE.parents[2]
@@ -93,6 +93,8 @@ Tensor.__dlpack_device__ = lambda t: (  # type: ignore[method-assign,assignment]
 # The optimizer takes its quick paths on devices that were tried. This one stands for a GPU.
 packing.DEVICE_TYPES |= {NAME}
 kernels.DEVICE_TYPES |= {NAME}
+# A GPU's kernels compute an element alike wherever it stands; torch's for the CPU, which stand in for them, do not.
+trial._is_placeless = lambda *_: True
 
 FAR = torch.device(NAME, 0)
 
