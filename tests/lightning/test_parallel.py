@@ -51,7 +51,7 @@ trainer = pl.Trainer(strategy=strategy, devices=int(sys.argv[3]), max_epochs=3, 
 fit(trainer, plan, loader(8), loader(8, shuffle=False))
 plan._guide(X, torch.arange(NUM_ROWS))  # of which a forked process's parent knows nothing but the store
 values = {name: float(value) for name, value in plan._guide.median(X, torch.arange(NUM_ROWS)).items()}
-print("RESULT", trainer.global_rank, json.dumps(values), flush=True)
+print(f"RESULT {trainer.global_rank} {json.dumps(values)}", flush=True)  # in one piece: unbuffered ranks interleave
 """
 
 
@@ -89,7 +89,7 @@ def test_script_that_lightning_runs_again_for_each_worker_gives_the_numbers_of_o
 ) -> None:
     status, output = run(tmp_path, "python", "init first")
     assert status == 0, output
-    assert results(output) == {rank: pytest.approx(expected, rel=1e-9) for rank in range(2)}
+    assert results(output) == {rank: pytest.approx(expected, rel=1e-9) for rank in range(2)}, output
 
 
 @pytest.mark.slow
