@@ -25,7 +25,7 @@ from torch import Tensor
 from distopt import backends
 from distopt.backends.base import Backend
 from distopt.infer.splitting import row_numbers
-from distopt.reduce.errors import gather_unless_failed
+from distopt.reduce.errors import gather_unless_failed, raised_on_all
 from distopt.sharding import LocalParameterError, PlateShard, local_parameters
 
 _T = TypeVar("_T")
@@ -209,11 +209,8 @@ def read_local(directory: str | Path, name: str, rows: ArrayLike | None = None) 
 
 def _known_on_all(compute: Callable[[], _T], backend: Backend) -> _T:
     """Returns what this rank computes alone, once all ranks have; raises on all of them where one cannot."""
-    try:
+    with raised_on_all(backend):
         result = compute()
-    except Exception as error:
-        gather_unless_failed(backend, error)
-        raise
     gather_unless_failed(backend, None)
     return result
 
@@ -236,17 +233,13 @@ def _parameters_called(name: str) -> list[str]:
 # are found and not silently summed.
 def gather_of_plate(values: Tensor, plate: PlateShard, rows: ArrayLike | None, backend: Backend) -> Tensor:
     """Returns the requested rows of all ranks; `values` are this rank's, rows first."""
-    asked = None
-    try:
+    with raised_on_all(backend):
         if len(values) != plate.size:
             raise LocalParameterError(
                 f"values of shape {tuple(values.shape)} have {len(values)} rows, but plate {plate.name!r} has "
                 f"{plate.size} datapoints on this rank; give dim=, the dimension that runs over the datapoints"
             )
         asked = None if rows is None else row_numbers(rows)
-    except Exception as error:
-        gather_unless_failed(backend, error)
-        raise
     sizes = _compared_sizes(values, plate, asked, backend)
 
     held = plate.global_rows(sizes, backend.rank)

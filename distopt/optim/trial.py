@@ -28,7 +28,7 @@ EXACT_DTYPES = frozenset({torch.float32, torch.float64})
 _SIZES = (1, 5, 16, 67, 256)
 _NUM_STEPS = 3
 _MAX_REST = 32  # elements of a vector register and its rest: 16 of 32 bits at most
-_NUM_TRIAL_STEPS = 8
+_NUM_STEPS_TO_TELL = 8
 _NUM_ROUNDINGS = 64  # what both may differ by after three steps, in units of the last place
 
 
@@ -96,7 +96,9 @@ def _tried(
 
     try:
         quick = values | {"lr": 0.125} | dict(switches)
-        return are_close(steps(quick), steps(plain)) and _is_placeless(constructor, quick, plain, dtype, device)
+        return are_close(steps(quick), steps(plain)) and _is_position_independent(
+            constructor, quick, plain, dtype, device
+        )
     except (RuntimeError, TypeError, ValueError):  # this release does not have it, or not for these arguments
         return False
 
@@ -106,7 +108,7 @@ def _take_step(optimizer: torch.optim.Optimizer) -> None:
         inspect.unwrap(type(optimizer).step)(optimizer)
 
 
-def _is_placeless(
+def _is_position_independent(
     constructor: Callable[..., torch.optim.Optimizer],
     quick: Mapping[str, Any],
     plain: Mapping[str, Any],
@@ -122,7 +124,7 @@ def _is_placeless(
     generator = torch.Generator().manual_seed(0)
     values, *gradients = (
         [torch.randn(size, generator=generator, dtype=dtype).to(device) for size in range(1, _MAX_REST)]
-        for _ in range(1 + _NUM_TRIAL_STEPS)
+        for _ in range(1 + _NUM_STEPS_TO_TELL)
     )
     listed = [value.clone() for value in values]
     packed = torch.cat(values)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from distopt.backends.base import Backend, Json
@@ -18,6 +19,22 @@ class PeerError(RuntimeError):
 
 class DriftError(RuntimeError):
     """Replicas that must be equal are not."""
+
+
+@contextmanager
+def raised_on_all(backend: Backend) -> Iterator[None]:
+    """Tells the other ranks of an error within, where they are about to call `gather_unless_failed`, and raises it.
+
+    An error that they know of passes: what all ranks raise together, and what was told within.
+    """
+    try:
+        yield
+    except (PeerError, DisagreementError):
+        raise
+    except Exception as error:
+        if getattr(error, "is_announced", False):
+            raise
+        gather_unless_failed(backend, error)
 
 
 def gather_unless_failed(backend: Backend, mine: Json | Exception) -> list[Any]:
@@ -39,6 +56,7 @@ def gather_unless_failed(backend: Backend, mine: Json | Exception) -> list[Any]:
     """
     if isinstance(mine, Exception):
         backend.all_gather_json([f"{type(mine).__name__}: {mine}", None])
+        mine.is_announced = True  # type: ignore[attr-defined]
         raise mine
     by_rank = backend.all_gather_json(["", mine])
     for rank, (failure, _) in enumerate(by_rank):

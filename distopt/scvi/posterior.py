@@ -17,7 +17,7 @@ from distopt import backends
 from distopt.backends import Backend
 from distopt.infer.gathering import gather_of_plate
 from distopt.infer.predictive import SAMPLES, RowsOfSite, SampledRows
-from distopt.reduce.errors import DisagreementError, PeerError, gather_unless_failed
+from distopt.reduce.errors import DisagreementError, gather_unless_failed, raised_on_all
 from distopt.rng import drawing_alike
 from distopt.scvi.cells import cell_numbers
 from distopt.scvi.row_strategy import plate_of_cells
@@ -48,12 +48,9 @@ def gather_cells(values: Any, adata: Any, *, backend: Backend | None = None) -> 
         >>> latent = gather_cells(model.get_latent_representation(), model.adata)  # doctest: +SKIP
     """
     backend = backend or backends.current()
-    try:
+    with raised_on_all(backend):
         plate = PlateShard("cells", backend.world_size, size=len(adata.obs), rows=cell_numbers(adata))
         mine = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
-    except Exception as error:
-        gather_unless_failed(backend, error)
-        raise
     gathered = gather_of_plate(mine, plate, None, backend)
     if isinstance(values, Tensor):
         return gathered
@@ -91,12 +88,8 @@ def sample_posterior(model: Any, *, seed: int = 0, backend: Backend | None = Non
         An all-reduce of each value.
     """
     backend = backend or backends.current()
-    try:
-        with _drawing(model, seed, backend) as sites:
-            local: _Summaries = model.sample_posterior(**kwargs)
-    except Exception as error:  # the others wait for this rank's values
-        gather_unless_failed(backend, error)
-        raise
+    with raised_on_all(backend), _drawing(model, seed, backend) as sites:
+        local: _Summaries = model.sample_posterior(**kwargs)
     _compare(_described(local, sites), backend)
     return {
         summary: {
@@ -143,17 +136,12 @@ def export_posterior(
     """
     backend = backend or backends.current()
     before = dict(adata.obsm)
-    try:
+    with raised_on_all(backend):
         with _drawing(model, seed, backend) as sites, _global_values_of_rank_0(model, sites, backend):
             model.export_posterior(adata, **kwargs)
         tables = {name: adata.obsm[name] for name in sorted(adata.obsm) if adata.obsm[name] is not before.get(name)}
         if folder is not None:
             _write(tables, Path(folder), backend)
-    except (PeerError, DisagreementError):  # which all ranks have raised
-        raise
-    except Exception as error:
-        gather_unless_failed(backend, error)
-        raise
     _compare({f"table {name}": str(list(table.columns)) for name, table in tables.items()}, backend)
     if folder is not None:
         return tables

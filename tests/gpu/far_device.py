@@ -94,7 +94,7 @@ Tensor.__dlpack_device__ = lambda t: (  # type: ignore[method-assign,assignment]
 packing.DEVICE_TYPES |= {NAME}
 kernels.DEVICE_TYPES |= {NAME}
 # A GPU's kernels compute an element alike wherever it stands; torch's for the CPU, which stand in for them, do not.
-trial._is_placeless = lambda *_: True
+trial._is_position_independent = lambda *_: True
 
 FAR = torch.device(NAME, 0)
 
