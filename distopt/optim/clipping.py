@@ -1,19 +1,21 @@
 """Clipping of gradients: per parameter by norm or value, and by one norm over all parameters.
 
 Norms of single parameters are computed in the parameters' dtype, as torch and Pyro do, so that trajectories equal
-theirs. The norm over all parameters, which Pyro does not have, is computed in float64: sums over ranks and over groups
-in any order then give the same float32 factor.
+theirs. The norm over all parameters, which Pyro does not have, is computed in float64 and summed exactly.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 # Numbers go to a device by copies that do not block: one that blocks waits until the device has done all that was
@@ -106,17 +108,84 @@ def _may_change(coefficients: Tensor) -> bool:
     return coefficients.device.type != "cpu" or not bool((coefficients >= 1.0).all())
 
 
-def global_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """Returns the 2-norm of all `gradients` together, as a float64 scalar on the first one's device."""
+class Gradients(NamedTuple):
+    """One or more gradients in one tensor.
+
+    Attributes:
+        values: Any shape and layout; 1-D where they are several.
+        numels: Elements of each gradient, in order; None where it is one.
+    """
+
+    values: Tensor
+    numels: Sequence[int] | None = None
+
+
+def global_norm(gradients: Iterable[Gradients]) -> Tensor:
+    """Returns the 2-norm of all `gradients` together, as a float64 scalar on the first one's device.
+
+    On the CPU its bits follow from the gradients alone, not from their order, from which of them lie side by side or
+    from the number of threads: replicas and resumed runs, which may differ in all of these, scale by the same factor.
+
+    Cost:
+        Per million float32 elements 0.8 ms on the CPU, in one thread; 0.1 ms for 1,000 small gradients.
+    """
+    squares: list[float] = []  # of blocks on the CPU
     total: Tensor | None = None
-    for g in gradients:
-        values = (g.coalesce()._values() if g.is_sparse else g).reshape(-1)
-        square = torch.linalg.vector_norm(values, dtype=_wide(values.dtype)).double() ** 2
+    for values, numels in gradients:
+        flat = (values.coalesce()._values() if values.is_sparse else values).detach().reshape(-1)
+        if flat.device.type == "cpu":
+            squares += _squares_of_blocks(flat, [flat.numel()] if numels is None else numels)
+            continue
+        square = torch.linalg.vector_norm(flat, dtype=_wide(flat.dtype)).double() ** 2
         total = square if total is None else total + square.to(total.device)
-    return torch.zeros((), dtype=torch.float64) if total is None else total.sqrt()
+    of_cpu = exact_sum(squares)
+    if total is None:
+        return torch.tensor(math.sqrt(of_cpu), dtype=torch.float64)
+    return (total + of_cpu).sqrt()
 
 
-def clip_by_global_norm_(gradients: Sequence[Tensor], max_norm: float, total: float | None = None) -> bool:
+_BLOCK = 1 << 16  # elements of a block, the first one from where a gradient starts; they fit in a core's cache
+
+
+def _squares_of_blocks(values: Tensor, numels: Sequence[int]) -> list[float]:
+    """Returns the sum of squares of each block of each gradient, which is the same wherever the gradient lies."""
+    if values.is_complex():
+        values, numels = torch.view_as_real(values.resolve_conj()).reshape(-1), [2 * n for n in numels]
+    starts: list[int] = []
+    offset = 0
+    for numel in numels:
+        if numel:
+            starts.extend(range(offset, offset + numel, _BLOCK))
+            offset += numel
+    sums: list[float] = []
+    with np.errstate(over="ignore", invalid="ignore"):
+        first = 0
+        while first < len(starts):
+            after = bisect_right(starts, starts[first] + _BLOCK, first)  # blocks that fit in a cache together
+            end = starts[after] if after < len(starts) else offset
+            squared = np.square(_as_array(values[starts[first] : end]), dtype=np.float64)
+            sums += np.add.reduceat(squared, np.subtract(starts[first:after], starts[first])).tolist()
+            first = after
+    return sums
+
+
+def _as_array(values: Tensor) -> NDArray[Any]:
+    """Returns the numbers as an array; of dtypes that NumPy lacks, such as bfloat16, as float32."""
+    return (values if values.dtype in _OF_NUMPY else values.float()).numpy()
+
+
+_OF_NUMPY = frozenset({torch.float16, torch.float32, torch.float64})
+
+
+def exact_sum(numbers: Sequence[float]) -> float:
+    """Returns the sum, rounded once, so that the order of `numbers` does not matter; inf where it is too large."""
+    try:
+        return math.fsum(numbers)
+    except (OverflowError, ValueError):  # an intermediate sum is too large
+        return math.inf
+
+
+def clip_by_global_norm_(gradients: Sequence[Gradients], max_norm: float, total: float | None = None) -> bool:
     """Scales all `gradients` by one factor so that their common 2-norm is at most `max_norm`.
 
     Args:
@@ -129,7 +198,7 @@ def clip_by_global_norm_(gradients: Sequence[Tensor], max_norm: float, total: fl
     """
     norm = global_norm(gradients) if total is None else torch.tensor(total, dtype=torch.float64)
     coefficient = (max_norm / (norm + _EPS)).clamp(max=1.0)
-    for g in gradients:
+    for g, _ in gradients:
         dtype = g.real.dtype if g.is_complex() else g.dtype
         g.mul_(coefficient.to(device=g.device, dtype=dtype, non_blocking=True))
     return _may_change(coefficient)

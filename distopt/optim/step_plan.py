@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distopt.optim.capabilities import acts_without_gradient
-from distopt.optim.clipping import Clip, clip_by_global_norm_
+from distopt.optim.clipping import Clip, Gradients, clip_by_global_norm_
 from distopt.optim.grouping import Grouping
 from distopt.optim.groups import ListGroup, PackedGroup, ParamRecord
 from distopt.optim.joining import STEADY_CALLS
@@ -115,11 +115,18 @@ class StepPlan:
         whole = [buffer for buffer in buffers if buffer is not None]
         return whole if len(whole) == len(buffers) else None
 
-    def gradients(self, buffers: Sequence[Tensor], global_norm: float | None = None) -> list[Tensor]:
-        """Returns all gradients, those of packed groups as one each; with `global_norm` only those clipped by it."""
-        packed = [b for g, b in zip(self._packed, buffers, strict=True) if global_norm in (None, g.clip.global_norm)]
-        listed = [m for _, members in self._listed for m in members if global_norm in (None, m.clip.global_norm)]
-        return packed + [m.param.grad for m in listed if m.param.grad is not None]
+    def gradients(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """Returns all gradients, those of packed groups as one each."""
+        listed = [m.param.grad for _, members in self._listed for m in members]
+        return [*buffers, *(gradient for gradient in listed if gradient is not None)]
+
+    def _clipped_by(self, global_norm: float, buffers: Sequence[Tensor]) -> list[Gradients]:
+        """Returns the gradients whose common norm has this limit."""
+        packed = [(g, b) for g, b in zip(self._packed, buffers, strict=True) if g.clip.global_norm == global_norm]
+        listed = [m for _, members in self._listed for m in members if m.clip.global_norm == global_norm]
+        return [Gradients(buffer, group.numels) for group, buffer in packed] + [
+            Gradients(m.param.grad) for m in listed if m.param.grad is not None
+        ]
 
     def clip_and_step(
         self, buffers: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], total_norm: float | None
@@ -136,7 +143,7 @@ class StepPlan:
             for listed, members in self._listed:
                 listed.clip_(members)
         for norm in self._norms:
-            changed |= clip_by_global_norm_(self.gradients(buffers, norm), norm, total_norm)
+            changed |= clip_by_global_norm_(self._clipped_by(norm, buffers), norm, total_norm)
         if self._leaves_gradients:
             for group, buffer in zip(self._packed, buffers, strict=True):
                 changed |= group.clamp_(buffer)

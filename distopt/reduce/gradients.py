@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from distopt.optim.clipping import Gradients, exact_sum, global_norm
 from distopt.optim.packing import FlatGradients, same
 from distopt.reduce.layout import AVERAGE_PREFIX, LARGE_NUMEL, Bucket, Layout, ParamSpec
 from distopt.reduce.messages import PASSED, RoundSummary
@@ -69,12 +69,8 @@ class LocalGradients:
 
     def rank_local_square(self) -> float:
         """Returns the squared 2-norm of the rank-local gradients, as they will be stepped by."""
-        total = 0.0
-        for _, param, gradient in self.rank_local:
-            values = gradient.coalesce().values() if gradient.is_sparse else gradient
-            wide = torch.complex128 if values.is_complex() else torch.float64
-            total += (float(torch.linalg.vector_norm(values, dtype=wide)) / self._divisor(param)) ** 2
-        return total
+        norms = [float(global_norm([Gradients(g)])) / self._divisor(param) for _, param, g in self.rank_local]
+        return exact_sum([norm * norm for norm in norms])
 
     def scale_rank_local_(self) -> list[NamedGradient]:
         """Divides the rank-local gradients, in place, to be of one scale with the shared ones; returns them."""
@@ -109,14 +105,10 @@ class ReducedGradients:
     rank_local: list[NamedGradient] = field(default_factory=list)
     missing: list[tuple[str, Tensor]] = field(default_factory=list)
 
-    def shared(self) -> list[Tensor]:
-        """Returns the tensors that hold the gradients equal on all ranks."""
-        return [flat.buffer for flat in self.dense] + [gradient for _, _, gradient in self.loose]
-
     def norm(self) -> float:
-        """Returns the 2-norm of the gradients that are equal on all ranks."""
-        values = [each.coalesce().values() if each.is_sparse else each for each in self.shared()]
-        return math.sqrt(sum(float(each.abs().square().sum(dtype=torch.float64)) for each in values))
+        """Returns the 2-norm of the gradients that are equal on all ranks, the same bits on each."""
+        dense = [Gradients(flat.buffer, [p.numel() for p in flat.params]) for flat in self.dense]
+        return float(global_norm(dense + [Gradients(gradient) for _, _, gradient in self.loose]))
 
 
 class DroppedGradients:

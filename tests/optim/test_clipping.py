@@ -1,5 +1,8 @@
 """Gradients are clipped as torch clips them."""
 
+import math
+from random import Random
+
 import pyro
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torch
 import distopt.optim
 from distopt.optim.clipping import (
     Clip,
+    Gradients,
     clip_by_global_norm_,
     clip_by_norm_,
     clip_each_,
@@ -68,14 +72,36 @@ def test_sparse_gradient_is_clipped_in_its_values():
 @torch.sparse.check_sparse_tensor_invariants(enable=True)
 def test_global_norm_counts_sparse_and_complex_gradients():
     sparse = torch.sparse_coo_tensor([[1, 1]], [1.0, 2.0], (4,))  # not coalesced: the element is 3
-    assert global_norm([sparse, torch.tensor([0.0 + 4.0j])]) == 5.0
+    assert global_norm([Gradients(sparse), Gradients(torch.tensor([0.0 + 4.0j]))]) == 5.0
     assert global_norm([]) == 0.0
+    assert global_norm([Gradients(torch.full((2,), 1e200, dtype=torch.float64))]) == math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+def test_order_neighbours_and_threads_change_no_bit_of_the_global_norm(dtype):
+    numels = [*range(40), 1000, 65_536, 65_537, 200_003]
+    generator = torch.Generator().manual_seed(3)
+    each = [torch.randn(n, generator=generator, dtype=torch.float64).to(dtype) for n in numels]
+    expected = float(global_norm(map(Gradients, each)))
+    wide = torch.cat(each).to(torch.complex128).abs().square()
+    assert expected == pytest.approx(math.sqrt(math.fsum(wide.tolist())), rel=1e-15)
+    random, threads = Random(0), torch.get_num_threads()
+    for round_ in range(20):
+        random.shuffle(each)
+        cuts = sorted(random.sample(range(len(each) + 1), 4))
+        pieces = [each[a:b] for a, b in zip([0, *cuts], [*cuts, len(each)], strict=True)]
+        torch.set_num_threads(1 + round_ % 2)
+        norm = global_norm(Gradients(torch.cat([each[0][:0], *p]), [g.numel() for g in p]) for p in pieces)
+        torch.set_num_threads(threads)
+        assert float(norm) == expected
+    rows = torch.randn(60, 7, generator=generator).to(dtype)
+    assert global_norm([Gradients(rows)]) == global_norm([Gradients(rows.t().contiguous().t())])
 
 
 def test_gradients_are_scaled_by_the_norm_that_is_given_instead_of_their_own():
-    g = [torch.full((2,), 3.0), torch.full((2,), 4.0)]
+    g = [Gradients(torch.full((2,), 3.0)), Gradients(torch.full((2,), 4.0), [1, 1])]
     assert clip_by_global_norm_(g, 1.0, total=10.0)
-    torch.testing.assert_close(torch.cat(g), torch.tensor([0.3, 0.3, 0.4, 0.4]))
+    torch.testing.assert_close(torch.cat([each.values for each in g]), torch.tensor([0.3, 0.3, 0.4, 0.4]))
     assert not clip_by_global_norm_(g, 1.0, total=0.5)
 
 

@@ -17,7 +17,6 @@ from distopt.backends import Backend, BackendError, current
 from distopt.config.reduce import ReduceOptions
 from distopt.nonfinite import is_finite
 from distopt.optim.arguments import args_for
-from distopt.optim.clipping import global_norm
 from distopt.optim.lr_scheduler import PyroLRScheduler
 from distopt.optim.optim import PyroOptim, call_closure
 from distopt.reduce import DisagreementError, DriftError, LocalGradients, PeerError, ReducedGradients, Reducer
@@ -400,5 +399,6 @@ def total_norm(optim: PyroOptim, reduced: ReducedGradients) -> float | None:
     is_first = not callable(args) and args.get("clip_norm") is None and args.get("clip_value") is None
     if not square and not (has_norm and is_first):
         return None
-    total = math.sqrt(float(global_norm(reduced.shared())) ** 2 + square)
+    norm = reduced.norm()
+    total = math.sqrt(norm * norm + square)
     return total if optim.scaler is None else total / optim.scaler.get_scale()
