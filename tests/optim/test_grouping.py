@@ -204,14 +204,14 @@ class Growing:
             generator = torch.Generator().manual_seed(10_000 * self.seed + 100 * t + i)
             p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype) if i in self.calls[t] else None
 
-    def run(self, name, args, alone=False, resume_at=()):
+    def run(self, name, args, alone=False, resume_at=(), clip=None):
         """Returns the values after each call of one optimizer, or of one for each parameter."""
         params, values = self.start(), []
-        optims = [getattr(distopt.optim, name)(args) for _ in (params if alone else "1")]
+        optims = [getattr(distopt.optim, name)(args, clip) for _ in (params if alone else "1")]
         for t in range(NUM_CALLS):
             if t in resume_at:
                 state = optims[0].get_state()
-                optims = [getattr(distopt.optim, name)(args)]
+                optims = [getattr(distopt.optim, name)(args, clip)]
                 optims[0].set_state(state)
             self.set_gradients(params, t)
             for k, optim in enumerate(optims):
@@ -240,3 +240,16 @@ def test_a_resume_at_any_step_around_a_birth_changes_no_bit(name, args, seed):
     assert_same_bits(growing.run(name, args, resume_at=range(1, NUM_CALLS)), expected)
     for t in range(2, 30, 9) if seed else (20,):
         assert_same_bits(growing.run(name, args, resume_at=[t]), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "clip", [{"global_norm": 2.0}, {"clip_norm": 0.5}, {"clip_norm": 2.0, "global_norm": 3.0}], ids=str
+)
+@pytest.mark.parametrize("name", ["SGD", "Adam", "Adamax"])
+def test_a_resume_around_a_birth_changes_no_bit_of_what_is_clipped(name, clip, dtype):
+    growing = Growing(2, dtype)
+    args = {"lr": 0.05, "momentum": 0.9} if name == "SGD" else {"lr": 0.05}
+    expected = growing.run(name, args, clip=clip)
+    assert_same_bits(growing.run(name, args, clip=clip, resume_at=range(1, NUM_CALLS)), expected)
+    assert_same_bits(growing.run(name, args, clip=clip, resume_at=[12, 29]), expected)
