@@ -346,6 +346,21 @@ def test_signal_that_was_ignored_at_the_start_stays_ignored(number, start, tmp_p
     assert number.name not in run.err and (tmp_path / "saved").exists()
 
 
+@pytest.mark.parametrize("platform", ["torchrun", "horovodrun", "mpirun"])
+def test_run_behind_nohup_outlives_a_logout_and_a_batch_systems_signal_stops_all_its_workers(platform, start, tmp_path):
+    if (needed := {"horovodrun": "horovod", "mpirun": "mpi4py"}.get(platform)) and find_spec(needed) is None:
+        pytest.skip(f"{needed} is not installed (make setup-dev)")
+    write_config(tmp_path, "wait")
+    as_nohup = "import os, sys; os.setsid(); os.execvp('nohup', ['nohup', *sys.argv[1:]])"
+    run = start(f"launch.platform={platform}", prefix=[sys.executable, "-c", as_nohup])
+    wait_until(lambda: len(list(tmp_path.glob("ready-*"))) == 2, "both workers ready")
+    os.killpg(run.process.pid, signal.SIGHUP)  # what a logout sends
+    run.signal(signal.SIGUSR1)
+    assert run.wait() == 128 + signal.SIGUSR1, run.everything()
+    assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
+    assert "SIGHUP" not in run.err and "received SIGUSR1" in run.err
+
+
 @pytest.mark.parametrize("hangs_up", [True, False])
 def test_terminal_that_goes_away_loses_no_checkpoint(hangs_up, start, tmp_path):
     """With a hang-up the run saves and stops, and without one, as behind nohup, it continues though it cannot print."""
