@@ -428,7 +428,7 @@ def test_more_than_eight_programs_are_refused():
         observe(pyro.sample("loc", dist.Normal(0.0, 1.0)), 1.0, x)
 
     step = StepCapture(Trace_ELBO().loss_and_grads)
-    run_steps(step, model, AutoNormal(model), lambda i: (DATA[: 10 + i // 3],), 40)
+    run_steps(step, model, AutoNormal(model), lambda i: (DATA[: 10 + i // 3],), 28)
     assert "more than 8 programs" in step.refusal
 
 
