@@ -43,7 +43,8 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version  # costs more than everything else here
 
-        return version("distopt")
+        # Looked up once: each search leaves cycles behind, and every checkpoint asks.
+        return globals().setdefault(name, version("distopt"))
     if name in _HOME:
         home = import_module(_HOME[name])
         if name == "init":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import pydoc
 import subprocess
 import sys
@@ -39,3 +40,9 @@ def test_import_and_completion_are_cheap() -> None:
     code = "import sys, distopt; dir(distopt); print({'torch', 'pyro', 'pydantic', 'typer'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_version_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = distopt.__version__
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: pytest.fail(f"{name} is looked up again"))
+    assert distopt.__version__ == known == importlib.metadata.distribution("distopt").version

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack, closing
 
 import pyro
 import pyro.optim
 import pytest
 import torch
 
+import distopt
 from distopt.backends import current
 from distopt.backends.single import Single
 from distopt.checkpoint import (
@@ -18,7 +20,7 @@ from distopt.checkpoint import (
 )
 from distopt.checkpoint.reader import candidates
 from distopt.checkpoint.storage.base import open_storage
-from distopt.optim import Adam, ClippedAdam
+from distopt.optim import Adam, ClippedAdam, DistributedOptimizer
 from tests import workers
 from tests.checkpoint.damage import BEFORE, LAST, flip
 from tests.checkpoint.runs import checkpointer, value
@@ -153,3 +155,53 @@ def test_run_on_other_numbers_of_ranks_goes_on_with_replicated_state_and_defined
     again = workers.world("torch_dist", 2).run(_restore_rank_state, str(tmp_path))
     assert wider == again
     assert wider[0][3] != wider[1][3]
+
+
+# A parameter of each of these names appears at the step: before, at and after the ones at which the number of ranks
+# changes.
+BIRTHS = {"late": 0, "early": 0, "d": 4, "b": 5, "c": 6, "a": 10, "z": 11, "m": 14}
+NUM_STEPS = 20
+ROWS = torch.randn(12, NUM_STEPS, 7, generator=torch.Generator().manual_seed(2))
+
+
+def _train_while_it_grows(directory, stop, optimizer=None):
+    """Steps by the mean over the rows of all ranks, from the newest checkpoint on; returns the parameters."""
+    backend = current()
+    pyro.clear_param_store()
+    distributed = optimizer is None
+    if distributed:
+        optimizer = DistributedOptimizer(Adam({"lr": 0.05}))
+    rows = ROWS[backend.rank :: backend.world_size] if distributed else ROWS
+    with ExitStack() as stack:
+        keeper = stack.enter_context(Checkpointer(directory, {"optimizer": optimizer})) if distributed else None
+        restored = keeper.restore() if keeper else None
+        for step in range(restored.step if restored else 0, stop):
+            params = []
+            for index, (name, birth) in enumerate(BIRTHS.items()):
+                if birth <= step:
+                    params.append(pyro.param(name, torch.linspace(-1, 1, 1 + index % 7)).unconstrained())
+                    params[-1].grad = (rows[:, step, : 1 + index % 7] * (1 + index) + params[-1].detach()).mean(0)
+            optimizer(params)
+        if keeper:
+            keeper.save(stop)
+    return {name: value.tolist() for name, value in sorted(pyro.get_param_store().items())}
+
+
+@pytest.mark.parametrize(
+    "lives",
+    [
+        [("torch_dist", 2, 5), ("torch_dist", 4, 10), ("torch_dist", 2, NUM_STEPS)],
+        [("torch_dist", 4, 4), ("torch_dist", 1, 6), ("torch_dist", 2, 11), ("torch_dist", 4, NUM_STEPS)],
+        [("torch_dist", 2, 14), ("horovod", 4, 15), ("torch_dist", 2, NUM_STEPS)],
+    ],
+    ids=str,
+)
+def test_run_whose_parameters_appear_resumes_on_other_numbers_of_ranks(lives, tmp_path):
+    for kind, size, stop in lives:
+        ranks = workers.world(kind, size).run(_train_while_it_grows, str(tmp_path), stop)
+        assert all(values == ranks[0] for values in ranks), "replicas are equal in every bit"
+    with closing(distopt.init("single")):
+        expected = _train_while_it_grows("", NUM_STEPS, pyro.optim.Adam({"lr": 0.05}))
+    assert ranks[0].keys() == expected.keys()
+    for name, numbers in expected.items():
+        assert ranks[0][name] == pytest.approx(numbers, rel=1e-6, abs=1e-6), name

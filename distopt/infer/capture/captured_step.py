@@ -12,9 +12,15 @@ from distopt.infer.capture import program as programs
 from distopt.infer.capture.assumptions import Assumptions
 from distopt.infer.capture.program import Program
 from distopt.infer.capture.recorded_step import RecordedStep
-from distopt.infer.capture.recording import Recording, TensorInfo, same_bits
+from distopt.infer.capture.recording import Recording, TensorInfo, difference, same_bits
 
 logger = logging.getLogger(__name__)
+
+MAX_PROGRAMS = 8
+"""Programs of one step function: for other shapes, other plain arguments, other branches."""
+
+FIRST_PAUSE_STEPS = 8
+"""Eager steps after values or shapes kept changing, until steps are recorded again; the next pause is twice as long."""
 
 FAILED = -100
 """The status of a program that raised an error."""
@@ -100,7 +106,7 @@ class CapturedStep:
             and recording.requires_grad == [param.requires_grad for param in store]
             and recording.with_grad == [index for index, param in enumerate(store) if param.grad is not None]
             and recording.infos[: len(store)] == [TensorInfo.of(param) for param in store]
-            and all(same_bits(recording.foreign[slot], values) for slot, values in recording.compared.items())
+            and holds_constants(recording)
         )
 
     @property
@@ -110,7 +116,7 @@ class CapturedStep:
         return total >= 8 and self.failed_checks > 0.25 * total
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Pending:
     """A recording that waits for an equal one."""
 
@@ -118,15 +124,86 @@ class Pending:
     assumptions: Assumptions
     viewed: bool  # whether the model saw other tensors with the memory of the arguments
 
+    def holds(self) -> bool:
+        """Returns whether the values that the recorded step read are there now."""
+        return self.assumptions() and holds_constants(self.recording)
+
+    def change(self) -> str | None:
+        """Returns what differs now from what the recorded step read; None where nothing does."""
+        changed = self.assumptions.changed()
+        if changed:
+            return f"{', '.join(changed[:3])} changes from step to step"
+        return None if holds_constants(self.recording) else "a value read from a tensor changes from step to step"
+
 
 @dataclass(slots=True)
 class Variant:
-    """Steps whose arguments have the same structure, shapes and plain values."""
+    """Steps whose arguments have the same structure, shapes and plain values.
+
+    A recording waits until an equal one comes. Recordings of other branches, and of other values that the model reads,
+    wait beside it. One whose values held before a step that differs all the same shows that the step depends on
+    something that the list does not hold, or that it changes itself what it reads.
+    """
 
     captured: list[CapturedStep] = field(default_factory=list)
     pending: list[Pending] = field(default_factory=list)
     misses: int = 0
+    num_changes: int = 0  # recordings in a row that read other values than all that waited
     viewed: bool = True  # the last recording's
+
+    def held(self) -> list[Pending]:
+        """Returns the recordings that wait and whose values are there now, before a step."""
+        return [pending for pending in self.pending if pending.holds()]
+
+    def match(self, recording: Recording, held: list[Pending], *, viewed: bool) -> tuple[Pending | None, str | None]:
+        """Takes out the recording that has waited for this one; returns it, and why the two are unlike."""
+        for pending in held:
+            if other_branch(pending.recording, recording) or pending.viewed == viewed:
+                continue
+            self.pending.remove(pending)
+            unlike = pending.change() or difference(pending.recording, recording)
+            if unlike is None:
+                self.misses = self.num_changes = 0
+            return pending, unlike
+        return None, None
+
+    def keep(self, pending: Pending, held: list[Pending]) -> bool:
+        """Lets a recording wait; returns whether there was room beside those of other branches."""
+        self.num_changes = 0 if held else self.num_changes + 1
+        if len(self.pending) == MAX_PROGRAMS:
+            stale = [each for each in self.pending if each not in held]  # of values that were there once
+            if not stale:
+                return False
+            self.pending.remove(stale[0])
+        self.pending.append(pending)
+        return True
+
+
+@dataclass(slots=True)
+class Pauses:
+    """Eager steps between attempts to capture steps whose values or shapes keep changing; each is twice as long."""
+
+    num_steps: int = FIRST_PAUSE_STEPS
+    end: int | None = None  # the last step of the present one
+
+    def begin(self, step: int) -> int:
+        """Begins one after a step, and returns its number of steps."""
+        num_steps = self.num_steps
+        self.end = step + num_steps
+        self.num_steps *= 2
+        return num_steps
+
+    def is_over(self, step: int) -> bool:
+        """Returns whether one ended before a step; says so once."""
+        if self.end is None or step <= self.end:
+            return False
+        self.end = None
+        return True
+
+
+def holds_constants(recording: Recording) -> bool:
+    """Returns whether the tensors from outside whose values Python read have these values now."""
+    return all(same_bits(recording.foreign[slot], values) for slot, values in recording.compared.items())
 
 
 def recorded_result(step: RecordedStep) -> StepResult:

@@ -440,6 +440,10 @@ class CompiledCapture(StepCapture):
             rehearsal.undo(writes.undo_writes)
         return super().__call__(model, guide, *args, **kwargs)
 
+    def _pause(self, reason: str) -> None:
+        # Which steps are compiled again would follow from when the process began.
+        self._refuse(reason)
+
     def _take_recorded(self, *step: Any) -> RecordedStep | None:
         recorded = super()._take_recorded(*step)
         self._undo = None if recorded is None else recorded.undo_writes

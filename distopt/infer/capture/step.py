@@ -23,7 +23,9 @@ from distopt.infer.capture import program as programs
 from distopt.infer.capture.assumptions import Assumptions
 from distopt.infer.capture.captured_step import (
     FAILED,
+    MAX_PROGRAMS,
     CapturedStep,
+    Pauses,
     Pending,
     StepResult,
     Variant,
@@ -34,14 +36,11 @@ from distopt.infer.capture.cuda_graph import NoGraphError, build_graph, uses_gpu
 from distopt.infer.capture.passes import shorten
 from distopt.infer.capture.reachable import is_plain
 from distopt.infer.capture.recorded_step import NotFiniteError, RecordedStep, record_step
-from distopt.infer.capture.recording import Recording, difference
+from distopt.infer.capture.recording import difference
 from distopt.infer.capture.rows import TensorRows
 from distopt.infer.capture.watch import Watch, may_watch
 
 logger = logging.getLogger(__name__)
-
-MAX_PROGRAMS = 8
-"""Programs of one step function: for other shapes, other plain arguments, other branches."""
 
 MAX_MISSES = 3
 """Recordings in a row that may differ from each other before steps stay eager."""
@@ -88,15 +87,17 @@ class StepCapture:
     flags that the model's code read (see `assumptions`). Branches on values of tensors are computed again and compared;
     another answer takes an eager step. Steps 8, 16, 32, ..., 512 and every 1,000th are recorded again and compared.
 
-    A step that cannot be captured stays eager, and `refusal` says why. Pyro does not validate recorded and captured
-    steps, but one whose loss is not finite is taken again, eagerly and with the same random numbers.
+    A step that cannot be captured stays eager, and `refusal` says why. While values that the model reads keep changing,
+    as in annealing, steps are eager too; they are recorded again after 8 steps, then 16, and so on. Pyro does not
+    validate recorded and captured steps, but one whose loss is not finite is taken again, eagerly and with the same
+    random numbers.
 
     Args:
         loss_and_grads: The method of a `pyro.infer.ELBO` instance.
         direct: Whether small arithmetic is done by the C++ loop itself; off, it is all ATen's.
 
     Attributes:
-        refusal: Why steps stay eager; None while they need not.
+        refusal: Why steps are eager; None while they need not be.
         notice: Likewise why steps that were to be compiled are not.
         keys: Of each compiled list, a hash of all that its bits depend on.
         num_steps: Steps so far, of which `num_captured` ran from a program and `num_recorded` were recorded.
@@ -128,11 +129,12 @@ class StepCapture:
         self._variants: dict[Any, Variant] = {}
         self._num_programs = 0
         self._num_not_finite = 0  # recordings in vain
+        self._pauses = Pauses()
         self._buffers: dict[int, Tensor] | None = None
         self._columns: tuple[Tensor, ...] | None = None  # whose rows a step selects
         self._last: _Last | None = None
-        self._elbo = elbo = getattr(loss_and_grads, "__self__", None)
-        if not isinstance(elbo, pyro.infer.ELBO) or type(elbo).__name__.startswith("Jit"):
+        self._elbo = getattr(loss_and_grads, "__self__", None)
+        if not isinstance(self._elbo, pyro.infer.ELBO) or type(self._elbo).__name__.startswith("Jit"):
             self._refuse("the loss is no method of a pyro.infer.ELBO, or one that traces by itself")
 
     def __call__(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> StepResult:
@@ -144,6 +146,8 @@ class StepCapture:
         # The first step is never recorded: guides set themselves up in it, and ELBOs look how deep plates are nested,
         # with extra runs of the model that no later step has.
         self.num_steps += 1
+        if self._pauses.is_over(self.num_steps):
+            self.refusal = None
         args = self._rows_or_args(args)
         result = self._repeat(model, guide, args, kwargs)
         if result is not None:
@@ -157,7 +161,7 @@ class StepCapture:
 
         # Steps of one kind wait for a second one to be captured, so those that keep changing are no kinds.
         if key not in self._variants and len(self._variants) >= MAX_PROGRAMS:
-            self._refuse(_TOO_MANY)
+            self._pause(_TOO_MANY)
             return self._eager(model, guide, args, kwargs)
         variant = self._variants.setdefault(key, Variant())
         if not kwargs and len(tensors) == len(args):
@@ -185,9 +189,8 @@ class StepCapture:
         return args if rows is None else (rows.rows,)
 
     def _loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._columns is not None:
-            args = tuple(TensorRows(self._columns, *args))
-        return self.loss_and_grads(model, guide, *args, **kwargs)
+        selected = args if self._columns is None else TensorRows(self._columns, *args)
+        return self.loss_and_grads(model, guide, *selected, **kwargs)
 
     # Steps of each kind.
 
@@ -226,15 +229,14 @@ class StepCapture:
     ) -> StepResult:
         """Runs the first program whose assumptions and checks hold; records the step where none is left."""
         store = pyro.get_param_store()._params
-        often_failed = True
-        tried = False
+        failed: list[bool] = []  # of programs whose check has failed, whether it often does
 
         # A program that does not fit costs next to nothing: it looks at its inputs before it runs an operation. One
         # whose check fails has run in vain, and has put back what it changed.
         for captured in variant.captured:
             status, result = captured.run(store, tensors, self._buffers)
+            self.num_captured += result is not None
             if result is not None:
-                self.num_captured += 1
                 return result
             if status == FAILED:  # an eager step shows the error as the model's own
                 result = self._eager(model, guide, args, kwargs)
@@ -244,14 +246,12 @@ class StepCapture:
             if status == programs.NOT_FINITE:
                 return self._take_not_finite(captured, model, guide, args, kwargs)
             if status >= 0:
-                tried = True
-                often_failed = often_failed and captured.fails_often
+                failed.append(captured.fails_often)
 
-        if tried and not often_failed:
-            return self._eager(model, guide, args, kwargs)
-        if self._num_programs >= MAX_PROGRAMS:
-            if not tried:
-                self._refuse(_TOO_MANY)
+        is_full = self._num_programs >= MAX_PROGRAMS
+        if is_full and not failed:
+            self._pause(_TOO_MANY)
+        if is_full or not all(failed):
             return self._eager(model, guide, args, kwargs)
         return self._record(variant, model, guide, args, kwargs)
 
@@ -267,7 +267,8 @@ class StepCapture:
         """Records the step, and captures it if an earlier recording is equal."""
         # One recording sees the arguments themselves, the other one other tensors with the same memory: the two are
         # unequal if the model gets at an argument by another way too, or asks for its identity.
-        variant.viewed = viewed = not variant.viewed
+        held = variant.held()
+        variant.viewed = viewed = not (held[-1].viewed if held else variant.viewed)
         if viewed:
             args, kwargs = _views(args, kwargs)
         watch = Watch()
@@ -284,25 +285,18 @@ class StepCapture:
             self._miss(variant, step.recording.refusal, is_final=not step.recording.transient)
             return result
 
-        # A recording waits until an equal one comes. Recordings of other branches wait beside it; one that took the
-        # same branches and differs all the same shows that the step depends on something that the list does not hold.
         roots = {"elbo": self._elbo, "model": model, "guide": guide}
         objects = [*filter(_is_object, tree_flatten((args, kwargs))[0])]
-        for pending in variant.pending:
-            if other_branch(pending.recording, step.recording) or pending.viewed == viewed:
-                continue
-            unlike = _unlike(pending, step.recording)
-            if unlike is None:
-                variant.pending.remove(pending)
-                variant.misses = 0
-                self._capture(variant, step, Assumptions(watch, roots, objects, pending.assumptions), args, kwargs)
-                return result
-            variant.pending.remove(pending)
+        pending, unlike = variant.match(step.recording, held, viewed=viewed)
+        if pending is not None and unlike is None:
+            self._capture(variant, step, Assumptions(watch, roots, objects, pending.assumptions), args, kwargs)
+            return result
+        if unlike is not None:
             self._miss(variant, unlike)
-            break
 
-        variant.pending.append(Pending(step.recording, Assumptions(watch, roots, objects), viewed))
-        if len(variant.pending) > MAX_PROGRAMS:
+        if not held and variant.num_changes == MAX_MISSES:
+            self._pause(variant.pending[-1].change() or _TOO_MANY)
+        elif not variant.keep(Pending(step.recording, Assumptions(watch, roots, objects), viewed), held):
             self._refuse(f"branches on values take more than {MAX_PROGRAMS} ways, {step.recording.checks[0].line}")
         return result
 
@@ -370,6 +364,11 @@ class StepCapture:
         if is_final or variant.misses >= MAX_MISSES:
             self._refuse(reason)
 
+    def _pause(self, reason: str) -> None:
+        """Keeps steps eager for a while, until what changed from step to step may have settled."""
+        self._refuse(f"{reason}; steps are recorded again after {self._pauses.begin(self.num_steps)} eager ones")
+        self._num_programs = 0
+
     def _refuse(self, reason: str) -> None:
         """Keeps steps eager from here on, and says why once."""
         if self.refusal is not None:
@@ -391,14 +390,6 @@ def _warn_of_difference(step: int, difference: str) -> None:
 
 def _ids(columns: tuple[Tensor, ...] | None) -> list[int] | None:
     return None if columns is None else list(map(id, columns))
-
-
-def _unlike(pending: Pending, recording: Recording) -> str | None:
-    """Returns why a recording is another step than the one that waits, None if it is the same."""
-    changed = pending.assumptions.changed()
-    if changed:
-        return f"{', '.join(changed[:3])} changes from step to step"
-    return difference(pending.recording, recording)
 
 
 def _is_comparison_step(step: int) -> bool:

@@ -213,7 +213,7 @@ def random_case(seed: int) -> Case:
 def check(seed: int) -> bool:
     """Compares one random model, and returns whether it was captured."""
     case = random_case(seed)
-    capture = compare(case, 14, seed=seed, keep_grads=bool(seed % 2))
+    capture = compare(case, 20, seed=seed, keep_grads=bool(seed % 2))
     if capture.num_captured == 0:
         assert capture.refusal is not None or capture.num_recorded >= 5  # its branch never went one way twice
     return capture.num_captured > 0
@@ -228,4 +228,4 @@ def test_random_model_is_equal_or_refused(seed):
 @pytest.mark.timeout(7200)
 def test_thousands_of_random_models_are_equal_or_refused():
     captured = sum(check(seed) for seed in range(100, 2100))
-    assert captured > 1600
+    assert captured > 1800  # the others take another branch each time, or more values than eight

@@ -10,7 +10,7 @@ from pyro.infer.autoguide import AutoNormal
 
 from distopt.infer.capture import StepCapture
 from distopt.infer.capture.step import MAX_PROGRAMS
-from tests.infer.capture.cases import DATA, Network, captured_cases, hierarchy
+from tests.infer.capture.cases import DATA, Case, Network, captured_cases, hierarchy
 from tests.infer.capture.steps import compare, run_steps
 
 CASES = captured_cases()
@@ -38,10 +38,64 @@ def annealed(x, factor):
 def test_arguments_that_differ_in_each_step_are_recorded_a_few_times_only():
     pyro.clear_param_store()
     capture = StepCapture(Trace_ELBO().loss_and_grads)
-    run_steps(capture, annealed, AutoNormal(annealed), lambda i: (DATA, 0.1 + i / 100), 30)
-    assert "keep changing" in capture.refusal
+    guide = AutoNormal(annealed)
+    run_steps(capture, annealed, guide, lambda i: (DATA, 0.1 + i / 100), 17)
+    assert "keep changing; steps are recorded again after 8 eager ones" in capture.refusal
     assert capture.num_recorded <= MAX_PROGRAMS
     assert capture._variants == {}
+    run_steps(capture, annealed, guide, lambda i: (DATA, 1.0), 10)
+    assert capture.refusal is None
+    assert capture.num_captured > 0
+
+
+NUMBERS = {
+    "annealed": (lambda i: min(1.0, 0.1 + i / 15), 40, 10),
+    "of two kinds of steps": (lambda i: (1.0, 0.5)[i % 2], 14, 8),
+    "of three kinds of steps": (lambda i: (1.0, 0.5, 0.2)[i % 3], 16, 7),
+    "once another": (lambda i: 0.5 if i == 7 else 1.0, 14, 9),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_number_that_changes_between_steps_is_captured_where_it_comes_again(name):
+    number, num_steps, num_captured = NUMBERS[name]
+    scale = [1.0]
+
+    def model(x):
+        annealed(x, scale[0])
+
+    def change(i):
+        scale[0] = number(i)
+
+    capture = compare(Case(Trace_ELBO, model, AutoNormal, (DATA,), change), num_steps)
+    assert capture.refusal is None
+    assert capture.num_captured >= num_captured
+
+
+@pytest.mark.parametrize("period", [2, 3])
+def test_number_that_the_step_itself_changes_is_never_captured(period):
+    state = {"step": 0}
+
+    def model(x):
+        state["step"] = (state["step"] + 1) % period
+        annealed(x, (1.0, 0.5, 0.2)[state["step"]])
+
+    capture = compare(Case(Trace_ELBO, model, AutoNormal, (DATA,), lambda i: i or state.update(step=0)), 24)
+    assert capture.num_captured == 0
+    assert "state['step'] changes from step to step" in capture.refusal
+
+
+def test_number_that_comes_again_when_the_step_has_changed_it_is_never_captured():
+    state = {"step": 0}
+
+    def model(x):
+        state["step"] += 1
+        annealed(x, 1.0 / state["step"])
+
+    def change(i):
+        state["step"] = (0, 1)[i % 2]
+
+    assert compare(Case(Trace_ELBO, model, AutoNormal, (DATA,), change), 24).num_captured == 0
 
 
 def branching(x):
