@@ -250,7 +250,7 @@ class DistoptStrategy(ProcessStrategy):
         assert module is not None
         if module.automatic_optimization and self._trainer.fit_loop._should_accumulate():
             return
-        self._average([param for param in module.parameters() if param.requires_grad])
+        average_gradients_(self.backend, [param for param in module.parameters() if param.requires_grad])
         self._is_averaged = True
 
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
@@ -270,14 +270,11 @@ class DistoptStrategy(ProcessStrategy):
             if not self._is_averaged and (has_gradients or not self._has_stepped_svi):
                 for gradient in [param.grad for param in params if param.grad is not None]:
                     gradient.mul_(self._share.weight)
-                self._average(params)
+                average_gradients_(self.backend, params)
             self._is_averaged = False
             return result
 
         return averaged
-
-    def _average(self, params: Sequence[Tensor]) -> None:
-        average_gradients_(self.backend, params)
 
     # Validation, and the end.
 
