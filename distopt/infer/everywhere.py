@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
@@ -12,13 +13,19 @@ import pyro.optim
 from numpy.typing import ArrayLike
 from pyro.infer.abstract_infer import TracePosterior
 from pyro.optim.horovod import HorovodOptimizer
+from torch import Tensor
 
+from distopt.backends import current
+from distopt.infer.capture.modes import CaptureMode, check_mode
+from distopt.infer.capture.step_gradients import StepGradients
 from distopt.infer.sharded_plate import Sharded, Weight, shard, share_plates
 from distopt.infer.svi import SVI
 from distopt.infer.torch_closures import averaging_closures
 from distopt.optim.distributed import DistributedOptimizer
 from distopt.optim.distributed.adoption import AdoptedOptimizer, adopt_, release_
 from distopt.optim.distributed.pyro_hooks import begin_adopting, end_adopting
+from distopt.optim.distributed.stepping import Loss
+from distopt.optim.distributed.svi_step import LossAndParams
 
 OnAdopt: TypeAlias = Callable[[pyro.infer.SVI | pyro.optim.optim.PyroOptim, Sequence[Any], Mapping[str, Any]], None]
 FindPlates: TypeAlias = Callable[[pyro.infer.SVI, Sequence[Any], Mapping[str, Any]], Iterable[str]]
@@ -35,6 +42,7 @@ def everywhere(
     find_plates: FindPlates | None = None,
     on_adopt: OnAdopt | None = None,
     torch_closures: bool = True,
+    capture: CaptureMode = "off",
     **options: Any,
 ) -> Iterator[None]:
     """Makes every SVI and optimizer distributed that steps inside, also those that a library makes for itself.
@@ -60,9 +68,12 @@ def everywhere(
         on_adopt: Called with each SVI that was adopted, before its first step, and the arguments of that; with each
             optimizer that is stepped without an SVI.
         torch_closures: Whether torch optimizers that are stepped with a closure are averaged, too.
+        capture: Which steps of Pyro's SVIs run from a recording, as for `SVI`; one of distopt's has a mode of its own.
+            If steps of an SVI cannot be captured, they stay eager, and a warning says why, once on each rank.
         **options: Keyword arguments of `DistributedOptimizer` for the optimizers that are adopted.
 
     Raises:
+        ValueError: `capture` is no mode.
         TypeError: Inside: a class takes its steps in another way, so that its ranks could not step together.
         LocalParameterError: Inside: as from `shard`.
 
@@ -85,9 +96,10 @@ def everywhere(
         >>> with everywhere(plates="rows"):
         ...     losses = fit(model, torch.ones(5))
     """
+    check_mode(capture)
     names = (plates,) if isinstance(plates, str) else tuple(plates)
     sharding = {"rows": rows, "local": local, "replicated": tuple(replicated)}
-    adoption = _Adoption(names, sharding, weight, find_plates, on_adopt, options)
+    adoption = _Adoption(names, sharding, weight, find_plates, on_adopt, capture, options)
     begin_adopting(adoption)
     with ExitStack() as stack:
         stack.callback(adoption.undo)
@@ -106,6 +118,7 @@ class _Adoption:
         weight: See `everywhere`.
         find_plates: See `everywhere`.
         on_adopt: See `everywhere`.
+        capture: See `everywhere`.
         options: Of `DistributedOptimizer`.
     """
 
@@ -116,6 +129,7 @@ class _Adoption:
         weight: Weight,
         find_plates: FindPlates | None,
         on_adopt: OnAdopt | None,
+        capture: CaptureMode,
         options: Mapping[str, Any],
     ) -> None:
         self._plates = plates
@@ -123,12 +137,19 @@ class _Adoption:
         self._weight = weight
         self._find_plates = find_plates
         self._on_adopt = on_adopt
+        self._capture: CaptureMode = capture
         self._options = options
         self._optimizers: list[AdoptedOptimizer] = []
         self._svis: dict[int, tuple[pyro.infer.SVI, Any, Any]] = {}  # as they were, by id
+        self._gradients: dict[int, _EagerIfRefused] = {}  # of SVIs whose steps are captured, by id
 
-    def adopt_svi(self, svi: pyro.infer.SVI, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Adopts an SVI that is about to step, unless it was before; one of distopt keeps its plates and weight."""
+    def adopt_svi(self, svi: pyro.infer.SVI, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LossAndParams | None:
+        """Adopts an SVI that is about to step, unless it was before; returns what computes captured steps of it."""
+        self._adopt_svi(svi, args, kwargs)
+        return self._gradients.get(id(svi))
+
+    def _adopt_svi(self, svi: pyro.infer.SVI, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Adopts an SVI, unless it was before; one of distopt keeps its plates and weight."""
         if id(svi) in self._svis or isinstance(svi.optim, HorovodOptimizer):
             return
         if isinstance(svi, SVI):
@@ -148,6 +169,8 @@ class _Adoption:
                 svi.model = shard(svi.model, self._plates, **self._sharding) if self._plates else svi.model
                 svi.model = shard(svi.model, more, replicated=("*",)) if more else svi.model
             svi.model, svi.guide = share_plates(svi.model, svi.guide, self._weight)
+            if self._capture != "off":
+                self._gradients[id(svi)] = _EagerIfRefused(svi, self._capture)
         if self._on_adopt is not None:
             self._on_adopt(svi, args, kwargs)
 
@@ -182,7 +205,35 @@ class _Adoption:
         for optim in self._optimizers:
             release_(optim)
         self._svis.clear()
+        self._gradients.clear()
         self._optimizers.clear()
+
+
+class _EagerIfRefused:
+    """Computes the steps of an adopted SVI, captured where they can be; warns once why they are not.
+
+    Args:
+        svi: The SVI.
+        capture: Which steps are to be captured.
+    """
+
+    def __init__(self, svi: pyro.infer.SVI, capture: CaptureMode) -> None:
+        self._svi = svi
+        self._capture = capture
+        self._gradients = StepGradients(capture, svi.loss_and_grads)
+        self._has_warned = False
+
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Loss, Sequence[Tensor]]:
+        result = self._gradients(self._svi, args, kwargs)
+        captured = self._gradients.captured
+        if captured is not None and captured.refusal is not None and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"capture={self._capture!r}: steps of this SVI run eagerly on rank {current().rank}, since they cannot "
+                f"be captured: {captured.refusal}",
+                stacklevel=6,
+            )
+        return result
 
 
 def _refuse_other_svi() -> None:

@@ -218,6 +218,11 @@ class Sharded(partial[Any]):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.args[1], name)
 
+    def current_weight(self) -> float:
+        """Returns the factor of sites outside sharded plates in a run that begins now."""
+        run: _Run = self.args[0]
+        return run.current_weight()
+
     def __reduce__(self) -> Any:
         """Returns what it is pickled and copied by; a model and guide that are copied together share the plates."""
         run, fn = self.args
@@ -236,8 +241,7 @@ class _Run:
     def __call__(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if isinstance(fn, AutoGuide):
             self._prepare(fn, args, kwargs)
-        weight = self.weight() if callable(self.weight) else self.weight
-        with Sharding(self._plates, self._plan, weight=weight) as sharding:
+        with Sharding(self._plates, self._plan, weight=self.current_weight()) as sharding:
             result = fn(*args, **kwargs)
 
         for name in self.required:
@@ -247,6 +251,9 @@ class _Run:
                     f"Its plates: {', '.join(sorted(sharding.seen)) or 'none'}"
                 )
         return result
+
+    def current_weight(self) -> float:
+        return self.weight() if callable(self.weight) else self.weight
 
     def _prepare(self, guide: AutoGuide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Plans which parameters of an autoguide belong to datapoints; again if plates were found meanwhile."""

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import pyro.infer
 from pyro.infer.util import zero_grads
-from torch import Tensor
 
-from distopt.infer.capture import StepCapture, TensorRows
-from distopt.infer.capture.compiled import CompiledCapture
-from distopt.infer.capture.modes import CaptureMode, is_checked_late, mode_of_step
+from distopt.infer.capture import StepCapture
+from distopt.infer.capture.modes import CaptureMode, check_mode
+from distopt.infer.capture.step_gradients import StepGradients
 from distopt.infer.sharded_plate import share_plates
 from distopt.optim.distributed import DistributedOptimizer, StepInfo
 from distopt.optim.distributed.pyro_hooks import offer_svi
 from distopt.optim.distributed.stepping import Loss
-from distopt.optim.distributed.svi_step import loss_and_named_params, run_once, step_on_all_ranks
-from distopt.reduce.layout import Layout
+from distopt.optim.distributed.svi_step import run_once, step_on_all_ranks
 
 
 class SVI(pyro.infer.SVI):  # type: ignore[misc]
@@ -51,9 +50,6 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
             quicker for many rows, and equal but for rounding; where it cannot be, as "graph", and `captured.notice`
             says why. "off": every step is eager.
         **kwargs: What Pyro's `TracePosterior` takes.
-
-    Attributes:
-        captured: The `StepCapture` that runs the steps, None for `capture="off"`.
 
     Raises:
         ValueError: `capture` is none of these.
@@ -89,29 +85,25 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         capture: CaptureMode = "auto",
         **kwargs: Any,
     ) -> None:
-        if capture not in get_args(CaptureMode):
-            raise ValueError(f"capture={capture!r}: must be one of {', '.join(map(repr, get_args(CaptureMode)))}.")
+        check_mode(capture)
         wrapped = share_plates(model, guide, weight)
         super().__init__(*wrapped, optim, loss, loss_and_grads, num_samples, num_steps, **kwargs)
-        self._capture: CaptureMode = capture
-        self.captured = self._make_capture()
-        self._num_calls = 0
-        self._layout: Layout | None = None  # in whose buckets captured steps leave gradients
+        self._gradients = StepGradients(capture, self.loss_and_grads)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Returns what is pickled and copied: all but the recordings of steps, which the copy makes anew."""
-        return {**vars(self), "_layout": None, "captured": None}
+    @property
+    def captured(self) -> StepCapture | None:
+        """The `StepCapture` that runs the steps, None for `capture="off"`."""
+        return self._gradients.captured
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Takes the state of another SVI, which may have been pickled before steps were captured."""
-        self.__dict__.update({"_capture": "auto", "_num_calls": 0, "_layout": None, "captured": None, **state})
-        self.captured = self._make_capture()
+        self.__dict__.update(state)
+        if "_gradients" not in state:
+            self._gradients = StepGradients("auto", self.loss_and_grads)
 
-    def _make_capture(self) -> StepCapture | None:
-        if self._capture == "off":
-            return None
-        make = CompiledCapture if self._capture == "compiled" else StepCapture
-        return make(self.loss_and_grads)
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what is pickled and copied: all but the recordings of steps, which the copy makes anew."""
+        return {**vars(self), "_gradients": copy.copy(self._gradients)}
 
     def init(self, *args: Any, **kwargs: Any) -> None:
         """Runs guide and model once, so that their parameters exist before the first step; changes no parameter.
@@ -181,42 +173,15 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         if not isinstance(self.optim, DistributedOptimizer):
             raise TypeError(f"step_with() needs a DistributedOptimizer, found {type(self.optim).__name__}; use step().")
         shared = {"step": step, "stop": stop, "measure_norm": measure_norm}
-        compute = partial(self._loss_and_params, is_checked=is_checked)
+        compute = partial(self._gradients, self, is_checked=is_checked)
         return step_on_all_ranks(self, args, kwargs or {}, compute, self.optim.zero_grad, **shared)
-
-    def _loss_and_params(
-        self, args: Sequence[Any], kwargs: Mapping[str, Any], *, is_checked: bool | None = None
-    ) -> tuple[Loss, Sequence[Tensor]]:
-        """Computes the loss and its gradients; returns the loss, and the parameters that the step named."""
-        self._num_calls += 1
-        if is_checked is None:
-            is_checked = is_checked_late(self._num_calls)
-        # Pyro's SVI may be given another loss between its steps.
-        if self.captured is not None and self.captured.loss_and_grads != self.loss_and_grads:
-            self.captured = self._make_capture()
-            self._layout = None
-        if self.captured is None or mode_of_step(self._capture, is_checked=is_checked) == "eager":
-            return loss_and_named_params(self, args, kwargs)
-        self._leave_gradients_in_buckets(self.captured)
-        whole = (args,) if isinstance(args, TensorRows) else args
-        result = self.captured(self.model, self.guide, *whole, **kwargs)
-        return result.loss, result.params
-
-    def _leave_gradients_in_buckets(self, captured: StepCapture) -> None:
-        """Lets captured steps write gradients to where they are reduced."""
-        if not isinstance(self.optim, DistributedOptimizer):
-            return
-        layout = self.optim.reducer.layout
-        if layout is not self._layout:
-            self._layout = layout
-            captured.use_gradient_buffers(layout.gradient_buffers())
 
     def _step_alone(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Loss:
         """Takes a step with an optimizer that is not distributed, as Pyro's SVI does."""
         if self.captured is None:
             loss: Loss = super().step(*args, **kwargs)
             return loss
-        loss, params = self._loss_and_params(args, kwargs)
+        loss, params = self._gradients(self, args, kwargs)
         self.optim(params)
         zero_grads(params)
         return loss

@@ -22,6 +22,7 @@ from distopt.backends import Backend, BackendError
 from distopt.checkpoint.module_state import align_buffers_
 from distopt.config.reduce import ReduceOptions
 from distopt.infer import SVI, everywhere
+from distopt.infer.capture.modes import CaptureMode, check_mode
 from distopt.infer.torch_closures import average_gradients_, by_kind
 from distopt.lightning.checkpoints import TrainerCheckpoints
 from distopt.lightning.loaders import Share, Split, StepLoaders, split_loader
@@ -65,6 +66,7 @@ class DistoptStrategy(ProcessStrategy):
             seeded with.
         noise: Whether ranks draw different numbers in a step.
         reduce: How gradients of several ranks become one.
+        capture: Which steps of a `pyro.infer.SVI` run from a recording, as for `distopt.infer.everywhere`.
         start_method: How processes start that no launcher has started: `popen` or `fork`; None takes what works here.
         timeout: For every wait for the other ranks.
         process_group_backend: Of torch, such as `gloo`; None for the one of the device.
@@ -90,6 +92,7 @@ class DistoptStrategy(ProcessStrategy):
         seed: int | None = None,
         noise: NoisePolicy = "independent",
         reduce: ReduceOptions = ReduceOptions(),  # noqa: B008  # frozen
+        capture: CaptureMode = "off",
         start_method: StartMethod | None = None,
         timeout: timedelta = default_pg_timeout,
         process_group_backend: str | None = None,
@@ -97,13 +100,14 @@ class DistoptStrategy(ProcessStrategy):
     ) -> None:
         if split not in get_args(Split):
             raise ValueError(f"split={split!r}: expected {', '.join(map(repr, get_args(Split)))}.")
+        check_mode(capture)
         super().__init__(
             start_method=start_method, timeout=timeout, process_group_backend=process_group_backend, **kwargs
         )
         self._split: Split = split
         self._plates = (plates,) if isinstance(plates, str) else tuple(plates)
         self._sharding: dict[str, Any] = {"rows": rows, "local": local, "replicated": tuple(replicated)}
-        self._options: dict[str, Any] = {"noise": noise, "reduce": reduce}
+        self._options: dict[str, Any] = {"noise": noise, "reduce": reduce, "capture": capture}
         self._rng_policy: NoisePolicy = noise
         self._given_seed = seed
         self._seed = 0
@@ -246,7 +250,7 @@ class DistoptStrategy(ProcessStrategy):
         assert module is not None
         if module.automatic_optimization and self._trainer.fit_loop._should_accumulate():
             return
-        self._average([param for param in module.parameters() if param.requires_grad])
+        average_gradients_(self.backend, [param for param in module.parameters() if param.requires_grad])
         self._is_averaged = True
 
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
@@ -266,14 +270,11 @@ class DistoptStrategy(ProcessStrategy):
             if not self._is_averaged and (has_gradients or not self._has_stepped_svi):
                 for gradient in [param.grad for param in params if param.grad is not None]:
                     gradient.mul_(self._share.weight)
-                self._average(params)
+                average_gradients_(self.backend, params)
             self._is_averaged = False
             return result
 
         return averaged
-
-    def _average(self, params: Sequence[Tensor]) -> None:
-        average_gradients_(self.backend, params)
 
     # Validation, and the end.
 

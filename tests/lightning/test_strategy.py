@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +15,7 @@ from pyro.infer import Trace_ELBO
 
 from distopt.backends import current
 from distopt.infer import SVI, everywhere, gather_local
+from distopt.infer.capture.step_gradients import StepGradients
 from distopt.lightning import DistoptStrategy
 from distopt.lightning.strategy import _keeps_its_model
 from distopt.optim import Adam, DistributedOptimizer
@@ -129,6 +131,32 @@ def test_svi_of_distopt_may_be_captured_where_each_rank_reads_whole_batches() ->
     assert _run_distopts_svi("graph", "batches") == (expected, 3), "of 6 steps one is eager, and two are recorded"
     for values, num_captured in on_all(2, _run_distopts_svi, "graph", "none"):
         assert values == near(expected) and num_captured == 3
+
+
+def _run_pyros_svi(capture: str) -> tuple[dict[str, list[float]], list[float], list[int]]:
+    pyro.clear_param_store()
+    pyro.set_rng_seed(3)
+    made: list[StepGradients] = []
+
+    def make(*args: Any) -> StepGradients:
+        made.append(StepGradients(*args))
+        return made[-1]
+
+    # 23 rows in batches of 10, 10 and 3: those of 10 are split, and the last is read as it is by each of two ranks.
+    plan = SviPlan(local_model, noisy=True, num_rows=NUM_ROWS)
+    with patch("distopt.infer.everywhere.StepGradients", make):
+        fit(trainer(current().world_size, max_epochs=7, options={"capture": capture}), plan, loader(10))
+    return store_values(), plan.losses, [each.captured.num_captured for each in made if each.captured is not None]
+
+
+def test_plan_of_pyros_svi_may_be_captured_where_batches_are_split() -> None:
+    for num_workers in (1, 2):
+        eager = on_all(num_workers, _run_pyros_svi, "off")
+        captured = on_all(num_workers, _run_pyros_svi, "graph")
+        for (expected, losses, _), (values, others, counts) in zip(eager, captured, strict=True):
+            assert (values, others) == (expected, losses) and len(losses) == 21
+            # Of 21 steps the first, and the 8th and 16th, and two of each shape are eager or recorded.
+            assert len(counts) == 1 and counts[0] >= 12
 
 
 @pytest.mark.parametrize("capture", ["off", "graph"])

@@ -6,7 +6,7 @@ step has the bits of an eager one, so a rank whose model cannot be captured keep
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 CaptureMode: TypeAlias = Literal["auto", "compiled", "graph", "off"]
 """What is asked for: `auto` leaves the steps that Pyro checks to Pyro, and captures all others as `graph` does.
@@ -19,6 +19,16 @@ StepMode: TypeAlias = Literal["eager", "graph"]
 
 CHECKED_STEPS = 100
 """One step in so many has Pyro's checks all along: a value that leaves its support late is found."""
+
+
+def check_mode(capture: CaptureMode) -> None:
+    """Refuses what is no mode.
+
+    Raises:
+        ValueError: `capture` is none of them.
+    """
+    if capture not in get_args(CaptureMode):
+        raise ValueError(f"capture={capture!r}: must be one of {', '.join(map(repr, get_args(CaptureMode)))}.")
 
 
 def mode_of_step(capture: CaptureMode, *, is_checked: bool) -> StepMode:

@@ -204,9 +204,13 @@ class ReachableValues:
             self.test(text, f"{layout} and {name}.tobytes() == {self.name(value.tobytes())}", is_value=True)
 
     def _add_partial(self, text: str, name: str, value: Any) -> None:
-        if isinstance(value, Sharded):  # a captured step does not tell its plates how many datapoints they have
+        # A captured step does not tell its plates how many datapoints they have, and keeps the scales of its sites.
+        if isinstance(value, Sharded):
             for plate, shard in value.plates.items():
                 self.compare(f"the size of plate {plate!r}", f"{name}.plates[{plate!r}].size", shard.size)
+                source = f"{name}.plates[{plate!r}].num_shards"
+                self.compare(f"the number of shards of plate {plate!r}", source, shard.num_shards)
+            self.compare("the weight of a rank's loss", f"{name}.current_weight()", value.current_weight())
         self.add(text, f"{name}.func", value.func)
         for index, each in enumerate(value.args):
             self.add(f"{text}'s argument", f"{name}.args[{index}]", each)

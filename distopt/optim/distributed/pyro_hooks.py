@@ -26,15 +26,15 @@ from distopt.backends import joined_world
 from distopt.optim.capabilities import name_of
 from distopt.optim.distributed.laplace import laplace_approximation
 from distopt.optim.distributed.optimizer import DistributedOptimizer
-from distopt.optim.distributed.svi_step import step_on_all_ranks
+from distopt.optim.distributed.svi_step import LossAndParams, step_on_all_ranks
 from distopt.optim.optim import PyroOptim
 
 
 class Adopter(Protocol):
     """Makes what steps inside `everywhere()` distributed."""
 
-    def adopt_svi(self, svi: pyro.infer.SVI, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Adopts an SVI that is about to step with these arguments of model and guide."""
+    def adopt_svi(self, svi: pyro.infer.SVI, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LossAndParams | None:
+        """Adopts an SVI that is about to step with these arguments; returns what computes its gradients, if not it."""
 
     def adopt_optimizer(self, optim: pyro.optim.PyroOptim) -> None:
         """Adopts an optimizer that is about to step."""
@@ -56,10 +56,13 @@ def end_adopting(adopter: Adopter) -> None:
     _adopters.remove(adopter)
 
 
-def offer_svi(svi: pyro.infer.SVI, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Lets `everywhere()` adopt an SVI that is about to step; does nothing outside."""
-    if _adopters:
-        _adopters[-1].adopt_svi(svi, args, kwargs)
+def offer_svi(svi: pyro.infer.SVI, args: Sequence[Any], kwargs: Mapping[str, Any]) -> LossAndParams | None:
+    """Lets `everywhere()` adopt an SVI that is about to step; does nothing outside.
+
+    Returns:
+        What computes the loss and the gradients of its steps; None for the SVI itself.
+    """
+    return _adopters[-1].adopt_svi(svi, args, kwargs) if _adopters else None
 
 
 def install() -> None:
@@ -84,9 +87,9 @@ def _replace(cls: type, name: str, make: Callable[[Callable[..., Any]], Callable
 
 def _svi_step(original: Callable[..., Any]) -> Callable[..., Any]:
     def step(svi: pyro.infer.SVI, *args: Any, **kwargs: Any) -> Any:
-        offer_svi(svi, args, kwargs)
+        gradients = offer_svi(svi, args, kwargs)
         if isinstance(svi.optim, DistributedOptimizer):
-            info = step_on_all_ranks(svi, args, kwargs)
+            info = step_on_all_ranks(svi, args, kwargs, gradients, *([svi.optim.zero_grad] if gradients else []))
             return info.losses if len(info.losses) > 1 else info.losses[0]
         return original(svi, *args, **kwargs)
 
