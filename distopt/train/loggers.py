@@ -314,7 +314,8 @@ class ProgressLogger(Logger):
             self._bar.update(self._task, completed=step, measured=text)
         else:
             left = timedelta(seconds=round((self._num_steps - step) * s_per_step))
-            self._console.print(f"step {step:,} of {self._num_steps:,}  {text}  {left} left", highlight=False)
+            # To wrap a line, rich keeps the widths of the last 4,096 words that it has seen, twice.
+            printer(self._console)(f"step {step:,} of {self._num_steps:,}  {text}  {left} left")
 
     def close(self) -> None:
         """Leaves the bar as it is."""

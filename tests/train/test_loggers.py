@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from rich.cells import cached_cell_len
 from rich.console import Console
 
 from distopt.launchers import METRICS_FILE
@@ -226,11 +227,22 @@ def show_progress(console: Console, clock: list[float]) -> None:
 
 def test_file_gets_a_line_for_each_measurement_and_no_control_characters(clock: list[float]) -> None:
     printed = io.StringIO()
-    show_progress(Console(file=printed, width=120), clock)
+    show_progress(Console(file=printed, width=30), clock)
     assert printed.getvalue().splitlines() == [
         "step 150 of 1,000  ELBO -1,234,568  98,765 rows/s  0:01:25 left",
         "step 200 of 1,000  ELBO -1,234,568  98,765 rows/s  0:01:20 left",
     ]
+
+
+def test_lines_of_progress_leave_nothing_in_memory(clock: list[float]) -> None:
+    """Not a width of each word, as when rich wraps them."""
+    console = Console(file=io.StringIO(), width=120)
+    with Loggers([ProgressLogger(console)], run_info(Path(), 0, 10_000)) as opened:
+        opened.log(1, {"elbo": 1.0})
+        before = cached_cell_len.cache_info().currsize
+        for step in range(2, 100):
+            opened.log(step, {"elbo": -1_000.0 * step, "rows_per_s": 7.0 * step})
+        assert cached_cell_len.cache_info().currsize == before
 
 
 def test_terminal_gets_a_bar_with_step_elbo_rows_and_time_left(clock: list[float]) -> None:

@@ -122,9 +122,7 @@ def check(samples: dict[str, list[Sample]], limit_kib: float) -> None:
 
 
 # Rank 0 grows by some MiB in its first thousands of steps, while the allocator settles around what TensorBoard and
-# checkpoints take for a moment. From step 10,000 on it grew by 11 to 23 KiB in 1,000 steps in four runs (0.1 to 0.2 MiB
-# in 10,000). No object but torch's transforms is left in cycles, some hundred in 1,000 steps; the growth stayed at 17
-# when what `distopt.__version__` left behind at each checkpoint, twice as many objects, was gone.
+# checkpoints take for a moment.
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_memory_descriptors_and_threads_of_every_process_settle(tmp_path):
