@@ -115,6 +115,31 @@ def test_trial_is_made_once_for_arguments_of_one_kind_and_leaves_the_generator_a
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("switch", ["fused", "foreach"])
+@pytest.mark.parametrize(
+    ("name", "exact", "inexact"),
+    [
+        ("SGD", {"momentum": 0.5}, {"momentum": 0.9}),
+        (
+            "SGD",
+            {"momentum": 0.5, "nesterov": True, "weight_decay": 1},
+            {"momentum": 0.7, "nesterov": True, "weight_decay": 0.1},
+        ),
+        ("Adam", {"betas": (0.5, 0.75), "weight_decay": 0.25}, {"betas": (0.9, 0.999), "weight_decay": 0.1}),
+        ("RMSprop", {"alpha": 0.5, "momentum": 0.5}, {"alpha": 0.99, "momentum": 0.9}),
+        ("Adagrad", {"lr_decay": 0.5}, {"lr_decay": 0.1}),
+    ],
+    ids=str,
+)
+def test_what_is_learned_with_powers_of_two_holds_for_other_numbers(name, exact, inexact, switch, dtype):
+    learned = []
+    for args in (exact, inexact):
+        trial._tried.cache_clear()
+        learned.append(trial.computes_the_same(getattr(torch.optim, name), args, {switch: True}, dtype, "cpu"))
+    assert learned[0] == learned[1]
+
+
 class RoundsTheRest(torch.optim.Adamax):
     """A kernel that rounds the rest of a tensor, behind its last 8 elements, in another way."""
 
