@@ -22,7 +22,7 @@ DEATHS = {
     ("memory", "batch"): "failed at .*(MemoryError|can't allocate memory)",
     ("exit 0", "batch"): "(exited after step|ended with exit status 0)",
     ("_exit 0", "model"): "(exited after step|ended with exit status 0)",
-    ("exit 3", "model"): "(ended with exit status 3|exited after step)",
+    ("exit 3", "model"): "(ended with exit status 3|exited after step|failed at step 2: SystemExit: 3)",
     ("_exit 7", "batch"): "ended with exit status 7",
     ("SIGKILL", "batch"): "was killed",
     ("SIGSEGV", "model"): "died of SIGSEGV",
