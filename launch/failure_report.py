@@ -38,6 +38,7 @@ _LOST_PEER = re.compile(
     r"connectFullMesh|has been shut down|remote process exited|DistNetworkError|DistBackendError"
 )
 
+_WAITED_FOR = re.compile(r"failed while waiting for rank (?P<rank>\d+)\b")
 _EXITED = re.compile(r"rank (?P<rank>\d+) (?P<how>exited after step \d+ while other ranks were still waiting for it)\.")
 
 _LIBRARY_LINES = 40  # of a log's end, in which the trace of a library's code may stand
@@ -262,6 +263,10 @@ def _ended_early(
     for rank in _exits_seen(blamed):
         if rank in ends and ends[rank] not in blamed:
             return ends[rank]
+    # Its connections close before its supervisor sees it end, so the others' errors may be earlier than its end.
+    for rank in _waited_for(blamed):
+        if rank in ends and ends[rank].status == 0:
+            return ends[rank]
     first = min(map(_time_of, blamed), default=float("inf"))
     return min((end for end in ends.values() if end.status == 0 and end.time <= first), key=_time_of, default=None)
 
@@ -270,6 +275,12 @@ def _exits_seen(ends: Iterable[End]) -> dict[int, str]:
     """What errors tell of ranks that exited while others waited for them, by the rank."""
     matches = (_EXITED.search(end.worker_error.text) for end in ends if end.worker_error is not None)
     return {int(match["rank"]): match["how"] for match in matches if match}
+
+
+def _waited_for(ends: Iterable[End]) -> list[int]:
+    """The ranks that errors name as those that were waited for."""
+    matches = (_WAITED_FOR.search(end.worker_error.text) for end in ends if end.worker_error is not None)
+    return [int(match["rank"]) for match in matches if match]
 
 
 def _describe_blamed(

@@ -87,6 +87,19 @@ def test_rank_that_others_say_exited_is_blamed_though_the_launcher_ended_it(repo
     assert "Only waiting" not in text
 
 
+@pytest.mark.parametrize("recorded_at", [3.0, 5.5])
+def test_rank_that_exited_is_blamed_whether_its_end_was_recorded_before_or_after_the_error_of_who_waited(
+    recorded_at, report
+):
+    reason = (
+        "BackendError: rank 1 of 2, step 2, phase 'reduce': torch_dist all_reduce of (46,) torch.float64 failed while "
+        "waiting for rank 0, whose store does not answer. The library says: Connection closed by peer"
+    )
+    text = report({}, [end(0, recorded_at, 0), end(1, 6.0, 1, raised=raised(reason, 5.0, from_peer=True))])
+    assert "rank 0 on host died first: it ended with exit status 0 while other ranks were still waiting" in text
+    assert "Already finished successfully" not in text
+
+
 def test_ranks_that_waited_finished_early_or_vanished_are_named_apart(report):
     happened = [
         events.Start(3, 0, "far", 1, 1.0),
