@@ -89,7 +89,8 @@ def _svi_step(original: Callable[..., Any]) -> Callable[..., Any]:
     def step(svi: pyro.infer.SVI, *args: Any, **kwargs: Any) -> Any:
         gradients = offer_svi(svi, args, kwargs)
         if isinstance(svi.optim, DistributedOptimizer):
-            info = step_on_all_ranks(svi, args, kwargs, gradients, *([svi.optim.zero_grad] if gradients else []))
+            zero_grads = pyro.infer.util.zero_grads if gradients is None else svi.optim.zero_grad
+            info = step_on_all_ranks(svi, args, kwargs, gradients, zero_grads)
             return info.losses if len(info.losses) > 1 else info.losses[0]
         return original(svi, *args, **kwargs)
 
