@@ -34,7 +34,7 @@ class Loader:
     Example:
         >>> with Loader(torch.arange(10), GlobalBatches(10, 4, seed=1)) as loader:
         ...     [batch.tolist() for step, (batch,) in zip(range(2), loader.steps())]
-        [[8, 4, 7, 0], [1, 2, 5, 9]]
+        [[0, 4, 7, 8], [1, 2, 5, 9]]
     """
 
     def __init__(

@@ -191,3 +191,21 @@ def test_job_that_must_yield_is_requeued_as_often_as_is_allowed(restarts, preemp
     assert (done.returncode, "requeue 5" in calls) == (status, requeued), done.stderr
     assert ("launch.max_preemptions: requeued more often than 2 times" in done.stderr) == (status == 1)
     assert ("srun" in calls) == (status == 7)
+
+
+@pytest.mark.parametrize("pause", ["before its wait", "in its wait", "none"])
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_job_has_the_status_of_a_step_that_ends_before_while_or_after_the_script_waits(is_stopped, pause, tmp_path):
+    signal = f"kill -USR1 $(cat {tmp_path}/pid); " * is_stopped
+    for name, text in {"scontrol": "echo h1", "scancel": "", "srun": f"{signal}exit 7"}.items():
+        (tmp_path / name).write_text(
+            f"#!/bin/sh\n{'sleep 0.3; ' * (name == 'srun' and pause == 'in its wait')}{text}\n"
+        )
+        (tmp_path / name).chmod(0o755)
+    script = module.batch_script(parse_config(BASE, [])).replace("set -u\n", f"set -u\necho $$ > {tmp_path}/pid\n")
+    if pause == "before its wait":
+        script = script.replace("step=$!\n", "step=$!\nsleep 0.3\n")
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "h1"}
+    (tmp_path / "script").write_text(script)
+    for _ in range(1 if pause != "none" else 20):
+        assert subprocess.run(["bash", tmp_path / "script"], env=variables, timeout=60).returncode == 7

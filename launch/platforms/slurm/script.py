@@ -216,17 +216,19 @@ save() {{
 }}
 trap save USR1
 
-{step} &
+# Where a signal and the step's end meet, bash loses the status that its wait should give, so it is written down.
+ended=$(mktemp)
+{{ {step}; echo $? > "$ended"; }} &
 step=$!
-status=0
 while kill -0 "$step" 2> /dev/null; do
   wait "$step"
-  status=$?
 done
+status=$(cat "$ended")
+rm "$ended"
 # A preemption with a time of grace signals the workers alone, and Slurm requeues no job that has ended by itself.
 preempted='PreemptTime=[0-9]'
 if {is_left}{{ [ -n "$requeue" ] || [[ $(scontrol show job "$job") =~ $preempted ]]; }}; then
   scontrol requeue "$job"
 fi
-exit "$status"
+exit "${{status:-1}}"
 """
