@@ -52,8 +52,8 @@ test-gpu: setup-dev  ## run what needs a GPU (under 6 minutes on one; fails wher
 	@$(BIN)/python -m tests.gpu $(ARGS)
 
 # scvi-tools brings some forty packages, and takes half a minute to import: CI does without.
-test-scvi: setup-dev  ## train models of scvi-tools on two workers (installs scvi-tools; some minutes; fails if it ran nothing)
-	@$(PIP) scvi-tools
+test-scvi: setup-dev  ## train models of scvi-tools and MuVI on several workers (installs them; some minutes; fails if it ran nothing)
+	@$(PIP) scvi-tools muvi
 	@$(BIN)/python -m pytest tests/scvi --slow $(ARGS)
 
 # The release that docs/platforms.md names. Ray brings a scheduler and an object store: CI does without.

@@ -181,6 +181,41 @@ def test_noise_is_each_ranks_own_unless_it_is_shared_and_the_same_in_a_second_ru
     assert first == on_all(2, _run_svi, *case)
 
 
+def _run_to_posterior(seeds: list[int]) -> list[list[float]]:
+    """A guide that draws, trained until its rate is nearly 0: all of its parameters, for each seed."""
+    ends = []
+    for seed in seeds:
+        pyro.clear_param_store()
+        pyro.set_rng_seed(seed)
+        plan = SviPlan(local_model, noisy=True, num_rows=NUM_ROWS)
+        fit(trainer(current().world_size, max_epochs=50), plan, loader(12))
+        values = store_values()
+        assert [(name, len(value)) for name, value in values.items()] == POSTERIOR
+        ends.append([each for value in values.values() for each in value])
+    return ends
+
+
+POSTERIOR = [
+    (f"AutoNormal.{kind}.{name}", 1 if name == "loc" else NUM_ROWS)
+    for kind in ("locs", "scales")
+    for name in ("loc", "z")
+]
+
+
+@pytest.mark.slow
+def test_posterior_of_several_workers_is_that_of_one_within_monte_carlo_error() -> None:
+    one = torch.tensor(_run_to_posterior(list(range(6))), dtype=torch.float64)
+    # Of all rows alike: six runs are too few for the variance of each.
+    sizes = [size for _, size in POSTERIOR]
+    variance = torch.cat([each.mean().expand(len(each)) for each in one.var(0).split(sizes)])
+    for num_workers in (2, 3):
+        first, *others = on_all(num_workers, _run_to_posterior, [20, 21, 22])
+        assert all(other == first for other in others)
+        error = (variance / len(one) + variance / len(first)).sqrt()
+        several = torch.tensor(first, dtype=torch.float64)
+        assert ((several.mean(0) - one.mean(0)).abs() / error).max() < 4
+
+
 SIZES = {2: (8, 15), 3: (4, 12, 7)}
 
 

@@ -46,12 +46,18 @@ def cells() -> Any:
     return data
 
 
-def import_cell2location() -> Any:
-    """Imports cell2location 0.1.5, which asks Pyro 1.9.2 for a function that it no longer has."""
-    import pyro.infer.autoguide.utils as utils
+def restore_deep_getattr() -> None:
+    """Puts back the function that cell2location 0.1.5 and MuVI 0.2.2 import from Pyro, which 1.9.2 no longer has."""
+    from pyro.infer.autoguide import guides, utils
 
-    if not hasattr(utils, "deep_getattr"):
-        utils.deep_getattr = lambda obj, name: attrgetter(name)(obj)
+    for module in (guides, utils):
+        if not hasattr(module, "deep_getattr"):
+            module.deep_getattr = lambda obj, name: attrgetter(name)(obj)
+
+
+def import_cell2location() -> Any:
+    """Imports cell2location, with any Pyro."""
+    restore_deep_getattr()
     import cell2location.models
 
     return cell2location.models
