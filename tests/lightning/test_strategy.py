@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import pyro
 import pyro.distributions as dist
+import pyro.infer
 import pyro.optim
 import pytest
 import torch
@@ -84,6 +85,43 @@ def test_batches_that_are_split_give_the_steps_of_one_process_wherever_the_svi_i
         assert sorted(seen) == sorted([*rows[epoch][:21], *whole * num_workers])
         assert sorted(rows[epoch]) == list(range(NUM_ROWS))
     assert rows[0] != rows[1]
+
+
+class SignDescent(torch.optim.Optimizer):
+    """An optimizer of a user: a step of one length for each element, shorter each time."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state[param]
+                state["steps"] = state.get("steps", 0) + 1
+                param.data -= group["lr"] / state["steps"] * param.grad.sign()
+
+
+def _run_own_class_twice() -> list[dict[str, list[float]]]:
+    """Trains a plan twice in one process, each time by a trainer of its own; its parameters after each."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(3)
+    plan = SviPlan()
+    plan.svi = pyro.infer.SVI(global_model, plan._guide, pyro.optim.PyroOptim(SignDescent, {"lr": 0.2}), Trace_ELBO())
+    ends = []
+    for _ in range(2):
+        fit(trainer(current().world_size), plan, loader(7))
+        ends.append(store_values())
+    return ends
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_users_own_optimizer_class_and_a_second_training_in_the_same_process_give_the_steps_of_one(
+    num_workers: int,
+) -> None:
+    expected = _run_own_class_twice()
+    assert expected[0] != expected[1]
+    for ends in on_all(num_workers, _run_own_class_twice):
+        assert ends == [near(each) for each in expected]
 
 
 @pytest.mark.parametrize("model", ["batch-sized", "local"])

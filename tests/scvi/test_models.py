@@ -73,3 +73,25 @@ def test_unchanged_model_reads_each_cell_once_and_ends_equal_on_all_workers(name
     if CASES[name].is_exact:
         for params, _, _ in results:
             assert_near(params, expected)
+
+
+def _run_twice() -> list[dict[str, Any]]:
+    import scvi
+
+    import distopt.lightning  # noqa: F401  # makes the strategy known
+
+    scvi.settings.seed = 0
+    case = CASES["RegressionModel"]
+    model, ends = case.make(cells()), []
+    for _ in range(2):
+        train(model, case, 2, strategy="distopt", device=current().world_size)
+        ends.append({name: value.copy() for name, value in values(model).items()})
+    return ends
+
+
+def test_model_that_is_trained_twice_in_one_process_ends_as_on_one_worker_each_time() -> None:
+    (expected,) = on_all(1, _run_twice)
+    assert any((expected[0][name] != value).any() for name, value in expected[1].items())
+    for ends in on_all(2, _run_twice):
+        for actual, wanted in zip(ends, expected, strict=True):
+            assert_near(actual, wanted)
