@@ -116,6 +116,7 @@ test-images: setup-dev  ## build the CPU image for real and run it in containers
 	@DISTOPT_TEST_IMAGES=1 $(BIN)/python -m pytest tests/docker -m images -s $(ARGS)
 
 test-kubernetes: setup-dev  ## run the launcher on a Kubernetes 1.20 that is built and started here (root, Debian; the build takes about ten minutes, once)
+	@test -x $(VENV)/checkov/bin/checkov || { $(BIN)/python -m venv $(VENV)/checkov && $(VENV)/checkov/bin/pip install -q checkov==3.3.30; }
 	@DISTOPT_TEST_KUBERNETES=1 $(BIN)/python -m pytest tests/kubernetes -m kubernetes -s $(ARGS)
 
 test-matrix: setup-dev  ## the tests of the core with other releases of Pyro, torch and Python (ARGS: other tests; ONLY=python3.12: one)
