@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from distopt.backends import BackendError, current, init
 from distopt.backends.torch_dist import TorchDist
 from tests.test_launchers import exported, open_mpi
-from tests.workers import free_port
+from tests.workers import free_port, world
 
 
 @pytest.fixture
@@ -77,3 +79,15 @@ def test_address_that_is_missing_names_the_variables(started_as):
 def test_launcher_that_is_missing_names_the_variables():
     with pytest.raises(BackendError, match="set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"):
         init("torch_dist")
+
+
+def _run_policies():
+    names = {task.name: (task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
+    of_gloo = [int(number) for number, name in names.items() if "gloo" in name]
+    return [os.sched_getscheduler(number) for number in of_gloo], os.sched_getscheduler(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has the policy")
+def test_threads_of_gloo_do_not_interrupt_the_thread_that_wakes_them():
+    for policies, own in world("torch_dist", 2).run(_run_policies):
+        assert set(policies) == {os.SCHED_BATCH} and own == os.SCHED_OTHER
