@@ -294,7 +294,7 @@ def _number(environ: Mapping[str, str], variable: str | None, launcher: Launcher
 
 
 def _check_cleared(environ: Mapping[str, str]) -> None:
-    """Raises LauncherError for a rank of several that is set to nothing, as a template leaves it whose rank is missing.
+    """Raises LauncherError for a rank of several beside a variable that is set to nothing, as templates leave it.
 
     Each such process would take itself for a run of its own, and all would write into one run directory.
     """
@@ -305,6 +305,13 @@ def _check_cleared(environ: Mapping[str, str]) -> None:
             raise LauncherError(
                 f"{launcher.rank} is set to nothing while {launcher.world_size}={world_size[:50]!r}. Set "
                 f"{launcher.rank} to this process's rank; for a process by itself unset {launcher.world_size}."
+            )
+
+        cleared = [name for name in (*launcher.markers, launcher.world_size) if environ.get(name) == ""]
+        if cleared and rank and rank.isdecimal() and int(rank):
+            raise LauncherError(
+                f"{cleared[0]} is set to nothing while {launcher.rank}={rank[:50]!r} is not the first of several. Set "
+                f"{cleared[0]}; for a process by itself unset {launcher.rank}."
             )
 
 

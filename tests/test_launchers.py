@@ -205,6 +205,22 @@ def test_rank_of_several_that_is_set_to_nothing_is_an_error_that_says_what_to_se
         find_rank(variables)
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": ""},
+        {"RANK": "1", "WORLD_SIZE": "", "MASTER_ADDR": "h"},
+        {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": ""},
+        {"SLURM_PROCID": "3", "SLURM_STEP_ID": "", "SLURM_STEP_NUM_TASKS": "4"},
+    ],
+    ids=["address", "world size", "mpirun", "srun"],
+)
+def test_later_rank_beside_a_variable_that_is_set_to_nothing_is_no_run_of_its_own(variables):
+    (cleared,) = [name for name, value in variables.items() if not value]
+    with pytest.raises(LauncherError, match=cleared):
+        find_rank(variables)
+
+
 def test_srun_meets_at_the_first_node_of_the_step():
     info = RankInfo("srun", 1, 4)
     variables = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "dn[3-5],gpu1"}

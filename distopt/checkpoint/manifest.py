@@ -16,7 +16,7 @@ from numbers import Integral, Real
 from pathlib import PurePath
 from typing import Any
 
-from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError
+from distopt.checkpoint.errors import CheckpointError, CorruptCheckpointError, UnreadableCheckpointError
 from distopt.run_files import MANIFEST
 
 FORMAT = 4
@@ -124,14 +124,15 @@ class Manifest:
 
         Raises:
             CorruptCheckpointError: A single bit differs, or a value cannot be what it should be.
+            UnreadableCheckpointError: It is undamaged, and of a format that this version does not read.
         """
         body = unseal(raw, where)
         written = (body.get("format"), body.get("digest"))
         if written[0] not in READABLE or written[1] != DIGEST:
-            raise CorruptCheckpointError(
+            raise UnreadableCheckpointError(
                 f"{where}: format {written[0]!r} with digests {written[1]!r}; this distopt reads formats "
                 f"{' and '.join(map(str, READABLE))} with {DIGEST}. Another version of distopt has written it, and can "
-                "read it."
+                "read it: nothing is deleted or replaced. Resume with that version, or begin in another folder."
             )
         try:
             return cls._from_body(body)

@@ -15,6 +15,9 @@ URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 # `s3:/bucket` is what is left of `s3://bucket` when it has passed through a Path.
 _MEANT_AS_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
+_CHAINED = re.compile(r"::[A-Za-z][A-Za-z0-9+.-]*:/")
+"""What fsspec takes for a storage within another one, as `simplecache::s3://bucket`."""
+
 
 def is_url(path: str | Path) -> bool:
     """Returns whether `path` names a storage by its scheme, such as `s3://bucket/run`.
@@ -82,12 +85,18 @@ def path_or_url(path: str) -> str:
     url = url_meant_by(path)
     if url is not None:
         raise ValueError(f"found {path}, which has one slash; write {url} for the URL")
-    return path if is_url(path) else _expanded(path)
+    return path if is_url(path) and not _CHAINED.search(path) else _expanded(path)
 
 
 def _expanded(path: str) -> str:
     if not path.strip():
         raise ValueError(f"found {path!r}, expected a path; write . for the current folder, or leave the key out")
+    if path != path.strip():
+        raise ValueError(f"found {path!r}, with spaces around it; write {path.strip()}")
+    if _CHAINED.search(path):
+        raise ValueError(f"found {path}, a chain of URLs, expected one path or URL")
+    if path.startswith("$"):
+        raise ValueError(f"found {path}: a variable of the environment is written ${{oc.env:NAME}} here")
     # Paths are printed, and written into shell scripts and manifests: control characters could hide what they are.
     if re.search(r"[\x00-\x1f\x7f]", path):
         raise ValueError("control characters are not allowed in a path")

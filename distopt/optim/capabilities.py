@@ -141,10 +141,11 @@ def acts_without_gradient(constructor: Any, args: Mapping[str, Any]) -> bool:
 
 
 def check_arguments(args: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError when a number among the optimizer's arguments is NaN."""
+    """Raises ValueError when a number among the arguments of an optimizer or schedule is NaN, or a rate infinite."""
     for key, value in args.items():
         numbers = value if isinstance(value, list | tuple) else (value,)
-        if any(isinstance(v, float) and math.isnan(v) for v in numbers):
+        is_rate = key in ("lr", "gamma", "lrd")
+        if any(isinstance(v, float) and (math.isnan(v) or is_rate and math.isinf(v)) for v in numbers):
             raise ValueError(f"{where}: {key} is {value!r}, expected a finite number.")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distopt.optim.arguments import Args
-from distopt.optim.capabilities import name_of
+from distopt.optim.capabilities import check_arguments, name_of
 from distopt.optim.optim import PyroOptim
 from distopt.optim.state import State, copied, load_into
 
@@ -71,6 +71,7 @@ class PyroLRScheduler(PyroOptim, pyro.optim.PyroLRScheduler):  # type: ignore[mi
         self.pt_scheduler_constructor = scheduler_constructor
         optimizer = kwargs.pop("optimizer")
         optimizer_args = kwargs.pop("optim_args")
+        check_arguments(kwargs, name_of(scheduler_constructor))
         self.kwargs = kwargs
         self.num_steps: int = 0
         super().__init__(optimizer, optimizer_args, clip_args, **options)

@@ -41,6 +41,17 @@ class _ByParameter(MutableMapping[Tensor, Any]):
     def __delitem__(self, param: Tensor) -> None:
         self._remove([self._record(param)])
 
+    def popitem(self) -> tuple[Tensor, Any]:
+        """Removes the newest parameter's entry and returns both, as a dict does.
+
+        Raises:
+            KeyError: There is none.
+        """
+        params = list(self)
+        if not params:
+            raise KeyError("popitem(): there is no parameter")
+        return params[-1], self.pop(params[-1])
+
     def clear(self) -> None:
         """Removes all entries."""
         self._remove([self._record(param) for param in self])

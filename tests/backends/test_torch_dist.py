@@ -89,5 +89,5 @@ def _run_policies():
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has the policy")
 def test_threads_of_gloo_do_not_interrupt_the_thread_that_wakes_them():
-    for policies, own in world("torch_dist", 2).run(_run_policies):
-        assert set(policies) == {os.SCHED_BATCH} and own == os.SCHED_OTHER
+    for policies, mine in world("torch_dist", 2).run(_run_policies):
+        assert set(policies) == {os.SCHED_BATCH} and mine == os.SCHED_OTHER

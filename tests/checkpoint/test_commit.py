@@ -135,7 +135,7 @@ def needs_power_cuts(kind):
         pytest.skip(lacking)
 
 
-@pytest.mark.parametrize("kind", ["xfs", "ext4"])
+@pytest.mark.parametrize("kind", ["xfs", pytest.param("ext4", marks=pytest.mark.slow)])
 def test_save_when_the_power_fails_at_any_system_call_loses_no_acknowledged_checkpoint(kind, points, tmp_path):
     needs_power_cuts(kind)
     targets = [point for point in points if point.changes and point.call not in ("flock", "ftruncate", "pwrite64")]

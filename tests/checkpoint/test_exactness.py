@@ -190,7 +190,7 @@ ALL = list(OPTIMIZERS)
         ("torch_dist", 2, ALL, (1, 10)),
         ("torch_dist", 2, ["exponential", "packed_adam"], (LATE,)),
         ("horovod", 2, ["exponential", "plateau", "packed_exponential"], (7,)),
-        ("torch_dist", 4, ["exponential", "packed_adam"], (10,)),
+        pytest.param("torch_dist", 4, ["exponential", "packed_adam"], (10,), marks=pytest.mark.slow),
         pytest.param("torch_dist", 2, ALL, (LATE,), marks=pytest.mark.slow),
         pytest.param("torch_dist", 4, ALL, (1, 10, LATE), marks=pytest.mark.slow),
         pytest.param("horovod", 2, ALL, (1, 10, LATE), marks=pytest.mark.slow),

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from distopt.checkpoint import CorruptCheckpointError
+from distopt.checkpoint import CorruptCheckpointError, UnreadableCheckpointError
 from distopt.checkpoint.manifest import Manifest, seal
 from distopt.run_files import MANIFEST
-from tests.checkpoint.damage import LAST, check_refused
+from tests.checkpoint.damage import LAST, check_refused, restored_step
 
 
 def test_every_byte_of_the_manifest_counts(template):
@@ -33,7 +33,7 @@ def test_manifest_that_names_a_file_elsewhere_is_refused(name, root, caplog):
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 1}, {"digest": "sha256"}, {"step": "2"}, {"step": -1}, {"world_size": 0}, {"generation": None},
+        {"step": "2"}, {"step": -1}, {"world_size": 0}, {"generation": None},
         {"attempt": "../x"},
         {"files": []}, {"about": None}, {"files": {"a.json.gz": {"size": 1, "chunks": []}}},
         {"files": {"a.json.gz": {"size": -1, "chunks": []}}}, {"files": {"a": {"size": 1, "chunks": ["zz"]}}},
@@ -46,3 +46,13 @@ def test_manifest_with_impossible_values_is_refused(change, root, caplog):
     body = json.loads((root / LAST / MANIFEST).read_bytes())["body"]
     (root / LAST / MANIFEST).write_bytes(seal(body | change))
     check_refused(root, caplog)
+
+
+@pytest.mark.parametrize("change", [{"format": 1}, {"format": 5}, {"digest": "sha256"}], ids=str)
+def test_checkpoint_of_another_version_of_distopt_is_no_damage_and_stays(change, root, caplog):
+    body = json.loads((root / LAST / MANIFEST).read_bytes())["body"]
+    (root / LAST / MANIFEST).write_bytes(seal(body | change))
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(UnreadableCheckpointError, match="Another version of distopt has written it"):
+        restored_step(root, caplog)
+    assert {path: path.read_bytes() for path in before} == before

@@ -8,6 +8,7 @@ import torch
 
 from distopt.checkpoint import CheckpointError, Retention
 from distopt.checkpoint.reader import candidates
+from distopt.checkpoint.storage import remote
 from distopt.checkpoint.storage.base import open_storage
 from tests.checkpoint.runs import checkpointer, value
 
@@ -33,3 +34,39 @@ def test_url_holds_checkpoints_and_the_manifest_is_the_commit(scheme, tmp_path, 
     with checkpointer(url) as keeper:
         assert keeper.restore(f"{url}/{candidates(open_storage(url))[-1].folder}").step == 3
         assert keeper.steps() == [3, 5]
+
+
+class _Stuttering:
+    """A file of which one read gives nothing, as that of an object store whose connection was cut."""
+
+    def __init__(self, file, at):
+        self._file, self._left = file, at
+
+    def readinto(self, piece):
+        self._left -= 1
+        return 0 if self._left == 0 else self._file.readinto(piece)
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+@pytest.mark.parametrize("at", range(1, 12))
+def test_read_that_gives_nothing_before_the_end_is_made_again_and_proves_no_damage(at, tmp_path, monkeypatch):
+    url = f"memory://{tmp_path}/stutter"
+    with checkpointer(url) as keeper:
+        for step in (1, 2):
+            value(step, 50_000)
+            keeper.save(step)
+        keeper.wait()
+    made = remote.RemoteReadStream.__init__
+    left = [at]
+
+    def stutter(self, file):
+        made(self, _Stuttering(file, left.pop()) if left else file)
+
+    monkeypatch.setattr(remote.RemoteReadStream, "__init__", stutter)
+    value(0)
+    with checkpointer(url) as keeper:
+        assert keeper.restore().step == 2
+        assert torch.equal(pyro.param("x").detach(), torch.full((50_000,), 2.0))
+        assert keeper.steps() == [1, 2]

@@ -56,6 +56,9 @@ def test_path_is_expanded_as_by_a_shell_and_neither_empty_nor_of_an_unknown_user
     assert "'' , expected" in problems(MINIMAL + key.format("''"))[0].replace("'',", "'' ,")
     assert "expected a path" in problems(MINIMAL + key.format("'  '"))[0]
     assert "~nobody-here is not known here" in problems(MINIMAL + key.format("~nobody-here/x"))[0]
+    assert "spaces around it; write s3://b/r" in problems(MINIMAL + key.format("' s3://b/r'"))[0]
+    assert "a chain of URLs, expected one" in problems(MINIMAL + key.format("'simplecache::s3://b/r'"))[0]
+    assert "is written ${oc.env:NAME} here" in problems(MINIMAL + key.format("'$SCRATCH/x'"))[0]
     assert "control characters are not allowed in a path" in problems(MINIMAL + key.format('"a\\tb"'))[0]
 
 

@@ -267,11 +267,20 @@ def _run_disagreement(kind: str) -> str:
     return "no error"
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("kind", "world_size"),
-    [("torch_dist", 1), ("torch_dist", 2), ("torch_dist", 3), ("torch_dist", 4), ("horovod", 2)],
+    [
+        ("torch_dist", 1),
+        ("torch_dist", 2),
+        ("torch_dist", 3),
+        pytest.param("torch_dist", 4, marks=SLOW),
+        ("horovod", 2),
+    ],
 )
-@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+@pytest.mark.parametrize("optimizer", ["Adam", pytest.param("SGD", marks=SLOW)])
 @pytest.mark.parametrize("case", ["normal", "mixture"])
 def test_parameters_after_100_steps_are_those_of_one_pyro_process(
     case: str, optimizer: str, kind: str, world_size: int
@@ -312,11 +321,13 @@ def test_run_of_four_workers_goes_on_from_its_checkpoint_on_two_and_on_three(cas
 
 
 def test_memory_falls_with_the_number_of_workers_and_bytes_sent_do_not_grow_with_the_rows() -> None:
-    num_rows = 1_000_000
+    num_rows, alone = 1_000_000, 0
     for world_size in (1, 2, 3, 4):
         few = world("torch_dist", world_size).run(train, 1000, 2)  # also loads what a first step loads
-        runs = [world("torch_dist", world_size).run(train, num_rows, 2) for _ in range(3)]
-        workers = [min(ranks, key=lambda run: run["peak"]) for ranks in zip(*runs, strict=True)]  # others only add
+        workers = world("torch_dist", world_size).run(train, num_rows, 2)
+        if world_size > 1 and max(worker["peak"] for worker in workers) > 1.15 * alone / world_size:
+            # What else the system brings into memory only adds.
+            workers = world("torch_dist", world_size).run(train, num_rows, 2)
         assert sum(worker["rows"] for worker in workers) == num_rows
         if world_size == 1:
             alone = workers[0]["peak"]

@@ -43,9 +43,9 @@ def objections(folder: Path, kind: str, *more: str) -> set[str]:
     (folder / "pods.yaml").write_text(yaml.safe_dump_all(jobs))
     options = ["--framework", "kubernetes", "--skip-download", "--output", "json"]
     done = subprocess.run([CHECKOV, "-d", folder, *options], capture_output=True, text=True, timeout=120)
-    found = json.loads(done.stdout)
-    assert found["summary"]["resource_count"] >= len(pods) and found["summary"]["passed"] > 20
-    return {check["check_id"] for check in found["results"]["failed_checks"]}
+    report = json.loads(done.stdout)
+    assert report["summary"]["resource_count"] >= len(pods) and report["summary"]["passed"] > 20
+    return {check["check_id"] for check in report["results"]["failed_checks"]}
 
 
 @pytest.mark.parametrize("kind", PODS)

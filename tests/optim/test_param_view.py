@@ -291,3 +291,17 @@ def test_schedule_of_one_parameter_cannot_be_stepped_or_changed():
     for act in acts:
         with pytest.raises(TypeError, match="optim_objs"):
             act(optim.optim_objs[params[0]])
+
+
+@pytest.mark.parametrize(("name", "args"), OPTIMIZERS, ids=lambda each: each if isinstance(each, str) else "")
+def test_popitem_takes_the_parameter_that_it_takes_in_pyro(name, args):
+    theirs, ours = parameters(), parameters()
+    pyro_optim, optim = getattr(pyro.optim, name)(dict(args)), getattr(distopt.optim, name)(dict(args))
+    for params, each in ((theirs, pyro_optim), (ours, optim)):
+        gradients(params, 0)
+        each(params)
+    for their, our in zip(reversed(theirs), reversed(ours), strict=True):
+        assert pyro_optim.optim_objs.popitem()[0] is their
+        assert optim.optim_objs.popitem()[0] is our
+    with pytest.raises(KeyError):
+        optim.optim_objs.popitem()

@@ -7,6 +7,7 @@ at all.
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -149,6 +150,10 @@ class RemoteReadStream(ReadStream):
                 count = 0
                 while count < len(piece):
                     received = self._file.readinto(piece[count:])
+                    if not received and self._file.tell() < self.size:
+                        raise OSError(
+                            errno.EIO, f"the storage gave nothing at byte {offset + count:,} of {self.size:,}"
+                        )
                     if not received:
                         raise EOFError(f"the object ends at byte {offset + count:,}")
                     count += received
