@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -374,7 +374,8 @@ def _compare_rows(loader: Any, sampler: Any, backend: Backend) -> None:
 
 def _equal_steps(sampler: Any, backend: Backend) -> int:
     """Returns how many batches each rank's rows are cut into: as many as the rank with the most of them needs."""
-    num_rows = len(_joined(batches_of(sampler, 0))) if len(sampler) else 0
+    indices = _joined(batches_of(sampler, 0)) if len(sampler) else []
+    num_rows = len(indices) if isinstance(indices, Sized) else 1  # an index by itself, where batch_size is None
     by_rank: list[tuple[int, int]] = backend.all_gather_json([len(sampler), num_rows])
     fewest = min(rows for _, rows in by_rank)
     if fewest < MIN_ROWS and backend.world_size > 1:

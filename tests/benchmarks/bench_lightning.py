@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import distopt.lightning  # noqa: F401  # makes the strategy known
+from tests.lightning.memory import peak_bytes
+from tests.workers import world
 
 NUM_ROWS = 400
 BATCH_SIZE = 4
@@ -87,8 +89,22 @@ def step_ms(strategy: str, width: int) -> float:
     return clock.median_ms()
 
 
+def report_memory() -> None:
+    """Prints the memory of a rank for worlds of one, two and three."""
+    peaks = {}
+    for num_workers in (1, 2, 3):
+        group = world("torch_dist", num_workers)
+        group.run(peak_bytes, 600)  # loads what a first step loads
+        peaks[num_workers] = max(group.run(peak_bytes, 600_000))
+    for num_workers, peak in peaks.items():
+        print(
+            f"latents of rows on {num_workers} workers: {peak / 2**20:6.1f} MiB a worker, {peak / peaks[1]:.2f} of one"
+        )
+
+
 def main() -> None:
-    """Prints both strategies side by side, interleaved."""
+    """Prints both strategies side by side, interleaved, and the memory of sharded latents."""
+    report_memory()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for width in (4, 700):

@@ -29,13 +29,25 @@ def model(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
 
 
-def _start(site: dict[str, Any]) -> Tensor:
+def start(site: dict[str, Any]) -> Tensor:
     return torch.zeros(site["fn"].shape())
 
 
-def _status_bytes(key: str) -> int:
+def status_bytes(key: str) -> int:
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)]
     return int(line.split()[1]) * 1024
+
+
+def forget_peak() -> int:
+    """Has the peak of resident memory start anew, and returns the bytes that are resident now."""
+    # Big blocks go back to the system when they are freed, so that the peak is what is held, not how it lies in the
+    # heap.
+    library = ctypes.CDLL(None)
+    library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    gc.collect()  # what an earlier run has left is not freed in the middle of this one
+    library.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return status_bytes("VmRSS")
 
 
 def train(num_rows: int, num_steps: int) -> dict[str, Any]:
@@ -53,17 +65,10 @@ def train(num_rows: int, num_steps: int) -> dict[str, Any]:
         return all_reduce(tensor, *args)
 
     sharded = shard(model, "rows")
-    guide = shard(AutoDelta(sharded, init_loc_fn=_start), "rows")
+    guide = shard(AutoDelta(sharded, init_loc_fn=start), "rows")
     svi = SVI(sharded, guide, optim.DistributedOptimizer(optim.Adam({"lr": 0.01})), Trace_ELBO())
     data = torch.ones(num_local, NUM_DIMS)
-    # Big blocks go back to the system when they are freed, so that the peak is what is held, not how it lies in the
-    # heap.
-    library = ctypes.CDLL(None)
-    library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-    gc.collect()  # what an earlier run has left is not freed in the middle of this one
-    library.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status_bytes("VmRSS")
+    before = forget_peak()
     backend.all_reduce = counting  # type: ignore[method-assign]
     try:
         for _ in range(num_steps):
@@ -74,7 +79,7 @@ def train(num_rows: int, num_steps: int) -> dict[str, Any]:
     rows = {name: param.shape[0] for name, param in pyro.get_param_store().named_parameters()}
     return {
         "rows": rows["AutoDelta.z"],
-        "peak": _status_bytes("VmHWM") - before,
+        "peak": status_bytes("VmHWM") - before,
         "bytes": sum(sent),
         "calls": len(sent),
     }

@@ -109,6 +109,7 @@ def _run_refusals() -> list[str]:
         (DataLoader(data, batch_size=2, sampler=DistributedSampler(data, 2, rank)), "batches"),
         (DataLoader(range(8 + 7 * rank), batch_size=5), "batches"),
         (DataLoader(range(1 + 4 * rank), batch_size=5), "rows"),
+        (DataLoader(range(1), batch_size=None), "rows"),
     ]
     messages = []
     for loader, split in refused:
@@ -126,6 +127,7 @@ def test_what_cannot_be_split_is_refused_on_all_ranks_with_what_to_do() -> None:
             "a list cannot be split over ranks: give a torch DataLoader",
             "the loader has a DistributedSampler, which splits the rows over ranks already",
             "rank 1 has 15 rows in 3 batches, rank 0 has 8 in 2: to split batches, every rank needs the same data",
+            "rank 0 of 2 holds 1 row(s), expected at least 2: split the rows more evenly",
             "rank 0 of 2 holds 1 row(s), expected at least 2: split the rows more evenly",
         ]
         assert [message[: len(start)] for message, start in zip(messages, starts, strict=True)] == starts
