@@ -47,8 +47,8 @@ SSH_CONNECTION_LOST = 255
 def run_plan(plan: Plan, run_dir: Path, grace_s: float, ranks: Sequence[int] = (0,), *, stopping: str = SAVING) -> int:
     """Runs the plan's commands to their end and shows what some ranks print.
 
-    Ctrl-C, SIGTERM, SIGUSR1 or a terminal that hangs up asks the workers once to save a checkpoint and stop. What still
-    runs after the grace time, or at a second signal that is no echo of the first, is killed.
+    Each of `REQUESTS`, such as Ctrl-C, asks the workers once to save a checkpoint and stop. What still runs after the
+    grace time, or at a second signal that is no echo of the first, is killed.
 
     Args:
         plan: What to start; its files have been written.

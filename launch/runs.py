@@ -21,7 +21,7 @@ from .plan import Plan
 from .platforms import Platform, load_platform
 from .run_dir import RUNS, RunDirectoryError, claim, record, submission
 from .worker.events import Reader
-from .worker.processes import heeded
+from .worker.processes import REQUESTS, heeded
 from .worker.streams import best_effort
 
 ERRORS = (JobError, ConfigError)
@@ -269,7 +269,7 @@ def _wait_for_end(job: Job, limit_s: float) -> State:
 def follow_submitted(
     job: SubmittedJob, directory: Path, grace_s: float, shown: output.Output, events: Reader, *, stopping: str = SAVING
 ) -> int:
-    """Shows a submitted run's states and its output until it ends; Ctrl-C, SIGTERM and SIGUSR1 stop it.
+    """Shows a submitted run's states and its output until it ends; Ctrl-C, SIGTERM and a batch system's signal stop it.
 
     A terminal that hangs up leaves the run to its cluster.
 
@@ -285,7 +285,7 @@ def follow_submitted(
         0 when it is done, 128 and the signal's number (130 for Ctrl-C) when it was stopped by one, 1 otherwise.
     """
     received: list[int] = []
-    numbers = heeded((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+    numbers = heeded([number for number in REQUESTS if number != signal.SIGHUP])  # after which it is still there
     handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     last_line = ""
     last_answer = time.monotonic()

@@ -14,8 +14,10 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
-REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-"""Signals that ask a run to stop: of a launcher, Ctrl-C, a terminal that hangs up, a batch system before its limit."""
+REQUESTS = (
+    signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU,
+)  # fmt: skip
+"""Ask a run to stop: signals of a launcher, Ctrl-C, a terminal that hangs up, batch systems before their limits."""
 
 
 def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:

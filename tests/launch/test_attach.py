@@ -322,7 +322,9 @@ def start_quiet(start, folder: Path, *args: str, **options) -> Launched:
     return run
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
+)
 def test_two_signals_within_a_second_are_one_request_to_stop(number, start, tmp_path):
     run = start_quiet(start, tmp_path)
     run.signal(number)
