@@ -336,6 +336,30 @@ def test_two_signals_within_a_second_are_one_request_to_stop(number, start, tmp_
     assert "a second signal kills the run at once" in run.err
 
 
+def test_secret_is_on_no_command_line_and_in_no_file_while_a_run_lives_and_after_kill_9(
+    backend_section, start, tmp_path
+):
+    secrets = {"MY_API_TOKEN": "s3cret-that-is-named", "DB_PASSWORD": "s3cret-that-looks-like-one"}
+    (tmp_path / "temporary").mkdir()
+    write_config(tmp_path, launch="secrets: [MY_API_TOKEN]", more=backend_section)
+    (tmp_path / "quiet.py").write_text(
+        QUIET.replace('Path("ready")', "Path(f\"ready-{os.environ['MY_API_TOKEN'][:6]}\")")
+    )
+    (tmp_path / "quiet.py").write_text("import os\n" + (tmp_path / "quiet.py").read_text())
+    run = start("script=quiet.py", env=secrets | {"TMPDIR": str(tmp_path / "temporary")})
+    wait_until(lambda: (tmp_path / "ready-s3cret").exists(), "the workers ready")
+
+    def leaks() -> list[str]:
+        lines = [" ".join(process.cmdline()) for process in run.processes() if process.is_running()]
+        files = [str(path) for path in tmp_path.rglob("*") if path.is_file() and b"s3cret-that" in path.read_bytes()]
+        return files + [line for line in lines if "s3cret-that" in line]
+
+    assert len(run.processes()) >= 3 and leaks() == []
+    run.signal(signal.SIGKILL)
+    wait_until(lambda: run.processes() == [], "all processes ended")
+    assert leaks() == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_signal_that_was_ignored_at_the_start_stays_ignored(number, start, tmp_path):
     ignoring = (
