@@ -152,6 +152,7 @@ def test_harness_when_an_fsync_is_left_out_finds_it(planted, points, tmp_path):
     assert power.cut_everywhere("xfs", tmp_path, targets, planted=planted, timeout_s=60) != {}
 
 
+@pytest.mark.slow
 def test_two_ranks_when_the_power_fails_at_calls_of_either_lose_no_acknowledged_checkpoint(tmp_path):
     needs_power_cuts("xfs")
     targets = [
@@ -194,7 +195,9 @@ def save_on_two(root, step, failpoint, timeout_s):
     return [result for _, result in sorted(done)]
 
 
-@pytest.mark.parametrize("action", ["kill", "raise", "hang"])
+@pytest.mark.parametrize(
+    "action", ["kill", pytest.param("raise", marks=pytest.mark.slow), pytest.param("hang", marks=pytest.mark.slow)]
+)
 def test_ranks_when_one_is_lost_at_any_message_commit_or_abort_together(action, tmp_path):
     faults.start(tmp_path / "start")
 

@@ -93,7 +93,7 @@ def _run_delta(folder: str) -> list[dict[str, np.ndarray]]:
     return [*map(as_numpy, (parameters_of_all(), samples, chosen, again))]
 
 
-@pytest.mark.parametrize("num_workers", [2, 3])
+@pytest.mark.parametrize("num_workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_samples_of_a_guide_that_draws_nothing_are_those_of_one_process(num_workers: int, tmp_path: Path) -> None:
     results = world("torch_dist", num_workers).run(_run_delta, str(tmp_path))
     pyro.clear_param_store()
