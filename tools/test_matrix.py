@@ -127,7 +127,11 @@ def try_python(version: str, tests: list[str]) -> str:
 
 def run_tests(python: Path, folder: Path, tests: list[str]) -> str:
     """Runs tests in a folder and returns whether they passed."""
-    status = subprocess.run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests], cwd=folder).returncode
+    # mpi4py, of which Lightning asks, looks for the Open MPI from PyPI in the environment that runs.
+    library = ROOT / ".venv" / "lib" / "libmpi.so.40"
+    environment = os.environ | ({"MPI4PY_LIBMPI": str(library)} if library.exists() else {})
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    status = subprocess.run(command, cwd=folder, env=environment).returncode
     return PASSED if status == 0 else f"failed with exit status {status}"
 
 
