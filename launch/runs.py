@@ -285,7 +285,7 @@ def follow_submitted(
         0 when it is done, 128 and the signal's number (130 for Ctrl-C) when it was stopped by one, 1 otherwise.
     """
     received: list[int] = []
-    numbers = heeded([number for number in REQUESTS if number != signal.SIGHUP])  # after which it is still there
+    numbers = heeded([number for number in REQUESTS if number != signal.SIGHUP])
     handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     last_line = ""
     last_answer = time.monotonic()

@@ -150,3 +150,11 @@ def test_scheduler_is_one_of_pyros_too():
     optim = ExponentialLR({"optimizer": torch.optim.SGD, "optim_args": {"lr": 1.0}, "gamma": 0.5})
     assert isinstance(optim, pyro.optim.PyroLRScheduler)
     assert issubclass(PyroLRScheduler, pyro.optim.PyroLRScheduler)
+
+
+@pytest.mark.parametrize("gamma", [float("nan"), float("inf"), -float("inf")])
+def test_rate_of_a_schedule_that_is_no_finite_number_is_refused_by_its_name(gamma):
+    with pytest.raises(ValueError, match="ExponentialLR: gamma is .*expected a finite number"):
+        ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": gamma})
+    with pytest.raises(ValueError, match="lr is .*expected a finite number"):
+        ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": gamma}, "gamma": 0.9})
