@@ -36,8 +36,9 @@ setup-dev: $(DEV)  ## and what the tests need, Horovod and Open MPI included
 train: setup  ## run the main job: two workers on this machine, configs/flights.yaml
 	@$(BIN)/distopt launch $(CONFIG)
 
+# Tests wait for processes and timeouts half of their time, so two at once are well served by two cores.
 test: setup-dev  ## run all tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-loggers: setup-dev  ## test logging to MLflow, Weights & Biases and trackio with their packages, which this installs (270 MiB)
 	@$(PIP) mlflow-skinny sqlalchemy alembic wandb trackio

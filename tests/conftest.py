@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import compileall
+import fcntl
 import inspect
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -56,12 +58,31 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(skip)
 
 
+@contextmanager
+def share_of_machine(folder: Path, *, alone: bool) -> Iterator[None]:
+    """Holds one share of this machine beside the other processes of pytest, or waits until all of it is free."""
+    with open(folder / "machine.lock", "a") as machine, open(folder / "gate.lock", "a") as gate:
+        fcntl.flock(gate, fcntl.LOCK_EX)  # who waits for all of it is overtaken by nobody
+        fcntl.flock(machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        yield
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # before the timeout of the test begins
+def pytest_runtest_protocol(item, nextitem):
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    shared_folder = item.config._tmp_path_factory.getbasetemp().parent
+    with share_of_machine(shared_folder, alone="alone" in item.keywords):
+        return (yield)
+
+
 RAN = ("passed", "failed", "error", "xfailed", "xpassed")
 
 
 def has_run_nothing(reporter) -> bool:
     """Returns whether every test of the selection was skipped, so that what was asked for has not been tested."""
-    return bool(reporter.stats.get("skipped")) and not any(map(reporter.stats.get, RAN))
+    return reporter is not None and bool(reporter.stats.get("skipped")) and not any(map(reporter.stats.get, RAN))
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -77,11 +77,15 @@ def _walk(folder: Path, package: str) -> Iterator[tuple[str, Path]]:
 def _working_folder_files() -> dict[str, Path]:
     folder = Path.cwd()
     files = {}
+    real_folders: dict[Path, Path] = {}  # a process has thousands of modules in some hundred folders
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if file is None:
+        if file is None or _is_installed(Path(file)):
             continue
-        path = Path(file).resolve()
+        beside = Path(file).parent
+        if beside not in real_folders:
+            real_folders[beside] = beside.resolve()
+        path = real_folders[beside] / Path(file).name
         if name != "__main__" and path.is_relative_to(folder) and not _is_installed(path):
             files[name] = path
     return files

@@ -78,6 +78,7 @@ def test_save_when_killed_at_any_system_call_loses_no_acknowledged_checkpoint(po
     assert wrong == {}
 
 
+@pytest.mark.slow
 @needs_strace
 @pytest.mark.timeout(240)
 def test_save_when_any_system_call_fails_either_acknowledges_truthfully_or_fails_loudly(points, tmp_path):

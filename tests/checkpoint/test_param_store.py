@@ -161,7 +161,7 @@ def test_resumed_run_takes_the_steps_of_an_undisturbed_one(kind, given, init, op
 @pytest.mark.parametrize("init", [False, True], ids=["restored first", "run first"])
 @pytest.mark.parametrize("optimizer", ["distributed", "pyro"])
 @pytest.mark.parametrize("given", [{}, {"net": "net"}, {"registered": "net"}], ids=["alone", "net", "wrapped"])
-@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("order", [1, pytest.param(-1, marks=pytest.mark.slow)])
 def test_run_that_compiles_its_module_resumes_one_that_did_not_and_the_other_way_round(
     order, given, optimizer, init, tmp_path
 ):

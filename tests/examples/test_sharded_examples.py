@@ -23,7 +23,13 @@ from tests.workers import world
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("flights", "vae") else [])
+        for name in sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    ],
+)
 def test_config_that_is_shipped_trains_and_reports(name: str, tmp_path: Path) -> None:
     config = load_config(CONFIGS / f"{name}.yaml")
     assert isinstance(config, RunConfig) and config.name == name

@@ -29,6 +29,7 @@ def sales(num_shops: int = 5, num_weeks: int = 240) -> pd.DataFrame:
     return pd.DataFrame(values).astype({"sales": "float32", "week": "int64"})
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)  # it is a whole day: a run, a sweep of two, a comparison
 def test_day_of_forecasting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [line.strip() for name in FILES for line in (HERE / name).read_text().splitlines()]

@@ -92,7 +92,9 @@ def test_librarys_own_optimizer_trains_as_one_process_with_all_rows(kind: str) -
         assert {name: pytest.approx(value, rel=1e-9) for name, value in expected.items()} == values
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["pyro", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "pyro")]
+)
 def test_optimizer_is_the_same_object_and_goes_on_as_if_nothing_had_been(kind: str) -> None:
     def train(steps: list[bool]) -> Values:
         pyro.clear_param_store()

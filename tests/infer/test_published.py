@@ -182,7 +182,9 @@ def _run_shard(case: str, num_steps: int) -> tuple[dict[str, Any], float, int]:
         return {name: value.numpy() for name, value in params.items()}, losses[-1], num_local
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] if case == "FactorMuE AutoNormal" else []) for case in CASES]
+)
 def test_published_model_trained_on_two_and_three_workers_has_the_parameters_of_one_pyro_process(case: str) -> None:
     expected, expected_loss = train_in_pyro(case, 40)
     for world_size in (2, 3):

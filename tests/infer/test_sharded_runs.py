@@ -273,9 +273,9 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "world_size"),
     [
-        ("torch_dist", 1),
+        pytest.param("torch_dist", 1, marks=SLOW),
         ("torch_dist", 2),
-        ("torch_dist", 3),
+        pytest.param("torch_dist", 3, marks=SLOW),
         pytest.param("torch_dist", 4, marks=SLOW),
         ("horovod", 2),
     ],
@@ -320,6 +320,7 @@ def test_run_of_four_workers_goes_on_from_its_checkpoint_on_two_and_on_three(cas
         assert loss == pytest.approx(expected_loss, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_memory_falls_with_the_number_of_workers_and_bytes_sent_do_not_grow_with_the_rows() -> None:
     num_rows, alone = 1_000_000, 0
     for world_size in (1, 2, 3, 4):

@@ -94,8 +94,15 @@ def test_failing_process_ends_with_the_status_of_its_exception_though_its_heartb
     assert "terminate called" not in started.output()
 
 
-@pytest.mark.parametrize("kind", ["horovod", "mpi"])
-@pytest.mark.parametrize("fault", ["raises", "is stopped"])
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        ("horovod", "raises"),
+        ("mpi", "is stopped"),
+        pytest.param("horovod", "is stopped", marks=pytest.mark.slow),
+        pytest.param("mpi", "raises", marks=pytest.mark.slow),
+    ],
+)
 def test_fault_of_one_rank_is_named_under_every_launcher(kind: str, fault: str) -> None:
     statuses, started = workers.run_script(kind, 2, _run_train, fault, str(TIMEOUT_S), timeout_s=120)
     assert MESSAGES[fault] in started.output()

@@ -233,6 +233,7 @@ def test_columns_of_another_length_are_refused(tmp_path: Path, capsys: pytest.Ca
     assert "columns() have [999, 999] rows, expected 1,000 in each, as rows() says" in capsys.readouterr().err
 
 
+@pytest.mark.alone
 def test_straggler_is_named_while_the_run_goes_on_and_in_the_report_and_changes_no_bit(
     undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -248,7 +249,9 @@ def test_straggler_is_named_while_the_run_goes_on_and_in_the_report_and_changes_
     assert_equal_bits(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)]
+)
 def test_signal_saves_ends_all_processes_and_the_same_command_goes_on(
     tmp_path: Path, number: signal.Signals, status: int
 ) -> None:

@@ -77,13 +77,16 @@ def test_change_of_what_is_computed_is_refused_on_resume(change, saved, capsys):
 
 @pytest.mark.parametrize(
     "change",
-    ["reduce.bucket_mib=1", "reduce.overlap=true", "reduce.drift_every_steps=1", "reduce.timeout_s=60", "name=other"]
-    + ["checkpoint.keep_last=5", "log.every_steps=1", "data.prefetch=1", "train.num_steps=3", "train.capture=graph"],
+    [
+        "reduce.bucket_mib=1 reduce.overlap=true reduce.drift_every_steps=1 reduce.timeout_s=60 name=other",
+        "data.prefetch=1",
+    ]
+    + ["checkpoint.keep_last=5 log.every_steps=1", "train.capture=graph"],
 )
 def test_change_of_where_and_how_long_a_run_computes_is_accepted_and_changes_no_number(
     change, saved, undisturbed, tmp_path, capsys
 ):
-    run_here(saved, "train.num_steps=3", change)
+    run_here(saved, "train.num_steps=3", *change.split())
     assert "resuming from step 2" in capsys.readouterr().out
     resumed = parameters(tmp_path / "run")
     assert resumed.keys() == undisturbed.keys()
