@@ -211,6 +211,8 @@ def as_source(data: Any) -> Source:
 
 def _joined(columns: Sequence[Any]) -> Source:
     if all(map(_is_dense, columns)):
+        for column in columns:
+            _check_tensor(column)
         return TensorSource(*columns)
     return JoinedSource(*(_source_of(column, _items_of) for column in columns))
 
@@ -218,6 +220,7 @@ def _joined(columns: Sequence[Any]) -> Source:
 def _source_of(data: Any, otherwise: Callable[[Any], Source]) -> Source:
     """Returns the source of one argument of the model; `otherwise` makes that of whatever has items by number."""
     if isinstance(data, Tensor):
+        _check_tensor(data)
         return TensorSource(data) if _is_dense(data) else SparseSource(data)
     if isinstance(data, str | Path):
         return ArraySource(data)
@@ -229,6 +232,18 @@ def _source_of(data: Any, otherwise: Callable[[Any], Source]) -> Source:
         return ArraySource(data)
     _refuse_without_positions(data)
     return otherwise(data)
+
+
+def _check_tensor(tensor: Tensor) -> None:
+    """Refuses tensors that have no rows of numbers."""
+    if tensor.is_nested:
+        raise ValueError("found a nested tensor; pad it by torch.nested.to_padded_tensor(tensor, value)")
+    if tensor.is_meta:
+        raise ValueError("found a tensor on the device meta, which has no values; load its values first")
+    if tensor.is_quantized:
+        raise ValueError("found a quantized tensor; give tensor.dequantize()")
+    if tensor.ndim == 0:
+        raise ValueError("found a tensor without dimensions, expected (num_rows, ...)")
 
 
 def _is_column(value: Any) -> bool:
@@ -253,7 +268,11 @@ def _is_table(value: Any) -> bool:
 
 def _values_of(table: Any) -> NDArray[Any]:
     """Returns the values of a table or series in their order, whatever its index says."""
-    values = np.asarray(table)
+    try:
+        values = np.asarray(table)
+    except TypeError as error:  # as xarray.Dataset raises, which has an __array__ to say so
+        hint = _order_of(table) if callable(getattr(table, "keys", None)) else "give its arrays"
+        raise ValueError(f"found a {type(table).__name__}, of which no array can be made; {hint} ({error})") from None
     if values.dtype != object:
         return values
     kinds: Any = getattr(table, "dtypes", None)
@@ -289,9 +308,13 @@ def _refuse_without_positions(data: Any) -> None:
         )
         hint = "its `dataset`" if hasattr(data, "dataset") else f"{hint}choose from)"
         raise ValueError(f"data of type {kind} cannot be read by row; give {hint}")
+    if isinstance(data, torch.UntypedStorage | torch.TypedStorage):
+        raise ValueError(f"found a {kind}, the memory of a tensor; give the tensor")
     if isinstance(data, Dataset) or hasattr(data, "__getitems__"):
         return
 
+    if hasattr(data, "ngroups") and hasattr(data, "obj"):
+        raise ValueError(f"found a {kind}, whose items are groups and not rows; give the table itself, data.obj")
     if hasattr(data, "obs") and hasattr(data, "X"):
         raise ValueError(f"found a {kind}, expected the arrays that the model takes: (data.X, data.obs['name'])")
     if callable(getattr(data, "keys", None)):

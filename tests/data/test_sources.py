@@ -11,6 +11,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+import xarray
 from scipy import sparse
 from torch.utils.data import Dataset, IterableDataset
 
@@ -238,6 +239,14 @@ class Annotated:
         ((POSITIONS, POSITIONS[:-1].tolist()), ValueError, "found arrays of 23, 22 rows"),
         ((), ValueError, "found no arrays"),
         ({1, 2}, ValueError, "data of type set cannot be read by row"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), ValueError, "pad it by"),
+        (torch.ones(4, device="meta"), ValueError, "has no values"),
+        ((torch.ones(4, device="meta"), torch.ones(4)), ValueError, "has no values"),
+        (torch.tensor(3.0), ValueError, r"expected \(num_rows, ...\)"),
+        (torch.ones(4).untyped_storage(), ValueError, "give the tensor"),
+        (SHUFFLED.groupby("x"), ValueError, "give the table itself, data.obj"),
+        ((SHUFFLED.groupby("x").y, POSITIONS), ValueError, "give the table itself, data.obj"),
+        (xarray.Dataset({"x": ("row", POSITIONS)}), ValueError, r"such as \(data\['x'\],\)"),
     ],
 )
 def test_data_without_rows_of_numbers_are_refused_with_the_edit(data: Any, error: Any, message: str) -> None:
