@@ -1,14 +1,19 @@
-"""SIGTERM and Ctrl-C: a rank that is asked to stop finishes its step first."""
+"""Ctrl-C, SIGTERM and what else asks a program to stop: a rank finishes its step first."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+# A terminal that goes away, and what batch systems send before their limits. Programs use these for other things, too,
+# such as a dump of all stacks, so they are taken only where nobody else has.
+_ALSO_STOPPING = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 # One Ctrl-C can arrive twice, from the terminal and from the launcher that passes it on. Only a signal that comes later
 # than this is a second request, which ends the process at once.
@@ -21,7 +26,7 @@ class StopSignals:
     Before `hold` the first signal ends it: there is nothing to save yet, and a handler written in Python would only be
     called when the library that waits for the other ranks returns. Python allows signal handlers only in the main
     thread, so it must be entered there. A signal that was ignored before the block, as Ctrl-C is in what a script
-    starts in the background, stays ignored.
+    starts in the background, stays ignored. Of the signals but Ctrl-C and SIGTERM, one that has a handler keeps it.
 
     Args:
         until_exit: Whether the process ends after the block. Signals to stop that come later are then ignored: the
@@ -47,6 +52,7 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         """Restores the default handlers, under which a signal ends the process."""
         heeded = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+        heeded += [number for number in _ALSO_STOPPING if _has_no_handler(number)]
         self._before = {number: signal.signal(number, signal.SIG_DFL) for number in heeded}
         return self
 
@@ -70,3 +76,15 @@ class StopSignals:
             self._first_s = now_s
         elif now_s - self._first_s > _ECHO_S:
             os._exit(128 + number)
+
+
+def _has_no_handler(number: signal.Signals) -> bool:
+    """Returns whether a signal has its default effect; Python does not know of handlers in C, as of `faulthandler`."""
+    if signal.getsignal(number) != signal.SIG_DFL:
+        return False
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return True
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return not caught >> (number - 1) & 1

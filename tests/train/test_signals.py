@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -23,7 +24,10 @@ with StopSignals() as stop:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+ALSO = [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *ALSO])
 def test_signal_is_noted_in_the_block_and_handled_as_before_after_it(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopSignals() as stop:
@@ -34,6 +38,32 @@ def test_signal_is_noted_in_the_block_and_handled_as_before_after_it(number: sig
         os.kill(os.getpid(), number)  # the echo: terminal and launcher pass on the same one
         assert stop.received == number
     assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("number", ALSO)
+def test_handler_that_a_program_has_for_another_use_keeps_its_signal(number: signal.Signals, tmp_path) -> None:
+    received: list[int] = []
+    before = signal.signal(number, lambda *_: received.append(number))
+    try:
+        with StopSignals() as stop:
+            stop.hold()
+            os.kill(os.getpid(), number)
+            assert received == [number] and stop.received == 0
+    finally:
+        signal.signal(number, before)
+    if number not in (signal.SIGUSR1, signal.SIGUSR2):
+        return
+
+    with open(tmp_path / "stacks", "w") as stacks:  # a handler in C
+        faulthandler.register(number, file=stacks)
+        try:
+            with StopSignals() as stop:
+                stop.hold()
+                os.kill(os.getpid(), number)
+                assert stop.received == 0
+        finally:
+            faulthandler.unregister(number)
+    assert "test_handler_that_a_program" in (tmp_path / "stacks").read_text()
 
 
 def test_first_of_two_kinds_is_the_one_that_counts() -> None:
