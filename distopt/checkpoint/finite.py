@@ -1,8 +1,9 @@
 """Whether a state is finite: one with NaN in it ends every run that resumes from it, so it is neither written nor read.
 
-What is asked: parameters that are trained, their optimizer state, and modules' parameters outside Pyro's store. An
-unconstrained value may be infinite where its constrained one is not (0 of a positive parameter). Buffers are the
-user's: masks hold infinities, and data may hold NaN for what is missing.
+What is asked: parameters that are trained, their optimizer state, modules' parameters outside Pyro's store, and the
+running statistics of torch's normalization layers, which stay NaN once they are. An unconstrained value may be infinite
+where its constrained one is not (0 of a positive parameter). Other buffers are the user's: masks hold infinities, and
+data may hold NaN for what is missing.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ from distopt.checkpoint.snapshot import Snapshot
 from distopt.nonfinite import is_finite
 
 _MAX_NAMES = 5
+_STATISTICS = ("running_mean", "running_var")
 
 
-def nonfinite(replicated: Mapping[str, Any]) -> str:
+def nonfinite(replicated: Mapping[str, Any], buffers: Mapping[str, Any] | None = None) -> str:
     """Returns the names of what is not finite in a state, empty when all is.
 
     Args:
-        replicated: `params`, `optimizers` and `modules`, see `load_replicated`.
+        replicated: `params`, `optimizers` and `modules`, see `load_replicated`; what is missing is not asked for.
+        buffers: By module and name.
     """
     names: list[str] = []
-    for name in _nonfinite_names(replicated):
+    for name in (*_nonfinite_names(replicated), *_broken_statistics(buffers or {})):
         if len(names) == _MAX_NAMES:
             return f"{', '.join(names)} and more"
         names.append(name)
@@ -50,13 +53,15 @@ def check_snapshots(snapshots: Mapping[str, Snapshot], rank: int, world_size: in
     """
     for name, snapshot in snapshots.items():
         is_replicated = name == "replicated"
-        if not (is_replicated or name.startswith("shard-")) or snapshot.is_finite():
+        if not (is_replicated or name.startswith(("shard-", "buffers-"))) or snapshot.is_finite():
             continue
         state = snapshot.decoded()  # only now: it takes as long as loading the state
         if is_replicated:
             optimizers = {each: states_of(saved) for each, saved in state["optimizers"].items()}
             state |= {"params": untabulate(state["params"], state["tables"]), "optimizers": optimizers}
             names = nonfinite(state)
+        elif name.startswith("buffers-"):
+            names = nonfinite({}, state)
         else:
             broken = [key for key, entry in state["params"].items() if not all(map(is_finite, _tensors(entry)))]
             names = ", ".join(f"parameter {key!r}" for key in broken[:_MAX_NAMES])
@@ -65,18 +70,25 @@ def check_snapshots(snapshots: Mapping[str, Snapshot], rank: int, world_size: in
 
 
 def _nonfinite_names(replicated: Mapping[str, Any]) -> Iterator[str]:
-    params = replicated["params"]
+    params = replicated.get("params", {})
     for name, entry in params.items():
         if not entry.get("frozen") and not _is_usable(entry):
             yield f"parameter {name!r}"
-    for states in replicated["optimizers"].values():
+    for states in replicated.get("optimizers", {}).values():
         for name, state in states.items():
             if not params.get(name, {}).get("frozen") and not all(map(is_finite, _tensors(state))):
                 yield f"optimizer state of {name!r}"
-    for module, tensors in replicated["modules"].items():
+    for module, tensors in replicated.get("modules", {}).items():
         for name, value in tensors.items():
             if isinstance(value, Tensor) and not is_finite(value.detach()):
                 yield f"parameter {name!r} of module {module!r}"
+
+
+def _broken_statistics(buffers: Mapping[str, Any]) -> Iterator[str]:
+    for module, tensors in buffers.items():
+        for name, value in tensors.items():
+            if name.rpartition(".")[2] in _STATISTICS and isinstance(value, Tensor) and not is_finite(value):
+                yield f"buffer {name!r} of module {module!r}"
 
 
 def _is_usable(entry: Mapping[str, Any]) -> bool:

@@ -286,7 +286,7 @@ def _read_for_rank(storage: Storage, folder: str, attempt: str, backend: Backend
     )
 
     local = {"params": loaded.local_params.params, "optimizers": loaded.local_params.optimizers, "modules": {}}
-    broken = ", ".join(filter(None, (nonfinite(loaded.replicated), nonfinite(local))))
+    broken = ", ".join(filter(None, (nonfinite(loaded.replicated, loaded.buffers), nonfinite(local))))
     if broken:
         raise CorruptCheckpointError(f"{storage.root}/{folder}: {broken} not finite, so a run cannot continue from it.")
 

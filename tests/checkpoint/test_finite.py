@@ -112,6 +112,35 @@ def test_buffers_and_frozen_parameters_may_hold_what_they_like(tmp_path):
         assert keeper.restore().step == 1
 
 
+def batches_normalized(kind, batch):
+    """A network with a normalization layer that has taken in a batch."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), kind(3, track_running_stats=True))
+    net(batch)
+    return net
+
+
+@pytest.mark.parametrize("kind", [torch.nn.BatchNorm1d, torch.nn.InstanceNorm1d])
+def test_running_statistics_that_are_not_finite_are_neither_committed_nor_resumed(kind, tmp_path, monkeypatch, caplog):
+    shape = (4, 3) if kind is torch.nn.BatchNorm1d else (4, 3, 3)
+    net = batches_normalized(kind, torch.ones(shape))
+    with checkpointer(tmp_path, {"net": net}) as keeper:
+        keeper.save(1)
+        keeper.wait()
+        net(torch.full(shape, math.nan))
+        keeper.save(2)
+        with pytest.raises(CheckpointError, match=r"rank 0 of 1: buffer '1.running_mean' of module 'net', buffer"):
+            keeper.wait()
+        assert keeper.steps() == [1]
+
+    monkeypatch.setattr("distopt.checkpoint.background.check_snapshots", lambda *args: None)
+    with checkpointer(tmp_path, {"net": net}) as keeper:
+        keeper.save(3)  # as an older distopt did
+        keeper.wait()
+        caplog.set_level(logging.ERROR)
+        assert keeper.restore().step == 1 and "buffer '1.running_mean' of module 'net'" in caplog.text
+        assert all(torch.isfinite(each).all() for each in net.buffers())
+
+
 def test_names_are_listed_up_to_a_few():
     params = {f"x{index}": {"value": torch.tensor(math.nan)} for index in range(9)}
     listed = nonfinite({"params": params, "optimizers": {}, "modules": {}})
