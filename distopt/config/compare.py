@@ -17,6 +17,7 @@ MAY_CHANGE = (
     "train.num_steps",
     "train.check_steps",
     "train.device",
+    "train.compile_from_step",
     "train.capture",  # a captured step computes what an eager one does
     "train.validate_every_steps",
     "train.early_stopping",

@@ -59,6 +59,7 @@ _EXAMPLES: dict[str, Any] = {
     "train.validate_every_steps": 100,
     "train.early_stopping": {"metric": "rmse"},
     "train.early_stopping.metric": "rmse",
+    "train.compile_from_step": 1000,
     "data.global_batch": 8192,
     "data.shard_fraction": 0.1,
     "optim.args_by_name": {"*.bias": {"weight_decay": 0.0}},

@@ -100,6 +100,9 @@ class TrainConfig(Section):
     is `graph` for all steps but those that Pyro checks, see `check_steps`, and `off` with `precision` 16 bits.
     `compiled` runs the recording through torch's compiler, which needs a C++ compiler and some time before the first
     step: quicker still for many rows, and equal to eager steps but for rounding."""
+    compile_from_step: Annotated[int, Field(ge=1)] | None = None
+    """The step, counted from 1, from which `auto` compiles steps as `compiled` does: a long run waits for the compiler
+    where that pays. No step is left to Pyro's checks from there on. Null never compiles."""
 
     validate_every_steps: Annotated[int, Field(ge=1)] | None = None
     """Steps between two calls of the task's `validate`; null never calls it."""
@@ -323,6 +326,21 @@ class RunConfig(Section):
         for key, rule in rules.items():
             if rule is not None and self.train.validate_every_steps is None:
                 raise ValueError(f"found {key} without train.validate_every_steps, which says how often to measure")
+        return self
+
+    @model_validator(mode="after")
+    def _compiling_is_possible(self) -> RunConfig:
+        train = self.train
+        if train.compile_from_step is None:
+            return self
+        if train.capture != "auto":
+            raise ValueError(
+                f"found train.compile_from_step {train.compile_from_step} and train.capture {train.capture}, expected "
+                "auto, which alone begins to compile at a later step"
+            )
+        if train.precision != 32 or train.loss.startswith("Jit"):
+            other = "train.precision" if train.precision != 32 else "train.loss"
+            raise ValueError(f"found train.compile_from_step with {other} that captures no steps, expected only one")
         return self
 
     @model_validator(mode="after")

@@ -49,10 +49,13 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
             without those for Pyro's validation. "compiled": likewise, from the first step on, and by torch's compiler:
             quicker for many rows, and equal but for rounding; where it cannot be, as "graph", and `captured.notice`
             says why. "off": every step is eager.
+        compile_from_step: The step, counted from 1, from which "auto" takes steps as "compiled" does; None for never.
+            Steps are counted by the `step` that `step_with` is given, and by calls without one: a script that resumes
+            gives it, to compile the steps that it would have compiled had it never stopped.
         **kwargs: What Pyro's `TracePosterior` takes.
 
     Raises:
-        ValueError: `capture` is none of these.
+        ValueError: `capture` is none of these, or another one than "auto" has a `compile_from_step`.
 
     Example:
         >>> import torch
@@ -83,12 +86,13 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         *,
         weight: float = 1.0,
         capture: CaptureMode = "auto",
+        compile_from_step: int | None = None,
         **kwargs: Any,
     ) -> None:
-        check_mode(capture)
+        check_mode(capture, compile_from_step)
         wrapped = share_plates(model, guide, weight)
         super().__init__(*wrapped, optim, loss, loss_and_grads, num_samples, num_steps, **kwargs)
-        self._gradients = StepGradients(capture, self.loss_and_grads)
+        self._gradients = StepGradients(capture, self.loss_and_grads, compile_from_step)
 
     @property
     def captured(self) -> StepCapture | None:
@@ -173,7 +177,8 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
         if not isinstance(self.optim, DistributedOptimizer):
             raise TypeError(f"step_with() needs a DistributedOptimizer, found {type(self.optim).__name__}; use step().")
         shared = {"step": step, "stop": stop, "measure_norm": measure_norm}
-        compute = partial(self._gradients, self, is_checked=is_checked)
+        number = None if step is None else step + 1
+        compute = partial(self._gradients, self, is_checked=is_checked, step=number)
         return step_on_all_ranks(self, args, kwargs or {}, compute, self.optim.zero_grad, **shared)
 
     def _step_alone(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Loss:

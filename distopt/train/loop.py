@@ -123,13 +123,15 @@ class _Worker:
                 noise=config.train.noise,
             )
         loss = in_precision(make_loss(config), config, self.device, scaler)
+        capture = capture_mode(config, self.device)
         self.svi = SVI(
             self.task.model,
             self.task.guide,
             self.optimizer,
             loss,
             weight=self.batches.weight,
-            capture=capture_mode(config, self.device),
+            capture=capture,
+            compile_from_step=config.train.compile_from_step if capture == "auto" else None,
         )
         self.gradient_norm: float | None = None  # of the last step
         self.refusal: str | None = None  # why steps are not captured, once it has been printed

@@ -40,6 +40,9 @@ def test_off_and_graph_are_modes_of_capture():
     assert parse_config(MINIMAL, ["train.capture=off"]).train.capture == "off"
     assert parse_config(MINIMAL, ["train.capture=graph"]).train.capture == "graph"
     assert problems(MINIMAL, "train.capture=true") != []
+    assert parse_config(MINIMAL, ["train.compile_from_step=5"]).train.compile_from_step == 5
+    assert "expected auto" in problems(MINIMAL, "train.compile_from_step=5", "train.capture=graph")[0]
+    assert "train.precision" in problems(MINIMAL, "train.compile_from_step=5", "train.precision=bf16")[0]
 
 
 @pytest.mark.parametrize(

@@ -179,13 +179,22 @@ def test_run_of_compiled_steps_that_is_killed_has_the_bits_of_one_that_is_not(tm
     assert_equal_bits(tmp_path / "run", tmp_path / "through")
 
 
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"capture": "compiled"},
+        {"compile_from_step": 15},
+        pytest.param({"compile_from_step": 30}, marks=pytest.mark.slow),
+    ],
+    ids=["from the start", "from before the resume", "from after it"],
+)
 def test_run_of_compiled_steps_resumes_with_the_same_bits_and_says_when_they_are_compiled_otherwise(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, train: dict[str, Any]
 ) -> None:
     # What is compiled runs as it stands: the compiler takes its time, and tests/infer/capture/test_compiled.py has it.
     monkeypatch.setattr(compiled, "_functions", {})
     monkeypatch.setattr(compiled, "_run_compiler", lambda graph, _examples: torch.no_grad()(graph))
-    path = config(tmp_path, train={"num_steps": 40, "capture": "compiled"})
+    path = config(tmp_path, train={"num_steps": 40} | train)
     run_here(path, f"run_dir={tmp_path / 'through'}")
     run_here(path, "train.num_steps=21")
     capsys.readouterr()
@@ -194,7 +203,7 @@ def test_run_of_compiled_steps_resumes_with_the_same_bits_and_says_when_they_are
     assert "resuming from step 21" in output and "not compiled" not in output
     assert_equal_bits(tmp_path / "run", tmp_path / "through")
 
-    run_here(path, "train.num_steps=50", "train.capture=graph")
+    run_here(path, "train.num_steps=50", "train.capture=graph", "train.compile_from_step=null")
     assert "steps are not compiled as they were before the run resumed" in capsys.readouterr().out
 
 

@@ -39,18 +39,19 @@ def small(x):
         pyro.sample("x", dist.Normal(loc, scale), obs=x)
 
 
-def train(num_steps: int, *, first: int = 0, params=None, capture="compiled", model=small):
+def train(num_steps: int, *, first: int = 0, params=None, capture="compiled", model=small, compile_from=None):
     """Takes steps with gradients that are stepped by themselves; returns losses, parameters and the capture."""
     pyro.clear_param_store()
     guide = AutoNormal(model)
     guide(DATA)
-    svi = SVI(model, guide, DistributedOptimizer(pyro.optim.SGD({"lr": 1e-3})), Trace_ELBO(), capture=capture)
+    optim = DistributedOptimizer(pyro.optim.SGD({"lr": 1e-3}))
+    svi = SVI(model, guide, optim, Trace_ELBO(), capture=capture, compile_from_step=compile_from)
     for name, value in (params or {}).items():
         pyro.param(name).unconstrained().data.copy_(value)
     losses = []
     for step in range(first, first + num_steps):
         seed_all(3, step)
-        losses.append(svi.step(DATA))
+        losses.append(svi.step_with((DATA,), step=step).loss)
     store = {name: param.detach().clone() for name, param in pyro.get_param_store()._params.items()}
     return losses, store, svi.captured
 
@@ -102,6 +103,24 @@ def test_run_that_resumes_has_the_bits_of_one_that_was_never_stopped():
         assert begun + ended[1:] == through_losses[:first] + through_losses[first + 1 :]
         assert ended[0] == pytest.approx(through_losses[first])  # the loss of a first step crosses in 32 bits
         assert all(torch.equal(resumed[name], through[name]) for name in through)
+
+
+@pytest.mark.parametrize("first", [3, 7])
+def test_run_that_compiles_from_a_step_on_does_so_after_a_resume_too(first):
+    through_losses, through, capture = train(12, capture="auto", compile_from=6)
+    assert capture.num_captured == 7  # steps 6 to 12
+    eager_losses, _, _ = train(12, capture="off")
+    assert through_losses[:5] == eager_losses[:5]
+    begun, params, _ = train(first, capture="auto", compile_from=6)
+    ended, resumed, _ = train(12 - first, first=first, params=params, capture="auto", compile_from=6)
+    assert begun + ended[1:] == through_losses[:first] + through_losses[first + 1 :]
+    assert all(torch.equal(resumed[name], through[name]) for name in through)
+
+
+@pytest.mark.parametrize(("capture", "step"), [("graph", 6), ("off", 6), ("compiled", 6), ("auto", 0)])
+def test_step_to_compile_from_is_one_of_auto(capture, step):
+    with pytest.raises(ValueError, match=f"compile_from_step={step} .* must be 1 or more, with capture='auto'"):
+        train(1, capture=capture, compile_from=step)
 
 
 def test_rehearsals_leave_generators_gradients_and_tensors_as_they_were():

@@ -9,7 +9,12 @@ from distopt.infer.capture.modes import CHECKED_STEPS, CaptureMode, StepMode, is
 
 @pytest.mark.parametrize(
     ("capture", "checked", "unchecked"),
-    [("off", "eager", "eager"), ("graph", "graph", "graph"), ("auto", "eager", "graph")],
+    [
+        ("off", "eager", "eager"),
+        ("graph", "graph", "graph"),
+        ("auto", "eager", "graph"),
+        ("compiled", "compiled", "compiled"),
+    ],
 )
 def test_mode_of_a_step(capture, checked, unchecked):
     assert mode_of_step(capture, is_checked=True) == checked
