@@ -50,7 +50,18 @@ def pytest_sessionstart(session):
         compileall.compile_dir(workers.ROOT / folder, quiet=2)
 
 
+def process_of(item: pytest.Item) -> str:
+    """Returns what tests of one process of pytest have in common: a world that starts once for them, or a file."""
+    callspec = getattr(item, "callspec", None)
+    if callspec is not None and "ranks" in callspec.params:
+        return f"ranks {callspec.params['ranks'][0]}"
+    return item.nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(process_of(item)))
     if not config.getoption("--slow"):
         skip = pytest.mark.skip(reason="takes minutes: pytest tests --slow runs it")
         for item in items:
