@@ -116,7 +116,7 @@ time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("sooner", [0, 1])
+@pytest.mark.parametrize("sooner", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_stop_as_asked_is_one_whatever_rank_ends_first_and_however(backend_section, sooner, start, tmp_path):
     write_config(tmp_path, str(sooner), more=backend_section)
     (tmp_path / "unequal.py").write_text(UNEQUAL)

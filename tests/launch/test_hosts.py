@@ -21,7 +21,12 @@ pytestmark = pytest.mark.timeout(240)
 
 @pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
-    "platform", ["torchrun", "horovodrun", pytest.param("horovodrun --mpi", marks=pytest.mark.slow), "mpirun"]
+    "platform",
+    [
+        "torchrun",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("horovodrun --mpi", "mpirun")),
+        "horovodrun",
+    ],
 )
 def test_one_yaml_runs_on_hosts_through_each_engine(platform, count, hosts, on_hosts, tmp_path):
     env = {"MY_API_TOKEN": "s3cret", "OTHER_TOKEN": "s3cret"}
