@@ -19,19 +19,24 @@ def pytest_here(*arguments: str, **environment: str) -> subprocess.CompletedProc
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "message"),
+    ("arguments", "message"),
     [
-        (["tests/docker", "-m", "images"], {"DISTOPT_TEST_IMAGES": "1", "PATH": "/nowhere"}, "nothing ran: "),
-        (["tests/docker/test_cpu_image.py"], {}, "nothing ran: builds an image: make test-images"),
-        (["tests/test_ray.py"], {}, "nothing ran: takes minutes: pytest tests --slow runs it"),
-        (["tests/chaos", "-k", "many_runs"], {}, "nothing ran: takes minutes: pytest tests --slow runs it"),
+        (["tests/docker/test_cpu_image.py"], "nothing ran: builds an image: make test-images"),
+        (["tests/test_ray.py"], "nothing ran: takes minutes: pytest tests --slow runs it"),
+        (["tests/chaos", "-k", "many_runs"], "nothing ran: takes minutes: pytest tests --slow runs it"),
     ],
 )
-def test_selection_of_which_all_is_skipped_fails_and_says_what_is_missing(arguments, environment, message):
-    done = pytest_here(*arguments, **environment)
+def test_selection_of_which_all_is_skipped_fails_and_says_what_is_missing(arguments, message):
+    done = pytest_here(*arguments)
     assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout + done.stderr
     assert message in done.stdout
-    assert not environment or "apt-get install buildah" in done.stdout or "sudo" in done.stdout
+
+
+@pytest.mark.parametrize(("folder", "marker"), [("tests/docker", "images"), ("tests/kubernetes", "kubernetes")])
+def test_what_was_asked_for_and_lacks_a_program_fails_though_something_else_runs(folder, marker):
+    done = pytest_here(folder, "-m", marker, **{f"DISTOPT_TEST_{marker.upper()}": "1", "PATH": "/nowhere"})
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
+    assert "apt-get install buildah" in done.stdout or "sudo" in done.stdout
 
 
 def test_selection_of_which_something_runs_is_judged_by_that():

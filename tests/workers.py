@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 KINDS = ("torch_dist", "horovod", "horovod-mpi", "mpirun-horovod", "mpi")
 WORLDS = [("single", 1), *((kind, size) for kind in ("torch_dist", "horovod", "mpi") for size in (2, 4, 1))]
 """What a property of several ranks is shown on: every backend, with ranks in pairs, in twos of pairs, and alone."""
-START_S = 100.0
+START_S = 160.0
 GRACE_S = 15.0
 _ADDRESS = "DISTOPT_TEST_ADDRESS"
 _KIND = "DISTOPT_TEST_KIND"

@@ -39,7 +39,7 @@ pytestmark = [
 def engine() -> Engine:
     lacking = engines.missing()
     if lacking:
-        pytest.skip(lacking)
+        pytest.fail(lacking, pytrace=False)  # it was asked for
     return Engine(engines.kept_folder())
 
 
