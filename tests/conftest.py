@@ -92,7 +92,10 @@ RAN = ("passed", "failed", "error", "xfailed", "xpassed")
 
 
 def has_run_nothing(reporter) -> bool:
-    """Returns whether every test of the selection was skipped, so that what was asked for has not been tested."""
+    """Returns whether every test of the selection was skipped, so that what was asked for has not been tested.
+
+    The processes of xdist have no reporter: the one that started them has, and judges.
+    """
     return reporter is not None and bool(reporter.stats.get("skipped")) and not any(map(reporter.stats.get, RAN))
 
 

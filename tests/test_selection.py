@@ -32,6 +32,12 @@ def test_selection_of_which_all_is_skipped_fails_and_says_what_is_missing(argume
     assert message in done.stdout
 
 
+def test_tests_in_several_processes_are_judged_together():
+    done = pytest_here("-n", "2", "tests/test_ray.py")
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout + done.stderr
+    assert "nothing ran: takes minutes" in done.stdout
+
+
 @pytest.mark.parametrize(("folder", "marker"), [("tests/docker", "images"), ("tests/kubernetes", "kubernetes")])
 def test_what_was_asked_for_and_lacks_a_program_fails_though_something_else_runs(folder, marker):
     done = pytest_here(folder, "-m", marker, **{f"DISTOPT_TEST_{marker.upper()}": "1", "PATH": "/nowhere"})

@@ -8,7 +8,8 @@ data may hold NaN for what is missing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,19 +26,27 @@ _MAX_NAMES = 5
 _STATISTICS = ("running_mean", "running_var")
 
 
-def nonfinite(replicated: Mapping[str, Any], buffers: Mapping[str, Any] | None = None) -> str:
+def nonfinite(replicated: Mapping[str, Any]) -> str:
     """Returns the names of what is not finite in a state, empty when all is.
 
     Args:
-        replicated: `params`, `optimizers` and `modules`, see `load_replicated`; what is missing is not asked for.
+        replicated: `params`, `optimizers` and `modules`, see `load_replicated`.
+    """
+    return _listed(_nonfinite_names(replicated))
+
+
+def nonfinite_statistics(buffers: Mapping[str, Any]) -> str:
+    """Returns the names of running statistics that are not finite, empty when all are.
+
+    Args:
         buffers: By module and name.
     """
-    names: list[str] = []
-    for name in (*_nonfinite_names(replicated), *_broken_statistics(buffers or {})):
-        if len(names) == _MAX_NAMES:
-            return f"{', '.join(names)} and more"
-        names.append(name)
-    return ", ".join(names)
+    return _listed(
+        f"buffer {name!r} of module {module!r}"
+        for module, tensors in buffers.items()
+        for name, value in tensors.items()
+        if name.rpartition(".")[2] in _STATISTICS and isinstance(value, Tensor) and not is_finite(value)
+    )
 
 
 def check_snapshots(snapshots: Mapping[str, Snapshot], rank: int, world_size: int) -> None:
@@ -61,34 +70,36 @@ def check_snapshots(snapshots: Mapping[str, Snapshot], rank: int, world_size: in
             state |= {"params": untabulate(state["params"], state["tables"]), "optimizers": optimizers}
             names = nonfinite(state)
         elif name.startswith("buffers-"):
-            names = nonfinite({}, state)
+            names = nonfinite_statistics(state)
         else:
-            broken = [key for key, entry in state["params"].items() if not all(map(is_finite, _tensors(entry)))]
-            names = ", ".join(f"parameter {key!r}" for key in broken[:_MAX_NAMES])
+            names = _listed(
+                f"parameter {key!r}"
+                for key, entry in state["params"].items()
+                if not all(map(is_finite, _tensors(entry)))
+            )
         if names:
             raise NonfiniteStateError(f"rank {rank} of {world_size}: {names} not finite (NaN or infinite)")
 
 
+def _listed(names: Iterable[str]) -> str:
+    """Returns the first few names."""
+    first = list(islice(names, _MAX_NAMES + 1))
+    return f"{', '.join(first[:_MAX_NAMES])} and more" if len(first) > _MAX_NAMES else ", ".join(first)
+
+
 def _nonfinite_names(replicated: Mapping[str, Any]) -> Iterator[str]:
-    params = replicated.get("params", {})
+    params = replicated["params"]
     for name, entry in params.items():
         if not entry.get("frozen") and not _is_usable(entry):
             yield f"parameter {name!r}"
-    for states in replicated.get("optimizers", {}).values():
+    for states in replicated["optimizers"].values():
         for name, state in states.items():
             if not params.get(name, {}).get("frozen") and not all(map(is_finite, _tensors(state))):
                 yield f"optimizer state of {name!r}"
-    for module, tensors in replicated.get("modules", {}).items():
+    for module, tensors in replicated["modules"].items():
         for name, value in tensors.items():
             if isinstance(value, Tensor) and not is_finite(value.detach()):
                 yield f"parameter {name!r} of module {module!r}"
-
-
-def _broken_statistics(buffers: Mapping[str, Any]) -> Iterator[str]:
-    for module, tensors in buffers.items():
-        for name, value in tensors.items():
-            if name.rpartition(".")[2] in _STATISTICS and isinstance(value, Tensor) and not is_finite(value):
-                yield f"buffer {name!r} of module {module!r}"
 
 
 def _is_usable(entry: Mapping[str, Any]) -> bool:

@@ -25,7 +25,7 @@ from distopt.checkpoint.errors import (
     UnreadableCheckpointError,
     describe_error,
 )
-from distopt.checkpoint.finite import nonfinite
+from distopt.checkpoint.finite import nonfinite, nonfinite_statistics
 from distopt.checkpoint.format_3 import upgrade_rank, upgrade_replicated
 from distopt.checkpoint.manifest import FORMAT_3, Manifest
 from distopt.checkpoint.param_store import with_names_of_today
@@ -286,7 +286,9 @@ def _read_for_rank(storage: Storage, folder: str, attempt: str, backend: Backend
     )
 
     local = {"params": loaded.local_params.params, "optimizers": loaded.local_params.optimizers, "modules": {}}
-    broken = ", ".join(filter(None, (nonfinite(loaded.replicated, loaded.buffers), nonfinite(local))))
+    broken = ", ".join(
+        filter(None, (nonfinite(loaded.replicated), nonfinite(local), nonfinite_statistics(loaded.buffers)))
+    )
     if broken:
         raise CorruptCheckpointError(f"{storage.root}/{folder}: {broken} not finite, so a run cannot continue from it.")
 

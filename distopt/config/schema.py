@@ -339,8 +339,11 @@ class RunConfig(Section):
                 "auto, which alone begins to compile at a later step"
             )
         if train.precision != 32 or train.loss.startswith("Jit"):
-            other = "train.precision" if train.precision != 32 else "train.loss"
-            raise ValueError(f"found train.compile_from_step with {other} that captures no steps, expected only one")
+            key, value = ("precision", train.precision) if train.precision != 32 else ("loss", train.loss)
+            raise ValueError(
+                f"found train.compile_from_step {train.compile_from_step} and train.{key} {value}, whose steps are not "
+                "captured, expected only one"
+            )
         return self
 
     @model_validator(mode="after")

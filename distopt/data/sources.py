@@ -31,7 +31,7 @@ class TensorSource:
         *tensors: (num_rows, ...) each.
 
     Raises:
-        ValueError: There are no tensors, or their lengths differ.
+        ValueError: There are no tensors, their lengths differ, or one has no rows of numbers (nested, meta, quantized).
 
     Example:
         >>> [tensor.tolist() for tensor in TensorSource(torch.arange(5), 10 * torch.arange(5)).read(np.array([3, 0]))]
@@ -39,6 +39,8 @@ class TensorSource:
     """
 
     def __init__(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            _check_tensor(tensor)
         _check_lengths([len(tensor) for tensor in tensors])
         self._tensors = tensors
 
@@ -118,6 +120,8 @@ class SparseSource:
 
     def __init__(self, matrix: Any) -> None:
         self._is_tensor = isinstance(matrix, Tensor)
+        if self._is_tensor:
+            _check_tensor(matrix)
         self._matrix: Any = matrix.detach().cpu().to_sparse_coo().coalesce() if self._is_tensor else matrix.tocsr()
         if not self._is_tensor:
             _check_elements(self._matrix)
@@ -211,8 +215,6 @@ def as_source(data: Any) -> Source:
 
 def _joined(columns: Sequence[Any]) -> Source:
     if all(map(_is_dense, columns)):
-        for column in columns:
-            _check_tensor(column)
         return TensorSource(*columns)
     return JoinedSource(*(_source_of(column, _items_of) for column in columns))
 
@@ -220,7 +222,6 @@ def _joined(columns: Sequence[Any]) -> Source:
 def _source_of(data: Any, otherwise: Callable[[Any], Source]) -> Source:
     """Returns the source of one argument of the model; `otherwise` makes that of whatever has items by number."""
     if isinstance(data, Tensor):
-        _check_tensor(data)
         return TensorSource(data) if _is_dense(data) else SparseSource(data)
     if isinstance(data, str | Path):
         return ArraySource(data)

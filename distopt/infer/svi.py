@@ -50,8 +50,8 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
             quicker for many rows, and equal but for rounding; where it cannot be, as "graph", and `captured.notice`
             says why. "off": every step is eager.
         compile_from_step: The step, counted from 1, from which "auto" takes steps as "compiled" does; None for never.
-            Steps are counted by the `step` that `step_with` is given, and by calls without one: a script that resumes
-            gives it, to compile the steps that it would have compiled had it never stopped.
+            `step_with` takes the step as its `step`, which counts from 0; without one, calls are counted. A script
+            that resumes gives it, and compiles the steps that it would have compiled had it never stopped.
         **kwargs: What Pyro's `TracePosterior` takes.
 
     Raises:

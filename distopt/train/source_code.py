@@ -80,12 +80,11 @@ def _working_folder_files() -> dict[str, Path]:
     real_folders: dict[Path, Path] = {}  # a process has thousands of modules in some hundred folders
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if file is None or _is_installed(Path(file)):
+        if file is None or _is_installed(given := Path(file)):
             continue
-        beside = Path(file).parent
-        if beside not in real_folders:
-            real_folders[beside] = beside.resolve()
-        path = real_folders[beside] / Path(file).name
+        if given.parent not in real_folders:
+            real_folders[given.parent] = given.parent.resolve()
+        path = real_folders[given.parent] / given.name
         if name != "__main__" and path.is_relative_to(folder) and not _is_installed(path):
             files[name] = path
     return files

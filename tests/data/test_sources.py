@@ -254,6 +254,16 @@ def test_data_without_rows_of_numbers_are_refused_with_the_edit(data: Any, error
         as_source(data)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own words about these kinds
+@pytest.mark.parametrize("source", [as_source, TensorSource])
+def test_tensors_that_are_no_rows_of_numbers_are_refused_wherever_a_source_is_made(source: Any) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    quantized = torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
+    for tensor, message in ((nested, "pad it by"), (quantized, "dequantize"), (torch.ones(()), "without dimensions")):
+        with pytest.raises(ValueError, match=message):
+            source(tensor)
+
+
 def test_file_of_several_arrays_is_refused_with_their_names_and_tilde_is_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,7 @@ NAME = "far"
 
 
 def build() -> Path:
-    """Compiles the device for this torch, once: some seconds. Returns the library.
+    """Compiles the device for this torch, once: about a minute. Returns the library.
 
     Raises:
         RuntimeError: There is no C++ compiler, or it failed; has its output.

@@ -288,7 +288,7 @@ def test_signal_saves_ends_all_processes_and_the_same_command_goes_on(
     assert not alive, alive
     stopped = max(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
     assert f"stopped after step {stopped:,}" in output, output
-    if number == signal.SIGINT:
+    if number == signal.SIGTERM:
         return  # from here on it is the same
     goal = f"train.num_steps={stopped + 20}"
     output = launch_well(path, goal)

@@ -79,9 +79,10 @@ def test_change_of_what_is_computed_is_refused_on_resume(change, saved, capsys):
     "change",
     [
         "reduce.bucket_mib=1 reduce.overlap=true reduce.drift_every_steps=1 reduce.timeout_s=60 name=other",
+        "checkpoint.keep_last=5 log.every_steps=1",
         "data.prefetch=1",
-    ]
-    + ["checkpoint.keep_last=5 log.every_steps=1", "train.capture=graph"],
+        "train.capture=graph",
+    ],
 )
 def test_change_of_where_and_how_long_a_run_computes_is_accepted_and_changes_no_number(
     change, saved, undisturbed, tmp_path, capsys

@@ -25,6 +25,10 @@ CHECKED_STEPS = 100
 def check_mode(capture: CaptureMode, compile_from_step: int | None = None) -> None:
     """Refuses what is no mode.
 
+    Args:
+        capture: What is asked for.
+        compile_from_step: The step, counted from 1, from which it compiles; None for never.
+
     Raises:
         ValueError: `capture` is none of them, or another one than `auto` is to compile from some step on.
     """
