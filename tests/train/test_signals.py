@@ -5,10 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from distopt.train.signals import StopSignals
+from tests.train.runs import BIN, ROOT, config, environment, steps_logged
 
 # Sends itself two signals further apart than one Ctrl-C's echo, and would then go on.
 IMPATIENT = """
@@ -119,3 +122,25 @@ assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR2, *(pytest.param(each, marks=pytest.mark.slow) for each in ALSO if each != signal.SIGUSR2)]
+)
+def test_train_without_a_launcher_saves_and_stops_at_signals_of_terminals_and_batch_systems(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    command = [str(BIN / "distopt"), "train", str(config(tmp_path)), "train.num_steps=1000000"]
+    run = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        while not steps_logged(tmp_path / "run") and run.poll() is None:
+            time.sleep(0.1)  # the test's own timeout ends it
+        run.send_signal(number)
+        output, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 128 + number, output
+    newest = max((tmp_path / "run/checkpoints").glob("step-*"))
+    assert f"stopped after step {int(newest.name.removeprefix('step-')):,}" in output, output
