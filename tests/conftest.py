@@ -51,11 +51,14 @@ def pytest_sessionstart(session):
 
 
 def process_of(item: pytest.Item) -> str:
-    """Returns what tests of one process of pytest have in common: a world that starts once for them, or a file."""
-    callspec = getattr(item, "callspec", None)
-    if callspec is not None and "ranks" in callspec.params:
-        return f"ranks {callspec.params['ranks'][0]}"
-    return item.nodeid.partition("::")[0]
+    """Returns what tests of one process of pytest have in common: what this machine has once, or their file.
+
+    Worlds of Horovod and MPI poll while they wait, so two of them on the same cores both crawl; a network namespace
+    has its name on all of the machine.
+    """
+    if "ranks" in item.fixturenames or item.path.parent.name == "backends":
+        return "worlds"
+    return "hosts" if "hosts" in item.fixturenames else item.nodeid.partition("::")[0]
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
@@ -112,7 +115,13 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"nothing ran: {'; '.join(reasons)}", red=True)
 
 
-@pytest.fixture(scope="session", params=workers.WORLDS, ids=lambda world: f"{world[0]}-{world[1]}")
+WORLDS = [
+    pytest.param(world, id=f"{world[0]}-{world[1]}", marks=() if world in workers.QUICK_WORLDS else pytest.mark.slow)
+    for world in workers.WORLDS
+]
+
+
+@pytest.fixture(scope="session", params=WORLDS)
 def ranks(request: pytest.FixtureRequest) -> workers.Ranks:
     """Every backend with every number of ranks; pytest runs all tests of one world together, so that it starts once."""
     return workers.Ranks(*request.param)

@@ -96,6 +96,7 @@ def installed(dist: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_wheel_with_its_dependencies_and_nothing_else_runs_the_script_of_the_readme(
     installed: Path, tmp_path: Path
 ) -> None:

@@ -125,6 +125,7 @@ def _gradients(policy: Any, num_steps: int) -> list[float]:
     return gradients
 
 
+@pytest.mark.slow
 def test_variance_of_the_mean_gradient_of_four_workers_is_a_quarter_of_one_workers() -> None:
     independent = np.array(world("torch_dist", 4).run(_gradients, "independent", NUM_STEPS, timeout_s=150))
     alone = independent.var(axis=1, ddof=1).mean()

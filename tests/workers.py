@@ -29,6 +29,8 @@ ROOT = Path(__file__).parent.parent
 KINDS = ("torch_dist", "horovod", "horovod-mpi", "mpirun-horovod", "mpi")
 WORLDS = [("single", 1), *((kind, size) for kind in ("torch_dist", "horovod", "mpi") for size in (2, 4, 1))]
 """What a property of several ranks is shown on: every backend, with ranks in pairs, in twos of pairs, and alone."""
+QUICK_WORLDS = {("single", 1), ("torch_dist", 2), ("torch_dist", 4), ("horovod", 2), ("mpi", 2)}
+"""Those of them that start without `--slow` too."""
 START_S = 160.0
 GRACE_S = 15.0
 _ADDRESS = "DISTOPT_TEST_ADDRESS"

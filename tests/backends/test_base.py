@@ -16,8 +16,15 @@ from distopt.launchers import RankInfo
 from tests import workers
 
 REFERENCE = "tests.backends.store_backend:StoreBackend"
-SIZES = (2, 4, 1)
-WORLDS = [(kind, size) for kind in ("torch_dist", "horovod", "mpi", REFERENCE) for size in SIZES]
+WORLDS = [
+    pytest.param(
+        (kind, size),
+        id=f"{kind.rpartition(':')[2]}-{size}",
+        marks=() if size == 2 or (kind, size) in workers.QUICK_WORLDS else pytest.mark.slow,
+    )
+    for kind in ("torch_dist", "horovod", "mpi", REFERENCE)
+    for size in (2, 4, 1)
+]
 OTHER_STARTS = [("horovod-mpi", 2), ("mpirun-horovod", 2)]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32]
 
@@ -129,7 +136,7 @@ def _run_late_rank() -> str:
 CONTRACT = [_run_collectives, _run_several_in_flight, _run_waits_that_time_out, _run_send_recv, _run_json_of_all_sizes]
 
 
-@pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world[0].rpartition(':')[2]}-{world[1]}")
+@pytest.fixture(scope="module", params=WORLDS)
 def world(request: pytest.FixtureRequest) -> tuple[str, int]:
     """Tests of one world run one after the other, so that it starts once."""
     kind_and_size: tuple[str, int] = request.param
@@ -156,6 +163,7 @@ def test_late_rank_is_named_and_the_world_resumes(world):
             assert "timed out after 1.5 s, waiting for rank 1 (alive, at step 7, phase 'model'). If it is" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("started", OTHER_STARTS, ids=lambda world: f"{world[0]}-{world[1]}")
 def test_other_launchers_of_horovod_do_the_same(started):
     results = workers.world(*started).run(_run_collectives, timeout_s=90)

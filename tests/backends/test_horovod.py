@@ -27,6 +27,7 @@ def _run_names() -> tuple[list[str], list[str]]:
     return started(), started()
 
 
+@pytest.mark.slow
 def test_collectives_in_flight_have_names_apart_that_repeat_when_they_are_done():
     for first, second in workers.world("horovod", 2).run(_run_names):
         assert len(set(first)) == 3

@@ -16,7 +16,7 @@ from tests.chaos.schedule import KINDS, PENDING, RUNNERS, draw, enabled_kinds
 NUM_QUICK, NUM_SLOW = 20, 300
 QUICK_EVENTS, SLOW_EVENTS = 1, 4  # of a schedule, at most; few keep the quick test within minutes
 QUICK_STEPS, SLOW_STEPS = 100, 260  # of a run: an event comes at most 60 steps into a life
-NUM_AT_ONCE = 3  # they wait as much as they compute
+NUM_AT_ONCE = 2  # they wait as much as they compute
 
 
 def available_runners() -> tuple[str, ...]:

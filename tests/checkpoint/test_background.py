@@ -65,6 +65,7 @@ def test_step_goes_on_while_the_disk_is_slow_and_a_save_in_between_is_skipped_or
         assert keeper.steps()[-2:] == [4, 5]
 
 
+@pytest.mark.slow
 def test_errno_of_every_kind_is_named_in_the_failure(tmp_path, monkeypatch):
     with checkpointer(tmp_path) as keeper:
         for code in (errno.EIO, errno.EDQUOT, errno.EROFS):

@@ -63,6 +63,7 @@ def attack(scratch, name, *strace):
     return result, violations
 
 
+@pytest.mark.slow
 @needs_strace
 def test_save_when_killed_at_any_system_call_loses_no_acknowledged_checkpoint(points, tmp_path):
     faults.start(tmp_path / "start")

@@ -187,7 +187,7 @@ ALL = list(OPTIMIZERS)
 @pytest.mark.parametrize(
     ("kind", "size", "names", "stops"),
     [
-        ("torch_dist", 2, ALL, (1, 10)),
+        pytest.param("torch_dist", 2, ALL, (1, 10), marks=pytest.mark.slow),
         ("torch_dist", 2, ["exponential", "packed_adam"], (LATE,)),
         ("horovod", 2, ["exponential", "plateau", "packed_exponential"], (7,)),
         pytest.param("torch_dist", 4, ["exponential", "packed_adam"], (10,), marks=pytest.mark.slow),

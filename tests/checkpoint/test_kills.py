@@ -184,7 +184,8 @@ def save_twice(directory, point):
         keeper.wait()
 
 
-@pytest.mark.parametrize("action", ["kill", pytest.param("raise", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["kill", "raise"])
 def test_run_when_a_rank_is_lost_between_copy_and_write_ends_on_all_ranks_and_the_last_good_one_stands(
     action, tmp_path
 ):

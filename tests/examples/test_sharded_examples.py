@@ -62,6 +62,7 @@ def _train(make: Any, arguments: dict[str, Any], num_steps: int, lr: float) -> d
     return result
 
 
+@pytest.mark.slow
 def test_components_explain_what_those_of_sklearn_do() -> None:
     first, second = world("torch_dist", 2).run(_train, Components, {"num_components": 3}, 250, 0.1, timeout_s=120)
     best = PCA(3).fit(read_digits().numpy()).explained_variance_ratio_.sum()
@@ -69,6 +70,7 @@ def test_components_explain_what_those_of_sklearn_do() -> None:
     assert 0.95 * best < first["explained"] <= best + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)  # each rank reads the file of all flights
 def test_effects_of_all_aircraft_are_known_to_every_worker_at_the_end() -> None:
     arguments = {"num_flights": 2000}

@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 # The device is compiled first, and all scenarios run before the first test: minutes on a busy machine.
-pytestmark = pytest.mark.timeout(700)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
 
 # torch's own ASGD reads its step count from the device, and sends its rates there.
 WAITS_OF_TORCH = {"ASGD": 4.0}

@@ -300,6 +300,7 @@ def test_sum_over_ranks_scales_shared_and_local_gradients_alike() -> None:
             np.testing.assert_allclose(actual[name], value, rtol=1e-6, atol=1e-9, err_msg=name)
 
 
+@pytest.mark.slow
 def test_training_ends_at_the_closed_form_posterior() -> None:
     actual, _ = world("torch_dist", 3).run(_run_shard, "normal", "to the end", 700)[1]
     for name, value in normal_posterior().items():

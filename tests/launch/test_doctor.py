@@ -104,6 +104,7 @@ def test_hosts_in_good_order_are_found_so_and_reduce_together(hosts, tmp_path):
     assert (done["severity"], done["message"].startswith("3 hosts: ")) == ("ok", True), done
 
 
+@pytest.mark.slow
 def test_host_with_another_clock_and_folder_and_one_out_of_reach_are_failures(hosts, tmp_path):
     library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
     if library is None:

@@ -22,11 +22,7 @@ pytestmark = pytest.mark.timeout(240)
 @pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     "platform",
-    [
-        "torchrun",
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ("horovodrun --mpi", "mpirun")),
-        "horovodrun",
-    ],
+    ["torchrun", *(pytest.param(each, marks=pytest.mark.slow) for each in ENGINES[1:])],
 )
 def test_one_yaml_runs_on_hosts_through_each_engine(platform, count, hosts, on_hosts, tmp_path):
     env = {"MY_API_TOKEN": "s3cret", "OTHER_TOKEN": "s3cret"}
@@ -59,7 +55,8 @@ def test_host_cut_off_ends_the_run_everywhere_and_is_named(platform, numbers, ho
     assert "dh2" in run.err
 
 
-@pytest.mark.parametrize("platform", ["torchrun", *(pytest.param(one, marks=pytest.mark.slow) for one in ENGINES[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ENGINES)
 def test_connections_that_are_reset_end_the_run_and_a_rank_is_named(platform, hosts, on_hosts, tmp_path):
     run = on_hosts(platform, [1, 2], "reduce.timeout_s=10", "launch.grace_s=3", seconds=600.0)
     wait_until(lambda: len(list(tmp_path.glob("summed-2-*"))) == 2, "both ranks at work")

@@ -16,6 +16,7 @@ from tests.launch.launching import write_config
 SCRIPT = Path(__file__).with_name("dying_script.py")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_every_restart_succeeds_at_the_first_try(start, tmp_path):
     # With torch 2.13's store kept over restarts about half of them fail, and this test with three chances in four.

@@ -54,6 +54,7 @@ def test_run_on_nodes_is_submitted_followed_and_done(nodes, submit, tmp_path, cl
     assert "\tdone\t" in asked.stdout, asked.stderr
 
 
+@pytest.mark.slow
 def test_script_that_is_submitted_by_hand_is_the_same_job_with_its_options_and_its_setup(cluster, tmp_path):
     folder = tmp_path / 'it\'s a #1 "folder"'
     folder.mkdir()
@@ -82,6 +83,7 @@ def test_first_host_of_a_list_is_the_one_that_slurm_names_first(nodelist, cluste
     assert first_host(nodelist) == cluster.ask("scontrol", "show", "hostnames", nodelist).split()[0]
 
 
+@pytest.mark.slow
 def test_detached_run_is_asked_read_and_stopped_with_its_workers_saved(submit, tmp_path, cluster):
     run = submit("launch.nodes=3", "--detach", script_args=("wait",))
     assert run.wait() == 0, run.everything()
@@ -170,7 +172,8 @@ def test_job_that_must_yield_saves_its_last_step_and_resumes_from_there(how, ord
     assert re.findall(r"resuming from step (\d+)", run.log(0)) == [stopped]
 
 
-@pytest.mark.parametrize("backend", ["mpi", pytest.param("horovod", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["mpi", "horovod"])
 def test_srun_starts_workers_of_mpi(backend, submit, tmp_path, cluster):
     if "COMPLETED" not in cluster.ask("srun", "--mpi=pmix", "echo", "COMPLETED"):
         pytest.skip("Slurm finds no PMIx (Debian: libpmix-dev)")

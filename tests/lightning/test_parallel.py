@@ -114,9 +114,8 @@ CAUSES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", ["interrupt", *(pytest.param(each, marks=pytest.mark.slow) for each in list(CAUSES)[:3])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["interrupt", *list(CAUSES)[:3]])
 def test_error_or_interrupt_of_one_rank_outside_the_svi_reaches_the_others_with_its_cause(
     tmp_path: Path, case: str
 ) -> None:

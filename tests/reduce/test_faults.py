@@ -88,6 +88,7 @@ def test_fault_of_one_rank_is_named_by_the_other(fault: str) -> None:
         assert all('raise ValueError("a bad row in the data")' in started.output(rank) for rank in (0, 1))
 
 
+@pytest.mark.slow
 def test_failing_process_ends_with_the_status_of_its_exception_though_its_heartbeat_is_in_the_store() -> None:
     statuses, started = workers.run_script("torch_dist", 2, _run_raise_amid_heartbeats)
     assert statuses == [1, 1], started.output()
@@ -98,9 +99,9 @@ def test_failing_process_ends_with_the_status_of_its_exception_though_its_heartb
     ("kind", "fault"),
     [
         ("horovod", "raises"),
-        ("mpi", "is stopped"),
         pytest.param("horovod", "is stopped", marks=pytest.mark.slow),
         pytest.param("mpi", "raises", marks=pytest.mark.slow),
+        pytest.param("mpi", "is stopped", marks=pytest.mark.slow),
     ],
 )
 def test_fault_of_one_rank_is_named_under_every_launcher(kind: str, fault: str) -> None:

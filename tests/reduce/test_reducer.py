@@ -162,6 +162,7 @@ def test_reduction_on_every_backend(ranks: Ranks, body: Callable[[], Any]) -> No
 OTHER_STARTS = [("horovod-mpi", 2), ("mpirun-horovod", 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", OTHER_STARTS, ids=lambda start: f"{start[0]}-{start[1]}")
 def test_reduction_under_the_other_launchers_of_horovod(start: tuple[str, int]) -> None:
     for body in (_run_gradients_are_averaged, _run_guide_that_grows_differently_trains):

@@ -157,6 +157,7 @@ def _take_births(optim: DistributedOptimizer, births: Births, rank: int) -> list
     return stores
 
 
+@pytest.mark.slow
 @given(births=births, options=st.sampled_from(OPTIONS), is_large=st.booleans())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_model_that_grows_is_stepped_bit_by_bit_as_one_that_is_whole(

@@ -106,7 +106,8 @@ def test_run_writes_metrics_and_a_page_that_needs_no_other_file(undisturbed: Pat
 
 
 # Eager runs are killed, and compared in the same way, in tests/checkpoint/test_kills.py too.
-@pytest.mark.parametrize("capture", [pytest.param("off", marks=pytest.mark.slow), "graph"])
+@pytest.mark.slow
+@pytest.mark.parametrize("capture", ["off", "graph"])
 def test_worker_killed_once_is_restarted_and_the_result_is_the_same_to_the_bit(
     undisturbed: Path, tmp_path: Path, capture: str
 ) -> None:
@@ -147,6 +148,7 @@ def test_killed_run_resumes_with_captured_steps_and_again_without_them_to_the_sa
     assert_equal_bits(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.slow
 def test_run_may_change_between_captured_and_eager_steps_when_it_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,7 +185,7 @@ def test_run_of_compiled_steps_that_is_killed_has_the_bits_of_one_that_is_not(tm
     "train",
     [
         {"capture": "compiled"},
-        {"compile_from_step": 15},
+        pytest.param({"compile_from_step": 15}, marks=pytest.mark.slow),
         pytest.param({"compile_from_step": 30}, marks=pytest.mark.slow),
     ],
     ids=["from the start", "from before the resume", "from after it"],
@@ -242,6 +244,7 @@ def test_columns_of_another_length_are_refused(tmp_path: Path, capsys: pytest.Ca
     assert "columns() have [999, 999] rows, expected 1,000 in each, as rows() says" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_straggler_is_named_while_the_run_goes_on_and_in_the_report_and_changes_no_bit(
     undisturbed: Path, tmp_path: Path
@@ -297,6 +300,7 @@ def test_signal_saves_ends_all_processes_and_the_same_command_goes_on(
     assert_equal_bits(run_dir, tmp_path / "through")
 
 
+@pytest.mark.slow
 def test_error_in_the_model_of_one_rank_is_told_with_its_cause(tmp_path: Path) -> None:
     done = launch(config(tmp_path, task_args={"fail_at": 8}), "launch.max_restarts=0")
     output = done.stdout + done.stderr

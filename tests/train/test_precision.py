@@ -123,6 +123,7 @@ def test_bf16_is_another_result_than_32_bits_and_near_it(tmp_path) -> None:
     assert exact != cast and cast == pytest.approx(exact, rel=0.02)
 
 
+@pytest.mark.slow
 def test_fp16_scales_the_loss_and_resumes_with_its_scale(tmp_path) -> None:
     losses, params = trained(tmp_path, "train.precision=fp16", "train.num_steps=60", "checkpoint.every_steps=30")
     assert losses[-1] < losses[0] and torch.stack([value.isfinite().all() for value in params.values()]).all()

@@ -97,6 +97,7 @@ def test_refusal_names_keys_that_cure_it(path, capsys, change):
     run_here(path, change, "train.num_steps=22", cures[1])
 
 
+@pytest.mark.slow
 def test_parameters_alone_are_taken_with_a_new_optimizer_once_and_later_all(path, tmp_path, capsys):
     override = ["optim={name: SGD, args: {lr: 1e-6, momentum: 0.9}}", "checkpoint.resume_only=[params]"]
     run_here(path, *override, "train.num_steps=20")

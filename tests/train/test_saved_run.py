@@ -76,6 +76,7 @@ def test_run_whose_checkpoints_lie_elsewhere_is_found_by_whoever_looks_for_them(
     assert (storage.root, newest.step) == (str(tmp_path / "kept"), 300)
 
 
+@pytest.mark.slow
 def test_quantiles_are_those_of_the_guide(line: SavedRun) -> None:
     quantiles = line.posterior([0.1, 0.5], num_samples=2000)
     assert quantiles.keys() == {"slope", "level", "scale"}

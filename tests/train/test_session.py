@@ -31,6 +31,7 @@ def fit(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=170)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)  # three launches, one after the other
 def test_script_of_the_page_that_is_stopped_resumes_to_the_same_bits(tmp_path: Path) -> None:
     through = fit(tmp_path, "run_dir=runs/through")

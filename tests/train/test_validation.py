@@ -103,6 +103,7 @@ def test_decisions_are_the_same_on_four_workers(on_two: Path, tmp_path: Path) ->
     assert outcome(tmp_path / "run") == outcome(on_two)
 
 
+@pytest.mark.slow
 def test_run_that_was_interrupted_decides_as_an_undisturbed_one_and_is_done_when_it_was(tmp_path, capsys) -> None:
     path = judged(tmp_path)
     run_here(path, f"run_dir={tmp_path / 'through'}")
@@ -140,6 +141,7 @@ def train_in_script(loaded: RunConfig) -> None:
             session.log(elbo=-svi.step(*task.batch(batches.rows(step))))
 
 
+@pytest.mark.slow
 def test_loop_of_a_script_decides_as_a_task_also_when_it_resumes(tmp_path, capsys) -> None:
     path = judged(tmp_path)
     run_here(path)

@@ -79,6 +79,7 @@ def test_process_groups_of_torch_average_alone() -> None:
     workers.world("torch_dist", 4).run(_run_process_groups_average_alone, timeout_s=90)
 
 
+@pytest.mark.slow
 def test_process_sets_of_horovod_average_alone() -> None:
     statuses, started = workers.run_script("horovod", 4, _run_process_sets_average_alone, timeout_s=120)
     assert statuses == [0], started.output()
