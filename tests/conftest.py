@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,25 +52,39 @@ def pytest_sessionstart(session):
 
 
 def process_of(item: pytest.Item) -> str:
-    """Returns what tests of one process of pytest have in common: what this machine has once, or their file.
+    """Returns what tests of one process of pytest have in common: worlds that start once for them, or a file.
 
-    Worlds of Horovod and MPI poll while they wait, so two of them on the same cores both crawl; a network namespace
-    has its name on all of the machine.
+    Worlds of Horovod and MPI poll while they wait, so two of them on the same cores would both crawl.
     """
     if "ranks" in item.fixturenames or item.path.parent.name == "backends":
         return "worlds"
-    return "hosts" if "hosts" in item.fixturenames else item.nodeid.partition("::")[0]
+    return item.nodeid.partition("::")[0]
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(config, items):
     for item in items:
         item.add_marker(pytest.mark.xdist_group(process_of(item)))
+    mark_slow_cases(items)
     if not config.getoption("--slow"):
         skip = pytest.mark.skip(reason="takes minutes: pytest tests --slow runs it")
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
+
+
+def mark_slow_cases(items: list[pytest.Item]) -> None:
+    """Marks cases of sampled tests as slow, but for some of them, as far apart as can be."""
+    cases: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for each in cases.values():
+        (num_quick,) = each[0].get_closest_marker("sampled").args
+        quick = {number * len(each) // num_quick for number in range(num_quick)}
+        for number, item in enumerate(each):
+            if number not in quick:
+                item.add_marker(pytest.mark.slow)
 
 
 @contextmanager

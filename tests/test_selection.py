@@ -45,6 +45,7 @@ def test_what_was_asked_for_and_lacks_a_program_fails_though_something_else_runs
     assert "apt-get install buildah" in done.stdout or "sudo" in done.stdout
 
 
+@pytest.mark.slow
 def test_selection_of_which_something_runs_is_judged_by_that():
     done = pytest_here("tests/chaos", "-k", "many_runs or chosen_by_the_environment")
     assert (done.returncode, "nothing ran" in done.stdout) == (0, False), done.stdout

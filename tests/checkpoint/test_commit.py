@@ -146,6 +146,7 @@ def test_save_when_the_power_fails_at_any_system_call_loses_no_acknowledged_chec
     assert power.cut_everywhere(kind, tmp_path, targets, timeout_s=120) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planted", ["no-fsync", "no-folder-fsync"])
 def test_harness_when_an_fsync_is_left_out_finds_it(planted, points, tmp_path):
     needs_power_cuts("xfs")

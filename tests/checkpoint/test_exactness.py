@@ -164,12 +164,14 @@ def stop_and_resume(name, directory, stops, **here):
     return whole, resumed
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_run_on_one_rank_when_stopped_and_resumed_equals_the_undisturbed_run(name, tmp_path):
     whole, resumed = stop_and_resume(name, tmp_path, (1, 10, LATE))
     assert resumed == whole
 
 
+@pytest.mark.slow
 def test_run_when_resumed_from_any_of_its_steps_equals_the_undisturbed_run(tmp_path):
     reference = train("packed_exponential", tmp_path, saves=range(1, STEPS))
     for step in range(1, STEPS):

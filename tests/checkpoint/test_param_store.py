@@ -145,6 +145,7 @@ KINDS = {
 }
 
 
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("optimizer", ["distributed", "pyro"])
 @pytest.mark.parametrize("init", [False, True], ids=["restored first", "run first"])
 @pytest.mark.parametrize("given", [False, True], ids=["alone", "given"])
@@ -158,6 +159,7 @@ def test_resumed_run_takes_the_steps_of_an_undisturbed_one(kind, given, init, op
     assert train(tmp_path / "halves", 4, make, **arguments) == whole[4:]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("init", [False, True], ids=["restored first", "run first"])
 @pytest.mark.parametrize("optimizer", ["distributed", "pyro"])
 @pytest.mark.parametrize("given", [{}, {"net": "net"}, {"registered": "net"}], ids=["alone", "net", "wrapped"])

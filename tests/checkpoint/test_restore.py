@@ -192,7 +192,7 @@ def _train_while_it_grows(directory, stop, optimizer=None):
     [
         [("torch_dist", 2, 5), ("torch_dist", 4, 10), ("torch_dist", 2, NUM_STEPS)],
         [("torch_dist", 4, 4), ("torch_dist", 1, 6), ("torch_dist", 2, 11), ("torch_dist", 4, NUM_STEPS)],
-        [("torch_dist", 2, 14), ("horovod", 4, 15), ("torch_dist", 2, NUM_STEPS)],
+        pytest.param([("torch_dist", 2, 14), ("horovod", 4, 15), ("torch_dist", 2, NUM_STEPS)], marks=pytest.mark.slow),
     ],
     ids=str,
 )

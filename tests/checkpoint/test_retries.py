@@ -208,7 +208,7 @@ def flaky(monkeypatch):
     return FlakyFileSystem
 
 
-@pytest.mark.parametrize(("share", "most_lost"), [(0.02, 0), (0.1, 3)])
+@pytest.mark.parametrize(("share", "most_lost"), [(0.02, 0), pytest.param(0.1, 3, marks=pytest.mark.slow)])
 def test_object_store_whose_calls_fail_now_and_then_loses_hardly_a_save(share, most_lost, flaky, monkeypatch):
     monkeypatch.setattr(flaky, "share", share)
     num_lost = 0

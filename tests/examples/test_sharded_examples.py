@@ -26,7 +26,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in ("flights", "vae") else [])
+        pytest.param(name, marks=() if name == "aircraft" else pytest.mark.slow)
         for name in sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     ],
 )

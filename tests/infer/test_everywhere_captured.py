@@ -77,6 +77,7 @@ def _run_library(model: Callable[..., Any], capture: Any) -> tuple[Trained, list
     return (losses, params, torch.get_rng_state().tolist()), counts, messages
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_captured_steps_of_pyros_svi_have_every_bit_of_eager_ones_also_when_the_weight_changes(
     num_workers: int,

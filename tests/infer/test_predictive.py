@@ -164,7 +164,10 @@ def _run_noise(kind: str, parallel: bool) -> tuple[dict[str, np.ndarray], bool]:
     return as_numpy(samples), bool(local_parameters()) or begin_rank_stream() is not None
 
 
-@pytest.mark.parametrize(("kind", "parallel"), [("plain", True), ("own plates", False), ("subsample", True)])
+@pytest.mark.parametrize(
+    ("kind", "parallel"),
+    [("plain", True), pytest.param("own plates", False, marks=pytest.mark.slow), ("subsample", True)],
+)
 def test_samples_have_the_moments_of_one_process_within_their_error(kind: str, parallel: bool) -> None:
     results = world("torch_dist", 3).run(_run_noise, kind, parallel)
     for samples, has_effects in results:

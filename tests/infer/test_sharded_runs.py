@@ -270,6 +270,7 @@ def _run_disagreement(kind: str) -> str:
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "world_size"),
     [
@@ -307,6 +308,7 @@ def test_training_ends_at_the_closed_form_posterior() -> None:
         np.testing.assert_allclose(actual[name], value, rtol=1e-3, atol=1e-3, err_msg=name)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("case", ["normal", "mixture"])
 def test_run_of_four_workers_goes_on_from_its_checkpoint_on_two_and_on_three(case: str, tmp_path: Path) -> None:
     expected, expected_loss = train_in_pyro(case, "Adam", 60)

@@ -107,6 +107,7 @@ def _run_tail_adaptive(num_steps: int) -> dict[str, float]:
     return parameters()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("global_batch", [None, 7])
 def test_ranks_with_unequal_rows_end_where_one_pyro_process_ends(global_batch: int | None, world_size: int) -> None:

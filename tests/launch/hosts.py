@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 NETWORK = "10.88.0"
-SWITCH = "dsw-test"
+MADE_HERE = re.compile(r"distopt-test-(\d+)-")
 
 
 def missing() -> str | None:
@@ -21,9 +22,15 @@ def missing() -> str | None:
         return f"{', '.join(programs) or 'sshd'} is missing (Debian: iproute2, util-linux, openssh-server)"
     if os.geteuid() != 0:
         return "network namespaces need root"
-    probe = subprocess.run(["ip", "netns", "add", "dn-probe"], capture_output=True, timeout=30)
-    subprocess.run(["ip", "netns", "del", "dn-probe"], capture_output=True, timeout=30)
+    name = namespace("probe")
+    probe = subprocess.run(["ip", "netns", "add", name], capture_output=True, timeout=30)
+    subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=30)
     return None if probe.returncode == 0 else f"network namespaces cannot be made: {probe.stderr.decode().strip()}"
+
+
+def namespace(name: str) -> str:
+    """Returns what this process calls a network namespace; names are those of the whole machine."""
+    return f"distopt-test-{os.getpid()}-{name}"
 
 
 def ip(*args: str) -> None:
@@ -38,24 +45,26 @@ class Hosts:
         self.count = count
         self.names = [f"dh{number}" for number in range(1, count + 1)]
         self.addresses = [f"{NETWORK}.{number}" for number in range(1, count + 1)]
+        self._switch = namespace("switch")
         self._sshds: list[subprocess.Popen] = []
 
     def __enter__(self) -> Hosts:
-        self._remove()
-        ip("netns", "add", SWITCH)
-        ip("-n", SWITCH, "link", "add", "br0", "type", "bridge")
-        ip("-n", SWITCH, "link", "set", "br0", "up")
+        _remove_namespaces()
+        ip("netns", "add", self._switch)
+        ip("-n", self._switch, "link", "add", "br0", "type", "bridge")
+        ip("-n", self._switch, "link", "set", "br0", "up")
         lines = [f"{address} {name}" for name, address in zip(self.names, self.addresses, strict=True)]
         (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
         (self.folder / "resolv.conf").touch()
         for name, address in zip(self.names, self.addresses, strict=True):
-            ip("netns", "add", name)
-            ip("-n", name, "link", "set", "lo", "up")
-            ip("link", "add", "veth0", "netns", name, "type", "veth", "peer", "name", name, "netns", SWITCH)
-            ip("-n", SWITCH, "link", "set", name, "master", "br0", "up")
-            ip("-n", name, "addr", "add", f"{address}/24", "dev", "veth0")
-            ip("-n", name, "link", "set", "veth0", "up")
-            ip("-n", name, "route", "add", "default", "via", f"{NETWORK}.254")
+            inside = namespace(name)
+            ip("netns", "add", inside)
+            ip("-n", inside, "link", "set", "lo", "up")
+            ip("link", "add", "veth0", "netns", inside, "type", "veth", "peer", "name", name, "netns", self._switch)
+            ip("-n", self._switch, "link", "set", name, "master", "br0", "up")
+            ip("-n", inside, "addr", "add", f"{address}/24", "dev", "veth0")
+            ip("-n", inside, "link", "set", "veth0", "up")
+            ip("-n", inside, "route", "add", "default", "via", f"{NETWORK}.254")
         self._start_ssh()
         return self
 
@@ -63,19 +72,19 @@ class Hosts:
         for sshd in self._sshds:
             sshd.kill()
             sshd.wait(30)
-        self._remove()
+        _remove_namespaces()
 
     def run(self, number: int, *args: str) -> list[str]:
         """Returns a command line that runs `words` on a host. Not `ip netns exec`, which hides /sys/fs/cgroup."""
         # An empty resolv.conf: each look-up of a name server that cannot be reached would take many seconds.
         inside = 'hostname "$0"; for f in hosts resolv.conf; do mount --bind "$1/$f" /etc/$f; done; shift; exec "$@"'
         name = self.names[number - 1]
-        enter = ["nsenter", f"--net=/run/netns/{name}", "unshare", "--mount", "--uts"]
+        enter = ["nsenter", f"--net=/run/netns/{namespace(name)}", "unshare", "--mount", "--uts"]
         return [*enter, "sh", "-c", inside, name, str(self.folder), *args]
 
     def link(self, number: int, state: str) -> None:
         """Takes a host's link `down` or `up`."""
-        ip("-n", SWITCH, "link", "set", self.names[number - 1], state)
+        ip("-n", self._switch, "link", "set", self.names[number - 1], state)
 
     def reset_connections(self, number: int) -> None:
         """Ends the TCP connections of a host as a firewall does, with a reset, but for those of ssh."""
@@ -124,11 +133,15 @@ class Hosts:
             assert time.monotonic() < end, (self.folder / "sshd.log").read_text()
             time.sleep(0.05)
 
-    def _remove(self) -> None:
-        there = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, timeout=30).stdout.split()
-        for name in [*self.names, SWITCH]:
-            if name in there:
-                listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, timeout=30)
-                for pid in listed.stdout.split():
-                    subprocess.run(["kill", "-9", pid], capture_output=True, timeout=30)
-                ip("netns", "del", name)
+
+def _remove_namespaces() -> None:
+    """Removes the namespaces of this process, and of those that were killed, with all that runs in them."""
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, timeout=30).stdout
+    for name in (line.split()[0] for line in listed.splitlines() if line):
+        made = MADE_HERE.match(name)
+        if made is None or (int(made[1]) != os.getpid() and Path(f"/proc/{made[1]}").exists()):
+            continue
+        inside = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, timeout=30)
+        for pid in inside.stdout.split():
+            subprocess.run(["kill", "-9", pid], capture_output=True, timeout=30)
+        subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=30)  # or another process was quicker

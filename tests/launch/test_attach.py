@@ -325,6 +325,7 @@ def start_quiet(start, folder: Path, *args: str, **options) -> Launched:
     return run
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
 )

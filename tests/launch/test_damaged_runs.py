@@ -117,6 +117,7 @@ def test_run_that_is_whole_is_answered_by_every_command(run_dir):
     assert [answer(command)[0] for command in (*COMMANDS, *SLOW_COMMANDS)] == [0] * 12
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", (*FILES, *LOG_FILES))
 def test_file_that_is_damaged_is_told_in_words(name, damage, run_dir):

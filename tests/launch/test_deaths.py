@@ -76,6 +76,7 @@ def test_rank_that_dies_is_named_with_its_cause(launcher, how, where, who, start
     assert run.processes() == []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("launcher", "who"),

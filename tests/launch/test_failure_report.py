@@ -283,6 +283,7 @@ class Failing(Order):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_rank_that_raises_in_the_built_in_loop_is_blamed_with_its_step_and_error(start, tmp_path):
     shutil.copy(order_task.__file__, tmp_path)

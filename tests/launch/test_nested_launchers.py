@@ -26,6 +26,7 @@ slow = pytest.mark.slow
 pytestmark = pytest.mark.timeout(240)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "command"),
     [

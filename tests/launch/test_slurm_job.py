@@ -116,13 +116,13 @@ def test_signal_to_the_launcher_stops_the_job(submit, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
 
 
-@pytest.fixture
-def order(cluster, start, tmp_path):
+@pytest.fixture(params=["nodes: 2"])
+def order(request, cluster, start, tmp_path):
     """Starts order_task.py on two nodes and returns the run and its job's number when it is well under way."""
     shutil.copy(order_task.__file__, tmp_path)
     (tmp_path / "run.yaml").write_text(
         f"name: run\n{order_task.CONFIG}task_args: {{seconds_per_step: 0.3}}\ntrain: {{num_steps: {NUM_STEPS}}}\n"
-        "reduce: {timeout_s: 8}\nlaunch: {platform: slurm, nodes: 2, workers: 1}\n"
+        f"reduce: {{timeout_s: 8}}\nlaunch: {{platform: slurm, workers: 1, {request.param}}}\n"
     )
     run = start("--detach", env=cluster.env, prefix=cluster.hosts.run(1))
     assert run.wait() == 0, run.everything()
@@ -170,6 +170,31 @@ def test_job_that_must_yield_saves_its_last_step_and_resumes_from_there(how, ord
     assert_requeued_resumed_and_done(cluster, run, number, tmp_path)
     (stopped,) = re.findall(r"stopped after step (\d+)", run.log(0))
     assert re.findall(r"resuming from step (\d+)", run.log(0)) == [stopped]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("order", ["nodes: 2, max_preemptions: 1"], indirect=True)
+def test_job_is_preempted_as_often_as_its_budget_allows_and_then_fails_with_its_last_step_saved(
+    order, tmp_path, cluster
+):
+    run, number = order
+    for preemptions in (1, 2):
+        cluster.ask("sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+        wait_until(lambda: run.log(0).count("stopped after step") == preemptions, "a last checkpoint", 60)  # noqa: B023
+        if preemptions == 1:
+            saved = int(re.findall(r"stopped after step (\d+)", run.log(0))[0])
+
+            def goes_on() -> bool:
+                cluster.ask("scontrol", "update", f"JobId={number}", "StartTime=now")
+                return run.steps() > saved + 3  # noqa: B023
+
+            wait_until(goes_on, "the requeued job under way", 120)
+    wait_until(lambda: "JobState=FAILED" in cluster.ask("scontrol", "show", "job", number), "the job failed", 60)
+    assert "Restarts=1" in cluster.ask("scontrol", "show", "job", number)
+    log = (run.run_dir / "logs/slurm.log").read_text()
+    assert "launch.max_preemptions" in log, log
+    assert re.findall(r"resuming from step (\d+)", run.log(0)) == [str(saved)]
 
 
 @pytest.mark.slow

@@ -113,6 +113,7 @@ def _fit(kind: str, folder: str, every: str, resume: str = "", kill_at: int = -1
 
 # With rows there is one batch in an epoch. A checkpoint after the last batch is one within the epoch for Lightning,
 # which then trains that epoch again.
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("kind", "every"), [("noisy", "epoch"), ("noisy", "step"), ("rows", "epoch"), ("torch", "epoch"), ("torch", "step")]
 )

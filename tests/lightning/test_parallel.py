@@ -84,6 +84,7 @@ def expected() -> dict[str, float]:
     return {name: float(value) for name, value in plan._guide.median(X, torch.arange(NUM_ROWS)).items()}
 
 
+@pytest.mark.slow
 def test_script_that_lightning_runs_again_for_each_worker_gives_the_numbers_of_one(
     tmp_path: Path, expected: dict[str, float]
 ) -> None:

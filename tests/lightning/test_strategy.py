@@ -65,6 +65,7 @@ def _run_svi(
 HOMES = ["init", "train start", "first step", "replaced", "no svi"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("home", "num_workers"), [*((home, 2) for home in HOMES), ("init", 3)])
 def test_batches_that_are_split_give_the_steps_of_one_process_wherever_the_svi_is_made(
     home: str, num_workers: int
@@ -402,6 +403,7 @@ def _run_validation(batch_norm: bool) -> tuple[list[float], int, dict[str, list[
     return plan.validated, plan.current_epoch, state_values(plan)
 
 
+@pytest.mark.slow
 def test_validation_numbers_and_the_epoch_at_which_training_stops_are_those_of_one_worker() -> None:
     expected, epoch, _ = _run_validation(False)
     assert 1 < epoch < 29

@@ -225,6 +225,7 @@ def assert_same_bits(values, expected):
         assert all(map(torch.equal, at_step, expected_at_step)), f"step {t}"
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("name", "args"), VARIANTS, ids=str)
 def test_what_shares_a_group_changes_no_bit(name, args, dtype):
@@ -232,6 +233,7 @@ def test_what_shares_a_group_changes_no_bit(name, args, dtype):
     assert_same_bits(growing.run(name, args), growing.run(name, args, alone=True))
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 4))])
 @pytest.mark.parametrize(("name", "args"), VARIANTS, ids=str)
 def test_a_resume_at_any_step_around_a_birth_changes_no_bit(name, args, seed):
@@ -242,6 +244,7 @@ def test_a_resume_at_any_step_around_a_birth_changes_no_bit(name, args, seed):
         assert_same_bits(growing.run(name, args, resume_at=[t]), expected)
 
 
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "clip", [{"global_norm": 2.0}, {"clip_norm": 0.5}, {"clip_norm": 2.0, "global_norm": 3.0}], ids=str

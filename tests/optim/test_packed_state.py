@@ -51,6 +51,7 @@ def assert_same_state(optim):
     return packed
 
 
+@pytest.mark.sampled(15)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_columns_unpacked_equal_the_state_by_name_after_any_life(kind, dtype):
@@ -67,6 +68,7 @@ def test_columns_unpacked_equal_the_state_by_name_after_any_life(kind, dtype):
             assert_same_state(optim)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("kind", KINDS)
 def test_run_resumed_from_columns_takes_the_same_steps_bit_by_bit(kind):
     def by_name(optim):

@@ -60,6 +60,7 @@ def grow(optim, seed, skips):
     return {name: p.detach().clone() for name, p in pyro.get_param_store().named_parameters()}
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("skips", [False, True])
 @pytest.mark.parametrize(("name", "args"), ONE_GROUP + LISTED, ids=str)
 def test_a_model_that_grows_is_stepped_as_by_pyro_optim_value_and_state(name, args, skips):

@@ -182,6 +182,7 @@ def _grow_by_handing_over(kind, numel, num_buffers, num_calls=40):
     return {key: p.detach().clone() for key, p in sorted(pyro.get_param_store().named_parameters())}
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", GROWING)
 @pytest.mark.parametrize(("numel", "num_buffers"), [(3, 1), (600, 1), (3, 2)])
 def test_plan_that_is_extended_by_new_parameters_steps_bit_by_bit_as_a_new_one(name, numel, num_buffers, monkeypatch):

@@ -67,6 +67,7 @@ def run(module, name: str, args: dict, dtype: torch.dtype) -> tuple[list[torch.T
     return [p.detach().clone() for p in params], [p.grad.clone() for p in params]
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "args"), VARIANTS, ids=str)
 def test_step_is_that_of_pyro_for_every_dtype_size_alignment_and_memory_order(name, args, dtype):

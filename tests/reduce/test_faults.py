@@ -73,6 +73,7 @@ def _strike(fault: str) -> None:
         sys.exit(0)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("fault", MESSAGES)
 def test_fault_of_one_rank_is_named_by_the_other(fault: str) -> None:
     options = {"grace_s": 0.5} if fault == "is stopped" else {}  # it never ends
@@ -95,13 +96,14 @@ def test_failing_process_ends_with_the_status_of_its_exception_though_its_heartb
     assert "terminate called" not in started.output()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "fault"),
     [
         ("horovod", "raises"),
-        pytest.param("horovod", "is stopped", marks=pytest.mark.slow),
-        pytest.param("mpi", "raises", marks=pytest.mark.slow),
-        pytest.param("mpi", "is stopped", marks=pytest.mark.slow),
+        ("horovod", "is stopped"),
+        ("mpi", "raises"),
+        ("mpi", "is stopped"),
     ],
 )
 def test_fault_of_one_rank_is_named_under_every_launcher(kind: str, fault: str) -> None:

@@ -181,13 +181,10 @@ def test_run_of_compiled_steps_that_is_killed_has_the_bits_of_one_that_is_not(tm
     assert_equal_bits(tmp_path / "run", tmp_path / "through")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "train",
-    [
-        {"capture": "compiled"},
-        pytest.param({"compile_from_step": 15}, marks=pytest.mark.slow),
-        pytest.param({"compile_from_step": 30}, marks=pytest.mark.slow),
-    ],
+    [{"capture": "compiled"}, {"compile_from_step": 15}, {"compile_from_step": 30}],
     ids=["from the start", "from before the resume", "from after it"],
 )
 def test_run_of_compiled_steps_resumes_with_the_same_bits_and_says_when_they_are_compiled_otherwise(

@@ -127,6 +127,7 @@ def launch(folder: Path, *, leaves_before: bool) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=170)
 
 
+@pytest.mark.slow
 def test_rank_that_leaves_its_loop_takes_the_others_with_it(tmp_path: Path) -> None:
     done = launch(tmp_path, leaves_before=False)
     assert done.returncode == 0, done.stdout + done.stderr

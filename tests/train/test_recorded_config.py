@@ -58,6 +58,7 @@ def undisturbed(tmp_path_factory):
     return parameters(folder / "run")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "change",
     [
@@ -94,6 +95,7 @@ def test_change_of_where_and_how_long_a_run_computes_is_accepted_and_changes_no_
     assert all(torch.equal(resumed[name], value) for name, value in undisturbed.items())
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("change", ["optim.args.lr=0.1", "optim.clip.clip_norm=1.0", "optim.nonfinite=skip"])
 def test_change_of_how_a_run_steps_from_there_is_accepted_on_resume(change, saved, capsys):
     """What becomes of it is in test_resume.py."""
@@ -183,6 +185,7 @@ def with_another_value(before, key):
     raise AssertionError(f"no value of {key} was found that differs from that of the run")
 
 
+@pytest.mark.sampled(40)
 @pytest.mark.parametrize("key", [key for key in every_key() if key not in (*NOT_OF_A_TASK, *NOT_RECORDED)])
 def test_key_with_another_value_is_refused_unless_it_says_where_or_how_long_to_run(key, tmp_path):
     """By the launcher, before anything is started, and by the checkpointer of each rank."""

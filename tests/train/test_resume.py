@@ -44,6 +44,7 @@ def path(saved: Path, tmp_path: Path) -> Path:
     return config(tmp_path, train={"num_steps": 20})
 
 
+@pytest.mark.slow
 def test_optimizer_follows_the_config_and_the_log_says_from_which_step(path, tmp_path, capsys):
     changes = ["optim.args={lr: 0.005, weight_decay: 0.1}", "optim.clip.global_norm=5.0", "train.num_steps=24"]
     before = states(tmp_path / "run")

@@ -122,6 +122,7 @@ def test_run_that_trains_is_loaded_without_its_lock(run_dir: Path, tmp_path: Pat
         load_run(tmp_path / "nowhere")
 
 
+@pytest.mark.slow
 def test_sharded_plates_are_by_global_index(tmp_path: Path) -> None:
     path = config(
         tmp_path,

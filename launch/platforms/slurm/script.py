@@ -35,7 +35,7 @@ def batch_script(config: RunConfig) -> str:
         exports="\n".join(f"export {key}={shlex.quote(value)}" for key, value in sorted(env.items())),
         step=_step(config),
         limit=_limit(config.launch.max_preemptions),
-        is_left="" if config.launch.max_preemptions is None else _IS_LEFT.format(config.launch.max_preemptions),
+        spent=_spent(config.launch.max_preemptions),
         hosts=HOSTS_VARIABLE,
         port=config.launch.port or RENDEZVOUS_PORT,
     )
@@ -124,7 +124,17 @@ fi
 """
 
 
-_IS_LEFT = '[ "${{SLURM_RESTART_COUNT:-0}}" -lt {} ] && '
+def _spent(max_preemptions: int | None) -> str:
+    """Returns lines that leave the script, which would requeue the job, where it has been as often as it may."""
+    if max_preemptions is None:
+        return ""
+    message = f"launch.max_preemptions: not requeued, since it has been {max_preemptions} times"
+    return f"""
+  if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {max_preemptions} ]; then
+    echo "distopt: {message}" >&2
+    exit "${{status:-1}}"
+  fi"""
+
 
 # The step.
 
@@ -227,7 +237,7 @@ status=$(cat "$ended")
 rm "$ended"
 # A preemption with a time of grace signals the workers alone, and Slurm requeues no job that has ended by itself.
 preempted='PreemptTime=[0-9]'
-if {is_left}{{ [ -n "$requeue" ] || [[ $(scontrol show job "$job") =~ $preempted ]]; }}; then
+if [ -n "$requeue" ] || [[ $(scontrol show job "$job") =~ $preempted ]]; then{spent}
   scontrol requeue "$job"
 fi
 exit "${{status:-1}}"

@@ -307,6 +307,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
 def test_what_changes_between_steps_changes_the_captured_step(kind):
     results = []

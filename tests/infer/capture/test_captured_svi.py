@@ -53,6 +53,7 @@ def assert_same_training(one, other):
     assert one[:3] == other[:3]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("name", ["hierarchy", "sharded", "mixture"])
 @pytest.mark.parametrize("world_size", [1, 2])

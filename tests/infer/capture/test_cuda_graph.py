@@ -103,6 +103,7 @@ class OnCpu(CudaGraphProgram):
         self._addresses = self._present_addresses()
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("keep_grads", [False, True])
 @pytest.mark.parametrize(
     "name",

@@ -17,6 +17,7 @@ CASES = captured_cases()
 MODELS = ["hierarchy", "LKJ", "TraceEnum, mixture", "writes in place", "network in training", "subsampled plate"]
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("chosen", [(), *((name,) for name in PASSES)], ids=str)
 @pytest.mark.parametrize("model", MODELS)
 def test_each_pass_alone_changes_no_bit(monkeypatch, model, chosen):

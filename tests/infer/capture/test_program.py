@@ -17,6 +17,7 @@ from tests.infer.capture.steps import compare, run_steps
 CASES = captured_cases()
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", CASES)
 def test_loop_in_python_equals_eager_steps(monkeypatch, name):
     monkeypatch.setattr(program, "compiled", None)

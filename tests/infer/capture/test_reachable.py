@@ -29,6 +29,7 @@ EAGER = {
 """Changes whose models stay eager, and what is said of them."""
 
 
+@pytest.mark.sampled(40)
 @pytest.mark.parametrize("name", CHANGES)
 def test_change_between_steps_is_seen_or_the_step_is_not_captured(name, monkeypatch):
     monkeypatch.setenv("DISTOPT_TEST_SCALE", "1.0")

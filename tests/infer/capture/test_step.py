@@ -16,6 +16,7 @@ from tests.infer.capture.steps import compare, run_steps
 CASES = captured_cases()
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", CASES)
 def test_captured_steps_equal_eager_ones_in_every_bit(name):
     capture = compare(CASES[name])
@@ -23,6 +24,7 @@ def test_captured_steps_equal_eager_ones_in_every_bit(name):
     assert capture.num_captured >= 14 or (capture.num_captured >= 5 and "score" in name)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", CASES)
 def test_captured_steps_add_to_gradients_that_are_there(name):
     capture = compare(CASES[name], 9, keep_grads=True)
@@ -125,6 +127,7 @@ GROWTH_CASES = {
 }
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", GROWTH_CASES)
 def test_captured_steps_leave_no_objects_behind(name):
     pyro.clear_param_store()

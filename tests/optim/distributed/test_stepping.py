@@ -456,6 +456,7 @@ def plain_values(name: str, args: dict[str, Any], clips: dict[str, Any], wide: b
     return {n: unconstrained(n).tolist() for n in SHARED}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("alone", ALONE)
 def test_what_befalls_local_parameters_of_one_rank_changes_no_bit_of_shared_ones(alone: str, wide: bool) -> None:
