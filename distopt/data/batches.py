@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+NUM_DIGITS = 1 << 16
+SEARCHED_SHARE = 32  # one over it of the data, or more, is looked for among all rows
+
 
 class GlobalBatches:
     """Batches of all ranks together, of which each rank reads its share.
@@ -64,9 +67,8 @@ class GlobalBatches:
         self._start = size * rank // world_size
         self._stop = size * (rank + 1) // world_size
 
-        # Only the permutation of the current epoch is kept: 8 bytes per row.
-        self._epoch = -1
-        self._order: NDArray[np.int64] = np.empty(0, np.int64)
+        self._is_searched = (self._stop - self._start) * SEARCHED_SHARE >= num_rows
+        self._epoch: _Permutation | None = None
 
     @property
     def weight(self) -> float:
@@ -88,7 +90,9 @@ class GlobalBatches:
             the next one begins with it.
 
         Cost:
-            One permutation of `num_rows` per epoch, which is kept until the next one, and 14 ns for each row.
+            4 ns for each row of the data once an epoch, and 1 ns in each step; 2 bytes for each are kept. Where a share
+            has less than a 32nd of the data: 25 ns for each row of the data once an epoch, 14 ns for each of the share
+            in each step, and 10 bytes for each of the data.
         """
         if self.full:
             return np.arange(self._start, self._stop, dtype=np.int64)
@@ -100,14 +104,70 @@ class GlobalBatches:
         while first < last:
             epoch, offset = divmod(first, self.num_rows)
             count = min(last - first, self.num_rows - offset)
-            slices.append(self._permutation(epoch)[offset : offset + count])
+            slices.append(self._permutation(epoch).rows(offset, offset + count))
             first += count
         # Memory and files are read several times quicker forwards than at random.
-        return np.sort(slices[0] if len(slices) == 1 else np.concatenate(slices))
+        return slices[0] if len(slices) == 1 else np.sort(np.concatenate(slices), kind="stable")
 
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        """Returns the order of the rows in an epoch, (num_rows,)."""
-        if epoch != self._epoch:
-            self._order = np.random.default_rng([self._seed, epoch]).permutation(self.num_rows)
-            self._epoch = epoch
-        return self._order
+    def _permutation(self, epoch: int) -> _Permutation:
+        """Returns the order of the rows in an epoch, which is kept until another one is asked for."""
+        if self._epoch is None or self._epoch.number != epoch:
+            self._epoch = _Permutation(self.num_rows, self._seed, epoch, self._is_searched)
+        return self._epoch
+
+
+class _Permutation:
+    """The order of the rows in one epoch, of which slices are asked for in any order.
+
+    Of many rows each draws one of 65,536 digits; rows are ordered by digit, and those with the same digit are shuffled
+    among themselves. That is a permutation as good as any (Rao 1961, Sandelius 1962). Rows of a slice ascend anyway, so
+    only the digits at its two ends need be shuffled, and what lies between is found without any sorting.
+
+    Args:
+        num_rows: Rows of the data set.
+        seed: Seed of the order.
+        number: Number of the epoch.
+        is_searched: Whether rows of a slice are looked for among all rows, as pays for large slices. Otherwise all
+            rows are put in order at once.
+    """
+
+    def __init__(self, num_rows: int, seed: int, number: int, is_searched: bool) -> None:
+        self.number = number
+        self._seed = seed
+        self._digits: NDArray[np.uint16] | None = None
+        generator = np.random.default_rng([seed, number])
+        if num_rows <= NUM_DIGITS:
+            self._order: NDArray[np.int64] = generator.permutation(num_rows)
+            return
+        self._digits = generator.integers(0, NUM_DIGITS, num_rows, dtype=np.uint16)
+        # Rows that have drawn a digit are at the positions from its own start to the next one's.
+        self._starts = np.zeros(NUM_DIGITS + 1, np.int64)
+        np.cumsum(np.bincount(self._digits, minlength=NUM_DIGITS), out=self._starts[1:])
+        self._is_searched = is_searched
+        if not is_searched:
+            self._order = np.argsort(self._digits, kind="stable")
+
+    def rows(self, first: int, last: int) -> NDArray[np.int64]:
+        """Returns the rows at positions [first, last), ascending: (last - first,) int64."""
+        if self._digits is None:
+            return np.sort(self._order[first:last])
+        low, high = (int(self._starts.searchsorted(at, "right")) - 1 for at in (first, last - 1))
+        begin = self._shuffled(low)[first - self._starts[low] :]
+        if low == high:
+            return np.sort(begin[: last - first])
+        end = self._shuffled(high)[: last - self._starts[high]]
+        if not self._is_searched:
+            between = self._order[self._starts[low + 1] : self._starts[high]]
+            return np.sort(np.concatenate([begin, between, end]))
+        is_in = (self._digits > low) & (self._digits < high)
+        is_in[begin] = True
+        is_in[end] = True
+        return np.flatnonzero(is_in)
+
+    def _shuffled(self, digit: int) -> NDArray[np.int64]:
+        """Returns the rows that have drawn a digit, in their order within the epoch."""
+        if self._is_searched:
+            rows = np.flatnonzero(self._digits == digit)
+        else:
+            rows = self._order[self._starts[digit] : self._starts[digit + 1]]
+        return np.random.default_rng([self._seed, self.number, 1 + digit]).permutation(rows)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distopt.data import GlobalBatches
+from distopt.data import GlobalBatches, batches
 
 
 @st.composite
@@ -60,6 +63,41 @@ def test_order_depends_on_seed_and_step_and_not_on_the_steps_asked_before():
     assert not np.array_equal(GlobalBatches(1000, 64, seed=4).rows(0), asked_in_order[0])
     of_next_epoch = GlobalBatches(1024, 64, seed=3)
     assert not np.array_equal(of_next_epoch.rows(0), of_next_epoch.rows(16)), "each epoch has an order of its own"
+
+
+@settings(deadline=None)
+@given(st.data(), st.integers(1, 200), st.integers(1, 40), st.integers(0, 2**63 - 1))
+def test_order_is_the_same_whether_rows_are_looked_for_or_put_in_order(data, num_rows, num_digits, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "NUM_DIGITS", num_digits)
+        searched, ordered = (batches._Permutation(num_rows, seed, 5, is_searched) for is_searched in (True, False))
+        one_by_one = np.concatenate([ordered.rows(at, at + 1) for at in range(num_rows)])
+        first = data.draw(st.integers(0, num_rows - 1))
+        last = data.draw(st.integers(first + 1, num_rows))
+        expected = np.sort(one_by_one[first:last])
+        assert np.array_equal(searched.rows(first, last), expected)
+        assert np.array_equal(ordered.rows(first, last), expected)
+    assert np.array_equal(np.sort(one_by_one), np.arange(num_rows))
+
+
+@pytest.mark.parametrize("num_digits", [1, 2, 3, 4])
+def test_every_order_of_the_rows_is_as_likely(num_digits, monkeypatch):
+    monkeypatch.setattr(batches, "NUM_DIGITS", num_digits)
+    permutations = [batches._Permutation(4, seed, 0, is_searched=True) for seed in range(4800)]
+    orders = [tuple(each.rows(at, at + 1).item() for at in range(4)) for each in permutations]
+    counts = [orders.count(each) for each in itertools.permutations(range(4))]
+    assert sum(counts) == 4800
+    assert scipy.stats.chisquare(counts).pvalue > 1e-4  # the seeds are the same in every run
+
+
+def test_more_rows_than_digits_are_all_read_once_an_epoch_in_large_and_small_batches():
+    num_rows = 3 * batches.NUM_DIGITS // 2
+    for global_batch in (num_rows // 2, num_rows // 256):
+        each = GlobalBatches(num_rows, global_batch, seed=1)
+        rows = np.concatenate([each.rows(step) for step in range(num_rows // global_batch)])
+        assert np.array_equal(np.sort(rows), np.arange(num_rows))
+    large, small = (GlobalBatches(num_rows, num_rows // count, seed=1) for count in (2, 128))
+    assert np.array_equal(np.sort(np.concatenate([small.rows(step) for step in range(64)])), large.rows(0))
 
 
 def test_no_global_batch_takes_all_rows_at_each_step_and_shares_them():
