@@ -38,7 +38,7 @@ train: setup  ## run the main job: two workers on this machine, configs/flights.
 
 # Tests wait for processes and timeouts half of their time, so two at once are well served by two cores.
 test: setup-dev  ## run all tests
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-loggers: setup-dev  ## test logging to MLflow, Weights & Biases and trackio with their packages, which this installs (270 MiB)
 	@$(PIP) mlflow-skinny sqlalchemy alembic wandb trackio

@@ -51,20 +51,29 @@ def pytest_sessionstart(session):
         compileall.compile_dir(workers.ROOT / folder, quiet=2)
 
 
-def process_of(item: pytest.Item) -> str:
+def process_of(nodeid: str) -> str:
     """Returns what tests of one process of pytest have in common: worlds that start once for them, or a file.
 
     Worlds of Horovod and MPI poll while they wait, so two of them on the same cores would both crawl.
     """
-    if "ranks" in item.fixturenames or item.path.parent.name == "backends":
-        return "worlds"
-    return item.nodeid.partition("::")[0]
+    file, _, name = nodeid.partition("::")
+    has_world = any(f"{kind}-{size}" in name for kind, size in workers.WORLDS)
+    return "worlds" if has_world or file.startswith("tests/backends/") else file
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, for `-n`
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return process_of(nodeid)
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(config, items):
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(process_of(item)))
     mark_slow_cases(items)
     if not config.getoption("--slow"):
         skip = pytest.mark.skip(reason="takes minutes: pytest tests --slow runs it")
