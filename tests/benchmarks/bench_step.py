@@ -120,7 +120,7 @@ def record(workload: str) -> None:
     costs = []
     for _ in range(4):  # the first one imports
         capture, num_steps, began = StepCapture(elbo.loss_and_grads), 0, time.process_time()
-        while not capture.num_captured:
+        while not capture.num_captured and capture.refusal is None:
             capture(model, guide, *batches[0])
             num_steps += 1
         seconds, began = time.process_time() - began, time.process_time()

@@ -63,7 +63,9 @@ _COPIES = frozenset({aten._to_copy.default, aten.clone.default})
 def shorten(recording: Recording, passes: Iterable[str] | None = None) -> Recording:
     """Returns an equal recording with fewer operations; `passes` names those of `PASSES` to apply, all by default."""
     short = copy.copy(recording)
-    short.ops = [copy.copy(op) for op in recording.ops]
+    short.ops = [
+        Op(each.function, each.args, each.kwargs, each.outs, each.ins, each.writes, each.line) for each in recording.ops
+    ]
     short.infos = list(recording.infos)
     short.alias = list(recording.alias)
     short.lifted = dict(recording.lifted)

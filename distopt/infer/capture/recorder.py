@@ -6,7 +6,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Sequence
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from distopt.infer.capture import watch
 from distopt.infer.capture.generators import generator_states, same_states
 from distopt.infer.capture.recording import (
     UNINITIALIZED,
@@ -71,29 +72,30 @@ _UNSEEN_WRITES = frozenset(
 """Functions that change a tensor without an operation of the dispatcher."""
 
 
-# By code object, whether it is a library's; by code object and line, its description. Each operation asks for its line.
-_library_codes: dict[CodeType, bool] = {}
-_lines: dict[tuple[CodeType, int], str] = {}
+# By remembered code object, whether it is a library's; by it and a line, that line's description.
+_library_codes: dict[int, bool] = {}
+_lines: dict[tuple[int, int], str] = {}
 
 
 def is_library(frame: FrameType) -> bool:
     """Returns whether a frame runs code of torch, Pyro or this package rather than the user's."""
-    answer = _library_codes.get(frame.f_code)
+    answer = _library_codes.get(id(frame.f_code))
     if answer is None:
         name = frame.f_globals.get("__name__", "") + "."
         answer = name.startswith(_LIBRARIES) and not name.startswith("distopt.examples.")
-        _library_codes[frame.f_code] = answer
+        _library_codes[watch.remembered(frame.f_code)] = answer
     return answer
 
 
 def model_line() -> str:
     """Returns file, line and function of the innermost frame that is the user's, "" where there is none."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and is_library(frame):
+    is_known = _library_codes.get  # each operation asks for its line, some 20 frames up
+    while frame is not None and (is_known(id(frame.f_code)) or is_library(frame)):
         frame = frame.f_back
     if frame is None:
         return ""
-    key = (frame.f_code, frame.f_lineno)
+    key = (id(frame.f_code), frame.f_lineno)  # `is_library` has remembered it
     line = _lines.get(key)
     if line is None:
         line = _lines[key] = f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
@@ -262,11 +264,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs an operation and records it."""
-        with torch._C.DisableTorchFunction():
-            kwargs = kwargs or {}
-            if function is aten._local_scalar_dense.default:
-                return self._read_scalar(function, args[0])
-            return self._run(function, args, kwargs)
+        # A watch would look at each function that is called here, four fifths of its work.
+        paused = watch.pause()
+        try:
+            with torch._C.DisableTorchFunction():
+                kwargs = kwargs or {}
+                if function is aten._local_scalar_dense.default:
+                    return self._read_scalar(function, args[0])
+                return self._run(function, args, kwargs)
+        finally:
+            watch.resume(paused)
 
     def _read_scalar(self, function: Any, tensor: Tensor) -> Any:
         if _is_warning():

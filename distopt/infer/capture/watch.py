@@ -85,6 +85,30 @@ def _resume_profiler(profiler: Any) -> None:
         profiler.enable()
 
 
+_remembered: list[CodeType] = []
+
+
+def remembered(code: CodeType) -> int:
+    """Keeps a code object for good, and returns its id; its hash is of all its bytecode, computed at each look-up."""
+    _remembered.append(code)
+    return id(code)
+
+
+def pause() -> Any:
+    """Ends the watch that runs, if any, for as long as no code of the user's does; returns what `resume` takes."""
+    profiler = sys.getprofile()
+    if not isinstance(getattr(profiler, "__self__", None), Watch):
+        return None
+    sys.setprofile(None)
+    return profiler
+
+
+def resume(paused: Any) -> None:
+    """Lets a paused watch go on."""
+    if paused is not None:
+        sys.setprofile(paused)
+
+
 class Call(NamedTuple):
     """A function of the user's that ran: its code, globals, arguments that are no plain values, and closure cells.
 
@@ -130,10 +154,9 @@ class Watch:
 
     def _on_event(self, frame: FrameType, event: str, argument: Any) -> None:
         # It is called for every function of the step, some 100,000 times: all but a few end at the first look-up.
-        code = frame.f_code
-        kind = _kinds.get(code)
+        kind = _kinds.get(id(frame.f_code))
         if kind is None:
-            kind = _kinds[code] = _kind_of(frame)
+            kind = _kinds[remembered(frame.f_code)] = _kind_of(frame)
         if kind == _LIBRARY:
             return
         if self._open:
@@ -216,7 +239,7 @@ class Watch:
 
 _LIBRARY, _USER, _IMPORT, _LAYER, _LOG = range(5)
 
-_kinds: dict[CodeType, int] = {}  # what a code object's calls mean to a watch
+_kinds: dict[int, int] = {}  # by remembered code object: what its calls mean to a watch
 
 
 def _kind_of(frame: FrameType) -> int:
