@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 CANDIDATES = ("numpyro", "pyro", "pyro jit", "distopt", "distopt graph", "distopt compiled")
-WORKLOADS = ("flights", "51 sites", "vae", "plate", "flights 131,072")
+WORKLOADS = ("flights", "51 sites", "vae", "plate", "flights 131,072", "eight schools", "baseball")
 
 # By workload: compiled steps over NumPyro at most.
 COMPILED_TARGETS = {"flights": 1.0, "51 sites": 1.0, "vae": 1.0, "plate": 0.45, "flights 131,072": 1.2}
@@ -202,14 +202,14 @@ def report(workload: str, medians: dict[str, float], peaks: dict[str, int]) -> b
     at_most, at_least = TARGETS.get(workload, (None, None))
     if reference == "numpyro" and at_most is not None:
         met = met and medians["distopt graph"] <= at_most * medians["numpyro"]
-    if reference == "numpyro":
+    if reference == "numpyro" and workload in COMPILED_TARGETS:
         met = met and medians["distopt compiled"] <= COMPILED_TARGETS[workload] * medians["numpyro"]
     if at_least is not None:
         met = met and medians["distopt"] >= at_least * medians["distopt graph"]
     if not met:
         print(
             f"{workload:16s} misses its target: at most {at_most} x numpyro, {at_least} x quicker than eager, "
-            f"compiled at most {COMPILED_TARGETS[workload]} x numpyro, peak of graph at most {MOST_MEMORY} x eager"
+            f"compiled at most {COMPILED_TARGETS.get(workload)} x numpyro, peak of graph at most {MOST_MEMORY} x eager"
         )
     return met
 

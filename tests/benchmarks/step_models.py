@@ -89,4 +89,46 @@ def vae() -> Workload:
     return task.model, task.guide, [task.batch(batches.rows(i)) for i in range(NUM_BATCHES)], 0.003
 
 
-WORKLOADS = {"flights": flights, "51 sites": hierarchy, "vae": vae, "plate": plate, "flights 131,072": flights_large}
+# Rubin (1981): effects of coaching in eight schools, and their standard errors.
+SCHOOLS = np.array([[28, 8, -3, 7, -1, 1, 18, 12], [15, 10, 16, 11, 9, 11, 10, 18]], np.float32)
+
+# Efron and Morris (1975): hits of 18 baseball players in their first 45 times at bat.
+HITS = np.array([18, 17, 16, 15, 14, 14, 13, 12, 11, 11, 10, 10, 10, 10, 10, 9, 8, 7], np.float32)
+AT_BATS = 45
+
+
+def eight_schools() -> Workload:
+    """The model of Pyro's example eight_schools."""
+
+    def model(effects: torch.Tensor, errors: torch.Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(25.0))
+        with pyro.plate("schools", len(effects)):
+            theta = mu + tau * pyro.sample("eta", dist.Normal(0.0, 1.0))
+            pyro.sample("effects", dist.Normal(theta, errors), obs=effects)
+
+    return model, AutoNormal(model), [tuple(map(torch.from_numpy, SCHOOLS))] * NUM_BATCHES, 0.01
+
+
+def baseball() -> Workload:
+    """The partially pooled model of Pyro's example baseball."""
+
+    def model(hits: torch.Tensor) -> None:
+        mean = pyro.sample("m", dist.Uniform(0.0, 1.0))
+        kappa = pyro.sample("kappa", dist.Pareto(1.0, 1.5))
+        with pyro.plate("players", len(hits)):
+            chance = pyro.sample("phi", dist.Beta(mean * kappa, (1 - mean) * kappa))
+            pyro.sample("hits", dist.Binomial(AT_BATS, chance), obs=hits)
+
+    return model, AutoNormal(model), [(torch.from_numpy(HITS),)] * NUM_BATCHES, 0.01
+
+
+WORKLOADS = {
+    "flights": flights,
+    "51 sites": hierarchy,
+    "vae": vae,
+    "plate": plate,
+    "flights 131,072": flights_large,
+    "eight schools": eight_schools,
+    "baseball": baseball,
+}

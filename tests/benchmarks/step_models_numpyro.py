@@ -12,10 +12,13 @@ from numpyro.infer.autoguide import AutoNormal
 from numpyro.infer.initialization import init_to_median
 
 from tests.benchmarks.step_models import (
+    AT_BATS,
+    HITS,
     NUM_BATCHES,
     NUM_FACTORS,
     NUM_LEVELS,
     PLATE_SHAPE,
+    SCHOOLS,
     hierarchy_data,
     plate_data,
 )
@@ -142,4 +145,38 @@ def vae() -> Workload:
     return model, guide, _batches(task, 256), 0.003
 
 
-WORKLOADS = {"flights": flights, "51 sites": hierarchy, "vae": vae, "plate": plate, "flights 131,072": flights_large}
+def eight_schools() -> Workload:
+    """As `step_models.eight_schools`."""
+
+    def model(effects: Any, errors: Any) -> None:
+        mu = numpyro.sample("mu", dist.Normal(0.0, 10.0))
+        tau = numpyro.sample("tau", dist.HalfCauchy(25.0))
+        with numpyro.plate("schools", len(effects)):
+            theta = mu + tau * numpyro.sample("eta", dist.Normal(0.0, 1.0))
+            numpyro.sample("effects", dist.Normal(theta, errors), obs=effects)
+
+    return model, AutoNormal(model), [tuple(map(jnp.asarray, SCHOOLS))] * NUM_BATCHES, 0.01
+
+
+def baseball() -> Workload:
+    """As `step_models.baseball`."""
+
+    def model(hits: Any) -> None:
+        mean = numpyro.sample("m", dist.Uniform(0.0, 1.0))
+        kappa = numpyro.sample("kappa", dist.Pareto(1.0, 1.5))
+        with numpyro.plate("players", len(hits)):
+            chance = numpyro.sample("phi", dist.Beta(mean * kappa, (1 - mean) * kappa))
+            numpyro.sample("hits", dist.Binomial(AT_BATS, chance), obs=hits)
+
+    return model, AutoNormal(model), [(jnp.asarray(HITS),)] * NUM_BATCHES, 0.01
+
+
+WORKLOADS = {
+    "flights": flights,
+    "51 sites": hierarchy,
+    "vae": vae,
+    "plate": plate,
+    "flights 131,072": flights_large,
+    "eight schools": eight_schools,
+    "baseball": baseball,
+}
