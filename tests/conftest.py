@@ -29,7 +29,14 @@ for _signal, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
         signal.signal(_signal, _handler)
 
 # What stops launchers and workers. Not SIGCHLD: a DataLoader of torch handles it for as long as the process lives.
-HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+HANDLED_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 
 # A busy machine is no reason to fail: no test asserts a time.
 settings.register_profile("distopt", deadline=None)

@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from distopt.launch.cli import app
-from distopt.train.signals import STOPPING
+from tests.conftest import HANDLED_SIGNALS
 
 RUN = [sys.executable, "-X", "importtime", "-m", "distopt.launch"]
 
@@ -69,7 +69,7 @@ def test_config_that_is_shown_is_complete_and_keeps_to_the_schema_that_is_printe
 @pytest.fixture
 def after_training() -> Iterator[None]:
     """Heeds signals again after `distopt train` in this process, which ignores them since it is about to end."""
-    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    handlers = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
