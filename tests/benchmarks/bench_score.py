@@ -108,11 +108,11 @@ def with_distopt(task: Any) -> tuple[Steps, Medians]:
     from distopt.data import GlobalBatches, Loader
     from distopt.infer import SVI
     from distopt.optim import DistributedOptimizer, ExponentialLR
+    from distopt.optim.clipped_adam import ClippedAdam
     from distopt.train.task import TaskRows
 
     worker = distopt.init("torch_dist")
-    clipped_adam = pyro.optim.clipped_adam.ClippedAdam
-    optim = DistributedOptimizer(ExponentialLR({"optimizer": clipped_adam, "optim_args": {"lr": RATE}, "gamma": DECAY}))
+    optim = DistributedOptimizer(ExponentialLR({"optimizer": ClippedAdam, "optim_args": {"lr": RATE}, "gamma": DECAY}))
     batches = GlobalBatches(task.rows(), GLOBAL_BATCH, SEED, worker.rank, worker.world_size)
     svi = SVI(task.model, task.guide, optim, pyro.infer.Trace_ELBO(), weight=batches.weight, capture="auto")
     loader = Loader(TaskRows(task), batches)

@@ -35,7 +35,7 @@ from distopt.infer.capture.cuda_graph import uses_gpu
 from distopt.infer.capture.generators import generator_states, set_generator_states
 from distopt.infer.capture.program import Program
 from distopt.infer.capture.recorded_step import RecordedStep
-from distopt.infer.capture.recorder import Recorder
+from distopt.infer.capture.recorder import make_recorder
 from distopt.infer.capture.recording import HostCall, Op, PackCall, Recording, Slot, TensorInfo, aten, substitute
 from distopt.infer.capture.step import MAX_MISSES, StepCapture
 
@@ -428,7 +428,7 @@ class CompiledCapture(StepCapture):
         if self.num_steps == 0 and self.refusal is None:
             rehearsal = _Rehearsal()
             names = list(pyro.get_param_store()._params)
-            writes = Recorder()  # which knows what the step writes to; what else it records is of no use
+            writes = make_recorder()  # which knows what the step writes to; what else it records is of no use
             try:
                 with writes:
                     result = self._eager(model, guide, self._rows_or_args(args), kwargs)

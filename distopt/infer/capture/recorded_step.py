@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from distopt.infer.capture.generators import generator_states, set_generator_states
-from distopt.infer.capture.recorder import Recorder, ValueReads
+from distopt.infer.capture.recorder import Recorder, ValueReads, make_recorder
 from distopt.infer.capture.recording import Recording, Slot
 from distopt.rng import recording_host_calls
 
@@ -70,7 +70,7 @@ def record_step(
     before = dict(store._params)
     params = list(before.values())
 
-    recorder = Recorder()
+    recorder = make_recorder()
     _add_inputs(recorder, params, (args, kwargs))
 
     # The step is a true one, so nothing is put back unless the model raises an error: then the caller takes the step

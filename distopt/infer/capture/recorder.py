@@ -145,7 +145,15 @@ class StaticSlots:
                 self.add(slot, sources)
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _UnguardedMode(TorchDispatchMode):
+    """A mode from which torch need not keep its compiler off, for which it would import it: that takes seconds."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class Recorder(_UnguardedMode):  # type: ignore[no-untyped-call]
     """Appends each operation that runs inside it to a `Recording`.
 
     A tensor carries its slot as an attribute, so that nothing is kept alive that the step itself would free; all other
@@ -445,6 +453,25 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in self._tagged:
             if hasattr(tensor, self._attribute):
                 delattr(tensor, self._attribute)
+
+
+class _UncompiledRecorder(Recorder):  # type: ignore[no-untyped-call]
+    """A recorder beside a model that has compiled code: the compiler must not compile the recorder itself."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(
+        self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # torch keeps its compiler off the functions that a class defines itself.
+        return Recorder.__torch_dispatch__(self, function, types, args, kwargs)
+
+
+def make_recorder() -> Recorder:
+    """Returns a recorder for a step."""
+    return _UncompiledRecorder() if "torch._dynamo" in sys.modules else Recorder()
 
 
 class ValueReads(TorchFunctionMode):

@@ -4,6 +4,8 @@ import dataclasses
 import gc
 import logging
 import random
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -449,3 +451,52 @@ def test_recording_goes_when_it_is_let_go_and_waits_for_no_collector():
         assert num_recordings() == num_recordings()  # torch may hold the last one's mode
     finally:
         gc.enable()
+
+
+def with_compiled_network():
+    network = torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+    compiled = torch.compile(network, backend="eager")
+
+    def model(x):
+        pyro.module("network", network)
+        observe(compiled(x[:, None]).squeeze(-1), pyro.sample("scale", dist.LogNormal(0.0, 1.0)), x)
+
+    return model
+
+
+def test_model_with_compiled_code_is_captured_and_equals_eager_steps():
+    runs = []
+    for make in (EagerSteps, StepCapture):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        model = with_compiled_network()
+        step = make(Trace_ELBO().loss_and_grads)
+        runs.append(run_steps(step, model, AutoNormal(model), (DATA,), num_steps=8))
+    assert step.refusal is None and step.num_captured > 3
+    assert_same(*runs)
+
+
+SCRIPT = """
+import sys
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from distopt.infer import SVI
+from distopt.optim import Adam
+
+def model(x):
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(pyro.sample("loc", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+
+svi = SVI(model, AutoNormal(model), Adam({"lr": 0.01}), Trace_ELBO(), capture="graph")
+for _ in range(9):
+    svi.step(torch.ones(5))
+assert svi.captured.num_captured > 3 and svi.captured.num_recorded > 2
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_recording_imports_no_compiler():
+    subprocess.run([sys.executable, "-c", SCRIPT], check=True, timeout=120)
