@@ -145,7 +145,7 @@ class StaticSlots:
                 self.add(slot, sources)
 
 
-class _UnguardedMode(TorchDispatchMode):
+class _UnguardedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A mode from which torch need not keep its compiler off, for which it would import it: that takes seconds."""
 
     @classmethod
