@@ -191,7 +191,7 @@ def test_job_that_must_yield_is_requeued_as_often_as_is_allowed(restarts, preemp
     assert (done.returncode, "requeue 5" in calls) == (status, requeued), done.stderr
     assert ("launch.max_preemptions: requeued more often than 2 times" in done.stderr) == (status == 1)
     is_last = preempted and restarts == "2"
-    assert ("launch.max_preemptions: not requeued, since it has been 2 times" in done.stderr) == is_last
+    assert ("launch.max_preemptions: 2 of 2 are used up, so the job is not requeued" in done.stderr) == is_last
     assert ("srun" in calls) == (status == 7)
 
 

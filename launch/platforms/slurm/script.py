@@ -128,7 +128,7 @@ def _spent(max_preemptions: int | None) -> str:
     """Returns lines that leave the script, which would requeue the job, where it has been as often as it may."""
     if max_preemptions is None:
         return ""
-    message = f"launch.max_preemptions: not requeued, since it has been {max_preemptions} times"
+    message = f"launch.max_preemptions: {max_preemptions} of {max_preemptions} are used up, so the job is not requeued"
     return f"""
   if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {max_preemptions} ]; then
     echo "distopt: {message}" >&2
