@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import pyro
 import torch
 
 from distopt.optim.adagrad_rmsprop import AdagradRMSProp
@@ -63,6 +64,18 @@ _QUICKER: dict[Any, Any] = {
     torch.optim.AdamW: OnePassAdamW,
 }
 _COMPILED = frozenset({torch.optim.Adam, torch.optim.AdamW})
+
+
+_OF_PYRO: dict[Any, Any] = {
+    pyro.optim.adagrad_rmsprop.AdagradRMSProp: AdagradRMSProp,
+    pyro.optim.clipped_adam.ClippedAdam: ClippedAdam,
+    pyro.optim.dct_adam.DCTAdam: DCTAdam,
+}
+
+
+def ours(constructor: Any) -> Any:
+    """Returns our class of the same steps in place of one of Pyro's own optimizers, and others as they are."""
+    return _OF_PYRO.get(constructor, constructor)
 
 
 def without_partial(constructor: Any) -> tuple[Any, dict[str, Any]]:

@@ -16,7 +16,15 @@ from torch.amp import GradScaler
 from distopt.optim.adagrad_rmsprop import AdagradRMSProp as pt_AdagradRMSProp
 from distopt.optim.amp import scaled_step
 from distopt.optim.arguments import Args, args_for, check_args, num_arguments
-from distopt.optim.capabilities import check_arguments, check_built, check_constructor, quicker, shares, without_partial
+from distopt.optim.capabilities import (
+    check_arguments,
+    check_built,
+    check_constructor,
+    ours,
+    quicker,
+    shares,
+    without_partial,
+)
 from distopt.optim.clipped_adam import ClippedAdam as pt_ClippedAdam
 from distopt.optim.clipping import Clip, cached_clip
 from distopt.optim.construction import construct
@@ -105,7 +113,8 @@ class PyroOptim(Copies, pyro.optim.optim.PyroOptim):  # type: ignore[misc]
         self.nonfinite_names: tuple[str, ...] = ()
 
         # What a functools.partial adds are arguments as any others: the class behind it may be one that packs.
-        self._constructor, self._default_args = without_partial(optim_constructor)
+        constructor, self._default_args = without_partial(optim_constructor)
+        self._constructor = ours(constructor)
         if not callable(self.pt_clip_args):
             Clip.of(self.pt_clip_args, "*")
         self._start()

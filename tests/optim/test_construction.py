@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from operator import attrgetter
 
+import pyro.optim
 import pytest
 import torch
 
+from distopt.optim import PyroOptim
 from distopt.optim.construction import construct, load_plain_state, plain_state
 
 SCRIPT = """
@@ -98,3 +101,21 @@ def test_error_of_a_constructor_is_its_own():
     with pytest.raises(ValueError, match="Invalid learning rate"):
         construct(torch.optim.Adam, [torch.nn.Parameter(torch.ones(1))], {"lr": -1.0})
     assert construct(lambda params, lr: (params, lr), [1], {"lr": 2}) == ([1], 2)
+
+
+@pytest.mark.parametrize("module", ["adagrad_rmsprop.AdagradRMSProp", "clipped_adam.ClippedAdam", "dct_adam.DCTAdam"])
+def test_pyros_own_optimizer_class_steps_as_in_pyro_and_all_parameters_at_once(module):
+    given = attrgetter(module)(pyro.optim)
+    after = []
+    for kind in (pyro.optim.PyroOptim, PyroOptim):
+        optim = kind(given, {} if "adagrad" in module else {"lr": 0.1})
+        params = [torch.full((size,), 0.5, requires_grad=True) for size in (1, 3, 4)]
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(6):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            optim(params)
+        after.append([p.detach() for p in params])
+    torch.testing.assert_close(*after)
+    assert optim.pt_optim_constructor is given
+    assert len([*optim._groups]) == 1
