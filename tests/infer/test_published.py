@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pyro
@@ -148,8 +147,15 @@ def _cell2location() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     scvi = ModuleType("scvi")
     scvi.REGISTRY_KEYS = None  # type: ignore[attr-defined]
-    with patch.dict(sys.modules, scvi=scvi):
+    # Not `patch.dict`, which takes out again what else is imported meanwhile: parts of NumPy can be loaded but once.
+    known = sys.modules.get("scvi")
+    sys.modules["scvi"] = scvi
+    try:
         spec.loader.exec_module(module)
+    finally:
+        del sys.modules["scvi"]
+        if known is not None:
+            sys.modules["scvi"] = known
     return module
 
 
