@@ -11,8 +11,6 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -41,7 +39,6 @@ def built(tmp_path: Path, **env: str) -> set[str]:
     return set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
 
 
-@pytest.mark.slow
 def test_wheel_holds_launcher_stubs_and_type_marker_and_is_built_without_a_compiler(tmp_path: Path) -> None:
     names = built(tmp_path, CC="false", CXX="false")
     modules = {f"distopt/{path.relative_to(ROOT / 'distopt')}" for path in (ROOT / "distopt").rglob("*.py*")}

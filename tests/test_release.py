@@ -65,7 +65,6 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_files_pass_the_checks_of_the_index(dist: Path) -> None:
     [wheel] = dist.glob("*.whl")
     [sdist] = dist.glob("*.tar.gz")
@@ -97,7 +96,6 @@ def installed(dist: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_wheel_with_its_dependencies_and_nothing_else_runs_the_script_of_the_readme(
     installed: Path, tmp_path: Path
 ) -> None:

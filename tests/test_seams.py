@@ -78,7 +78,6 @@ def logged_elbos(folder: Path) -> dict[int, float]:
         return {int(step): float(elbo) for step, elbo in csv.reader(file)}
 
 
-@pytest.mark.slow
 def test_classes_of_the_user_named_in_one_yaml_train_together_and_resume(folder: Path) -> None:
     points = runpy.run_path(str(folder / "my_task.py"))["Points"]().points
     for num_steps in (4, 6):

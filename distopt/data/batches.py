@@ -90,9 +90,9 @@ class GlobalBatches:
             the next one begins with it.
 
         Cost:
-            4 ns for each row of the data once an epoch, and 1 ns in each step; 2 bytes for each are kept. Where a share
-            has less than a 32nd of the data: 25 ns for each row of the data once an epoch, 14 ns for each of the share
-            in each step, and 10 bytes for each of the data.
+            4 ns for each row of the data once an epoch, and 1 ns in each step; 2 bytes for each are kept. Up to 65,536
+            rows of data, or where a share has less than a 32nd of them: 25 ns for each row of the data once an epoch,
+            14 ns for each of the share in each step, and 10 bytes for each of the data.
         """
         if self.full:
             return np.arange(self._start, self._stop, dtype=np.int64)

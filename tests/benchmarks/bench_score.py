@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tests.benchmarks.bench_workers import environments
 
 ROOT = Path(__file__).parents[2]
 CANDIDATES = {"Pyro": 1, "NumPyro": 1, "distopt, 1 worker": 1, "distopt, 2 workers": 2}
@@ -153,21 +154,11 @@ def work(candidate: str) -> None:
 
 def train(candidate: str) -> list[tuple[int, float, float]]:
     """Runs a candidate and returns its steps, seconds and scores."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    size = str(CANDIDATES[candidate])
-    shared = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "JAX_PLATFORMS": "cpu"}
-    shared |= {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
-    shared |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.bench_score", "--work", candidate]
     ranks = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in map(str, range(CANDIDATES[candidate]))
-    ]  # fmt: skip
+        subprocess.Popen(command, cwd=ROOT, env=each | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, text=True)
+        for each in environments(CANDIDATES[candidate])
+    ]
     outputs = [rank.communicate()[0] for rank in ranks]
     if any(rank.returncode for rank in ranks):
         raise RuntimeError(f"{candidate} failed")

@@ -142,21 +142,25 @@ class World:
         return Times(*map(float, self.read()[0].split()))
 
 
-@contextmanager
-def started(world_size: int, *workload: Any) -> Iterator[World]:
-    """Starts a world and ends it."""
+def environments(world_size: int) -> list[dict[str, str]]:
+    """Returns the environment of each rank of a new world: one thread, and memory that malloc keeps."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.bench_workers", "--work", *map(str, workload)]
     shared = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     shared |= {"MALLOC_MMAP_THRESHOLD_": "4000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
     shared |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in map(str, range(world_size))]
+
+
+@contextmanager
+def started(world_size: int, *workload: Any) -> Iterator[World]:
+    """Starts a world and ends it."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.bench_workers", "--work", *map(str, workload)]
     ranks: list[subprocess.Popen[str]] = []
     try:
-        for rank in map(str, range(world_size)):
-            environment = os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}
+        for environment in environments(world_size):
             pipe = subprocess.PIPE
             ranks.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True))
         yield World(ranks)

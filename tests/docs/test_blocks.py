@@ -34,17 +34,8 @@ def process_of_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
             del sys.modules[name]
 
 
-LONG_PAGES = {"csv.md", "sweeps.md", "from_one_machine_to_a_cluster.md", "precision.md"}
-
-
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(page, id=str(page.relative_to(ROOT)), marks=pytest.mark.slow if page.name in LONG_PAGES else ())
-        for page in PAGES
-    ],
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
     assert run_page(page, tmp_path) == run_page(page, None)
 

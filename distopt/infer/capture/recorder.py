@@ -272,7 +272,7 @@ class Recorder(_UnguardedMode):  # type: ignore[no-untyped-call]
         self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs an operation and records it."""
-        # A watch would look at each function that is called here, four fifths of its work.
+        # A watch would look at each function that is called here, and none of them is the user's.
         paused = watch.pause()
         try:
             with torch._C.DisableTorchFunction():
