@@ -15,7 +15,13 @@ from distopt.optim.amp import WrappedELBO
 # once: so it holds while model and guide run, and no longer.
 
 
-class _OnDevice(Messenger):  # type: ignore[misc]
+class OnDevice(Messenger):  # type: ignore[misc]
+    """Makes a device the default one while it is entered, or while a function runs that it is called with.
+
+    Args:
+        device: Where `torch.zeros(3)` and the constants of `dist.Normal(0.0, 1.0)` are made.
+    """
+
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
@@ -54,4 +60,4 @@ class DeviceELBO(WrappedELBO):
         return self.elbo.loss_and_grads(*self._wrapped(model, guide), *args, **kwargs)
 
     def _wrapped(self, *callables: Callable[..., Any]) -> list[Any]:
-        return [_OnDevice(self._device)(each) for each in callables]
+        return [OnDevice(self._device)(each) for each in callables]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
@@ -109,7 +109,8 @@ class _Worker:
 
         set_up_process(config, backend)
         self.device = device_of_run(config, backend)
-        with self.device if config.train.device else nullcontext():
+        self.moved_to = self.device if config.train.device else None  # else the task places its tensors by itself
+        with self.moved_to or nullcontext():
             self.task = load_task_on_all_ranks(config, backend)
         self.batches = make_batches(self.task, config, backend)
 
@@ -138,9 +139,9 @@ class _Worker:
         self.notice: str | None = None  # likewise why they are not compiled
         callables = {"model": self.task.model, "guide": self.task.guide}
         self.modules = {name: each for name, each in callables.items() if isinstance(each, nn.Module)}
-        if config.train.device is not None:
+        if self.moved_to is not None:
             for module in self.modules.values():
-                module.to(self.device)
+                module.to(self.moved_to)
 
         self.skipped = _SkippedSteps(config.optim.max_skipped_in_row)
 
@@ -184,10 +185,10 @@ class _Worker:
             rows = GlobalBatches(self.batches.num_rows, num_rows, self.config.seed).rows(0)
 
         try:
-            self.svi.init(*self._on_device(TaskRows(self.task).read(rows)))
+            self.svi.init(*TaskRows(self.task, self.moved_to).read(rows))
             takes_all_rows = self.batches.full and self.backend.world_size == 1
             if not self.task.sharded and not takes_all_rows:
-                check_plates(self.task, rows, self.batches.num_rows)
+                check_plates(self.task, rows, self.batches.num_rows, device=self.moved_to)
         except Exception as error:
             self.optimizer.abort(error)
             raise
@@ -200,14 +201,8 @@ class _Worker:
         saved = {"optimizer": self.optimizer, **self.modules} | ({} if scaler is None else {"scaler": scaler})
         return _TaskSession(self, saved)
 
-    def _on_device(self, rows: Sequence[Any]) -> Sequence[Any]:
-        if self.config.train.device is None:
-            return rows
-        return tuple(each.to(self.device) if isinstance(each, torch.Tensor) else each for each in rows)
-
     def _make_loader(self) -> Loader:
-        device = None if self.config.train.device is None else self.device
-        return Loader(TaskRows(self.task), self.batches, device=device, num_ahead=self.config.data.prefetch)
+        return Loader(TaskRows(self.task), self.batches, device=self.moved_to, num_ahead=self.config.data.prefetch)
 
     # The steps.
 

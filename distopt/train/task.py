@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -176,10 +176,16 @@ def load_task(reference: str, arguments: Mapping[str, Any]) -> Task:
 
 
 class TaskRows:
-    """The rows of a task as a source for `distopt.data.Loader`."""
+    """The rows of a task as a source for `distopt.data.Loader`.
 
-    def __init__(self, task: Task) -> None:
+    Args:
+        task: The task.
+        device: Where tensors are moved; None leaves them where the task has them, as a loader that moves them wants.
+    """
+
+    def __init__(self, task: Task, device: torch.device | None = None) -> None:
         self._task = task
+        self._device = device
         self._columns = _checked_columns(task)
 
     def __len__(self) -> int:
@@ -191,15 +197,22 @@ class TaskRows:
         Raises:
             TaskError: The task returns something else than a tuple. A single tensor would be unpacked into its rows.
         """
+        batch: Any
         if self._columns is not None:
-            return TensorRows(self._columns, torch.from_numpy(rows))
+            batch = TensorRows(self._columns, torch.from_numpy(rows))
+            return batch if self._device is None else self._moved(batch)
         batch = self._task.batch(rows)
         if not isinstance(batch, tuple | list):
             raise TaskError(
                 f"task: batch() returned a {type(batch).__name__}, expected a tuple of the arguments of model and "
                 "guide; for a single argument: `return (x,)`"
             )
-        return tuple(batch)
+        return self._moved(batch)
+
+    def _moved(self, batch: Iterable[Any]) -> tuple[Any, ...]:
+        if self._device is None:
+            return tuple(batch)
+        return tuple(each.to(self._device) if isinstance(each, Tensor) else each for each in batch)
 
 
 def _checked_columns(task: Task) -> tuple[Tensor, ...] | None:

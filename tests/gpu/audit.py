@@ -8,7 +8,6 @@ counts.
 from __future__ import annotations
 
 import json
-import math
 import sys
 import tempfile
 import time
@@ -17,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -29,10 +27,8 @@ import distopt.optim as pyro_optimizers
 from distopt.checkpoint import Checkpointer
 from distopt.data import TensorSource
 from distopt.infer import SVI, sharded_plate
-from distopt.infer.device import DeviceELBO
 from distopt.optim import DistributedOptimizer, PyroOptim, ReduceOptions
 from distopt.train.loop import run as run_config
-from distopt.train.report import Report
 from tests.gpu.far_device import FAR, FarSingle, Mirror, Waits
 
 NUM_STEPS = 3
@@ -281,30 +277,25 @@ def yaml_run() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def examples() -> Iterator[tuple[str, dict[str, Any]]]:
-    """The shipped tasks as with `train.device: cuda`: their rows and modules, and tensors that they make, lie there."""
-    from distopt.examples.aircraft import Aircraft
-    from distopt.examples.flights import Flights
-    from distopt.examples.ppca import Components
-    from distopt.examples.vae import Autoencoder
+    """The shipped configurations as with `train.device: cuda`, from their first batch to their report."""
+    from distopt.config import load_config
 
-    tasks = [Flights(num_flights=2000), Aircraft(num_flights=2000), Autoencoder(), Components()]
-    for task in tasks:
-        pyro.clear_param_store()
-        for module in (task.model, task.guide, *vars(task).values()):
-            if isinstance(module, nn.Module):
-                module.to(FAR)
-        num_rows = task.rows() if getattr(task, "sharded", False) else 64
-        batch = [each.to(FAR) for each in task.batch(np.arange(num_rows))]
-        svi = SVI(task.model, task.guide, pyro_optimizers.Adam({"lr": 0.01}), DeviceELBO(Trace_ELBO(), FAR))
-        waits = Waits()
-        with waits:
-            losses = [svi.step(*batch) for _ in range(NUM_STEPS)]
-        assert all(map(math.isfinite, losses)), losses
-        if hasattr(task, "collect"):
-            task.collect()
-        report = Report(type(task).__name__)
-        task.report(report)
-        yield type(task).__name__, figures(waits, NUM_STEPS, sections=report.num_sections)
+    short = ["train.num_steps=6", "log.every_steps=3", "log.tensorboard=false", "checkpoint.every_steps=3"]
+    short.append("reduce.backend=tests.gpu.far_device:FarSingle")
+    for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")):
+        fewer = ["task_args.num_flights=2000"] if path.stem in ("aircraft", "flights") else []
+        fewer += ["data.global_batch=256"] if path.stem == "flights" else []
+        with tempfile.TemporaryDirectory() as folder:
+            config = load_config(path, [*short, *fewer, f"run_dir={folder}"])
+            # No configuration may name this device, which stands for a GPU.
+            config = config.model_copy(update={"train": config.train.model_copy(update={"device": FAR.type})})
+            pyro.clear_param_store()
+            waits = Waits()
+            with waits:
+                status = run_config(config)
+            devices = {param.device for _, param in pyro.get_param_store().named_parameters()}
+            text = (Path(folder) / "report.html").read_text()
+        yield path.stem, figures(waits, 6, status=status, on_device=devices == {FAR}, tables=text.count("<table"))
 
 
 SCENARIOS = [optimizers, reductions, svi_steps, checkpoints, yaml_run, examples]

@@ -272,6 +272,12 @@ def _num_args(code: CodeType) -> int:
     return code.co_argcount + code.co_kwonlyargcount + stars
 
 
+# Names of instructions, of all releases of Python that are supported.
+_GLOBALS = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS", "STORE_GLOBAL", "DELETE_GLOBAL"})
+_ATTRIBUTES = frozenset({"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "STORE_ATTR", "DELETE_ATTR", "IMPORT_FROM"})
+_CALL_OF_ONE = ("PRECALL" if sys.version_info < (3, 12) else "CALL", 1)
+
+
 class Names(NamedTuple):
     """What a function's bytecode names.
 
@@ -300,18 +306,25 @@ def names_of(code: CodeType) -> Names:
     instructions = [*dis.get_instructions(code)]
     for index, instruction in enumerate(instructions):
         kind, value = instruction.opname, instruction.argval
-        if kind in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"):
+        if kind in _GLOBALS:
             roots.add(value)
-        elif kind in ("LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "DELETE_ATTR", "IMPORT_FROM"):
+        elif kind in _ATTRIBUTES:
             attributes.add(value)
         elif not kind.endswith("_DEREF"):
             continue
         if not _is_measured(instructions, index):
             used.add(value)
-        if index + 1 == len(instructions) or instructions[index + 1].opname != "LOAD_ATTR":
+        if index + 1 == len(instructions) or not _loads_attribute(instructions[index + 1]):
             whole.add(value)
     computed = bool(_COMPUTED & (roots | attributes))
     return Names(frozenset(roots), frozenset(attributes), frozenset(used), frozenset(whole), computed)
+
+
+def _loads_attribute(instruction: dis.Instruction) -> bool:
+    """Returns whether an instruction loads an attribute, and not a method, which is bound to the whole object."""
+    # Since Python 3.12 the same instruction does both, and its lowest bit says which.
+    is_method = sys.version_info >= (3, 12) and (instruction.arg or 0) & 1
+    return instruction.opname == "LOAD_ATTR" and not is_method
 
 
 def _is_measured(instructions: list[dis.Instruction], index: int) -> bool:
@@ -319,9 +332,9 @@ def _is_measured(instructions: list[dis.Instruction], index: int) -> bool:
     following = instructions[index + 1] if index + 1 < len(instructions) else None
     if following is None or not instructions[index].opname.startswith("LOAD_"):
         return False
-    if following.opname == "LOAD_ATTR":
+    if _loads_attribute(following):
         return following.argval in ("shape", "ndim", "dtype")
-    if (following.opname, following.argval) != ("PRECALL", 1):
+    if (following.opname, following.arg) != _CALL_OF_ONE:
         return False
     while index > 0 and instructions[index].opname == "LOAD_ATTR":
         index -= 1
