@@ -27,7 +27,7 @@ import torch
 from tests.gpu.checks import Result, Suite
 
 ROOT = Path(__file__).parents[2]
-SUITES = ("optimizers", "worlds", "checkpoints", "steps", "launching", "speed")
+SUITES = ("optimizers", "worlds", "checkpoints", "steps", "launching", "compiled", "speed")
 NOTHING_RAN = 5  # as pytest
 
 

@@ -16,7 +16,7 @@ from distopt.checkpoint import Checkpointer
 from distopt.optim import Adam, DistributedOptimizer
 from tests.gpu.checks import Figures, Suite, need_cuda, synchronize
 
-SUITE = Suite("checkpoints", 25)
+SUITE = Suite("checkpoints", 14)
 
 
 class Run:

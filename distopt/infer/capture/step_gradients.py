@@ -12,6 +12,7 @@ from distopt.infer.capture.compiled import CompiledCapture
 from distopt.infer.capture.modes import CaptureMode, StepMode, is_checked_late, mode_of_step
 from distopt.infer.capture.rows import TensorRows
 from distopt.infer.capture.step import StepCapture
+from distopt.infer.deterministic import Deterministic
 from distopt.optim.distributed import DistributedOptimizer
 from distopt.optim.distributed.stepping import Loss
 from distopt.optim.distributed.svi_step import loss_and_named_params
@@ -77,13 +78,14 @@ class StepGradients:
         mode = mode_of_step(
             self._capture, is_checked=is_checked, step=number, compile_from_step=self._compile_from_step
         )
-        if mode == "eager":
-            return loss_and_named_params(svi, args, kwargs)
+        with Deterministic():
+            if mode == "eager":
+                return loss_and_named_params(svi, args, kwargs)
 
-        captured = self._use_capture(mode, svi.loss_and_grads)
-        self._leave_gradients_in_buckets(svi, captured)
-        whole = (args,) if isinstance(args, TensorRows) else args
-        result = captured(svi.model, svi.guide, *whole, **kwargs)
+            captured = self._use_capture(mode, svi.loss_and_grads)
+            self._leave_gradients_in_buckets(svi, captured)
+            whole = (args,) if isinstance(args, TensorRows) else args
+            result = captured(svi.model, svi.guide, *whole, **kwargs)
         return result.loss, result.params
 
     def _use_capture(self, mode: StepMode, loss_and_grads: Callable[..., Any]) -> StepCapture:

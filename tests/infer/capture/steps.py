@@ -6,9 +6,24 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from torch import Tensor
 
 from distopt.infer.capture import StepCapture
+from distopt.infer.capture.recorded_step import RecordedStep, record_step
 from distopt.infer.capture.recording import same_bits
+
+
+def recorded(case) -> tuple[RecordedStep, tuple[Tensor, ...]]:
+    """Returns a recorded step of a case, after an eager one, and its arguments."""
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    loss_and_grads = case.elbo().loss_and_grads
+    guide = case.guide(case.model)
+    args = case.args(0) if callable(case.args) else case.args
+    loss_and_grads(case.model, guide, *args)
+    for param in pyro.get_param_store()._params.values():
+        param.grad = None
+    return record_step(loss_and_grads, case.model, guide, args, {}), args
 
 
 class EagerSteps:
