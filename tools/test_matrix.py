@@ -92,9 +92,10 @@ def make_python_environment(interpreter: Path, version: str) -> Path | str:
 
 
 def compile_for(python: Path) -> Path:
-    """Returns a copy of the checkout whose loops in C++ are compiled for the torch of an environment."""
+    """Returns a copy of the checkout that is installed, with its loops in C++, for the torch of an environment."""
     source = copy_checkout(python.parents[1] / "source")
-    subprocess.run([python, "setup.py", "-q", "build_ext", "--inplace"], cwd=source, check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--no-deps", "--no-build-isolation", "-e", str(source)], check=True)
     return source
 
 
