@@ -23,6 +23,8 @@ from .plan import Plan
 RUNS = Path(launchers.RUNS)
 START_SCRIPT = "start.sh"
 """The script by which `--dry-run --output` shows a plan's commands."""
+WRITTEN_FILES = ".distopt-files"
+"""Names the files of such a folder that distopt has written, which it may replace."""
 
 
 class RunDirectoryError(RuntimeError):
@@ -154,6 +156,7 @@ def write_plan(plan: Plan, folder: Path, run_dir: Path) -> list[Path]:
         The paths of the files. Where the plan has commands, the last one is a script that starts the run.
 
     Raises:
+        FileExistsError: A file is there that was not written by an earlier call; then nothing is written.
         OSError: One cannot be written.
     """
     files = {folder / _below(path, run_dir): text for path, text in plan.files.items()}
@@ -163,8 +166,17 @@ def write_plan(plan: Plan, folder: Path, run_dir: Path) -> list[Path]:
         files[folder / START_SCRIPT] = f"#!/bin/sh\nexec {shlex.join(argv)}\n"
     elif plan.commands:
         files[folder / START_SCRIPT] = f"#!/bin/sh\n{plan}"
+    listed = folder / WRITTEN_FILES
+    names = {str(path.relative_to(folder)) for path in files}
+    known = set(listed.read_text().splitlines()) if listed.exists() else set()
+    for name in sorted(names - known):
+        if os.path.lexists(folder / name):
+            raise FileExistsError(
+                errno.EEXIST, "it is there, and is none that --output wrote; name an empty folder", str(folder / name)
+            )
     for path in plan.folders:
         (folder / _below(path, run_dir)).mkdir(parents=True, exist_ok=True)
+    write(listed, "".join(f"{name}\n" for name in sorted(names | known)))
     for path, text in files.items():
         write(path, text, mode=_mode(text))
     return list(files)

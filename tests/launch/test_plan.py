@@ -88,6 +88,7 @@ def test_dry_run_needs_nothing_of_the_platform_and_warns_of_what_a_start_would_r
     for module in (horovodrun, mpirun):
         monkeypatch.setattr(module, "find_mpirun", lambda: None)
     (tmp_path / "run.yaml").write_text("name: run\nscript: train.py\n")
+    (tmp_path / "train.py").touch()
     (tmp_path / "train.py").write_text("")
     argv = ["launch", "run.yaml", *LACKING[platform]]
 
@@ -122,8 +123,28 @@ def test_script_for_several_hosts_gives_the_run_to_distopt_launch_whose_heartbea
     assert load_config(folder / "config.yaml") == config
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "start.sh"])
+def test_output_replaces_its_own_files_and_no_file_of_the_users(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("name: run\nscript: train.py\n")
+    (tmp_path / "train.py").touch()
+    command = ["launch", "run.yaml", "--dry-run", "--output"]
+    (tmp_path / name).write_text("# mine\n")
+    refused = CliRunner().invoke(app, [*command, "."])
+    assert refused.exit_code == 2
+    assert f"--output: {name} cannot be written: it is there" in refused.output
+    assert (tmp_path / name).read_text() == "# mine\n"
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted([name, "run.yaml", "train.py"])
+
+    for _ in range(2):
+        assert CliRunner().invoke(app, [*command, "plan"]).exit_code == 0
+    (tmp_path / "plan" / name).unlink()
+    assert CliRunner().invoke(app, [*command, "plan"]).exit_code == 0
+
+
 def test_output_of_a_run_that_starts_is_refused(tmp_path):
     (tmp_path / "run.yaml").write_text("name: run\nscript: train.py\n")
+    (tmp_path / "train.py").touch()
     done = CliRunner().invoke(app, ["launch", str(tmp_path / "run.yaml"), "--output", "x"])
     assert (done.exit_code, "--output: found without --dry-run" in done.output) == (2, True)
 
