@@ -64,7 +64,7 @@ class Flights(Task):
         self.held_out = order[:num_held_out]
         self._train = order[num_held_out:]
 
-        # Codes of 4 bytes: a step reads rows at random, and half the memory is read in less time than it takes to widen.
+        # Codes of 4 bytes: a step reads rows at random, and half the memory saves more than to widen them costs.
         self._all = (*(torch.from_numpy(data.codes[name]).int() for name in COLUMNS), torch.from_numpy(data.delay))
         self._columns = self.select(self._train)
         self.shares = {name: self._share(name) for name in COLUMNS}

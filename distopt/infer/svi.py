@@ -13,6 +13,7 @@ from pyro.infer.util import zero_grads
 from distopt.infer.capture import StepCapture
 from distopt.infer.capture.modes import CaptureMode, check_mode
 from distopt.infer.capture.step_gradients import StepGradients
+from distopt.infer.deterministic import Deterministic
 from distopt.infer.sharded_plate import share_plates
 from distopt.optim.distributed import DistributedOptimizer, StepInfo
 from distopt.optim.distributed.pyro_hooks import offer_svi
@@ -184,7 +185,8 @@ class SVI(pyro.infer.SVI):  # type: ignore[misc]
     def _step_alone(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Loss:
         """Takes a step with an optimizer that is not distributed, as Pyro's SVI does."""
         if self.captured is None:
-            loss: Loss = super().step(*args, **kwargs)
+            with Deterministic():
+                loss: Loss = super().step(*args, **kwargs)
             return loss
         loss, params = self._gradients(self, args, kwargs)
         self.optim(params)

@@ -11,14 +11,18 @@ iterators, generators of random numbers, and objects of C extensions, which have
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyro
 from torch import nn
 
 from distopt.infer.capture.reachable import ReachableValues
-from distopt.infer.capture.watch import Call, Names, Watch, content, names_of
+from distopt.infer.capture.watch import Call, Names, Watch, computes_names, content, names_of
 from distopt.rng import _policy
 
 
@@ -45,7 +49,8 @@ class Assumptions:
     ) -> None:
         calls = list(watch.calls())
         named = [names_of(call.code) for call in calls]
-        self._reachable = reachable = ReachableValues(named, all_attributes=bool(arguments))
+        computes = any(map(computes_names, _contents(calls, named)))
+        self._reachable = reachable = ReachableValues(named, all_attributes=bool(arguments) or computes)
         self._earlier = earlier
         self._add_calls(calls, named)
         for module in watch.modules.values():
@@ -61,6 +66,7 @@ class Assumptions:
         for each in (hooks._global_forward_hooks, hooks._global_forward_pre_hooks, hooks._global_backward_hooks):
             reachable.add("a hook of all modules", reachable.name(each), each)
         self._add_store()
+        self._add_settings()
         self._earlier = None
         self.refusal = reachable.refusal
         self._compile()
@@ -75,8 +81,16 @@ class Assumptions:
     def _add_calls(self, calls: list[Call], named: list[Names]) -> None:
         reachable = self._reachable
         for call, names in zip(calls, named, strict=True):
-            for name in sorted(names.roots & call.module_globals.keys()):
-                reachable.add(name, f"{reachable.name(call.module_globals)}[{name!r}]", call.module_globals[name], name)
+            table = call.module_globals
+            for name in sorted(names.roots & table.keys()):
+                reachable.add(name, f"{reachable.name(table)}[{name!r}]", table[name], name)
+            if "globals" in names.roots:
+                reachable.add_table("globals()", reachable.name(table), table)
+            elif missing := names.roots - table.keys():
+                text = f"a global of {table.get('__name__')}"
+                reachable.test(text, f"{reachable.name(table)}.keys().isdisjoint({reachable.name(missing)})")
+            for name in sorted(_imported(names, table)):
+                reachable.add(name, f"{reachable.name(sys.modules)}[{name!r}]", sys.modules[name])
             for name, cell in call.cells.items():
                 if self._earlier is None or cell in self._earlier._reachable:
                     reachable.add(name, f"{reachable.name(cell)}.cell_contents", content(cell), name)
@@ -97,6 +111,15 @@ class Assumptions:
             for hook in (param._post_accumulate_grad_hooks or {}).values():
                 if not str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("distopt."):
                     reachable.refuse(f"{name} has a hook that runs after its gradient is accumulated")
+
+    def _add_settings(self) -> None:
+        # Pyro's validation is on in some steps, and changes no number.
+        for name, (module, path, _) in pyro.settings._REGISTRY.items():
+            if not name.startswith("validate_"):
+                *owners, attribute = path.split(".")
+                owner = functools.reduce(getattr, owners, sys.modules[module])
+                source = f"{self._reachable.name(owner)}.{attribute}"
+                self._reachable.compare(f"Pyro's setting {name}", source, getattr(owner, attribute))
 
     def _compile(self) -> None:
         tests = [f"({expression})" for expression in self._reachable.tests]
@@ -130,3 +153,20 @@ class Assumptions:
             if not holds:
                 paths.append(text)
         return list(dict.fromkeys(paths))
+
+
+def _contents(calls: list[Call], named: list[Names]) -> Iterator[Any]:
+    """Yields what the globals and closures hold that functions read."""
+    for call, names in zip(calls, named, strict=True):
+        yield from (call.module_globals.get(name) for name in names.roots)
+        yield from map(content, call.cells.values())
+
+
+def _imported(names: Names, module_globals: dict[str, Any]) -> set[str]:
+    """Returns the full names of the modules that a function imports and that are loaded."""
+    package = module_globals.get("__package__") or ""
+    found = set()
+    for name, level in names.imports:
+        with contextlib.suppress(ImportError):
+            found.add(importlib.util.resolve_name("." * level + name, package) if level else name)
+    return found & sys.modules.keys()

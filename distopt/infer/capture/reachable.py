@@ -9,6 +9,8 @@ import decimal
 import enum
 import fractions
 import functools
+import gc
+import itertools
 import operator
 import os
 import pathlib
@@ -50,10 +52,8 @@ _FIXED = (
         pathlib.PurePath,
         re.Pattern,
         uuid.UUID,
-        enum.Enum,
         torch.memory_format,
         torch.layout,
-        type(functools.cache(len)),
     ),
     *(
         type(collections.namedtuple("_", "x").__dict__["x"]),
@@ -64,10 +64,13 @@ _FIXED = (
         Trace,
     ),
 )
+_CACHED = type(functools.cache(len))
+_MEMBERS = (types.FunctionType, property, classmethod, staticmethod)
 _CONTAINERS = (
     *(dict, collections.OrderedDict, collections.defaultdict, types.MappingProxyType),
     *(list, tuple, set, frozenset, collections.deque),
 )
+_OF_MODULES = frozenset(vars(nn.Module()))
 _BASES = (object, nn.Module, pyro.nn.PyroModule, Generic, types.SimpleNamespace, *_CONTAINERS)
 
 
@@ -90,6 +93,7 @@ class ReachableValues:
         self.refusal: str | None = None
         self._read = frozenset().union(*(each.attributes for each in named))
         self._used = frozenset().union(*(each.used for each in named))
+        self._counted = frozenset().union(*(each.counted for each in named))
         self._whole = frozenset().union(*(each.whole for each in named))
         self._computed = all_attributes or any(each.computed for each in named)
         self._names: dict[int, str] = {}
@@ -117,11 +121,12 @@ class ReachableValues:
             name: The name under which the watched code alone reads it, if there is one.
         """
         is_measured = name is not None and name not in self._used and not self._computed
+        is_counted = name is not None and name not in self._counted and not self._computed
         if len(self.tests) > MAX_TESTS:
             self.refuse(f"the model may read more than {MAX_TESTS:,} plain values")
         elif is_measured and isinstance(value, np.ndarray):
             self.test(text, f"({source}.shape, {source}.dtype) == {self.name((value.shape, value.dtype))}")
-        elif is_measured and isinstance(value, _CONTAINERS):
+        elif is_counted and type(value) in _CONTAINERS:
             self.test(text, f"len({source}) == {len(value)}")
         elif isinstance(value, tuple) and hasattr(value, "_fields") and self._loads_attributes_alone(name):
             self.test(text, f"{source} is {self.name(value)}")
@@ -129,6 +134,8 @@ class ReachableValues:
             self._add_attributes(text, self.name(value), value, fields, watched=True)
         elif is_plain(value) or isinstance(value, np.generic):
             self.compare(text, source, value)
+            if hasattr(value, "__dict__"):  # of a class of the user's
+                self._add_read(text, self.name(value), value)
         elif isinstance(value, types.ModuleType):
             self._add_library_or_module(text, source, value)
         elif isinstance(value, types.MethodType | types.BuiltinMethodType):
@@ -144,18 +151,25 @@ class ReachableValues:
 
     def _add_contents(self, text: str, source: str, value: Any) -> None:
         name = self.name(value)
-        if isinstance(value, (Tensor, *_FIXED)) or any(value is each for each in _GLOBAL_GENERATORS):
-            return  # tensors' values are read by the program, or compared by it
-        if isinstance(value, np.ndarray):
+        if isinstance(value, _FIXED) or any(value is each for each in _GLOBAL_GENERATORS):
+            return
+        if isinstance(value, Tensor):  # its values are read by the program, or compared by it
+            self._add_read(text, name, value)
+        elif isinstance(value, enum.Enum):
+            self.add(f"{text}.value", f"{name}._value_", value._value_)
+            self._add_read(text, name, value)
+        elif isinstance(value, _CACHED):
+            self._add_cached(text, name, value)
+        elif isinstance(value, np.ndarray):
             self._add_array(text, name, value)
-        elif isinstance(value, _GENERATORS):
+        elif isinstance(value, types.FunctionType | functools.partial | type):
+            self._add_code(text, name, value)
+        else:
+            self._add_values(text, name, value)
+
+    def _add_values(self, text: str, name: str, value: Any) -> None:
+        if isinstance(value, _GENERATORS):
             self.refuse(f"{text} draws random numbers of its own")
-        elif isinstance(value, functools.partial):
-            self._add_partial(text, name, value)
-        elif isinstance(value, types.FunctionType):
-            self._add_function(text, name, value)
-        elif isinstance(value, type):
-            self._add_class(text, name, value)
         elif isinstance(value, nn.Module):
             self._add_layer(text, name, value)
         elif isinstance(value, dict | types.MappingProxyType | collections.abc.MappingView):
@@ -164,6 +178,14 @@ class ReachableValues:
             self._add_items(text, name, value)
         else:
             self._add_object(text, name, value)
+
+    def _add_code(self, text: str, name: str, value: Any) -> None:
+        if isinstance(value, functools.partial):
+            self._add_partial(text, name, value)
+        elif isinstance(value, types.FunctionType):
+            self._add_function(text, name, value)
+        else:
+            self._add_class(text, name, value)
 
     def _add_library_or_module(self, text: str, source: str, value: types.ModuleType) -> None:
         """Follows a module: of a library's only plain values, such as `math.pi`."""
@@ -175,17 +197,47 @@ class ReachableValues:
         is_followed = not _is_library(value.__name__)
         for key in sorted(self._read & vars(value).keys()):
             each = vars(value)[key]
-            if is_plain(each) or (is_followed and not isinstance(each, types.ModuleType)):
+            is_library = isinstance(each, types.ModuleType) and _is_library(each.__name__)
+            if is_plain(each) or (is_followed and not is_library):
                 self.add(f"{text}.{key}", f"{name}.__dict__[{key!r}]", each)
+        if is_followed and self._computed:
+            self.add_table(text, f"{name}.__dict__", vars(value))
+        elif is_followed:
+            self.test(text, f"len({name}.__dict__) == {len(vars(value))}")
         if value is os and self._read & {"environ", "getenv"}:
             self.add("os.environ", f"{name}.environ._data", os.environ._data)  # type: ignore[attr-defined]
+
+    def add_table(self, text: str, source: str, table: dict[str, Any]) -> None:
+        """Compares the names in a module and its plain values, any of which may be read."""
+        self.test(text, f"{source}.keys() == {self.name(frozenset(table))}")
+        for key, each in table.items():
+            if is_plain(each) or type(each) in _CONTAINERS:
+                self.add(f"{text}[{key!r}]", f"{source}[{key!r}]", each)
+
+    def _add_read(self, text: str, name: str, value: Any) -> None:
+        """Follows those of an object's own attributes that are read."""
+        self._add_attributes(text, name, value, {key: each for key, each in vars(value).items() if key in self._read})
+
+    def _add_cached(self, text: str, name: str, value: Any) -> None:
+        """Follows what a function with a cache has returned: it runs for arguments that are new, and not before."""
+        function = getattr(value, "__wrapped__", None)
+        if not isinstance(function, types.FunctionType) or not is_user_file(function.__code__.co_filename):
+            return
+        kept = _kept(value)
+        self.test(text, f"[*map(id, {self.name(_kept)}({name}))] == {self.name([*map(id, kept)])}")
+        self.name(kept)  # which keeps them, and so their identities
+        for each in kept:
+            if not is_plain(each):
+                self.add(f"a result of {text}", self.name(each), each)
 
     def _add_bound(self, text: str, source: str, value: Any) -> None:
         """Follows a method that is stored: it is another object each time, for the same function and instance."""
         owner = value.__self__
         if isinstance(value, types.MethodType):
             self.test(text, f"{source}.__func__ is {self.name(value.__func__)}")
-        elif owner is None or isinstance(owner, types.ModuleType | type):
+        elif (
+            owner is None or isinstance(owner, types.ModuleType | type) or type(owner).__name__.startswith("pybind11_")
+        ):
             self.test(text, f"{source} is {self.name(value)}")
             return
         self.test(text, f"{source}.__self__ is {self.name(owner)}")
@@ -202,6 +254,8 @@ class ReachableValues:
         else:
             layout = f"({name}.shape, {name}.dtype) == {self.name((value.shape, value.dtype))}"
             self.test(text, f"{layout} and {name}.tobytes() == {self.name(value.tobytes())}", is_value=True)
+        if hasattr(value, "__dict__"):  # of a class of the user's
+            self._add_read(text, name, value)
 
     def _add_partial(self, text: str, name: str, value: Any) -> None:
         # A captured step does not tell its plates how many datapoints they have, and keeps the scales of its sites.
@@ -212,6 +266,7 @@ class ReachableValues:
                 self.compare(f"the number of shards of plate {plate!r}", source, shard.num_shards)
             self.compare("the weight of a rank's loss", f"{name}.current_weight()", value.current_weight())
         self.add(text, f"{name}.func", value.func)
+        self.test(text, f"[*{name}.keywords] == {self.name([*value.keywords])}")
         for index, each in enumerate(value.args):
             self.add(f"{text}'s argument", f"{name}.args[{index}]", each)
         for key, each in value.keywords.items():
@@ -220,10 +275,10 @@ class ReachableValues:
     def _add_function(self, text: str, name: str, value: types.FunctionType) -> None:
         """Follows a function: its code is watched if it is the user's and runs, and read by nobody else."""
         self.test(text, f"{name}.__code__ is {self.name(value.__code__)}")
-        for key in ("__defaults__", "__kwdefaults__"):
-            if getattr(value, key) is not None:
-                self.add(f"{text}'s default", f"{name}.{key}", getattr(value, key))
+        self._add_defaults(text, value)
         self._add_attributes(text, name, value, vars(value))
+        if value is os.getenv:
+            self.add("os.environ", f"{self.name(os)}.environ._data", os.environ._data)  # type: ignore[attr-defined]
         if not is_user_file(value.__code__.co_filename) and value.__closure__:
             for key, cell in zip(value.__code__.co_freevars, value.__closure__, strict=True):
                 self.add(key, f"{self.name(cell)}.cell_contents", content(cell))
@@ -232,33 +287,45 @@ class ReachableValues:
         for each in value.__mro__:
             if _is_library(each.__module__):
                 continue
-            for key in sorted(vars(each).keys() & self._read):
-                attribute = vars(each)[key]
-                if isinstance(attribute, types.FunctionType):
-                    self.test(f"{text}.{key}", f"{self.name(each)}.__dict__[{key!r}] is {self.name(attribute)}")
-                elif not isinstance(attribute, _FIXED):
+            members = {key: member for key, member in vars(each).items() if isinstance(member, _MEMBERS)}
+            source = f"{self.name(each)}.__dict__"
+            self.test(text, f"[*map({source}.get, {self.name((*members,))})] == {self.name([*members.values()])}")
+            self.test(text, f"len({source}) == {len(vars(each))}")
+            for key, member in members.items():
+                self._add_defaults(f"{text}.{key}", getattr(member, "__func__", getattr(member, "fget", member)))
+            for key in sorted(vars(each).keys() & self._read - members.keys()):
+                if not isinstance(vars(each)[key], _FIXED):
                     self.add(f"{text}.{key}", f"{name}.{key}", getattr(value, key))
-            self.test(text, f"len({self.name(each)}.__dict__) == {len(vars(each))}")
+
+    def _add_defaults(self, text: str, function: Any) -> None:
+        for key in ("__defaults__", "__kwdefaults__"):
+            if getattr(function, key, None) is not None:
+                self.add(f"{text}'s default", f"{self.name(function)}.{key}", getattr(function, key))
 
     def _add_layer(self, text: str, name: str, value: nn.Module) -> None:
         """Follows a module of torch's or Pyro's: its flags, hooks, parameters, layers, and attributes that are read."""
         self.compare(f"{text}.training", f"{name}.training", value.training)
         for table in ("_parameters", "_buffers"):
             self.compare_items(f"{text}'s parameters", f"{name}.__dict__[{table!r}].values()")
+            for key, each in value.__dict__[table].items():
+                if each is not None and vars(each):
+                    self._add_read(f"{text}.{key}", self.name(each), each)
         for table in ("_modules", "_pyro_samples"):
-            if value.__dict__.get(table):
+            if table in value.__dict__:
                 self.add(f"{text}'s layers", f"{name}.__dict__[{table!r}]", value.__dict__[table])
         for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             self.test(f"{text}'s hooks", f"[*{name}.{table}] == {self.name([*getattr(value, table)])}")
 
         # A guide's or process's own code reads what it has; a layer's code is watched.
-        public = {key: each for key, each in vars(value).items() if not key.startswith("_")}
+        self.test(text, f"[*{name}.__dict__] == {self.name([*vars(value)])}")
+        hidden = ("_pyro", "_cached_") if isinstance(value, Transform) else "_pyro"
+        own = {key: each for key, each in vars(value).items() if not (key in _OF_MODULES or key.startswith(hidden))}
         if type(value).__module__.startswith("pyro."):
-            more = {key: each for key, each in public.items() if is_plain(each)}
+            more = {key: each for key, each in own.items() if is_plain(each) or _is_read_by_pyro(each)}
             self._add_attributes(text, name, value, more)
-        self._add_attributes(text, name, value, {key: public[key] for key in public.keys() & self._read})
+        self._add_attributes(text, name, value, {key: own[key] for key in own.keys() & {"forward", *self._read}})
         if self._computed and not _is_library(type(value).__module__):
-            self._add_attributes(text, name, value, public)
+            self._add_attributes(text, name, value, own)
         self._add_class_attributes(text, name, value)
 
     def _add_mapping(self, text: str, name: str, value: Any) -> None:
@@ -267,6 +334,8 @@ class ReachableValues:
             return
         keys = [*value]
         self.test(text, f"[*{name}] == {self.name(keys)}")
+        if not all(type(key) is str for key in keys):  # 1 and True are equal
+            self.test(text, f"[*map(type, {name})] == {self.name([*map(type, keys)])}")
         for key in keys:
             shown = f"{text}[{key!r}]" if is_plain(key) else text
             self.add(shown, f"{name}[{key!r}]" if type(key) is str else f"{name}[{self.name(key)}]", value[key])
@@ -278,7 +347,9 @@ class ReachableValues:
         if all(type(each) in (int, float, bool, str) for each in items) and not isinstance(value, set | frozenset):
             self.test(text, _same_plain_items(name, value, self.name), is_value=True)
         elif isinstance(value, set | frozenset):
-            self.test(text, f"{name} == {self.name(frozenset(value))}", is_value=True)
+            # In this order, in which it is walked through.
+            self.test(text, f"[*{name}] == {self.name(items)}", is_value=True)
+            self.test(text, f"[*map(type, {name})] == {self.name([*map(type, items)])}", is_value=True)
             for each in items:
                 if not is_plain(each):
                     self.add(text, self.name(each), each)
@@ -301,7 +372,9 @@ class ReachableValues:
         attributes = {key: getattr(value, key) for key in sorted(slots) if hasattr(value, key)}
         if hasattr(value, "__dict__"):
             attributes |= {key: each for key, each in vars(value).items() if isinstance(key, str)}
-            self.test(text, f"len({name}.__dict__) == {len(vars(value))}")
+            self.test(text, f"[*{name}.__dict__] == {self.name([*vars(value)])}")
+        for key in sorted(slots - attributes.keys()):
+            self.test(f"{text}.{key}", f"not hasattr({name}, {key!r})")
 
         reads_all = self._computed or any(_may_read_attributes(each) for each in kind.__mro__)
         if kind.__module__.startswith("distopt.") and not kind.__module__.startswith("distopt.examples."):
@@ -357,6 +430,20 @@ class ReachableValues:
         """Notes what cannot be compared; the first reason counts."""
         if self.refusal is None:
             self.refusal = reason
+
+
+def _is_read_by_pyro(value: Any) -> bool:
+    """Returns whether a value that is not plain is read by the library's own guides and processes, and may change."""
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return isinstance(value, Tensor | types.FunctionType | types.MethodType)
+
+
+def _kept(cached: Any) -> list[Any]:
+    """Returns the arguments and results that a function with a cache keeps, as its garbage collector is told them."""
+    kept = itertools.takewhile(lambda each: each is not cached.__wrapped__, gc.get_referents(cached))
+    flat = itertools.chain.from_iterable(each.values() if isinstance(each, dict) else (each,) for each in kept)
+    return [each for each in flat if not isinstance(each, type) and type(each).__module__ != "functools"]
 
 
 def _same_plain_items(source: str, value: Any, name_of: Callable[[Any], str]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dis
 import functools
 import gc
+import operator
 import os
 import sys
 import sysconfig
@@ -40,7 +42,10 @@ _CLOCKS = frozenset({"now", "today", "utcnow"})
 _COMPUTED = frozenset(
     {"getattr", "hasattr", "setattr", "vars", "dir", "attrgetter", "asdict", "astuple", "fields", "__dict__", "copy"}
     | {"deepcopy", "replace", "globals", "locals", "__getattribute__", "__getattr__", "__slots__"}
+    | {"getmembers", "getmembers_static", "getattr_static"}
 )
+# The same, under whatever name a user's module has them.
+_COMPUTING = (getattr, hasattr, setattr, vars, dir, globals, locals, operator.attrgetter, copy.copy, copy.deepcopy)
 
 
 @functools.cache
@@ -285,14 +290,18 @@ class Names(NamedTuple):
         roots: Globals that it loads or assigns.
         attributes: Attributes that it loads or assigns.
         used: Globals, free variables and attributes of which it may do more than ask for the length or shape.
+        counted: Those of which it does more than ask for the length.
         whole: Those of which it may do more than load attributes.
+        imports: Modules that it imports, each with the number of packages that a relative name goes up.
         computed: Whether it may read attributes under other names.
     """
 
     roots: frozenset[str]
     attributes: frozenset[str]
     used: frozenset[str]
+    counted: frozenset[str]
     whole: frozenset[str]
+    imports: frozenset[tuple[str, int]]
     computed: bool
 
 
@@ -302,7 +311,10 @@ def names_of(code: CodeType) -> Names:
     roots: set[str] = set()
     attributes: set[str] = set()
     used: set[str] = set()
+    counted: set[str] = set()
     whole: set[str] = set()
+    imports: set[tuple[str, int]] = set()
+    computed = False
     instructions = [*dis.get_instructions(code)]
     for index, instruction in enumerate(instructions):
         kind, value = instruction.opname, instruction.argval
@@ -310,14 +322,28 @@ def names_of(code: CodeType) -> Names:
             roots.add(value)
         elif kind in _ATTRIBUTES:
             attributes.add(value)
-        elif not kind.endswith("_DEREF"):
+        elif not kind.endswith("DEREF"):
+            if kind == "IMPORT_NAME":
+                imports.add((value, instructions[index - 2].argval))
+            computed |= kind == "MATCH_CLASS"  # whose attributes are named by constants
             continue
-        if not _is_measured(instructions, index):
+        measure = _measure(instructions, index)
+        if measure is None:
             used.add(value)
+        if measure != "len":
+            counted.add(value)
         if index + 1 == len(instructions) or not _loads_attribute(instructions[index + 1]):
             whole.add(value)
-    computed = bool(_COMPUTED & (roots | attributes))
-    return Names(frozenset(roots), frozenset(attributes), frozenset(used), frozenset(whole), computed)
+    computed = computed or bool(_COMPUTED & (roots | attributes))
+    return Names(
+        frozenset(roots),
+        frozenset(attributes),
+        frozenset(used),
+        frozenset(counted),
+        frozenset(whole),
+        frozenset(imports),
+        computed,
+    )
 
 
 def _loads_attribute(instruction: dis.Instruction) -> bool:
@@ -327,15 +353,21 @@ def _loads_attribute(instruction: dis.Instruction) -> bool:
     return instruction.opname == "LOAD_ATTR" and not is_method
 
 
-def _is_measured(instructions: list[dis.Instruction], index: int) -> bool:
-    """Returns whether what an instruction loads is asked for its length, shape or type, and for nothing else."""
+def _measure(instructions: list[dis.Instruction], index: int) -> str | None:
+    """Returns for which measure alone what an instruction loads is asked: "len" or "shape"; None for anything else."""
     following = instructions[index + 1] if index + 1 < len(instructions) else None
     if following is None or not instructions[index].opname.startswith("LOAD_"):
-        return False
+        return None
     if _loads_attribute(following):
-        return following.argval in ("shape", "ndim", "dtype")
+        return "shape" if following.argval in ("shape", "ndim", "dtype") else None
     if (following.opname, following.arg) != _CALL_OF_ONE:
-        return False
+        return None
     while index > 0 and instructions[index].opname == "LOAD_ATTR":
         index -= 1
-    return (instructions[index - 1].opname, instructions[index - 1].argval) == ("LOAD_GLOBAL", "len")
+    is_length = (instructions[index - 1].opname, instructions[index - 1].argval) == ("LOAD_GLOBAL", "len")
+    return "len" if is_length else None
+
+
+def computes_names(value: Any) -> bool:
+    """Returns whether a value is a function that reads attributes under names that are computed."""
+    return any(value is each for each in _COMPUTING)

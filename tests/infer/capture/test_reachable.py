@@ -7,6 +7,7 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 from distopt.infer.capture import StepCapture
+from tests.infer.capture import changes_of_names  # noqa: F401  (adds its cases)
 from tests.infer.capture.changes import CHANGES
 from tests.infer.capture.steps import EagerSteps, assert_same, run_steps
 
