@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -128,6 +129,73 @@ def test_setup_line_that_fails_ends_the_script_and_is_named(tmp_path):
     assert "source ./broken failed on " in run("source ./broken").stderr
 
 
+def run_job(folder, *overrides: str, srun: str = "exit 7", **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs a batch script among programs that stand for those of Slurm; `folder/calls` has what they were asked."""
+    programs = {"scontrol": "echo h1", "scancel": f"touch {folder}/cancelled", "srun": srun}
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\necho {name} $* >> {folder}/calls\n{text}\n")
+        (folder / name).chmod(0o755)
+    (folder / "job.sh").write_text(module.batch_script(parse_config(BASE, [*overrides])))
+    job = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "h1"}
+    return subprocess.run(
+        ["bash", "job.sh"], cwd=folder, env=job | variables, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["set -euo pipefail", "set -C -f", "shopt -s failglob", "trap 'exit 3' ERR", "IFS=5h",
+     "readonly status=1 job=2", "source ./strict"],
+)  # fmt: skip
+def test_job_yields_as_ever_whatever_setup_has_set(line, tmp_path):
+    (tmp_path / "strict").write_text("set -eu\n")
+    # The step ends when its workers have been told to save, which the signal to the script asks for.
+    srun = f"kill -USR1 $PPID_OF_JOB; while [ ! -e {tmp_path}/cancelled ]; do sleep 0.05; done; sleep 0.2; exit 7"
+    setup = f"launch.slurm.setup={[line, 'export PPID_OF_JOB=$$']}"
+    done = run_job(tmp_path, setup, srun=srun)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert (done.returncode, calls[-1], done.stderr) == (7, "scontrol requeue 5", "")
+
+
+@pytest.mark.parametrize("line", ["echo it's", 'echo "', "cat <<EOF", "echo a \\", "if true; then", "( true", "SETUP"])
+def test_setup_line_without_its_end_swallows_no_line_of_the_script(line, tmp_path):
+    done = run_job(tmp_path, f"launch.slurm.setup={[line]}", srun='test "$DISTOPT_HOSTS" = h1')
+    is_told = "distopt: launch.slurm.setup: " in done.stderr
+    assert (done.returncode, is_told) in ((1, True), (0, False)), done.stderr
+
+
+@pytest.mark.parametrize("line", ["echo it's", "cat <<EOF", "if true; then"])
+def test_setup_line_without_its_end_is_refused(line):
+    (finding,) = load_platform("slurm").check(parse_config(BASE, [f"launch.slurm.setup={[line]}"]))
+    assert str(finding).startswith("launch.slurm.setup: bash cannot read it: bash: ")
+
+
+def test_setup_that_bash_can_read_is_not_refused():
+    lines = ["shopt -s extglob", "ls !(a|b)", "if true; then", "  echo it\\'s", "fi"]
+    assert list(load_platform("slurm").check(parse_config(BASE, [f"launch.slurm.setup={lines}"]))) == []
+
+
+def test_variables_of_the_run_reach_the_workers_whatever_the_script_calls_its_own(tmp_path):
+    own = re.findall(r"^\s*(?:export )?([A-Za-z_]+)=", module._SCRIPT, re.MULTILINE)
+    assert [name for name in own if not name.lower().startswith("distopt_")] == ["SRUN_CPUS_PER_TASK"]
+    names = ["PORT", "FIRST_HOST", "hosts", "job", "step", "status", "ended", "requeue", "preempted", *own[:1]]
+    env = {name: f"of {name}" for name in names}
+    done = run_job(tmp_path, f"launch.env={env}", srun="env")
+    assert {f"{name}=of {name}" for name in names} <= set(done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("name", ["UID", "BASHOPTS", "SECONDS"])
+def test_variable_that_bash_keeps_for_itself_is_refused(name):
+    (finding,) = load_platform("slurm").check(parse_config(BASE, [f"launch.env={{{name}: '1'}}"]))
+    assert str(finding) == f"launch.env.{name}: bash keeps this variable for itself; choose another name"
+
+
+@pytest.mark.parametrize(("port", "job"), [(65000, 999), (65000, 535), (65535, 17), (29400, 1999)])
+def test_port_of_a_job_is_one_that_exists(port, job, tmp_path):
+    done = run_job(tmp_path, f"launch.port={port}", srun="echo $DISTOPT_PORT", SLURM_JOB_ID=str(job))
+    assert port <= int(done.stdout) <= min(port + 999, 65535)
+
+
 @pytest.fixture
 def sbatch(tmp_path, monkeypatch):
     """Stands for a cluster: an sbatch that refuses what its test says, since the real one is in test_slurm_job.py."""
@@ -206,7 +274,7 @@ def test_job_has_the_status_of_a_step_that_ends_before_while_or_after_the_script
         (tmp_path / name).chmod(0o755)
     script = module.batch_script(parse_config(BASE, [])).replace("set -u\n", f"set -u\necho $$ > {tmp_path}/pid\n")
     if pause == "before its wait":
-        script = script.replace("step=$!\n", "step=$!\nsleep 0.3\n")
+        script = script.replace("distopt_step=$!\n", "distopt_step=$!\nsleep 0.3\n")
     variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "h1"}
     (tmp_path / "script").write_text(script)
     for _ in range(1 if pause != "none" else 20):

@@ -19,6 +19,13 @@ from .script import SCRIPT, batch_script
 
 TIMEOUT_S = 60
 
+# Variables that bash does not let a script set, or sets itself, so that what a script exports reaches nobody.
+_VARIABLES_OF_BASH = frozenset(
+    "BASHOPTS BASHPID BASH_ALIASES BASH_ARGC BASH_ARGV BASH_CMDS BASH_COMMAND BASH_LINENO BASH_SOURCE BASH_SUBSHELL "
+    "BASH_VERSINFO DIRSTACK EPOCHREALTIME EPOCHSECONDS EUID FUNCNAME GROUPS HISTCMD IFS LINENO OLDPWD OPTIND PPID PWD "
+    "RANDOM SECONDS SHELLOPTS SHLVL SRANDOM UID _".split()
+)
+
 
 class SlurmPlatform(Platform):
     """Submits a batch job; the cluster finds the nodes."""
@@ -32,6 +39,8 @@ class SlurmPlatform(Platform):
         if config.reduce.backend == "single":
             yield Finding("reduce.backend", "found single, a world of one worker", "set reduce.backend=auto")
         slurm = config.launch.slurm
+        yield from _check_setup(slurm.setup)
+        yield from _check_env(config.launch.env)
         yield from check_gpus(config, "launch.slurm.gpus_per_node", slurm.gpus_per_node)
         if slurm.gpus_per_node and slurm.gres:
             yield Finding("launch.slurm.gres", "found gpus_per_node too", "remove one of them")
@@ -82,3 +91,24 @@ class SlurmPlatform(Platform):
         """Returns the image of the workers' container, if they have one."""
         container = config.launch.slurm.container
         return None if container is None else container.image
+
+
+def _check_setup(lines: list[str]) -> Iterator[Finding]:
+    """Yields that bash cannot read the lines: a quote that is not closed, say, or a here-document without its end."""
+    if not lines or shutil.which("bash") is None:
+        return
+    # With extglob, which a line may switch on; in C, so that it does not warn of a locale that is not here.
+    argv = ["bash", "--norc", "-O", "extglob", "-n"]
+    env = {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C"}
+    done = subprocess.run(
+        argv, input="\n".join(lines) + "\n", env=env, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    if done.returncode or done.stderr:
+        message = " ".join(done.stderr.split())[:300]
+        yield Finding("launch.slurm.setup", f"bash cannot read it: {message}", "write whole commands")
+
+
+def _check_env(env: Mapping[str, str]) -> Iterator[Finding]:
+    """Yields the variables that workers would not get, since the batch script exports them and bash refuses to."""
+    for name in sorted(_VARIABLES_OF_BASH & env.keys()):
+        yield Finding(f"launch.env.{name}", "bash keeps this variable for itself", "choose another name")
