@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from distopt.config.base import Section
 from distopt.config.values import ArgumentValue, Text
 
+
+def _with_value(option: str) -> str:
+    """Returns an option whose value stands in the same word; Slurm takes an entry with a space for one long name."""
+    match = re.fullmatch(r"(--[^\s=]+|-[A-Za-z])\s+(.*)", option)
+    if match is None:
+        return option
+    written = f"{match[1]}={match[2]}" if option.startswith("--") else match[1] + match[2]
+    raise ValueError(f"found {option!r}, expected an option and its value in one word: write {written}")
+
+
 # One line, since each stands on a line of the batch script.
 Line = Annotated[Text, Field(pattern=r"^[^\n\r]+$")]
-Option = Annotated[Text, Field(pattern=r"^--?[A-Za-z][^\n\r]*$")]
+Option = Annotated[Text, Field(pattern=r"^--?[A-Za-z][^\n\r]*$"), AfterValidator(_with_value)]
 Mount = Annotated[str, Field(pattern=r"^/[^:,\n\r]*(:/[^:,\n\r]*(:[a-z,]+)?)?$")]
 NodeList = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,\[\]-]*$")]
 
@@ -73,9 +84,10 @@ class SlurmConfig(Section):
     mail_user: ArgumentValue | None = None
     """Who gets it; null is the user who submits."""
     extra_args: list[Option] = Field(default_factory=list)
-    """Further options of sbatch, each as one entry: `--comment=flights`. They come last, so that they win."""
+    """Further options of sbatch, each as one entry: `--comment=flights`. They come last, so that they win; those on
+    which the job is built, such as `--nodes` and `--array`, are refused."""
     srun_args: list[Option] = Field(default_factory=list)
-    """Further options of the srun that starts the workers, such as `--cpu-bind=cores`."""
+    """Further options of the srun that starts the workers, such as `--cpu-bind=cores`; they win as well."""
     setup: list[Line] = Field(default_factory=list)
     """Lines of bash that the batch script runs first, such as `module load cuda`; one that fails ends the job. What
     they export reaches the workers."""

@@ -94,6 +94,8 @@ def test_worker_in_a_container_is_started_by_its_python_where_the_run_is(backend
     [
         ('{setup: ["a\\nb"]}', "launch.slurm.setup"),
         ("{extra_args: [wrap]}", "launch.slurm.extra_args"),
+        ("{extra_args: [--partition gpu]}", "in one word: write --partition=gpu"),
+        ("{srun_args: ['-p  gpu']}", "in one word: write -pgpu"),
         ("{nodelist: '--wrap=id'}", "launch.slurm.nodelist"),
         ("{container: {runtime: docker, image: x}}", "launch.slurm.container.runtime"),
         ("{container: {runtime: pyxis, image: x, mounts: [data]}}", "launch.slurm.container.mounts"),
@@ -127,6 +129,39 @@ def test_setup_line_that_fails_ends_the_script_and_is_named(tmp_path):
     (tmp_path / "broken").write_text("return 5\n")
     assert run("source ./activate").stdout == "then 2\n"
     assert "source ./broken failed on " in run("source ./broken").stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [("--array=0-3", "array"), ("-a0-3", "array"), ("--nodes=7", "nodes"), ("-N7", "nodes"), ("-HN7", "nodes"),
+     ("--nod=7", "nodes"), ("--ntasks=3", "ntasks"), ("-n3", "ntasks"), ("--tasks-per-node=2", "tasks-per-node"),
+     ("-c8", "cpus-per-task"), ("--no-requeue", "no-requeue"), ("--output=x", "output"), ("-o", "output"),
+     ("--export=NONE", "export"), ("-D/tmp", "chdir"), ("--signal=USR2", "signal"), ("--wrap=id", "wrap"),
+     ("-W", "wait"), ("--test-only", "test-only")],
+)  # fmt: skip
+def test_option_on_which_the_job_is_built_is_refused(option, name):
+    (finding,) = load_platform("slurm").check(parse_config(BASE, [f"launch.slurm.extra_args={['--nice', option]}"]))
+    assert str(finding).startswith(f"launch.slurm.extra_args.1: found {option}, but distopt sets --{name} itself; ")
+
+
+def test_options_of_srun_are_the_users_but_for_those_on_which_the_step_is_built():
+    chosen = "launch.slurm.srun_args=[--mpi=pmi2, -W30, --output=x, -N7, --export=NONE]"
+    config = parse_config(BASE, ["reduce.backend=mpi", chosen])
+    assert [finding.subject[-1] for finding in load_platform("slurm").check(config)] == ["3", "4"]
+    options = shlex.split(module._step(config))
+    assert options.index("--mpi=pmix") < options.index("--mpi=pmi2")  # the last one counts
+
+
+def test_options_that_are_the_users_alone_are_left_to_slurm():
+    options = ["--comment=a b", "-Jname", "--nice", "--gres-flags=disable-binding", "-H", "--hold", "--mem=0", "-xn1"]
+    config = parse_config(BASE, [f"launch.slurm.extra_args={options}"])
+    assert list(load_platform("slurm").check(config)) == []
+    assert module.options_of(config)[-len(options) :] == options
+
+
+def test_option_without_its_value_is_refused_since_it_would_take_the_next_one():
+    (finding,) = load_platform("slurm").check(parse_config(BASE, ["launch.slurm.extra_args=[-J, --nice]"]))
+    assert str(finding) == "launch.slurm.extra_args.0: found -J without its value; write both as one entry, -JVALUE"
 
 
 def run_job(folder, *overrides: str, srun: str = "exit 7", **variables: str) -> subprocess.CompletedProcess[str]:

@@ -15,6 +15,7 @@ from ...plan import Command, Plan, run_files
 from ..base import Platform, check_gpus
 from .array import SlurmArray, make_array
 from .job import SlurmJob
+from .owned_options import check_options
 from .script import SCRIPT, batch_script
 
 TIMEOUT_S = 60
@@ -39,6 +40,7 @@ class SlurmPlatform(Platform):
         if config.reduce.backend == "single":
             yield Finding("reduce.backend", "found single, a world of one worker", "set reduce.backend=auto")
         slurm = config.launch.slurm
+        yield from check_options(slurm)
         yield from _check_setup(slurm.setup)
         yield from _check_env(config.launch.env)
         yield from check_gpus(config, "launch.slurm.gpus_per_node", slurm.gpus_per_node)

@@ -61,7 +61,14 @@ def quote_option(option: str) -> str:
 
 
 def options_of(config: RunConfig) -> list[str]:
-    """Returns sbatch's options."""
+    """Returns sbatch's options: those of this run, then those that runs of a sweep may have in common."""
+    # Slurm replaces %j and the like in the path of the log. A job that was requeued continues the log of its first try.
+    log_folder = str(config.run_dir.resolve() / LOGS).replace("%", "%%")
+    return [f"--job-name={config.name}", f"--output={log_folder}/{BATCH_LOG}", *common_options(config)]
+
+
+def common_options(config: RunConfig) -> list[str]:
+    """Returns sbatch's options but for the name of the job and its log; the user's come last, so that they win."""
     launch = config.launch
     slurm = config.launch.slurm
 
@@ -86,15 +93,11 @@ def options_of(config: RunConfig) -> list[str]:
         "mail-user": slurm.mail_user,
     }
 
-    # Slurm replaces %j and the like in the path of the log. A job that was requeued continues the log of its first try.
-    log_folder = str(config.run_dir.resolve() / LOGS).replace("%", "%%")
     return [
-        f"--job-name={config.name}",
         f"--nodes={format_range(launch.host_counts).replace(':', '-')}",
         f"--ntasks-per-node={tasks}",
         f"--cpus-per-task={cpus}",
         f"--chdir={os.getcwd()}",
-        f"--output={log_folder}/{BATCH_LOG}",
         "--open-mode=append",
         "--requeue",
         f"--signal=B:USR1@{slurm.requeue_before_end_s}",
@@ -162,9 +165,10 @@ def _step(config: RunConfig) -> str:
     """Returns srun's command line, quoted for a shell."""
     slurm = config.launch.slurm
     python = sys.executable if slurm.container is None else slurm.container.python
-    srun = ["srun", "--kill-on-bad-exit=1", "--unbuffered", *_pyxis(config), *slurm.srun_args]
+    mpi = [] if _is_torchrun(config) else [f"--mpi={slurm.mpi}"]
+    srun = ["srun", "--kill-on-bad-exit=1", "--unbuffered", *mpi, *_pyxis(config), *slurm.srun_args]
     if not _is_torchrun(config):
-        return shlex.join([*srun, f"--mpi={slurm.mpi}", *_apptainer(config), *worker_argv(config, python)])
+        return shlex.join([*srun, *_apptainer(config), *worker_argv(config, python)])
 
     nodes = [f"--nnodes={format_range(config.launch.host_counts)}", "--rdzv-backend=c10d"]
     torchrun = torchrun_argv(config, nodes, worker_argv(config, python), python)
