@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from distopt.config import ConfigError, RunConfig, parse_config
 from distopt.launch import checks
 from distopt.launch.platforms import load_platform
+from distopt.launch.platforms.slurm import platform
 from distopt.launch.platforms.slurm import script as module
 
 BASE = "name: flights\ntask: distopt.examples.flights:Flights\ndata: {global_batch: 4096}\nlaunch: {platform: slurm}\n"
@@ -97,6 +98,9 @@ def test_worker_in_a_container_is_started_by_its_python_where_the_run_is(backend
         ("{extra_args: [--partition gpu]}", "in one word: write --partition=gpu"),
         ("{srun_args: ['-p  gpu']}", "in one word: write -pgpu"),
         ("{nodelist: '--wrap=id'}", "launch.slurm.nodelist"),
+        *((f"{{time: '{time}'}}", "launch.slurm.time: found") for time in ("-", "::", "1-2-3", "-5", "1:", "soon")),
+        *((f"{{memory: {memory}}}", "launch.slurm.memory: found") for memory in ("lots", "16 G", "1.5G", "-1")),
+        ("{requeue_before_end_s: 65536}", "launch.slurm.requeue_before_end_s"),
         ("{container: {runtime: docker, image: x}}", "launch.slurm.container.runtime"),
         ("{container: {runtime: pyxis, image: x, mounts: [data]}}", "launch.slurm.container.mounts"),
         ("{mail_type: [SOMETIMES]}", "launch.slurm.mail_type"),
@@ -129,6 +133,58 @@ def test_setup_line_that_fails_ends_the_script_and_is_named(tmp_path):
     (tmp_path / "broken").write_text("return 5\n")
     assert run("source ./activate").stdout == "then 2\n"
     assert "source ./broken failed on " in run("source ./broken").stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "option"),
+    [("time", "UNLIMITED", "time=UNLIMITED"), ("time", "1-02:30", "time=1-02:30"), ("memory", "16000", "mem=16000"),
+     ("memory", "16GB", "mem=16GB"), ("partition", "12", "partition=12"), ("account", "0123", "account=0123"),
+     ("qos", "7", "qos=7"),
+     ("mail_type", "[end, TIME_LIMIT_80, ARRAY_TASKS]", "mail-type=END,TIME_LIMIT_80,ARRAY_TASKS")],
+)  # fmt: skip
+def test_value_that_sbatch_takes_needs_no_quotes(key, value, option):
+    assert f"--{option}" in module.options_of(parse_config(BASE, [f"launch.slurm={{{key}: {value}}}"]))
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("1", 60), ("1:30", 90), ("1:02:03", 3723), ("1-2", 93600), ("1-2:3", 93780), ("1-2:3:4", 93784), ("0", 0),
+     ("UNLIMITED", None), (None, None)],
+)  # fmt: skip
+def test_time_limit_has_the_seconds_that_sbatch_gives_it(time, seconds):
+    assert platform._seconds(time) == seconds
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["launch.slurm={time: 1}"], "launch.slurm.requeue_before_end_s: found 120, but launch.slurm.time=1 gives the"),
+        (["launch.slurm={time: '1:30', requeue_before_end_s: 90}"], "launch.slurm.requeue_before_end_s: found 90, but"),
+        (["launch.grace_s=600"], "launch.grace_s: found 600, but the job may end 120 s after workers are told to save"),
+        (
+            ["launch.port=29400", "serve.port=30399"],
+            "serve.port: workers serve from 30399, and a job takes one of 29400",
+        ),
+    ],
+)
+def test_times_and_ports_that_do_not_agree_are_named(overrides, message):
+    (finding,) = load_platform("slurm").check(parse_config(BASE, overrides))
+    assert str(finding).startswith(message)
+
+
+@pytest.mark.parametrize("overrides", [["launch.slurm={time: 3}"], ["launch.slurm={time: 0}"], ["serve.port=8000"]])
+def test_times_and_ports_that_agree_are_not_named(overrides):
+    assert list(load_platform("slurm").check(parse_config(BASE, overrides))) == []
+
+
+@pytest.mark.parametrize("container", [PYXIS, APPTAINER], ids=["pyxis", "apptainer"])
+def test_folder_whose_name_a_container_would_split_is_refused(container, tmp_path, monkeypatch):
+    (tmp_path / "a,b").mkdir()
+    monkeypatch.chdir(tmp_path / "a,b")
+    chosen = [f"launch.slurm={{container: {container}}}", f"run_dir={tmp_path}/c:d"]
+    findings = load_platform("slurm").check(parse_config(BASE, chosen))
+    assert [finding.subject for finding in findings] == ["launch.slurm.container", "run_dir"]
+    assert list(load_platform("slurm").check(parse_config(BASE, [f"run_dir={tmp_path}/c:d"]))) == []
 
 
 @pytest.mark.parametrize(

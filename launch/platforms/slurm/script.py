@@ -12,14 +12,13 @@ import shlex
 import sys
 
 from distopt.config import RunConfig
-from distopt.launchers import HOSTS_VARIABLE, LOGS, RENDEZVOUS_PORT, format_range
+from distopt.launchers import HOSTS_VARIABLE, LOGS, MAX_PORT, RENDEZVOUS_PORT, format_range
 
 from ...plan import delimiter, env_of_workers, worker_argv
 from ..torchrun import FRESH_STORE, torchrun_argv
 from .job import BATCH_LOG
 
 SCRIPT = "job.sh"
-MAX_PORT = 65535
 
 
 def batch_script(config: RunConfig) -> str:
@@ -29,7 +28,7 @@ def batch_script(config: RunConfig) -> str:
     background, because a shell handles no signal while it waits for a command.
     """
     env = _env(config)
-    port = config.launch.port or RENDEZVOUS_PORT
+    ports = rendezvous_ports(config)
     return _SCRIPT.format(
         name=config.name,
         options="\n".join(f"#SBATCH {quote_option(option)}" for option in options_of(config)),
@@ -39,14 +38,20 @@ def batch_script(config: RunConfig) -> str:
         limit=_limit(config.launch.max_preemptions),
         spent=_spent(config.launch.max_preemptions),
         hosts=HOSTS_VARIABLE,
-        port=port,
-        num_ports=min(MAX_PORT + 1 - port, 1000),
+        port=ports[0],
+        num_ports=len(ports),
     )
 
 
 def _is_torchrun(config: RunConfig) -> bool:
     """Returns whether torchrun starts the workers, one task per node; otherwise each worker is a task of srun."""
     return config.reduce.backend in ("auto", "torch_dist")
+
+
+def rendezvous_ports(config: RunConfig) -> range:
+    """Returns the ports of which a job takes one for its rendezvous."""
+    port = config.launch.port or RENDEZVOUS_PORT
+    return range(port, min(port + 1000, MAX_PORT + 1))
 
 
 def _env(config: RunConfig) -> dict[str, str]:
