@@ -251,8 +251,8 @@ def test_job_yields_as_ever_whatever_setup_has_set(line, tmp_path):
 @pytest.mark.parametrize("line", ["echo it's", 'echo "', "cat <<EOF", "echo a \\", "if true; then", "( true", "SETUP"])
 def test_setup_line_without_its_end_swallows_no_line_of_the_script(line, tmp_path):
     done = run_job(tmp_path, f"launch.slurm.setup={[line]}", srun='test "$DISTOPT_HOSTS" = h1')
-    is_told = "distopt: launch.slurm.setup: " in done.stderr
-    assert (done.returncode, is_told) in ((1, True), (0, False)), done.stderr
+    is_reported = "distopt: launch.slurm.setup: " in done.stderr
+    assert (done.returncode, is_reported) in ((1, True), (0, False)), done.stderr
 
 
 @pytest.mark.parametrize("line", ["echo it's", "cat <<EOF", "if true; then"])
@@ -267,9 +267,9 @@ def test_setup_that_bash_can_read_is_not_refused():
 
 
 def test_variables_of_the_run_reach_the_workers_whatever_the_script_calls_its_own(tmp_path):
-    own = re.findall(r"^\s*(?:export )?([A-Za-z_]+)=", module._SCRIPT, re.MULTILINE)
-    assert [name for name in own if not name.lower().startswith("distopt_")] == ["SRUN_CPUS_PER_TASK"]
-    names = ["PORT", "FIRST_HOST", "hosts", "job", "step", "status", "ended", "requeue", "preempted", *own[:1]]
+    assigned = re.findall(r"^\s*(?:export )?([A-Za-z_]+)=", module._SCRIPT, re.MULTILINE)
+    assert [name for name in assigned if not name.lower().startswith("distopt_")] == ["SRUN_CPUS_PER_TASK"]
+    names = ["PORT", "FIRST_HOST", "hosts", "job", "step", "status", "ended", "requeue", "preempted", *assigned[:1]]
     env = {name: f"of {name}" for name in names}
     done = run_job(tmp_path, f"launch.env={env}", srun="env")
     assert {f"{name}=of {name}" for name in names} <= set(done.stdout.splitlines())
