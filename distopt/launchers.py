@@ -55,6 +55,7 @@ USAGE_ERROR = 2
 
 _MAX_DIGITS = 9  # of a rank or a number of ranks
 _MAX_NODES = 100_000
+MAX_PORT = 65535
 RENDEZVOUS_PORT = 29400
 """The port on the first host at which workers of several hosts meet, unless `launch.port` names another."""
 

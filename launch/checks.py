@@ -18,7 +18,7 @@ import yaml
 from distopt.cgroups import available_cores
 from distopt.config import MAY_CHANGE, ConfigError, RunConfig, comparable, differences, load_config
 from distopt.config.plugins import is_reference
-from distopt.launchers import CONFIG_FILE
+from distopt.launchers import CONFIG_FILE, MAX_PORT, RENDEZVOUS_PORT
 from distopt.run_files import checkpoints_in
 
 from .findings import Finding, failures
@@ -48,6 +48,7 @@ def check(config: RunConfig, platform: Platform, *, dry_run: bool = False) -> li
         *_check_code(config, platform.image(config)),
         *_check_loggers(config, platform.image(config)),
         *_check_nodes(config, platform),
+        *_check_serve(config, platform),
         *_check_global_batch(config),
         *_check_recorded_config(config),
     ]
@@ -230,6 +231,24 @@ def _check_port(config: RunConfig, platform: Platform) -> Iterator[Finding]:
             f"{port} cannot be used on this machine: {error}",
             f"`ss -ltnp sport = :{port}` shows what uses it, launch.port=null takes a free one",
         )
+
+
+def _check_serve(config: RunConfig, platform: Platform) -> Iterator[Finding]:
+    """Yields that a rank would serve at a port that does not exist, or at that of the rendezvous."""
+    first = config.serve.port
+    if first is None:
+        return
+    workers = config.launch.workers
+    highest = MAX_PORT + 1 - workers
+    if first > highest:
+        message = f"found {first}, but the last of {workers} workers would serve at {first + workers - 1}"
+        yield Finding("serve.port", message, f"set serve.port={highest} or a lower one")
+
+    needs_port = platform.finds_hosts or bool(config.launch.hosts)
+    port = config.launch.port or (RENDEZVOUS_PORT if needs_port else None)
+    if port is not None and first <= port < first + workers:
+        message = f"workers serve at {first} to {first + workers - 1}, and launch.port is {port}"
+        yield Finding("serve.port", message, f"choose a serve.port that leaves {port} free")
 
 
 # The run directory.

@@ -97,7 +97,7 @@ class Plan:
         if folders:
             sections.append(f"mkdir -p {' '.join(shlex.quote(str(path)) for path in folders)}\n")
         for path, text in self.files.items():
-            end = _delimiter(text)
+            end = delimiter(text)
             name = shlex.quote(str(path))
             sections.append(f"cat > {name} <<'{end}'\n{text.rstrip()}\n{end}\n" if text else f": > {name}\n")
 
@@ -105,9 +105,8 @@ class Plan:
         return "\n".join(sections)
 
 
-def _delimiter(text: str) -> str:
-    """An end of a here-document that the text does not contain."""
-    end = "END"
+def delimiter(text: str, end: str = "END") -> str:
+    """Returns an end of a here-document that the text does not contain."""
     while end in text.splitlines():
         end += "_"
     return end

@@ -18,7 +18,8 @@ from pydantic_core import ErrorDetails
 from distopt.config.base import ConfigError
 from distopt.config.plugins import REFERENCE_PATTERN
 from distopt.config.schema import RUN_NAME_PATTERN, RunConfig
-from distopt.config.values import AS_TEXT, SECRET_NAME
+from distopt.config.slurm import MEMORY_PATTERN, TIME_PATTERN
+from distopt.config.values import AS_TEXT, HOST_PATTERN, SECRET_NAME
 from distopt.config.yaml_source import MAX_BYTES, UnsafeYAML, format_yaml, parse_yaml
 from distopt.launchers import CHECKPOINTS, CONFIG_FILE
 
@@ -46,6 +47,9 @@ _EXPECTED = {
 _EXPECTED_PATTERNS = {
     RUN_NAME_PATTERN: "a letter or digit and at most 63 more letters, digits, dots, underscores and dashes",
     REFERENCE_PATTERN: "module:Name of your own code, such as mypackage.module:MyClass",
+    HOST_PATTERN: "the name or the IPv4 address of a host; IPv6 is not used",
+    TIME_PATTERN: "minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or UNLIMITED",
+    MEMORY_PATTERN: "a whole number of megabytes, or one with K, M, G or T, such as 16G",
 }
 
 

@@ -30,7 +30,9 @@ Text = Annotated[str, AS_TEXT]
 """An argument or a variable of a process: text, whatever it looks like."""
 
 # These values become arguments of ssh, sbatch and mpirun, so none may begin with a dash, have a space or a quote.
-HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\[:][A-Za-z0-9_.:\]-]*$", max_length=253)]
+# Labels are of 63 characters at most (RFC 1035), and workers meet by IPv4.
+HOST_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,62}(\.[A-Za-z0-9_][A-Za-z0-9_-]{0,62})*\.?$"
+HostName = Annotated[str, Field(pattern=HOST_PATTERN, max_length=253)]
 ArgumentValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,:/@=+*-]*$")]
 
 DNS_LABEL = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"  # RFC 1123, which most names in Kubernetes keep to

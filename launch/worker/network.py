@@ -32,7 +32,7 @@ def resolve(host: str) -> str | None:
     """Returns the IPv4 address that a host name stands for on this machine; None for a name without one."""
     try:
         return str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
-    except OSError:
+    except (OSError, UnicodeError):  # a label that is empty or too long cannot be encoded
         return None
 
 

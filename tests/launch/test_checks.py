@@ -69,6 +69,10 @@ def refusal(folder, text: str, *args: str) -> str:
         (TASK + "launch: {platform: horovodrun, hosts: [localhost], min_hosts: 1}",
          "launch.min_hosts: elastic Horovod cannot survive the failure of its only host; name two"),
         (TASK + "launch: {nodes: 2}", "launch.nodes: found 2, but local does not find hosts by itself; name them in"),
+        (TASK + "launch: {workers: 3, oversubscribe: true}\nserve: {port: 65534}",
+         "serve.port: found 65534, but the last of 3 workers would serve at 65536; set serve.port=65533"),
+        (TASK + "launch: {workers: 2, oversubscribe: true, port: 29321}\nserve: {port: 29320}",
+         "serve.port: workers serve at 29320 to 29321, and launch.port is 29321; choose a serve.port"),
         (TASK + "launch: {secrets: [NOT_SET]}", "launch.secrets: NOT_SET is not set in your environment, from which"),
     ],
 )  # fmt: skip

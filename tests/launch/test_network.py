@@ -24,6 +24,7 @@ def test_host_is_here_by_any_of_its_addresses():
 
 def test_name_without_an_address_resolves_to_none():
     assert network.resolve("nosuchhost.invalid") is None
+    assert network.resolve("a..b") is None and network.resolve("a" * 64) is None  # which no name server is asked for
     assert network.resolve("127.0.0.1") == "127.0.0.1"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from distopt.config import ConfigError, RunConfig, parse_config
 from distopt.launch import checks
 from distopt.launch.platforms import load_platform
+from distopt.launch.platforms.slurm import platform
 from distopt.launch.platforms.slurm import script as module
 
 BASE = "name: flights\ntask: distopt.examples.flights:Flights\ndata: {global_batch: 4096}\nlaunch: {platform: slurm}\n"
@@ -93,7 +95,12 @@ def test_worker_in_a_container_is_started_by_its_python_where_the_run_is(backend
     [
         ('{setup: ["a\\nb"]}', "launch.slurm.setup"),
         ("{extra_args: [wrap]}", "launch.slurm.extra_args"),
+        ("{extra_args: [--partition gpu]}", "in one word: write --partition=gpu"),
+        ("{srun_args: ['-p  gpu']}", "in one word: write -pgpu"),
         ("{nodelist: '--wrap=id'}", "launch.slurm.nodelist"),
+        *((f"{{time: '{time}'}}", "launch.slurm.time: found") for time in ("-", "::", "1-2-3", "-5", "1:", "soon")),
+        *((f"{{memory: {memory}}}", "launch.slurm.memory: found") for memory in ("lots", "16 G", "1.5G", "-1")),
+        ("{requeue_before_end_s: 65536}", "launch.slurm.requeue_before_end_s"),
         ("{container: {runtime: docker, image: x}}", "launch.slurm.container.runtime"),
         ("{container: {runtime: pyxis, image: x, mounts: [data]}}", "launch.slurm.container.mounts"),
         ("{mail_type: [SOMETIMES]}", "launch.slurm.mail_type"),
@@ -126,6 +133,158 @@ def test_setup_line_that_fails_ends_the_script_and_is_named(tmp_path):
     (tmp_path / "broken").write_text("return 5\n")
     assert run("source ./activate").stdout == "then 2\n"
     assert "source ./broken failed on " in run("source ./broken").stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "option"),
+    [("time", "UNLIMITED", "time=UNLIMITED"), ("time", "1-02:30", "time=1-02:30"), ("memory", "16000", "mem=16000"),
+     ("memory", "16GB", "mem=16GB"), ("partition", "12", "partition=12"), ("account", "0123", "account=0123"),
+     ("qos", "7", "qos=7"),
+     ("mail_type", "[end, TIME_LIMIT_80, ARRAY_TASKS]", "mail-type=END,TIME_LIMIT_80,ARRAY_TASKS")],
+)  # fmt: skip
+def test_value_that_sbatch_takes_needs_no_quotes(key, value, option):
+    assert f"--{option}" in module.options_of(parse_config(BASE, [f"launch.slurm={{{key}: {value}}}"]))
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("1", 60), ("1:30", 90), ("1:02:03", 3723), ("1-2", 93600), ("1-2:3", 93780), ("1-2:3:4", 93784), ("0", 0),
+     ("UNLIMITED", None), (None, None)],
+)  # fmt: skip
+def test_time_limit_has_the_seconds_that_sbatch_gives_it(time, seconds):
+    assert platform._seconds(time) == seconds
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["launch.slurm={time: 1}"], "launch.slurm.requeue_before_end_s: found 120, but launch.slurm.time=1 gives the"),
+        (["launch.slurm={time: '1:30', requeue_before_end_s: 90}"], "launch.slurm.requeue_before_end_s: found 90, but"),
+        (["launch.grace_s=600"], "launch.grace_s: found 600, but the job may end 120 s after workers are told to save"),
+        (
+            ["launch.port=29400", "serve.port=30399"],
+            "serve.port: workers serve from 30399, and a job takes one of 29400",
+        ),
+    ],
+)
+def test_times_and_ports_that_do_not_agree_are_named(overrides, message):
+    (finding,) = load_platform("slurm").check(parse_config(BASE, overrides))
+    assert str(finding).startswith(message)
+
+
+@pytest.mark.parametrize("overrides", [["launch.slurm={time: 3}"], ["launch.slurm={time: 0}"], ["serve.port=8000"]])
+def test_times_and_ports_that_agree_are_not_named(overrides):
+    assert list(load_platform("slurm").check(parse_config(BASE, overrides))) == []
+
+
+@pytest.mark.parametrize("container", [PYXIS, APPTAINER], ids=["pyxis", "apptainer"])
+def test_folder_whose_name_a_container_would_split_is_refused(container, tmp_path, monkeypatch):
+    (tmp_path / "a,b").mkdir()
+    monkeypatch.chdir(tmp_path / "a,b")
+    chosen = [f"launch.slurm={{container: {container}}}", f"run_dir={tmp_path}/c:d"]
+    findings = load_platform("slurm").check(parse_config(BASE, chosen))
+    assert [finding.subject for finding in findings] == ["launch.slurm.container", "run_dir"]
+    assert list(load_platform("slurm").check(parse_config(BASE, [f"run_dir={tmp_path}/c:d"]))) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [("--array=0-3", "array"), ("-a0-3", "array"), ("--nodes=7", "nodes"), ("-N7", "nodes"), ("-HN7", "nodes"),
+     ("--nod=7", "nodes"), ("--ntasks=3", "ntasks"), ("-n3", "ntasks"), ("--tasks-per-node=2", "tasks-per-node"),
+     ("-c8", "cpus-per-task"), ("--no-requeue", "no-requeue"), ("--output=x", "output"), ("-o", "output"),
+     ("--export=NONE", "export"), ("-D/tmp", "chdir"), ("--signal=USR2", "signal"), ("--wrap=id", "wrap"),
+     ("-W", "wait"), ("--test-only", "test-only")],
+)  # fmt: skip
+def test_option_on_which_the_job_is_built_is_refused(option, name):
+    (finding,) = load_platform("slurm").check(parse_config(BASE, [f"launch.slurm.extra_args={['--nice', option]}"]))
+    assert str(finding).startswith(f"launch.slurm.extra_args.1: found {option}, but distopt sets --{name} itself; ")
+
+
+def test_options_of_srun_are_the_users_but_for_those_on_which_the_step_is_built():
+    chosen = "launch.slurm.srun_args=[--mpi=pmi2, -W30, --output=x, -N7, --export=NONE]"
+    config = parse_config(BASE, ["reduce.backend=mpi", chosen])
+    assert [finding.subject[-1] for finding in load_platform("slurm").check(config)] == ["3", "4"]
+    options = shlex.split(module._step(config))
+    assert options.index("--mpi=pmix") < options.index("--mpi=pmi2")  # the last one counts
+
+
+def test_options_that_are_the_users_alone_are_left_to_slurm():
+    options = ["--comment=a b", "-Jname", "--nice", "--gres-flags=disable-binding", "-H", "--hold", "--mem=0", "-xn1"]
+    config = parse_config(BASE, [f"launch.slurm.extra_args={options}"])
+    assert list(load_platform("slurm").check(config)) == []
+    assert module.options_of(config)[-len(options) :] == options
+
+
+def test_option_without_its_value_is_refused_since_it_would_take_the_next_one():
+    (finding,) = load_platform("slurm").check(parse_config(BASE, ["launch.slurm.extra_args=[-J, --nice]"]))
+    assert str(finding) == "launch.slurm.extra_args.0: found -J without its value; write both as one entry, -JVALUE"
+
+
+def run_job(folder, *overrides: str, srun: str = "exit 7", **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs a batch script among programs that stand for those of Slurm; `folder/calls` has what they were asked."""
+    programs = {"scontrol": "echo h1", "scancel": f"touch {folder}/cancelled", "srun": srun}
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\necho {name} $* >> {folder}/calls\n{text}\n")
+        (folder / name).chmod(0o755)
+    (folder / "job.sh").write_text(module.batch_script(parse_config(BASE, [*overrides])))
+    job = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "h1"}
+    return subprocess.run(
+        ["bash", "job.sh"], cwd=folder, env=job | variables, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["set -euo pipefail", "set -C -f", "shopt -s failglob", "trap 'exit 3' ERR", "IFS=5h",
+     "readonly status=1 job=2", "source ./strict"],
+)  # fmt: skip
+def test_job_yields_as_ever_whatever_setup_has_set(line, tmp_path):
+    (tmp_path / "strict").write_text("set -eu\n")
+    # The step ends when its workers have been told to save, which the signal to the script asks for.
+    srun = f"kill -USR1 $PPID_OF_JOB; while [ ! -e {tmp_path}/cancelled ]; do sleep 0.05; done; sleep 0.2; exit 7"
+    setup = f"launch.slurm.setup={[line, 'export PPID_OF_JOB=$$']}"
+    done = run_job(tmp_path, setup, srun=srun)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert (done.returncode, calls[-1], done.stderr) == (7, "scontrol requeue 5", "")
+
+
+@pytest.mark.parametrize("line", ["echo it's", 'echo "', "cat <<EOF", "echo a \\", "if true; then", "( true", "SETUP"])
+def test_setup_line_without_its_end_swallows_no_line_of_the_script(line, tmp_path):
+    done = run_job(tmp_path, f"launch.slurm.setup={[line]}", srun='test "$DISTOPT_HOSTS" = h1')
+    is_reported = "distopt: launch.slurm.setup: " in done.stderr
+    assert (done.returncode, is_reported) in ((1, True), (0, False)), done.stderr
+
+
+@pytest.mark.parametrize("line", ["echo it's", "cat <<EOF", "if true; then"])
+def test_setup_line_without_its_end_is_refused(line):
+    (finding,) = load_platform("slurm").check(parse_config(BASE, [f"launch.slurm.setup={[line]}"]))
+    assert str(finding).startswith("launch.slurm.setup: bash cannot read it: bash: ")
+
+
+def test_setup_that_bash_can_read_is_not_refused():
+    lines = ["shopt -s extglob", "ls !(a|b)", "if true; then", "  echo it\\'s", "fi"]
+    assert list(load_platform("slurm").check(parse_config(BASE, [f"launch.slurm.setup={lines}"]))) == []
+
+
+def test_variables_of_the_run_reach_the_workers_whatever_the_script_calls_its_own(tmp_path):
+    assigned = re.findall(r"^\s*(?:export )?([A-Za-z_]+)=", module._SCRIPT, re.MULTILINE)
+    assert [name for name in assigned if not name.lower().startswith("distopt_")] == ["SRUN_CPUS_PER_TASK"]
+    names = ["PORT", "FIRST_HOST", "hosts", "job", "step", "status", "ended", "requeue", "preempted", *assigned[:1]]
+    env = {name: f"of {name}" for name in names}
+    done = run_job(tmp_path, f"launch.env={env}", srun="env")
+    assert {f"{name}=of {name}" for name in names} <= set(done.stdout.splitlines())
+
+
+@pytest.mark.parametrize("name", ["UID", "BASHOPTS", "SECONDS"])
+def test_variable_that_bash_keeps_for_itself_is_refused(name):
+    (finding,) = load_platform("slurm").check(parse_config(BASE, [f"launch.env={{{name}: '1'}}"]))
+    assert str(finding) == f"launch.env.{name}: bash keeps this variable for itself; choose another name"
+
+
+@pytest.mark.parametrize(("port", "job"), [(65000, 999), (65000, 535), (65535, 17), (29400, 1999)])
+def test_port_of_a_job_is_one_that_exists(port, job, tmp_path):
+    done = run_job(tmp_path, f"launch.port={port}", srun="echo $DISTOPT_PORT", SLURM_JOB_ID=str(job))
+    assert port <= int(done.stdout) <= min(port + 999, 65535)
 
 
 @pytest.fixture
@@ -206,7 +365,7 @@ def test_job_has_the_status_of_a_step_that_ends_before_while_or_after_the_script
         (tmp_path / name).chmod(0o755)
     script = module.batch_script(parse_config(BASE, [])).replace("set -u\n", f"set -u\necho $$ > {tmp_path}/pid\n")
     if pause == "before its wait":
-        script = script.replace("step=$!\n", "step=$!\nsleep 0.3\n")
+        script = script.replace("distopt_step=$!\n", "distopt_step=$!\nsleep 0.3\n")
     variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "5", "SLURM_JOB_NODELIST": "h1"}
     (tmp_path / "script").write_text(script)
     for _ in range(1 if pause != "none" else 20):

@@ -292,6 +292,14 @@ def test_task_requeues_itself_and_not_the_array(number, means, tmp_path):
     assert (done.returncode, calls[-2:]) == (7, [f"show job {means}", f"requeue {means}"])
 
 
+def test_options_of_the_user_come_after_those_of_the_array_so_that_they_win():
+    chosen = configs("launch.slurm.extra_args=[--job-name=mine, --nice]")
+    array = load_platform("slurm").array("demo", "/runs/demo-", chosen, 4)
+    assert isinstance(array, SlurmArray)
+    names = [line for line in array.script([0]).splitlines() if "job-name" in line or "nice" in line]
+    assert names == ["#SBATCH --job-name=demo", "#SBATCH --job-name=mine", "#SBATCH --nice"]
+
+
 def test_trials_that_ask_for_different_things_are_jobs_of_their_own():
     different = configs() | {3: parse_config(BASE, ["launch.nodes=2"])}
     assert load_platform("slurm").array("demo", "demo-", different, 1) is None

@@ -12,13 +12,10 @@ from distopt.config import RunConfig
 from ...attach import say
 from ...jobs import JobArray, PlatformError
 from .job import BATCH_LOG, client
-from .script import SCRIPT, options_of, quote_option
+from .script import SCRIPT, common_options, quote_option
 
 MAX_TASKS = 1000
 """Of a cluster that does not say how many tasks an array may have; the default of its MaxArraySize is 1001."""
-
-# Slurm gives each task its own value of these lines, or the array as a whole.
-_OF_EACH = ("--job-name=", "--output=")
 
 
 class SlurmArray(JobArray):
@@ -44,7 +41,7 @@ class SlurmArray(JobArray):
         # Arrays that may run beside each other: one is too short for `parallel` tasks where that is more than its size.
         self._beside = min(-(-parallel // size), -(-(max(runs) + 1) // size))
         self._throttle = parallel // self._beside
-        self._options = _common_options(next(iter(runs.values())))
+        self._options = common_options(next(iter(runs.values())))
 
     def submit(self, numbers: Iterable[int]) -> dict[int, str]:
         """Submits the arrays; a task is called ARRAY_TASK."""
@@ -106,7 +103,7 @@ class SlurmArray(JobArray):
 
 def make_array(name: str, prefix: str, runs: Mapping[int, RunConfig], parallel: int) -> SlurmArray | None:
     """Returns the runs as arrays; None where they ask for different resources, or the cluster takes no useful array."""
-    asked = [_common_options(config) for config in runs.values()]
+    asked = [common_options(config) for config in runs.values()]
     if not asked or any(options != asked[0] for options in asked):
         return None
 
@@ -138,7 +135,3 @@ def _withdraw(arrays: Sequence[str], refusal: PlatformError) -> None:
             client(["scancel", array], accept="Invalid job id")
         except PlatformError as error:
             raise PlatformError(f"{refusal}; array {array} of this sweep is in the queue: {error}") from refusal
-
-
-def _common_options(config: RunConfig) -> list[str]:
-    return [option for option in options_of(config) if not option.startswith(_OF_EACH)]

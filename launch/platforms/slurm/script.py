@@ -12,9 +12,9 @@ import shlex
 import sys
 
 from distopt.config import RunConfig
-from distopt.launchers import HOSTS_VARIABLE, LOGS, RENDEZVOUS_PORT, format_range
+from distopt.launchers import HOSTS_VARIABLE, LOGS, MAX_PORT, RENDEZVOUS_PORT, format_range
 
-from ...plan import env_of_workers, worker_argv
+from ...plan import delimiter, env_of_workers, worker_argv
 from ..torchrun import FRESH_STORE, torchrun_argv
 from .job import BATCH_LOG
 
@@ -28,6 +28,7 @@ def batch_script(config: RunConfig) -> str:
     background, because a shell handles no signal while it waits for a command.
     """
     env = _env(config)
+    ports = rendezvous_ports(config)
     return _SCRIPT.format(
         name=config.name,
         options="\n".join(f"#SBATCH {quote_option(option)}" for option in options_of(config)),
@@ -37,13 +38,20 @@ def batch_script(config: RunConfig) -> str:
         limit=_limit(config.launch.max_preemptions),
         spent=_spent(config.launch.max_preemptions),
         hosts=HOSTS_VARIABLE,
-        port=config.launch.port or RENDEZVOUS_PORT,
+        port=ports[0],
+        num_ports=len(ports),
     )
 
 
 def _is_torchrun(config: RunConfig) -> bool:
     """Returns whether torchrun starts the workers, one task per node; otherwise each worker is a task of srun."""
     return config.reduce.backend in ("auto", "torch_dist")
+
+
+def rendezvous_ports(config: RunConfig) -> range:
+    """Returns the ports of which a job takes one for its rendezvous."""
+    port = config.launch.port or RENDEZVOUS_PORT
+    return range(port, min(port + 1000, MAX_PORT + 1))
 
 
 def _env(config: RunConfig) -> dict[str, str]:
@@ -58,7 +66,14 @@ def quote_option(option: str) -> str:
 
 
 def options_of(config: RunConfig) -> list[str]:
-    """Returns sbatch's options."""
+    """Returns sbatch's options: those of this run, then those that runs of a sweep may have in common."""
+    # Slurm replaces %j and the like in the path of the log. A job that was requeued continues the log of its first try.
+    log_folder = str(config.run_dir.resolve() / LOGS).replace("%", "%%")
+    return [f"--job-name={config.name}", f"--output={log_folder}/{BATCH_LOG}", *common_options(config)]
+
+
+def common_options(config: RunConfig) -> list[str]:
+    """Returns sbatch's options but for the name of the job and its log; the user's come last, so that they win."""
     launch = config.launch
     slurm = config.launch.slurm
 
@@ -83,15 +98,11 @@ def options_of(config: RunConfig) -> list[str]:
         "mail-user": slurm.mail_user,
     }
 
-    # Slurm replaces %j and the like in the path of the log. A job that was requeued continues the log of its first try.
-    log_folder = str(config.run_dir.resolve() / LOGS).replace("%", "%%")
     return [
-        f"--job-name={config.name}",
         f"--nodes={format_range(launch.host_counts).replace(':', '-')}",
         f"--ntasks-per-node={tasks}",
         f"--cpus-per-task={cpus}",
         f"--chdir={os.getcwd()}",
-        f"--output={log_folder}/{BATCH_LOG}",
         "--open-mode=append",
         "--requeue",
         f"--signal=B:USR1@{slurm.requeue_before_end_s}",
@@ -105,10 +116,26 @@ def _setup(lines: list[str]) -> str:
     """Returns the user's lines. A job on nodes without its modules would fail later, and say something else."""
     if not lines:
         return ""
+    text = "\n".join(lines)
     # A file that a line sources may have commands that fail within, and counts by its own status.
-    failed = "launch.slurm.setup: $BASH_COMMAND failed on $(hostname) with exit status $status"
-    trap = f'status=$?; [ ${{#BASH_SOURCE[@]}} -gt 1 ] || {{ echo "distopt: {failed}" >&2; exit 1; }}'
-    return "\n".join(["", f"trap '{trap}' ERR", *lines, "trap - ERR", ""])
+    failed = "launch.slurm.setup: $BASH_COMMAND failed on $(hostname) with exit status $distopt_status"
+    trap = f'distopt_status=$?; [ ${{#BASH_SOURCE[@]}} -gt 1 ] || {{ echo "distopt: {failed}" >&2; exit 1; }}'
+    return _SETUP.format(text=text, end=delimiter(text, "SETUP"), trap=trap)
+
+
+# As text the lines cannot swallow those after them, as an open quote would. Options that they set, such as `set -e`,
+# would end the script where its step fails or a signal comes.
+_SETUP = """
+distopt_options=$(set +o; shopt -p)
+IFS= read -r -d '' distopt_setup <<'{end}'
+{text}
+{end}
+trap '{trap}' ERR
+eval "$distopt_setup"
+trap - ERR DEBUG RETURN
+eval "$distopt_options"
+unset IFS
+"""
 
 
 def _limit(max_preemptions: int | None) -> str:
@@ -132,7 +159,7 @@ def _spent(max_preemptions: int | None) -> str:
     return f"""
   if [ "${{SLURM_RESTART_COUNT:-0}}" -ge {max_preemptions} ]; then
     echo "distopt: {message}" >&2
-    exit "${{status:-1}}"
+    exit "${{distopt_status:-1}}"
   fi"""
 
 
@@ -143,9 +170,10 @@ def _step(config: RunConfig) -> str:
     """Returns srun's command line, quoted for a shell."""
     slurm = config.launch.slurm
     python = sys.executable if slurm.container is None else slurm.container.python
-    srun = ["srun", "--kill-on-bad-exit=1", "--unbuffered", *_pyxis(config), *slurm.srun_args]
+    mpi = [] if _is_torchrun(config) else [f"--mpi={slurm.mpi}"]
+    srun = ["srun", "--kill-on-bad-exit=1", "--unbuffered", *mpi, *_pyxis(config), *slurm.srun_args]
     if not _is_torchrun(config):
-        return shlex.join([*srun, f"--mpi={slurm.mpi}", *_apptainer(config), *worker_argv(config, python)])
+        return shlex.join([*srun, *_apptainer(config), *worker_argv(config, python)])
 
     nodes = [f"--nnodes={format_range(config.launch.host_counts)}", "--rdzv-backend=c10d"]
     torchrun = torchrun_argv(config, nodes, worker_argv(config, python), python)
@@ -154,7 +182,9 @@ def _step(config: RunConfig) -> str:
     agent = shlex.join([*_apptainer(config), python, "-m", "distopt.launch.worker.host_agent", "--", *program])
 
     # These variables differ between nodes, so a shell on each node expands them, and they stand outside of the quotes.
-    rendezvous = '--rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$FIRST_HOST:$PORT" --local-addr="$SLURMD_NODENAME"'
+    rendezvous = (
+        '--rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$DISTOPT_FIRST_HOST:$DISTOPT_PORT" --local-addr="$SLURMD_NODENAME"'
+    )
     is_host = "--rdzv-conf=is_host=$((SLURM_NODEID == 0))"
     return shlex.join([*srun, "bash", "-c", f"exec {agent} {rendezvous} {is_host} {shlex.join(options)}"])
 
@@ -195,50 +225,53 @@ def _apptainer(config: RunConfig) -> list[str]:
     return ["apptainer", "exec", *gpus, *binds, "--pwd", os.getcwd(), *container.extra_args, container.image]
 
 
-# Two jobs may run on one node, so the port depends on the job's number. The step's shells read FIRST_HOST and PORT.
+# Two jobs may run on one node, so the port depends on the job's number. The step's shells read DISTOPT_FIRST_HOST and
+# DISTOPT_PORT. Variables of the run come last, since they override all others, and the script's own are called
+# distopt_…, so that none is overwritten.
 _SCRIPT = """\
 #!/bin/bash
 # distopt: run {name}
 {options}
 {limit}{setup}
 set -u
-{exports}
 # By itself srun gives each task one core since Slurm 22.05, whatever sbatch was asked for.
 export SRUN_CPUS_PER_TASK=${{SLURM_CPUS_PER_TASK:-1}}
 
-hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-export {hosts}=$(echo "$hosts" | paste -sd ,)
-export FIRST_HOST=$(echo "$hosts" | head -n 1)
-export PORT=$(({port} + SLURM_JOB_ID % 1000))
+distopt_hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export {hosts}=$(echo "$distopt_hosts" | paste -sd ,)
+export DISTOPT_FIRST_HOST=$(echo "$distopt_hosts" | head -n 1)
+export DISTOPT_PORT=$(({port} + SLURM_JOB_ID % {num_ports}))
 
 # One task of an array has the number of the array, which would mean all of its tasks. A job that was submitted from
-# within another one's task has inherited the number of that array, which is never its own.
-job=$SLURM_JOB_ID
-if [ "${{SLURM_ARRAY_JOB_ID:-}}" = "$job" ]; then
-  job=${{job}}_$SLURM_ARRAY_TASK_ID
+# within the task of another one has inherited the number of that array, which is never its own.
+distopt_job=$SLURM_JOB_ID
+if [ "${{SLURM_ARRAY_JOB_ID:-}}" = "$distopt_job" ]; then
+  distopt_job=${{distopt_job}}_$SLURM_ARRAY_TASK_ID
 fi
 
 # Before the time limit or a preemption: save a last checkpoint, then requeue the job.
-requeue=
-save() {{
-  requeue=1
-  scancel --signal=TERM "$job"
+distopt_requeue=
+distopt_save() {{
+  distopt_requeue=1
+  scancel --signal=TERM "$distopt_job"
 }}
-trap save USR1
+trap distopt_save USR1
 
-# Where a signal and the step's end meet, bash loses the status that its wait should give, so it is written down.
-ended=$(mktemp)
-{{ {step}; echo $? > "$ended"; }} &
-step=$!
-while kill -0 "$step" 2> /dev/null; do
-  wait "$step"
+{exports}
+
+# Where a signal and the end of the step meet, bash loses the status that its wait should give, so it is written down.
+distopt_ended=$(mktemp)
+{{ {step}; echo $? > "$distopt_ended"; }} &
+distopt_step=$!
+while kill -0 "$distopt_step" 2> /dev/null; do
+  wait "$distopt_step"
 done
-status=$(cat "$ended")
-rm "$ended"
+distopt_status=$(cat "$distopt_ended")
+rm "$distopt_ended"
 # A preemption with a time of grace signals the workers alone, and Slurm requeues no job that has ended by itself.
-preempted='PreemptTime=[0-9]'
-if [ -n "$requeue" ] || [[ $(scontrol show job "$job") =~ $preempted ]]; then{spent}
-  scontrol requeue "$job"
+distopt_preempted='PreemptTime=[0-9]'
+if [ -n "$distopt_requeue" ] || [[ $(scontrol show job "$distopt_job") =~ $distopt_preempted ]]; then{spent}
+  scontrol requeue "$distopt_job"
 fi
-exit "${{status:-1}}"
+exit "${{distopt_status:-1}}"
 """
