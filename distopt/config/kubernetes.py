@@ -49,11 +49,6 @@ class VolumeConfig(Section):
             raise ValueError("storage_class: only an ephemeral volume has one; a claim has its own")
         return self
 
-    @property
-    def is_kept(self) -> bool:
-        """Whether what is written to it is there after its pods have ended."""
-        return not self.read_only and (self.claim is not None or self.host_path is not None)
-
 
 class SecretReference(Section):
     """A value in a Kubernetes Secret."""

@@ -9,7 +9,7 @@ from distopt.launchers import CONFIG_FILE, CONFIG_VARIABLE, RENDEZVOUS_PORT, USA
 
 from ...plan import worker_argv
 from ..torchrun import torchrun_argv
-from .pods import LABEL, Manifest, env_entries, literal, pod_template, resources, selector
+from .pods import LABEL, Manifest, container_name, env_entries, literal, pod_template, resources, selector
 from .trainjob import trainjob_spec
 
 KUEUE_LABEL = "kueue.x-k8s.io/queue-name"
@@ -114,7 +114,7 @@ def _pytorchjob(config: RunConfig) -> list[Manifest]:
         "--master-port=$(PET_MASTER_PORT)",
     ]
 
-    pod = pod_template(config, _agent(config, _torchrun(config, rendezvous)), container="pytorch")
+    pod = pod_template(config, _agent(config, _torchrun(config, rendezvous)), container=container_name(config))
     replicas = {"Master": 1, **({"Worker": launch.num_hosts - 1} if launch.num_hosts > 1 else {})}
     job = {
         "apiVersion": "kubeflow.org/v1",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import yaml
 
@@ -17,6 +17,7 @@ from ...findings import Finding
 from ...plan import Plan
 from ...run_dir import RUNS
 from ..base import Platform, check_gpus
+from .admission import check_pod
 from .job import KubernetesJob
 from .manifests import manifests
 from .trainjob import check_trainjob
@@ -59,7 +60,7 @@ class KubernetesPlatform(Platform):
 
         yield from check_gpus(config, "launch.kubernetes.gpus", kubernetes.gpus)
         yield from self._check_backend(config)
-        yield from self._check_run_dir(config)
+        yield from check_pod(config)
         if kubernetes.kind == "trainjob":
             yield from check_trainjob(config)
 
@@ -82,16 +83,6 @@ class KubernetesPlatform(Platform):
                 "reduce.backend",
                 f"{backend} needs launch.kubernetes.kind=mpijob, found {kind}",
                 "set one of the two",
-            )
-
-    def _check_run_dir(self, config: RunConfig) -> Iterator[Finding]:
-        path = PurePosixPath(config.run_dir)
-        writable = [volume.path for volume in config.launch.kubernetes.volumes if volume.is_kept]
-        if not any(path.is_relative_to(volume) for volume in writable):
-            yield Finding(
-                "run_dir",
-                f"{path} lies on no writable volume that outlives the pods, so checkpoints would be lost",
-                "name a claim in launch.kubernetes.volumes, and a run_dir below its path",
             )
 
     def plan(self, config: RunConfig) -> Plan:

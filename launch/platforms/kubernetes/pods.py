@@ -69,6 +69,11 @@ def pod_template(
     return {"metadata": pod_metadata(config), "spec": merged(spec, kubernetes.pod)}
 
 
+def container_name(config: RunConfig) -> str:
+    """Returns what the container of the workers is called, where an operator finds it by its name."""
+    return {"pytorchjob": "pytorch", "trainjob": "node"}.get(config.launch.kubernetes.kind, "worker")
+
+
 def selector(config: RunConfig) -> Manifest:
     """Returns what selects the pods of a run; a TrainJob's have the label of the JobSet that its operator makes."""
     if config.launch.kubernetes.kind == "trainjob":
@@ -227,6 +232,13 @@ def _container(config: RunConfig, command: list[str], gpus: bool) -> Manifest:
 
 _LIST_KEYS = {"volumeMounts": "mountPath", "ports": "containerPort"}
 
+# Kubernetes takes one of each group. A volume has one field besides its name, its source.
+_ALTERNATIVES = (
+    {"value", "valueFrom"},
+    {"configMapKeyRef", "secretKeyRef", "fieldRef", "resourceFieldRef", "fileKeyRef"},
+    {"exec", "httpGet", "tcpSocket", "grpc"},
+)
+
 
 def merged(base: Any, patch: Any, field: str = "") -> Any:
     """Returns `base` with a user's values in it: mappings and lists of named things are merged, null removes.
@@ -241,6 +253,7 @@ def merged(base: Any, patch: Any, field: str = "") -> Any:
         {'env': [{'name': 'X', 'value': '1'}, {'name': 'Y', 'value': '2'}]}
     """
     if isinstance(base, dict) and isinstance(patch, dict):
+        base = _without_alternatives(base, patch)
         result = {**base, **{key: merged(base.get(key), value, key) for key, value in patch.items()}}
         return {key: value for key, value in result.items() if patch.get(key, "") is not None}
 
@@ -248,10 +261,18 @@ def merged(base: Any, patch: Any, field: str = "") -> Any:
     if isinstance(base, list) and isinstance(patch, list) and all(_has(item, key) for item in [*base, *patch]):
         items = {item[key]: item for item in base}
         for item in patch:
-            items[item[key]] = merged(items.get(item[key]), item)
+            earlier = items.get(item[key], {})
+            has_other_source = field == "volumes" and item.keys() - earlier.keys()
+            items[item[key]] = merged({"name": item["name"]} if has_other_source else earlier, item)
         return list(items.values())
     return patch
 
 
+def _without_alternatives(base: Manifest, patch: Manifest) -> Manifest:
+    """Returns `base` without that which stands beside none of a user's values, such as `value` beside `valueFrom`."""
+    dropped = {key for group in _ALTERNATIVES if group & patch.keys() for key in group - patch.keys()}
+    return {key: value for key, value in base.items() if key not in dropped}
+
+
 def _has(item: Any, key: str) -> bool:
-    return isinstance(item, dict) and key in item
+    return isinstance(item, dict) and isinstance(item.get(key), str | int)

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from distopt.config import RunConfig
 
 from ...findings import Finding
-from .pods import Manifest, pod_metadata, pod_template
+from .pods import Manifest, container_name, pod_metadata, pod_template
 
-NODE = "node"  # of the runtime's replicated job, and of its container
+NODE = "node"  # of the runtime's replicated job
 MANAGER = "distopt"
 
 # The fields of a pod and of a container that each release takes: `PodSpecOverride` of 2.0, `PodTemplateOverride` of
@@ -52,7 +52,7 @@ def trainjob_spec(config: RunConfig, trainer: Manifest, command: list[str]) -> M
 
 def _pod_of(config: RunConfig, version: str, command: list[str]) -> Manifest:
     """Returns what a pod's spec may have in a release."""
-    pod = pod_template(config, command, container=NODE)["spec"]
+    pod = pod_template(config, command, container=container_name(config))["spec"]
     result = {key: value for key, value in pod.items() if key in _POD_FIELDS[version]}
     result["containers"] = [
         {key: container[key] for key in _CONTAINER_FIELDS[version] if key in container}
