@@ -285,7 +285,7 @@ def _torchrun_meeting_at(config: RunConfig, address: str) -> list[str]:
 
 
 def _torchrun(config: RunConfig, rendezvous: list[str]) -> list[str]:
-    return torchrun_argv(config, rendezvous, _worker(config), config.launch.kubernetes.python)
+    return torchrun_argv(config, rendezvous, _worker(config), literal(config.launch.kubernetes.python))
 
 
 def _worker(config: RunConfig) -> list[str]:
@@ -294,8 +294,9 @@ def _worker(config: RunConfig) -> list[str]:
 
 def _agent(config: RunConfig, launcher: list[str], meet: str | None = None) -> list[str]:
     """Puts the agent in front: process 1 of a container ignores SIGTERM unless it handles it, and must reap orphans."""
-    options = [*(["--meet", meet] if meet else []), "--run-dir", str(config.run_dir)]
-    return [config.launch.kubernetes.python, "-m", "distopt.launch.worker.host_agent", *options, "--", *launcher]
+    options = [*(["--meet", meet] if meet else []), "--run-dir", literal(str(config.run_dir))]
+    python = literal(config.launch.kubernetes.python)
+    return [python, "-m", "distopt.launch.worker.host_agent", *options, "--", *launcher]
 
 
 def _without_restarts(pod: Manifest) -> Manifest:

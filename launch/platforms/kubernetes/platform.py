@@ -24,7 +24,12 @@ from .trainjob import check_trainjob
 
 # Pods are named after their run, with the role and index that operators append; a host name has at most 63 characters.
 MAX_NAME = 50
+MAX_PORT = 65535
 MANIFEST = "manifest.yaml"
+
+
+# What kubectl's reader of YAML may take for a number, a boolean or a time where PyYAML sees text: `1e3`, `0o17`, `y`.
+_AMBIGUOUS = re.compile(r"[-+]?[._0-9].*|[yYnN]", re.DOTALL)
 
 
 class _PlainDumper(yaml.SafeDumper):
@@ -32,6 +37,14 @@ class _PlainDumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: object) -> bool:
         return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Returns the node of a text, with quotes where another reader may take it for something else."""
+        style = "'" if _AMBIGUOUS.fullmatch(data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_PlainDumper.add_representer(str, _PlainDumper.represent_str)
 
 
 class KubernetesPlatform(Platform):
@@ -56,6 +69,13 @@ class KubernetesPlatform(Platform):
                 "launch.max_preemptions",
                 f"found {config.launch.max_preemptions}, but Kubernetes counts no disruptions of pods",
                 "set null, which allows any number, or 0, which counts them as restarts",
+            )
+
+        if config.serve.port is not None and config.serve.port + config.launch.workers - 1 > MAX_PORT:
+            yield Finding(
+                "serve.port",
+                f"found {config.serve.port}, but {config.launch.workers} workers of a pod serve from it on",
+                f"set {MAX_PORT + 1 - config.launch.workers} or less",
             )
 
         yield from check_gpus(config, "launch.kubernetes.gpus", kubernetes.gpus)

@@ -201,7 +201,8 @@ def _health(config: RunConfig) -> Manifest:
 
     # A kubelet's own HTTP probe comes from outside of the pod, so liveness is asked by a command within.
     address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(serve.host, serve.host)
-    command = [config.launch.kubernetes.python, "-m", "distopt.launch.worker.health_probe", address, str(serve.port)]
+    python = literal(config.launch.kubernetes.python)
+    command = [python, "-m", "distopt.launch.worker.health_probe", address, str(serve.port)]
     timing = {"periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 3}
     probes: Manifest = {"livenessProbe": {"exec": {"command": command}, **timing}}
 
