@@ -111,7 +111,8 @@ class LaunchConfig(Section):
     """How often the launcher restarts all workers after one has died; they resume from the last checkpoint."""
     max_preemptions: Annotated[int, Field(ge=0)] | None = None
     """How often a cluster may take the run's nodes away before that ends it: requeue the job (Slurm), disrupt its pods
-    (Kubernetes, where 0 counts them as restarts). These are no restarts; null is as often as it happens."""
+    (Kubernetes, where 0 counts them as restarts). These are no restarts; null is as often as it happens. A `pytorchjob`
+    and an `mpijob` count them as restarts, a `trainjob` does what its runtime says."""
     preemption_file: LocalPath | None = None
     """Path of a file whose appearance on a host announces that the host will be taken away, as agents of spot instances
     make it; the run then saves a checkpoint and stops, as after SIGTERM."""

@@ -25,6 +25,10 @@ from tests.kubernetes.run_config import BASE, config_of
         (["launch.kubernetes.kind=trainjob", "launch.kubernetes.time_limit_s=5"], "takes it from its Cluster"),
         (["launch.nodes=null", "launch.hosts=[a,b]"], "launch.hosts: Kubernetes finds the hosts itself"),
         (["launch.max_preemptions=2"], "launch.max_preemptions: found 2, but Kubernetes counts no disruptions of pods"),
+        *(
+            ([f"launch.kubernetes.kind={kind}", "launch.min_hosts=1"], f"launch.min_hosts: a {kind} cannot continue")
+            for kind in ("pytorchjob", "mpijob", "trainjob")
+        ),
         (["serve.port=65535"], "serve.port: found 65535, but 2 workers of a pod serve from it on; set 65534 or less"),
         (["launch.secrets=[HUB_TOKEN]"], "use launch.kubernetes.secrets"),
     ],

@@ -80,6 +80,12 @@ class KubernetesPlatform(Platform):
 
         yield from check_gpus(config, "launch.kubernetes.gpus", kubernetes.gpus)
         yield from self._check_backend(config)
+        if config.launch.min_hosts is not None and kubernetes.kind not in ("job", "jobset"):
+            yield Finding(
+                "launch.min_hosts",
+                f"a {kubernetes.kind} cannot continue with fewer hosts",
+                "remove it, or set launch.kubernetes.kind=job",
+            )
         yield from check_pod(config)
         if kubernetes.kind == "trainjob":
             yield from check_trainjob(config)
