@@ -168,7 +168,7 @@ class LaunchConfig(Section):
     @classmethod
     def _no_secrets_in_env(cls, env: dict[str, str]) -> dict[str, str]:
         for key in env:
-            if not ENV_NAME.match(key):
+            if not ENV_NAME.fullmatch(key):
                 raise ValueError(f"{key!r} is not the name of an environment variable")
             if SECRET_NAME.search(key):
                 raise ValueError(
@@ -181,6 +181,6 @@ class LaunchConfig(Section):
     @classmethod
     def _names_only(cls, names: list[str]) -> list[str]:
         for name in names:
-            if not ENV_NAME.match(name):
+            if not ENV_NAME.fullmatch(name):
                 raise ValueError("an entry is not the name of an environment variable; values never belong here")
         return names

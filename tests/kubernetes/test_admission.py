@@ -105,3 +105,45 @@ def test_users_source_of_a_variable_or_volume_replaces_the_rendered_one():
 def test_users_field_of_the_same_source_is_merged_into_it():
     (spec,) = specs("job", f"{POD}{{volumes: [{{name: shm, emptyDir: {{sizeLimit: 1Gi}}}}]}}")
     assert {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}} in spec["volumes"]
+
+
+@pytest.mark.parametrize(
+    ("more", "messages"),
+    [
+        ("requests={cpu: '4'}", ["requests.cpu: 4 are requested, more than the limit of 1; request less"]),
+        ("requests={memory: 64Gi}", ["requests.memory: 64Gi are requested, more than the limit of 4Gi"]),
+        ("limits={memory: 4194303Ki}", ["limits.memory: 4Gi are requested, more than the limit of 4194303Ki"]),
+        ("requests={nvidia.com/gpu: 1}", ["requests.nvidia.com/gpu: 1 are requested with a limit of 2"]),
+        ("requests={a.b/c: 1}", ["requests.a.b/c: 1 are requested with a limit of none"]),
+        ("resources={a.b/c: 500m}", ["resources.a.b/c: found 500m, but a pod gets whole ones"]),
+        ("requests={cpu: 1000m, memory: 4096Mi}", []),
+        ("resources={a.b/c: '2.0', hugepages-2Mi: 64Mi}", []),
+        ("limits={memory: null}", []),
+    ],
+)
+def test_requests_are_compared_with_limits_as_kubernetes_reads_both(more, messages):
+    refused = findings("job", f"launch.kubernetes.{more}")
+    assert len(refused) == len(messages)
+    assert all(message in finding for message, finding in zip(messages, refused, strict=True))
+
+
+def test_requests_for_devices_are_not_made_for_the_launcher_of_an_mpijob():
+    device = "{nvidia.com/gpu: 2}"
+    launcher, worker = specs("mpijob", f"launch.kubernetes.requests={device}", f"launch.kubernetes.limits={device}")
+    assert {*launcher["containers"][0]["resources"]["requests"]} == {"cpu", "memory"}
+    assert {*launcher["containers"][0]["resources"]["limits"]} == {"cpu", "memory"}
+    assert worker["containers"][0]["resources"]["requests"]["nvidia.com/gpu"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("launch.kubernetes.secrets={HOME: {secret: a, key: b}}", "secrets.HOME: distopt sets HOME, too"),
+        ("launch.kubernetes.secrets={DISTOPT_CONFIG: {secret: a, key: b}}", "secrets.DISTOPT_CONFIG: distopt sets"),
+        ("launch.kubernetes.secrets={GREETING: {secret: a, key: b}}", "secrets.GREETING: launch.env sets GREETING"),
+        ("launch.env={DISTOPT_CONFIG: x}", "launch.env.DISTOPT_CONFIG: distopt sets it"),
+    ],
+)
+def test_variable_that_would_stand_twice_in_a_container_is_refused(more, message):
+    (finding,) = findings("job", more)
+    assert message in finding

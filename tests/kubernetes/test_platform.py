@@ -17,6 +17,12 @@ from tests.kubernetes.run_config import BASE, config_of
     [
         (["launch.kubernetes.image=null"], "launch.kubernetes.image: missing"),
         (["name=Flights_1"], "name: found 'Flights_1'; Kubernetes takes a-z"),
+        (["name=2026-flights"], "name: found '2026-flights'; Kubernetes takes a-z, 0-9 and dashes, first a letter"),
+        (
+            ["launch.kubernetes.labels={distopt.run: x}"],
+            "labels.distopt.run: distopt sets this label itself; remove it",
+        ),
+        (["launch.kubernetes.labels={kueue.x-k8s.io/queue-name: x}"], "itself; set launch.kubernetes.queue"),
         (["name=" + "x" * 51], "at most 50"),
         (["run_dir=runs/flights"], "run_dir: runs/flights lies on no writable volume"),
         (["run_dir=/data/flights"], "run_dir: /data/flights lies on no writable volume"),

@@ -9,9 +9,10 @@ from typing import Any
 
 from distopt.config import RunConfig
 from distopt.config.paths import is_url
+from distopt.launchers import CONFIG_VARIABLE
 
 from ...findings import Finding
-from .pods import Manifest, container_name, pod_template
+from .pods import Manifest, amount, container_name, plain_env, pod_template, resources
 
 POD = "launch.kubernetes.pod"
 
@@ -31,6 +32,44 @@ def check_pod(config: RunConfig) -> Iterator[Finding]:
     spec = pod_template(config, [], container=name)["spec"]
     problems = [*_unnamed(config, spec)] or [*_refused(config, spec, name)]
     yield from problems or _check_folders(config, spec, name)
+
+
+def check_env(config: RunConfig) -> Iterator[Finding]:
+    """Yields variables that would stand twice in a container, of which Kubernetes takes the last."""
+    rendered = plain_env(config)
+    for name in config.launch.kubernetes.secrets:
+        if name in rendered or name == CONFIG_VARIABLE:
+            setter = "launch.env" if name in config.launch.env else "distopt"
+            yield Finding(f"launch.kubernetes.secrets.{name}", f"{setter} sets {name}, too", "remove one of the two")
+    if CONFIG_VARIABLE in config.launch.env:
+        yield Finding(f"launch.env.{CONFIG_VARIABLE}", "distopt sets it to the configuration of the run", "remove it")
+
+
+# Kubernetes lets pods request less of these than their limits, and gives what is left to others.
+_SHARED = {"cpu", "memory", "ephemeral-storage"}
+
+
+def check_resources(config: RunConfig) -> Iterator[Finding]:
+    """Yields requests above their limits, and numbers of devices that are not whole or not those of their limits."""
+    kubernetes = config.launch.kubernetes
+    of_pod = resources(config)
+    limits = of_pod["limits"]
+    for name, requested in {**limits, **of_pod["requests"]}.items():
+        section = next((key for key in ("requests", "limits") if name in getattr(kubernetes, key)), "resources")
+        key = f"launch.kubernetes.{section}.{name}"
+        limit = limits.get(name)
+        if name in _SHARED:
+            if limit is not None and amount(requested) > amount(limit):
+                raised = (
+                    f"launch.kubernetes.{name}" if name in ("cpu", "memory") else f"launch.kubernetes.limits.{name}"
+                )
+                message = f"{requested} are requested, more than the limit of {limit}"
+                yield Finding(key, message, f"request less, or set {raised} to {requested}")
+        elif limit is None or amount(requested) != amount(limit):
+            message = f"{requested} are requested with a limit of {limit or 'none'}, but the two must be equal"
+            yield Finding(key, message, "set launch.kubernetes.resources alone, or gpus")
+        elif amount(requested).denominator != 1:
+            yield Finding(key, f"found {requested}, but a pod gets whole ones", "set a whole number")
 
 
 def _unnamed(config: RunConfig, spec: Manifest) -> Iterator[Finding]:

@@ -10,21 +10,22 @@ from pathlib import Path
 import yaml
 
 from distopt.config import RunConfig, dump_yaml
-from distopt.config.values import DNS_LABEL
 from distopt.launchers import CONFIG_FILE
 
 from ...findings import Finding
 from ...plan import Plan
 from ...run_dir import RUNS
 from ..base import Platform, check_gpus
-from .admission import check_pod
+from .admission import check_env, check_pod, check_resources
 from .job import KubernetesJob
-from .manifests import manifests
+from .manifests import KUEUE_LABEL, manifests
+from .pods import LABEL
 from .trainjob import check_trainjob
 
 # Pods are named after their run, with the role and index that operators append; a host name has at most 63 characters.
 MAX_NAME = 50
 MAX_PORT = 65535
+_SERVICE_NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")  # RFC 1035: pods find one another by a Service of this name
 MANIFEST = "manifest.yaml"
 
 
@@ -57,8 +58,9 @@ class KubernetesPlatform(Platform):
         kubernetes = config.launch.kubernetes
         if kubernetes.image is None:
             yield Finding("launch.kubernetes.image", "missing", "name an image that has distopt and your code")
-        if not re.match(DNS_LABEL, config.name) or len(config.name) > MAX_NAME:
-            yield Finding("name", f"found {config.name!r}", f"Kubernetes takes a-z, 0-9 and dashes, at most {MAX_NAME}")
+        if not _SERVICE_NAME.fullmatch(config.name) or len(config.name) > MAX_NAME:
+            rule = f"Kubernetes takes a-z, 0-9 and dashes, first a letter, at most {MAX_NAME}"
+            yield Finding("name", f"found {config.name!r}", rule)
         if config.launch.hosts:
             yield Finding("launch.hosts", "Kubernetes finds the hosts itself", "set launch.nodes to their number")
         if config.launch.secrets:
@@ -86,7 +88,12 @@ class KubernetesPlatform(Platform):
                 f"a {kubernetes.kind} cannot continue with fewer hosts",
                 "remove it, or set launch.kubernetes.kind=job",
             )
+        yield from check_resources(config)
+        yield from check_env(config)
         yield from check_pod(config)
+        for label, instead in {LABEL: "remove it", KUEUE_LABEL: "set launch.kubernetes.queue"}.items():
+            if label in kubernetes.labels:
+                yield Finding(f"launch.kubernetes.labels.{label}", "distopt sets this label itself", instead)
         if kubernetes.kind == "trainjob":
             yield from check_trainjob(config)
 

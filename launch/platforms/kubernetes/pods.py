@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from fractions import Fraction
 from typing import Any
 
 from distopt.config import RunConfig
 from distopt.config.kubernetes import VolumeConfig
+from distopt.config.values import DNS_LABEL
 from distopt.launchers import CONFIG_FILE, CONFIG_VARIABLE, ECHO_VARIABLE
 
 from ...plan import env_of_workers
@@ -93,10 +95,15 @@ def literal(value: str) -> str:
     return value.replace("$", "$$")
 
 
+def plain_env(config: RunConfig) -> dict[str, str]:
+    """Returns the variables of the pods whose values are no references."""
+    threads = {"OMP_NUM_THREADS": str(_threads(config))}
+    return env_of_workers(config, **FRESH_STORE, **{ECHO_VARIABLE: "1"}, **threads, HOME=HOME)
+
+
 def env_entries(config: RunConfig) -> list[Manifest]:
     """Returns the variables of the pods; the configuration and secrets are references."""
-    threads = {"OMP_NUM_THREADS": str(_threads(config))}
-    values = env_of_workers(config, **FRESH_STORE, **{ECHO_VARIABLE: "1"}, **threads, HOME=HOME)
+    values = plain_env(config)
     secrets = config.launch.kubernetes.secrets
     return [
         *({"name": name, "value": literal(value)} for name, value in values.items()),
@@ -116,20 +123,38 @@ def resources(config: RunConfig, gpus: bool = True) -> Manifest:
         amounts |= {kubernetes.gpu_resource: str(kubernetes.gpus)} if kubernetes.gpus else {}
         amounts |= kubernetes.resources
     limits = {name: amount for name, amount in {**amounts, **kubernetes.limits}.items() if amount is not None}
-    return {"requests": {**amounts, **kubernetes.requests}, "limits": limits}
+    requests = {**amounts, **kubernetes.requests}
+    if not gpus:  # devices, which have a domain in their name, are for those who compute
+        requests = {name: one for name, one in requests.items() if "/" not in name}
+        limits = {name: one for name, one in limits.items() if "/" not in name}
+    return {"requests": requests, "limits": limits}
 
 
 def _threads(config: RunConfig) -> int:
     """Returns the threads of each worker: a node may have many more cores than its pod may use."""
     of_pod = resources(config)
-    cpus = _number(of_pod["limits"].get("cpu", of_pod["requests"]["cpu"]))
+    cpus = amount(of_pod["limits"].get("cpu", of_pod["requests"]["cpu"]))
     return max(1, int(cpus / config.launch.workers))
 
 
-def _number(quantity: str) -> float:
-    """Returns what an amount of processor cores stands for; `m` is a thousandth."""
-    match = re.fullmatch(r"([0-9.]+)(m?)", quantity)
-    return float(match[1]) / (1000 if match[2] else 1) if match else 1.0
+_UNITS = {
+    "m": Fraction(1, 1000),
+    "k": Fraction(1000),
+    **{unit: Fraction(1000) ** power for power, unit in enumerate("MGTPE", start=2)},
+    **{f"{unit}i": Fraction(1024) ** power for power, unit in enumerate("KMGTPE", start=1)},
+}
+
+
+def amount(quantity: str) -> Fraction:
+    """Returns the number that a quantity of Kubernetes stands for.
+
+    Example:
+        >>> amount("500m"), amount("1e3"), amount("2Ki")
+        (Fraction(1, 2), Fraction(1000, 1), Fraction(2048, 1))
+    """
+    number = quantity.rstrip("mkKMGTPEi")
+    unit = quantity[len(number) :]
+    return Fraction(number) * (_UNITS[unit] if unit else 1)
 
 
 # Volumes. One claim may be mounted at several paths.
@@ -139,7 +164,9 @@ _RESERVED = re.compile(r"tmp|shm|volume-\d+")
 
 
 def _volume_name(volume: VolumeConfig, index: int) -> str:
-    if volume.claim is None or _RESERVED.fullmatch(volume.claim):
+    # A claim's name may have dots and 253 characters, the name of a volume neither.
+    is_label = volume.claim is not None and re.fullmatch(DNS_LABEL, volume.claim)
+    if volume.claim is None or not is_label or _RESERVED.fullmatch(volume.claim):
         return f"volume-{index}"
     return volume.claim
 
