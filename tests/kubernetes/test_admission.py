@@ -45,6 +45,7 @@ def test_folder_that_would_be_lost_with_the_pods_is_refused(more, key):
         [f"{VOLUMES}[]", NFS],
         [f"{VOLUMES}[]", NFS.replace("nfs: {server: s, path: /e}", "csi: {driver: d}")],
         ["run_dir=/tmp/../runs/x"],
+        ["run_dir=//runs/x"],
         ["checkpoint.directory=/runs/elsewhere"],
         ["checkpoint.directory='s3://bucket/x'"],
         ["checkpoint.directory='file:///runs/x'"],
@@ -76,6 +77,7 @@ def test_container_of_another_kind_is_refused_with_the_name_of_this_ones(kind):
         ("{initContainers: [{name: a, image: x}, {name: a, image: y}]}", "initContainers has two items of the name a"),
         ("{initContainers: [{name: a}]}", "the container a has no image"),
         ("{containers: [{name: worker, volumeMounts: [{name: x, mountPath: /x}]}]}", "volume that is not there"),
+        ("{containers: [{name: worker, volumeMounts: [{name: [x], mountPath: /x}]}]}", "volume that is not there"),
         ("{restartPolicy: OnFailure}", "found restartPolicy OnFailure"),
         ("{spec: {hostPID: true}}", "found spec, which is no field of a pod's spec"),
         ("{metadata: {labels: {}}}", "found metadata, which is no field"),
@@ -112,7 +114,10 @@ def test_users_field_of_the_same_source_is_merged_into_it():
     [
         ("requests={cpu: '4'}", ["requests.cpu: 4 are requested, more than the limit of 1; request less"]),
         ("requests={memory: 64Gi}", ["requests.memory: 64Gi are requested, more than the limit of 4Gi"]),
-        ("limits={memory: 4194303Ki}", ["limits.memory: 4Gi are requested, more than the limit of 4194303Ki"]),
+        (
+            "limits={memory: 4194303Ki}",
+            ["the limit of 4194303Ki; request less, or set launch.kubernetes.limits"],
+        ),
         ("requests={nvidia.com/gpu: 1}", ["requests.nvidia.com/gpu: 1 are requested with a limit of 2"]),
         ("requests={a.b/c: 1}", ["requests.a.b/c: 1 are requested with a limit of none"]),
         ("resources={a.b/c: 500m}", ["resources.a.b/c: found 500m, but a pod gets whole ones"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from posixpath import normpath
@@ -60,9 +61,8 @@ def check_resources(config: RunConfig) -> Iterator[Finding]:
         limit = limits.get(name)
         if name in _SHARED:
             if limit is not None and amount(requested) > amount(limit):
-                raised = (
-                    f"launch.kubernetes.{name}" if name in ("cpu", "memory") else f"launch.kubernetes.limits.{name}"
-                )
+                is_key = name in ("cpu", "memory") and name not in kubernetes.limits
+                raised = f"launch.kubernetes.{'' if is_key else 'limits.'}{name}"
                 message = f"{requested} are requested, more than the limit of {limit}"
                 yield Finding(key, message, f"request less, or set {raised} to {requested}")
         elif limit is None or amount(requested) != amount(limit):
@@ -113,7 +113,7 @@ def _refused(config: RunConfig, spec: Manifest, worker: str) -> Iterator[Finding
     # A TrainJob only adds to the containers and volumes of its runtime.
     if config.launch.kubernetes.kind == "trainjob":
         return
-    volumes = {volume["name"] for volume in spec.get("volumes", [])}
+    volumes = [volume["name"] for volume in spec.get("volumes", [])]
     for container in containers:
         if not container.get("image"):
             hint = f"the workers' container is {worker} in a {config.launch.kubernetes.kind}"
@@ -121,7 +121,7 @@ def _refused(config: RunConfig, spec: Manifest, worker: str) -> Iterator[Finding
         for mount in container.get("volumeMounts", []):
             if mount.get("name") not in volumes:
                 missing = f"{container['name']} mounts {mount['mountPath']} from a volume that is not there"
-                yield Finding(POD, missing, f"name one of {', '.join(sorted(volumes))}, or add it to volumes")
+                yield Finding(POD, missing, f"add it to volumes, found {', '.join(volumes) or 'none'}")
 
 
 def _check_folders(config: RunConfig, spec: Manifest, worker: str) -> Iterator[Finding]:
@@ -129,7 +129,7 @@ def _check_folders(config: RunConfig, spec: Manifest, worker: str) -> Iterator[F
     container = next(one for one in spec["containers"] if one["name"] == worker)
     kept = {volume["name"]: _is_kept(volume) for volume in spec.get("volumes", [])}
     is_writable = {
-        _normal(mount["mountPath"]): not mount.get("readOnly") and kept.get(mount["name"], True)
+        _normal(mount["mountPath"]): not mount.get("readOnly") and kept.get(str(mount.get("name")), True)
         for mount in container.get("volumeMounts", [])
     }
 
@@ -148,7 +148,7 @@ def _check_folders(config: RunConfig, spec: Manifest, worker: str) -> Iterator[F
 
 
 def _normal(path: str) -> PurePosixPath:
-    return PurePosixPath(normpath(path))
+    return PurePosixPath(re.sub("^//+", "/", normpath(path)))  # two slashes at the front would stay
 
 
 def _is_kept(volume: Manifest) -> bool:

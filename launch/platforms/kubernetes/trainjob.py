@@ -110,7 +110,7 @@ def check_trainjob(config: RunConfig) -> Iterator[Finding]:
         message = f"a trainjob of {release} takes it from its ClusterTrainingRuntime"
         yield Finding(f"launch.kubernetes.{key}", message, fix)
     if version is not None:
-        yield from _check_containers(config, version, fix)
+        yield from _check_containers(config, version)
 
     # The run serves all the same, only nothing asks it whether it is well.
     if config.serve.port is not None:
@@ -118,7 +118,7 @@ def check_trainjob(config: RunConfig) -> Iterator[Finding]:
         yield Finding("serve.port", message, "set them there", severity="warning")
 
 
-def _check_containers(config: RunConfig, version: str, fix: str) -> Iterator[Finding]:
+def _check_containers(config: RunConfig, version: str) -> Iterator[Finding]:
     """Yields what `pod` says of containers for which a release has no field; it would be left out."""
     known = _CONTAINER_FIELDS[version]
     containers = config.launch.kubernetes.pod.get("containers")
@@ -129,5 +129,5 @@ def _check_containers(config: RunConfig, version: str, fix: str) -> Iterator[Fin
                 "launch.kubernetes.pod",
                 f"a trainjob of trainer {version} has no field for {', '.join(unknown)} of a container, "
                 f"only for {', '.join(known[1:])} (of {NODE}, which runs the workers)",
-                f"use launch.env and the keys of launch.kubernetes, or {fix}",
+                "use launch.env and the keys of launch.kubernetes, or set it in the ClusterTrainingRuntime",
             )
