@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
+from posixpath import normpath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from distopt.config.base import Section
-from distopt.config.values import AS_TEXT, ArgumentValue, DnsLabel, Text
+from distopt.config.values import AS_TEXT, ENV_NAME, DnsLabel, Text
 
 # What Kubernetes itself checks, in its own notation.
 Object = dict[str, Any]
 
-Quantity = Annotated[Text, Field(pattern=r"^[0-9.]+([mkKMGTPE]i?)?$")]
-ResourceName = Annotated[str, Field(pattern=r"^[a-z0-9.-]+(/[A-Za-z0-9._-]+)?$")]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
+# The rules of Kubernetes for names and amounts (apimachinery: validation.go, quantity.go).
+_SUBDOMAIN = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*"
+_QUALIFIED = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
+QUANTITY_PATTERN = r"^([0-9]+(\.[0-9]*)?|\.[0-9]+)(m|k|[MGTPE]|[KMGTPE]i|[eE][+-]?[0-9]{1,2})?$"
+RESOURCE_PATTERN = rf"^(cpu|memory|ephemeral-storage|hugepages-[0-9]+[KMG]i|{_SUBDOMAIN}/{_QUALIFIED})$"
+NAME_PATTERN = rf"^{_SUBDOMAIN}$"
+LABEL_KEY_PATTERN = rf"^({_SUBDOMAIN}/)?{_QUALIFIED}$"
+LABEL_VALUE_PATTERN = rf"^({_QUALIFIED})?$"
+
+Quantity = Annotated[Text, Field(pattern=QUANTITY_PATTERN)]
+ResourceName = Annotated[str, Field(pattern=RESOURCE_PATTERN)]
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=253)]
+LabelKey = Annotated[str, Field(pattern=LABEL_KEY_PATTERN, max_length=317)]
+LabelValue = Annotated[Text, Field(pattern=LABEL_VALUE_PATTERN)]
+
+
+def _without_parents(path: str) -> str:
+    if ".." in path.split("/"):
+        raise ValueError(f"found {path!r}, expected a path without `..`")
+    return path
+
+
+def _mount_path(path: str) -> str:
+    normal = "/" + normpath(_without_parents(path)).lstrip("/")
+    if normal == "/":
+        raise ValueError(f"found {path!r}, expected a folder below /")
+    return normal
+
+
+NoParents = AfterValidator(_without_parents)
 
 
 class VolumeConfig(Section):
     """A volume that is mounted in every pod: one of `claim`, `config_map`, `empty_dir`, `ephemeral` and `host_path`."""
 
-    path: Annotated[str, Field(pattern=r"^/[^:]*$")]
+    path: Annotated[str, Field(pattern=r"^/[^:]*$"), AfterValidator(_mount_path)]
     """The path at which it is mounted."""
-    claim: DnsLabel | None = None
+    claim: Name | None = None
     """The name of a PersistentVolumeClaim."""
     config_map: Name | None = None
     """The name of a ConfigMap, each key of which is a file."""
@@ -32,9 +60,9 @@ class VolumeConfig(Section):
     """The size of a volume that is made for each pod, and ends with it."""
     storage_class: Name | None = None
     """The storage class of an `ephemeral` volume; null is the cluster's default."""
-    host_path: Annotated[str, Field(pattern=r"^/")] | None = None
+    host_path: Annotated[str, Field(pattern=r"^/"), NoParents] | None = None
     """A folder of the node. Pods that have one are not *restricted*."""
-    sub_path: Annotated[str, Field(pattern=r"^[^/]")] | None = None
+    sub_path: Annotated[str, Field(pattern=r"^[^/]"), NoParents] | None = None
     """The folder of the volume to mount in place of all of it."""
     read_only: bool = False
     """Whether pods may only read it."""
@@ -49,16 +77,11 @@ class VolumeConfig(Section):
             raise ValueError("storage_class: only an ephemeral volume has one; a claim has its own")
         return self
 
-    @property
-    def is_kept(self) -> bool:
-        """Whether what is written to it is there after its pods have ended."""
-        return not self.read_only and (self.claim is not None or self.host_path is not None)
-
 
 class SecretReference(Section):
     """A value in a Kubernetes Secret."""
 
-    secret: DnsLabel
+    secret: Name
     """The Secret's name."""
     key: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
     """The key within it."""
@@ -75,12 +98,12 @@ class KubernetesConfig(Section):
     """The namespace."""
     context: str | None = None
     """The context of your kubeconfig; null uses the current one."""
-    python: str = "python"
+    python: Annotated[str, Field(min_length=1)] = "python"
     """The image's Python."""
     cpu: Quantity = "1"
     """Processor cores of a pod, in Kubernetes' notation; the threads of its workers follow from them."""
-    memory: ArgumentValue = "4Gi"
-    """Memory of a pod."""
+    memory: Quantity = "4Gi"
+    """Memory of a pod: a number of bytes, or one with a unit such as `M` or `Gi`."""
     gpus: Annotated[int, Field(ge=0)] = 0
     """GPUs of a pod."""
     gpu_resource: Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9._-]+$")] = "nvidia.com/gpu"
@@ -95,9 +118,9 @@ class KubernetesConfig(Section):
     """Volumes for data and for the run directory, which must be on one that all pods can write to and that stays."""
     secrets: dict[str, SecretReference] = Field(default_factory=dict)
     """Environment variables of the workers with values from Secrets."""
-    service_account: DnsLabel | None = None
+    service_account: Name | None = None
     """The service account; its token is not mounted."""
-    node_selector: dict[str, Text] = Field(default_factory=dict)
+    node_selector: dict[LabelKey, LabelValue] = Field(default_factory=dict)
     """Labels that nodes must have."""
     tolerations: list[Object] = Field(default_factory=list)
     """Taints of nodes that pods tolerate, in Kubernetes' notation: `[{key: gpu, operator: Exists}]`."""
@@ -107,9 +130,9 @@ class KubernetesConfig(Section):
     """Constraints on how pods spread, in Kubernetes' notation; without a `labelSelector` they mean the run's pods."""
     priority_class: Name | None = None
     """The priority class of pods."""
-    labels: dict[str, Text] = Field(default_factory=dict)
+    labels: dict[LabelKey, LabelValue] = Field(default_factory=dict)
     """Further labels of the run's objects and pods."""
-    annotations: dict[str, Text] = Field(default_factory=dict)
+    annotations: dict[LabelKey, Text] = Field(default_factory=dict)
     """Annotations of the run's objects and pods."""
     host_network: bool = False
     """Whether pods use the network of their node, as some RDMA devices need; such pods are not *restricted*."""
@@ -129,12 +152,29 @@ class KubernetesConfig(Section):
     """Whether a NetworkPolicy lets only the run's own pods, and those who ask `serve.port`, connect to its pods."""
     disruption_budget: bool = False
     """Whether a PodDisruptionBudget keeps nodes of the run from being drained while it runs."""
-    user: Annotated[int, Field(ge=1)] = 1000
+    user: Annotated[int, Field(ge=1, le=2147483647)] = 1000
     """Numeric user and group id of the processes; never root."""
-    image_pull_secrets: list[DnsLabel] = Field(default_factory=list)
+    image_pull_secrets: list[Name] = Field(default_factory=list)
     """Secrets with which the image is pulled."""
     runtime: DnsLabel = "torch-distributed"
     """The ClusterTrainingRuntime of a `trainjob`."""
     trainer_version: Annotated[Literal["2.0", "2.1", "2.2", "2.3"] | None, AS_TEXT] = None
     """The release of Kubeflow's trainer, by whose fields a `trainjob` describes its pods; null uses those that all
     releases share, which leave the pods to the runtime."""
+
+    @field_validator("secrets")
+    @classmethod
+    def _name_variables(cls, secrets: dict[str, SecretReference]) -> dict[str, SecretReference]:
+        for name in secrets:
+            if not ENV_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not the name of an environment variable")
+        return secrets
+
+    @field_validator("volumes")
+    @classmethod
+    def _have_different_paths(cls, volumes: list[VolumeConfig]) -> list[VolumeConfig]:
+        paths = [volume.path for volume in volumes]
+        repeated = next((path for path in paths if paths.count(path) > 1), None)
+        if repeated is not None:
+            raise ValueError(f"found two volumes with the path {repeated}, expected a path of its own for each")
+        return volumes

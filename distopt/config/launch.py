@@ -111,7 +111,8 @@ class LaunchConfig(Section):
     """How often the launcher restarts all workers after one has died; they resume from the last checkpoint."""
     max_preemptions: Annotated[int, Field(ge=0)] | None = None
     """How often a cluster may take the run's nodes away before that ends it: requeue the job (Slurm), disrupt its pods
-    (Kubernetes, where 0 counts them as restarts). These are no restarts; null is as often as it happens."""
+    (Kubernetes, where 0 counts them as restarts). These are no restarts; null is as often as it happens. A `pytorchjob`
+    and an `mpijob` count them as restarts, a `trainjob` does what its runtime says."""
     preemption_file: LocalPath | None = None
     """Path of a file whose appearance on a host announces that the host will be taken away, as agents of spot instances
     make it; the run then saves a checkpoint and stops, as after SIGTERM."""
@@ -167,7 +168,7 @@ class LaunchConfig(Section):
     @classmethod
     def _no_secrets_in_env(cls, env: dict[str, str]) -> dict[str, str]:
         for key in env:
-            if not ENV_NAME.match(key):
+            if not ENV_NAME.fullmatch(key):
                 raise ValueError(f"{key!r} is not the name of an environment variable")
             if SECRET_NAME.search(key):
                 raise ValueError(
@@ -180,6 +181,6 @@ class LaunchConfig(Section):
     @classmethod
     def _names_only(cls, names: list[str]) -> list[str]:
         for name in names:
-            if not ENV_NAME.match(name):
+            if not ENV_NAME.fullmatch(name):
                 raise ValueError("an entry is not the name of an environment variable; values never belong here")
         return names

@@ -16,6 +16,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from distopt.config.base import ConfigError
+from distopt.config.kubernetes import (
+    LABEL_KEY_PATTERN,
+    LABEL_VALUE_PATTERN,
+    NAME_PATTERN,
+    QUANTITY_PATTERN,
+    RESOURCE_PATTERN,
+)
 from distopt.config.plugins import REFERENCE_PATTERN
 from distopt.config.schema import RUN_NAME_PATTERN, RunConfig
 from distopt.config.slurm import MEMORY_PATTERN, TIME_PATTERN
@@ -50,6 +57,11 @@ _EXPECTED_PATTERNS = {
     HOST_PATTERN: "the name or the IPv4 address of a host; IPv6 is not used",
     TIME_PATTERN: "minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or UNLIMITED",
     MEMORY_PATTERN: "a whole number of megabytes, or one with K, M, G or T, such as 16G",
+    QUANTITY_PATTERN: "a number, and no unit or one of m, k, M, G, T, P, E, Ki, Mi, Gi, Ti, Pi, Ei",
+    RESOURCE_PATTERN: "cpu, memory, ephemeral-storage, hugepages-<size> or a name with a domain: example.com/device",
+    NAME_PATTERN: "a-z, 0-9, dashes and dots, first and last no dash and no dot",
+    LABEL_KEY_PATTERN: "at most 63 letters, digits, dots, underscores and dashes, after an optional domain and `/`",
+    LABEL_VALUE_PATTERN: "at most 63 letters, digits, dots, underscores and dashes, first and last a letter or digit",
 }
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-ENV_NAME = re.compile(r"^[A-Za-z_][A-Za-z0-9_]*$")
+ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # to be used with `fullmatch`: `match` and `$` let a newline pass
 
 # What is refused in places that are written to disk or to command lines. It errs on the side of refusing: a variable
 # that only looks like a secret can still be named in `launch.secrets`.

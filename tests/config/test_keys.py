@@ -81,16 +81,21 @@ def test_example_of_a_key_is_one_that_a_yaml_may_have(
     for prefix, others in NEEDED.items():
         if name.startswith(prefix):
             for other, value in others.items():
-                set_in(values, other.replace("[]", ".[]").split("."), value)
+                set_in(values, path_of(other), value)
     section = name.rpartition(".")[0]
     siblings = [key for key in KEYS.values() if section and key.name.rpartition(".")[0] == section]
     for key in [*(each for each in siblings if each.default is None), KEYS[name]]:
-        set_in(values, key.name.replace("[]", ".[]").split("."), yaml.safe_load(key.example))
+        set_in(values, path_of(key.name), yaml.safe_load(key.example))
     assert dump_yaml(parse_config(yaml.safe_dump(values)))
 
 
+def path_of(name: str) -> list[str]:
+    """Returns the path of a key, in which `NAME` stands for any name."""
+    return name.replace("[]", ".[]").replace("*", "NAME").split(".")
+
+
 def set_in(values: dict[str, Any], path: list[str], value: Any) -> None:
-    """Sets a nested value; `[]` is the only entry of a list, `*` the only name of a mapping."""
+    """Sets a nested value; `[]` is the only entry of a list."""
     name, *rest = path
     if not rest:
         values[name] = value

@@ -153,6 +153,23 @@ def test_script_arguments_arrive_as_they_are_though_kubernetes_expands_variables
         assert result[len(result) - len(arguments) - 1 :] == ["a b/train.py", *arguments]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_run_directory_and_python_are_the_same_for_agent_and_worker_though_kubernetes_expands_variables(kind):
+    python = "/opt/$(HOME)/python"
+    serve = ["serve.port=8080", "serve.host=0.0.0.0"]
+    config = config_of(kind, "run_dir='/runs/$(A)$$x'", f"launch.kubernetes.python='{python}'", *serve)
+    main = manifests(config)[-1]["spec"]
+    containers = [template["spec"]["containers"][0] for template in pod_templates(main)] or [main["trainer"]]
+    for container in containers:
+        argv = [expanded(argument, {"A": "expanded", "HOME": "/tmp"}) for argument in container["command"]]
+        if "--run-dir" in argv:
+            assert argv[0] == python and argv.count("/runs/$(A)$$x") == 2
+            assert {argument for argument in argv if argument.endswith("/python")} == {python}
+        if "livenessProbe" in container:
+            command = container["livenessProbe"]["exec"]["command"]
+            assert expanded(command[0], {"HOME": "/tmp"}) == python
+
+
 def test_trainjob_sets_nothing_that_the_operator_sets():
     manifest = manifests(config_of("trainjob"))[-1]
     assert set(manifest["spec"]) == {"runtimeRef", "trainer"}

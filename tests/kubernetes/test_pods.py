@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 
 import pytest
 
 from distopt.config import ConfigError, parse_config
 from distopt.launch.platforms.kubernetes.manifests import manifests
-from distopt.launch.platforms.kubernetes.pods import merged
+from distopt.launch.platforms.kubernetes.pods import amount, merged
 from tests.kubernetes.run_config import BASE, config_of
 from tests.kubernetes.test_manifests import pod_templates
 
@@ -131,6 +132,12 @@ def test_init_container_has_the_workers_image_variables_and_volumes_but_where_it
         ("{path: /x, claim: a, empty_dir: 1Gi}", "found claim and empty_dir of claim"),
         ("{path: /x, claim: a, storage_class: fast}", "storage_class: only an ephemeral volume has one"),
         ("{path: /x, empty_dir: much}", "launch.kubernetes.volumes"),
+        ("{path: /, claim: a}", "found '/', expected a folder below /"),
+        ("{path: /x/../y, claim: a}", "found '/x/../y', expected a path without `..`"),
+        ("{path: /x, claim: a, sub_path: ../etc}", "found '../etc', expected a path without `..`"),
+        ("{path: /x, host_path: /a/../b}", "found '/a/../b', expected a path without `..`"),
+        ("{path: /x, claim: a}, {path: /x/, claim: b}", "found two volumes with the path /x"),
+        ("{path: /x, claim: a..b}", "expected a-z, 0-9, dashes and dots"),
     ],
 )
 def test_volume_that_makes_no_sense_is_refused(volume, message):
@@ -193,3 +200,67 @@ def test_what_is_merged_wins_and_what_it_does_not_name_stays(base, patch, expect
     before = json.dumps(base)
     assert merged(base, patch) == expected
     assert json.dumps(base) == before
+
+
+def test_volume_at_a_folder_that_pods_always_have_takes_its_place_however_the_path_is_written():
+    (spec,) = specs("job", f"launch.kubernetes.volumes=[{RUNS}, {{empty_dir: 1Gi, path: /tmp/}}]")
+    mounts = [mount for mount in spec["containers"][0]["volumeMounts"] if mount["mountPath"].startswith("/tmp")]
+    assert mounts == [{"name": "volume-1", "mountPath": "/tmp", "readOnly": False}]
+
+
+def test_names_with_dots_are_accepted_where_kubernetes_takes_them():
+    names = "service_account: a.b, image_pull_secrets: [ghcr.io], secrets: {A: {secret: a.b, key: k}}"
+    volumes = "volumes: [{claim: my.claim, path: /runs}]"
+    (spec,) = specs("job", f"launch.kubernetes={{image: x, {names}, {volumes}}}")
+    assert {"name": "volume-0", "persistentVolumeClaim": {"claimName": "my.claim"}} in spec["volumes"]
+    assert (spec["serviceAccountName"], spec["imagePullSecrets"]) == ("a.b", [{"name": "ghcr.io"}])
+
+
+@pytest.mark.parametrize("memory", ["lots", "16GB", "10K", "1mi", ".", "1.2.3", "-1", "1e", "true", "''", '"1\\n"'])
+@pytest.mark.parametrize("key", ["memory", "cpu", "requests.cpu", "limits.memory"])
+def test_text_that_is_no_quantity_is_refused_with_the_units(key, memory):
+    with pytest.raises(ConfigError, match=f"launch.kubernetes.{key}: .*expected a number, and no unit or one of m, k"):
+        parse_config(BASE, [f"launch.kubernetes.{key}={memory}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("16000000000", 16e9), ("1e3", 1e3), ("1E3", 1e3), ("1.5Gi", 1.5 * 2**30), ("500m", 0.5), (".5", 0.5), ("2.", 2),
+     ("3k", 3e3), ("1E", 1e18), ("1Ei", 2**60), ("1e-3", Fraction(1, 1000))],
+)  # fmt: skip
+def test_quantity_is_text_with_the_number_that_kubernetes_reads(text, number):
+    assert parse_config(BASE, [f"launch.kubernetes.memory={text}"]).launch.kubernetes.memory == text
+    assert amount(text) == number
+
+
+@pytest.mark.parametrize(
+    ("wanted", "key"),
+    [
+        ("resources={gpu: 1}", "resources"),
+        ("labels={a b: c}", "labels"),
+        ("labels={a: -b}", "labels.a"),
+        (f"labels={{a: {'x' * 64}}}", "labels.a"),
+        ("labels={A.b/c: d}", "labels"),
+        ("annotations={/a: b}", "annotations"),
+        ("node_selector={a: b c}", "node_selector.a"),
+        ("secrets={'MY KEY': {secret: a, key: b}}", "secrets"),
+        ("user=3000000000", "user"),
+        ("python=''", "python"),
+    ],
+)
+def test_name_that_kubernetes_refuses_is_refused_with_its_key(wanted, key):
+    with pytest.raises(ConfigError, match=f"launch.kubernetes.{key}"):
+        parse_config(BASE, [f"launch.kubernetes.{wanted}"])
+
+
+def test_labels_and_annotations_that_kubernetes_takes_are_accepted():
+    labels = {"a.b/C_d.e": "X-1", "empty": "", "zone": "1"}
+    config = config_of(
+        "job", f"launch.kubernetes.labels={json.dumps(labels)}", "launch.kubernetes.annotations={a: b c}"
+    )
+    assert (config.launch.kubernetes.labels, config.launch.kubernetes.annotations) == (labels, {"a": "b c"})
+
+
+def test_name_of_a_variable_that_ends_with_a_newline_is_refused():
+    with pytest.raises(ConfigError, match="is not the name of an environment variable"):
+        parse_config(BASE.replace("GREETING:", '"B\\n":'))

@@ -53,6 +53,9 @@ def test_pods_get_their_volumes_and_where_they_may_run(version):
         ("2.3", "time_limit_s=5", False),
         ("2.3", "init_containers=[{name: fetch}]", True),
         ("2.3", "ttl_s=5", True),
+        (None, "user=2000", True),
+        ("2.1", "user=2000", True),
+        ("2.2", "user=2000", False),
         ("2.3", "pod={runtimeClassName: nvidia}", True),
         ("2.3", "pod={tolerations: [{operator: Exists}]}", False),
     ],
@@ -65,3 +68,19 @@ def test_what_a_release_has_no_field_for_is_refused_and_left_to_the_runtime(vers
         [f"launch.kubernetes.{wanted.partition('=')[0]}"] if refused else []
     )
     assert all("takes it from its ClusterTrainingRuntime; set it there" in finding for finding in findings)
+
+
+@pytest.mark.parametrize("version", FIELDS)
+def test_fields_of_a_container_that_a_release_does_not_have_are_refused_by_name(version):
+    mine = "{name: node, volumeMounts: [{name: tmp, mountPath: /x}], tty: true, env: [{name: A, value: b}]}"
+    chosen = [f"launch.kubernetes.trainer_version={version}", f"launch.kubernetes.pod={{containers: [{mine}]}}"]
+    (finding,) = load_platform("kubernetes").check(config_of("trainjob", *chosen))
+    assert finding.subject == "launch.kubernetes.pod" and "has no field for tty, env of a container" in finding.message
+    assert "launch.env" in finding.fix
+
+
+@pytest.mark.parametrize("version", ["null", *FIELDS])
+def test_probes_that_a_trainjob_leaves_out_are_a_warning(version):
+    config = config_of("trainjob", f"launch.kubernetes.trainer_version={version}", "serve.port=8080")
+    (finding,) = load_platform("kubernetes").check(config)
+    assert (finding.subject, finding.severity) == ("serve.port", "warning")

@@ -9,7 +9,7 @@ from distopt.launchers import CONFIG_FILE, CONFIG_VARIABLE, RENDEZVOUS_PORT, USA
 
 from ...plan import worker_argv
 from ..torchrun import torchrun_argv
-from .pods import LABEL, Manifest, env_entries, literal, pod_template, resources, selector
+from .pods import LABEL, Manifest, container_name, env_entries, literal, pod_template, resources, selector
 from .trainjob import trainjob_spec
 
 KUEUE_LABEL = "kueue.x-k8s.io/queue-name"
@@ -114,7 +114,7 @@ def _pytorchjob(config: RunConfig) -> list[Manifest]:
         "--master-port=$(PET_MASTER_PORT)",
     ]
 
-    pod = pod_template(config, _agent(config, _torchrun(config, rendezvous)), container="pytorch")
+    pod = pod_template(config, _agent(config, _torchrun(config, rendezvous)), container=container_name(config))
     replicas = {"Master": 1, **({"Worker": launch.num_hosts - 1} if launch.num_hosts > 1 else {})}
     job = {
         "apiVersion": "kubeflow.org/v1",
@@ -285,7 +285,7 @@ def _torchrun_meeting_at(config: RunConfig, address: str) -> list[str]:
 
 
 def _torchrun(config: RunConfig, rendezvous: list[str]) -> list[str]:
-    return torchrun_argv(config, rendezvous, _worker(config), config.launch.kubernetes.python)
+    return torchrun_argv(config, rendezvous, _worker(config), literal(config.launch.kubernetes.python))
 
 
 def _worker(config: RunConfig) -> list[str]:
@@ -294,8 +294,9 @@ def _worker(config: RunConfig) -> list[str]:
 
 def _agent(config: RunConfig, launcher: list[str], meet: str | None = None) -> list[str]:
     """Puts the agent in front: process 1 of a container ignores SIGTERM unless it handles it, and must reap orphans."""
-    options = [*(["--meet", meet] if meet else []), "--run-dir", str(config.run_dir)]
-    return [config.launch.kubernetes.python, "-m", "distopt.launch.worker.host_agent", *options, "--", *launcher]
+    options = [*(["--meet", meet] if meet else []), "--run-dir", literal(str(config.run_dir))]
+    python = literal(config.launch.kubernetes.python)
+    return [python, "-m", "distopt.launch.worker.host_agent", *options, "--", *launcher]
 
 
 def _without_restarts(pod: Manifest) -> Manifest:

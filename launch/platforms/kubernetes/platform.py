@@ -5,25 +5,32 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import yaml
 
 from distopt.config import RunConfig, dump_yaml
-from distopt.config.values import DNS_LABEL
 from distopt.launchers import CONFIG_FILE
 
 from ...findings import Finding
 from ...plan import Plan
 from ...run_dir import RUNS
 from ..base import Platform, check_gpus
+from .admission import check_env, check_pod, check_resources
 from .job import KubernetesJob
-from .manifests import manifests
+from .manifests import KUEUE_LABEL, manifests
+from .pods import LABEL
 from .trainjob import check_trainjob
 
 # Pods are named after their run, with the role and index that operators append; a host name has at most 63 characters.
 MAX_NAME = 50
+MAX_PORT = 65535
+_SERVICE_NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")  # RFC 1035: pods find one another by a Service of this name
 MANIFEST = "manifest.yaml"
+
+
+# What kubectl's reader of YAML may take for a number, a boolean or a time where PyYAML sees text: `1e3`, `0o17`, `y`.
+_AMBIGUOUS = re.compile(r"[-+]?[._0-9].*|[yYnN]", re.DOTALL)
 
 
 class _PlainDumper(yaml.SafeDumper):
@@ -31,6 +38,14 @@ class _PlainDumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: object) -> bool:
         return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Returns the node of a text, with quotes where another reader may take it for something else."""
+        style = "'" if _AMBIGUOUS.fullmatch(data) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_PlainDumper.add_representer(str, _PlainDumper.represent_str)
 
 
 class KubernetesPlatform(Platform):
@@ -43,8 +58,9 @@ class KubernetesPlatform(Platform):
         kubernetes = config.launch.kubernetes
         if kubernetes.image is None:
             yield Finding("launch.kubernetes.image", "missing", "name an image that has distopt and your code")
-        if not re.match(DNS_LABEL, config.name) or len(config.name) > MAX_NAME:
-            yield Finding("name", f"found {config.name!r}", f"Kubernetes takes a-z, 0-9 and dashes, at most {MAX_NAME}")
+        if not _SERVICE_NAME.fullmatch(config.name) or len(config.name) > MAX_NAME:
+            rule = f"Kubernetes takes a-z, 0-9 and dashes, first a letter, at most {MAX_NAME}"
+            yield Finding("name", f"found {config.name!r}", rule)
         if config.launch.hosts:
             yield Finding("launch.hosts", "Kubernetes finds the hosts itself", "set launch.nodes to their number")
         if config.launch.secrets:
@@ -57,9 +73,27 @@ class KubernetesPlatform(Platform):
                 "set null, which allows any number, or 0, which counts them as restarts",
             )
 
+        if config.serve.port is not None and config.serve.port + config.launch.workers - 1 > MAX_PORT:
+            yield Finding(
+                "serve.port",
+                f"found {config.serve.port}, but {config.launch.workers} workers of a pod serve from it on",
+                f"set {MAX_PORT + 1 - config.launch.workers} or less",
+            )
+
         yield from check_gpus(config, "launch.kubernetes.gpus", kubernetes.gpus)
         yield from self._check_backend(config)
-        yield from self._check_run_dir(config)
+        if config.launch.min_hosts is not None and kubernetes.kind not in ("job", "jobset"):
+            yield Finding(
+                "launch.min_hosts",
+                f"a {kubernetes.kind} cannot continue with fewer hosts",
+                "remove it, or set launch.kubernetes.kind=job",
+            )
+        yield from check_resources(config)
+        yield from check_env(config)
+        yield from check_pod(config)
+        for label, instead in {LABEL: "remove it", KUEUE_LABEL: "set launch.kubernetes.queue"}.items():
+            if label in kubernetes.labels:
+                yield Finding(f"launch.kubernetes.labels.{label}", "distopt sets this label itself", instead)
         if kubernetes.kind == "trainjob":
             yield from check_trainjob(config)
 
@@ -82,16 +116,6 @@ class KubernetesPlatform(Platform):
                 "reduce.backend",
                 f"{backend} needs launch.kubernetes.kind=mpijob, found {kind}",
                 "set one of the two",
-            )
-
-    def _check_run_dir(self, config: RunConfig) -> Iterator[Finding]:
-        path = PurePosixPath(config.run_dir)
-        writable = [volume.path for volume in config.launch.kubernetes.volumes if volume.is_kept]
-        if not any(path.is_relative_to(volume) for volume in writable):
-            yield Finding(
-                "run_dir",
-                f"{path} lies on no writable volume that outlives the pods, so checkpoints would be lost",
-                "name a claim in launch.kubernetes.volumes, and a run_dir below its path",
             )
 
     def plan(self, config: RunConfig) -> Plan:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from fractions import Fraction
 from typing import Any
 
 from distopt.config import RunConfig
 from distopt.config.kubernetes import VolumeConfig
+from distopt.config.values import DNS_LABEL
 from distopt.launchers import CONFIG_FILE, CONFIG_VARIABLE, ECHO_VARIABLE
 
 from ...plan import env_of_workers
@@ -69,6 +71,11 @@ def pod_template(
     return {"metadata": pod_metadata(config), "spec": merged(spec, kubernetes.pod)}
 
 
+def container_name(config: RunConfig) -> str:
+    """Returns what the container of the workers is called, where an operator finds it by its name."""
+    return {"pytorchjob": "pytorch", "trainjob": "node"}.get(config.launch.kubernetes.kind, "worker")
+
+
 def selector(config: RunConfig) -> Manifest:
     """Returns what selects the pods of a run; a TrainJob's have the label of the JobSet that its operator makes."""
     if config.launch.kubernetes.kind == "trainjob":
@@ -88,10 +95,15 @@ def literal(value: str) -> str:
     return value.replace("$", "$$")
 
 
+def plain_env(config: RunConfig) -> dict[str, str]:
+    """Returns the variables of the pods whose values are no references."""
+    threads = {"OMP_NUM_THREADS": str(_threads(config))}
+    return env_of_workers(config, **FRESH_STORE, **{ECHO_VARIABLE: "1"}, **threads, HOME=HOME)
+
+
 def env_entries(config: RunConfig) -> list[Manifest]:
     """Returns the variables of the pods; the configuration and secrets are references."""
-    threads = {"OMP_NUM_THREADS": str(_threads(config))}
-    values = env_of_workers(config, **FRESH_STORE, **{ECHO_VARIABLE: "1"}, **threads, HOME=HOME)
+    values = plain_env(config)
     secrets = config.launch.kubernetes.secrets
     return [
         *({"name": name, "value": literal(value)} for name, value in values.items()),
@@ -111,20 +123,38 @@ def resources(config: RunConfig, gpus: bool = True) -> Manifest:
         amounts |= {kubernetes.gpu_resource: str(kubernetes.gpus)} if kubernetes.gpus else {}
         amounts |= kubernetes.resources
     limits = {name: amount for name, amount in {**amounts, **kubernetes.limits}.items() if amount is not None}
-    return {"requests": {**amounts, **kubernetes.requests}, "limits": limits}
+    requests = {**amounts, **kubernetes.requests}
+    if not gpus:  # devices, which have a domain in their name, are for those who compute
+        requests = {name: one for name, one in requests.items() if "/" not in name}
+        limits = {name: one for name, one in limits.items() if "/" not in name}
+    return {"requests": requests, "limits": limits}
 
 
 def _threads(config: RunConfig) -> int:
     """Returns the threads of each worker: a node may have many more cores than its pod may use."""
     of_pod = resources(config)
-    cpus = _number(of_pod["limits"].get("cpu", of_pod["requests"]["cpu"]))
+    cpus = amount(of_pod["limits"].get("cpu", of_pod["requests"]["cpu"]))
     return max(1, int(cpus / config.launch.workers))
 
 
-def _number(quantity: str) -> float:
-    """Returns what an amount of processor cores stands for; `m` is a thousandth."""
-    match = re.fullmatch(r"([0-9.]+)(m?)", quantity)
-    return float(match[1]) / (1000 if match[2] else 1) if match else 1.0
+_UNITS = {
+    "m": Fraction(1, 1000),
+    "k": Fraction(1000),
+    **{unit: Fraction(1000) ** power for power, unit in enumerate("MGTPE", start=2)},
+    **{f"{unit}i": Fraction(1024) ** power for power, unit in enumerate("KMGTPE", start=1)},
+}
+
+
+def amount(quantity: str) -> Fraction:
+    """Returns the number that a quantity of Kubernetes stands for.
+
+    Example:
+        >>> amount("500m"), amount("1e3"), amount("2Ki")
+        (Fraction(1, 2), Fraction(1000, 1), Fraction(2048, 1))
+    """
+    number = quantity.rstrip("mkKMGTPEi")
+    unit = quantity[len(number) :]
+    return Fraction(number) * (_UNITS[unit] if unit else 1)
 
 
 # Volumes. One claim may be mounted at several paths.
@@ -134,7 +164,9 @@ _RESERVED = re.compile(r"tmp|shm|volume-\d+")
 
 
 def _volume_name(volume: VolumeConfig, index: int) -> str:
-    if volume.claim is None or _RESERVED.fullmatch(volume.claim):
+    # A claim's name may have dots and 253 characters, the name of a volume neither.
+    is_label = volume.claim is not None and re.fullmatch(DNS_LABEL, volume.claim)
+    if volume.claim is None or not is_label or _RESERVED.fullmatch(volume.claim):
         return f"volume-{index}"
     return volume.claim
 
@@ -196,7 +228,8 @@ def _health(config: RunConfig) -> Manifest:
 
     # A kubelet's own HTTP probe comes from outside of the pod, so liveness is asked by a command within.
     address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(serve.host, serve.host)
-    command = [config.launch.kubernetes.python, "-m", "distopt.launch.worker.health_probe", address, str(serve.port)]
+    python = literal(config.launch.kubernetes.python)
+    command = [python, "-m", "distopt.launch.worker.health_probe", address, str(serve.port)]
     timing = {"periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 3}
     probes: Manifest = {"livenessProbe": {"exec": {"command": command}, **timing}}
 
@@ -227,6 +260,13 @@ def _container(config: RunConfig, command: list[str], gpus: bool) -> Manifest:
 
 _LIST_KEYS = {"volumeMounts": "mountPath", "ports": "containerPort"}
 
+# Kubernetes takes one of each group. A volume has one field besides its name, its source.
+_ALTERNATIVES = (
+    {"value", "valueFrom"},
+    {"configMapKeyRef", "secretKeyRef", "fieldRef", "resourceFieldRef", "fileKeyRef"},
+    {"exec", "httpGet", "tcpSocket", "grpc"},
+)
+
 
 def merged(base: Any, patch: Any, field: str = "") -> Any:
     """Returns `base` with a user's values in it: mappings and lists of named things are merged, null removes.
@@ -241,6 +281,7 @@ def merged(base: Any, patch: Any, field: str = "") -> Any:
         {'env': [{'name': 'X', 'value': '1'}, {'name': 'Y', 'value': '2'}]}
     """
     if isinstance(base, dict) and isinstance(patch, dict):
+        base = _without_alternatives(base, patch)
         result = {**base, **{key: merged(base.get(key), value, key) for key, value in patch.items()}}
         return {key: value for key, value in result.items() if patch.get(key, "") is not None}
 
@@ -248,10 +289,18 @@ def merged(base: Any, patch: Any, field: str = "") -> Any:
     if isinstance(base, list) and isinstance(patch, list) and all(_has(item, key) for item in [*base, *patch]):
         items = {item[key]: item for item in base}
         for item in patch:
-            items[item[key]] = merged(items.get(item[key]), item)
+            earlier = items.get(item[key], {})
+            has_other_source = field == "volumes" and item.keys() - earlier.keys()
+            items[item[key]] = merged({"name": item["name"]} if has_other_source else earlier, item)
         return list(items.values())
     return patch
 
 
+def _without_alternatives(base: Manifest, patch: Manifest) -> Manifest:
+    """Returns `base` without that which stands beside none of a user's values, such as `value` beside `valueFrom`."""
+    dropped = {key for group in _ALTERNATIVES if group & patch.keys() for key in group - patch.keys()}
+    return {key: value for key, value in base.items() if key not in dropped}
+
+
 def _has(item: Any, key: str) -> bool:
-    return isinstance(item, dict) and key in item
+    return isinstance(item, dict) and isinstance(item.get(key), str | int)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from distopt.config import RunConfig
+from distopt.config.kubernetes import KubernetesConfig
 
 from ...findings import Finding
-from .pods import Manifest, pod_metadata, pod_template
+from .pods import Manifest, container_name, pod_metadata, pod_template
 
-NODE = "node"  # of the runtime's replicated job, and of its container
+NODE = "node"  # of the runtime's replicated job
 MANAGER = "distopt"
 
 # The fields of a pod and of a container that each release takes: `PodSpecOverride` of 2.0, `PodTemplateOverride` of
@@ -52,7 +53,7 @@ def trainjob_spec(config: RunConfig, trainer: Manifest, command: list[str]) -> M
 
 def _pod_of(config: RunConfig, version: str, command: list[str]) -> Manifest:
     """Returns what a pod's spec may have in a release."""
-    pod = pod_template(config, command, container=NODE)["spec"]
+    pod = pod_template(config, command, container=container_name(config))["spec"]
     result = {key: value for key, value in pod.items() if key in _POD_FIELDS[version]}
     result["containers"] = [
         {key: container[key] for key in _CONTAINER_FIELDS[version] if key in container}
@@ -97,18 +98,36 @@ def check_trainjob(config: RunConfig) -> Iterator[Finding]:
         refused.append("ttl_s")
     if (kubernetes.labels or kubernetes.annotations) and version not in _HAS_METADATA:
         refused += [key for key in ("labels", "annotations") if getattr(kubernetes, key)]
+    if kubernetes.user != KubernetesConfig.model_fields["user"].default and "securityContext" not in fields:
+        refused.append("user")
     if set(kubernetes.pod) - fields:
         refused.append("pod")
 
+    later = ", or set launch.kubernetes.trainer_version to a release that has a field for it"
+    fix = f"set it there{'' if version == '2.3' else later}"
+    release = "any release" if version is None else f"trainer {version}"
     for key in refused:
-        later = (
-            ""
-            if version == "2.3"
-            else ", or set launch.kubernetes.trainer_version to a release that has a field for it"
-        )
-        release = "any release" if version is None else f"trainer {version}"
-        yield Finding(
-            f"launch.kubernetes.{key}",
-            f"a trainjob of {release} takes it from its ClusterTrainingRuntime",
-            f"set it there{later}",
-        )
+        message = f"a trainjob of {release} takes it from its ClusterTrainingRuntime"
+        yield Finding(f"launch.kubernetes.{key}", message, fix)
+    if version is not None:
+        yield from _check_containers(config, version)
+
+    # The run serves all the same, only nothing asks it whether it is well.
+    if config.serve.port is not None:
+        message = f"a trainjob of {release} takes probes from its ClusterTrainingRuntime, if it has any"
+        yield Finding("serve.port", message, "set them there", severity="warning")
+
+
+def _check_containers(config: RunConfig, version: str) -> Iterator[Finding]:
+    """Yields what `pod` says of containers for which a release has no field; it would be left out."""
+    known = _CONTAINER_FIELDS[version]
+    containers = config.launch.kubernetes.pod.get("containers")
+    for container in containers if isinstance(containers, list) else []:
+        unknown = [str(field) for field in container if field not in known] if isinstance(container, dict) else []
+        if unknown:
+            yield Finding(
+                "launch.kubernetes.pod",
+                f"a trainjob of trainer {version} has no field for {', '.join(unknown)} of a container, "
+                f"only for {', '.join(known[1:])} (of {NODE}, which runs the workers)",
+                "use launch.env and the keys of launch.kubernetes, or set it in the ClusterTrainingRuntime",
+            )
