@@ -122,7 +122,6 @@ class Pending:
 
     recording: Recording
     assumptions: Assumptions
-    viewed: bool  # whether the model saw other tensors with the memory of the arguments
 
     def holds(self) -> bool:
         """Returns whether the values that the recorded step read are there now."""
@@ -149,16 +148,15 @@ class Variant:
     pending: list[Pending] = field(default_factory=list)
     misses: int = 0
     num_changes: int = 0  # recordings in a row that read other values than all that waited
-    viewed: bool = True  # the last recording's
 
     def held(self) -> list[Pending]:
         """Returns the recordings that wait and whose values are there now, before a step."""
         return [pending for pending in self.pending if pending.holds()]
 
-    def match(self, recording: Recording, held: list[Pending], *, viewed: bool) -> tuple[Pending | None, str | None]:
+    def match(self, recording: Recording, held: list[Pending]) -> tuple[Pending | None, str | None]:
         """Takes out the recording that has waited for this one; returns it, and why the two are unlike."""
         for pending in held:
-            if other_branch(pending.recording, recording) or pending.viewed == viewed:
+            if other_branch(pending.recording, recording):
                 continue
             self.pending.remove(pending)
             unlike = pending.change() or difference(pending.recording, recording)

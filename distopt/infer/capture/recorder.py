@@ -172,7 +172,7 @@ class Recorder(_UnguardedMode):  # type: ignore[no-untyped-call]
         self._generator_states: list[Tensor] | None = None
         self.first_argument = 0  # the first slot that is an argument's
         # A recorded step that raises an error is taken again eagerly, so its writes must be undone first.
-        self._undo: dict[int, tuple[Tensor, Tensor]] = {}  # by alias: a foreign tensor, and its values before
+        self.undo: dict[int, tuple[Tensor, Tensor]] = {}  # by alias: a foreign tensor, and its values before
 
     # Slots.
 
@@ -411,11 +411,11 @@ class Recorder(_UnguardedMode):  # type: ignore[no-untyped-call]
             self.refuse("the step writes to a parameter in place")
         elif self.first_argument <= alias < recording.num_inputs:
             self.refuse("the step writes to one of its arguments in place")
-        elif alias in recording.foreign and alias not in self._undo:
+        elif alias in recording.foreign and alias not in self.undo:
             tensor = recording.foreign[alias]
             with _disable_current_modes(), torch.no_grad():
                 memory = tensor.detach().as_strided((_storage_numel(tensor),), (1,), 0)
-                self._undo[alias] = (memory, memory.clone())
+                self.undo[alias] = (memory, memory.clone())
 
     # Python code within the step.
 
@@ -444,7 +444,7 @@ class Recorder(_UnguardedMode):  # type: ignore[no-untyped-call]
     def undo_writes(self) -> None:
         """Gives foreign tensors the values that they had before the step."""
         with torch.no_grad():
-            for tensor, values in self._undo.values():
+            for tensor, values in self.undo.values():
                 tensor.copy_(values)
 
     def close(self) -> None:
