@@ -12,7 +12,7 @@ from distopt.infer.capture import program as programs
 from distopt.infer.capture.assumptions import Assumptions
 from distopt.infer.capture.program import Program
 from distopt.infer.capture.recorded_step import RecordedStep
-from distopt.infer.capture.recording import Recording, TensorInfo, difference, same_bits
+from distopt.infer.capture.recording import Recording, difference, same_bits
 
 logger = logging.getLogger(__name__)
 
@@ -96,18 +96,9 @@ class CapturedStep:
         losses = [loss if isinstance(loss, float) else next(values) for loss in recording.losses]
         return StepResult(losses[0] if recording.loss_type is None else recording.loss_type(losses), self.params)
 
-    def would_run(self, store: list[Tensor]) -> bool:
+    def would_run(self, store: dict[str, Tensor], tensors: list[Tensor]) -> bool:
         """Returns whether everything that the program takes for granted holds now, but for its checks."""
-        recording = self.short
-        return (
-            self.assumptions()
-            and len(store) == len(self.store)
-            and all(a is b for a, b in zip(store, self.store, strict=True))
-            and recording.requires_grad == [param.requires_grad for param in store]
-            and recording.with_grad == [index for index, param in enumerate(store) if param.grad is not None]
-            and recording.infos[: len(store)] == [TensorInfo.of(param) for param in store]
-            and holds_constants(recording)
-        )
+        return self.assumptions() and self.program.matches(store, tensors)
 
     @property
     def fails_often(self) -> bool:

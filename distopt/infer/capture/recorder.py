@@ -182,8 +182,8 @@ class Recorder(_UnguardedMode):  # type: ignore[no-untyped-call]
 
     def new_slot(self, tensor: Tensor, alias: int | None = None) -> int:
         """Gives a tensor the next slot; `alias` is an earlier slot with the same memory."""
-        if not _has_programs(tensor.device):
-            self.refuse(f"a tensor on {tensor.device} is used, and steps are captured on the CPU or the current GPU")
+        if (reason := _unsupported(tensor)) is not None:
+            self.refuse(reason)
         recording = self.recording
         slot = len(recording.infos)
         recording.infos.append(TensorInfo.of(tensor))
@@ -555,10 +555,14 @@ def _are_disjoint(tensors: list[Tensor]) -> bool:
     return separate and all(each.is_contiguous() for each in tensors)
 
 
-def _has_programs(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return device.index == torch.cuda.current_device()
-    return device.type == "cpu"
+def _unsupported(tensor: Tensor) -> str | None:
+    """Returns why no program can use a tensor, None where it can."""
+    if tensor.is_neg():  # direct arithmetic reads its memory
+        return "a tensor is used whose values are the negatives of its memory's, as of x.conj().imag"
+    device = tensor.device
+    if device.type == "cpu" or (device.type == "cuda" and device.index == torch.cuda.current_device()):
+        return None
+    return f"a tensor on {device} is used, and steps are captured on the CPU or the current GPU"
 
 
 def _storage(tensor: Tensor) -> int:

@@ -336,8 +336,8 @@ class StepCapture:
         self, variant: Variant, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> StepResult:
         """Records a step anew and compares it with the programs that would have run."""
-        store = list(pyro.get_param_store()._params.values())
-        candidates = [captured for captured in variant.captured if captured.would_run(store)]
+        store, tensors = pyro.get_param_store()._params, tensors_of(args, kwargs)
+        candidates = [captured for captured in variant.captured if captured.would_run(store, tensors)]
         step = self._take_recorded(model, guide, args, kwargs)
         if step is None:
             return self._eager(model, guide, args, kwargs)
@@ -427,6 +427,7 @@ def _is_plain_context() -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.is_autocast_enabled("cuda")
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         and torch._C._len_torch_function_stack() == (_default_device() is not None)
         and torch.get_default_dtype() in (torch.float32, torch.float64)
     )
