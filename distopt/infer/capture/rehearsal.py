@@ -53,8 +53,9 @@ class RehearsalWithViews:
     """Takes a recorded step once more, with other tensors and containers in place of its arguments, and undoes it.
 
     A model that gets at an argument by another way too, or asks for its identity or attributes, takes another step
-    then. Earlier steps cannot show that: the arguments were the very tensors that the user gave, as they must be where
-    the step counts. It is for steps that were recorded twice and have changed nothing else that can be seen.
+    then, and so does one that seeds Python's or NumPy's generator. Earlier steps cannot show that: the arguments were
+    the very tensors that the user gave, as they must be where the step counts. It is for steps that were recorded twice
+    and have changed nothing else that can be seen.
 
     Args:
         args: The arguments of the step.
@@ -63,7 +64,6 @@ class RehearsalWithViews:
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._before = Rehearsal()
-        self._originals = (*args, *kwargs.values())
         # Whoever looks after them must keep them: a model may have noted their ids, which other tensors could get.
         self.views = views(args, kwargs)
 
@@ -88,10 +88,11 @@ class RehearsalWithViews:
 
     def _difference(self, step: RecordedStep, loss_and_grads: Callable[..., Any], model: Any, guide: Any) -> str | None:
         args, kwargs = self.views
-        if all(a is b for a, b in zip((*args, *kwargs.values()), self._originals, strict=True)):
-            return None  # numbers and objects alone
         after = Rehearsal(step.written)
         self._before.undo(step.undo_writes)
+        # A step that seeds these generators, or sets them back, leaves them as it found them: not from another state.
+        random.random()
+        np.random.random_sample()
         try:
             with _without_hooks(step.params), Watch():
                 again = record_step(loss_and_grads, model, guide, args, kwargs)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -63,6 +66,32 @@ def another_way():
     return lambda x: rows.sum() + x.mean(), lambda i: (rows,), None
 
 
+def seeds_numpy():
+    def read():
+        np.random.seed(0)
+        return 0.5 + np.random.rand()
+
+    return read, lambda i: () if i < 6 else (np.random.seed(i), ())[1], np.random.rand
+
+
+def seeds_python():
+    def read():
+        random.seed(3)
+        return 0.5 + random.random()
+
+    return read, lambda i: () if i < 6 else (random.seed(i), ())[1], random.random
+
+
+def draws_and_sets_back():
+    def read():
+        state = random.getstate()
+        scale = 0.5 + random.random()
+        random.setstate(state)
+        return scale
+
+    return read, lambda i: () if i < 6 else (random.seed(i), ())[1], random.random
+
+
 def item_of_a_dict():
     batches = [{"x": torch.ones(1)} for _ in range(20)]
 
@@ -106,7 +135,7 @@ def buffer_with_a_write():
 
 CASES = [
     *(attribute, attribute_with_a_default, identity, identity_of_a_list, table_by_tensor, table_by_id, another_way),
-    *(item_of_a_dict, shape, attribute_that_is_set),
+    *(item_of_a_dict, shape, attribute_that_is_set, seeds_numpy, seeds_python, draws_and_sets_back),
 ]
 
 
@@ -117,6 +146,8 @@ def both_ways(make, *, keep_grads=False) -> StepCapture:
     for kind in (EagerSteps, StepCapture):
         pyro.clear_param_store()
         torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
         read, args, observe = make()
         model = model_of(read)
         step = kind(Trace_ELBO().loss_and_grads)
@@ -128,7 +159,7 @@ def both_ways(make, *, keep_grads=False) -> StepCapture:
 
 
 @pytest.mark.parametrize("make", CASES, ids=lambda make: make.__name__)
-def test_step_that_asks_which_tensors_its_arguments_are_or_changes_them_has_the_bits_of_an_eager_one(make):
+def test_step_that_asks_which_tensors_its_arguments_are_or_changes_them_or_seeds_has_the_bits_of_an_eager_one(make):
     capture = both_ways(make)
     assert capture.refusal is not None
     assert capture.num_captured == 0
