@@ -235,13 +235,19 @@ struct Expected {
   std::vector<int64_t> sizes, strides;
   at::ScalarType dtype;
   c10::Device device;
+  bool conjugate, negative;  // whether the values stand for their conjugates or negatives, as of x.conj()
 
   explicit Expected(const at::Tensor& t)
-      : sizes(t.sizes().vec()), strides(t.strides().vec()), dtype(t.scalar_type()), device(t.device()) {}
+      : sizes(t.sizes().vec()),
+        strides(t.strides().vec()),
+        dtype(t.scalar_type()),
+        device(t.device()),
+        conjugate(t.is_conj()),
+        negative(t.is_neg()) {}
 
   bool matches(const at::Tensor& t) const {
     return t.defined() && t.scalar_type() == dtype && t.device() == device && t.sizes() == at::IntArrayRef(sizes) &&
-           t.strides() == at::IntArrayRef(strides);
+           t.strides() == at::IntArrayRef(strides) && t.is_conj() == conjugate && t.is_neg() == negative;
   }
 };
 
@@ -251,6 +257,7 @@ struct Foreign {
   Expected expected;
   at::Tensor compared;  // a copy of the values that it must have; undefined: any
   bool written;
+  bool requires_grad;  // an eager step would leave a gradient in it
 };
 
 struct Check {
@@ -367,7 +374,7 @@ class Program {
   void set_fixed(int slot, at::Tensor tensor) { fixed_.emplace_back(slot, tensor.detach()); }
 
   void set_foreign(int slot, at::Tensor tensor, std::optional<at::Tensor> compared, bool written) {
-    foreign_.push_back({slot, tensor, Expected(tensor), compared.value_or(at::Tensor()), written});
+    foreign_.push_back({slot, tensor, Expected(tensor), compared.value_or(at::Tensor()), written, tensor.requires_grad()});
   }
 
   // The first slots are the parameters', then come the gradients of those that have one, then the arguments.
@@ -479,6 +486,12 @@ class Program {
     return clear(Status::ran);
   }
 
+  // Whether run() would run the operations.
+  bool matches(const py::dict& store, const std::vector<at::Tensor>& args) {
+    if (running_ || !same_params(store) || !same_args(args)) return false;
+    return clear(set_values(args)) == Status::ran;
+  }
+
   int num_instructions() const { return static_cast<int>(code_.size()); }
   int num_direct() const { return static_cast<int>(directs_.size()); }
 
@@ -535,14 +548,23 @@ class Program {
   bool same_args(const std::vector<at::Tensor>& args) const {
     if (args.size() != arg_expected_.size()) return false;
     for (size_t i = 0; i < args.size(); ++i) {
-      if (!arg_expected_[i].matches(args[i]) || args[i].requires_grad()) return false;
+      if (!arg_expected_[i].matches(args[i]) || args[i].requires_grad() || is_written(args[i])) return false;
     }
     return true;
+  }
+
+  // Whether the step writes to the memory of an argument: when it was recorded they were apart.
+  bool is_written(const at::Tensor& arg) const {
+    for (const auto& each : foreign_) {
+      if (each.written && each.tensor.is_alias_of(arg)) return true;
+    }
+    return false;
   }
 
   int set_values(const std::vector<at::Tensor>& args) {
     for (const auto& each : foreign_) {
       if (!each.expected.matches(each.tensor)) return Status::constants_differ;
+      if (each.tensor.requires_grad() != each.requires_grad) return Status::constants_differ;
       if (each.compared.defined() && !same_values(each.tensor, each.compared)) return Status::constants_differ;
     }
     size_t slot = 0, grad = 0;
@@ -831,6 +853,7 @@ PYBIND11_MODULE(_graph, m) {
       .def("add_gradient", &Program::add_gradient)
       .def("set_gradient_buffers", &Program::set_gradient_buffers)
       .def("finish", &Program::finish)
+      .def("matches", &Program::matches)
       .def("run",
            [](Program& p, const py::dict& store, const std::vector<at::Tensor>& args) {
              std::vector<double> losses;

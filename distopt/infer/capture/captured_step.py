@@ -12,7 +12,7 @@ from distopt.infer.capture import program as programs
 from distopt.infer.capture.assumptions import Assumptions
 from distopt.infer.capture.program import Program
 from distopt.infer.capture.recorded_step import RecordedStep
-from distopt.infer.capture.recording import Recording, TensorInfo, difference, same_bits
+from distopt.infer.capture.recording import Recording, difference, same_bits
 
 logger = logging.getLogger(__name__)
 
@@ -96,18 +96,9 @@ class CapturedStep:
         losses = [loss if isinstance(loss, float) else next(values) for loss in recording.losses]
         return StepResult(losses[0] if recording.loss_type is None else recording.loss_type(losses), self.params)
 
-    def would_run(self, store: list[Tensor]) -> bool:
+    def would_run(self, store: dict[str, Tensor], tensors: list[Tensor]) -> bool:
         """Returns whether everything that the program takes for granted holds now, but for its checks."""
-        recording = self.short
-        return (
-            self.assumptions()
-            and len(store) == len(self.store)
-            and all(a is b for a, b in zip(store, self.store, strict=True))
-            and recording.requires_grad == [param.requires_grad for param in store]
-            and recording.with_grad == [index for index, param in enumerate(store) if param.grad is not None]
-            and recording.infos[: len(store)] == [TensorInfo.of(param) for param in store]
-            and holds_constants(recording)
-        )
+        return self.assumptions() and self.program.matches(store, tensors)
 
     @property
     def fails_often(self) -> bool:
@@ -122,7 +113,6 @@ class Pending:
 
     recording: Recording
     assumptions: Assumptions
-    viewed: bool  # whether the model saw other tensors with the memory of the arguments
 
     def holds(self) -> bool:
         """Returns whether the values that the recorded step read are there now."""
@@ -149,16 +139,15 @@ class Variant:
     pending: list[Pending] = field(default_factory=list)
     misses: int = 0
     num_changes: int = 0  # recordings in a row that read other values than all that waited
-    viewed: bool = True  # the last recording's
 
     def held(self) -> list[Pending]:
         """Returns the recordings that wait and whose values are there now, before a step."""
         return [pending for pending in self.pending if pending.holds()]
 
-    def match(self, recording: Recording, held: list[Pending], *, viewed: bool) -> tuple[Pending | None, str | None]:
+    def match(self, recording: Recording, held: list[Pending]) -> tuple[Pending | None, str | None]:
         """Takes out the recording that has waited for this one; returns it, and why the two are unlike."""
         for pending in held:
-            if other_branch(pending.recording, recording) or pending.viewed == viewed:
+            if other_branch(pending.recording, recording):
                 continue
             self.pending.remove(pending)
             unlike = pending.change() or difference(pending.recording, recording)

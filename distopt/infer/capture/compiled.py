@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyro
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from distopt.infer.capture.arguments import tensors_of
 from distopt.infer.capture.captured_step import CapturedStep, StepResult, Variant
 from distopt.infer.capture.cuda_graph import NoGraphError
 from distopt.infer.capture.fusion import NotCompiledError, fuse
-from distopt.infer.capture.generators import generator_states, same_states, set_generator_states
+from distopt.infer.capture.generators import generator_states, same_states
 from distopt.infer.capture.program import Program
 from distopt.infer.capture.recorded_step import RecordedStep
 from distopt.infer.capture.recorder import make_recorder
 from distopt.infer.capture.recording import Recording
+from distopt.infer.capture.rehearsal import Rehearsal
 from distopt.infer.capture.step import MAX_MISSES, StepCapture, build_program
 
 logger = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ class CompiledCapture(StepCapture):
     def __call__(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> StepResult:
         """As `StepCapture` does."""
         if self.num_steps == 0 and self.refusal is None:
-            rehearsal = _Rehearsal()
+            rehearsal = Rehearsal()
             names = list(pyro.get_param_store()._params)
             writes = make_recorder()  # which knows what the step writes to; what else it records is of no use
             try:
@@ -80,7 +79,7 @@ class CompiledCapture(StepCapture):
         self, variant: Variant, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> StepResult:
         num_programs = len(variant.captured)
-        rehearsal = _Rehearsal()
+        rehearsal = Rehearsal()
         for _ in range(2 * MAX_MISSES):
             num_recorded = self.num_recorded
             rehearsed = super()._record(variant, model, guide, args, kwargs)
@@ -109,7 +108,7 @@ class CompiledCapture(StepCapture):
         return result if result is not None else self._eager(model, guide, args, kwargs)
 
     def _try(self, captured: CapturedStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepResult | None:
-        tensors = list(dict.fromkeys(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
+        tensors = tensors_of(args, kwargs)
         _, result = captured.run(pyro.get_param_store()._params, tensors, self._buffers)
         self.num_captured += result is not None
         return result
@@ -117,14 +116,14 @@ class CompiledCapture(StepCapture):
     def _compare(
         self, variant: Variant, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> StepResult:
-        rehearsal = _Rehearsal()
+        rehearsal = Rehearsal()
         result = super()._compare(variant, model, guide, args, kwargs)
         if self._undo is None:  # as in `_record`
             return result
         rehearsal.undo(self._undo)
         if self.refusal is not None:
             return self._eager(model, guide, args, kwargs)
-        tensors = list(dict.fromkeys(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
+        tensors = tensors_of(args, kwargs)
         return self._run(variant, tensors, model, guide, args, kwargs)
 
     def _build_compiled(self, short: Recording, params: list[Tensor], tensors: list[Tensor]) -> Program:
@@ -144,27 +143,6 @@ class CompiledCapture(StepCapture):
         if self.notice is None:
             self.notice = reason
             logger.info("steps are captured, but not compiled: %s", reason)
-
-
-class _Rehearsal:
-    """What a step changes, to be put back."""
-
-    def __init__(self) -> None:
-        self._torch = generator_states()
-        self._python = random.getstate()
-        self._numpy = np.random.get_state()
-        params = pyro.get_param_store()._params.values()
-        self._grads = [(param, param.grad, None if param.grad is None else param.grad.clone()) for param in params]
-
-    def undo(self, undo_writes: Callable[[], None] | None = None) -> None:
-        """Puts everything back; tensors that the step has written to by `undo_writes`."""
-        set_generator_states(self._torch)
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        for param, grad, values in self._grads:
-            param.grad = grad if grad is None else grad.copy_(values)
-        if undo_writes is not None:
-            undo_writes()
 
 
 def _gradients(params: list[Tensor]) -> list[Tensor | None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distopt.infer.capture.direct import direct_op
 from distopt.infer.capture.generators import generator_states, set_generator_states
-from distopt.infer.capture.recording import Op, PackCall, Recording, Slot, same_bits, substitute
+from distopt.infer.capture.recording import Op, PackCall, Recording, Slot, TensorInfo, same_bits, substitute
 
 
 def _load() -> Any:
@@ -49,6 +49,10 @@ class Program(Protocol):
             index of the first check whose answer is another one than recorded. Then gradients and torch's generator are
             as they were before.
         """
+        ...
+
+    def matches(self, store: dict[str, Tensor], args: Sequence[Tensor]) -> bool:
+        """Returns whether `run` would run the operations: all that the program was built for is as it was."""
         ...
 
     def set_gradient_buffers(self, buffers: Sequence[Tensor | None]) -> None:
@@ -194,6 +198,10 @@ class PythonProgram:
         self._param_layouts = [_layout(tensor) for tensor in params]
         self._hooks = [_hooks_of(tensor) for tensor in params]
         self._foreign_layouts = {slot: _layout(tensor) for slot, tensor in recording.foreign.items()}
+        written = recording.written()
+        self._written_storages = {
+            _storage_of(tensor) for slot, tensor in recording.foreign.items() if recording.alias[slot] in written
+        }
         self._running = False
         self._buffers: Sequence[Tensor | None] = [None] * len(self._params)
         self._dead = _last_uses(recording)
@@ -201,6 +209,10 @@ class PythonProgram:
     def set_gradient_buffers(self, buffers: Sequence[Tensor | None]) -> None:
         """As `Program.set_gradient_buffers`."""
         self._buffers = buffers
+
+    def matches(self, store: dict[str, Tensor], args: Sequence[Tensor]) -> bool:
+        """As `Program.matches`."""
+        return not self._running and self._inputs_status(store, args) == RAN
 
     def run(self, store: dict[str, Tensor], args: Sequence[Tensor]) -> tuple[int, list[float]]:
         """As `Program.run`."""
@@ -264,6 +276,8 @@ class PythonProgram:
             return INPUTS_DIFFER
         if [_hooks_of(each) for each in self._params] != self._hooks:
             return INPUTS_DIFFER
+        if self._written_storages & set(map(_storage_of, args)):  # when the step was recorded, they were apart
+            return INPUTS_DIFFER
         if [index for index, param in enumerate(self._params) if param.grad is not None] != recording.with_grad:
             return GRADIENTS_DIFFER
         for slot, tensor in recording.foreign.items():
@@ -323,7 +337,11 @@ def put_back(states: list[Tensor], saved: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad
+    return TensorInfo.of(tensor), tensor.requires_grad
+
+
+def _storage_of(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _hooks_of(param: Tensor) -> tuple[bool, bool]:

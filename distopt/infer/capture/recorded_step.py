@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ class RecordedStep:
         params: All parameters that the store held before the step, in its order.
         used: Those that the step named, as Pyro's SVI collects them.
         undo_writes: Gives all other tensors that the step has written to the values that they had before.
+        written: These tensors.
     """
 
     recording: Recording
@@ -51,6 +52,7 @@ class RecordedStep:
     params: list[Tensor]
     used: list[Tensor]
     undo_writes: Callable[[], None]
+    written: Sequence[Tensor] = ()
 
 
 def record_step(
@@ -106,7 +108,8 @@ def record_step(
     used = list(dict.fromkeys(site["value"].unconstrained() for site in capture.trace.nodes.values()))
     _take_params(recorder, before, used)
     recorder.close()
-    return RecordedStep(recorder.recording, losses, params, used, recorder.undo_writes)
+    written = [memory for memory, _ in recorder.undo.values()]
+    return RecordedStep(recorder.recording, losses, params, used, recorder.undo_writes, written)
 
 
 def _is_finite(loss: Any) -> bool:

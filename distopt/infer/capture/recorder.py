@@ -172,7 +172,7 @@ class Recorder(_UnguardedMode):  # type: ignore[no-untyped-call]
         self._generator_states: list[Tensor] | None = None
         self.first_argument = 0  # the first slot that is an argument's
         # A recorded step that raises an error is taken again eagerly, so its writes must be undone first.
-        self._undo: dict[int, tuple[Tensor, Tensor]] = {}  # by alias: a foreign tensor, and its values before
+        self.undo: dict[int, tuple[Tensor, Tensor]] = {}  # by alias: a foreign tensor, and its values before
 
     # Slots.
 
@@ -182,8 +182,8 @@ class Recorder(_UnguardedMode):  # type: ignore[no-untyped-call]
 
     def new_slot(self, tensor: Tensor, alias: int | None = None) -> int:
         """Gives a tensor the next slot; `alias` is an earlier slot with the same memory."""
-        if not _has_programs(tensor.device):
-            self.refuse(f"a tensor on {tensor.device} is used, and steps are captured on the CPU or the current GPU")
+        if (reason := _unsupported(tensor)) is not None:
+            self.refuse(reason)
         recording = self.recording
         slot = len(recording.infos)
         recording.infos.append(TensorInfo.of(tensor))
@@ -411,11 +411,11 @@ class Recorder(_UnguardedMode):  # type: ignore[no-untyped-call]
             self.refuse("the step writes to a parameter in place")
         elif self.first_argument <= alias < recording.num_inputs:
             self.refuse("the step writes to one of its arguments in place")
-        elif alias in recording.foreign and alias not in self._undo:
+        elif alias in recording.foreign and alias not in self.undo:
             tensor = recording.foreign[alias]
             with _disable_current_modes(), torch.no_grad():
                 memory = tensor.detach().as_strided((_storage_numel(tensor),), (1,), 0)
-                self._undo[alias] = (memory, memory.clone())
+                self.undo[alias] = (memory, memory.clone())
 
     # Python code within the step.
 
@@ -444,7 +444,7 @@ class Recorder(_UnguardedMode):  # type: ignore[no-untyped-call]
     def undo_writes(self) -> None:
         """Gives foreign tensors the values that they had before the step."""
         with torch.no_grad():
-            for tensor, values in self._undo.values():
+            for tensor, values in self.undo.values():
                 tensor.copy_(values)
 
     def close(self) -> None:
@@ -555,10 +555,14 @@ def _are_disjoint(tensors: list[Tensor]) -> bool:
     return separate and all(each.is_contiguous() for each in tensors)
 
 
-def _has_programs(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return device.index == torch.cuda.current_device()
-    return device.type == "cpu"
+def _unsupported(tensor: Tensor) -> str | None:
+    """Returns why no program can use a tensor, None where it can."""
+    if tensor.is_neg():  # direct arithmetic reads its memory
+        return "a tensor is used whose values are the negatives of its memory's, as of x.conj().imag"
+    device = tensor.device
+    if device.type == "cpu" or (device.type == "cuda" and device.index == torch.cuda.current_device()):
+        return None
+    return f"a tensor on {device} is used, and steps are captured on the CPU or the current GPU"
 
 
 def _storage(tensor: Tensor) -> int:

@@ -28,12 +28,14 @@ class TensorInfo(NamedTuple):
     dtype: torch.dtype
     stride: tuple[int, ...]
     device: torch.device
+    is_conj: bool = False
+    is_neg: bool = False
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorInfo:
         """Returns the description of `tensor`."""
         stride = tensor.stride() if tensor.layout is torch.strided else ()
-        return cls(tuple(tensor.shape), tensor.dtype, stride, tensor.device)
+        return cls(tuple(tensor.shape), tensor.dtype, stride, tensor.device, tensor.is_conj(), tensor.is_neg())
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyro
 import pyro.infer
 import torch
@@ -17,9 +16,10 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.overrides import _get_current_function_mode
 from torch.utils._device import DeviceContext
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from distopt.infer.capture import program as programs
+from distopt.infer.capture.arguments import Given, is_object, key_of, tensors_of
 from distopt.infer.capture.assumptions import Assumptions
 from distopt.infer.capture.captured_step import (
     FAILED,
@@ -34,9 +34,9 @@ from distopt.infer.capture.captured_step import (
 )
 from distopt.infer.capture.cuda_graph import NoGraphError, build_graph, uses_gpu
 from distopt.infer.capture.passes import shorten
-from distopt.infer.capture.reachable import is_plain
 from distopt.infer.capture.recorded_step import NotFiniteError, RecordedStep, record_step
 from distopt.infer.capture.recording import Recording, difference
+from distopt.infer.capture.rehearsal import RehearsalWithViews
 from distopt.infer.capture.rows import TensorRows
 from distopt.infer.capture.watch import Watch, may_watch
 
@@ -133,6 +133,7 @@ class StepCapture:
         self._buffers: dict[int, Tensor] | None = None
         self._columns: tuple[Tensor, ...] | None = None  # whose rows a step selects
         self._last: _Last | None = None
+        self._viewed: Any = None  # arguments that a rehearsal has seen, whose ids a model may know
         self._elbo = getattr(loss_and_grads, "__self__", None)
         if not isinstance(self._elbo, pyro.infer.ELBO) or type(self._elbo).__name__.startswith("Jit"):
             self._refuse("the loss is no method of a pyro.infer.ELBO, or one that traces by itself")
@@ -154,12 +155,13 @@ class StepCapture:
             return result
         if self.num_steps == 1 or self.refusal is not None or not _is_plain_context() or not may_watch():
             return self._eager(model, guide, args, kwargs)
-        key, tensors = _key_of(model, guide, args, kwargs)
+        key, tensors = key_of(model, guide, args, kwargs)
         if key is None:
             self._refuse(f"{tensors}, which cannot be compared from step to step")
             return self._eager(model, guide, args, kwargs)
 
         # Steps of one kind wait for a second one to be captured, so those that keep changing are no kinds.
+        key = key, _default_type_and_device()
         if key not in self._variants and len(self._variants) >= MAX_PROGRAMS:
             self._pause(_TOO_MANY)
             return self._eager(model, guide, args, kwargs)
@@ -265,12 +267,9 @@ class StepCapture:
         self, variant: Variant, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> StepResult:
         """Records the step, and captures it if an earlier recording is equal."""
-        # One recording sees the arguments themselves, the other one other tensors with the same memory: the two are
-        # unequal if the model gets at an argument by another way too, or asks for its identity.
         held = variant.held()
-        variant.viewed = viewed = not (held[-1].viewed if held else variant.viewed)
-        if viewed:
-            args, kwargs = _views(args, kwargs)
+        given = Given(args, kwargs)
+        rehearsal = RehearsalWithViews(args, kwargs)
         watch = Watch()
         with watch:
             step = self._take_recorded(model, guide, args, kwargs)
@@ -281,22 +280,31 @@ class StepCapture:
         if watch.effects:
             self._refuse(f"the model calls {watch.effects[0]}, which a captured step would not")
             return result
+        if given.has_changed():
+            self._refuse("the model changes its arguments, which a captured step would not")
+            return result
         if step.recording.refusal is not None:
             self._miss(variant, step.recording.refusal, is_final=not step.recording.transient)
             return result
 
         roots = {"elbo": self._elbo, "model": model, "guide": guide}
-        objects = [*filter(_is_object, tree_flatten((args, kwargs))[0])]
-        pending, unlike = variant.match(step.recording, held, viewed=viewed)
+        objects = [*filter(is_object, tree_leaves((args, kwargs)))]
+        pending, unlike = variant.match(step.recording, held)
         if pending is not None and unlike is None:
-            self._capture(variant, step, Assumptions(watch, roots, objects, pending.assumptions), args, kwargs)
+            assumptions = Assumptions(watch, roots, objects, pending.assumptions)
+            reason = rehearsal.refusal(step, assumptions, self._loss_and_grads, model, guide)
+            if reason is None:
+                self._capture(variant, step, assumptions, tensors_of(args, kwargs))
+            else:
+                self._viewed = rehearsal.views
+                self._refuse(reason)
             return result
         if unlike is not None:
             self._miss(variant, unlike)
 
         if not held and variant.num_changes == MAX_MISSES:
             self._pause(variant.pending[-1].change() or _TOO_MANY)
-        elif not variant.keep(Pending(step.recording, Assumptions(watch, roots, objects), viewed), held):
+        elif not variant.keep(Pending(step.recording, Assumptions(watch, roots, objects)), held):
             self._refuse(f"branches on values take more than {MAX_PROGRAMS} ways, {step.recording.checks[0].line}")
         return result
 
@@ -314,29 +322,22 @@ class StepCapture:
         self.num_recorded += 1
         return step
 
-    def _capture(
-        self, variant: Variant, step: RecordedStep, assumptions: Assumptions, args: Any, kwargs: dict[str, Any]
-    ) -> None:
-        if assumptions.refusal is not None:
-            self._refuse(assumptions.refusal)
-            return
+    def _capture(self, variant: Variant, step: RecordedStep, holds: Assumptions, tensors: list[Tensor]) -> None:
         short = shorten(step.recording)
-        tensors = list(dict.fromkeys(leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)))
         try:
             program = self._build(short, step.params, tensors)
         except NoGraphError as error:
             self._refuse(str(error))
             return
-        captured = CapturedStep(program, step.recording, short, assumptions, step.used, step.params, tensors)
-        variant.captured.append(captured)
+        variant.captured.append(CapturedStep(program, step.recording, short, holds, step.used, step.params, tensors))
         self._num_programs += 1
 
     def _compare(
         self, variant: Variant, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> StepResult:
         """Records a step anew and compares it with the programs that would have run."""
-        store = list(pyro.get_param_store()._params.values())
-        candidates = [captured for captured in variant.captured if captured.would_run(store)]
+        store, tensors = pyro.get_param_store()._params, tensors_of(args, kwargs)
+        candidates = [captured for captured in variant.captured if captured.would_run(store, tensors)]
         step = self._take_recorded(model, guide, args, kwargs)
         if step is None:
             return self._eager(model, guide, args, kwargs)
@@ -426,6 +427,7 @@ def _is_plain_context() -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.is_autocast_enabled("cuda")
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         and torch._C._len_torch_function_stack() == (_default_device() is not None)
         and torch.get_default_dtype() in (torch.float32, torch.float64)
     )
@@ -442,59 +444,3 @@ def _default_device() -> torch.device | None:
 
 def _default_type_and_device() -> tuple[torch.dtype, torch.device | None]:
     return torch.get_default_dtype(), _default_device()
-
-
-def _key_of(model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """Returns a key of everything about the arguments but tensors' values, and the tensors, each once.
-
-    Objects count by their identity, and what they hold is an assumption of the program. (None, reason) where an
-    argument can be compared in neither way.
-    """
-    # Tensors are numbered, each object once: f(x, x) is another step than f(x, y), since x has one slot.
-    leaves, structure = tree_flatten((args, kwargs))
-    tensors: dict[Tensor, int] = {}
-    components: list[Any] = [model, guide, structure, _default_type_and_device()]
-    for leaf in leaves:
-        if type(leaf) in (Tensor, torch.nn.Parameter) and not leaf.requires_grad and leaf.layout is torch.strided:
-            index = tensors.setdefault(leaf, len(tensors))
-            components.append((index, leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
-        elif is_plain(leaf) and not isinstance(leaf, slice):
-            components.append((type(leaf), leaf))
-        elif _is_object(leaf):
-            components.append(_Same(leaf))
-        else:
-            return None, f"an argument is a {type(leaf).__name__}"
-
-    try:
-        key = tuple(components)
-        hash(key)
-    except TypeError:
-        return None, f"the model is a {type(model).__name__} without a hash"
-    return key, list(tensors)
-
-
-def _is_object(leaf: Any) -> bool:
-    """Returns whether an argument has attributes that the model may read."""
-    return not (isinstance(leaf, Tensor | np.ndarray | slice) or is_plain(leaf) or isinstance(leaf, float))
-
-
-class _Same:
-    """Stands for an object in a key: equal only for the object itself, which is kept from being replaced by another."""
-
-    def __init__(self, value: Any) -> None:
-        self._value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self._value is other._value
-
-    def __hash__(self) -> int:
-        return id(self._value)
-
-
-def _views(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the arguments with each tensor replaced by another one with the same memory."""
-    leaves, structure = tree_flatten((args, kwargs))
-    views: dict[int, Tensor] = {}
-    fresh = [views.setdefault(id(x), x.detach()) if isinstance(x, Tensor) else x for x in leaves]
-    viewed: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(fresh, structure)
-    return viewed

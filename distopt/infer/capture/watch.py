@@ -6,6 +6,7 @@ import copy
 import dis
 import functools
 import gc
+import io
 import operator
 import os
 import sys
@@ -35,6 +36,9 @@ PLAIN = (int, float, str, bool, type(None), bytes, complex, torch.Size, torch.dt
 # Functions whose results differ from call to call, or that a user would miss. The profile function sees their calls.
 _EFFECTS = {("builtins", "print"), ("builtins", "input"), ("io", "open"), ("_io", "open")}
 _EFFECT_MODULES = frozenset({"time", "posix", "_thread", "_socket"})
+_HARMLESS = frozenset({"fspath", "_path_normpath", "_path_splitroot", "_path_splitroot_ex"})  # of `posix`
+_FILES = (io.TextIOWrapper, io.BufferedWriter, io.BufferedReader, io.BufferedRandom, io.BufferedRWPair, io.FileIO)
+_USES_OF_FILES = frozenset({"write", "writelines", "read", "read1", "readline", "readlines", "readinto", "seek"})
 _READS = frozenset({"numpy", "tolist", "item", "data_ptr"})
 _CLOCKS = frozenset({"now", "today", "utcnow"})
 
@@ -168,8 +172,8 @@ class Watch:
             self._settle()
         if event == "call":
             self._on_call(frame, kind)
-        elif event == "c_call" and kind == _USER:
-            self._on_c_call(frame, argument)
+        elif event == "c_call" and kind in (_USER, _STANDARD, _THREADS):
+            self._on_c_call(frame, argument, kind)
         elif event == "return" and kind == _IMPORT:
             self._importing = max(0, self._importing - 1)
 
@@ -186,6 +190,8 @@ class Watch:
                 self.modules[id(module)] = module
         elif kind == _LOG:
             self._note_effect(frame, "logging")
+        elif kind == _THREADS and (caller := _user_of(frame)) is not None:
+            self.effects.append(f"{frame.f_code.co_name}(), which other threads wait for{_location(caller)}")
 
     def _note(self, frame: FrameType) -> None:
         code = frame.f_code
@@ -222,17 +228,24 @@ class Watch:
         if key not in self._calls:
             self._calls[key] = Call(frame.f_code, frame.f_globals, args, cells)
 
-    def _on_c_call(self, frame: FrameType, function: Any) -> None:
+    def _on_c_call(self, frame: FrameType, function: Any, kind: int) -> None:
         if self._importing:
             return
-        # Prints, clocks and files: what they do to the user, or to the model, would stop with the capture.
+        # Prints, clocks, files and threads: what they do to the user, or to the model, would stop with the capture.
         name = getattr(function, "__name__", "")
         module = getattr(function, "__module__", None)
-        if name in _READS and isinstance(getattr(function, "__self__", None), Tensor):
+        owner = getattr(function, "__self__", None)
+        if name in _READS and isinstance(owner, Tensor):
             return  # the recorder's modes see these
-        is_clock = name in _CLOCKS and isinstance(getattr(function, "__self__", None), type)
-        if (module, name) in _EFFECTS or module in _EFFECT_MODULES or is_clock:
-            self.effects.append(f"{name}(){_location(frame)}")
+        if kind != _USER and module == "_thread" and not name.startswith(("start", "_start")):
+            return  # locks, which much of the standard library has
+        is_clock = name in _CLOCKS and isinstance(owner, type)
+        is_file = name in _USES_OF_FILES and isinstance(owner, _FILES)
+        is_system = module in _EFFECT_MODULES and name not in _HARMLESS
+        if (module, name) in _EFFECTS or is_system or is_clock or is_file:
+            caller = frame if kind == _USER else _user_of(frame)
+            if caller is not None:
+                self.effects.append(f"{name}(){_location(caller)}")
 
     def _note_effect(self, frame: FrameType, name: str) -> None:
         caller: FrameType | None = frame
@@ -242,7 +255,7 @@ class Watch:
             self.effects.append(f"{name}{_location(caller)}")
 
 
-_LIBRARY, _USER, _IMPORT, _LAYER, _LOG = range(5)
+_LIBRARY, _USER, _IMPORT, _LAYER, _LOG, _STANDARD, _THREADS = range(7)
 
 _kinds: dict[int, int] = {}  # by remembered code object: what its calls mean to a watch
 
@@ -257,7 +270,31 @@ def _kind_of(frame: FrameType) -> int:
         return _LAYER
     if code.co_name == "_log" and frame.f_globals.get("__name__") == "logging":
         return _LOG
-    return _LIBRARY
+    if not _is_standard(frame):
+        return _LIBRARY
+    module = str(frame.f_globals.get("__name__"))
+    return _THREADS if (module.split(".")[0], code.co_name) in _FEEDS else _STANDARD
+
+
+# Functions of the standard library that hand work to threads that run already, or wake them up.
+_FEEDS = frozenset({("concurrent", "submit"), ("threading", "notify"), ("multiprocessing", "apply_async")})
+
+
+def _is_standard(frame: FrameType) -> bool:
+    """Returns whether a frame runs code of the standard library."""
+    file = frame.f_code.co_filename
+    if file.startswith("<"):
+        package = str(frame.f_globals.get("__name__", "")).split(".")[0]
+        return package in sys.stdlib_module_names and not is_user_code(frame)
+    return file.startswith(_STDLIB) and "site-packages" not in file
+
+
+def _user_of(frame: FrameType) -> FrameType | None:
+    """Returns the user's frame on whose behalf the standard library runs; None where it runs for another library."""
+    caller: FrameType | None = frame
+    while caller is not None and _is_standard(caller):
+        caller = caller.f_back
+    return caller if caller is not None and is_user_code(caller) else None
 
 
 def _location(frame: FrameType) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO
@@ -27,21 +28,45 @@ def captured() -> CapturedStep:
     return captured
 
 
-def store() -> list[torch.Tensor]:
-    return list(pyro.get_param_store()._params.values())
+def store() -> dict[str, torch.Tensor]:
+    return dict(pyro.get_param_store()._params)
 
 
 def test_step_would_run_until_a_parameter_is_another_one_or_changes_its_kind(captured):
-    assert captured.runs > 0 and captured.would_run(store())
-    assert not captured.would_run(store()[:-1])
-    assert not captured.would_run([torch.nn.Parameter(param.detach().clone()) for param in store()])
-    first = store()[0]
+    assert captured.runs > 0 and captured.would_run(store(), [DATA])
+    assert not captured.would_run(dict([*store().items()][:-1]), [DATA])
+    others = {name: torch.nn.Parameter(param.detach().clone()) for name, param in store().items()}
+    assert not captured.would_run(others, [DATA])
+    assert not captured.would_run(store(), [DATA[1:]])
+    first = next(iter(store().values()))
     first.requires_grad_(False)
-    assert not captured.would_run(store())
+    assert not captured.would_run(store(), [DATA])
     first.requires_grad_(True)
-    assert captured.would_run(store())
+    assert captured.would_run(store(), [DATA])
     first.grad = torch.zeros_like(first)
-    assert not captured.would_run(store())
+    assert not captured.would_run(store(), [DATA])
+    first.grad = None
+    hook = first.register_hook(lambda grad: grad)
+    assert not captured.would_run(store(), [DATA])
+    hook.remove()
+
+
+def test_outside_tensor_of_another_shape_is_no_outdated_value(caplog):
+    data = torch.ones(5)
+
+    def model():
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(loc, 1.0).expand([len(data)]).to_event(1), obs=data)
+
+    def change(i):
+        if i == 7:  # before the step that is compared
+            data.data = torch.zeros(7)
+
+    pyro.clear_param_store()
+    step = StepCapture(Trace_ELBO().loss_and_grads)
+    run_steps(step, model, AutoNormal(model), (), 14, before_step=change)
+    assert step.refusal is None
+    assert not caplog.records
 
 
 def test_checks_that_fail_in_more_than_one_step_of_four_fail_often(captured):

@@ -1,6 +1,7 @@
 """Programs: the loop in Python computes what the loop in C++ does, and neither leaves traces of a step that fails."""
 
 import gc
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -12,7 +13,7 @@ from pyro.infer.autoguide import AutoNormal
 from distopt.infer.capture import StepCapture, program
 from distopt.infer.capture.recorder import Recorder
 from tests.infer.capture.cases import DATA, captured_cases, normal
-from tests.infer.capture.steps import compare, run_steps
+from tests.infer.capture.steps import EagerSteps, assert_same, compare, run_steps
 
 CASES = captured_cases()
 
@@ -67,6 +68,80 @@ def test_failed_check_leaves_buffers_and_gradients_as_they_were(monkeypatch, in_
     step(model, guide, -positive)  # the other branch: an eager step, which moves the buffers once
     assert int(norm.num_batches_tracked) == int(before[-1]) + 1
     assert step.num_captured == 3
+
+
+def frozen_weight_that_is_trained_later():
+    weight = torch.ones(2)
+
+    def change(i):
+        weight.requires_grad_(i in (6, 7))
+
+    return lambda x: (weight * x).exp().sum(), lambda i: torch.ones(2), change, lambda: str(weight.grad)
+
+
+def argument_in_memory_that_is_written():
+    total = torch.ones(4)
+    other = torch.full((4,), 3.0)
+
+    def read(x):
+        before = (x * 2.0).sum()
+        with torch.no_grad():
+            total.mul_(0.9)
+        return 1.0 + before - (x * 2.0).sum()
+
+    return read, lambda i: other if i < 6 else total, lambda i: None, total.tolist
+
+
+def conjugate():
+    x = torch.tensor([1 + 2j, 3 - 1j])
+    return lambda x: x.abs().sum() + (x * x).imag.exp().sum(), lambda i: x if i < 6 else x.conj(), lambda i: None, str
+
+
+def negative():
+    x = torch.tensor([1 + 2j, 3 - 1j])
+    return lambda x: x.exp().sum(), lambda i: x.imag if i < 6 else x.conj().imag, lambda i: None, str
+
+
+def negative_inside():
+    x = torch.tensor([1 + 2j, 3 - 1j])
+    return lambda x: x.conj().imag.exp().sum(), lambda i: x, lambda i: None, str
+
+
+def negative_zero():
+    return lambda x: 1.5 + math.copysign(0.5, x), lambda i: 0.0 if i < 6 else -0.0, lambda i: None, str
+
+
+INPUTS = [
+    *(frozen_weight_that_is_trained_later, argument_in_memory_that_is_written, conjugate, negative),
+    *(negative_inside, negative_zero),
+]
+
+
+@pytest.mark.parametrize("in_cpp", [True, False])
+@pytest.mark.parametrize("make", INPUTS, ids=lambda make: make.__name__)
+def test_program_does_not_run_for_inputs_that_it_was_not_built_for(monkeypatch, make, in_cpp):
+    if not in_cpp:
+        monkeypatch.setattr(program, "compiled", None)
+    elif program.compiled is None:
+        pytest.skip("the extension is not built (needs a C++ compiler; `python setup.py build_ext --inplace`)")
+    results = []
+    left = []
+    for kind in (EagerSteps, StepCapture):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        read, argument, change, observe = make()
+
+        def model(x, read=read):
+            loc = pyro.sample("loc", dist.Normal(0.0, read(x)))
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=torch.ones(()))
+
+        step = kind(Trace_ELBO().loss_and_grads)
+        args = [(argument(i),) for i in range(14)]
+        results.append(run_steps(step, model, AutoNormal(model), args.__getitem__, 14, before_step=change))
+        left.append(observe())
+    assert_same(*results)
+    assert left[0] == left[1]
+    assert step.num_captured >= 3 or make is negative_inside
 
 
 def test_gradients_that_somebody_keeps_are_not_overwritten():

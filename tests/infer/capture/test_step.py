@@ -160,3 +160,20 @@ def test_steps_under_a_default_device_are_captured_and_no_program_serves_another
     assert (capture.num_recorded, capture.num_captured, capture.refusal) == (2, 3, None)
     run_steps(capture, annealed, guide, lambda i: (DATA, 0.5), 1)
     assert (capture.num_recorded, capture.num_captured) == (3, 3)
+
+
+def test_steps_under_hooks_of_saved_tensors_are_eager():
+    pyro.clear_param_store()
+    capture = StepCapture(Trace_ELBO().loss_and_grads)
+    guide = AutoNormal(annealed)
+    calls = []
+
+    def pack(tensor):
+        calls.append(tensor)
+        return tensor
+
+    run_steps(capture, annealed, guide, lambda i: (DATA, 0.5), 5)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run_steps(capture, annealed, guide, lambda i: (DATA, 0.5), 1)
+    assert capture.num_captured == 2
+    assert calls

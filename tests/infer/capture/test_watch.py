@@ -1,11 +1,21 @@
 """Which names a function's bytecode reads, and how."""
 
+import atexit
+import contextlib
 import cProfile
 import gc
+import io
+import os
+import pprint
 import pstats
+import queue
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pyro
+import pytest
+import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
@@ -89,6 +99,56 @@ def test_generator_is_noted_when_it_ends_and_is_an_effect_when_it_is_left_unfini
         unfinished = numbers()
         next(unfinished)
     assert "a generator that it leaves unfinished" in watch.effects[0]
+
+
+def write_through_path(folder):
+    with (folder / "log").open("a") as file:
+        file.write("x")
+
+
+def wait_in_a_thread(folder):
+    thread = threading.Thread(target=folder.exists)
+    thread.start()
+    thread.join()
+
+
+EFFECTS = {
+    "open": lambda folder: (folder / "settings").read_text(),
+    "open to write": write_through_path,
+    "stat": lambda folder: folder.exists(),
+    "stat of a string": lambda folder: os.path.exists(str(folder)),
+    "write": lambda folder: LOG.write("x"),
+    "write of pprint": lambda folder: pprint.pprint(1, LOG),
+    "start_new_thread": wait_in_a_thread,
+    "submit": lambda folder: POOL.submit(len, "x").result(),
+    "notify": lambda folder: TASKS.put(1),
+}
+POOL = ThreadPoolExecutor(1)
+TASKS = queue.Queue()
+LOG = open(os.devnull, "w")  # noqa: SIM115 - as sys.stdout, it is open throughout
+atexit.register(LOG.close)
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_files_and_threads_are_effects_through_the_standard_library_too(name, tmp_path):
+    (tmp_path / "settings").write_text("1.0")
+    POOL.submit(len, "x").result()  # its thread runs already
+    with Watch() as watch:
+        EFFECTS[name](tmp_path)
+    assert watch.effects
+    assert "test_watch.py" in watch.effects[0]
+
+
+def test_what_libraries_ask_of_the_system_is_no_effect(tmp_path):
+    text = io.StringIO()
+    with Watch() as watch:
+        pyro.util.torch_isnan(torch.ones(1))
+        torch.save(torch.ones(1), tmp_path / "tensor")  # torch's own, through the standard library
+        text.write("x")
+        os.path.join(str(tmp_path), "name")
+        with contextlib.nullcontext():
+            repr(Reader())
+    assert watch.effects == []
 
 
 def test_profiler_goes_on_after_a_recorded_step():
