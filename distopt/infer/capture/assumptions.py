@@ -165,8 +165,8 @@ def _contents(calls: list[Call], named: list[Names]) -> Iterator[Any]:
 def _imported(names: Names, module_globals: dict[str, Any]) -> set[str]:
     """Returns the full names of the modules that a function imports and that are loaded."""
     package = module_globals.get("__package__") or ""
-    found = set()
+    modules = set()
     for name, level in names.imports:
         with contextlib.suppress(ImportError):
-            found.add(importlib.util.resolve_name("." * level + name, package) if level else name)
-    return found & sys.modules.keys()
+            modules.add(importlib.util.resolve_name("." * level + name, package) if level else name)
+    return modules & sys.modules.keys()

@@ -11,7 +11,6 @@ import pyro
 import torch
 from torch import Tensor
 
-from distopt.infer.capture.arguments import tensors_of
 from distopt.infer.capture.captured_step import CapturedStep, StepResult, Variant
 from distopt.infer.capture.cuda_graph import NoGraphError
 from distopt.infer.capture.fusion import NotCompiledError, fuse
@@ -22,6 +21,7 @@ from distopt.infer.capture.recorder import make_recorder
 from distopt.infer.capture.recording import Recording
 from distopt.infer.capture.rehearsal import Rehearsal
 from distopt.infer.capture.step import MAX_MISSES, StepCapture, build_program
+from distopt.infer.capture.step_arguments import tensors_among
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class CompiledCapture(StepCapture):
         return result if result is not None else self._eager(model, guide, args, kwargs)
 
     def _try(self, captured: CapturedStep, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepResult | None:
-        tensors = tensors_of(args, kwargs)
+        tensors = tensors_among(args, kwargs)
         _, result = captured.run(pyro.get_param_store()._params, tensors, self._buffers)
         self.num_captured += result is not None
         return result
@@ -123,7 +123,7 @@ class CompiledCapture(StepCapture):
         rehearsal.undo(self._undo)
         if self.refusal is not None:
             return self._eager(model, guide, args, kwargs)
-        tensors = tensors_of(args, kwargs)
+        tensors = tensors_among(args, kwargs)
         return self._run(variant, tensors, model, guide, args, kwargs)
 
     def _build_compiled(self, short: Recording, params: list[Tensor], tensors: list[Tensor]) -> Program:

@@ -11,7 +11,6 @@ import fractions
 import functools
 import gc
 import itertools
-import operator
 import os
 import pathlib
 import random
@@ -19,7 +18,7 @@ import re
 import sys
 import types
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Generic
 
 import numpy as np
@@ -30,14 +29,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Transform
 
-from distopt.infer.capture.watch import PLAIN, Names, content, is_user_file
+from distopt.infer.capture.comparisons import Comparisons, is_plain, same_plain_items
+from distopt.infer.capture.watch import Names, content, is_user_file
 from distopt.infer.sharded_plate import Sharded
 
 MAX_TESTS = 4000
 """Values that are compared before each step; a model that may read more stays eager."""
-
-MAX_COMPARED_BYTES = 1 << 18
-"""Arrays of NumPy up to this size are compared, at about 10 GB/s."""
 
 _GENERATORS = (np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random, torch.Generator)
 _GLOBAL_GENERATORS = (random._inst, np.random.mtrand._rand, torch.default_generator)
@@ -74,40 +71,22 @@ _OF_MODULES = frozenset(vars(nn.Module()))
 _BASES = (object, nn.Module, pyro.nn.PyroModule, Generic, types.SimpleNamespace, *_CONTAINERS)
 
 
-class ReachableValues:
+class ReachableValues(Comparisons):
     """Tests of values that code may read, beginning at given objects: as Python expressions over named objects.
 
     Args:
         named: What the functions of the code name.
         all_attributes: Whether attributes count that none of them names.
-
-    Attributes:
-        tests: By expression, what it compares, and whether that is a value.
-        environment: The objects that the expressions name.
-        refusal: Why something may be read that cannot be compared; None where all can be.
     """
 
     def __init__(self, named: Sequence[Names], *, all_attributes: bool = False) -> None:
-        self.tests: dict[str, tuple[str, bool]] = {}
-        self.environment: dict[str, Any] = {"is_": operator.is_, "len": len, "map": map, "type": type, "all": all}
-        self.refusal: str | None = None
+        super().__init__()
         self._read = frozenset().union(*(each.attributes for each in named))
         self._used = frozenset().union(*(each.used for each in named))
         self._counted = frozenset().union(*(each.counted for each in named))
         self._whole = frozenset().union(*(each.whole for each in named))
         self._computed = all_attributes or any(each.computed for each in named)
-        self._names: dict[int, str] = {}
         self._walked: set[int] = set()
-
-    def __contains__(self, value: Any) -> bool:
-        return id(value) in self._names
-
-    def name(self, value: Any) -> str:
-        """Returns the name under which the tests know an object, which lives as long as they do."""
-        if id(value) not in self._names:
-            name = self._names[id(value)] = f"r{len(self._names)}"
-            self.environment[name] = value
-        return self._names[id(value)]
 
     def add(self, text: str, source: str, value: Any, name: str | None = None) -> None:
         """Compares what stands under an expression, and what can be reached from there.
@@ -161,7 +140,9 @@ class ReachableValues:
         elif isinstance(value, _CACHED):
             self._add_cached(text, name, value)
         elif isinstance(value, np.ndarray):
-            self._add_array(text, name, value)
+            self.compare_array(text, name, value)
+            if hasattr(value, "__dict__"):  # of a class of the user's
+                self._add_read(text, name, value)
         elif isinstance(value, types.FunctionType | functools.partial | type):
             self._add_code(text, name, value)
         else:
@@ -243,20 +224,6 @@ class ReachableValues:
         self.test(text, f"{source}.__self__ is {self.name(owner)}")
         self.add(text, self.name(owner), owner)
 
-    def _add_array(self, text: str, name: str, value: Any) -> None:
-        if value.dtype.hasobject:
-            self.refuse(f"{text} is an array of objects, which cannot be compared from step to step")
-        elif value.nbytes > MAX_COMPARED_BYTES:
-            self.refuse(
-                f"{text} is an array of NumPy of more than {MAX_COMPARED_BYTES >> 10} KiB, too many to compare before "
-                "each step (a torch.Tensor need not be compared)"
-            )
-        else:
-            layout = f"({name}.shape, {name}.dtype) == {self.name((value.shape, value.dtype))}"
-            self.test(text, f"{layout} and {name}.tobytes() == {self.name(value.tobytes())}", is_value=True)
-        if hasattr(value, "__dict__"):  # of a class of the user's
-            self._add_read(text, name, value)
-
     def _add_partial(self, text: str, name: str, value: Any) -> None:
         # A captured step does not tell its plates how many datapoints they have, and keeps the scales of its sites.
         if isinstance(value, Sharded):
@@ -304,28 +271,26 @@ class ReachableValues:
 
     def _add_layer(self, text: str, name: str, value: nn.Module) -> None:
         """Follows a module of torch's or Pyro's: its flags, hooks, parameters, layers, and attributes that are read."""
-        self.compare(f"{text}.training", f"{name}.training", value.training)
-        for table in ("_parameters", "_buffers"):
-            self.compare_items(f"{text}'s parameters", f"{name}.__dict__[{table!r}].values()")
-            for key, each in value.__dict__[table].items():
-                if each is not None and vars(each):
-                    self._add_read(f"{text}.{key}", self.name(each), each)
+        self.compare_layer(text, name, value)
+        for key, each in {**value._parameters, **value._buffers}.items():
+            if each is not None and vars(each):
+                self._add_read(f"{text}.{key}", self.name(each), each)
         for table in ("_modules", "_pyro_samples"):
             if table in value.__dict__:
                 self.add(f"{text}'s layers", f"{name}.__dict__[{table!r}]", value.__dict__[table])
-        for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            self.test(f"{text}'s hooks", f"[*{name}.{table}] == {self.name([*getattr(value, table)])}")
 
         # A guide's or process's own code reads what it has; a layer's code is watched.
-        self.test(text, f"[*{name}.__dict__] == {self.name([*vars(value)])}")
         hidden = ("_pyro", "_cached_") if isinstance(value, Transform) else "_pyro"
-        own = {key: each for key, each in vars(value).items() if not (key in _OF_MODULES or key.startswith(hidden))}
+        attributes = {
+            key: each for key, each in vars(value).items() if not (key in _OF_MODULES or key.startswith(hidden))
+        }
         if type(value).__module__.startswith("pyro."):
-            more = {key: each for key, each in own.items() if is_plain(each) or _is_read_by_pyro(each)}
+            more = {key: each for key, each in attributes.items() if is_plain(each) or _is_read_by_pyro(each)}
             self._add_attributes(text, name, value, more)
-        self._add_attributes(text, name, value, {key: own[key] for key in own.keys() & {"forward", *self._read}})
+        named = attributes.keys() & {"forward", *self._read}
+        self._add_attributes(text, name, value, {key: attributes[key] for key in named})
         if self._computed and not _is_library(type(value).__module__):
-            self._add_attributes(text, name, value, own)
+            self._add_attributes(text, name, value, attributes)
         self._add_class_attributes(text, name, value)
 
     def _add_mapping(self, text: str, name: str, value: Any) -> None:
@@ -345,7 +310,7 @@ class ReachableValues:
     def _add_items(self, text: str, name: str, value: Any) -> None:
         items = [*value]
         if all(type(each) in (int, float, bool, str) for each in items) and not isinstance(value, set | frozenset):
-            self.test(text, _same_plain_items(name, value, self.name), is_value=True)
+            self.test(text, same_plain_items(name, value, self.name), is_value=True)
         elif isinstance(value, set | frozenset):
             # In this order, in which it is walked through.
             self.test(text, f"[*{name}] == {self.name(items)}", is_value=True)
@@ -407,30 +372,6 @@ class ReachableValues:
             source = f"{name}.__dict__[{key!r}]" if key in table else f"{name}.{key}"
             self.add(f"{text}.{key}", source, attributes[key], key if watched else None)
 
-    # Tests.
-
-    def test(self, text: str, expression: str, is_value: bool = False) -> None:
-        """Adds a test, and what a message says of it."""
-        self.tests.setdefault(expression, (text, is_value))
-
-    def compare(self, text: str, source: str, value: Any) -> None:
-        """Compares a plain value: 1, 1.0 and True are equal and make tensors of other types, as are 0.0 and -0.0."""
-        if isinstance(value, tuple | frozenset) or value == 0:
-            expression = f"repr({source}) == {self.name(repr(value))}"
-        else:
-            expression = f"(v := {source}) == {self.name(value)} and type(v) is {self.name(type(value))}"
-        self.test(text, expression, is_value=True)
-
-    def compare_items(self, text: str, source: str) -> None:
-        """Compares what an expression yields by identity, in one test."""
-        items = tuple(eval(source, self.environment))
-        self.test(text, f"len({source}) == {len(items)} and all(map(is_, {source}, {self.name(items)}))")
-
-    def refuse(self, reason: str) -> None:
-        """Notes what cannot be compared; the first reason counts."""
-        if self.refusal is None:
-            self.refusal = reason
-
 
 def _is_read_by_pyro(value: Any) -> bool:
     """Returns whether a value that is not plain is read by the library's own guides and processes, and may change."""
@@ -444,27 +385,6 @@ def _kept(cached: Any) -> list[Any]:
     kept = itertools.takewhile(lambda each: each is not cached.__wrapped__, gc.get_referents(cached))
     flat = itertools.chain.from_iterable(each.values() if isinstance(each, dict) else (each,) for each in kept)
     return [each for each in flat if not isinstance(each, type) and type(each).__module__ != "functools"]
-
-
-def _same_plain_items(source: str, value: Any, name_of: Callable[[Any], str]) -> str:
-    """Returns the expression that compares numbers and strings; equal strings are most often identical: 3 ns each."""
-    items = [*value]
-    listed = source if type(value) is list else f"[*{source}]"
-    if all(type(each) is str for each in items):
-        return f"{listed} == {name_of(items)}"
-    if any(each != each for each in items):
-        return f"len({source}) == {len(items)} and all(map(is_, {source}, {name_of(items)}))"
-    if any(each == 0 for each in items):  # 0.0 and -0.0 are equal
-        return f"repr({source}) == {name_of(repr(value))}"
-    return f"{listed} == {name_of(items)} and [*map(type, {source})] == {name_of([*map(type, items)])}"
-
-
-def is_plain(value: Any) -> bool:
-    """Returns whether a value is compared by value: numbers, strings and the like, and tuples of them."""
-    if isinstance(value, tuple | frozenset):
-        return type(value) in (tuple, frozenset, torch.Size) and all(is_plain(each) for each in value)
-    # NaN differs from itself, so it can be no assumption.
-    return isinstance(value, PLAIN) and value == value
 
 
 @functools.cache

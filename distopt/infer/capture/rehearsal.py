@@ -12,11 +12,11 @@ import pyro
 import torch
 from torch import Tensor
 
-from distopt.infer.capture.arguments import views
 from distopt.infer.capture.assumptions import Assumptions
 from distopt.infer.capture.generators import generator_states, set_generator_states
 from distopt.infer.capture.recorded_step import RecordedStep, record_step
 from distopt.infer.capture.recording import difference
+from distopt.infer.capture.step_arguments import views
 from distopt.infer.capture.watch import Watch
 
 

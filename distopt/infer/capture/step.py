@@ -19,7 +19,6 @@ from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_leaves
 
 from distopt.infer.capture import program as programs
-from distopt.infer.capture.arguments import Given, is_object, key_of, tensors_of
 from distopt.infer.capture.assumptions import Assumptions
 from distopt.infer.capture.captured_step import (
     FAILED,
@@ -38,6 +37,7 @@ from distopt.infer.capture.recorded_step import NotFiniteError, RecordedStep, re
 from distopt.infer.capture.recording import Recording, difference
 from distopt.infer.capture.rehearsal import RehearsalWithViews
 from distopt.infer.capture.rows import TensorRows
+from distopt.infer.capture.step_arguments import Given, is_object, key_of, tensors_among
 from distopt.infer.capture.watch import Watch, may_watch
 
 logger = logging.getLogger(__name__)
@@ -294,7 +294,7 @@ class StepCapture:
             assumptions = Assumptions(watch, roots, objects, pending.assumptions)
             reason = rehearsal.refusal(step, assumptions, self._loss_and_grads, model, guide)
             if reason is None:
-                self._capture(variant, step, assumptions, tensors_of(args, kwargs))
+                self._capture(variant, step, assumptions, tensors_among(args, kwargs))
             else:
                 self._viewed = rehearsal.views
                 self._refuse(reason)
@@ -336,7 +336,7 @@ class StepCapture:
         self, variant: Variant, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> StepResult:
         """Records a step anew and compares it with the programs that would have run."""
-        store, tensors = pyro.get_param_store()._params, tensors_of(args, kwargs)
+        store, tensors = pyro.get_param_store()._params, tensors_among(args, kwargs)
         candidates = [captured for captured in variant.captured if captured.would_run(store, tensors)]
         step = self._take_recorded(model, guide, args, kwargs)
         if step is None:

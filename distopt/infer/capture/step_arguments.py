@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from distopt.infer.capture.reachable import is_plain
+from distopt.infer.capture.comparisons import is_plain
 from distopt.infer.capture.recording import TensorInfo
 
 
@@ -48,7 +48,7 @@ def is_object(leaf: Any) -> bool:
     return not (isinstance(leaf, Tensor | np.ndarray | slice) or is_plain(leaf) or isinstance(leaf, float))
 
 
-def tensors_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def tensors_among(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Returns the tensors among the arguments, each once."""
     return list(dict.fromkeys(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
 
