@@ -381,7 +381,7 @@ def _is_read_by_pyro(value: Any) -> bool:
 
 
 def _kept(cached: Any) -> list[Any]:
-    """Returns the arguments and results that a function with a cache keeps, as its garbage collector is told them."""
+    """Returns the arguments and results that a function with a cache keeps, which the garbage collector alone sees."""
     kept = itertools.takewhile(lambda each: each is not cached.__wrapped__, gc.get_referents(cached))
     flat = itertools.chain.from_iterable(each.values() if isinstance(each, dict) else (each,) for each in kept)
     return [each for each in flat if not isinstance(each, type) and type(each).__module__ != "functools"]
