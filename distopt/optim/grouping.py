@@ -193,6 +193,8 @@ class Grouping:
 
     def settle(self) -> bool:
         """Applies what `edit` has set; returns whether any parameter changed its group."""
+        if not self._edits:
+            return False
         edits, self._edits = self._edits, {}
         leaving: list[ParamRecord] = []
         for group in {id(m.group): m.group for m, _ in edits.values()}.values():

@@ -12,6 +12,9 @@ from torch.optim.adam import adam
 from distopt.optim.kernels import AdamHyper, Pieces, compiled_adam_, has_kernel
 from distopt.optim.trial import EXACT_DTYPES
 
+_MIN_LIST = 4
+"""Tensors of one number up to which one call for each takes less than one call for all."""
+
 
 class _OnePass(torch.optim.Adam):
     """Steps by the compiled kernel what it takes, and the rest by torch's plain loop, one tensor at a time.
@@ -55,8 +58,11 @@ class _OnePass(torch.optim.Adam):
         for i in refused:
             _step_plainly(group, [each[i : i + 1] for each in tensors], counts[i : i + 1])
         taken = counts if not refused else [count for i, count in enumerate(counts) if i not in set(refused)]
-        if taken:
+        if len(taken) > _MIN_LIST:
             torch._foreach_add_(taken, 1)
+        else:
+            for count in taken:
+                count.add_(1)
 
 
 class OnePassAdam(_OnePass):
@@ -82,13 +88,17 @@ def hyper_of(group: dict[str, Any]) -> AdamHyper:
 
 def _is_plain(group: dict[str, Any]) -> bool:
     """Returns whether no implementation of torch was chosen for a torch parameter group, and the kernel may step it."""
-    first = next((p for p in group["params"] if p.grad is not None), None)
-    return (
-        not any(group[key] for key in ("foreach", "fused", "capturable", "differentiable"))
-        and not any(p.grad is not None and p.grad.is_sparse for p in group["params"])
-        and not any(isinstance(value, Tensor) for value in (group["lr"], *group["betas"]))
-        and (first is None or (first.is_cpu and first.dtype in EXACT_DTYPES and has_kernel("cpu")))
-    )
+    if group["foreach"] or group["fused"] or group["capturable"] or group["differentiable"]:
+        return False
+    beta1, beta2 = group["betas"]
+    if isinstance(group["lr"], Tensor) or isinstance(beta1, Tensor) or isinstance(beta2, Tensor):
+        return False
+    stepped = [p for p in group["params"] if p.grad is not None]
+    if not stepped:
+        return True
+    first = stepped[0]
+    is_known = first.is_cpu and first.dtype in EXACT_DTYPES and has_kernel("cpu")
+    return is_known and not any([p.grad.is_sparse for p in stepped])
 
 
 def _is_wide_default() -> bool:

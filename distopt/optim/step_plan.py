@@ -338,7 +338,8 @@ class FlatStepPlan(StepPlan):
             span, _ = self._locations[group]
             if span is not None:
                 i, start, end = span
-                buffers.append(dense[i].buffer[start:end])
+                buffer = dense[i].buffer
+                buffers.append(buffer if end - start == buffer.numel() else buffer[start:end])
             elif self._selection is not None:
                 buffers.append(next(selected))
             else:

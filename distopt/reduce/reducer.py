@@ -333,7 +333,6 @@ class Reducer:
             return 1.0
         return 1.0 / (num_active * self._scale_before())
 
-    @torch.no_grad()
     def _read_out(self, summary: RoundSummary, local: LocalGradients | None) -> ReducedGradients:
         """Returns the gradients that a round has left in the buckets, and the sums of sparse ones."""
         reduced = ReducedGradients(summary, local, missing=self.layout.named(summary.missing))
@@ -346,14 +345,17 @@ class Reducer:
                 if bucket.specs:
                     bucket.flat.mul_(scale)
         reduced.dense, reduced.loose = self._reader.read(summary.touched)
-        reduced.loose += _sum_sparse(self, summary, local, scale * self._scale_before())
-        self.averages.share_(self.backend, self.layout, summary.num_active, local is not None)
+        if self.layout.sparse:
+            reduced.loose += _sum_sparse(self, summary, local, scale * self._scale_before())
+        if self.layout.averages:
+            self.averages.share_(self.backend, self.layout, summary.num_active, local is not None)
         if local is not None:
             reduced.rank_local = local.scale_rank_local_()
             reduced.missing += local.rank_local_missing
         return reduced
 
 
+@torch.no_grad()
 def _sum_sparse(
     reducer: Reducer, summary: RoundSummary, local: LocalGradients | None, factor: float
 ) -> list[NamedGradient]:
@@ -379,7 +381,6 @@ def is_alone(reducer: Reducer, local: LocalGradients) -> bool:
     )
 
 
-@torch.no_grad()
 def fill_alone_(layout: Layout, local: LocalGradients) -> None:
     """Overwrites the buckets of a rank that sums with nobody, but for those that its gradients fill already."""
     # A bucket may hold some of its gradients and not others, where the optimizer has stepped only some by views of it.

@@ -56,6 +56,21 @@ def test_gradients_of_gathered_rows_have_the_same_bits_each_time_with_several_th
     assert all(torch.equal(first, each) for each in others)
 
 
+@pytest.mark.timeout(900)
+def test_one_thread_adds_gathered_rows_within_the_compiled_loops():
+    # Torch's own deterministic operation beside them takes as long as all of the rest.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.autograd.profiler.profile() as profile:
+            first, *others = gradients_of_gathering(20, "compiled")
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(first, each) for each in others)
+    called = [event.name for event in profile.function_events]
+    assert called.count("aten::index_put_") < 10  # those of steps that were recorded
+
+
 ROWS, LEVEL = torch.randn(100_000, 4), torch.randint(50, (100_000,))
 OPERATIONS = {
     "gradient of vector[rows]": lambda: gradient(torch.randn(50), lambda each: (each[LEVEL] * ROWS[:, 0]).sum()),

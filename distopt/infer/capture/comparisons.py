@@ -26,7 +26,8 @@ class Comparisons:
 
     def __init__(self) -> None:
         self.tests: dict[str, tuple[str, bool]] = {}
-        self.environment: dict[str, Any] = {"is_": operator.is_, "len": len, "map": map, "type": type, "all": all}
+        self.environment: dict[str, Any] = {each.__name__: each for each in (all, id, len, map, type)}
+        self.environment["is_"] = operator.is_
         self.refusal: str | None = None
         self._names: dict[int, str] = {}
 
@@ -55,7 +56,8 @@ class Comparisons:
     def compare_items(self, text: str, source: str) -> None:
         """Compares what an expression yields by identity, in one test."""
         items = tuple(eval(source, self.environment))
-        self.test(text, f"len({source}) == {len(items)} and all(map(is_, {source}, {self.name(items)}))")
+        self.name(items)  # which keeps them, and so their identities
+        self.test(text, f"[*map(id, {source})] == {self.name([*map(id, items)])}" if items else f"not {source}")
 
     def compare_array(self, text: str, name: str, value: Any) -> None:
         """Compares an array of NumPy, of which there may be 256 KiB."""
@@ -75,8 +77,12 @@ class Comparisons:
         self.compare(f"{text}.training", f"{name}.training", value.training)
         for table in ("_parameters", "_buffers"):
             self.compare_items(f"{text}'s parameters", f"{name}.__dict__[{table!r}].values()")
-        for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        without = [table for table in hooks if not getattr(value, table)]
+        for table in (each for each in hooks if each not in without):
             self.test(f"{text}'s hooks", f"[*{name}.{table}] == {self.name([*getattr(value, table)])}")
+        if without:
+            self.test(f"{text}'s hooks", f"not ({' or '.join(f'{name}.{table}' for table in without)})")
         self.test(text, f"len({name}.__dict__) == {len(vars(value))}")
 
     def refuse(self, reason: str) -> None:

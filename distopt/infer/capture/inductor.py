@@ -75,9 +75,11 @@ def _run_compiler(graph: fx.GraphModule, examples: list[Tensor]) -> Callable[...
         "fx_graph_cache": True,
         "size_asserts": False,  # the program has looked at all of them
     }
+    # One thread adds in one order, whatever it runs; its loops then take gradients of gathers in with the rest.
+    many = on_gpu or torch.get_num_threads() > 1
     if hasattr(config, "deterministic"):  # since torch 2.9
-        options["deterministic"] = True
-    with config.patch(options), torch.no_grad(), warnings.catch_warnings(), _keeping_environment(), _deterministic():
+        options["deterministic"] = many
+    with config.patch(options), torch.no_grad(), warnings.catch_warnings(), _keeping_environment(), _choosing(many):
         warnings.simplefilter("ignore")  # of torch about itself
         from torch._guards import TracingContext, tracing
         from torch._inductor.compile_fx import compile_fx
@@ -96,10 +98,10 @@ def _run_compiler(graph: fx.GraphModule, examples: list[Tensor]) -> Callable[...
 
 
 @contextmanager
-def _deterministic() -> Iterator[None]:
-    """Has the compiler choose operations that give the same bits each time, where it has two."""
+def _choosing(is_deterministic: bool) -> Iterator[None]:
+    """Has the compiler choose operations that give the same bits each time, or the quickest, where it has two."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(is_deterministic, warn_only=True)
     try:
         yield
     finally:

@@ -243,7 +243,10 @@ class Stepper:
 
         # Each loss and each wish to stop is told once.
         losses, self._losses = self._losses, []
-        message.values = tuple(sum(numbers) / len(losses) for numbers in zip(*losses, strict=True))
+        if len(losses) == 1:
+            message.values = losses[0]
+        else:
+            message.values = tuple(sum(numbers) / len(losses) for numbers in zip(*losses, strict=True))
         message.stop = self._stop
         message.skipped_calls = self._skipped_calls
         self._stop = False
@@ -348,13 +351,15 @@ def _compares_rng(step: int) -> bool:
 
 def _check_call(params: object, loss: object, step: object, stop: object) -> None:
     """Raises TypeError or ValueError for arguments of a step that would be misread, or fail later and elsewhere."""
-    if isinstance(params, Tensor | Mapping | str) or not isinstance(params, Iterable):
+    is_list = type(params) in (list, tuple, set)
+    if not is_list and (isinstance(params, Tensor | Mapping | str) or not isinstance(params, Iterable)):
         raise TypeError(f"params is a {type(params).__name__}, expected an iterable of tensors, such as [param].")
     if isinstance(loss, Tensor) and loss.numel() != 1:
         raise ValueError(f"loss has shape {tuple(loss.shape)}, expected one number.")
     if isinstance(loss, str):
         raise TypeError(f"loss is {loss!r}, expected a number.")
-    if step is not None and (not isinstance(step, SupportsIndex) or operator.index(step) < 0):
+    is_number = step is None or (type(step) is int and step >= 0)
+    if not is_number and (not isinstance(step, SupportsIndex) or operator.index(step) < 0):
         raise TypeError(f"step is {step!r}, expected the number of the step, an int that is not negative.")
     if not isinstance(stop, bool | np.bool_):
         raise TypeError(f"stop is {stop!r}, expected True or False.")
