@@ -197,9 +197,8 @@ class Grouping:
             return False
         edits, self._edits = self._edits, {}
         leaving: list[ParamRecord] = []
-        for group in {id(m.group): m.group for m, _ in edits.values()}.values():
-            if group is None:  # removed meanwhile
-                continue
+        # Some may have been removed meanwhile.
+        for group in {id(m.group): m.group for m, _ in edits.values() if m.group is not None}.values():
             changes = [edits[id(m)][1] if id(m) in edits else {} for m in group.members]
             if isinstance(group, ListGroup) and not group.shares_hyper:
                 for m, change in zip(group.members, changes, strict=True):

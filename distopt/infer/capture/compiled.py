@@ -16,12 +16,14 @@ from distopt.infer.capture.cuda_graph import NoGraphError
 from distopt.infer.capture.fusion import NotCompiledError, fuse
 from distopt.infer.capture.generators import generator_states, same_states
 from distopt.infer.capture.program import Program
+from distopt.infer.capture.python_state import PythonState
 from distopt.infer.capture.recorded_step import RecordedStep
 from distopt.infer.capture.recorder import make_recorder
 from distopt.infer.capture.recording import Recording
 from distopt.infer.capture.rehearsal import Rehearsal
 from distopt.infer.capture.step import MAX_MISSES, StepCapture, build_program
 from distopt.infer.capture.step_arguments import tensors_among
+from distopt.infer.capture.watch import Watch, may_watch
 
 logger = logging.getLogger(__name__)
 
@@ -46,25 +48,52 @@ class CompiledCapture(StepCapture):
     def __init__(self, loss_and_grads: Callable[..., Any]) -> None:
         super().__init__(loss_and_grads)
         self._build = self._build_compiled
+        self._is_rehearsed = False
         self._undo: Callable[[], None] | None = None
         self._plain: Program | None = None  # the program of a list that was compiled just now, as it was before
 
     def __call__(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> StepResult:
         """As `StepCapture` does."""
-        if self.num_steps == 0 and self.refusal is None:
-            rehearsal = Rehearsal()
-            names = list(pyro.get_param_store()._params)
+        if not self._is_rehearsed and self.refusal is None and may_watch():
+            result = self._rehearse(model, guide, self._rows_or_args(args), kwargs)
+            if result is not None:
+                return result
+        return super().__call__(model, guide, *args, **kwargs)
+
+    def _rehearse(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepResult | None:
+        """Takes the first step that creates no parameter, and undoes it; returns it where it is to stand.
+
+        A model that changes objects of the user's, a counter of its calls say, does so in each rehearsal. It is told
+        from one that has kept something for its next call by a second rehearsal.
+        """
+        rehearsal = Rehearsal()
+        names = list(pyro.get_param_store()._params)
+        states: list[PythonState] = []
+        for _ in range(2):
+            states.append(PythonState(*states))
             writes = make_recorder()  # which knows what the step writes to; what else it records is of no use
             try:
-                with writes:
-                    result = self._eager(model, guide, self._rows_or_args(args), kwargs)
+                with writes, Watch(states[-1]) as watch:
+                    result = self._eager(model, guide, args, kwargs)
             finally:
                 writes.close()
-            self.num_steps = 1
+            self.num_steps = max(1, self.num_steps)
             if list(pyro.get_param_store()._params) != names:
                 return result
+            self._is_rehearsed = True
+            if watch.effects or states[-1].passing:
+                self._refuse(
+                    f"the model uses {[*watch.effects, *states[-1].passing][0]}, which a compiled step would not"
+                )
+                return result
             rehearsal.undo(writes.undo_writes)
-        return super().__call__(model, guide, *args, **kwargs)
+            changed = states[-1].changed()
+            if not changed:
+                return None
+        for state in reversed(states):
+            state.put_back()
+        self._refuse(f"the model changes {changed[0]}, which a compiled step would not")
+        return None
 
     def _pause(self, reason: str) -> None:
         # Which steps are compiled again would follow from when the process began.
@@ -85,12 +114,14 @@ class CompiledCapture(StepCapture):
             rehearsed = super()._record(variant, model, guide, args, kwargs)
             if self._undo is None:  # the recording failed, so that the step was taken eagerly: it is no rehearsal
                 return rehearsed
+            if self.refusal is not None:  # it has the bits of an eager step, and stands for one
+                return rehearsed
             gradients = _gradients(rehearsed.params)
             states = generator_states()
             rehearsal.undo(self._undo)
-            if self.refusal is not None or len(variant.captured) > num_programs or self.num_recorded == num_recorded:
+            if len(variant.captured) > num_programs or self.num_recorded == num_recorded:
                 break
-        if self.refusal is not None or len(variant.captured) == num_programs:
+        if len(variant.captured) == num_programs:
             return self._eager(model, guide, args, kwargs)
 
         captured = variant.captured[-1]

@@ -15,7 +15,7 @@ import types
 from collections.abc import Iterable
 from inspect import CO_VARARGS, CO_VARKEYWORDS
 from types import CellType, CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -23,6 +23,9 @@ import torch
 from torch import Tensor, nn
 
 import distopt
+
+if TYPE_CHECKING:
+    from distopt.infer.capture.python_state import PythonState
 
 _STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
 _TORCH_MODULES = os.path.join(os.path.dirname(torch.__file__), "nn", "modules") + os.sep
@@ -131,9 +134,14 @@ class Call(NamedTuple):
 
 
 class Watch:
-    """Notes the user's functions and the modules that run inside it; a context manager."""
+    """Notes the user's functions and the modules that run inside it; a context manager.
 
-    def __init__(self) -> None:
+    Args:
+        state: Is told of each function as it begins.
+    """
+
+    def __init__(self, state: PythonState | None = None) -> None:
+        self._state = state
         self._calls: dict[tuple[Any, ...], Call] = {}
         self._open: list[tuple[FrameType, dict[str, Any]]] = []  # of functions with closures, and their arguments
         self.modules: dict[int, nn.Module] = {}
@@ -194,6 +202,8 @@ class Watch:
             self.effects.append(f"{frame.f_code.co_name}(), which other threads wait for{_location(caller)}")
 
     def _note(self, frame: FrameType) -> None:
+        if self._state is not None:
+            self._state.note(frame)
         code = frame.f_code
         values = frame.f_locals
         args = {
@@ -224,6 +234,8 @@ class Watch:
         self._open = still_open
 
     def _add(self, frame: FrameType, args: dict[str, Any], cells: dict[str, CellType]) -> None:
+        if self._state is not None:
+            self._state.note_cells(frame, cells)
         key = (frame.f_code, *map(id, args.values()), *map(id, cells.values()))
         if key not in self._calls:
             self._calls[key] = Call(frame.f_code, frame.f_globals, args, cells)
