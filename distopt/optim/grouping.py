@@ -197,8 +197,7 @@ class Grouping:
             return False
         edits, self._edits = self._edits, {}
         leaving: list[ParamRecord] = []
-        # Some may have been removed meanwhile.
-        for group in {id(m.group): m.group for m, _ in edits.values() if m.group is not None}.values():
+        for group in {id(m.group): m.group for m, _ in edits.values() if m.group is not None}.values():  # not removed
             changes = [edits[id(m)][1] if id(m) in edits else {} for m in group.members]
             if isinstance(group, ListGroup) and not group.shares_hyper:
                 for m, change in zip(group.members, changes, strict=True):
