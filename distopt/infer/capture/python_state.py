@@ -112,9 +112,10 @@ class PythonState:
         items = _items(value)
         if items is not None:
             self._containers.setdefault(id(value), (value, items))
-            if not isinstance(items, np.ndarray) and len(items) <= _MAX_ITEMS:
-                for each in items.values() if isinstance(items, dict) else items:
-                    self._note_object(each, attributes, seen, depth - 1)
+        inner = value if isinstance(value, tuple) else items
+        if inner is not None and not isinstance(inner, np.ndarray) and len(inner) <= _MAX_ITEMS:
+            for each in inner.values() if isinstance(inner, dict) else inner:
+                self._note_object(each, attributes, seen, depth - 1)
         for owner, name in _attributes(value, attributes):
             self._note_value(owner, name, attributes, seen, depth - 1)
 

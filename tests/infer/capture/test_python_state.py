@@ -90,7 +90,7 @@ def count_in_a_deep_attribute():
 def count_in(container, add):
     def count():
         add(container)
-        return len(container)
+        return len(container[0] if isinstance(container, tuple) else container)
 
     return count
 
@@ -166,6 +166,7 @@ CASES = {
     "an attribute of an attribute": count_in_a_deep_attribute,
     "a list": lambda: count_in([], lambda each: each.append(None)),
     "a list of one list": lambda: count_in([], lambda each: each.extend([[]])),
+    "a list in a tuple": lambda: count_in(([], 0), lambda each: each[0].append(None)),
     "a queue": lambda: count_in(deque(), lambda each: each.append(0)),
     "a set": lambda: count_in(set(), lambda each: each.add(len(each))),
     "a dictionary": lambda: count_in({}, lambda each: each.update({str(len(each)): 0})),
