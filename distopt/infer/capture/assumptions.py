@@ -52,6 +52,20 @@ class Assumptions:
         computes = any(map(computes_names, _contents(calls, named)))
         self._reachable = reachable = ReachableValues(named, all_attributes=bool(arguments) or computes)
         self._earlier = earlier
+        try:
+            self._look(watch, calls, named, roots, arguments)
+        except Exception as error:  # of an object of the user's that is looked at
+            reachable.refuse(f"what the model may read cannot be looked at: {type(error).__name__}: {error}")
+        self._earlier = None
+        self.refusal = reachable.refusal
+        self._compile()
+
+    # Where reading begins.
+
+    def _look(
+        self, watch: Watch, calls: list[Call], named: list[Names], roots: dict[str, Any], arguments: Sequence[Any]
+    ) -> None:
+        reachable = self._reachable
         self._add_calls(calls, named)
         for module in watch.modules.values():
             self._add_root(type(module).__name__, module)
@@ -67,11 +81,6 @@ class Assumptions:
             reachable.add("a hook of all modules", reachable.name(each), each)
         self._add_store()
         self._add_settings()
-        self._earlier = None
-        self.refusal = reachable.refusal
-        self._compile()
-
-    # Where reading begins.
 
     def _add_root(self, text: str, value: Any) -> None:
         # An object that was not there in the equal step before is new in each step.

@@ -48,7 +48,9 @@ class CompiledCapture(StepCapture):
     def __init__(self, loss_and_grads: Callable[..., Any]) -> None:
         super().__init__(loss_and_grads)
         self._build = self._build_compiled
+        self._make_watch = self._watch_state
         self._is_rehearsed = False
+        self._states: list[PythonState] = []  # before each rehearsal since the last step that counts
         self._undo: Callable[[], None] | None = None
         self._plain: Program | None = None  # the program of a list that was compiled just now, as it was before
 
@@ -61,39 +63,43 @@ class CompiledCapture(StepCapture):
         return super().__call__(model, guide, *args, **kwargs)
 
     def _rehearse(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepResult | None:
-        """Takes the first step that creates no parameter, and undoes it; returns it where it is to stand.
-
-        A model that changes objects of the user's, a counter of its calls say, does so in each rehearsal. It is told
-        from one that has kept something for its next call by a second rehearsal.
-        """
+        """Takes the first step that creates no parameter, and undoes it; returns it where it is to stand."""
         rehearsal = Rehearsal()
         names = list(pyro.get_param_store()._params)
-        states: list[PythonState] = []
-        for _ in range(2):
-            states.append(PythonState(*states))
-            writes = make_recorder()  # which knows what the step writes to; what else it records is of no use
-            try:
-                with writes, Watch(states[-1]) as watch:
-                    result = self._eager(model, guide, args, kwargs)
-            finally:
-                writes.close()
-            self.num_steps = max(1, self.num_steps)
-            if list(pyro.get_param_store()._params) != names:
-                return result
-            self._is_rehearsed = True
-            if watch.effects or states[-1].passing:
-                self._refuse(
-                    f"the model uses {[*watch.effects, *states[-1].passing][0]}, which a compiled step would not"
-                )
-                return result
+        writes = make_recorder()  # which knows what the step writes to; what else it records is of no use
+        try:
+            with writes, self._make_watch() as watch:
+                result = super()._eager(model, guide, args, kwargs)
+        except Exception as error:  # an eager step shows whether it is the model's own
             rehearsal.undo(writes.undo_writes)
-            changed = states[-1].changed()
-            if not changed:
-                return None
-        for state in reversed(states):
-            state.put_back()
-        self._refuse(f"the model changes {changed[0]}, which a compiled step would not")
+            self._refuse(f"recording failed: {type(error).__name__}: {error}")
+            return None
+        finally:
+            writes.close()
+        self.num_steps = max(1, self.num_steps)
+        if list(pyro.get_param_store()._params) != names:
+            self._states.clear()
+            return result
+        self._is_rehearsed = True
+        lasting = [f"calls {each}" for each in watch.effects] + [f"uses {each}" for each in self._states[-1].passing]
+        if lasting:
+            self._refuse(f"the model {lasting[0]}, which a compiled step would not")
+            self._states.clear()
+            return result
+        rehearsal.undo(writes.undo_writes)
         return None
+
+    # What rehearsals have changed in Python is put back before a step that counts runs in Python. Where none does, and
+    # the list runs, it stays: it is what the model has kept for its next calls.
+
+    def _watch_state(self) -> Watch:
+        self._states.append(PythonState())
+        return Watch(self._states[-1])
+
+    def _eager(self, model: Any, guide: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepResult:
+        while self._states:
+            self._states.pop().put_back()
+        return super()._eager(model, guide, args, kwargs)
 
     def _pause(self, reason: str) -> None:
         # Which steps are compiled again would follow from when the process began.
@@ -114,16 +120,18 @@ class CompiledCapture(StepCapture):
             rehearsed = super()._record(variant, model, guide, args, kwargs)
             if self._undo is None:  # the recording failed, so that the step was taken eagerly: it is no rehearsal
                 return rehearsed
-            if self.refusal is not None:  # it has the bits of an eager step, and stands for one
+            if self.refusal is not None and len(self._states) == 1:  # the only one: it has the bits of an eager step
+                self._states.clear()
                 return rehearsed
             gradients = _gradients(rehearsed.params)
             states = generator_states()
             rehearsal.undo(self._undo)
-            if len(variant.captured) > num_programs or self.num_recorded == num_recorded:
+            if self.refusal is not None or len(variant.captured) > num_programs or self.num_recorded == num_recorded:
                 break
-        if len(variant.captured) == num_programs:
+        if self.refusal is not None or len(variant.captured) == num_programs:
             return self._eager(model, guide, args, kwargs)
 
+        self._states.clear()
         captured = variant.captured[-1]
         result = self._try(captured, args, kwargs)
         if result is not None and self._plain is not None:

@@ -1,4 +1,4 @@
-"""What a step changes in objects of the user's, to be seen and put back."""
+"""What a step changes in objects of the user's, to be put back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import builtins
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping
-from types import CellType, FrameType, MemberDescriptorType, ModuleType
+from types import CellType, FrameType, FunctionType, GetSetDescriptorType, MemberDescriptorType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,122 +14,119 @@ import torch
 from torch import Tensor
 
 from distopt.infer.capture.comparisons import MAX_COMPARED_BYTES
-from distopt.infer.capture.watch import PLAIN, content, names_of
+from distopt.infer.capture.watch import PLAIN, content, is_user_code, is_user_file, names_of
 
-_DEPTH = 4
-_MAX_ITEMS = 64
+_DEPTH = 6
+_MAX_OBJECTS = 20_000
 _MISSING: Any = object()
 _GENERATORS = (np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random, torch.Generator)
+_FIXED = (FunctionType, staticmethod, classmethod, property, MemberDescriptorType, GetSetDescriptorType)
 
 
 class PythonState:
-    """Values as they were before functions of the user's ran: those that the functions name, and their containers.
+    """Values as they were before functions of the user's ran, of what these can reach.
 
-    A `Watch` tells it of each function as it is called. It sees what the function's own code can change: globals,
-    variables that it closes over, attributes that it names, and lists, dictionaries, sets and small arrays of NumPy
-    that these hold.
-
-    Args:
-        earlier: The state of the same step, taken before: objects that were not there then are new in each step, and
-            nobody sees what becomes of them.
+    A `Watch` tells it of each function as it is called. It keeps globals, variables that a function closes over, and
+    attributes, buffers, lists, dictionaries, sets and small arrays of NumPy that hang together with them or with the
+    arguments, up to 20,000 objects.
 
     Attributes:
-        passing: What cannot be put back: iterators, and generators of random numbers of the user's own.
+        passing: What cannot be put back and was there before the step: iterators, and generators of random numbers.
     """
 
-    def __init__(self, earlier: PythonState | None = None) -> None:
+    def __init__(self) -> None:
         self.passing: list[str] = []
-        self._earlier = earlier
         self._values: dict[tuple[int, str], tuple[Any, str, Any]] = {}  # by owner and name: both, and the value
         self._containers: dict[int, tuple[Any, Any]] = {}  # by id: the container, and a copy
         self._closed_over: dict[int, dict[str, Any]] = {}  # by frame, until its cells are known
-        self._noted: set[tuple[int, ...]] = set()
-        self._kept: list[Any] = []  # so that no other object gets the id of one that was seen
+        self._seen: dict[int, Any] = {}  # by id, and kept, so that no other object gets it
 
     def note(self, frame: FrameType) -> None:
         """Notes what a function may change that begins now."""
-        local = frame.f_locals
-        key = (id(frame.f_code), *map(id, local.values()))
-        if key in self._noted:
-            return
-        self._noted.add(key)
-        self._kept += local.values()
-        names = names_of(frame.f_code)
-        seen: set[int] = set()
-        for name in names.roots - vars(builtins).keys():
-            self._note_value(frame.f_globals, name, names.attributes, seen, _DEPTH)
-        for value in local.values():
-            self._note_object(value, names.attributes, seen, _DEPTH)
+        local = {name: value for name, value in frame.f_locals.items() if not name.startswith(".")}
         self._closed_over[id(frame)] = {name: local[name] for name in frame.f_code.co_freevars if name in local}
+        for name in names_of(frame.f_code).roots - vars(builtins).keys():
+            self._note_value(frame.f_globals, name, _DEPTH)
+        # What a function is given by another one of the user's may be new in each step.
+        is_old = not _has_caller(frame)
+        for name, value in local.items():
+            self._note_object(value, _DEPTH, is_old or name in frame.f_code.co_freevars)
 
     def note_cells(self, frame: FrameType, cells: Mapping[str, CellType]) -> None:
         """Notes where a function that was noted finds the variables that it closes over."""
         for name, value in self._closed_over.pop(id(frame), {}).items():
             self._values.setdefault((id(cells[name]), name), (cells[name], name, value))
 
-    def changed(self) -> list[str]:
-        """Returns the names of what is not as it was."""
-        names = [
-            name
-            for owner, name, value in self._values.values()
-            if self._counts(owner, name) and not _same(_read(owner, name), value)
-        ]
-        kinds = [
-            type(owner).__name__
-            for owner, copy in self._containers.values()
-            if self._counts(owner) and not _same_items(_items(owner), copy)
-        ]
-        return [*names, *(f"a {kind}" for kind in kinds)]
-
     def put_back(self) -> None:
         """Gives everything the value that it had."""
         for owner, name, value in self._values.values():
-            if not _same(_read(owner, name), value):
+            if _read(owner, name) is not value:
                 _write(owner, name, value)
         for owner, copy in self._containers.values():
             if not _same_items(_items(owner), copy):
                 _refill(owner, copy)
 
-    def _counts(self, owner: Any, name: str | None = None) -> bool:
-        if self._earlier is None:
-            return True
-        if name is None:
-            return id(owner) in self._earlier._containers
-        return (id(owner), name) in self._earlier._values
+    def _note_value(self, owner: Any, name: str, depth: int, is_old: bool = True) -> None:
+        if (id(owner), name) not in self._values:
+            value = _read(owner, name)
+            self._values[id(owner), name] = (owner, name, value)
+            self._note_object(value, depth, is_old)
 
-    def _note_value(self, owner: Any, name: str, attributes: frozenset[str], seen: set[int], depth: int) -> None:
-        value = _read(owner, name)
-        self._values.setdefault((id(owner), name), (owner, name, value))
-        self._note_object(value, attributes, seen, depth)
-
-    def _note_object(self, value: Any, attributes: frozenset[str], seen: set[int], depth: int) -> None:
-        if depth == 0 or id(value) in seen or value is _MISSING or isinstance(value, (Tensor, ModuleType, *PLAIN)):
+    def _note_object(self, value: Any, depth: int, is_old: bool) -> None:
+        is_done = depth == 0 or id(value) in self._seen or len(self._seen) >= _MAX_OBJECTS
+        if is_done or value is _MISSING or isinstance(value, (Tensor, FunctionType, *PLAIN)):
             return
-        seen.add(id(value))
+        self._seen[id(value)] = value
         if isinstance(value, (Iterator, *_GENERATORS)):
-            self.passing.append(f"a {type(value).__name__}")
+            self.passing += [f"a {type(value).__name__}"] if is_old else []
             return
         items = _items(value)
         if items is not None:
-            self._containers.setdefault(id(value), (value, items))
+            self._containers[id(value)] = (value, items)
         inner = value if isinstance(value, tuple) else items
-        if inner is not None and not isinstance(inner, np.ndarray) and len(inner) <= _MAX_ITEMS:
+        if inner is not None and not isinstance(inner, np.ndarray):
             for each in inner.values() if isinstance(inner, dict) else inner:
-                self._note_object(each, attributes, seen, depth - 1)
-        for owner, name in _attributes(value, attributes):
-            self._note_value(owner, name, attributes, seen, depth - 1)
+                self._note_object(each, depth - 1, is_old)
+        for owner, name in _attributes(value):
+            self._note_value(owner, name, depth - 1, is_old)
 
 
-def _attributes(value: Any, names: frozenset[str]) -> Iterator[tuple[Any, str]]:
-    """Yields those attributes of an object and its classes that have one of the names, each with what holds it."""
-    if hasattr(value, "__dict__") and not isinstance(value, type):
-        yield from ((vars(value), name) for name in names)
-    for kind in (value if isinstance(value, type) else type(value)).__mro__:
-        for name in names & vars(kind).keys():
-            if isinstance(vars(kind)[name], MemberDescriptorType):
+def _has_caller(frame: FrameType) -> bool:
+    """Returns whether a function runs on behalf of another one of the user's."""
+    caller = frame.f_back
+    while caller is not None and caller.f_globals.get("__name__") != "distopt.infer.capture.compiled":
+        if is_user_code(caller):
+            return True
+        caller = caller.f_back
+    return False
+
+
+def _attributes(value: Any) -> Iterator[tuple[Any, str]]:
+    """Yields the attributes of an object and of its classes, each with what holds it."""
+    table = _table(value)
+    if isinstance(value, ModuleType):
+        if is_user_file(str(getattr(value, "__file__", ""))):
+            yield from ((table, name) for name in table)
+        return
+    is_type = isinstance(value, type)
+    if table is not None and not is_type:
+        yield from ((table, name) for name in [*table])
+    for kind in value.__mro__ if is_type else type(value).__mro__:
+        if kind.__module__.split(".")[0] in ("builtins", "torch", "pyro", "numpy", "distopt"):
+            continue
+        for name, held in [*vars(kind).items()]:
+            if isinstance(held, MemberDescriptorType) and not is_type:
                 yield value, name
-            elif isinstance(vars(kind)[name], (*PLAIN, list, dict, set)):
+            elif not (isinstance(held, _FIXED) or name.startswith("__")):
                 yield kind, name
+
+
+def _table(value: Any) -> Any:
+    """Returns an object's own `__dict__`, whatever its class makes of attributes; None where it has none."""
+    try:
+        return object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
 
 
 def _read(owner: Any, name: str) -> Any:
@@ -137,7 +134,12 @@ def _read(owner: Any, name: str) -> Any:
         return content(owner)
     if isinstance(owner, dict):
         return owner.get(name, _MISSING)
-    return vars(owner).get(name, _MISSING) if isinstance(owner, type) else getattr(owner, name, _MISSING)
+    if isinstance(owner, type):
+        return vars(owner).get(name, _MISSING)
+    try:
+        return object.__getattribute__(owner, name)
+    except AttributeError:
+        return _MISSING
 
 
 def _write(owner: Any, name: str, value: Any) -> None:
@@ -147,14 +149,12 @@ def _write(owner: Any, name: str, value: Any) -> None:
         owner.pop(name, None)
         if value is not _MISSING:
             owner[name] = value
+    elif isinstance(owner, type):
+        type.__setattr__(owner, name, value)
     elif value is _MISSING:
-        delattr(owner, name)
+        object.__delattr__(owner, name)
     else:
-        setattr(owner, name, value)
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and isinstance(a, PLAIN) and bool(a == b))
+        object.__setattr__(owner, name, value)
 
 
 def _items(value: Any) -> Any:
@@ -170,8 +170,8 @@ def _same_items(a: Any, b: Any) -> bool:
     if isinstance(a, np.ndarray):
         return bool(a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes())
     if isinstance(a, dict):
-        return [*map(id, a)] == [*map(id, b)] and all(map(_same, a.values(), b.values()))
-    return len(a) == len(b) and all(map(_same, a, b))
+        return [*map(id, a), *map(id, a.values())] == [*map(id, b), *map(id, b.values())]
+    return [*map(id, a)] == [*map(id, b)]
 
 
 def _refill(owner: Any, copy: Any) -> None:

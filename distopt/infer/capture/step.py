@@ -126,6 +126,7 @@ class StepCapture:
         self.num_captured = 0
         self.num_recorded = 0
         self._build: Callable[..., programs.Program] = partial(build_program, direct=direct)
+        self._make_watch: Callable[[], Watch] = Watch
         self._variants: dict[Any, Variant] = {}
         self._num_programs = 0
         self._num_not_finite = 0  # recordings in vain
@@ -270,8 +271,7 @@ class StepCapture:
         held = variant.held()
         given = Given(args, kwargs)
         rehearsal = RehearsalWithViews(args, kwargs)
-        watch = Watch()
-        with watch:
+        with self._make_watch() as watch:
             step = self._take_recorded(model, guide, args, kwargs)
         if step is None:
             return self._eager(model, guide, args, kwargs)

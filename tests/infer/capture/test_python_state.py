@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from pyro.infer.autoguide import AutoNormal
 from distopt.infer import SVI
 from distopt.optim import Adam, DistributedOptimizer
 
+NUM_STEPS = 12
 calls = 0
 
 
@@ -156,7 +158,98 @@ def count_and_print():
     return count
 
 
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("number", torch.zeros(()))
+        self.inner = torch.nn.Identity()
+        self.inner.number = 0
+
+    def forward(self):
+        self.number = self.number + 1
+        return float(self.number)
+
+    def count_inside(self):
+        self.inner.number += 1
+        return self.inner.number
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    number: int = 0
+
+    def count(self):
+        object.__setattr__(self, "number", self.number + 1)
+        return self.number
+
+
+def count_by_two_closures_alike():
+    one, other = count_in_a_closure(), count_in_a_closure()
+    return lambda: 10 * one() + other()
+
+
+def count_through_a_getter():
+    state = SimpleNamespace(number=0)
+
+    def get():
+        return state
+
+    def count():
+        get().number += 1
+        return state.number
+
+    return count
+
+
+def count_by_a_computed_name():
+    owner = SimpleNamespace(number=0)
+
+    def count():
+        setattr(owner, "num" + "ber", getattr(owner, "num" + "ber") + 1)
+        return owner.number
+
+    return count
+
+
+def count_in_what_is_made_late():
+    table = {}
+
+    def count():
+        if "made" not in table:
+            table["made"] = SimpleNamespace(number=0)
+        table["made"].number += 1
+        return table["made"].number
+
+    return count
+
+
+def count_and_print_each_third():
+    numbers = []
+
+    def count():
+        numbers.append(None)
+        if len(numbers) % 3 == 0:
+            print(len(numbers))
+        return len(numbers)
+
+    return count
+
+
+def take_from_a_schedule_that_ends():
+    schedule = [1.0 + each for each in range(NUM_STEPS)]
+    return lambda: schedule.pop(0)
+
+
 CASES = {
+    "a buffer": Layer,
+    "an attribute of a layer": lambda: Layer().count_inside,
+    "a frozen object": lambda: Frozen().count,
+    "two closures": count_by_two_closures_alike,
+    "a getter": count_through_a_getter,
+    "a computed name": count_by_a_computed_name,
+    "an object made late": count_in_what_is_made_late,
+    "a print each third time": count_and_print_each_third,
+    "a schedule that ends": take_from_a_schedule_that_ends,
     "a global": count_in_a_global,
     "a variable of a closure": count_in_a_closure,
     "an attribute that its class has": lambda: count_in_an_attribute(Counter()),
@@ -200,7 +293,7 @@ def losses_of(count, capture, *, compile_from_step=None, from_step=0):
     settings = {"capture": capture, "compile_from_step": compile_from_step}
     svi = SVI(model, guide, DistributedOptimizer(Adam({"lr": 0.05})), Trace_ELBO(), **settings)
     losses = []
-    for _ in range(12):
+    for _ in range(NUM_STEPS):
         losses.append(svi.step(torch.ones(5)))
         returned.append(model.returned)
     return losses, returned, svi.captured
@@ -214,6 +307,55 @@ def test_model_is_called_once_for_each_step(name, settings):
     assert (losses, returned) == (expected, numbers)
     assert captured.refusal is not None
     assert captured.num_captured == 0
+
+
+def test_effect_that_begins_with_another_kind_of_batch_happens_once_for_each_step():
+    def numbers_of(capture):
+        pyro.clear_param_store()
+        owner = SimpleNamespace(epoch=0)
+
+        def model(x, is_last):
+            if is_last:
+                owner.epoch += 1
+            loc = pyro.sample("loc", dist.Normal(0.0, 1.0 + owner.epoch))
+            pyro.sample("x", dist.Normal(loc, 1.0).expand([5]).to_event(1), obs=x)
+
+        svi = SVI(model, AutoNormal(model), DistributedOptimizer(Adam({"lr": 0.05})), Trace_ELBO(), capture=capture)
+        numbers = []
+        for step in range(8):
+            svi.step(torch.ones(5), step % 4 == 3)
+            numbers.append(owner.epoch)
+        return numbers
+
+    assert numbers_of("compiled") == numbers_of("off")
+
+
+def test_object_that_cannot_be_looked_at_keeps_steps_eager():
+    class Odd:
+        __slots__ = ("table",)
+
+        def __getattr__(self, name):
+            return self.table[name]
+
+    odd = Odd()
+    odd.table = {"scale": 2}
+    expected, _, _ = losses_of(lambda: odd.scale, "off")
+    for capture in ("graph", "compiled"):
+        losses, _, captured = losses_of(lambda: odd.scale, capture)
+        assert losses == expected
+        assert "cannot be looked at: KeyError" in captured.refusal
+
+
+@pytest.mark.timeout(900)
+def test_iterators_that_are_new_in_each_step_are_no_reason_to_stay_eager():
+    def total(pairs):
+        return sum(a * b for a, b in pairs)
+
+    def scale():
+        return total(zip([1.0, 2.0], [0.5, 0.25], strict=True))
+
+    _, _, captured = losses_of(scale, "compiled")
+    assert (captured.refusal, captured.notice) == (None, None)
 
 
 @pytest.mark.timeout(900)
