@@ -81,7 +81,7 @@ class CompiledCapture(StepCapture):
             self._states.clear()
             return result
         self._is_rehearsed = True
-        lasting = [f"calls {each}" for each in watch.effects] + [f"uses {each}" for each in self._states[-1].passing]
+        lasting = [f"calls {each}" for each in watch.effects] + [f"uses {each}" for each in self._states[-1].passing()]
         if lasting:
             self._refuse(f"the model {lasting[0]}, which a compiled step would not")
             self._states.clear()

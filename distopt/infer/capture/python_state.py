@@ -29,13 +29,12 @@ class PythonState:
     A `Watch` tells it of each function as it is called. It keeps globals, variables that a function closes over, and
     attributes, buffers, lists, dictionaries, sets and small arrays of NumPy that hang together with them or with the
     arguments, up to 20,000 objects.
-
-    Attributes:
-        passing: What cannot be put back and was there before the step: iterators, and generators of random numbers.
     """
 
     def __init__(self) -> None:
-        self.passing: list[str] = []
+        self._passing: list[tuple[str, str]] = []  # iterators: the attribute that holds each, and its type
+        self._named: set[str] = {""}
+        self._computes = False  # whether attributes may be read under other names
         self._values: dict[tuple[int, str], tuple[Any, str, Any]] = {}  # by owner and name: both, and the value
         self._containers: dict[int, tuple[Any, Any]] = {}  # by id: the container, and a copy
         self._closed_over: dict[int, dict[str, Any]] = {}  # by frame, until its cells are known
@@ -45,17 +44,24 @@ class PythonState:
         """Notes what a function may change that begins now."""
         local = {name: value for name, value in frame.f_locals.items() if not name.startswith(".")}
         self._closed_over[id(frame)] = {name: local[name] for name in frame.f_code.co_freevars if name in local}
-        for name in names_of(frame.f_code).roots - vars(builtins).keys():
-            self._note_value(frame.f_globals, name, _DEPTH)
+        names = names_of(frame.f_code)
+        self._named |= names.attributes
+        self._computes |= names.computed
+        for name in names.roots - vars(builtins).keys():
+            self._note_value(frame.f_globals, name, _DEPTH, "")
         # What a function is given by another one of the user's may be new in each step.
         is_old = not _has_caller(frame)
         for name, value in local.items():
-            self._note_object(value, _DEPTH, is_old or name in frame.f_code.co_freevars)
+            self._note_object(value, _DEPTH, "" if is_old or name in frame.f_code.co_freevars else None)
 
     def note_cells(self, frame: FrameType, cells: Mapping[str, CellType]) -> None:
         """Notes where a function that was noted finds the variables that it closes over."""
         for name, value in self._closed_over.pop(id(frame), {}).items():
             self._values.setdefault((id(cells[name]), name), (cells[name], name, value))
+
+    def passing(self) -> list[str]:
+        """Returns what was there before the step, is named, and cannot be put back: iterators, generators."""
+        return [kind for holder, kind in self._passing if self._computes or holder in self._named]
 
     def put_back(self) -> None:
         """Gives everything the value that it had."""
@@ -66,19 +72,22 @@ class PythonState:
             if not _same_items(_items(owner), copy):
                 _refill(owner, copy)
 
-    def _note_value(self, owner: Any, name: str, depth: int, is_old: bool = True) -> None:
+    # Objects are noted with the attribute that holds them, "" for none; None where they may be new in each step.
+
+    def _note_value(self, owner: Any, name: str, depth: int, holder: str | None) -> None:
         if (id(owner), name) not in self._values:
             value = _read(owner, name)
             self._values[id(owner), name] = (owner, name, value)
-            self._note_object(value, depth, is_old)
+            self._note_object(value, depth, holder)
 
-    def _note_object(self, value: Any, depth: int, is_old: bool) -> None:
+    def _note_object(self, value: Any, depth: int, holder: str | None) -> None:
         is_done = depth == 0 or id(value) in self._seen or len(self._seen) >= _MAX_OBJECTS
         if is_done or value is _MISSING or isinstance(value, (Tensor, FunctionType, *PLAIN)):
             return
         self._seen[id(value)] = value
         if isinstance(value, (Iterator, *_GENERATORS)):
-            self.passing += [f"a {type(value).__name__}"] if is_old else []
+            if holder is not None:
+                self._passing.append((holder, f"a {type(value).__name__}"))
             return
         items = _items(value)
         if items is not None:
@@ -86,9 +95,9 @@ class PythonState:
         inner = value if isinstance(value, tuple) else items
         if inner is not None and not isinstance(inner, np.ndarray):
             for each in inner.values() if isinstance(inner, dict) else inner:
-                self._note_object(each, depth - 1, is_old)
+                self._note_object(each, depth - 1, holder)
         for owner, name in _attributes(value):
-            self._note_value(owner, name, depth - 1, is_old)
+            self._note_value(owner, name, depth - 1, None if holder is None else name)
 
 
 def _has_caller(frame: FrameType) -> bool:

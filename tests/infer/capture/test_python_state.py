@@ -135,6 +135,11 @@ def count_by_an_iterator():
     return lambda: next(numbers)
 
 
+def count_by_an_iterator_of_an_object():
+    owner = SimpleNamespace(numbers=iter(range(1, 1000)))
+    return lambda: next(owner.numbers)
+
+
 def count_by_a_generator():
     numbers = (each for each in range(1, 1000))
     return lambda: next(numbers)
@@ -267,6 +272,7 @@ CASES = {
     "an array": count_in_an_array,
     "a helper": count_by_a_helper,
     "an iterator": count_by_an_iterator,
+    "an iterator in an attribute": count_by_an_iterator_of_an_object,
     "a generator": count_by_a_generator,
     "a generator of NumPy's": lambda: draw_by(np.random.default_rng(0), lambda each: each.random()),
     "a generator of Python's": lambda: draw_by(random.Random(0), lambda each: each.random()),
@@ -351,8 +357,10 @@ def test_iterators_that_are_new_in_each_step_are_no_reason_to_stay_eager():
     def total(pairs):
         return sum(a * b for a, b in pairs)
 
+    owner = SimpleNamespace(scale=2.0, unused=np.random.default_rng(0), rows=iter([1]))  # which no code names
+
     def scale():
-        return total(zip([1.0, 2.0], [0.5, 0.25], strict=True))
+        return total(zip([1.0, owner.scale], [0.5, 0.25], strict=True))
 
     _, _, captured = losses_of(scale, "compiled")
     assert (captured.refusal, captured.notice) == (None, None)
