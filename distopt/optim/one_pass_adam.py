@@ -12,7 +12,7 @@ from torch.optim.adam import adam
 from distopt.optim.kernels import AdamHyper, Pieces, compiled_adam_, has_kernel
 from distopt.optim.trial import EXACT_DTYPES
 
-_MIN_LIST = 4
+_FEW = 4
 """Tensors of one number up to which one call for each takes less than one call for all."""
 
 
@@ -58,7 +58,7 @@ class _OnePass(torch.optim.Adam):
         for i in refused:
             _step_plainly(group, [each[i : i + 1] for each in tensors], counts[i : i + 1])
         taken = counts if not refused else [count for i, count in enumerate(counts) if i not in set(refused)]
-        if len(taken) > _MIN_LIST:
+        if len(taken) > _FEW:
             torch._foreach_add_(taken, 1)
         else:
             for count in taken:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import builtins
-import random
 from collections import deque
 from collections.abc import Iterator, Mapping
 from types import CellType, FrameType, FunctionType, GetSetDescriptorType, MemberDescriptorType, ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from distopt.infer.capture.comparisons import MAX_COMPARED_BYTES
+from distopt.infer.capture.reachable import GENERATORS, GLOBAL_GENERATORS
 from distopt.infer.capture.watch import PLAIN, content, is_user_code, is_user_file, names_of
 
 _DEPTH = 6
 _MAX_OBJECTS = 20_000
 _MISSING: Any = object()
-_GENERATORS = (np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random, torch.Generator)
 _FIXED = (FunctionType, staticmethod, classmethod, property, MemberDescriptorType, GetSetDescriptorType)
 
 
@@ -85,8 +83,8 @@ class PythonState:
         if is_done or value is _MISSING or isinstance(value, (Tensor, FunctionType, *PLAIN)):
             return
         self._seen[id(value)] = value
-        if isinstance(value, (Iterator, *_GENERATORS)):
-            if holder is not None:
+        if isinstance(value, (Iterator, *GENERATORS)):
+            if holder is not None and not any(value is each for each in GLOBAL_GENERATORS):  # these are put back
                 self._passing.append((holder, f"a {type(value).__name__}"))
             return
         items = _items(value)
@@ -115,7 +113,7 @@ def _attributes(value: Any) -> Iterator[tuple[Any, str]]:
     table = _table(value)
     if isinstance(value, ModuleType):
         if is_user_file(str(getattr(value, "__file__", ""))):
-            yield from ((table, name) for name in table)
+            yield from ((table, name) for name in [*table])
         return
     is_type = isinstance(value, type)
     if table is not None and not is_type:

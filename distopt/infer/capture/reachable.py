@@ -36,8 +36,8 @@ from distopt.infer.sharded_plate import Sharded
 MAX_TESTS = 4000
 """Values that are compared before each step; a model that may read more stays eager."""
 
-_GENERATORS = (np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random, torch.Generator)
-_GLOBAL_GENERATORS = (random._inst, np.random.mtrand._rand, torch.default_generator)
+GENERATORS = (np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random, torch.Generator)
+GLOBAL_GENERATORS = (random._inst, np.random.mtrand._rand, torch.default_generator)
 
 # Objects whose contents never change.
 _FIXED = (
@@ -130,7 +130,7 @@ class ReachableValues(Comparisons):
 
     def _add_contents(self, text: str, source: str, value: Any) -> None:
         name = self.name(value)
-        if isinstance(value, _FIXED) or any(value is each for each in _GLOBAL_GENERATORS):
+        if isinstance(value, _FIXED) or any(value is each for each in GLOBAL_GENERATORS):
             return
         if isinstance(value, Tensor):  # its values are read by the program, or compared by it
             self._add_read(text, name, value)
@@ -149,7 +149,7 @@ class ReachableValues(Comparisons):
             self._add_values(text, name, value)
 
     def _add_values(self, text: str, name: str, value: Any) -> None:
-        if isinstance(value, _GENERATORS):
+        if isinstance(value, GENERATORS):
             self.refuse(f"{text} draws random numbers of its own")
         elif isinstance(value, nn.Module):
             self._add_layer(text, name, value)
