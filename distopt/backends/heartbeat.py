@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from torch._C._distributed_c10d import Store, TCPStore
 
 from distopt.backends.base import BackendError, Json
+from distopt.backends.processes import has_ended, this_process
 
 T = TypeVar("T")
 
@@ -65,7 +66,7 @@ class Failure:
 # Collectives cannot carry news of a failure: a rank that failed takes part in none, and one that waits is inside C++
 # code. So every rank has a second connection, to a small store that lives on rank 0, and a thread that writes to it
 # twice a second. It has these keys:
-#   beat/RANK   where the rank is, with a counter that tells a living rank from one that stopped
+#   beat/RANK   where the rank is, with a counter that tells a living rank from one that stopped, and its process
 #   failure     the first Failure; compare_set lets one rank win, so all of them report one cause
 #   seen/RANK   set once the rank has read `failure`; who failed waits for these, so that nobody misses the cause
 #   exited      the first rank that left without an error
@@ -102,6 +103,7 @@ class Heartbeat:
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._beat = 0
+        self._process = this_process()
         self._publish_beat()
         self._thread = threading.Thread(target=self._run, name=BEAT_THREAD, daemon=True)
         self._thread.start()
@@ -133,26 +135,40 @@ class Heartbeat:
     def failure_or_missing(self, timeout_s: float) -> Failure | str:
         """Returns the first failure of another rank, or in its place what `describe_missing` does.
 
-        A rank that failed lives until the others have read why. So where one is silent for longer than a heartbeat, its
-        word will not come, and it is not waited for: a run whose worker was killed stands still meanwhile.
+        A rank that failed lives until the others have read why. So where one is silent for longer than a heartbeat, or
+        its process has ended, its word will not come, and it is not waited for: a run whose worker was killed stands
+        still meanwhile. Ends are seen on this machine at once; of other machines nothing but silence is.
 
         Args:
             timeout_s: How long to wait for the failure while all ranks are alive.
         """
         first = call_within(5.0, self._read_beats)
-        deadline = time.monotonic() + timeout_s
         if first is None:  # nothing can come through a store that does not answer
             return _NO_STORE
 
-        failure = self.wait_for_failure(min(timeout_s, SILENCE_BEATS * BEAT_S))
-        if failure is not None:
-            return failure
+        deadline = time.monotonic() + timeout_s
+        ended = self._failed_or_ended(first, min(timeout_s, SILENCE_BEATS * BEAT_S))
         second = call_within(5.0, self._read_beats)
-        if second is not None and not self._silent(first, second):
-            failure = self.wait_for_failure(deadline - time.monotonic())
+        if self.failure is None and not ended and second is not None and not self._silent(first, second):
+            ended = self._failed_or_ended(first, deadline - time.monotonic())
             second = call_within(5.0, self._read_beats)
         # It may have been published between the last look of this rank's heartbeat and the end of who published it.
-        return failure or self.wait_for_failure(BEAT_S / 10) or self._compare(first, second)
+        call_within(5.0, self._read_failure)
+        if self.failure is not None:
+            return self.failure
+        if ended:
+            return ", ".join(f"rank {rank} (its process has ended; {_last_seen(first[rank])})" for rank in ended)
+        return self._compare(first, second)
+
+    def _failed_or_ended(self, beats: dict[int, dict[str, Any]], timeout_s: float) -> list[int]:
+        """Returns the ranks whose processes have ended as soon as there are any, or none once `failure` is there."""
+        deadline = time.monotonic() + timeout_s
+        ended: list[int] = []
+        while not ended and (left_s := deadline - time.monotonic()) > 0:
+            if self.wait_for_failure(min(left_s, 0.1)) is not None or self._stop.is_set():
+                break
+            ended = [rank for rank, beat in beats.items() if has_ended(beat["process"])]
+        return ended
 
     def describe_missing(self) -> str:
         """Returns which ranks are behind this one or silent, and where each was last seen."""
@@ -182,7 +198,7 @@ class Heartbeat:
             if now is None:
                 missing.append(f"rank {rank} (never seen)")
             elif rank in silent:
-                missing.append(f"rank {rank} (stopped or unreachable; last seen at {_location(now)})")
+                missing.append(f"rank {rank} (stopped or unreachable; {_last_seen(now)})")
             elif now["calls"] < self.calls:
                 missing.append(f"rank {rank} (alive, at {_location(now)})")
         return ", ".join(missing) or "no other rank: all are alive and have started this collective"
@@ -211,7 +227,13 @@ class Heartbeat:
 
     def _publish_beat(self) -> None:
         self._beat += 1
-        beat = {"beat": self._beat, "step": self.step, "phase": self.phase, "calls": self.calls}
+        beat = {
+            "beat": self._beat,
+            "step": self.step,
+            "phase": self.phase,
+            "calls": self.calls,
+            "process": self._process,
+        }
         with self._lock:
             self._store.set(f"beat/{self.rank}", json.dumps(beat))
 
@@ -261,6 +283,10 @@ def call_within(timeout_s: float, call: Callable[[], T]) -> T | None:
     thread.start()
     thread.join(timeout_s)
     return result[0] if result else None
+
+
+def _last_seen(beat: dict[str, Any]) -> str:
+    return f"last seen at {_location(beat)}"
 
 
 def _location(beat: dict[str, Any]) -> str:

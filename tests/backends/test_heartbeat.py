@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from torch.distributed import HashStore
 
-from distopt.backends import heartbeat
+from distopt.backends import heartbeat, processes
 from distopt.backends.heartbeat import Failure, Heartbeat, call_within, start_store
 
 
@@ -79,13 +81,13 @@ def test_word_of_a_failure_is_waited_for_only_while_all_ranks_are_alive(ranks, m
     monkeypatch.setattr(heartbeat, "BEAT_S", 0.2)
     stopped, asking, other = ranks(1), ranks(0), ranks(2)
     waited = []
-    wait = asking.wait_for_failure
+    wait = asking._failed_or_ended
 
-    def wait_for_failure(timeout_s):
+    def failed_or_ended(beats, timeout_s):
         waited.append(timeout_s)
-        return wait(min(timeout_s, 0.5))
+        return wait(beats, min(timeout_s, 0.5))
 
-    monkeypatch.setattr(asking, "wait_for_failure", wait_for_failure)
+    monkeypatch.setattr(asking, "_failed_or_ended", failed_or_ended)
     assert asking.failure_or_missing(60.0) == "no other rank: all are alive and have started this collective"
     assert max(waited) > 50.0
 
@@ -104,6 +106,39 @@ def test_word_of_a_failure_is_waited_for_only_while_all_ranks_are_alive(ranks, m
     waited.clear()
     assert "rank 0, whose store does not answer" in asking.failure_or_missing(60.0)
     assert waited == []
+
+
+def test_word_of_a_process_that_has_ended_is_not_waited_for(ranks, monkeypatch):
+    """Its silence would take longer to be seen: a killed rank's run starts again that much sooner."""
+    asking, other, killed = ranks(0), ranks(2), ranks(1)
+    child = subprocess.Popen(
+        [sys.executable, "-c", "from distopt.backends.processes import *; print(this_process(), flush=True); input()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    killed._process = child.stdout.readline().strip()
+    killed.step, killed.phase = 7, "reduce"
+    killed._publish_beat()
+    assert killed._process and not processes.has_ended(killed._process)
+    child.kill()  # not waited for: what nobody has asked for its exit status has ended all the same
+    with child:
+        monkeypatch.setattr(heartbeat, "SILENCE_BEATS", 1000.0)
+        expected = "rank 1 (its process has ended; last seen at step 7, phase 'reduce')"
+        assert asking.failure_or_missing(60.0) == expected
+    assert processes.has_ended(killed._process)
+
+    # A failure that it published before it ended is the cause.
+    killed.fail("ValueError: a bad row", "", linger_s=0.0)
+    assert str(asking.failure_or_missing(60.0)).endswith("ValueError: a bad row")
+    assert not processes.has_ended(other._process)
+
+
+def test_only_the_end_of_a_process_of_this_machine_is_seen():
+    name = processes.this_process()
+    namespace, pid, started_at = name.rsplit(maxsplit=2)
+    assert not processes.has_ended(name)
+    assert processes.has_ended(f"{namespace} {pid} {int(started_at) + 1}")  # its number was given again
+    assert not processes.has_ended(f"another machine {pid} {int(started_at) + 1}")
+    assert not processes.has_ended("")
 
 
 def test_rank_that_never_came_and_a_world_where_all_are_there(ranks, monkeypatch):
