@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from distopt.infer.capture.cuda_graph import uses_gpu
+from distopt.infer.capture.decompositions import STORE
 from distopt.infer.capture.inductor import compile_graph
 from distopt.infer.capture.recording import HostCall, Op, PackCall, Recording, Slot, TensorInfo, aten, substitute
 
@@ -35,6 +36,9 @@ MAX_MASK_NUMEL = 2**26
 
 SUMS_OVER_MASKS = {"cuda"}
 """Devices on which it is one; a CPU's own loop over the rows is quicker."""
+
+MIN_REPEATS = 4
+"""How many times as large as a computed tensor a result must be for the tensor to be stored before it is read."""
 
 _EMPTY_LIKE = {aten.empty_like.default, aten.new_empty.default}
 
@@ -104,13 +108,14 @@ def _refuse(recording: Recording) -> None:
 
 def _split(recording: Recording) -> tuple[list[Op], list[Op]]:
     """Returns the operations that draws consist of, and all others."""
+    ops = [_without_argument(op, recording) for op in recording.ops]
+    drawing = _drawing(ops, recording)
     early = set(recording.lifted)
     draws: list[Op] = []
     body: list[Op] = []
     used: set[int] = set()  # memory that the body has read
-    for op in recording.ops:
-        op = _without_argument(op, recording)
-        if all(slot in early for slot in op.ins):
+    for index, op in enumerate(ops):
+        if index in drawing:
             if any(recording.alias[slot] in used for slot in op.writes):
                 raise NotCompiledError(f"a random number is overwritten, {op.describe()}")
             draws.append(op)
@@ -125,6 +130,31 @@ def _split(recording: Recording) -> tuple[list[Op], list[Op]]:
     if not body:
         raise NotCompiledError("nothing is computed")
     return draws, body
+
+
+def _drawing(ops: Sequence[Op], recording: Recording) -> set[int]:
+    """Returns which operations draw, or make what is drawn from or into: by index, those that need no parameters.
+
+    What else is computed from random numbers and constants alone is the compiler's, which does not write it to memory.
+    """
+    early = set(recording.lifted)
+    candidates = []
+    for index, op in enumerate(ops):
+        if all(slot in early for slot in op.ins):
+            candidates.append(index)
+            early.update(op.outs)
+
+    drawing: set[int] = set()
+    needed: set[int] = set()
+    written: set[int] = set()  # memory, by those that draw later
+    for index in reversed(candidates):
+        op = ops[index]
+        is_before_write = any(recording.alias[slot] in written for slot in op.ins)
+        if op.is_random or op.writes or is_before_write or any(slot in needed for slot in op.outs):
+            drawing.add(index)
+            needed.update(op.ins)
+            written.update(recording.alias[slot] for slot in op.writes)
+    return drawing
 
 
 def _without_argument(op: Op, recording: Recording) -> Op:
@@ -187,7 +217,7 @@ class _Plan:
         drawn = {slot for op in draws for slot in op.outs}
         self._packed_inputs = self._pack(slot for slot in needed if self._is_packed(slot, drawn))
         packed = {slot for pack in self._packed_inputs for slot in pack.slots}
-        self._inlined = [slot for slot in needed if slot in self._constants() and not recording.infos[slot].shape]
+        self._inlined = [slot for slot in needed if slot in self._constants() and self._is_one_number(slot)]
         self._inputs = [slot for slot in needed if slot not in packed and slot not in self._inlined]
 
         self._packed_results = self._pack(slot for slot in self._results if slot in grads and self._is_small(slot))
@@ -201,6 +231,10 @@ class _Plan:
         """Returns what is part of the graph: numbers that the step made, and on a GPU those that are on the CPU."""
         compared = self._recording.compared if self._device.type == "cuda" else {}
         return self._recording.lifted | {slot: value for slot, value in compared.items() if value.device.type == "cpu"}
+
+    def _is_one_number(self, slot: int) -> bool:
+        info = self._recording.infos[slot]
+        return 0 not in info.shape and not any(info.stride)
 
     def _is_small(self, slot: int) -> bool:
         return 0 < math.prod(self._recording.infos[slot].shape) <= MAX_PACKED_NUMEL
@@ -235,7 +269,8 @@ class _Plan:
         for slot in self._inlined:
             value = constants[slot]
             kwargs: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
-            nodes[slot] = graph.call_function(aten.full.default, ([], value.item()), kwargs)
+            number = graph.call_function(aten.full.default, ([], value.flatten()[0].item()), kwargs)
+            nodes[slot] = graph.call_function(aten.expand.default, (number, list(value.shape)))
 
         for op in body:
             self._add(graph, op, nodes)
@@ -252,6 +287,7 @@ class _Plan:
         return graph.call_function(aten.reshape.default, (node, [-1]))
 
     def _add(self, graph: fx.Graph, op: Op, nodes: dict[int, fx.Node]) -> None:
+        self._store_small(graph, op, nodes)
         args = tuple(substitute(argument, nodes.__getitem__) for argument in op.args)
         kwargs = {name: substitute(argument, nodes.__getitem__) for name, argument in op.kwargs.items()}
         if self._is_gradient_of_gather(op):
@@ -267,6 +303,23 @@ class _Plan:
         for index, slot in enumerate(op.outs):
             if slot >= 0 and slot not in op.writes:
                 nodes[slot] = graph.call_function(_getitem, (node, index))
+
+    def _store_small(self, graph: fx.Graph, op: Op, nodes: dict[int, fx.Node]) -> None:
+        """Has what an operation repeats for the elements of a larger result stored first.
+
+        The compiler computes it again in each turn of the larger loop: the effects of some levels for each of many
+        rows that gather them, or a gamma function of one number.
+        """
+        if self._device.type != "cpu":
+            return
+        infos = self._recording.infos
+        numel = max((math.prod(infos[slot].shape) for slot in op.outs if slot >= 0), default=0)
+        for slot in op.ins:
+            is_made = (
+                nodes[slot].op == "call_function" and nodes[slot].target is not STORE and slot not in self._inlined
+            )
+            if is_made and MIN_REPEATS * math.prod(infos[slot].shape) <= numel:
+                nodes[slot] = graph.call_function(STORE, (nodes[slot],))
 
     def _is_gradient_of_gather(self, op: Op) -> bool:
         """Returns whether an operation adds numbers to a vector at given indices, which a mask does on this device."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from distopt.infer.capture import decompositions
 from distopt.infer.capture.recording import TensorInfo
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ def _key(graph: fx.GraphModule, examples: list[Tensor]) -> str:
     shapes = [tuple(TensorInfo.of(example))[:4] for example in examples]
     nodes = [(node.op, node.name, str(node.target), str(node.args), str(node.kwargs)) for node in graph.graph.nodes]
     machine = _machine_of(_device_of(examples))
-    return hashlib.sha256(repr((nodes, shapes, torch.__version__, machine)).encode()).hexdigest()[:16]
+    parts = nodes, shapes, torch.__version__, machine, Path(decompositions.__file__).read_bytes()
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _device_of(examples: list[Tensor]) -> torch.device:
@@ -86,10 +88,13 @@ def _run_compiler(graph: fx.GraphModule, examples: list[Tensor]) -> Callable[...
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        # Without an environment for shapes the compiler passes its cache by.
+        decompositions.lower_store()
+        # Without an environment for shapes the compiler passes its cache by. Tensors of real memory would be taken as
+        # ones whose shapes may change.
         mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+        fakes = [mode.from_tensor(example, static_shapes=True) for example in examples]
         with tracing(TracingContext(mode)):
-            function: Any = compile_fx(graph, examples)
+            function: Any = compile_fx(graph, fakes, decompositions=decompositions.Table())
     if on_gpu:
         from torch._inductor.async_compile import shutdown_compile_workers
 
