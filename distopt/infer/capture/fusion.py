@@ -110,7 +110,7 @@ def _split(recording: Recording) -> tuple[list[Op], list[Op]]:
     """Returns the operations that draws consist of, and all others."""
     ops = [_without_argument(op, recording) for op in recording.ops]
     drawing = _drawing(ops, recording)
-    early = set(recording.lifted)
+    drawn = {recording.alias[slot] for slot in recording.lifted}  # memory
     draws: list[Op] = []
     body: list[Op] = []
     used: set[int] = set()  # memory that the body has read
@@ -119,11 +119,11 @@ def _split(recording: Recording) -> tuple[list[Op], list[Op]]:
             if any(recording.alias[slot] in used for slot in op.writes):
                 raise NotCompiledError(f"a random number is overwritten, {op.describe()}")
             draws.append(op)
-            early.update(op.outs)
+            drawn.update(recording.alias[slot] for slot in op.outs if slot >= 0)
             continue
         if op.is_random:
             raise NotCompiledError(f"a random number is drawn that depends on computed values, {op.describe()}")
-        if any(slot in early for slot in op.writes):
+        if any(recording.alias[slot] in drawn for slot in op.writes):
             raise NotCompiledError(f"a random number is changed in place, {op.describe()}")
         body.append(op)
         used.update(recording.alias[slot] for slot in op.ins)

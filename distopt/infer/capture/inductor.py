@@ -44,8 +44,8 @@ def _key(graph: fx.GraphModule, examples: list[Tensor]) -> str:
     shapes = [tuple(TensorInfo.of(example))[:4] for example in examples]
     nodes = [(node.op, node.name, str(node.target), str(node.args), str(node.kwargs)) for node in graph.graph.nodes]
     machine = _machine_of(_device_of(examples))
-    parts = nodes, shapes, torch.__version__, machine, Path(decompositions.__file__).read_bytes()
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    described = nodes, shapes, torch.__version__, machine, Path(decompositions.__file__).read_bytes()
+    return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
 
 
 def _device_of(examples: list[Tensor]) -> torch.device:
