@@ -22,7 +22,7 @@ TIMEOUT_S = 4.0
 # What strikes rank 1 at step 3 -> what rank 0 must say.
 MESSAGES = {
     "raises": "rank 1 failed first, at step 3 in phase 'model': ValueError: a bad row in the data",
-    "is killed": "waiting for rank 1 (stopped or unreachable; last seen at step",
+    "is killed": "waiting for rank 1 (its process has ended; last seen at step",
     "is stopped": "waiting for rank 1 (stopped or unreachable; last seen at step",
     "leaves out a step of its loop": (
         "the ranks are at different calls of the optimizer: rank 0: step 3 (gradient), rank 1: step 4 (gradient)"
