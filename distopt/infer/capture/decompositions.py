@@ -5,7 +5,9 @@ Each is the same function, rounded otherwise: a compiled step is held to eager's
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ rounds."""
 _EXACT_THRESHOLD = 17.0
 """Beyond it softplus is its argument in float32: exp(-17) is less than half of the last bit of 17."""
 
+TEXT = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+"""What all of this depends on."""
+
 _library = torch.library.Library("distopt", "FRAGMENT")  # type: ignore[no-untyped-call]
 if not hasattr(torch.ops.distopt, "store"):  # by an earlier import of this module
     _library.define("store(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
@@ -31,16 +36,17 @@ if not hasattr(torch.ops.distopt, "store"):  # by an earlier import of this modu
     torch.library.register_fake("distopt::store", Tensor.clone, lib=_library)
 
 STORE = torch.ops.distopt.store.default
-"""A tensor itself, which the compiler stores: otherwise each loop that reads it may compute it again."""
+"""A copy of a tensor that the compiler stores: otherwise each loop that reads the tensor may compute it again."""
 
 
 def lower_store() -> None:
     """Tells the compiler what `STORE` is."""
+    from torch._inductor.ir import ExternKernel
     from torch._inductor.lowering import lowerings, register_lowering
 
+    # New memory, even where the tensor has its own: the compiler may let a later operation write to it.
     def store(x: Any) -> Any:
-        x.realize()
-        return x
+        return ExternKernel.copy_input(x)
 
     if STORE not in lowerings:
         register_lowering(STORE, type_promotion_kind=None)(store)
@@ -49,19 +55,22 @@ def lower_store() -> None:
 class Table(dict[Any, Callable[..., Any]]):
     """The compiler's own decompositions with those of this module in their place.
 
-    The compiler's cache takes it into its keys, by pickling: as the one of this module, and not as all its functions.
+    The compiler's caches take it into their keys, by pickling: as this module with its text, and not as all functions.
+
+    Args:
+        _text: A hash of the module's text; taken, and not used, when it is unpickled.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, _text: str = "") -> None:
         from torch._inductor.decomposition import select_decomp_table
 
         super().__init__(select_decomp_table())
         for operator, function in _DECOMPOSITIONS.items():
             self[operator] = _or_else(function, self.get(operator))
 
-    def __reduce__(self) -> tuple[type[Table], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Table], tuple[str]]:
         """Returns how it is made."""
-        return Table, ()
+        return Table, (TEXT,)
 
 
 def _or_else(function: Callable[..., Any], otherwise: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -77,7 +86,7 @@ def _or_else(function: Callable[..., Any], otherwise: Callable[..., Any] | None)
 def _mm(a: Tensor, b: Tensor) -> Any:
     """A product of few columns, with its second matrix column by column."""
     is_for_mkl = a.device.type == "cpu" and a.dtype in (torch.float32, torch.float64)
-    is_narrow = is_for_mkl and 2 <= b.shape[1] <= MAX_NARROW and a.shape[1] > 1
+    is_narrow = is_for_mkl and 2 <= b.shape[1] <= MAX_NARROW < a.shape[0] and a.shape[1] > 1
     if not is_narrow or b.stride(1) != 1 or b.stride(0) == 1:
         return NotImplemented
     if a.stride(1) == 1:

@@ -213,6 +213,8 @@ class _Plan:
         grads = [recording.accumulated.get(index, slot) for index, slot in enumerate(recording.grads)]
         self._results = [slot for slot in dict.fromkeys((*recording.loss_slots(), *grads)) if slot in made]
         needed = dict.fromkeys(slot for op in body for slot in op.ins if slot not in made)
+        # Memory that is never copied: what came from outside lies there already, and views see what is written to it.
+        self._never_stored = {recording.alias[slot] for slot in needed} | recording.written()
 
         drawn = {slot for op in draws for slot in op.outs}
         self._packed_inputs = self._pack(slot for slot in needed if self._is_packed(slot, drawn))
@@ -315,10 +317,8 @@ class _Plan:
         infos = self._recording.infos
         numel = max((math.prod(infos[slot].shape) for slot in op.outs if slot >= 0), default=0)
         for slot in op.ins:
-            is_made = (
-                nodes[slot].op == "call_function" and nodes[slot].target is not STORE and slot not in self._inlined
-            )
-            if is_made and MIN_REPEATS * math.prod(infos[slot].shape) <= numel:
+            is_computed = self._recording.alias[slot] not in self._never_stored and nodes[slot].target is not STORE
+            if is_computed and MIN_REPEATS * math.prod(infos[slot].shape) <= numel:
                 nodes[slot] = graph.call_function(STORE, (nodes[slot],))
 
     def _is_gradient_of_gather(self, op: Op) -> bool:

@@ -227,3 +227,41 @@ def test_ranks_compile_once_and_stay_equal():
     results = world("torch_dist", 2).run(run_on_rank, "compiled")
     assert results[0] == results[1]
     assert results[0][2:] == (None, 10)
+
+
+def column_that_is_filled(x):
+    weights, values = pyro.param("weights", torch.ones(8)), pyro.param("values", torch.zeros(5))
+    column = x[:, 0]
+    many = (weights[:, None] * column).sin()  # larger than the column, which is a view of the batch
+    filled = column.clone()
+    filled[torch.arange(5)] = values
+    pyro.sample("many", dist.Normal(many, 1.0).to_event(2), obs=torch.ones(8, len(x)))
+    pyro.sample("filled", dist.Normal(filled, 1.0).to_event(1), obs=torch.ones(len(x)))
+
+
+def sums_that_are_written_to(x):
+    weights = pyro.param("weights", torch.ones(3))
+    effects = weights * 2.0
+    view = effects.view(3, 1)
+    many = effects + x  # larger than the effects
+    effects[0] = 0.5
+    pyro.sample("many", dist.Normal(many, 1.0).to_event(2), obs=torch.ones(x.shape))
+    pyro.sample("view", dist.Normal(view, 1.0).to_event(2), obs=torch.ones(3, 1))
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("model", [column_that_is_filled, sums_that_are_written_to])
+def test_compiled_step_writes_to_nothing_but_what_the_model_writes_to(model):
+    torch.manual_seed(0)
+    data = torch.randn(20, 3)
+    given, results = data.clone(), []
+    for capture in ("off", "compiled"):
+        pyro.clear_param_store()
+        svi = SVI(
+            model, lambda x: None, DistributedOptimizer(pyro.optim.SGD({"lr": 1e-2})), Trace_ELBO(), capture=capture
+        )
+        losses = [svi.step(given) for _ in range(8)]
+        results.append((losses, {name: value.detach() for name, value in pyro.get_param_store().items()}))
+        assert torch.equal(given, data)
+    assert (svi.captured.refusal, svi.captured.notice) == (None, None)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)

@@ -122,3 +122,16 @@ def test_what_is_stored_is_computed_once_and_the_same():
     assert "4000L" in next(each for each in fused.split("for(int64_t") if "lgamma(" in each)
     torch.testing.assert_close(total, other)
     torch.testing.assert_close(total, torch.lgamma(x.exp())[rows].sum())
+
+
+@pytest.mark.parametrize("columns", [(5, 2), (2, 5), (8, 8), (50, 2), (3, 1)])
+def test_products_that_are_narrow_both_ways_compile(columns):
+    """Turned around, a product of few columns may be one of few rows, which is narrow again."""
+    num_in, num_out = columns
+    x, y = torch.randn(60, num_in), torch.randn(60, num_out)
+    graph = torch.fx.Graph()
+    left, right = graph.placeholder("x"), graph.placeholder("y")
+    turned = graph.call_function(aten.t.default, (left,))
+    graph.output((graph.call_function(aten.mm.default, (turned, right)),))
+    function = inductor._run_compiler(torch.fx.GraphModule(torch.nn.Module(), graph), [x, y])
+    torch.testing.assert_close(function(x, y)[0], x.t() @ y)
