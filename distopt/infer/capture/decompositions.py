@@ -91,7 +91,7 @@ def _mm(a: Tensor, b: Tensor) -> Any:
         return NotImplemented
     if a.stride(1) == 1:
         return torch.mm(a, b.t().clone(memory_format=torch.contiguous_format).t())
-    return torch.mm(b.t(), a.t()).t()
+    return torch.mm(b.t(), a.t()).t().contiguous()  # rows side by side, as later views take for granted
 
 
 def _softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Any:

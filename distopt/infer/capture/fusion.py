@@ -213,8 +213,10 @@ class _Plan:
         grads = [recording.accumulated.get(index, slot) for index, slot in enumerate(recording.grads)]
         self._results = [slot for slot in dict.fromkeys((*recording.loss_slots(), *grads)) if slot in made]
         needed = dict.fromkeys(slot for op in body for slot in op.ins if slot not in made)
-        # Memory that is never copied: what came from outside lies there already, and views see what is written to it.
-        self._never_stored = {recording.alias[slot] for slot in needed} | recording.written()
+        # Memory that is never copied: what came from outside lies there already, views see what is written to it, and
+        # some look at it without regard to shapes.
+        strided = (slot for op in body if op.function is aten.as_strided.default for slot in op.ins)
+        self._never_stored = {recording.alias[slot] for slot in (*needed, *strided)} | recording.written()
 
         drawn = {slot for op in draws for slot in op.outs}
         self._packed_inputs = self._pack(slot for slot in needed if self._is_packed(slot, drawn))

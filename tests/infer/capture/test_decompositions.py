@@ -77,6 +77,7 @@ def test_narrow_product_is_the_product(dtype, num_columns, is_transposed):
         assert result is NotImplemented
     else:
         torch.testing.assert_close(result, (a.double() @ b.double()).to(dtype))
+        assert result.is_contiguous()  # as torch's is
         assert decompositions._mm(a, b.t().contiguous().t()) is NotImplemented  # it lies as MKL is quick with
 
 
