@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from torch._C._distributed_c10d import Store, TCPStore
 
 from distopt.backends.base import BackendError, Json
-from distopt.backends.processes import has_ended, this_process
+from distopt.backends.process_ends import has_ended, this_process
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from torch.distributed import HashStore
 
-from distopt.backends import heartbeat, processes
+from distopt.backends import heartbeat, process_ends
 from distopt.backends.heartbeat import Failure, Heartbeat, call_within, start_store
 
 
@@ -111,34 +111,35 @@ def test_word_of_a_failure_is_waited_for_only_while_all_ranks_are_alive(ranks, m
 def test_word_of_a_process_that_has_ended_is_not_waited_for(ranks, monkeypatch):
     """Its silence would take longer to be seen: a killed rank's run starts again that much sooner."""
     asking, other, killed = ranks(0), ranks(2), ranks(1)
+    program = "from distopt.backends.process_ends import this_process as p; print(p(), flush=True); input()"
     child = subprocess.Popen(
-        [sys.executable, "-c", "from distopt.backends.processes import *; print(this_process(), flush=True); input()"],
+        [sys.executable, "-c", program],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     killed._process = child.stdout.readline().strip()
     killed.step, killed.phase = 7, "reduce"
     killed._publish_beat()
-    assert killed._process and not processes.has_ended(killed._process)
+    assert killed._process and not process_ends.has_ended(killed._process)
     child.kill()  # not waited for: what nobody has asked for its exit status has ended all the same
     with child:
         monkeypatch.setattr(heartbeat, "SILENCE_BEATS", 1000.0)
         expected = "rank 1 (its process has ended; last seen at step 7, phase 'reduce')"
         assert asking.failure_or_missing(60.0) == expected
-    assert processes.has_ended(killed._process)
+    assert process_ends.has_ended(killed._process)
 
     # A failure that it published before it ended is the cause.
     killed.fail("ValueError: a bad row", "", linger_s=0.0)
     assert str(asking.failure_or_missing(60.0)).endswith("ValueError: a bad row")
-    assert not processes.has_ended(other._process)
+    assert not process_ends.has_ended(other._process)
 
 
 def test_only_the_end_of_a_process_of_this_machine_is_seen():
-    name = processes.this_process()
+    name = process_ends.this_process()
     namespace, pid, started_at = name.rsplit(maxsplit=2)
-    assert not processes.has_ended(name)
-    assert processes.has_ended(f"{namespace} {pid} {int(started_at) + 1}")  # its number was given again
-    assert not processes.has_ended(f"another machine {pid} {int(started_at) + 1}")
-    assert not processes.has_ended("")
+    assert not process_ends.has_ended(name)
+    assert process_ends.has_ended(f"{namespace} {pid} {int(started_at) + 1}")  # its number was given again
+    assert not process_ends.has_ended(f"another machine {pid} {int(started_at) + 1}")
+    assert not process_ends.has_ended("")
 
 
 def test_rank_that_never_came_and_a_world_where_all_are_there(ranks, monkeypatch):
