@@ -29,13 +29,15 @@ _EXACT_THRESHOLD = 17.0
 TEXT = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 """What all of this depends on."""
 
+# The compiler's cache knows an operator by its name and not what it is lowered to.
+_NAME = f"store_{TEXT[:12]}"
 _library = torch.library.Library("distopt", "FRAGMENT")  # type: ignore[no-untyped-call]
-if not hasattr(torch.ops.distopt, "store"):  # by an earlier import of this module
-    _library.define("store(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
-    _library.impl("store", Tensor.clone, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake("distopt::store", Tensor.clone, lib=_library)
+if not hasattr(torch.ops.distopt, _NAME):  # by an earlier import of this module
+    _library.define(f"{_NAME}(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
+    _library.impl(_NAME, Tensor.clone, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"distopt::{_NAME}", Tensor.clone, lib=_library)
 
-STORE = torch.ops.distopt.store.default
+STORE = getattr(torch.ops.distopt, _NAME).default
 """A copy of a tensor that the compiler stores: otherwise each loop that reads the tensor may compute it again."""
 
 

@@ -136,3 +136,14 @@ def test_products_that_are_narrow_both_ways_compile(columns):
     graph.output((graph.call_function(aten.mm.default, (turned, right)),))
     function = inductor._run_compiler(torch.fx.GraphModule(torch.nn.Module(), graph), [x, y])
     torch.testing.assert_close(function(x, y)[0], x.t() @ y)
+
+
+def test_compiler_knows_what_is_stored_by_the_text_of_the_module():
+    """Its cache would hand over what another version of distopt has compiled of the same graph."""
+    assert decompositions.TEXT[:12] in str(STORE)
+    graph = torch.fx.Graph()
+    graph.output((graph.call_function(STORE, (graph.placeholder("x"),)),))
+    x = torch.randn(3)
+    (stored,) = inductor._run_compiler(torch.fx.GraphModule(torch.nn.Module(), graph), [x])(x)
+    assert torch.equal(stored, x)
+    assert stored.data_ptr() != x.data_ptr()
