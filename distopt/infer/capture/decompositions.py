@@ -27,7 +27,7 @@ _EXACT_THRESHOLD = 17.0
 """Beyond it softplus is its argument in float32: exp(-17) is less than half of the last bit of 17."""
 
 TEXT = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-"""What all of this depends on."""
+"""A hash of this module's text, on which the bits of compiled steps depend."""
 
 # The compiler's cache knows an operator by its name and not what it is lowered to.
 _NAME = f"store_{TEXT[:12]}"
@@ -120,7 +120,7 @@ def _log1p_of_fraction(x: Tensor) -> Tensor:
     """Returns log(1 + x) of numbers between 0 and 1, in float32.
 
     With s = x / (2 + x), which is at most 1/3, it is 2 artanh(s) = 2 s (1 + s^2 / 3 + s^4 / 5 + ...). That is a
-    division and some products, where the library's logarithm is right for all numbers and takes three times as long.
+    division and some products, where the library's logarithm is right for all numbers and takes longer.
     """
     s = x / (x + 2.0)
     square, twice = s * s, s + s

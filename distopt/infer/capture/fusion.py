@@ -273,7 +273,7 @@ class _Plan:
         for slot in self._inlined:
             value = constants[slot]
             kwargs: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
-            number = graph.call_function(aten.full.default, ([], value.flatten()[0].item()), kwargs)
+            number = graph.call_function(aten.full.default, ([], value[(0,) * value.dim()].item()), kwargs)
             nodes[slot] = graph.call_function(aten.expand.default, (number, list(value.shape)))
 
         for op in body:

@@ -64,6 +64,7 @@ def _machine_of(device: torch.device) -> tuple[Any, ...]:
 
 
 def _run_compiler(graph: fx.GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+    import torch._functorch.config as tracing_config
     import torch._inductor.config as config
 
     # Compiled in this process: a pool of processes takes longer to start than one file of C++ takes to compile. A GPU's
@@ -81,7 +82,13 @@ def _run_compiler(graph: fx.GraphModule, examples: list[Tensor]) -> Callable[...
     many = on_gpu or torch.get_num_threads() > 1
     if hasattr(config, "deterministic"):  # since torch 2.9
         options["deterministic"] = many
-    with config.patch(options), torch.no_grad(), warnings.catch_warnings(), _keeping_environment(), _choosing(many):
+    # The cache of traced graphs does not look at decompositions: it would hand over what others have made of the graph.
+    uncached = tracing_config.patch(enable_autograd_cache=False)
+    with ExitStack() as stack:
+        for each in (config.patch(options), uncached, torch.no_grad(), warnings.catch_warnings()):
+            stack.enter_context(each)
+        stack.enter_context(_keeping_environment())
+        stack.enter_context(_choosing(many))
         warnings.simplefilter("ignore")  # of torch about itself
         from torch._guards import TracingContext, tracing
         from torch._inductor.compile_fx import compile_fx
