@@ -10,6 +10,7 @@ hands them to other hosts on standard input.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import socketserver
@@ -112,6 +113,14 @@ def driver_class(run_dir: Path) -> type:
     return Driver
 
 
+@dataclasses.dataclass
+class _Loss:
+    """One loss of a host: what it answered since then, and when to ask it again (of the monotonic clock)."""
+
+    answered: bool = False
+    ask_at: float = 0.0
+
+
 class ReachableHosts:
     """The hosts of a run without those that were lost and do not answer; what Horovod's driver asks for hosts.
 
@@ -123,8 +132,7 @@ class ReachableHosts:
     def __init__(self, find: Callable[[], dict[str, int]], is_lost: Callable[[str], bool]) -> None:
         self._find = find
         self._is_lost = is_lost
-        self._answered: dict[str, bool] = {}
-        self._ask_at: dict[str, float] = {}
+        self._losses: dict[str, _Loss] = {}
 
     def find_available_hosts_and_slots(self) -> dict[str, int]:
         """Returns the slots of each host; at once, since the driver holds a lock meanwhile."""
@@ -132,28 +140,30 @@ class ReachableHosts:
 
     def _is_available(self, host: str) -> bool:
         if not self._is_lost(host):
-            self._ask_at.pop(host, None)
-            self._answered.pop(host, None)
+            self._losses.pop(host, None)
             return True
         return network.is_here(host) or self._answers(host)
 
     def _answers(self, host: str) -> bool:
         """Whether the host answered when it was last asked; a thread asks it again when that is due."""
-        if host not in self._ask_at:
+        if host not in self._losses:
             _print(f"{host} was lost; it joins again when it answers")
-        if time.monotonic() >= self._ask_at.get(host, 0.0):
-            self._ask_at[host] = time.monotonic() + SSH_TIMEOUT_S + 1
-            threading.Thread(target=self._ask, args=(host,), daemon=True).start()
-        return self._answered.get(host, False)
+        loss = self._losses.setdefault(host, _Loss())
+        if time.monotonic() >= loss.ask_at:
+            loss.ask_at = time.monotonic() + SSH_TIMEOUT_S + 1
+            threading.Thread(target=_ask, args=(host, loss), name=f"{host} asked", daemon=True).start()
+        return loss.answered
 
-    def _ask(self, host: str) -> None:
-        argv = ["ssh", "-T", "--", host, "true"]  # the run's own ssh, which is first on PATH
-        try:
-            done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=SSH_TIMEOUT_S)
-            self._answered[host] = done.returncode == 0
-        except (OSError, subprocess.TimeoutExpired):
-            self._answered[host] = False
-        self._ask_at[host] = time.monotonic() + RETRY_S
+
+def _ask(host: str, loss: _Loss) -> None:
+    """Asks a host over ssh; its answer is one to this loss, also where it comes after the next one."""
+    argv = ["ssh", "-T", "--", host, "true"]  # the run's own ssh, which is first on PATH
+    try:
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=SSH_TIMEOUT_S)
+        loss.answered = done.returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        loss.answered = False
+    loss.ask_at = time.monotonic() + RETRY_S
 
 
 def _print(text: str) -> None:
