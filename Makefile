@@ -12,7 +12,8 @@ MPI ?= openmpi
 help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(VENV)/.base: pyproject.toml constraints.txt setup.py distopt/optim/_bulk.cpp distopt/infer/capture/_graph.cpp
+$(VENV)/.base: pyproject.toml constraints.txt setup.py distopt/optim/_bulk.cpp distopt/infer/capture/_graph.cpp \
+		distopt/backends/_shared_memory.cpp
 	@echo "setup: a virtual environment in $(VENV) with torch, pyro and distopt (about two minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "setup: Python 3.11 or newer is needed, set PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -76,7 +77,7 @@ docs: $(VENV)/.docs  ## build build/docs/index.html, to be read offline; tutoria
 lint: setup-dev  ## style and import contracts
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports
 
-STUBS := distopt.optim._bulk distopt.optim.pytorch_optimizers distopt.infer.capture._graph
+STUBS := distopt.optim._bulk distopt.optim.pytorch_optimizers distopt.infer.capture._graph distopt.backends._shared_memory
 
 types: setup-dev  ## mypy --strict, and stubs against what they describe
 	@$(BIN)/mypy distopt launch tests/typed_user.py

@@ -52,7 +52,19 @@ def extensions() -> list[Extension]:
             extra_compile_args=["-std=c++20", "-O2", "-g0", "-ffp-contract=off", "-fvisibility=hidden"],
             optional=True,
         ),
+        *([_shared_memory(include_paths())] if sys.platform == "linux" else []),
     ]
+
+
+def _shared_memory(include_dirs: list[str]) -> Extension:
+    """Returns the sums in shared memory, which ask Linux for its futexes; of torch it has pybind11's headers alone."""
+    return Extension(
+        "distopt.backends._shared_memory",
+        ["distopt/backends/_shared_memory.cpp"],
+        include_dirs=include_dirs,
+        extra_compile_args=["-std=c++20", "-O3", "-g0", "-fvisibility=hidden"],
+        optional=True,
+    )
 
 
 setup(ext_modules=extensions())

@@ -24,6 +24,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 import distopt
+from distopt.backends.shared_memory import VARIABLE as SHARED_MEMORY
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("torch_dist", "horovod", "horovod-mpi", "mpirun-horovod", "mpi")
@@ -45,8 +46,9 @@ class World:
     """`size` processes started by the launcher of `kind`, each with a distopt backend.
 
     Args:
-        kind: `torch_dist` (plain processes), `horovod` (horovodrun --gloo), `horovod-mpi` (horovodrun --mpi),
-            `mpirun-horovod` (mpirun, Horovod inside), `mpi` (mpirun, mpi4py inside).
+        kind: `torch_dist` (plain processes), `torch_dist-network` (the same, without shared memory), `horovod`
+            (horovodrun --gloo), `horovod-mpi` (horovodrun --mpi), `mpirun-horovod` (mpirun, Horovod inside), `mpi`
+            (mpirun, mpi4py inside).
         size: Number of ranks.
     """
 
@@ -182,6 +184,8 @@ def start(kind: str, size: int, argv: Sequence[str], variables: Mapping[str, str
     if kind in commands:
         return Started(*_popen([(*commands[kind], *argv)], [environment]))
     port = str(free_port())
+    if kind == "torch_dist-network":
+        environment[SHARED_MEMORY] = "0"
     environments = [
         environment
         | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size)}
@@ -212,7 +216,7 @@ def run_script(
 def backend_name(kind: str | None = None) -> str:
     """The name to give `distopt.init` in a process of `kind`; of this process when None."""
     kind = kind or os.environ[_KIND]
-    return "horovod" if "horovod" in kind else kind
+    return "horovod" if "horovod" in kind else kind.removesuffix("-network")
 
 
 _worlds: dict[tuple[str, int], World] = {}
@@ -223,8 +227,9 @@ def world(kind: str, size: int) -> World:
 
     Of the kinds that poll while they are idle (Horovod, MPI) one world lives at a time.
     """
-    for (other, other_size), each in _worlds.items():
-        if kind != "torch_dist" and other != "torch_dist" and (other, other_size) != (kind, size) and not each.broken:
+    for wanted, each in _worlds.items():
+        polls = not kind.startswith("torch_dist") and not wanted[0].startswith("torch_dist")
+        if polls and wanted != (kind, size) and not each.broken:
             each.close()
     running = _worlds.get((kind, size))
     if running is None or running.broken:

@@ -1,4 +1,4 @@
-"""Whether another process of this machine is still there."""
+"""Which processes share this machine, and whether they are still there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 def this_process() -> str:
     """Returns a name that no other process has, on any machine; empty where the system has no /proc."""
     try:
-        return f"{_namespace()} {os.getpid()} {_started_at(os.getpid())}"
+        return f"{_pid_namespace()} {os.getpid()} {_started_at(os.getpid())}"
     except OSError:
         return ""
 
@@ -23,7 +23,7 @@ def has_ended(name: str) -> bool:
     """
     try:
         namespace, pid, started_at = name.rsplit(maxsplit=2)
-        if namespace != _namespace():
+        if namespace != _pid_namespace():
             return False
         os.kill(int(pid), 0)  # says that it is gone even where other processes are hidden in /proc
     except ProcessLookupError:
@@ -35,7 +35,15 @@ def has_ended(name: str) -> bool:
     return False
 
 
-def _namespace() -> str:
+def namespaces() -> str:
+    """Returns what processes have in common that see each other and share a network; empty without /proc."""
+    try:
+        return f"{_pid_namespace()} {os.readlink('/proc/self/ns/net')}"
+    except OSError:
+        return ""
+
+
+def _pid_namespace() -> str:
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 

@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from distopt.backends.base import DEFAULT_TIMEOUT, BackendError, Op
+from distopt.backends.shared_memory import SharedMemory
 from distopt.backends.world import PendingCollective, World, choose_device
 from distopt.launchers import LauncherError, RankInfo, find_rendezvous
 
@@ -53,6 +54,7 @@ class TorchDist(World):
         self._owns_group = owns_group
         self._has_gloo = "gloo" in str(dist.get_backend_config(group))
         self.open()
+        self._shared = SharedMemory.find(self) if self._has_gloo and self.world_size > 1 else None
         if self._has_gloo:
             _let_writers_finish()
 
@@ -131,6 +133,8 @@ class TorchDist(World):
         return torch.device("cpu") if self._has_gloo else self.device
 
     def _start_all_reduce(self, tensor: Tensor, op: Op) -> PendingCollective:
+        if self._shared is not None and self._shared.takes(tensor, op):
+            return self._shared.start(tensor)
         return _Works([dist.all_reduce(tensor, _OPS[op], group=self._group, async_op=True)])
 
     def _start_broadcast(self, tensor: Tensor, root: int) -> PendingCollective:

@@ -22,7 +22,7 @@ WORLDS = [
         id=f"{kind.rpartition(':')[2]}-{size}",
         marks=() if size == 2 or (kind, size) in workers.QUICK_WORLDS else pytest.mark.slow,
     )
-    for kind in ("torch_dist", "horovod", "mpi", REFERENCE)
+    for kind in ("torch_dist", "torch_dist-network", "horovod", "mpi", REFERENCE)
     for size in (2, 4, 1)
 ]
 OTHER_STARTS = [("horovod-mpi", 2), ("mpirun-horovod", 2)]

@@ -2,7 +2,8 @@
 
 `python -m tests.benchmarks.bench_reduce` times two ranks on this machine, in interleaved rounds, and prints medians as
 ratios (`... 10 100 1000 big`: some of the models). `... scaling` times the step on 1 to 8 ranks and on hosts made of
-network namespaces, and fits a model of cost (`... scaling ranks`, `1000`, `100`: one part of it).
+network namespaces, and fits a model of cost (`... scaling ranks`, `1000`, `100`: one part of it). `... sums` times the
+bare sum of two ranks and of four through shared memory, as a ratio to gloo's.
 """
 
 from __future__ import annotations
@@ -251,6 +252,35 @@ def _requirements(
         yield f"whole step, big network: {other} / distopt on {kind}", ratio, least
 
 
+def time_sums(length: int) -> float:
+    """Returns the median seconds of a sum of `length` numbers; runs on each rank."""
+    from distopt.backends import current
+
+    backend, tensor, seconds = current(), torch.ones(length), []
+    for _ in range(max(5, min(500, 10_000_000 // length))):
+        began = time.perf_counter()
+        backend.all_reduce(tensor).wait()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def compare_sums() -> None:
+    """Prints how long sums take through shared memory and over gloo, in the median of rounds in turns."""
+    print("\nbare sums, ms: through shared memory, over gloo, ratio")
+    for size in (2, 4):
+        for length in (100, 10_000, 1_000_000, 6_500_000):
+            times: dict[str, list[float]] = {"torch_dist": [], "torch_dist-network": []}
+            for _ in range(5):
+                for kind, of_kind in times.items():
+                    of_kind.append(max(workers.world(kind, size).run(time_sums, length)))
+            shared, network = (1e3 * statistics.median(of_kind) for of_kind in times.values())
+            print(
+                f"  {size} ranks, {length:9,d} numbers {shared:8.3f} {network:8.3f} {network / shared:6.1f} x",
+                flush=True,
+            )
+    workers.close_worlds()
+
+
 def main(arguments: list[str]) -> int:
     """Runs the comparison, of all models or those named, or with `scaling` the study of how the cost grows."""
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # no rank stays stopped
@@ -258,6 +288,9 @@ def main(arguments: list[str]) -> int:
         from tests.benchmarks import scaling
 
         scaling.main(arguments[1:])
+        return 0
+    if arguments == ["sums"]:
+        compare_sums()
         return 0
     return compare([MODELS[name] for name in arguments or MODELS])
 
