@@ -49,8 +49,8 @@ def _run_sums(dtype: torch.dtype, is_shared: bool) -> list[bytes]:
 def test_sums_are_those_of_torch_in_the_order_of_ranks_in_every_bit(size, dtype):
     expected, *others = (_shares(rank, dtype) for rank in range(size))
     for share in others:
-        for total, part in zip(expected, share, strict=True):
-            total += part
+        for total, addend in zip(expected, share, strict=True):
+            total += addend
     results = world("torch_dist", size).run(_run_sums, dtype, True)
     assert results == [[total.numpy().tobytes() for total in expected]] * size
 
