@@ -111,6 +111,7 @@ def _split(recording: Recording) -> tuple[list[Op], list[Op]]:
     ops = [_without_argument(op, recording) for op in recording.ops]
     drawing = _drawing(ops, recording)
     drawn = {recording.alias[slot] for slot in recording.lifted}  # memory
+    random: set[int] = set()  # that of them which holds random numbers
     draws: list[Op] = []
     body: list[Op] = []
     used: set[int] = set()  # memory that the body has read
@@ -120,11 +121,14 @@ def _split(recording: Recording) -> tuple[list[Op], list[Op]]:
                 raise NotCompiledError(f"a random number is overwritten, {op.describe()}")
             draws.append(op)
             drawn.update(recording.alias[slot] for slot in op.outs if slot >= 0)
+            if op.is_random:
+                random.update(recording.alias[slot] for slot in (*op.outs, *op.writes) if slot >= 0)
             continue
         if op.is_random:
             raise NotCompiledError(f"a random number is drawn that depends on computed values, {op.describe()}")
-        if any(recording.alias[slot] in drawn for slot in op.writes):
-            raise NotCompiledError(f"a random number is changed in place, {op.describe()}")
+        if changed := drawn.intersection(recording.alias[slot] for slot in op.writes):
+            what = "a random number" if changed & random else "a tensor that torch has made, as by zeros(),"
+            raise NotCompiledError(f"{what} is changed in place, {op.describe()}")
         body.append(op)
         used.update(recording.alias[slot] for slot in op.ins)
     if not body:
@@ -144,16 +148,31 @@ def _drawing(ops: Sequence[Op], recording: Recording) -> set[int]:
             candidates.append(index)
             early.update(op.outs)
 
+    # What changes memory in place stays with the draws that use that memory, before or after it.
+    shared = {recording.alias[slot] for slot in recording.lifted}
+    while True:
+        drawing = _needed_by_draws(ops, candidates, shared, recording.alias)
+        touched = {
+            recording.alias[slot] for index in drawing for slot in (*ops[index].ins, *ops[index].outs) if slot >= 0
+        }
+        if touched <= shared:
+            return drawing
+        shared |= touched
+
+
+def _needed_by_draws(ops: Sequence[Op], candidates: Sequence[int], shared: set[int], alias: Sequence[int]) -> set[int]:
+    """Returns which candidates draw, make what is drawn from, or change memory that is shared with draws."""
     drawing: set[int] = set()
     needed: set[int] = set()
     written: set[int] = set()  # memory, by those that draw later
     for index in reversed(candidates):
         op = ops[index]
-        is_before_write = any(recording.alias[slot] in written for slot in op.ins)
-        if op.is_random or op.writes or is_before_write or any(slot in needed for slot in op.outs):
+        is_before_write = any(alias[slot] in written for slot in op.ins)
+        writes_shared = any(alias[slot] in shared for slot in op.writes)
+        if op.is_random or writes_shared or is_before_write or any(slot in needed for slot in op.outs):
             drawing.add(index)
             needed.update(op.ins)
-            written.update(recording.alias[slot] for slot in op.writes)
+            written.update(alias[slot] for slot in op.writes)
     return drawing
 
 

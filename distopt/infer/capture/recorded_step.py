@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from distopt.infer.capture.generators import generator_states, set_generator_states
-from distopt.infer.capture.recorder import Recorder, ValueReads, make_recorder
+from distopt.infer.capture.recorder import Recorder, make_recorder
 from distopt.infer.capture.recording import Recording, Slot
+from distopt.infer.capture.value_reads import ValueReads
 from distopt.rng import recording_host_calls
 
 

@@ -6,15 +6,14 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from distopt.infer.capture import watch
+from distopt.infer.capture.callers import is_warning, model_line
 from distopt.infer.capture.generators import generator_states, same_states
 from distopt.infer.capture.recording import (
     UNINITIALIZED,
@@ -33,73 +32,10 @@ _serial = itertools.count()
 MAX_COMPARED_BYTES = 1 << 18
 """A foreign tensor that Python reads is compared before each captured step, at about 10 GB/s; larger ones refuse."""
 
-_LIBRARIES = ("torch.", "pyro.", "distopt.infer.", "distopt.optim.amp", "distopt.rng", "contextlib", "functools")
-
 _OTHER_MEMORY = frozenset({"aten::set_", "aten::resize_", "aten::resize_as_"})
 
 # In-place operations on a tensor's shape. The tensor keeps its slot otherwise, so its description would go stale.
 _INPLACE_VIEW = torch.Tag.inplace_view
-
-_READS = frozenset(
-    {
-        torch.Tensor.item,
-        torch.Tensor.__float__,
-        torch.Tensor.__int__,
-        torch.Tensor.__index__,
-        torch.Tensor.__complex__,
-        torch.Tensor.__contains__,
-        torch.Tensor.__repr__,
-        torch.Tensor.__format__,
-        torch.Tensor.__array__,
-        torch.Tensor.__deepcopy__,
-        torch.Tensor.__reduce_ex__,
-        torch.Tensor.__dlpack__,
-        torch.Tensor.numpy,
-        torch.Tensor.tolist,
-    }
-)
-"""Functions of a tensor that hand its values to Python."""
-
-_MEMORY = frozenset(
-    {torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor._typed_storage}
-)
-"""Functions that hand out the memory itself, through which code could read and write unseen."""
-
-_SETTERS: tuple[Any, ...] = (torch.Tensor.data, torch.Tensor.grad)
-_UNSEEN_WRITES = frozenset(
-    {torch.Tensor.apply_, torch.Tensor.map_, torch.Tensor.map2_, *(each.__set__ for each in _SETTERS)}
-)
-"""Functions that change a tensor without an operation of the dispatcher."""
-
-
-# By remembered code object, whether it is a library's; by it and a line, that line's description.
-_library_codes: dict[int, bool] = {}
-_lines: dict[tuple[int, int], str] = {}
-
-
-def is_library(frame: FrameType) -> bool:
-    """Returns whether a frame runs code of torch, Pyro or this package rather than the user's."""
-    answer = _library_codes.get(id(frame.f_code))
-    if answer is None:
-        name = frame.f_globals.get("__name__", "") + "."
-        answer = name.startswith(_LIBRARIES) and not name.startswith("distopt.examples.")
-        _library_codes[watch.remembered(frame.f_code)] = answer
-    return answer
-
-
-def model_line() -> str:
-    """Returns file, line and function of the innermost frame that is the user's, "" where there is none."""
-    frame: FrameType | None = sys._getframe(1)
-    is_known = _library_codes.get  # each operation asks for its line, some 20 frames up
-    while frame is not None and (is_known(id(frame.f_code)) or is_library(frame)):
-        frame = frame.f_back
-    if frame is None:
-        return ""
-    key = (id(frame.f_code), frame.f_lineno)  # `is_library` has remembered it
-    line = _lines.get(key)
-    if line is None:
-        line = _lines[key] = f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
-    return line
 
 
 class StaticSlots:
@@ -284,7 +220,7 @@ class Recorder(_UnguardedMode):  # type: ignore[no-untyped-call]
             watch.resume(paused)
 
     def _read_scalar(self, function: Any, tensor: Tensor) -> Any:
-        if _is_warning():
+        if is_warning():
             return False if tensor.dtype == torch.bool else 0.0
         value = function(tensor)
         if tensor.dtype != torch.bool or self.is_static(tensor):
@@ -474,38 +410,6 @@ def make_recorder() -> Recorder:
     return _UncompiledRecorder() if "torch._dynamo" in sys.modules else Recorder()
 
 
-class ValueReads(TorchFunctionMode):
-    """What does not reach the dispatcher: values that Python reads, above all the numbers that an ELBO sums up."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(
-        self, function: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        # Reads by Pyro's ELBOs and warnings are harmless; all others are the model's.
-        if function is torch.Tensor.item and _is_elbo(sys._getframe(1)):
-            # The ELBO sums Python floats, that is doubles: the same sum of tensors of one double each is as exact.
-            tensor = args[0].detach()
-            return tensor.double() if tensor.is_floating_point() else function(*args, **kwargs)
-        if function in (torch.Tensor.__bool__, torch.Tensor.is_nonzero) and _is_warning():
-            return False
-
-        if function in _READS:
-            self._recorder.read(args[0], f".{function.__name__}()")
-        elif function in _MEMORY:
-            self._recorder.refuse(f".{function.__name__}() hands out a tensor's memory")
-        elif function in _UNSEEN_WRITES:
-            self._recorder.refuse(
-                "a tensor is changed by no operation (.apply_(), .map_(), or .data or .grad assigned)"
-            )
-        elif function is torch.Tensor.backward:
-            return _backward(self, *args, **kwargs)
-        return function(*args, **kwargs)
-
-
 @functools.cache
 def _view_of_same_arguments(function: Any) -> Any:
     """Returns the operator of the same arguments that makes a view instead of changing its argument into one."""
@@ -516,37 +420,6 @@ def _view_of_same_arguments(function: Any) -> Any:
         if [str(argument.type) for argument in overload._schema.arguments] == types:
             return overload
     raise NotImplementedError(f"{function} has no form that leaves its argument as it is")
-
-
-def _backward(
-    mode: ValueReads,
-    tensor: Tensor,
-    gradient: Tensor | None = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    inputs: Any = None,
-) -> None:
-    # Modes are off within a function that they handle, but hooks and backward functions read values too.
-    with mode:
-        torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
-
-
-def _is_elbo(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_globals.get("__name__") == "distopt.optim.amp":
-        frame = frame.f_back  # of the mode that scales what `backward()` begins with, through which all calls go
-    return frame is not None and str(frame.f_globals.get("__name__", "")).startswith("pyro.infer.")
-
-
-def _is_warning() -> bool:
-    """Returns whether pyro.util.warn_if_nan or warn_if_inf reads a value: nothing follows from it but a warning."""
-    frame: FrameType | None = sys._getframe(2)
-    for _ in range(4):
-        if frame is None:
-            return False
-        if frame.f_globals.get("__name__") == "pyro.util" and frame.f_code.co_name.startswith("warn_if"):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _are_disjoint(tensors: list[Tensor]) -> bool:

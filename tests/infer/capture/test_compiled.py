@@ -156,6 +156,67 @@ def test_list_that_cannot_be_compiled_runs_captured_with_eager_bits():
     assert all(torch.equal(params[name], eager[name]) for name in eager)
 
 
+def _filled_one_by_one(x):
+    loc = torch.zeros(3)
+    loc[0] = 1.0
+    loc[1] = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(loc.sum(), 1.0), obs=x)
+
+
+def _shuffled_and_filled(x):
+    loc = torch.arange(3.0).mul_(2.0)
+    chosen = torch.randint(2, (3,)).mul_(2).add_(1)
+    loc[1] = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal((loc * chosen).sum(), 1.0), obs=x)
+
+
+def _filled_with_draws(x):
+    loc = torch.zeros(len(x))
+    loc[:2] = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    loc += torch.randn(len(x))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+
+@pytest.mark.parametrize("model", [_filled_one_by_one, _shuffled_and_filled, _filled_with_draws])
+def test_tensors_that_a_model_fills_one_by_one_are_compiled(model):
+    losses, params, capture = train(8, model=model)
+    assert (capture.notice, capture.num_captured) == (None, 8)
+    eager_losses, eager, _ = train(8, model=model, capture="off")
+    assert losses == pytest.approx(eager_losses, rel=1e-5)
+    for name, param in params.items():
+        torch.testing.assert_close(param, eager[name])
+
+
+def _drawn_from_and_filled(x):
+    loc = torch.zeros(2)
+    chosen = torch.bernoulli(loc + 0.5)
+    loc[0] = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal((loc * chosen).sum(), 1.0), obs=x)
+
+
+def _overwritten(x):
+    draw = torch.randn(3)
+    draw[0] = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("x", dist.Normal(draw.sum(), 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        (_drawn_from_and_filled, "a tensor that torch has made, as by zeros(), is "),
+        (_overwritten, "a random number is "),
+    ],
+)
+def test_notice_says_what_is_changed_in_place(model, what):
+    _, _, capture = train(6, model=model)
+    assert capture.notice.startswith(f"{what}changed in place, ") and model.__name__ in capture.notice
+
+
 def test_compiler_that_fails_or_computes_something_else_leaves_captured_steps(monkeypatch):
     eager_losses, eager, _ = train(6, capture="off")
     monkeypatch.setattr(inductor, "_functions", {})
