@@ -115,6 +115,16 @@ class Backend(ABC):
             op: What becomes of the ranks' values.
         """
 
+    def sum_buffer(self, buffer: Tensor) -> Handle:
+        """Starts summing a buffer of distopt's own over all ranks, in place; the reducer calls it for each bucket.
+
+        It is `all_reduce` where a backend has nothing quicker. All ranks also wait for their sums in the same order.
+
+        Args:
+            buffer: One contiguous tensor, of one length and dtype on all ranks; overwritten.
+        """
+        return self.all_reduce(buffer)
+
     @abstractmethod
     def broadcast(self, tensor: Tensor, root: int = 0) -> Handle:
         """Starts overwriting `tensor` with that of rank `root`; it must not be touched before `wait`.

@@ -144,7 +144,7 @@ class Heartbeat:
         """
         first = call_within(5.0, self._read_beats)
         if first is None:  # nothing can come through a store that does not answer
-            return _NO_STORE
+            return self.failure or _NO_STORE
 
         deadline = time.monotonic() + timeout_s
         ended = self._failed_or_ended(first, min(timeout_s, SILENCE_BEATS * BEAT_S))

@@ -10,6 +10,8 @@ from pathlib import Path
 def this_process() -> str:
     """Returns a name that no other process has, on any machine; empty where the system has no /proc."""
     try:
+        if os.readlink("/proc/self") != str(os.getpid()):  # it shows the processes of another namespace
+            return ""
         return f"{_pid_namespace()} {os.getpid()} {_started_at(os.getpid())}"
     except OSError:
         return ""

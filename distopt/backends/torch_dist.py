@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from distopt.backends.base import DEFAULT_TIMEOUT, BackendError, Op
+from distopt.backends.base import DEFAULT_TIMEOUT, BackendError, Handle, Op
 from distopt.backends.shared_memory import SharedMemory
 from distopt.backends.world import PendingCollective, World, choose_device
 from distopt.launchers import LauncherError, RankInfo, find_rendezvous
@@ -52,9 +52,11 @@ class TorchDist(World):
         super().__init__(rank_info, device=device, timeout=timeout)
         self._group = group
         self._owns_group = owns_group
+        self._shared: SharedMemory | None = None
         self._has_gloo = "gloo" in str(dist.get_backend_config(group))
         self.open()
-        self._shared = SharedMemory.find(self) if self._has_gloo and self.world_size > 1 else None
+        if self._has_gloo and self.world_size > 1:
+            self._shared = SharedMemory.find(self)
         if self._has_gloo:
             _let_writers_finish()
 
@@ -132,9 +134,19 @@ class TorchDist(World):
         """The CPU where gloo serves it, else the GPU."""
         return torch.device("cpu") if self._has_gloo else self.device
 
+    def sum_buffer(self, buffer: Tensor) -> Handle:
+        """Starts summing a buffer over all ranks: through memory where all of them are on this machine."""
+        shared = self._shared
+        if shared is None or not shared.takes(buffer):
+            return super().sum_buffer(buffer)
+        self.all_reduce_bytes += buffer.nbytes
+        return self._start("all_reduce", buffer, lambda: shared.start(buffer), noted="sum_buffer")
+
+    def _note_call(self, what: str) -> None:
+        if self._shared is not None:
+            self._shared.note(what)
+
     def _start_all_reduce(self, tensor: Tensor, op: Op) -> PendingCollective:
-        if self._shared is not None and self._shared.takes(tensor, op):
-            return self._shared.start(tensor)
         return _Works([dist.all_reduce(tensor, _OPS[op], group=self._group, async_op=True)])
 
     def _start_broadcast(self, tensor: Tensor, root: int) -> PendingCollective:
@@ -164,6 +176,7 @@ class TorchDist(World):
         return PrefixStore(f"distopt/{TorchDist._num_worlds}/{ranks}", store.clone())
 
     def _leave(self) -> None:
+        self._shared = None
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -10,7 +10,8 @@ import sys
 import time
 import traceback
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 from typing import Protocol
@@ -198,6 +199,8 @@ class World(Backend):
     def library_error(self, what: str, error: Exception) -> BackendError:
         """Returns the error for a collective that the library gave up, with the failure behind it if there is one."""
         collective = self._describe(what)
+        if isinstance(error, BackendError):  # it says all that there is to say
+            return BackendError(f"{collective}: {error}")
         if self._heartbeat is None:
             return BackendError(f"{collective} failed: {error}")
 
@@ -215,7 +218,7 @@ class World(Backend):
             "init(timeout=...) or reduce.timeout_s; otherwise check that all ranks make the same calls."
         )
 
-    def _start(self, what: str, tensor: Tensor, start: Callable[[], PendingCollective]) -> Handle:
+    def _start(self, what: str, tensor: Tensor, start: Callable[[], PendingCollective], noted: str = "") -> Handle:
         if self.closed:
             raise BackendError(f"{self._describe(what)}: this backend was closed.")
         self.raise_if_failed()
@@ -223,11 +226,17 @@ class World(Backend):
             self._heartbeat.calls += 1
         self.num_pending += 1
 
+        self._note_call(f"{noted or what.partition(' with')[0]} of {tensor.numel():,} x {tensor.dtype}")
         what = f"{what} of {tuple(tensor.shape)} {tensor.dtype}"
+        for observe in _observers:
+            observe(what)
         try:
             return WorldHandle(self, start(), what)
         except RuntimeError as error:
             raise self.library_error(what, error) from error
+
+    def _note_call(self, what: str) -> None:
+        """Is told of each collective before it is started: the same on all ranks."""
 
     def _describe(self, what: str) -> str:
         beat = self._heartbeat
@@ -239,6 +248,19 @@ class World(Backend):
         if failure.exited:
             return text
         return f"{text}\n--- traceback of rank {failure.rank}\n{failure.traceback.rstrip()}"
+
+
+_observers: list[Callable[[str], None]] = []
+
+
+@contextmanager
+def observing_collectives(observe: Callable[[str], None]) -> Iterator[None]:
+    """Calls `observe` with each collective that is started meanwhile, whichever library it is of."""
+    _observers.append(observe)
+    try:
+        yield
+    finally:
+        _observers.remove(observe)
 
 
 class ExitHandler:

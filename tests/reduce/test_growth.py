@@ -12,23 +12,19 @@ from distopt.backends import current
 from distopt.optim import SGD, DistributedOptimizer
 from tests.workers import world
 
-COLLECTIVES = ("_start_all_reduce", "_start_all_gather", "_start_broadcast")
-
 
 def _run_births(number: int) -> list[int]:
     """Bytes that this rank gives to collectives in each step, of which each brings a parameter of one element."""
     backend: Any = current()
     sizes: list[int] = []
 
-    def counting(start: Any) -> Any:
-        def counted(tensor: Tensor, *args: Any) -> Any:
-            sizes[-1] += tensor.numel() * tensor.element_size()
-            return start(tensor, *args)
+    start = backend._start
 
-        return counted
+    def counted(what: str, tensor: Tensor, *args: Any, **options: Any) -> Any:
+        sizes[-1] += tensor.nbytes
+        return start(what, tensor, *args, **options)
 
-    for name in COLLECTIVES:
-        setattr(backend, name, counting(getattr(backend, name)))
+    backend._start = counted
     try:
         optim, params = DistributedOptimizer(SGD({"lr": 0.1})), []
         for index in range(number):
@@ -38,8 +34,7 @@ def _run_births(number: int) -> list[int]:
                 param.grad = torch.ones_like(param)
             optim(params)
     finally:
-        for name in COLLECTIVES:
-            delattr(backend, name)
+        del backend._start
     return sizes
 
 

@@ -122,8 +122,9 @@ def _attributes(value: Any) -> Iterator[tuple[Any, str]]:
         if kind.__module__.split(".")[0] in ("builtins", "torch", "pyro", "numpy", "distopt"):
             continue
         for name, held in [*vars(kind).items()]:
-            if isinstance(held, MemberDescriptorType) and not is_type:
-                yield value, name
+            if isinstance(held, MemberDescriptorType):
+                if not is_type and "__slots__" in vars(kind):  # members of classes in C may be read-only
+                    yield value, name
             elif not (isinstance(held, _FIXED) or name.startswith("__")):
                 yield kind, name
 

@@ -15,6 +15,7 @@ from pyro.infer.util import torch_item
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from distopt.backends.world import observing_collectives
 from distopt.infer.capture.generators import generator_states, set_generator_states
 from distopt.infer.capture.recorder import Recorder, make_recorder
 from distopt.infer.capture.recording import Recording, Slot
@@ -86,6 +87,7 @@ def record_step(
         with (
             pyro.validation_enabled(False),
             recording_host_calls(recorder.host),
+            observing_collectives(lambda what: recorder.refuse(f"a collective is called within the step, {what}")),
             ValueReads(recorder),
             recorder,
             poutine.trace(param_only=True) as capture,

@@ -269,3 +269,39 @@ def test_vectors_of_one_shape_beside_a_sharded_plate_are_captured_on_one_rank():
         results.append((losses, params, torch.get_rng_state().tolist()))
     assert_same_training(*results)
     assert svi.captured.num_captured == 8
+
+
+def _run_collective_within(kind: str, capture: str) -> tuple[float, float, str | None]:
+    """A model whose ranks sum something by themselves: in a hook of backward, or in the model."""
+    backend = backends.current()
+    pyro.clear_param_store()
+
+    def total(values):
+        values = values.clone()
+        backend.all_reduce(values).wait()
+        return values
+
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0)) * 1.0
+        if kind == "hook" and loc.requires_grad:
+            loc.register_hook(total)
+        shift = total(x.sum()) / 100.0 if kind == "model" else 0.0
+        with pyro.plate("rows", len(x)):
+            pyro.sample("x", dist.Normal(loc + shift, 1.0), obs=x)
+
+    guide = AutoNormal(model)
+    svi = SVI(model, guide, DistributedOptimizer(Adam({"lr": 0.05})), Trace_ELBO(), capture=capture)
+    for step in range(8):
+        seed_all(1, step, backend.rank)
+        svi.step(torch.linspace(0.0, 1.0, 10) + backend.rank)
+    loc, scale = (param.item() for param in pyro.get_param_store().values())
+    return loc, scale, svi.captured and (svi.captured.refusal or svi.captured.notice)
+
+
+@pytest.mark.parametrize("kind", ["hook", "model"])
+@pytest.mark.parametrize("capture", ["graph", "compiled"])
+def test_step_with_a_collective_of_the_users_stays_eager(kind, capture):
+    eager = world("torch_dist", 2).run(_run_collective_within, kind, "off")
+    steps = world("torch_dist", 2).run(_run_collective_within, kind, capture)
+    assert [each[:2] for each in steps] == [each[:2] for each in eager]
+    assert all("a collective is called within the step" in each[2] for each in steps)
