@@ -27,6 +27,10 @@ class BackendError(RuntimeError):
     """A collective that failed or never finished; the message names rank, world size and what to check."""
 
 
+class MismatchError(BackendError):
+    """Another rank makes another call than this one; the message names both."""
+
+
 class Handle(Protocol):
     """A collective that has been started."""
 

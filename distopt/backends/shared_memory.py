@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distopt.backends.base import Backend, BackendError
+from distopt.backends.base import Backend, MismatchError
 from distopt.backends.process_ends import has_ended, namespaces, this_process
 
 logger = logging.getLogger(__name__)
@@ -100,8 +100,15 @@ class SharedMemory:
         self._sums.note(self._num_calls, what)
 
     def start(self, buffer: Tensor) -> SharedSum:
-        """Starts summing a contiguous tensor, in place; all ranks start and await the same sums in the same order."""
-        number = self._sums.start(buffer.data_ptr(), buffer.nbytes, str(buffer.dtype), self._num_calls)
+        """Starts summing a contiguous tensor, in place; all ranks start and await the same sums in the same order.
+
+        Raises:
+            MismatchError: A rank that has come before sums something else.
+        """
+        try:
+            number = self._sums.start(buffer.data_ptr(), buffer.nbytes, str(buffer.dtype), self._num_calls)
+        except RuntimeError as error:
+            raise MismatchError(f"the ranks' calls do not match: {error}") from error
         self._started[number] = buffer
         return SharedSum(self, number)
 
@@ -109,7 +116,7 @@ class SharedMemory:
         """Waits up to `seconds` for a sum and returns whether it is done.
 
         Raises:
-            BackendError: A rank makes another call than this one.
+            MismatchError: A rank makes another call than this one.
             RuntimeError: The process of a rank has ended without its part.
         """
         deadline = time.monotonic() + seconds
@@ -128,15 +135,15 @@ class SharedMemory:
         try:
             return self._sums.wait(number, seconds)
         except RuntimeError as error:
-            raise BackendError(f"the ranks' calls do not match: {error}") from error
+            raise MismatchError(f"the ranks' calls do not match: {error}") from error
 
     def _compare_calls(self) -> None:
-        """Raises BackendError where the last call of another rank is not what this rank called at that place."""
+        """Raises MismatchError where the last call of another rank is not what this rank called at that place."""
         for rank in range(len(self._processes)):
             number, theirs = self._sums.last_call(rank)
             ours = self._calls.get(number, theirs)
             if theirs != ours:
-                raise BackendError(
+                raise MismatchError(
                     f"the ranks' calls do not match: rank {rank} calls {theirs} as its collective number {number}, and "
                     f"this rank called {ours}. All ranks must make the same calls in the same order."
                 )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
-from distopt.backends.base import Backend, BackendError, Handle, Op
+from distopt.backends.base import Backend, BackendError, Handle, MismatchError, Op
 from distopt.backends.heartbeat import BEAT_S, Failure, Heartbeat
 from distopt.launchers import SINGLE_DEVICE_VARIABLE, RankInfo, has_separate_gpus
 from distopt.worker_error import is_permanent, record_error
@@ -157,6 +157,7 @@ class World(Backend):
         if self.closed:
             return
         self.closed = True
+        atexit.unregister(self.close)
 
         if self._heartbeat is not None:
             self._heartbeat.exit()
@@ -185,6 +186,8 @@ class World(Backend):
         if self.world_size > 1:
             self._heartbeat = Heartbeat(self._make_store(), self.rank, self.world_size)
             self._exit_handler = ExitHandler(self)
+        else:
+            atexit.register(self.close)  # gloo's threads may abort a process that ends with its group open
 
     def stop_heartbeat(self) -> None:
         """Ends the heartbeat, and nothing else."""
@@ -199,8 +202,8 @@ class World(Backend):
     def library_error(self, what: str, error: Exception) -> BackendError:
         """Returns the error for a collective that the library gave up, with the failure behind it if there is one."""
         collective = self._describe(what)
-        if isinstance(error, BackendError):  # it says all that there is to say
-            return BackendError(f"{collective}: {error}")
+        if isinstance(error, MismatchError):  # it says all that there is to say
+            return MismatchError(f"{collective}: {error}")
         if self._heartbeat is None:
             return BackendError(f"{collective} failed: {error}")
 
@@ -289,14 +292,15 @@ class ExitHandler:
             atexit.unregister(self._leave)
 
     def _publish(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """Stands in for `sys.excepthook`. A BackendError is what this rank learned from another, and is not its own."""
+        """Stands in for `sys.excepthook`. Most BackendErrors are what this rank learned from another, not its own."""
         self._failed = True
         if not issubclass(kind, KeyboardInterrupt):
-            # PeerError, which a layer above defines, tells of another rank as well.
-            from_peer = any(base.__name__ in ("BackendError", "PeerError") for base in kind.__mro__)
+            # PeerError, which a layer above defines, tells of another rank as well. A mismatch is this rank's finding.
+            names = {base.__name__ for base in kind.__mro__}
+            from_peer = bool(names & {"BackendError", "PeerError"}) and not isinstance(error, MismatchError)
             permanent = not from_peer and is_permanent(error, in_first_step=False)
             record_error(error, from_peer=from_peer, permanent=permanent)
-            if not isinstance(error, BackendError):
+            if not isinstance(error, BackendError) or isinstance(error, MismatchError):
                 self._world.fail(error)
         self._previous_hook(kind, error, trace)
 

@@ -231,8 +231,9 @@ def _run_mismatch(kind: str) -> None:
 def test_ranks_that_make_other_calls_are_an_error_and_no_wrong_sum(kind):
     statuses, started = run_script("torch_dist", 2, _run_mismatch, kind)
     outputs = [started.output(rank) for rank in (0, 1)]
-    assert all(statuses) and any("the ranks' calls do not match: rank " in output for output in outputs), outputs
-    assert not any("sum [" in output for output in outputs)
+    assert all(statuses) and not any("sum [" in output for output in outputs)
+    for output in outputs:  # by what the rank has found itself, or the other one
+        assert "the ranks' calls do not match: rank " in output and "does not answer" not in output, outputs
 
 
 def _run_child_sums() -> None:
@@ -332,7 +333,7 @@ def _run_no_memory() -> None:
 def test_all_ranks_share_memory_or_none_does(body, expected):
     statuses, started = run_script("torch_dist", 2, body)
     assert statuses == [0, 0], started.output()
-    assert [started.output(rank).split() for rank in (0, 1)] == [[expected]] * 2
+    assert all(expected in started.output(rank).split() for rank in (0, 1))
 
 
 def test_memory_has_no_name_that_could_be_left_behind():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from distopt.backends import BackendError, current, init
 from distopt.backends.torch_dist import TorchDist
 from tests.test_launchers import exported, open_mpi
-from tests.workers import free_port, world
+from tests.workers import free_port, run_script, world
 
 
 @pytest.fixture
@@ -95,3 +96,13 @@ def test_threads_of_gloo_do_not_interrupt_the_thread_that_wakes_them():
         pytest.skip("this sandbox lets no process choose a policy")
     for policies, mine in world("torch_dist", 2).run(_run_policies):
         assert set(policies) == {os.SCHED_BATCH} and mine == os.SCHED_OTHER
+
+
+def test_process_that_is_alone_leaves_its_group_at_its_end():
+    statuses, started = run_script("torch_dist", 1, _run_ends)
+    assert (statuses, started.output().split()) == ([0], ["left"])
+
+
+def _run_ends() -> None:
+    atexit.register(lambda: print("open" if dist.is_initialized() else "left"))  # runs after what init registers
+    init("torch_dist").all_reduce(torch.ones(3)).wait()

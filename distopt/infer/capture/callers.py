@@ -7,7 +7,16 @@ from types import FrameType
 
 from distopt.infer.capture import watch
 
-_LIBRARIES = ("torch.", "pyro.", "distopt.infer.", "distopt.optim.amp", "distopt.rng", "contextlib", "functools")
+_LIBRARIES = (
+    "torch.",
+    "pyro.",
+    "distopt.infer.",
+    "distopt.backends.",
+    "distopt.optim.amp",
+    "distopt.rng",
+    "contextlib",
+    "functools",
+)
 
 # By remembered code object, whether it is a library's; by it and a line, that line's description.
 _library_codes: dict[int, bool] = {}

@@ -17,7 +17,7 @@ from distopt.infer.capture.fusion import NotCompiledError, fuse
 from distopt.infer.capture.generators import generator_states, same_states
 from distopt.infer.capture.program import Program
 from distopt.infer.capture.python_state import PythonState
-from distopt.infer.capture.recorded_step import RecordedStep
+from distopt.infer.capture.recorded_step import RecordedStep, noting_collectives
 from distopt.infer.capture.recorder import make_recorder
 from distopt.infer.capture.recording import Recording
 from distopt.infer.capture.rehearsal import Rehearsal
@@ -67,10 +67,13 @@ class CompiledCapture(StepCapture):
         rehearsal = Rehearsal()
         names = list(pyro.get_param_store()._params)
         writes = make_recorder()  # which knows what the step writes to; what else it records is of no use
+        collectives: list[str] = []
         try:
-            with writes, self._make_watch() as watch:
+            with writes, self._make_watch() as watch, noting_collectives(collectives):
                 result = super()._eager(model, guide, args, kwargs)
         except Exception as error:  # an eager step shows whether it is the model's own
+            if collectives:  # which only this rank would call again
+                raise
             rehearsal.undo(writes.undo_writes)
             self._refuse(f"recording failed: {type(error).__name__}: {error}")
             return None
@@ -81,6 +84,10 @@ class CompiledCapture(StepCapture):
             self._states.clear()
             return result
         self._is_rehearsed = True
+        if collectives:
+            self._refuse(collectives[0])
+            self._states.clear()
+            return result
         lasting = [f"calls {each}" for each in watch.effects] + [f"uses {each}" for each in self._states[-1].passing()]
         if lasting:
             self._refuse(f"the model {lasting[0]}, which a compiled step would not")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from distopt.backends.world import observing_collectives
+from distopt.infer.capture.callers import model_line
 from distopt.infer.capture.generators import generator_states, set_generator_states
 from distopt.infer.capture.recorder import Recorder, make_recorder
 from distopt.infer.capture.recording import Recording, Slot
@@ -34,6 +36,10 @@ def _same_generators(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 class NotFiniteError(Exception):
     """A recorded loss is not finite: an eager step has Pyro's validation to say why."""
+
+
+class CollectiveCalledError(Exception):
+    """A step has raised an error after it called a collective: only this rank would call that again."""
 
 
 @dataclass(slots=True)
@@ -67,6 +73,7 @@ def record_step(
 
     Raises:
         NotFiniteError: The loss is not finite.
+        CollectiveCalledError: The model raised after it had called a collective; from that error.
         Exception: Whatever the model raised. In both cases generators, gradients and tensors that the step had written
             to are as they were before.
     """
@@ -82,21 +89,25 @@ def record_step(
     saved_grads = [(param, param.grad, None if param.grad is None else param.grad.clone()) for param in params]
     rng_states = generator_states()
     python_state = _python_generators()
+    collectives: list[str] = []
     recorder.start()
     try:
         with (
             pyro.validation_enabled(False),
             recording_host_calls(recorder.host),
-            observing_collectives(lambda what: recorder.refuse(f"a collective is called within the step, {what}")),
+            noting_collectives(collectives),
             ValueReads(recorder),
             recorder,
             poutine.trace(param_only=True) as capture,
         ):
             loss = loss_and_grads(model, guide, *args, **kwargs)
-        if not all(map(_is_finite, loss if isinstance(loss, tuple) else (loss,))):
+        is_finite = all(map(_is_finite, loss if isinstance(loss, tuple) else (loss,)))
+        if not is_finite and not collectives:
             raise NotFiniteError
-    except BaseException:
+    except BaseException as error:
         recorder.close()
+        if collectives:
+            raise CollectiveCalledError from error
         set_generator_states(rng_states)
         random.setstate(python_state["python"])
         np.random.set_state(python_state["numpy"])
@@ -105,6 +116,8 @@ def record_step(
         recorder.undo_writes()
         raise
 
+    if collectives:
+        recorder.refuse(collectives[0])
     if not _same_generators(python_state, _python_generators()):
         recorder.refuse("random numbers of Python's random or of NumPy are drawn")
     losses = _take_losses(recorder, loss)
@@ -113,6 +126,16 @@ def record_step(
     recorder.close()
     written = [memory for memory, _ in recorder.undo.values()]
     return RecordedStep(recorder.recording, losses, params, used, recorder.undo_writes, written)
+
+
+def noting_collectives(reasons: list[str]) -> AbstractContextManager[None]:
+    """Adds, for each collective that is called meanwhile, why such a step stays eager: other ranks wait for it."""
+
+    def note(what: str) -> None:
+        line = model_line()
+        reasons.append(f"a collective is called within the step, {what}" + (f", at {line}" if line else ""))
+
+    return observing_collectives(note)
 
 
 def _is_finite(loss: Any) -> bool:

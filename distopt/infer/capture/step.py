@@ -33,7 +33,7 @@ from distopt.infer.capture.captured_step import (
 )
 from distopt.infer.capture.cuda_graph import NoGraphError, build_graph, uses_gpu
 from distopt.infer.capture.passes import shorten
-from distopt.infer.capture.recorded_step import NotFiniteError, RecordedStep, record_step
+from distopt.infer.capture.recorded_step import CollectiveCalledError, NotFiniteError, RecordedStep, record_step
 from distopt.infer.capture.recording import Recording, difference
 from distopt.infer.capture.rehearsal import RehearsalWithViews
 from distopt.infer.capture.rows import TensorRows
@@ -87,10 +87,9 @@ class StepCapture:
     flags that the model's code read (see `assumptions`). Branches on values of tensors are computed again and compared;
     another answer takes an eager step. Steps 8, 16, 32, ..., 512 and every 1,000th are recorded again and compared.
 
-    A step that cannot be captured stays eager, and `refusal` says why. While values that the model reads keep changing,
-    as in annealing, steps are eager too; they are recorded again after 8 steps, then 16, and so on. Pyro does not
-    validate recorded and captured steps, but one whose loss is not finite is taken again, eagerly and with the same
-    random numbers.
+    A step that cannot be captured stays eager, and `refusal` says why. While values that the model reads keep changing
+    (annealing), steps are eager too, and recorded again after 8, 16, ... steps. Pyro does not validate recorded and
+    captured steps, but one whose loss is not finite is taken again, eagerly and with the same random numbers.
 
     Args:
         loss_and_grads: The method of a `pyro.infer.ELBO` instance.
@@ -145,8 +144,7 @@ class StepCapture:
         Raises:
             Exception: Whatever an eager step raises, from an eager step.
         """
-        # The first step is never recorded: guides set themselves up in it, and ELBOs look how deep plates are nested,
-        # with extra runs of the model that no later step has.
+        # The first step is never recorded: in it guides set themselves up, and ELBOs find out how deep plates nest.
         self.num_steps += 1
         if self._pauses.is_over(self.num_steps):
             self.refusal = None
@@ -316,6 +314,8 @@ class StepCapture:
             if self._num_not_finite >= MAX_PROGRAMS:
                 self._refuse(_NOT_FINITE)
             return None
+        except CollectiveCalledError as error:
+            raise error.__cause__ or error  # noqa: B904  # as the model raised it, with its own cause
         except Exception as error:  # an eager step shows whether it is the model's own
             self._refuse(f"recording failed: {type(error).__name__}: {error}")
             return None

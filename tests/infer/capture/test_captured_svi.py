@@ -1,5 +1,6 @@
 """Training through `SVI.step` with capture gives what it gives without, on one rank and on several."""
 
+import contextlib
 import math
 
 import pyro
@@ -13,7 +14,7 @@ from distopt import backends
 from distopt.infer import SVI, TensorRows, seed_all, sharded_plate
 from distopt.infer.capture import StepCapture
 from distopt.optim import Adam, DistributedOptimizer, ScaledELBO
-from distopt.reduce import ReduceOptions
+from distopt.reduce import PeerError, ReduceOptions
 from tests.infer.capture.cases import DATA, hierarchy, mixture, mixture_guide
 from tests.workers import world
 
@@ -271,21 +272,28 @@ def test_vectors_of_one_shape_beside_a_sharded_plate_are_captured_on_one_rank():
     assert svi.captured.num_captured == 8
 
 
-def _run_collective_within(kind: str, capture: str) -> tuple[float, float, str | None]:
+def _run_collective_within(kind: str, capture: str, bad_step: int) -> tuple[str, int, str | None]:
     """A model whose ranks sum something by themselves: in a hook of backward, or in the model."""
     backend = backends.current()
     pyro.clear_param_store()
+    num_calls = 0
 
     def total(values):
+        nonlocal num_calls
+        num_calls += 1
         values = values.clone()
         backend.all_reduce(values).wait()
         return values
 
     def model(x):
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0)) * 1.0
-        if kind == "hook" and loc.requires_grad:
+        if kind == "hook, one rank prints" and backend.rank == 0:
+            print("loc")
+        if kind.startswith("hook") and loc.requires_grad:
             loc.register_hook(total)
-        shift = total(x.sum()) / 100.0 if kind == "model" else 0.0
+        shift = total(x.sum()) / 100.0 if kind.startswith("model") else 0.0
+        if kind == "model, one rank raises" and loc.requires_grad and x[0] > 100.0:
+            raise OSError("no such row")
         with pyro.plate("rows", len(x)):
             pyro.sample("x", dist.Normal(loc + shift, 1.0), obs=x)
 
@@ -293,15 +301,27 @@ def _run_collective_within(kind: str, capture: str) -> tuple[float, float, str |
     svi = SVI(model, guide, DistributedOptimizer(Adam({"lr": 0.05})), Trace_ELBO(), capture=capture)
     for step in range(8):
         seed_all(1, step, backend.rank)
-        svi.step(torch.linspace(0.0, 1.0, 10) + backend.rank)
-    loc, scale = (param.item() for param in pyro.get_param_store().values())
-    return loc, scale, svi.captured and (svi.captured.refusal or svi.captured.notice)
+        is_bad = step == bad_step and backend.rank == 0
+        bad = {"model, one rank's loss is not finite": math.inf, "model, one rank raises": 1000.0}.get(kind, 0.0)
+        with contextlib.suppress(OSError, PeerError), pyro.validation_enabled(False):
+            svi.step(torch.linspace(0.0, 1.0, 10) + backend.rank + (bad if is_bad else 0.0))
+    values = [param.tolist() for param in pyro.get_param_store().values()]
+    return repr(values), num_calls, svi.captured and (svi.captured.refusal or svi.captured.notice)
 
 
-@pytest.mark.parametrize("kind", ["hook", "model"])
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind",
+    ["hook", "hook, one rank prints", "model", "model, one rank's loss is not finite", "model, one rank raises"],
+)
 @pytest.mark.parametrize("capture", ["graph", "compiled"])
 def test_step_with_a_collective_of_the_users_stays_eager(kind, capture):
-    eager = world("torch_dist", 2).run(_run_collective_within, kind, "off")
-    steps = world("torch_dist", 2).run(_run_collective_within, kind, capture)
+    bad_step = 0 if capture == "compiled" else 1  # the one that is recorded
+    eager = world("torch_dist", 2).run(_run_collective_within, kind, "off", bad_step)
+    steps = world("torch_dist", 2).run(_run_collective_within, kind, capture, bad_step)
     assert [each[:2] for each in steps] == [each[:2] for each in eager]
-    assert all("a collective is called within the step" in each[2] for each in steps)
+    for rank, (_, _, refusal) in enumerate(steps):
+        if "prints" in kind and rank == 0 and capture == "graph":
+            assert "which a captured step would not" in refusal
+        else:
+            assert "a collective is called within the step" in refusal and "test_captured_svi.py" in refusal
