@@ -65,14 +65,14 @@ def test_script_runs_unchanged_and_finds_the_mean(launcher: str, tmp_path: Path)
     if not Path(LAUNCHERS[launcher][0]).exists():
         pytest.skip(f"{launcher} is not installed; make setup-dev installs it")
     # The closed form: with a flat prior and unit noise, the posterior mean is the mean of the data. The script draws
-    # other noise each time, which leaves the last steps 0.006 around it.
+    # other noise each time, and the last steps are around it by 0.006: so it gets a seed here.
     check = """
 posterior = pyro.param("AutoNormal.locs.mean").item()
-assert abs(posterior - data.mean().item()) < 0.04, (posterior, data.mean().item())
+assert abs(posterior - data.mean().item()) < 0.02, (posterior, data.mean().item())
 print(f"rank {worker.rank} of {worker.world_size} through {worker.name}: {posterior!r}", flush=True)
 """
     script = tmp_path / "script.py"
-    script.write_text(block("python") + check)
+    script.write_text("import pyro\npyro.set_rng_seed(0)\n" + block("python") + check)
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     env = os.environ | root | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run([*LAUNCHERS[launcher], str(script)], env=env, capture_output=True, text=True, timeout=120)

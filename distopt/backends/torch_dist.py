@@ -142,9 +142,9 @@ class TorchDist(World):
         self.all_reduce_bytes += buffer.nbytes
         return self._start("all_reduce", buffer, lambda: shared.start(buffer), noted="sum_buffer")
 
-    def _note_call(self, what: str) -> None:
-        if self._shared is not None:
-            self._shared.note(what)
+    def _note_call(self, what: str, tensor: Tensor) -> None:
+        if self._shared is not None:  # what all ranks call alike: each names another partner of a send_recv
+            self._shared.note(f"{what.partition(' with')[0]} of {tensor.numel():,} x {tensor.dtype}")
 
     def _start_all_reduce(self, tensor: Tensor, op: Op) -> PendingCollective:
         return _Works([dist.all_reduce(tensor, _OPS[op], group=self._group, async_op=True)])

@@ -229,7 +229,7 @@ class World(Backend):
             self._heartbeat.calls += 1
         self.num_pending += 1
 
-        self._note_call(f"{noted or what.partition(' with')[0]} of {tensor.numel():,} x {tensor.dtype}")
+        self._note_call(noted or what, tensor)
         what = f"{what} of {tuple(tensor.shape)} {tensor.dtype}"
         for observe in _observers:
             observe(what)
@@ -238,8 +238,8 @@ class World(Backend):
         except RuntimeError as error:
             raise self.library_error(what, error) from error
 
-    def _note_call(self, what: str) -> None:
-        """Is told of each collective before it is started: the same on all ranks."""
+    def _note_call(self, what: str, tensor: Tensor) -> None:
+        """Is told of each collective before it is started."""
 
     def _describe(self, what: str) -> str:
         beat = self._heartbeat

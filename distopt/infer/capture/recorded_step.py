@@ -73,12 +73,11 @@ def record_step(
 
     Raises:
         NotFiniteError: The loss is not finite.
-        CollectiveCalledError: The model raised after it had called a collective; from that error.
-        Exception: Whatever the model raised. In both cases generators, gradients and tensors that the step had written
-            to are as they were before.
+        Exception: Whatever the model raised. In these two cases generators, gradients and tensors that the step had
+            written to are as they were before.
+        CollectiveCalledError: The model raised after it had called a collective; from that error. Nothing is put back.
     """
-    store = pyro.get_param_store()
-    before = dict(store._params)
+    before = dict(pyro.get_param_store()._params)
     params = list(before.values())
 
     recorder = make_recorder()
@@ -101,8 +100,7 @@ def record_step(
             poutine.trace(param_only=True) as capture,
         ):
             loss = loss_and_grads(model, guide, *args, **kwargs)
-        is_finite = all(map(_is_finite, loss if isinstance(loss, tuple) else (loss,)))
-        if not is_finite and not collectives:
+        if not collectives and not all(map(_is_finite, loss if isinstance(loss, tuple) else (loss,))):
             raise NotFiniteError
     except BaseException as error:
         recorder.close()
