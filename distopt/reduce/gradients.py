@@ -189,7 +189,7 @@ def _collect_shared(
     has_all = len(known) - has_new == len(layout.params) and not layout.sparse
     if has_all and _is_in_store(layout) and not _cast_params(layout):
         new = [param for param, index in zip(params, indices, strict=True) if index is None] if has_new else []
-        changes = _new_gradients(new, layout, dropped)
+        changes = _new_gradients(new, layout, dropped) if new else {}
         gradients = list(map(gradient_of, layout.params))
         addresses = _addresses(gradients)
         if addresses is not None and changes is not None:

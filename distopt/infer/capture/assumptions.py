@@ -4,9 +4,10 @@ A captured step does not run the model's Python code, so a number that the code 
 attribute or a container would keep its recorded value. While a step is recorded, a profile function notes each function
 of the user's that runs (see `watch`). Whatever can be reached from its globals, closures and arguments is taken for
 read: containers with all that they hold, and of objects the attributes that any of these functions names, or all where
-names are computed or a library's code reads them. One generated expression compares what is there now with what was
-there then, some hundredths of a microsecond for each value. What cannot be compared is a reason to stay eager:
-iterators, generators of random numbers, and objects of C extensions, which have no attributes to look at.
+names are computed or a library's code reads them. Generated expressions compare what is there now with what was there
+then, and C++ looks first whether most of it is the same objects (see `quick_tests`): a hundredth of a microsecond for
+each value. What cannot be compared is a reason to stay eager: iterators, generators of random numbers, and objects of C
+extensions, which have no attributes to look at.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import contextlib
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyro
 from torch import nn
 
+from distopt.infer.capture.quick_tests import all_hold, separate
 from distopt.infer.capture.reachable import ReachableValues
 from distopt.infer.capture.watch import Call, Names, Watch, computes_names, content, names_of
 from distopt.rng import _policy
@@ -110,7 +112,10 @@ class Assumptions:
     def _add_store(self) -> None:
         reachable = self._reachable
         store = pyro.get_param_store()
-        reachable.compare_items("the constraints of parameters", f"{reachable.name(store)}._constraints.values()")
+        text = "the constraints of parameters"
+        reachable.compare_items(
+            text, f"{reachable.attributes(text, reachable.name(store), store)}['_constraints'].values()"
+        )
 
         for name, param in store._params.items():
             for table in ("_backward_hooks", "_post_accumulate_grad_hooks"):  # None until the first hook
@@ -131,11 +136,13 @@ class Assumptions:
                 self._reachable.compare(f"Pyro's setting {name}", source, getattr(owner, attribute))
 
     def _compile(self) -> None:
-        tests = [f"({expression})" for expression in self._reachable.tests]
-        code = f"def holds():\n  return {' and '.join(tests) or 'True'}\n"
-        code += f"def tests():\n  return [{', '.join(f'(lambda: {test})' for test in tests)}]\n"
-        exec(code, self._reachable.environment)
-        self._holds: Callable[[], bool] = self._reachable.environment["holds"]
+        self._quick, rest = separate(self._reachable.tests, self._reachable.environment)
+        self._holds_besides = self._function(_conjunction(rest))
+        self._holds: Callable[[], bool] | None = None
+
+    def _function(self, expression: str) -> Callable[[], bool]:
+        function: Callable[[], bool] = eval(f"lambda: {expression}", self._reachable.environment)
+        return function
 
     def __len__(self) -> int:
         return len(self._reachable.tests)
@@ -143,6 +150,11 @@ class Assumptions:
     def __call__(self) -> bool:
         """Returns whether all values are what they were."""
         try:
+            if all_hold is not None and all_hold(self._quick):
+                return self._holds_besides()
+            # Equal values in place of others, or others, or no extension.
+            if self._holds is None:
+                self._holds = self._function(_conjunction(self._reachable.tests))
             return self._holds()
         except Exception:  # a path that leads nowhere any more
             return False
@@ -154,14 +166,18 @@ class Assumptions:
     def changed(self) -> list[str]:
         """Returns the paths whose values differ now, as they stand in the code."""
         paths = []
-        for (text, _), test in zip(self._reachable.tests.values(), self._reachable.environment["tests"](), strict=True):
+        for expression, (text, _) in self._reachable.tests.items():
             try:
-                holds = test()
+                holds = self._function(expression)()
             except Exception:  # a path that leads nowhere any more
                 holds = False
             if not holds:
                 paths.append(text)
         return list(dict.fromkeys(paths))
+
+
+def _conjunction(tests: Iterable[str]) -> str:
+    return " and ".join(f"({test})" for test in tests) or "True"
 
 
 def _contents(calls: list[Call], named: list[Names]) -> Iterator[Any]:

@@ -14,6 +14,11 @@ from distopt.infer.capture.watch import PLAIN
 MAX_COMPARED_BYTES = 1 << 18
 """Arrays of NumPy up to this size are compared, at about 10 GB/s."""
 
+_TABLES_OF_LAYER = (
+    *("_parameters", "_buffers"),
+    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+)
+
 
 class Comparisons:
     """Tests of values, each an expression, over objects that live as long as they do.
@@ -26,10 +31,11 @@ class Comparisons:
 
     def __init__(self) -> None:
         self.tests: dict[str, tuple[str, bool]] = {}
-        self.environment: dict[str, Any] = {each.__name__: each for each in (all, id, len, map, type)}
+        self.environment: dict[str, Any] = {each.__name__: each for each in (all, any, id, len, map, type)}
         self.environment["is_"] = operator.is_
         self.refusal: str | None = None
         self._names: dict[int, str] = {}
+        self._attributes: dict[int, str] = {}
 
     def __contains__(self, value: Any) -> bool:
         return id(value) in self._names
@@ -41,17 +47,33 @@ class Comparisons:
             self.environment[name] = value
         return self._names[id(value)]
 
+    def attributes(self, text: str, name: str, value: Any) -> str:
+        """Returns an expression for the dictionary of an object's own attributes, a look into which is quick."""
+        if id(value) not in self._attributes:
+            table = vars(value)
+            is_kept = vars(value) is table
+            if is_kept:
+                self.test(text, f"{name}.__dict__ is {self.name(table)}")
+            # Of a class there is another view of the same dictionary each time.
+            is_named = is_kept or isinstance(value, type)
+            self._attributes[id(value)] = self.name(table) if is_named else f"{name}.__dict__"
+        return self._attributes[id(value)]
+
     def test(self, text: str, expression: str, is_value: bool = False) -> None:
         """Adds a test, and what a message says of it."""
         self.tests.setdefault(expression, (text, is_value))
 
     def compare(self, text: str, source: str, value: Any) -> None:
         """Compares a plain value: 1, 1.0 and True are equal and make tensors of other types, as are 0.0 and -0.0."""
-        if isinstance(value, tuple | frozenset) or value == 0:
-            expression = f"repr({source}) == {self.name(repr(value))}"
+        if value is None or isinstance(value, bool):
+            self.test(text, f"{source} is {value}", is_value=True)
+            return
+        if isinstance(value, tuple | frozenset) or (value == 0 and type(value) is not int):
+            equal = f"repr(v) == {self.name(repr(value))}"
         else:
-            expression = f"(v := {source}) == {self.name(value)} and type(v) is {self.name(type(value))}"
-        self.test(text, expression, is_value=True)
+            equal = f"v == {self.name(value)} and type(v) is {self.name(type(value))}"
+        # Most often it is the same object, and no plain value changes.
+        self.test(text, f"(v := {source}) is {self.name(value)} or {equal}", is_value=True)
 
     def compare_items(self, text: str, source: str) -> None:
         """Compares what an expression yields by identity, in one test."""
@@ -74,16 +96,21 @@ class Comparisons:
 
     def compare_layer(self, text: str, name: str, value: nn.Module) -> None:
         """Compares a layer's flags, hooks, and the number of its attributes; parameters and buffers by identity."""
-        self.compare(f"{text}.training", f"{name}.training", value.training)
-        for table in ("_parameters", "_buffers"):
-            self.compare_items(f"{text}'s parameters", f"{name}.__dict__[{table!r}].values()")
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        without = [table for table in hooks if not getattr(value, table)]
-        for table in (each for each in hooks if each not in without):
-            self.test(f"{text}'s hooks", f"[*{name}.{table}] == {self.name([*getattr(value, table)])}")
-        if without:
-            self.test(f"{text}'s hooks", f"not ({' or '.join(f'{name}.{table}' for table in without)})")
-        self.test(text, f"len({name}.__dict__) == {len(vars(value))}")
+        held = self.attributes(text, name, value)
+        flag = f"{held}['training']" if "training" in vars(value) else f"{name}.training"  # a script's is a property
+        self.compare(f"{text}.training", flag, value.training)
+        filled = [table for table in _TABLES_OF_LAYER if getattr(value, table)]
+        for table in filled:
+            if table in ("_parameters", "_buffers"):
+                self.compare_items(f"{text}'s parameters", f"{held}[{table!r}].values()")
+            else:
+                self.test(f"{text}'s hooks", f"[*{held}[{table!r}]] == {self.name([*getattr(value, table)])}")
+
+        # Those without items in one test: they are the same as then, or equal to them, and these are still empty.
+        empty = [table for table in _TABLES_OF_LAYER if table not in filled]
+        now, then = "".join(f"{held}[{table!r}], " for table in empty), self.name((*map(vars(value).get, empty),))
+        self.test(f"{text}'s parameters or hooks", f"({now}) == {then} and not any({then})")
+        self.test(text, f"len({held}) == {len(vars(value))}")
 
     def refuse(self, reason: str) -> None:
         """Notes what cannot be compared; the first reason counts."""

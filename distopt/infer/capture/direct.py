@@ -1,8 +1,8 @@
 """Which operations a program computes itself, without torch's dispatcher, allocator and iterators.
 
 That is arithmetic that IEEE 754 rounds exactly, on CPU tensors of float32 and float64 with at most `MAX_ELEMENTS`: a
-sum of several elements depends on their order and stays ATen's, as do exp, log, matrix products and random numbers.
-Vectors of any size are indexed here too, and summed up at indices, in the order that ATen has on one thread.
+sum of three or more elements depends on their order and stays ATen's, as do exp, log, products of matrices and random
+numbers. Vectors of any size are indexed here too, and summed up at indices, in the order that ATen has on one thread.
 The list is closed, and tests/infer/capture/test_direct.py compares each of its operations with ATen's for bits.
 """
 
@@ -88,6 +88,8 @@ def direct_op(op: Op, recording: Recording) -> DirectOp | None:
     # Results are written one after the other into a buffer that stays, so they must lie in memory that way.
     if out.device.type != "cpu" or not 0 < size <= MAX_ELEMENTS or not _is_contiguous(out):
         return None
+    if _sums_pairs(op, recording, out):
+        return DirectOp("sum_pairs", out.dtype, [Operand(op.args[0], CONTIGUOUS, [])])
     named = _named(op, recording, out)
     if named is None:
         return None
@@ -124,6 +126,15 @@ def _named(op: Op, recording: Recording, out: TensorInfo) -> tuple[str, list[Any
     if function is aten.where.self and floating:
         return "where", args, [torch.bool, out.dtype, out.dtype]
     return _cast_or_sum(op, recording, out) if floating else None
+
+
+def _sums_pairs(op: Op, recording: Recording, out: TensorInfo) -> bool:
+    """Returns whether an operation sums the two elements of each row, along the last dimension."""
+    if op.function is not aten.sum.dim_IntList or op.kwargs or out.dtype not in _FLOATS:
+        return False
+    source = recording.infos[op.args[0].index]
+    is_last = op.args[1] in ([-1], [len(source.shape) - 1])
+    return is_last and source.shape[-1:] == (2,) and source.dtype == out.dtype and _is_contiguous(source)
 
 
 def _indexed(op: Op, recording: Recording, out: TensorInfo) -> DirectOp | None:

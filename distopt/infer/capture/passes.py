@@ -163,9 +163,10 @@ def accumulate_at_end(recording: Recording) -> None:
 
 
 def drop_identities(recording: Recording) -> None:
-    """Drops detached tensors, views of the whole, and copies that nobody writes to afterwards."""
+    """Drops detached tensors, views of the whole, matrices that are turned twice, and copies that nobody writes to."""
     written = recording.written()
     replaced: dict[int, int] = {}
+    turned: dict[int, int] = {}  # by the slot of a turned matrix: that of the matrix
     for op in recording.ops:
         _replace(op, replaced)
         if op.is_host or op.writes or not op.outs or not op.args or not isinstance(op.args[0], Slot):
@@ -183,6 +184,10 @@ def drop_identities(recording: Recording) -> None:
             replaced[out] = source
         elif op.function in _COPIES and alike and unwritten:
             replaced[out] = source
+        elif op.function is aten.t.default and recording.infos[turned.get(source, out)] == recording.infos[out]:
+            if source in turned:
+                replaced[out] = turned[source]
+            turned[out] = source
 
     _unite_memory(recording, replaced)
     recording.ops = [op for op in recording.ops if op.writes or not op.outs or op.outs[0] not in replaced]

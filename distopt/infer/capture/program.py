@@ -13,6 +13,7 @@ from torch import Tensor
 from distopt.infer.capture.direct import direct_op
 from distopt.infer.capture.generators import generator_states, set_generator_states
 from distopt.infer.capture.recording import Op, PackCall, Recording, Slot, TensorInfo, same_bits, substitute
+from distopt.infer.capture.turned_products import turn_products
 
 
 def _load() -> Any:
@@ -71,7 +72,7 @@ def build(recording: Recording, params: Sequence[Tensor], args: Sequence[Tensor]
     """
     if compiled is None:
         return PythonProgram(recording, params, args)
-    program: Program = _Lowering(recording, direct).build(params, args)
+    program: Program = _Lowering(turn_products(recording), direct).build(params, args)
     return program
 
 

@@ -111,7 +111,7 @@ class ReachableValues(Comparisons):
             self.test(text, f"{source} is {self.name(value)}")
             fields = {key: getattr(value, key) for key in self._read.intersection(value._fields)}
             self._add_attributes(text, self.name(value), value, fields, watched=True)
-        elif is_plain(value) or isinstance(value, np.generic):
+        elif is_plain(value) or (isinstance(value, np.generic) and not isinstance(value, np.void)):
             self.compare(text, source, value)
             if hasattr(value, "__dict__"):  # of a class of the user's
                 self._add_read(text, self.name(value), value)
@@ -120,7 +120,8 @@ class ReachableValues(Comparisons):
         elif isinstance(value, types.MethodType | types.BuiltinMethodType):
             self._add_bound(text, source, value)
         else:
-            self.test(text, f"{source} is {self.name(value)}")
+            if source != self.name(value):
+                self.test(text, f"{source} is {self.name(value)}")
             if id(value) not in self._walked:
                 self._walked.add(id(value))
                 self._add_contents(text, source, value)
@@ -139,7 +140,7 @@ class ReachableValues(Comparisons):
             self._add_read(text, name, value)
         elif isinstance(value, _CACHED):
             self._add_cached(text, name, value)
-        elif isinstance(value, np.ndarray):
+        elif isinstance(value, np.ndarray | np.void):  # a row of a structured array is a view of it
             self.compare_array(text, name, value)
             if hasattr(value, "__dict__"):  # of a class of the user's
                 self._add_read(text, name, value)
@@ -174,19 +175,19 @@ class ReachableValues(Comparisons):
         if id(value) in self._walked:
             return
         self._walked.add(id(value))
-        name = self.name(value)
+        held = self.name(vars(value))
         is_followed = not _is_library(value.__name__)
         for key in sorted(self._read & vars(value).keys()):
             each = vars(value)[key]
             is_library = isinstance(each, types.ModuleType) and _is_library(each.__name__)
             if is_plain(each) or (is_followed and not is_library):
-                self.add(f"{text}.{key}", f"{name}.__dict__[{key!r}]", each)
+                self.add(f"{text}.{key}", f"{held}[{key!r}]", each)
         if is_followed and self._computed:
-            self.add_table(text, f"{name}.__dict__", vars(value))
+            self.add_table(text, held, vars(value))
         elif is_followed:
-            self.test(text, f"len({name}.__dict__) == {len(vars(value))}")
+            self.test(text, f"len({held}) == {len(vars(value))}")
         if value is os and self._read & {"environ", "getenv"}:
-            self.add("os.environ", f"{name}.environ._data", os.environ._data)  # type: ignore[attr-defined]
+            self.add("os.environ", f"{held}['environ']._data", os.environ._data)  # type: ignore[attr-defined]
 
     def add_table(self, text: str, source: str, table: dict[str, Any]) -> None:
         """Compares the names in a module and its plain values, any of which may be read."""
@@ -216,9 +217,7 @@ class ReachableValues(Comparisons):
         owner = value.__self__
         if isinstance(value, types.MethodType):
             self.test(text, f"{source}.__func__ is {self.name(value.__func__)}")
-        elif (
-            owner is None or isinstance(owner, types.ModuleType | type) or type(owner).__name__.startswith("pybind11_")
-        ):
+        elif owner is None or isinstance(owner, types.ModuleType | type) or "pybind11_" in type(owner).__name__:
             self.test(text, f"{source} is {self.name(value)}")
             return
         self.test(text, f"{source}.__self__ is {self.name(owner)}")
@@ -255,7 +254,7 @@ class ReachableValues(Comparisons):
             if _is_library(each.__module__):
                 continue
             members = {key: member for key, member in vars(each).items() if isinstance(member, _MEMBERS)}
-            source = f"{self.name(each)}.__dict__"
+            source = self.attributes(text, self.name(each), each)
             self.test(text, f"[*map({source}.get, {self.name((*members,))})] == {self.name([*members.values()])}")
             self.test(text, f"len({source}) == {len(vars(each))}")
             for key, member in members.items():
@@ -277,7 +276,7 @@ class ReachableValues(Comparisons):
                 self._add_read(f"{text}.{key}", self.name(each), each)
         for table in ("_modules", "_pyro_samples"):
             if table in value.__dict__:
-                self.add(f"{text}'s layers", f"{name}.__dict__[{table!r}]", value.__dict__[table])
+                self.add(f"{text}'s layers", f"{self.attributes(text, name, value)}[{table!r}]", vars(value)[table])
 
         # A guide's or process's own code reads what it has; a layer's code is watched.
         hidden = ("_pyro", "_cached_") if isinstance(value, Transform) else "_pyro"
@@ -337,7 +336,7 @@ class ReachableValues(Comparisons):
         attributes = {key: getattr(value, key) for key in sorted(slots) if hasattr(value, key)}
         if hasattr(value, "__dict__"):
             attributes |= {key: each for key, each in vars(value).items() if isinstance(key, str)}
-            self.test(text, f"[*{name}.__dict__] == {self.name([*vars(value)])}")
+            self.test(text, f"[*{self.attributes(text, name, value)}] == {self.name([*vars(value)])}")
         for key in sorted(slots - attributes.keys()):
             self.test(f"{text}.{key}", f"not hasattr({name}, {key!r})")
 
@@ -369,7 +368,7 @@ class ReachableValues(Comparisons):
     ) -> None:
         table = vars(value) if hasattr(value, "__dict__") else {}
         for key in sorted(attributes):
-            source = f"{name}.__dict__[{key!r}]" if key in table else f"{name}.{key}"
+            source = f"{self.attributes(text, name, value)}[{key!r}]" if key in table else f"{name}.{key}"
             self.add(f"{text}.{key}", source, attributes[key], key if watched else None)
 
 

@@ -170,6 +170,23 @@ def test_sum_of_one_element_equals_atens(sum_of, value, dtype):
     assert num_direct == 1
 
 
+@pytest.mark.parametrize("keepdim", [False, True])
+@given(data=st.data(), shape=st.sampled_from([(2,), (1, 2), (7, 2), (3, 5, 2), (33, 2)]), dtype=dtypes, layout=layouts)
+@settings(max_examples=20)
+def test_sums_of_pairs_equal_atens(keepdim, data, shape, dtype, layout):
+    x = tensor_of(data.draw, shape, dtype, layout)
+    for dim in (-1, len(shape) - 1):
+        computed, num_direct = run_directly(lambda x: x.sum(dim, keepdim=keepdim), x)  # noqa: B023
+        assert_same_bits(computed, x.sum(dim, keepdim=keepdim))
+        assert num_direct == x.is_contiguous()
+
+
+def test_sums_of_threes_are_left_to_aten():
+    for x in (torch.ones(4, 3), torch.ones(2, 4)):
+        assert run_directly(lambda x: x.sum(-1), x)[1] == 0
+        assert run_directly(lambda x: x.sum(0), x)[1] == 0
+
+
 @pytest.mark.parametrize("source", [torch.bool, torch.int64, torch.float32, torch.float64])
 @pytest.mark.parametrize("target", [torch.float32, torch.float64])
 def test_casts_equal_atens(source, target):

@@ -6,8 +6,14 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
-from distopt.infer.capture import StepCapture
-from tests.infer.capture import changes_of_names  # noqa: F401  (adds its cases)
+from distopt.infer.capture import StepCapture, assumptions, quick_tests
+from tests.infer.capture import (  # noqa: F401  (each adds its cases)
+    changes_of_containers,
+    changes_of_handlers,
+    changes_of_memory,
+    changes_of_modules,
+    changes_of_names,
+)
 from tests.infer.capture.changes import CHANGES
 from tests.infer.capture.steps import EagerSteps, assert_same, run_steps
 
@@ -33,6 +39,19 @@ EAGER = {
 @pytest.mark.sampled(40)
 @pytest.mark.parametrize("name", CHANGES)
 def test_change_between_steps_is_seen_or_the_step_is_not_captured(name, monkeypatch):
+    check_change(name, monkeypatch)
+
+
+@pytest.mark.sampled(12)
+@pytest.mark.parametrize("name", CHANGES)
+def test_change_is_seen_by_python_alone(name, monkeypatch):
+    for module in (assumptions, quick_tests):
+        monkeypatch.setattr(module, "all_hold", None)
+    check_change(name, monkeypatch)
+
+
+def check_change(name, monkeypatch):
+    """Asserts that steps before and after a change are the eager ones, and captured where they can be."""
     monkeypatch.setenv("DISTOPT_TEST_SCALE", "1.0")
     results = []
     for make in (EagerSteps, StepCapture):
