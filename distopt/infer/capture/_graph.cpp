@@ -19,6 +19,8 @@
 #include <utility>
 #include <vector>
 
+#include "_loops.h"
+
 namespace py = pybind11;
 using c10::IValue;
 
@@ -230,7 +232,7 @@ struct Argument {
   std::vector<int> slots;
 };
 
-enum class Runner { aten, direct, host, pack };
+enum class Runner { aten, direct, loop, host, pack };
 
 struct Instruction {
   Runner runner = Runner::aten;
@@ -357,6 +359,45 @@ class Program {
     instruction.index = static_cast<int>(directs_.size());
     directs_.push_back(std::move(direct));
     fixed_.emplace_back(out, std::move(result));
+    code_.push_back(std::move(instruction));
+  }
+
+  // operations: (name, operands, whether it writes an output, which output or temporary it writes), where operands are
+  // (source, index, fixed tensor or None, whether it is one number, period); outs: (slot, tensor that looks like it).
+  void add_loop(const py::list& operations, const py::list& outs, int num_temporaries) {
+    loops::Loop loop;
+    Instruction instruction;
+    instruction.runner = Runner::loop;
+    for (const auto& each : outs) {
+      const auto pair = py::reinterpret_borrow<py::tuple>(each);
+      instruction.outs.push_back(pair[0].cast<int>());
+      loop.like.push_back(pair[1].cast<at::Tensor>());
+    }
+    loop.num_temporaries = num_temporaries;
+    loop.n = loop.like.at(0).numel();
+    loop.itemsize = loop.like.at(0).element_size();
+    const bool is_double = loop.like.at(0).scalar_type() == at::kDouble;
+    for (const auto& each : operations) {
+      const auto fields = py::reinterpret_borrow<py::tuple>(each);
+      loops::Operation operation;
+      for (const auto& operand : fields[1]) {
+        operation.in.push_back(loop_operand(py::reinterpret_borrow<py::tuple>(operand), loop));
+        if (operation.in.back().source != loops::Source::slot) continue;
+        Argument a;
+        a.kind = Kind::slot;
+        a.slot = operation.in.back().index;
+        instruction.args.push_back(std::move(a));
+      }
+      auto shape = loops::Shape::vector_vector;
+      if (operation.in.back().is_scalar && operation.in.size() == 2) shape = loops::Shape::vector_scalar;
+      if (operation.in.front().is_scalar) shape = loops::Shape::scalar_vector;
+      operation.kernel = loops::kernel_of(fields[0].cast<std::string>(), is_double, shape);
+      operation.to_output = fields[2].cast<bool>();
+      operation.index = fields[3].cast<int>();
+      loop.operations.push_back(std::move(operation));
+    }
+    instruction.index = static_cast<int>(loops_.size());
+    loops_.push_back(std::move(loop));
     code_.push_back(std::move(instruction));
   }
 
@@ -506,8 +547,23 @@ class Program {
 
   int num_instructions() const { return static_cast<int>(code_.size()); }
   int num_direct() const { return static_cast<int>(directs_.size()); }
+  int num_loops() const { return static_cast<int>(loops_.size()); }
 
  private:
+  static loops::Operand loop_operand(const py::tuple& fields, loops::Loop& loop) {
+    loops::Operand operand;
+    operand.source = static_cast<loops::Source>(fields[0].cast<int>());
+    operand.index = fields[1].cast<int>();
+    if (operand.source == loops::Source::fixed) {
+      operand.owner = fields[2].cast<at::Tensor>();
+      operand.data = static_cast<const char*>(operand.owner.const_data_ptr());
+    }
+    operand.is_scalar = fields[3].cast<bool>();
+    operand.period = fields[4].cast<int64_t>();
+    if (operand.period > 0) operand.tile = loop.num_tiles++;
+    return operand;
+  }
+
   static std::vector<Argument> slot_arguments(const std::vector<int>& slots) {
     std::vector<Argument> arguments(slots.size());
     for (size_t i = 0; i < slots.size(); ++i) {
@@ -605,6 +661,7 @@ class Program {
     for (auto& instruction : code_) {
       switch (instruction.runner) {
         case Runner::direct: run_direct(directs_[instruction.index]); break;
+        case Runner::loop: run_loop(loops_[instruction.index], instruction.outs); break;
         case Runner::host: run_host(instruction); break;
         case Runner::pack: run_pack(instruction); break;
         case Runner::aten: run_op(instruction, stack); break;
@@ -620,6 +677,19 @@ class Program {
       data[i] = operand.slot < 0 ? operand.data : slots_[operand.slot].toTensor().const_data_ptr();
     }
     direct.kernel(direct, data);
+  }
+
+  void run_loop(loops::Loop& loop, const std::vector<int>& slots) {
+    for (auto& operation : loop.operations) {
+      for (auto& operand : operation.in) {
+        if (operand.source != loops::Source::slot) continue;
+        operand.data = static_cast<const char*>(slots_[operand.index].toTensor().const_data_ptr());
+      }
+    }
+    std::vector<at::Tensor> outs;
+    for (const auto& like : loop.like) outs.push_back(at::empty(like.sizes(), at::TensorOptions().dtype(like.scalar_type())));
+    loop.run(outs);
+    for (size_t i = 0; i < outs.size(); ++i) slots_[slots[i]] = std::move(outs[i]);
   }
 
   void run_host(const Instruction& instruction) {
@@ -828,6 +898,7 @@ class Program {
 
   std::vector<Instruction> code_;
   std::vector<Direct> directs_;
+  std::vector<loops::Loop> loops_;
   std::vector<py::object> hosts_;
   std::vector<at::Tensor> packs_;
   std::vector<IValue> slots_;
@@ -861,6 +932,7 @@ PYBIND11_MODULE(_graph, m) {
               int64_t extent) {
              p.add_direct(name, std::move(result), like.scalar_type(), out, operands, extent);
            })
+      .def("add_loop", &Program::add_loop)
       .def("add_host", &Program::add_host)
       .def("add_pack", &Program::add_pack)
       .def("set_fixed", &Program::set_fixed)
@@ -880,5 +952,6 @@ PYBIND11_MODULE(_graph, m) {
              return std::make_pair(status, losses);
            })
       .def_property_readonly("num_instructions", &Program::num_instructions)
-      .def_property_readonly("num_direct", &Program::num_direct);
+      .def_property_readonly("num_direct", &Program::num_direct)
+      .def_property_readonly("num_loops", &Program::num_loops);
 }

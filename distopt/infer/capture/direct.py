@@ -86,11 +86,11 @@ def direct_op(op: Op, recording: Recording) -> DirectOp | None:
         return _indexed(op, recording, out)
 
     # Results are written one after the other into a buffer that stays, so they must lie in memory that way.
-    if out.device.type != "cpu" or not 0 < size <= MAX_ELEMENTS or not _is_contiguous(out):
+    if out.device.type != "cpu" or not 0 < size <= MAX_ELEMENTS or not is_contiguous(out):
         return None
     if _sums_pairs(op, recording, out):
         return DirectOp("sum_pairs", out.dtype, [Operand(op.args[0], CONTIGUOUS, [])])
-    named = _named(op, recording, out)
+    named = named_operation(op, recording, out)
     if named is None:
         return None
 
@@ -104,8 +104,14 @@ def direct_op(op: Op, recording: Recording) -> DirectOp | None:
     return DirectOp(name, dtypes[-1], operands)
 
 
-def _named(op: Op, recording: Recording, out: TensorInfo) -> tuple[str, list[Any], list[torch.dtype]] | None:
-    """Returns the operation's name in the C++ loop, its arguments, and the type that each must have."""
+def named_operation(op: Op, recording: Recording, out: TensorInfo) -> tuple[str, list[Any], list[torch.dtype]] | None:
+    """Returns an operation's name in C++, its arguments, and the type that each must have; None if it is not exact.
+
+    Args:
+        op: It has one result and writes to nothing.
+        recording: Its recording.
+        out: What its result looks like.
+    """
     # Types must agree but for Python numbers, which torch casts to the tensors' type before it computes, as done here.
     function, args = op.function, op.args
     floating = out.dtype in _FLOATS
@@ -134,7 +140,7 @@ def _sums_pairs(op: Op, recording: Recording, out: TensorInfo) -> bool:
         return False
     source = recording.infos[op.args[0].index]
     is_last = op.args[1] in ([-1], [len(source.shape) - 1])
-    return is_last and source.shape[-1:] == (2,) and source.dtype == out.dtype and _is_contiguous(source)
+    return is_last and source.shape[-1:] == (2,) and source.dtype == out.dtype and is_contiguous(source)
 
 
 def _indexed(op: Op, recording: Recording, out: TensorInfo) -> DirectOp | None:
@@ -145,7 +151,7 @@ def _indexed(op: Op, recording: Recording, out: TensorInfo) -> DirectOp | None:
         return None
 
     tensors = [recording.infos[slot.index] for slot in (table, indices[0], *rest[:1])]
-    vectors = all(len(each.shape) == 1 and _is_contiguous(each) for each in (*tensors, out))
+    vectors = all(len(each.shape) == 1 and is_contiguous(each) for each in (*tensors, out))
     floats = {each.dtype for each in (tensors[0], *tensors[2:])} == {out.dtype}
     if not (vectors and floats and tensors[1].dtype == torch.int64 and 0 not in tensors[1].shape + tensors[0].shape):
         return None
@@ -172,18 +178,22 @@ def _cast_or_sum(op: Op, recording: Recording, out: TensorInfo) -> tuple[str, li
 
 def _operand(argument: Any, dtype: torch.dtype, recording: Recording, out: TensorInfo) -> Operand | None:
     if not isinstance(argument, Slot):
-        exact_int = type(argument) is int and abs(argument) <= _MAX_EXACT_INT
-        if type(argument) is not float and not exact_int:
-            return None
-        return Operand(torch.tensor([argument], dtype=dtype), SCALAR, [])
+        number = exact_number(argument, dtype)
+        return None if number is None else Operand(number, SCALAR, [])
     info = recording.infos[argument.index]
     if info.dtype != dtype or info.device.type != "cpu":
         return None
     if math.prod(info.shape) == 1:
         return Operand(argument, SCALAR, [])
-    if info.shape == out.shape and _is_contiguous(info):
+    if info.shape == out.shape and is_contiguous(info):
         return Operand(argument, CONTIGUOUS, [])
     return Operand(argument, STRIDED, _offsets(info, out.shape))
+
+
+def exact_number(value: Any, dtype: torch.dtype) -> Tensor | None:
+    """Returns a number as torch casts it, (1,) of `dtype`; None for what is no number or an integer that is rounded."""
+    exact_int = type(value) is int and abs(value) <= _MAX_EXACT_INT
+    return torch.tensor([value], dtype=dtype) if type(value) is float or exact_int else None
 
 
 def _offsets(info: TensorInfo, shape: tuple[int, ...]) -> list[int]:
@@ -195,7 +205,8 @@ def _offsets(info: TensorInfo, shape: tuple[int, ...]) -> list[int]:
     return offsets.reshape(-1).tolist()
 
 
-def _is_contiguous(info: TensorInfo) -> bool:
+def is_contiguous(info: TensorInfo) -> bool:
+    """Returns whether a tensor's elements lie one after the other, in their order."""
     expected = 1
     for size, stride in zip(reversed(info.shape), reversed(info.stride), strict=True):
         if size != 1 and stride != expected:

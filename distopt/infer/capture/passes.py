@@ -288,6 +288,11 @@ _ELEMENTWISE = {
 }
 
 
+def _is_exact(op: Op) -> bool:
+    is_power = op.function is aten.pow.Tensor_Scalar and type(op.args[1]) in (int, float) and op.args[1] in (1, 2)
+    return op.function in _EXACT or is_power
+
+
 @functools.cache
 def _ignores_size(function: Any, dtype: torch.dtype) -> bool:
     """Returns whether this machine computes the same bits for one number as for many equal ones, in a vector's loop."""
@@ -297,12 +302,12 @@ def _ignores_size(function: Any, dtype: torch.dtype) -> bool:
 
 
 def narrow_uniform(recording: Recording) -> None:
-    """Computes once what is one number in many elements, such as a parameter expanded to the rows of a batch.
+    """Computes once what is one number in many elements, such as a parameter or constant expanded to a batch's rows.
 
     Only what another kind of operation reads is written out for all elements.
     """
     written = recording.written()
-    small: dict[int, int] = {}  # by slot: the slot of its number, of shape ()
+    small = _expanded_constants(recording, written)  # by slot: the slot of its number, of shape ()
     absent: set[int] = set()  # those of them that are not written out
     kept: list[Op] = []
     outputs = set(recording.outputs())
@@ -317,7 +322,7 @@ def narrow_uniform(recording: Recording) -> None:
             small[op.outs[0]] = slot
             absent.add(op.outs[0])
             continue
-        elif op.function in _EXACT:
+        elif _is_exact(op):
             _broadcast_numbers(op, recording, small)
 
         for slot in dict.fromkeys(slot for slot in op.ins if slot in absent):
@@ -332,6 +337,24 @@ def op_device(op: Op, recording: Recording) -> torch.device:
     return recording.infos[op.outs[0]].device
 
 
+def _expanded_constants(recording: Recording, written: set[int]) -> dict[int, int]:
+    """Returns the constants that are one number expanded, and gives each number a slot of its own."""
+    expanded = {
+        slot: tensor
+        for slot, tensor in recording.lifted.items()
+        if tensor.numel() > 1
+        and not any(tensor.stride())
+        and tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float32, torch.float64)
+        and recording.alias[slot] not in written
+    }
+    numbers: dict[int, int] = {}
+    for slot, tensor in expanded.items():
+        number = numbers[slot] = new_slot(recording, TensorInfo((), tensor.dtype, (), tensor.device))
+        recording.lifted[number] = tensor.as_strided((), ()).clone()
+    return numbers
+
+
 def _is_expanded_number(op: Op, recording: Recording, written: set[int]) -> bool:
     return (
         op.function is aten.expand.default
@@ -344,7 +367,7 @@ def _is_expanded_number(op: Op, recording: Recording, written: set[int]) -> bool
 
 def _is_uniform(op: Op, recording: Recording, small: dict[int, int], written: set[int]) -> bool:
     """Returns whether an operation computes one number for all elements of its result, from one number each."""
-    if not (op.function in _EXACT or op.function in _ELEMENTWISE) or not op.is_pure or op.kwargs:
+    if not (_is_exact(op) or op.function in _ELEMENTWISE) or not op.is_pure or op.kwargs:
         return False
     out = recording.infos[op.outs[0]]
     contiguous = out.stride == torch.empty(out.shape, device="meta").stride()
@@ -355,7 +378,7 @@ def _is_uniform(op: Op, recording: Recording, small: dict[int, int], written: se
         return False
     same_type = all(recording.infos[slot].dtype == out.dtype for slot in op.ins)
     unwritten = all(recording.alias[small.get(slot, slot)] not in written for slot in op.ins)
-    return same_type and unwritten and (op.function in _EXACT or _ignores_size(op.function, out.dtype))
+    return same_type and unwritten and (_is_exact(op) or _ignores_size(op.function, out.dtype))
 
 
 def _broadcast_numbers(op: Op, recording: Recording, small: dict[int, int]) -> None:

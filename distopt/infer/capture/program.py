@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distopt.infer.capture.direct import direct_op
 from distopt.infer.capture.generators import generator_states, set_generator_states
+from distopt.infer.capture.loops import Loop, lowered, with_loops
 from distopt.infer.capture.recording import Op, PackCall, Recording, Slot, TensorInfo, same_bits, substitute
 from distopt.infer.capture.turned_products import turn_products
 
@@ -95,8 +96,11 @@ class _Lowering:
         for slot, tensor in recording.lifted.items():
             self._fixed[slot] = tensor
             program.set_fixed(slot, tensor)
-        for op in recording.ops:
-            self._add(op)
+        for item in with_loops(recording) if self._direct else recording.ops:
+            if isinstance(item, Loop):
+                self._add_loop(item)
+            else:
+                self._add(item)
 
         # What comes from outside is looked at before each run: pointers and strides were computed for what it was.
         for slot, tensor in recording.foreign.items():
@@ -146,6 +150,15 @@ class _Lowering:
         like = torch.empty(0, dtype=direct.dtype)
         self._program.add_direct(direct.name, result, like, op.outs[0], operands, direct.extent)
         self._fixed[op.outs[0]] = result
+
+    def _add_loop(self, loop: Loop) -> None:
+        infos = [self._recording.infos[slot] for slot in loop.outs]
+        outs = [
+            (slot, torch.empty(info.shape, dtype=info.dtype, device="meta"))
+            for slot, info in zip(loop.outs, infos, strict=True)
+        ]
+        operations, num_temporaries = lowered(loop, self._fixed)
+        self._program.add_loop(operations, outs, num_temporaries)
 
     def _is_view_of_fixed(self, op: Op) -> bool:
         return (

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from distopt.infer.capture import program as programs
 from distopt.infer.capture.direct import MAX_ELEMENTS
 from distopt.infer.capture.recorder import Recorder
+from tests.infer.capture.programs import SPECIAL, assert_same_bits, run_program
 
 pytestmark = pytest.mark.skipif(
     programs.compiled is None,
     reason="the extension is not built (needs a C++ compiler; `python setup.py build_ext --inplace`)",
 )
-
-SPECIAL = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1e-45, -1e-40, 3.4e38, 1e-30, 5e-324, 1e300, 0.1, -7.25]
 
 BINARY = {
     "add": lambda x, y: x + y,
@@ -79,33 +78,9 @@ def tensor_of(draw, shape, dtype, layout):
 
 
 def run_directly(function, *tensors):
-    """Records a function of tensors and returns the program's result, and how many of its operations are direct."""
-    recorder = Recorder()
-    recording = recorder.recording
-    for tensor in tensors:
-        recorder.add_input(tensor)
-    recording.num_params = recording.num_inputs = len(tensors)
-    recording.requires_grad = [False] * len(tensors)
-    recorder.start()
-    with recorder:
-        result = function(*tensors)
-    recording.grads = [recorder.slot_of(result), *[-1] * (len(tensors) - 1)]
-    recorder.close()
-    program = programs.build(recording, tensors, [])
-    status, losses = program.run({str(i): tensor for i, tensor in enumerate(tensors)}, [])
-    assert (status, losses) == (programs.RAN, [])
-    computed = tensors[0].grad
-    tensors[0].grad = None
+    """Returns what the program of a function computes, and how many of its operations are direct."""
+    computed, program = run_program(function, *tensors)
     return computed, program.num_direct
-
-
-def assert_same_bits(a, b):
-    assert (a.shape, a.dtype) == (b.shape, b.dtype)
-    if a.is_floating_point():  # a NaN's payload depends on the order of operands, which ATen does not promise
-        a, b = (torch.where(t.isnan(), torch.full_like(t, math.nan), t).contiguous() for t in (a, b))
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-        a, b = a.view(bits), b.view(bits)
-    assert torch.equal(a, b)
 
 
 layouts = st.sampled_from(["contiguous", "transposed", "sliced", "expanded"])

@@ -1,0 +1,173 @@
+"""Operations that are computed in one loop have the bits of ATen's, in whatever order others come between them."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distopt.infer.capture import program as programs
+from distopt.infer.capture.loops import BLOCK_SIZE, Loop, lowered, with_loops
+from distopt.infer.capture.recorder import Recorder
+from tests.infer.capture.programs import SPECIAL, assert_same_bits, run_program
+
+pytestmark = pytest.mark.skipif(programs.compiled is None, reason="the extension is not built")
+
+DTYPES = [torch.float32, torch.float64]
+SHAPES = [(2 * BLOCK_SIZE + 1,), (5000,), (300, 16), (9, 40, 8), (70_000,)]
+
+
+def special_numbers(shape, dtype, seed):
+    """Returns numbers of which one in four is special: NaN, an infinity, -0, denormal."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randn(shape, generator=generator, dtype=torch.float64)
+    special = torch.tensor(SPECIAL, dtype=torch.float64)[torch.randint(len(SPECIAL), shape, generator=generator)]
+    return torch.where(torch.rand(shape, generator=generator) < 0.25, special, numbers).to(dtype)
+
+
+BINARY = [
+    *(torch.add, torch.sub, torch.mul, torch.div, torch.rsub),
+    *(lambda x, y: y - x, lambda x, y: x / y * y),
+]
+UNARY = [
+    *(torch.neg, torch.reciprocal, torch.square, lambda x: x**2, lambda x: x**1, lambda x: x * 0.3, lambda x: 2 - x),
+    *(
+        lambda x: x / 3,
+        lambda x: 1.5 / x,
+        lambda x: x + 1e-40,
+        lambda x: x.clone(memory_format=torch.contiguous_format),
+    ),
+]
+OTHERS = [torch.exp, torch.abs, lambda x: x - x.sum(), lambda x: x.flip(0), lambda x: x.clone().mul_(2.0)]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@given(data=st.data(), shape=st.sampled_from(SHAPES), dtype=st.sampled_from(DTYPES))
+@settings(max_examples=60, deadline=None)
+def test_random_chains_equal_atens(num_threads, data, shape, dtype):
+    tensors = [special_numbers(shape, dtype, seed) for seed in range(2)]
+    operands = [
+        special_numbers((), dtype, 3),
+        special_numbers(shape[-1:], dtype, 4),
+        special_numbers((1,) * len(shape), dtype, 5).expand(shape),
+        special_numbers((*shape[:-1], 1), dtype, 6),
+    ]
+    kinds = data.draw(st.lists(st.sampled_from("bbbuuo"), min_size=3, max_size=14))
+    plan = []
+    for count, kind in enumerate(kinds):
+        table = {"b": BINARY, "u": UNARY, "o": OTHERS}[kind]
+        left = data.draw(st.integers(0, 1 + count))
+        right = data.draw(st.integers(0, 1 + count) | st.integers(-len(operands), -1))
+        plan.append((data.draw(st.sampled_from(table)), left, right if kind == "b" else None))
+
+    def function(*given):
+        values, small = [*given[:2]], given[2:]
+        for operation, left, right in plan:
+            if right is None:
+                values.append(operation(values[left]))
+            else:
+                values.append(operation(values[left], values[right] if right >= 0 else small[right]))
+        return torch.stack(values[2:])
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        computed, _ = run_program(function, *tensors, *operands)
+        assert_same_bits(computed, function(*tensors, *operands))
+    finally:
+        torch.set_num_threads(before)
+
+
+def recorded(function, *tensors):
+    """Returns the recording of a function, of which the result is the gradient of the first argument."""
+    recorder = Recorder()
+    for tensor in tensors:
+        recorder.add_input(tensor)
+    recorder.recording.num_params = recorder.recording.num_inputs
+    recorder.recording.requires_grad = [False] * len(tensors)
+    recorder.start()
+    with recorder:
+        result = function(*tensors)
+    recorder.recording.grads = [recorder.slot_of(result), *[-1] * (len(tensors) - 1)]
+    recorder.close()
+    return recorder.recording
+
+
+def loops_of(function, *tensors):
+    """Returns the number of operations, and of results that others read, of each loop."""
+    items = with_loops(recorded(function, *tensors))
+    return [(len(item.ops), len(item.outs)) for item in items if isinstance(item, Loop)]
+
+
+X = torch.linspace(-1.0, 2.0, 5000)
+
+
+def test_what_lies_between_sums_is_one_loop():
+    assert loops_of(lambda x: ((x + 1) * x / 3 - x).sum(), X) == [(4, 1)]
+    assert loops_of(lambda x: (x + 1).sum() + (x * 2).sum(), X) == []  # one operation is ATen's
+
+
+def test_a_loop_computes_what_is_needed_and_the_rest_waits():
+    def function(x):
+        y = x * 2 + 1
+        waits = (y - 3) * x
+        return (-(y / x)).exp() * waits / 2
+
+    # y, y / x and its negative for exp, of which y alone is read later; the others with what reads exp.
+    assert loops_of(function, X) == [(4, 2), (4, 1)]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x[:2048] + 1) * 2,  # small
+        lambda x: (x.to(torch.int64) + 1) * 2,
+        lambda x: (x.half() + 1) * 2,
+        lambda x: (x.view(50, 100).t() + 1) * 2,  # does not lie in rows
+        lambda x: (x.view(50, 100) + x[:50, None]) + x[:50, None],  # a number for each row
+        lambda x: (x.view(50, 100) + x[:100]) + x[:100],  # 100 divides no block
+        lambda x: torch.add(torch.add(x, x, alpha=2), x, alpha=2),
+    ],
+)
+def test_what_does_not_fit_is_left_to_aten(function):
+    assert loops_of(function, X) == []
+    computed, _ = run_program(function, X)
+    assert_same_bits(computed, function(X))
+
+
+def test_memory_that_is_written_to_waits_for_nothing():
+    def function(x):
+        y = x + 1.0
+        z = y * 2.0 - x
+        y.mul_(3.0)
+        return z / y - y
+
+    computed, program = run_program(function, X)
+    assert_same_bits(computed, function(X))
+    assert program.num_loops == 0
+
+
+def test_temporaries_are_used_again():
+    def function(x):
+        for _ in range(20):
+            x = x * 0.5 + 1.0
+        return x
+
+    (loop,) = [item for item in with_loops(recorded(function, X)) if isinstance(item, Loop)]
+    assert len(loop.ops) == 40
+    assert lowered(loop, {}).num_temporaries == 1
+    computed, _ = run_program(function, X)
+    assert_same_bits(computed, function(X))
+
+
+@pytest.mark.parametrize("period", [1, 8, 1024])
+def test_rows_that_repeat_are_operands(period):
+    x, row = torch.randn(30, 1024 // period, period), torch.randn(period)
+
+    def function(x, row):
+        return (x - row) * row + (row / (x + 2.0))
+
+    computed, program = run_program(function, x, row)
+    assert_same_bits(computed, function(x, row))
+    assert program.num_loops == (1 if math.prod(x.shape) > 2048 else 0)
