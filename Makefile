@@ -13,7 +13,8 @@ help:  ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/.base: pyproject.toml constraints.txt setup.py distopt/optim/_bulk.cpp distopt/infer/capture/_graph.cpp \
-		distopt/infer/capture/_quick_tests.cpp distopt/backends/_shared_memory.cpp
+		distopt/infer/capture/_direct.h distopt/infer/capture/_loops.h distopt/infer/capture/_quick_tests.cpp \
+		distopt/backends/_shared_memory.cpp
 	@echo "setup: a virtual environment in $(VENV) with torch, pyro and distopt (about two minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "setup: Python 3.11 or newer is needed, set PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

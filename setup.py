@@ -51,7 +51,7 @@ def extensions() -> list[Extension]:
             # No contraction: a * b + c would be rounded once instead of twice, and differ from ATen's.
             # -O3 turns loops over elements into vectors, which at -O2 stay as they are where operands may overlap.
             extra_compile_args=["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", *_OPENMP],
-            depends=["distopt/infer/capture/_loops.h"],
+            depends=["distopt/infer/capture/_direct.h", "distopt/infer/capture/_loops.h"],
             optional=True,
         ),
         *([_shared_memory(include_paths())] if sys.platform == "linux" else []),

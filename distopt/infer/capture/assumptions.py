@@ -12,6 +12,7 @@ extensions, which have no attributes to look at.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
 import importlib.util
@@ -100,6 +101,9 @@ class Assumptions:
             elif missing := names.roots - table.keys():
                 text = f"a global of {table.get('__name__')}"
                 reachable.test(text, f"{reachable.name(table)}.keys().isdisjoint({reachable.name(missing)})")
+                for name in sorted(missing & vars(builtins).keys()):
+                    source = f"{reachable.name(vars(builtins))}[{name!r}]"
+                    reachable.add(name, source, vars(builtins)[name], name)
             for name in sorted(_imported(names, table)):
                 reachable.add(name, f"{reachable.name(sys.modules)}[{name!r}]", sys.modules[name])
             for name, cell in call.cells.items():

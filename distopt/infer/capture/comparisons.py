@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -68,12 +69,15 @@ class Comparisons:
         if value is None or isinstance(value, bool):
             self.test(text, f"{source} is {value}", is_value=True)
             return
-        if isinstance(value, tuple | frozenset) or (value == 0 and type(value) is not int):
-            equal = f"repr(v) == {self.name(repr(value))}"
-        else:
-            equal = f"v == {self.name(value)} and type(v) is {self.name(type(value))}"
-        # Most often it is the same object, and no plain value changes.
-        self.test(text, f"(v := {source}) is {self.name(value)} or {equal}", is_value=True)
+        # As `repr` shows them where equal values differ: 0.0 and -0.0, also within a tuple or a complex number.
+        is_shown = isinstance(value, tuple | frozenset | complex | np.complexfloating) or (
+            value == 0 and type(value) is not int
+        )
+        # Most often it is the same object, and what is of Python's own types does not change.
+        then, kind = self.name(value), self.name(type(value))
+        same, now = (f"(v := {source}) is {then} or ", "v") if is_fixed(value) else ("", f"(v := {source})")
+        equal = f"repr({now}) == {self.name(repr(value))}" if is_shown else f"{now} == {then}"
+        self.test(text, f"{same}{equal} and type(v) is {kind}", is_value=True)
 
     def compare_items(self, text: str, source: str) -> None:
         """Compares what an expression yields by identity, in one test."""
@@ -101,10 +105,9 @@ class Comparisons:
         self.compare(f"{text}.training", flag, value.training)
         filled = [table for table in _TABLES_OF_LAYER if getattr(value, table)]
         for table in filled:
-            if table in ("_parameters", "_buffers"):
-                self.compare_items(f"{text}'s parameters", f"{held}[{table!r}].values()")
-            else:
-                self.test(f"{text}'s hooks", f"[*{held}[{table!r}]] == {self.name([*getattr(value, table)])}")
+            items = f"{held}[{table!r}]"
+            self.test(f"{text}'s parameters or hooks", f"[*{items}] == {self.name([*getattr(value, table)])}")
+            self.compare_items(f"{text}'s parameters or hooks", f"{items}.values()")
 
         # Those without items in one test: they are the same as then, or equal to them, and these are still empty.
         empty = [table for table in _TABLES_OF_LAYER if table not in filled]
@@ -132,8 +135,18 @@ def same_plain_items(source: str, value: Any, name_of: Callable[[Any], str]) -> 
 
 
 def is_plain(value: Any) -> bool:
-    """Returns whether a value is compared by value: numbers, strings and the like, and tuples of them."""
+    """Returns whether a value is compared by value: numbers, strings and the like, and tuples and slices of them."""
     if isinstance(value, tuple | frozenset):
-        return type(value) in (tuple, frozenset, torch.Size) and all(is_plain(each) for each in value)
+        return type(value) in (tuple, frozenset, torch.Size) and all(
+            is_plain(each) and is_fixed(each) for each in value
+        )
+    if isinstance(value, slice):
+        return all(is_plain(each) and is_fixed(each) for each in (value.start, value.stop, value.step))
     # NaN differs from itself, so it can be no assumption.
     return isinstance(value, PLAIN) and value == value
+
+
+def is_fixed(value: Any) -> bool:
+    """Returns whether a plain value is of one of the plain types themselves, so that nothing can be set on it."""
+    of_numpy = isinstance(value, np.generic) and type(value).__module__ == "numpy"
+    return of_numpy or type(value) in (*PLAIN, tuple, frozenset)

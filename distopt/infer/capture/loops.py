@@ -69,15 +69,16 @@ def with_loops(recording: Recording) -> list[Op | Loop]:
     written = recording.written()
     items: list[Op | Loop] = []
     waiting: dict[Any, list[LoopOp]] = {}  # by shape and type of their results
-    places: dict[int, Any] = {}  # of the slots of these results: under which key the operation waits
+    keys: dict[int, Any] = {}  # by the slot of such a result: under which key its operation waits
 
     def compute(slots: list[int]) -> None:
         """Emits the waiting operations that `slots` need."""
         for slot in slots:
-            if slot in places:
-                items.append(Loop(_take(waiting[places[slot]], slot)))
-                for each in items[-1].ops:
-                    del places[each.out]
+            if slot in keys:
+                taken = _take(waiting[keys[slot]], slot)
+                items.append(Loop(taken))
+                for each in taken:
+                    del keys[each.out]
 
     for op in recording.ops:
         loop_op = _loop_op(op, recording, written)
@@ -86,7 +87,7 @@ def with_loops(recording: Recording) -> list[Op | Loop]:
             items.append(op)
         else:
             info = recording.infos[loop_op.out]
-            places[loop_op.out] = info.shape, info.dtype
+            keys[loop_op.out] = info.shape, info.dtype
             waiting.setdefault((info.shape, info.dtype), []).append(loop_op)
     for ops in waiting.values():
         if ops:
@@ -182,7 +183,7 @@ class LoweredLoop(NamedTuple):
 
 
 def lowered(loop: Loop, fixed: dict[int, Tensor]) -> LoweredLoop:
-    """Gives the results of a loop places.
+    """Gives the results of a loop their memory.
 
     Args:
         loop: The loop.

@@ -234,9 +234,10 @@ def fold_constants(recording: Recording) -> None:
                 results = _results(op, {slot: _empty(recording.infos[slot]) for slot in op.ins})
 
         # A copy of an expanded tensor lies in memory in another way, which later operations were not recorded for.
-        alike = [TensorInfo.of(tensor) for tensor in results] == [recording.infos[out] for out in op.outs]
+        looks = [TensorInfo.of(each) if isinstance(each, Tensor) else None for each in results]
         if (
-            not (results and alike)
+            not results
+            or looks != [recording.infos[out] for out in op.outs]
             or any(recording.alias[out] in written for out in op.outs)
             or _size(results) > MAX_FOLDED_BYTES
         ):

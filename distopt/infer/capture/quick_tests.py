@@ -80,6 +80,9 @@ def _elements_or_values(test: ast.Compare, named: dict[str, Any]) -> list[QuickT
             if type(named[table]) is dict:
                 return [(KEYS, named[table], tuple(named[table]), None)]
             return [(ELEMENTS, named[table], tuple(named[expected]), None)] if type(named[table]) is list else []
+        case ast.List([ast.Starred(ast.Subscript(ast.Name(owner), ast.Constant(key)))]), ast.Name():
+            table = named[owner][key]
+            return [*_item(named[owner], key, table), (KEYS, table, tuple(table), None)] if type(table) is dict else []
         case ast.List([ast.Starred(ast.Call(ast.Name("map"), [function, source]))]), ast.Name(expected):
             return _mapped(function, source, named[expected], named)
     return []
@@ -91,6 +94,8 @@ def _mapped(function: ast.expr, source: ast.expr, expected: list[Any], named: di
         case ast.Attribute(ast.Name(table), "get"), ast.Name(keys):
             pairs = zip(named[keys], expected, strict=True)
             return [test for key, value in pairs for test in _item(named[table], key, value)]
+        case ast.Name("type"), ast.Name(table) if type(named[table]) is dict:
+            return [(KEYS, named[table], tuple(named[table]), None)]  # the same keys have the same types
         case (
             ast.Name("id"),
             ast.Call(ast.Attribute(ast.Subscript(ast.Name(owner), ast.Constant(key)), "values")),

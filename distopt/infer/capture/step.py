@@ -323,12 +323,12 @@ class StepCapture:
         return step
 
     def _capture(self, variant: Variant, step: RecordedStep, holds: Assumptions, tensors: list[Tensor]) -> None:
-        short = shorten(step.recording)
         try:
+            short = shorten(step.recording)
             program = self._build(short, step.params, tensors)
-        except NoGraphError as error:
-            self._refuse(str(error))
-            return
+        except Exception as error:  # the step itself has been taken
+            why = "" if isinstance(error, NoGraphError) else f"no program can be built: {type(error).__name__}: "
+            return self._refuse(f"{why}{error}")
         variant.captured.append(CapturedStep(program, step.recording, short, holds, step.used, step.params, tensors))
         self._num_programs += 1
 

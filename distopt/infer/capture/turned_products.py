@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ COLUMNS = (2, 3)
 MIN_SIZE = 64
 """Smaller matrices have nothing to gain: their transposes take longer than the product."""
 
-_MAX_NUMBERS = 1 << 22  # in an operand: a trial of larger ones would take long
+_MAX_NUMBERS = 1 << 22  # from an operand's first to its last: a trial of larger ones would take long
 _NUM_TRIALS = 16
 _ADDRESSES = 16  # numbers from one operand's first to another's: 64 bytes of float32
 
@@ -51,7 +50,7 @@ def _gains(op: Op, recording: Recording) -> bool:
         and out.stride == (out.shape[1], 1)
         and out.shape[1] in COLUMNS
         and min(rows.shape) >= MIN_SIZE
-        and math.prod(rows.shape) <= _MAX_NUMBERS
+        and max(_extent(rows), _extent(columns)) <= _MAX_NUMBERS
         and not (rows.is_conj or rows.is_neg or columns.is_conj or columns.is_neg)
         and _has_same_bits(rows, columns, torch.get_num_threads())
     )
@@ -69,10 +68,14 @@ def _has_same_bits(rows: TensorInfo, columns: TensorInfo, num_threads: int) -> b
     return True
 
 
+def _extent(info: TensorInfo) -> int:
+    """Returns the number of elements that memory has from a tensor's first one to its last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(info.shape, info.stride, strict=True))
+
+
 def _random(info: TensorInfo, offset: int, generator: torch.Generator) -> Tensor:
     """Returns random numbers that lie as a recorded tensor does, from an address that many numbers further on."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(info.shape, info.stride, strict=True))
-    memory = torch.empty(extent + offset, dtype=info.dtype, device="cpu").normal_(generator=generator)
+    memory = torch.empty(_extent(info) + offset, dtype=info.dtype, device="cpu").normal_(generator=generator)
     return memory.as_strided(info.shape, info.stride, offset)
 
 

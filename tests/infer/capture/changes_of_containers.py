@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests.infer.capture.changes import Prior, Tree, case, model_of
+from tests.infer.capture.changes import Prior, Settings, Tree, case, model_of
 
 NESTED = {"a": {"b": [1.0, {"c": 1.0}]}}
 
@@ -205,3 +205,101 @@ def dictionary_of_tensors_in_a_loop():
         return sum(each["x"] for each in tensors.values())
 
     return model_of(read), lambda: tensors["a"].update(x=torch.tensor(0.5))
+
+
+@case
+def attribute_of_a_key():
+    key = Settings()
+    key.scale = 1.0
+    table = {key: 2}
+    return model_of(lambda: [*table][0].scale), lambda: setattr(key, "scale", 0.5)
+
+
+@case
+def attribute_within_a_key():
+    inner = Settings()
+    inner.scale = 1.0
+    table = {(1, inner): 2}
+    return model_of(lambda: [*table][0][1].scale), lambda: setattr(inner, "scale", 0.5)
+
+
+@case
+def key_that_is_equal_to_all():
+    class Key:
+        def __init__(self, scale):
+            self.scale = scale
+
+        def __eq__(self, other):
+            return True
+
+        def __hash__(self):
+            return 0
+
+    table = {Key(1.0): 1}
+
+    def change():
+        table.clear()
+        table[Key(0.5)] = 1
+
+    return model_of(lambda: [*table][0].scale), change
+
+
+@case
+def key_of_another_class():
+    class Key(str):
+        pass
+
+    table = {"a": 1.0}
+
+    def change():
+        table.clear()
+        table[Key("a")] = 1.0
+
+    return model_of(lambda: 0.5 if type([*table][0]) is Key else 1.0), change
+
+
+@case
+def what_a_default_dictionary_makes():
+    table = collections.defaultdict(lambda: 1.0)
+
+    def change():
+        table.default_factory = lambda: 0.5
+
+    return model_of(lambda: (table["a"], table.pop("a"))[0]), change
+
+
+@case
+def attribute_of_an_ordered_dictionary():
+    table = collections.OrderedDict(a=1.0)
+    table.scale = 1.0
+    return model_of(lambda: table.scale), lambda: setattr(table, "scale", 0.5)
+
+
+@case
+def list_in_a_slice():
+    numbers = [1.0]
+    rows = slice(numbers, None)
+    return model_of(lambda: rows.start[0]), lambda: numbers.__setitem__(0, 0.5)
+
+
+@case
+def attribute_of_a_string_in_a_tuple():
+    class Name(str):
+        pass
+
+    name = Name("x")
+    name.scale = 1.0
+    names = (name,)
+    return model_of(lambda: names[0].scale), lambda: setattr(name, "scale", 0.5)
+
+
+@case
+def string_that_shows_itself():
+    class Name(str):
+        def __repr__(self):
+            return str(self.scale)
+
+    name = Name("x")
+    name.scale = 1.0
+    names = (name,)
+    return model_of(lambda: float(repr(names[0]))), lambda: setattr(name, "scale", 0.5)

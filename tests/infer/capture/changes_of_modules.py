@@ -294,3 +294,70 @@ def zero_that_becomes_another_zero():
         return 1.0 if type(holder.scale) is int else 0.5
 
     return model_of(read), lambda: setattr(holder, "scale", 0.0)
+
+
+@case
+def names_of_buffers_exchanged():
+    net = nn.Module()
+    one, two = torch.ones(()), torch.tensor(2.0)
+    net.register_buffer("scale", one)
+    net.register_buffer("other", two)
+
+    def change():
+        del net.scale, net.other
+        net.register_buffer("other", one)
+        net.register_buffer("scale", two)
+
+    return model_of(lambda: net.scale * 1.0), change
+
+
+@case
+def names_of_parameters_exchanged():
+    net = nn.Module()
+    one, two = (nn.Parameter(torch.tensor(value), requires_grad=False) for value in (1.0, 2.0))
+    net.scale, net.other = one, two
+
+    def change():
+        net._parameters.clear()
+        net.other, net.scale = one, two
+
+    return model_of(lambda: net.scale * 1.0), change
+
+
+@case
+def hook_in_place_of_another():
+    layer = nn.Softplus()
+    handle = layer.register_forward_hook(lambda module, args, result: result * 1.0)
+
+    def change():
+        layer._forward_hooks[handle.id] = lambda module, args, result: result * 3.0
+
+    return model_of(lambda: layer(torch.ones(()))), change
+
+
+@case
+def attribute_in_a_slot_of_a_module():
+    class Layer(nn.Module):
+        __slots__ = ("scale",)
+
+        def forward(self, x):
+            return x * self.scale
+
+    layer = Layer()
+    layer.scale = 1.0
+    return model_of(lambda: layer(torch.ones(()))), lambda: setattr(layer, "scale", 0.5)
+
+
+@case
+def recurrent_layer():
+    layer = nn.LSTM(1, 2)
+    layer.requires_grad_(requires_grad=False)
+    return model_of(lambda: 1.0 + layer(torch.ones(2, 1, 1))[0].sum() ** 2), lambda: layer.bias_hh_l0.fill_(0.5)
+
+
+@case
+def denormals_that_become_zeros():
+    # Undone by the next case that makes this model.
+    torch.set_flush_denormal(False)
+    model = model_of(lambda: 1.0 + torch.full((), 1e-39) * 2.0 * 1e30 * 1e9)
+    return model, lambda: torch.set_flush_denormal(True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import enum
 import functools
+import math
 import os
 import sys
 import types
@@ -274,3 +276,73 @@ def setting_of_pyro():
 
     pyro.settings.set(cholesky_relative_jitter=4.0)
     return model_of(lambda: safe_cholesky(matrix).sum()), change
+
+
+@case
+def attribute_of_a_metaclass():
+    class Kind(type):
+        scale = 1.0
+
+    class Of(metaclass=Kind):
+        pass
+
+    return model_of(lambda: Of.scale), lambda: setattr(Kind, "scale", 0.5)
+
+
+@case
+def name_of_all_modules():
+    builtins.scale_of_a_test = 1.0
+    return model_of(lambda: scale_of_a_test), lambda: setattr(builtins, "scale_of_a_test", 0.5)  # noqa: F821
+
+
+@case
+def class_of_a_number():
+    class Wide(float):
+        scale = 1.0
+
+    class Narrow(float):
+        scale = 0.5
+
+    number = Wide(1.0)
+    return model_of(lambda: number.scale), lambda: setattr(number, "__class__", Narrow)
+
+
+@case
+def class_attribute_of_a_number():
+    class Wide(float):
+        scale = 1.0
+
+    number = Wide(1.0)
+    return model_of(lambda: number.scale), lambda: setattr(Wide, "scale", 0.5)
+
+
+@case
+def slot_of_a_number():
+    class Wide(float):
+        __slots__ = ("scale",)
+
+    number = Wide(1.0)
+    number.scale = 1.0
+    return model_of(lambda: number.scale), lambda: setattr(number, "scale", 0.5)
+
+
+@case
+def zero_in_a_complex_number():
+    holder = types.SimpleNamespace(number=complex(1.0, 0.0))
+
+    def read():
+        local = holder
+        return 0.5 if math.copysign(1.0, local.number.imag) < 0 else 1.0
+
+    return model_of(read), lambda: setattr(holder, "number", complex(1.0, -0.0))
+
+
+@case
+def class_of_a_tensor():
+    class Half(torch.Tensor):
+        @property
+        def scale(self):
+            return 0.5
+
+    tensor = torch.ones(())
+    return model_of(lambda: getattr(tensor, "scale", 1.0)), lambda: setattr(tensor, "__class__", Half)

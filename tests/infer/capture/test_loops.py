@@ -2,15 +2,21 @@
 
 import math
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
 
 from distopt.infer.capture import program as programs
 from distopt.infer.capture.loops import BLOCK_SIZE, Loop, lowered, with_loops
 from distopt.infer.capture.recorder import Recorder
+from tests.infer.capture.cases import Case
 from tests.infer.capture.programs import SPECIAL, assert_same_bits, run_program
+from tests.infer.capture.steps import compare
 
 pytestmark = pytest.mark.skipif(programs.compiled is None, reason="the extension is not built")
 
@@ -171,3 +177,50 @@ def test_rows_that_repeat_are_operands(period):
     computed, program = run_program(function, x, row)
     assert_same_bits(computed, function(x, row))
     assert program.num_loops == (1 if math.prod(x.shape) > 2048 else 0)
+
+
+LIKELIHOODS = {
+    "Normal": lambda loc, scale: dist.Normal(loc, scale),
+    "StudentT": lambda loc, scale: dist.StudentT(4.0, loc, scale),
+    "Laplace": lambda loc, scale: dist.Laplace(loc, scale),
+    "LogNormal": lambda loc, scale: dist.LogNormal(loc, scale),
+    "Gamma": lambda loc, scale: dist.Gamma(scale + 0.5, scale / (1 + loc**2)),
+    "Poisson": lambda loc, scale: dist.Poisson(scale * loc.exp()),
+    "NegativeBinomial": lambda loc, scale: dist.NegativeBinomial(scale + 1.0, logits=loc),
+    "Bernoulli": lambda loc, scale: dist.Bernoulli(logits=loc / scale),
+    "Beta": lambda loc, scale: dist.Beta(scale + loc.exp(), scale + 1.0),
+}
+
+
+def many_rows(name, *, local):
+    """Returns a model of 700 rows of 8 columns, with latent variables for each of them or for columns alone."""
+
+    def model(x):
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(8), 1.0).to_event(1))
+        scale = pyro.sample("scale", dist.LogNormal(torch.zeros(()), 0.3))
+        with pyro.plate("rows", len(x)):
+            z = pyro.sample("z", dist.Normal(loc, 0.5).to_event(1)) if local else loc.expand(len(x), 8)
+            pyro.sample("x", LIKELIHOODS[name](z, scale).to_event(1), obs=x)
+
+    return model
+
+
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO, lambda: Trace_ELBO(num_particles=2)])
+@pytest.mark.parametrize("local", [False, True], ids=["columns", "rows"])
+@pytest.mark.parametrize("name", LIKELIHOODS)
+def test_steps_of_models_with_many_rows_have_the_bits_of_eager_ones(name, local, elbo):
+    torch.manual_seed(1)
+    x = torch.randn(700, 8)
+    if name in ("Poisson", "NegativeBinomial"):
+        x = x.abs().round()
+    elif name == "Bernoulli":
+        x = (x > 0).float()
+    elif name in ("LogNormal", "Gamma"):
+        x = x.exp()
+    elif name == "Beta":
+        x = x.sigmoid()
+    capture = compare(Case(elbo, many_rows(name, local=local), AutoNormal, (x,)), 9)
+    assert capture.num_captured > 3
+    (captured,) = [each for variant in capture._variants.values() for each in variant.captured]
+    assert not local or captured.program.num_loops > 0

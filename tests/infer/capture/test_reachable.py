@@ -20,9 +20,8 @@ from tests.infer.capture.steps import EagerSteps, assert_same, run_steps
 OPAQUE = "whose contents cannot be compared"
 EAGER = {
     **dict.fromkeys(("attrgetter", "array_of_the_standard_library", "number_in_memory", "bytes_in_memory"), OPAQUE),
-    **dict.fromkeys(("view_of_memory", "number_of_a_context", "number_of_a_thread", "flag"), OPAQUE),
+    **dict.fromkeys(("list_in_a_slice", "view_of_memory", "number_of_a_context", "number_of_a_thread", "flag"), OPAQUE),
     **dict.fromkeys(("generator", "iterator", "iterator_in_a_loop", "cycle", "counter"), OPAQUE),
-    **dict.fromkeys(("schedule_of_learning_rates", "hook_of_all_modules"), OPAQUE),
     **dict.fromkeys(("iterator_of_an_object", "counter_in_a_dictionary", "stack"), "changes from step to step"),
     **dict.fromkeys(("generator_of_numpy", "generator_of_torch"), "draws random numbers of its own"),
     "generator_of_torch_with_a_branch": "draws random numbers of its own",

@@ -68,6 +68,19 @@ def test_products_that_gain_nothing_stay(shape):
     assert turn_products(recording).ops == recording.ops
 
 
+def test_views_into_much_memory_are_not_tried():
+    table = torch.empty_strided((256, 64), (1 << 20, 1), device="meta")
+    few = torch.empty(64, 256, device="meta")
+    for rows, columns in ((table, few[:, :2]), (few, table[:, :2])):
+        recording = product(torch.ones(1, 1), torch.ones(1, 1))
+        recording.infos[:3] = [
+            TensorInfo.of(rows)._replace(device=CPU),
+            TensorInfo.of(columns)._replace(device=CPU),
+            TensorInfo((rows.shape[0], 2), torch.float32, (2, 1), CPU),
+        ]
+        assert turn_products(recording).ops == recording.ops
+
+
 def test_a_product_whose_transpose_has_other_bits_stays(monkeypatch):
     monkeypatch.setattr(turned_products, "_has_same_bits", lambda *_: False)
     recording = product(torch.ones(128, 128), torch.ones(128, 2))
