@@ -118,3 +118,23 @@ def test_no_global_batch_takes_all_rows_at_each_step_and_shares_them():
 def test_impossible_sizes_are_refused_with_the_edit_that_mends_them(arguments, message):
     with pytest.raises(ValueError, match=message):
         GlobalBatches(**arguments)
+
+
+def test_all_ranks_draw_an_epoch_in_the_same_step_and_once(monkeypatch):
+    class Noted(batches._Permutation):
+        def __init__(self, num_rows, seed, number, is_searched):
+            drawn.append(number)
+            super().__init__(num_rows, seed, number, is_searched)
+
+    monkeypatch.setattr(batches, "_Permutation", Noted)
+    steps_by_rank = []
+    for rank in range(3):
+        ranks = GlobalBatches(100, 30, seed=1, rank=rank, world_size=3)
+        steps = []
+        for step in range(20):
+            drawn = []
+            ranks.rows(step)
+            steps.append(tuple(drawn))
+        steps_by_rank.append(steps)
+    assert steps_by_rank[0] == steps_by_rank[1] == steps_by_rank[2]
+    assert list(itertools.chain.from_iterable(steps_by_rank[0])) == list(range(6))
