@@ -16,6 +16,9 @@ namespace loops {
 constexpr int64_t block_size = 1024;  // elements, as in loops.py
 constexpr int64_t grain_size = 32;    // blocks that are worth a thread
 
+// Bytes between blocks in memory besides their own: at multiples of 4,096 all would fall into the same lines of a cache.
+constexpr int64_t padding = 192;
+
 // Each loop is compiled for two sets of instructions, of which the processor decides. Neither contracts.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define DISTOPT_CLONES __attribute__((target_clones("default", "avx2")))
@@ -125,7 +128,7 @@ struct Loop {
     for (const auto& each : outs) to.push_back(static_cast<char*>(each.mutable_data_ptr()));
     const int64_t num_blocks = (n + block_size - 1) / block_size;
     at::parallel_for(0, num_blocks, grain_size, [&](int64_t first, int64_t last) {
-      const int64_t bytes = block_size * itemsize;
+      const int64_t bytes = block_size * itemsize + padding;
       std::unique_ptr<char, decltype(&std::free)> buffer(
           static_cast<char*>(std::aligned_alloc(64, bytes * (num_temporaries + num_tiles + 1))), &std::free);
       TORCH_CHECK(buffer != nullptr, "no memory for a loop's blocks");
@@ -139,7 +142,7 @@ struct Loop {
     for (const auto& operation : operations) {
       for (const auto& each : operation.in) {
         if (each.tile < 0) continue;
-        char* tile = tiles + each.tile * block_size * itemsize;
+        char* tile = tiles + each.tile * (block_size * itemsize + padding);
         const int64_t bytes = each.period * itemsize;
         for (int64_t i = 0; i < block_size / each.period; ++i) std::memcpy(tile + i * bytes, each.data, bytes);
       }
@@ -147,7 +150,7 @@ struct Loop {
   }
 
   void run_block(int64_t block, const std::vector<char*>& to, char* buffer) const {
-    const int64_t bytes = block_size * itemsize, offset = block * bytes;
+    const int64_t bytes = block_size * itemsize + padding, offset = block * block_size * itemsize;
     const int64_t count = std::min(block_size, n - block * block_size);
     for (const auto& operation : operations) {
       const char* data[2] = {nullptr, nullptr};
