@@ -14,7 +14,6 @@
 namespace loops {
 
 constexpr int64_t block_size = 1024;  // elements, as in loops.py
-constexpr int64_t grain_size = 32;    // blocks that are worth a thread
 
 // Bytes between blocks in memory besides their own: at multiples of 4,096 all would fall into the same lines of a cache.
 constexpr int64_t padding = 192;
@@ -126,44 +125,48 @@ struct Loop {
   void run(const std::vector<at::Tensor>& outs) const {
     std::vector<char*> to;
     for (const auto& each : outs) to.push_back(static_cast<char*>(each.mutable_data_ptr()));
-    const int64_t num_blocks = (n + block_size - 1) / block_size;
-    at::parallel_for(0, num_blocks, grain_size, [&](int64_t first, int64_t last) {
-      const int64_t bytes = block_size * itemsize + padding;
+    // Split as ATen splits its own loops: where a thread flushes denormals and another does not, both do as there.
+    at::parallel_for(0, n, at::internal::GRAIN_SIZE, [&](int64_t first, int64_t last) {
       std::unique_ptr<char, decltype(&std::free)> buffer(
-          static_cast<char*>(std::aligned_alloc(64, bytes * (num_temporaries + num_tiles + 1))), &std::free);
+          static_cast<char*>(std::aligned_alloc(64, stride() * (num_temporaries + num_tiles + 1))), &std::free);
       TORCH_CHECK(buffer != nullptr, "no memory for a loop's blocks");
-      fill_tiles(buffer.get() + bytes * num_temporaries);
-      for (int64_t block = first; block < last; ++block) run_block(block, to, buffer.get());
+      fill_tiles(buffer.get() + stride() * num_temporaries, first);
+      for (int64_t at = first; at < last; at += block_size) {
+        run_block(at, std::min(block_size, last - at), to, buffer.get());
+      }
     });
   }
 
  private:
-  void fill_tiles(char* tiles) const {
+  int64_t stride() const { return block_size * itemsize + padding; }
+
+  // Repeats what has a period over a block, from the element at which this thread begins.
+  void fill_tiles(char* tiles, int64_t first) const {
     for (const auto& operation : operations) {
       for (const auto& each : operation.in) {
         if (each.tile < 0) continue;
-        char* tile = tiles + each.tile * (block_size * itemsize + padding);
-        const int64_t bytes = each.period * itemsize;
-        for (int64_t i = 0; i < block_size / each.period; ++i) std::memcpy(tile + i * bytes, each.data, bytes);
+        char* tile = tiles + each.tile * stride();
+        for (int64_t i = 0; i < block_size; ++i) {
+          std::memcpy(tile + i * itemsize, each.data + (first + i) % each.period * itemsize, itemsize);
+        }
       }
     }
   }
 
-  void run_block(int64_t block, const std::vector<char*>& to, char* buffer) const {
-    const int64_t bytes = block_size * itemsize + padding, offset = block * block_size * itemsize;
-    const int64_t count = std::min(block_size, n - block * block_size);
+  void run_block(int64_t first, int64_t count, const std::vector<char*>& to, char* buffer) const {
+    const int64_t offset = first * itemsize;
     for (const auto& operation : operations) {
       const char* data[2] = {nullptr, nullptr};
       for (size_t i = 0; i < operation.in.size(); ++i) {
         const Operand& each = operation.in[i];
         if (each.is_scalar) data[i] = each.data;
-        else if (each.tile >= 0) data[i] = buffer + (num_temporaries + each.tile) * bytes;
-        else if (each.source == Source::temporary) data[i] = buffer + each.index * bytes;
+        else if (each.tile >= 0) data[i] = buffer + (num_temporaries + each.tile) * stride();
+        else if (each.source == Source::temporary) data[i] = buffer + each.index * stride();
         else if (each.source == Source::output) data[i] = to[each.index] + offset;
         else data[i] = each.data + offset;
       }
       if (operation.in.size() == 1) data[1] = data[0];
-      char* out = operation.to_output ? to[operation.index] + offset : buffer + operation.index * bytes;
+      char* out = operation.to_output ? to[operation.index] + offset : buffer + operation.index * stride();
       operation.kernel(out, data[0], data[1], count);
     }
   }

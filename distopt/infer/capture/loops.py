@@ -11,19 +11,26 @@ An operation may wait, since neither its operands nor its result are ever writte
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from distopt.infer.capture.direct import MAX_ELEMENTS, exact_number, is_contiguous, named_operation
+from distopt.infer.capture.direct import MAX_ELEMENTS, exact_number, has_default_strides, named_operation
 from distopt.infer.capture.recording import Op, Recording, Slot, TensorInfo
 
 BLOCK_SIZE = 1024
 """Elements of a block, as in _loops.h."""
 
 _NAMES = frozenset({"add", "sub", "rsub", "mul", "div", "neg", "square", "copy", "reciprocal"})
+
+MAX_HELD = (16, 8, 4, 2, 0)
+"""Results that waiting operations may keep, of which the first is taken that needs no more memory."""
+
+MOST_MEMORY = 1.1
+"""Times the memory of one operation after the other."""
 
 # Where an operand comes from, as in _loops.h.
 SLOT, FIXED, TEMPORARY, OUTPUT = range(4)
@@ -65,34 +72,89 @@ class Loop:
 
 
 def with_loops(recording: Recording) -> list[Op | Loop]:
-    """Returns the operations of a recording in an order that computes the same, some of them in loops."""
+    """Returns the operations of a recording in an order that computes the same, some of them in loops.
+
+    What waits keeps its operands, so that as much may wait as takes no more memory than one operation after the other.
+    """
+    most = MOST_MEMORY * _peak(recording.ops, recording)
+    for max_held in MAX_HELD:
+        items = _with_loops(recording, max_held)
+        if _peak(items, recording) <= most:
+            return items
+    return list(recording.ops)
+
+
+def _with_loops(recording: Recording, max_held: int) -> list[Op | Loop]:
+    """Does so where operations that wait may keep `max_held` results of others."""
     written = recording.written()
     items: list[Op | Loop] = []
-    waiting: dict[Any, list[LoopOp]] = {}  # by shape and type of their results
+    waiting: dict[Any, list[LoopOp]] = {}  # by number of elements and type of their results
+    held: dict[Any, set[int]] = {}  # likewise, the large operands that nothing else may need any more
     keys: dict[int, Any] = {}  # by the slot of such a result: under which key its operation waits
+    kept = {*range(recording.num_inputs), *recording.lifted, *recording.foreign}
 
-    def compute(slots: list[int]) -> None:
-        """Emits the waiting operations that `slots` need."""
-        for slot in slots:
-            if slot in keys:
-                taken = _take(waiting[keys[slot]], slot)
-                items.append(Loop(taken))
-                for each in taken:
-                    del keys[each.out]
+    def emit(taken: list[LoopOp]) -> None:
+        items.append(Loop(taken))
+        for each in taken:
+            del keys[each.out]
+
+    def operands(each: LoopOp) -> set[int]:
+        slots = {slot for slot in each.op.ins if slot not in keys and slot not in kept}
+        return {slot for slot in slots if math.prod(recording.infos[slot].shape) > MAX_ELEMENTS}
 
     for op in recording.ops:
         loop_op = _loop_op(op, recording, written)
         if loop_op is None:
-            compute(op.ins)
+            for slot in op.ins:
+                if slot in keys:
+                    key = keys[slot]
+                    emit(_take(waiting[key], slot))
+                    held[key] = set().union(*map(operands, waiting[key]))
             items.append(op)
-        else:
-            info = recording.infos[loop_op.out]
-            keys[loop_op.out] = info.shape, info.dtype
-            waiting.setdefault((info.shape, info.dtype), []).append(loop_op)
+            continue
+        info = recording.infos[loop_op.out]
+        key = keys[loop_op.out] = math.prod(info.shape), info.dtype
+        waiting.setdefault(key, []).append(loop_op)
+        held.setdefault(key, set()).update(operands(loop_op))
+        if len(held[key]) > max_held:
+            emit(waiting.pop(key))
+            del held[key]
     for ops in waiting.values():
         if ops:
-            items.append(Loop(ops))
+            emit(ops)
     return _with_outputs(items, recording)
+
+
+def _peak(items: Sequence[Op | Loop], recording: Recording) -> int:
+    """Returns the most bytes of results that there are at once, where each is let go of after its last reader."""
+    last: dict[int, int] = {}
+    for position, item in enumerate(items):
+        for slot in _slots(item):
+            last[recording.alias[slot]] = position
+    for slot in recording.outputs():
+        last[recording.alias[slot]] = len(items)
+
+    sizes: dict[int, int] = {}
+    now = peak = 0
+    ends: dict[int, list[int]] = {}
+    for memory, position in last.items():
+        ends.setdefault(position, []).append(memory)
+    for position, item in enumerate(items):
+        for slot in item.outs:
+            memory = recording.alias[slot] if slot >= 0 else -1
+            if memory == slot and slot not in sizes:
+                info = recording.infos[slot]
+                sizes[slot] = math.prod(info.shape) * info.dtype.itemsize
+                now += sizes[slot]
+        peak = max(peak, now)
+        now -= sum(sizes.get(memory, 0) for memory in ends.get(position, ()))
+    return peak
+
+
+def _slots(item: Op | Loop) -> list[int]:
+    """Returns the slots that an operation, or a loop, reads and writes."""
+    read = item.ins if isinstance(item, Op) else [slot for each in item.ops for slot in each.op.ins]
+    return [slot for slot in (*read, *item.outs) if slot >= 0]
 
 
 def _take(waiting: list[LoopOp], slot: int) -> list[LoopOp]:
@@ -131,7 +193,7 @@ def _loop_op(op: Op, recording: Recording, written: set[int]) -> LoopOp | None:
     if op.is_host or op.writes or len(op.outs) != 1 or op.outs[0] < 0:
         return None
     out = recording.infos[op.outs[0]]
-    if out.device.type != "cpu" or math.prod(out.shape) <= MAX_ELEMENTS or not is_contiguous(out):
+    if out.device.type != "cpu" or math.prod(out.shape) <= MAX_ELEMENTS or not has_default_strides(out):
         return None
     if any(recording.alias[slot] in written for slot in (*op.ins, *op.outs)):
         return None

@@ -290,6 +290,9 @@ _ELEMENTWISE = {
 
 
 def _is_exact(op: Op) -> bool:
+    rest = [*op.args[2:], *op.kwargs.values()]  # alpha, by which ATen multiplies and adds in one rounding or in two
+    if not all(type(each) is int and each == 1 for each in rest):
+        return False
     is_power = op.function is aten.pow.Tensor_Scalar and type(op.args[1]) in (int, float) and op.args[1] in (1, 2)
     return op.function in _EXACT or is_power
 

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 
+from distopt.infer.capture import loops
 from distopt.infer.capture import program as programs
 from distopt.infer.capture.loops import BLOCK_SIZE, Loop, lowered, with_loops
+from distopt.infer.capture.passes import shorten
 from distopt.infer.capture.recorder import Recorder
 from tests.infer.capture.cases import Case
 from tests.infer.capture.programs import SPECIAL, assert_same_bits, run_program
@@ -224,3 +226,83 @@ def test_steps_of_models_with_many_rows_have_the_bits_of_eager_ones(name, local,
     assert capture.num_captured > 3
     (captured,) = [each for variant in capture._variants.values() for each in variant.captured]
     assert not local or captured.program.num_loops > 0
+
+
+@pytest.mark.parametrize("num_elements", [500, 4096])
+def test_a_result_has_the_strides_of_the_eager_one_in_dimensions_of_one_element(num_elements):
+    left, row, w = torch.randn(1, num_elements), torch.randn(1, num_elements), torch.randn(num_elements, 1)
+
+    def function(left, row, w):
+        column = row.t() * w - 0.5
+        return left @ (column * 1.5)
+
+    computed, _ = run_program(function, left, row, w)
+    assert_same_bits(computed, function(left, row, w))
+
+    x = torch.randn(8, 1, 40, 40).to(memory_format=torch.channels_last)
+    assert loops_of(lambda x: (x * 0.3 - 0.5) / 2.0, x.as_strided(x.shape, (1600, 1, 40, 1))) == []
+
+
+def test_operands_of_another_shape_wait_too():
+    x, y = torch.randn(4096), torch.randn(1, 4096)
+
+    def function(x, y):
+        return ((x * 2.0 + 1.0) + y) * y
+
+    computed, program = run_program(function, x, y)
+    assert_same_bits(computed, function(x, y))
+    assert program.num_loops == 1
+
+
+@pytest.mark.parametrize("num_elements", [3, 5, 13, 35, 5000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_multiples_that_are_added_are_left_to_aten(dtype, num_elements):
+    x, c = torch.randn(num_elements, dtype=dtype), torch.randn((), dtype=dtype)
+
+    def function(x, c):
+        return torch.add(x, c.expand(x.shape) * 1.7, alpha=0.3) - torch.sub(c.expand(x.shape) * 1.1, x, alpha=0.7)
+
+    recording = shorten(recorded(function, x, c))
+    program = programs.build(recording, [x, c], [])
+    assert program.run({"x": x, "c": c}, [])[0] == programs.RAN
+    computed, x.grad = x.grad, None
+    assert_same_bits(computed, function(x, c))
+
+
+def test_what_waits_keeps_no_more_memory_than_one_operation_after_the_other():
+    def function(x):
+        total = x * 0.5
+        for index in range(40):
+            total = total + (x + float(index)).exp()
+        return total
+
+    recording = recorded(function, X)
+    items = with_loops(recording)
+    assert loops._peak(items, recording) <= 1.1 * loops._peak(recording.ops, recording)
+    computed, _ = run_program(function, X)
+    assert_same_bits(computed, function(X))
+
+
+def test_peak_is_that_of_what_is_there_at_once():
+    recording = recorded(lambda x: (x.exp() + x.exp()).sum() + x.exp().sum(), X)
+    assert loops._peak(recording.ops, recording) == 3 * 4 * len(X)
+
+
+@pytest.mark.parametrize("num_elements", [40_000, 70_001, 300_000])
+def test_denormals_are_flushed_where_an_eager_loop_flushes_them(num_elements):
+    x = torch.full((num_elements,), 1e-39)
+    row = torch.rand(8)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    (x + x).sum()  # threads that exist before do not flush
+    torch.set_flush_denormal(True)
+    try:
+        for function in (
+            lambda x, _: (x * 0.5) * 1.5 + x,
+            lambda x, row: (x[: len(x) // 8 * 8].view(-1, 8) * row) * 0.5,
+        ):
+            computed, _ = run_program(function, x, row)
+            assert_same_bits(computed, function(x, row))
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(num_threads)
