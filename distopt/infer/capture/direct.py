@@ -86,7 +86,7 @@ def direct_op(op: Op, recording: Recording) -> DirectOp | None:
         return _indexed(op, recording, out)
 
     # Results are written one after the other into a buffer that stays, so they must lie in memory that way.
-    if out.device.type != "cpu" or not 0 < size <= MAX_ELEMENTS or not has_default_strides(out):
+    if out.device.type != "cpu" or not 0 < size <= MAX_ELEMENTS or not out.has_default_strides:
         return None
     if _sums_pairs(op, recording, out):
         return DirectOp("sum_pairs", out.dtype, [Operand(op.args[0], CONTIGUOUS, [])])
@@ -203,11 +203,6 @@ def _offsets(info: TensorInfo, shape: tuple[int, ...]) -> list[int]:
     for dim, (size, stride) in enumerate(zip(shape, strides, strict=True)):
         offsets += (torch.arange(size) * stride).view([-1] + [1] * (len(shape) - dim - 1))
     return offsets.reshape(-1).tolist()
-
-
-def has_default_strides(info: TensorInfo) -> bool:
-    """Returns whether a tensor has the strides of a new one, also in dimensions of one element: kernels may ask."""
-    return info.stride == torch.empty(info.shape, device="meta").stride()
 
 
 def is_contiguous(info: TensorInfo) -> bool:

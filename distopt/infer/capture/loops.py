@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distopt.infer.capture.direct import MAX_ELEMENTS, exact_number, has_default_strides, named_operation
+from distopt.infer.capture.direct import MAX_ELEMENTS, exact_number, named_operation
 from distopt.infer.capture.recording import Op, Recording, Slot, TensorInfo
 
 BLOCK_SIZE = 1024
@@ -85,7 +85,7 @@ def with_loops(recording: Recording) -> list[Op | Loop]:
 
 
 def _with_loops(recording: Recording, max_held: int) -> list[Op | Loop]:
-    """Does so where operations that wait may keep `max_held` results of others."""
+    """As `with_loops`, where operations that wait may keep `max_held` large results of others."""
     written = recording.written()
     items: list[Op | Loop] = []
     waiting: dict[Any, list[LoopOp]] = {}  # by number of elements and type of their results
@@ -193,7 +193,7 @@ def _loop_op(op: Op, recording: Recording, written: set[int]) -> LoopOp | None:
     if op.is_host or op.writes or len(op.outs) != 1 or op.outs[0] < 0:
         return None
     out = recording.infos[op.outs[0]]
-    if out.device.type != "cpu" or math.prod(out.shape) <= MAX_ELEMENTS or not has_default_strides(out):
+    if out.device.type != "cpu" or math.prod(out.shape) <= MAX_ELEMENTS or not out.has_default_strides:
         return None
     if any(recording.alias[slot] in written for slot in (*op.ins, *op.outs)):
         return None

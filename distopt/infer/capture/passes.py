@@ -374,8 +374,7 @@ def _is_uniform(op: Op, recording: Recording, small: dict[int, int], written: se
     if not (_is_exact(op) or op.function in _ELEMENTWISE) or not op.is_pure or op.kwargs:
         return False
     out = recording.infos[op.outs[0]]
-    contiguous = out.stride == torch.empty(out.shape, device="meta").stride()
-    if math.prod(out.shape) < 2 or not contiguous or recording.alias[op.outs[0]] in written:
+    if math.prod(out.shape) < 2 or not out.has_default_strides or recording.alias[op.outs[0]] in written:
         return False
     numbers = all(slot in small or recording.infos[slot].shape == () for slot in op.ins)
     if not numbers or not any(slot in small for slot in op.ins):

@@ -31,6 +31,11 @@ class TensorInfo(NamedTuple):
     is_conj: bool = False
     is_neg: bool = False
 
+    @property
+    def has_default_strides(self) -> bool:
+        """Whether it has the strides of a new tensor, also in dimensions of one element: kernels may ask for these."""
+        return self.stride == torch.empty(self.shape, device="meta").stride()
+
     @classmethod
     def of(cls, tensor: Tensor) -> TensorInfo:
         """Returns the description of `tensor`."""

@@ -25,7 +25,7 @@ MIN_SIZE = 64
 
 _MAX_NUMBERS = 1 << 22  # from an operand's first to its last: a trial of larger ones would take long
 _NUM_TRIALS = 16
-_ADDRESSES = 16  # numbers from one operand's first to another's: 64 bytes of float32
+_ADDRESSES = 16  # at which an operand begins, one number after the other: of float32 they cover a line of the cache
 
 
 def turn_products(recording: Recording) -> Recording:
@@ -47,7 +47,7 @@ def _gains(op: Op, recording: Recording) -> bool:
     return (
         out.device.type == "cpu"
         and out.dtype in (torch.float32, torch.float64)
-        and out.stride == (out.shape[1], 1)
+        and out.has_default_strides
         and out.shape[1] in COLUMNS
         and min(rows.shape) >= MIN_SIZE
         and max(_extent(rows), _extent(columns)) <= _MAX_NUMBERS

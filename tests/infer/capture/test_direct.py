@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distopt.infer.capture import program as programs
-from distopt.infer.capture.direct import MAX_ELEMENTS, has_default_strides
+from distopt.infer.capture.direct import MAX_ELEMENTS
 from distopt.infer.capture.recorder import Recorder
 from distopt.infer.capture.recording import TensorInfo
 from tests.infer.capture.programs import SPECIAL, assert_same_bits, run_program
@@ -96,7 +96,7 @@ def test_binary_operations_equal_atens(name, data, shapes, dtype, layout):
     computed, num_direct = run_directly(BINARY[name], x, y)
     expected = BINARY[name](x, y)
     assert_same_bits(computed, expected)
-    assert num_direct == has_default_strides(TensorInfo.of(expected))
+    assert num_direct == TensorInfo.of(expected).has_default_strides
 
 
 @pytest.mark.parametrize("name", WITH_NUMBER)
@@ -113,7 +113,7 @@ def test_operations_with_a_number_equal_atens(name, data, shape, dtype, layout, 
     computed, num_direct = run_directly(lambda x: WITH_NUMBER[name](x, number), x)
     expected = WITH_NUMBER[name](x, number)
     assert_same_bits(computed, expected)
-    assert num_direct == has_default_strides(TensorInfo.of(expected))
+    assert num_direct == TensorInfo.of(expected).has_default_strides
 
 
 @pytest.mark.parametrize("name", UNARY)
@@ -133,7 +133,7 @@ def test_where_equals_atens(data, shapes, dtype, layout):
     computed, num_direct = run_directly(lambda x, y, c: torch.where(c, x, y), x, y, condition)
     expected = torch.where(condition, x, y)
     assert_same_bits(computed, expected)
-    assert num_direct == has_default_strides(TensorInfo.of(expected))
+    assert num_direct == TensorInfo.of(expected).has_default_strides
 
 
 @pytest.mark.parametrize("sum_of", [lambda x: x.sum(), lambda x: x.sum(-1), lambda x: x.sum([0, 1], keepdim=True)])
