@@ -92,9 +92,9 @@ class GlobalBatches:
 
         Cost:
             4 ns for each row of the data once an epoch, and 1 ns in each step; 2 bytes for each are kept, or twice as
-            many where an epoch ends. Up to 65,536 rows of data, or where a share has less than a 32nd of them: 25 ns for
-            each row of the data once an epoch, 14 ns for each of the share in each step, and 10 bytes for each of the
-            data.
+            many where an epoch ends. Up to 65,536 rows of data, or where a share has less than a 32nd of them: 25 ns
+            for each row of the data once an epoch, 14 ns for each of the share in each step, and 10 bytes for each of
+            the data.
         """
         if self.full:
             return np.arange(self._start, self._stop, dtype=np.int64)
